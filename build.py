@@ -1,0 +1,362 @@
+#!/usr/bin/env python3
+"""Set up, try, check and measure Medplum Agent: python3 build.py VERB [ARGUMENTS].
+
+Needs a stock Python 3.11 or newer and nothing else. Everything it makes stays in the folders .venv and .peers beside
+this file; the one exception is Debian packages that the tests need, which it installs where it may (root, apt-get).
+"""
+
+import hashlib
+import importlib.util
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple, NoReturn
+
+if sys.version_info < (3, 11):  # noqa: UP036 (whoever starts this with an older Python shall read why)
+    sys.exit("build.py needs Python 3.11 or newer; this is Python {}.{}.".format(*sys.version_info[:2]))
+
+import tomllib
+
+ROOT = Path(__file__).resolve().parent
+AGENT = ROOT / "medplum_agent.py"
+README = ROOT / "README.md"
+WINDOWS = os.name == "nt"
+
+VENV = ROOT / ".venv"
+PYTHON = VENV / ("Scripts/python.exe" if WINDOWS else "bin/python")
+STAMPS = VENV / "build-stamps"  # one file per installed group of dependencies, holding its fingerprint
+
+PEERS = ROOT / ".peers"
+MEDPLUM_CLI = PEERS / "node_modules/.bin" / ("medplum.cmd" if WINDOWS else "medplum")
+MEDPLUM_CLI_VERSION = "5.0.10"  # the newest there is
+
+SETTINGS_BEGIN, SETTINGS_END = "<!-- settings -->", "<!-- /settings -->"
+
+
+class Tool(NamedTuple):
+    """A program that tests run beside the agent: its Debian package, the command it provides, and why."""
+
+    package: str
+    command: str
+    why: str
+
+
+DEBIAN_TOOLS = (
+    Tool("strace", "strace", "shows that a commit reaches the disk before the acknowledgment leaves"),
+    Tool("nodejs", "node", "runs the Medplum command line, a foreign HL7 sender and receiver"),
+    Tool("npm", "npm", "installs the Medplum command line"),
+)
+
+
+class BuildError(Exception):
+    """A step failed; the text says which, shows its output whole, and ends with what to do where that is known."""
+
+
+# --- Running things --------------------------------------------------------------------------------------------------
+
+
+def say(text: str) -> None:
+    print(f"build.py: {text}", file=sys.stderr, flush=True)
+
+
+def environment() -> dict[str, str]:
+    """What children see: the module importable from everywhere, and the Medplum command line where it is installed."""
+    peers = {"MEDPLUM_CLI": str(MEDPLUM_CLI)} if MEDPLUM_CLI.exists() and shutil.which("node") else {}
+    return {**os.environ, "PYTHONPATH": str(ROOT), **peers}
+
+
+def quiet(*command: str | Path) -> str:
+    """Run a step and return what it printed; when it fails, BuildError shows all of that."""
+    env = {**environment(), "PYTHONIOENCODING": "utf-8"}
+    done = subprocess.run(command, cwd=ROOT, env=env, stdin=subprocess.DEVNULL, capture_output=True)
+    printed = done.stdout.decode("utf-8", "replace")
+    if done.returncode:
+        line = " ".join(map(str, command))
+        errors = done.stderr.decode("utf-8", "replace")
+        raise BuildError(f"this ended with {done.returncode}:\n  {line}\n{printed}{errors}")
+    return printed
+
+
+def succeeds(*command: str | Path) -> bool:
+    """Run a step whose output the user sees."""
+    return subprocess.call(command, cwd=ROOT, env=environment()) == 0
+
+
+def become(*command: str | Path) -> NoReturn:
+    """Give this process over to a command, so that Ctrl-C, signals and the exit code are the command's own."""
+    sys.stdout.flush()
+    if not WINDOWS:
+        os.chdir(ROOT)
+        os.execve(command[0], command, environment())
+    child = subprocess.Popen(command, cwd=ROOT, env=environment())
+    while True:  # Windows has no exec, and sends Ctrl-C to both of us: the child decides when to end
+        try:
+            sys.exit(child.wait())
+        except KeyboardInterrupt:
+            continue
+
+
+# --- The virtual environment -----------------------------------------------------------------------------------------
+
+
+def pins(group: str) -> list[str]:
+    """The requirements of a dependency group of pyproject.toml; "runtime" stands for the project's own."""
+    pyproject = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))
+    groups: dict[str, list[str]] = {"runtime": pyproject["project"]["dependencies"], **pyproject["dependency-groups"]}
+    return groups.get(group, [])
+
+
+def fingerprint(group: str) -> str:
+    """Changes when the group's pins or the Python do."""
+    facts = [sys.version, sys.platform, platform.machine(), pins(group)]
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+
+
+def ensure(*groups: str) -> None:
+    """Bring .venv to the pins of these groups. After any change of pins it is made anew, so that nothing lingers."""
+    stamps = {stamp.name: stamp.read_text("utf-8") for stamp in STAMPS.glob("*")}
+    current = PYTHON.exists() and stamps and all(text == fingerprint(name) for name, text in stamps.items())
+    if not current:
+        make_venv()
+        stamps = {}
+    missing = [group for group in groups if group not in stamps]
+    if missing:
+        install(missing, beside=list(stamps))
+
+
+def make_venv() -> None:
+    if importlib.util.find_spec("ensurepip") is None:
+        install_ensurepip()
+    say("making .venv")
+    quiet(sys.executable, "-m", "venv", "--clear", VENV)
+
+
+def install_ensurepip() -> None:
+    """Debian and Ubuntu split ensurepip, which venv needs, off their Python."""
+    package = f"python{sys.version_info.major}.{sys.version_info.minor}-venv"
+    if not may_use_apt():
+        raise BuildError(
+            "this Python has no ensurepip, so it can make no virtual environment.\n"
+            f"On Debian or Ubuntu: sudo apt-get install {package}\n"
+            "Elsewhere: install your system's package for Python's venv and pip, or a Python from python.org."
+        )
+    apt_install(package)
+
+
+def install(groups: list[str], beside: list[str]) -> None:
+    """Add groups to .venv; `beside` are those it has, named again so that pip keeps their pins."""
+    say(f"installing the {' and '.join(groups)} dependencies")
+    wanted = [pin for group in (*beside, *groups) for pin in pins(group)]
+    quiet(PYTHON, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-input", *wanted)
+    STAMPS.mkdir(exist_ok=True)
+    for group in groups:
+        (STAMPS / group).write_text(fingerprint(group), "utf-8")
+
+
+# --- Peers: foreign programs that the tests talk to ------------------------------------------------------------------
+
+
+def may_use_apt() -> bool:
+    return hasattr(os, "geteuid") and os.geteuid() == 0 and shutil.which("apt-get") is not None
+
+
+def apt_install(*packages: str) -> None:
+    say(f"installing Debian packages: {' '.join(packages)}")
+    apt = ("env", "DEBIAN_FRONTEND=noninteractive", "apt-get", "-qq", "-y")
+    quiet(*apt, "update")
+    quiet(*apt, "install", "--no-install-recommends", *packages)
+
+
+def ensure_peers() -> None:
+    """Install what is missing where we may; say loudly what stays missing, for the tests that need it will skip."""
+    for provide in (provide_debian_tools, provide_medplum_cli):
+        try:
+            provide()
+        except BuildError as error:
+            say(f"WARNING: {error}")
+    for tool in missing_tools():
+        say(f"WARNING: tests will skip: no {tool.command} (Debian package {tool.package}), which {tool.why}")
+    if not MEDPLUM_CLI.exists():
+        say(f"WARNING: tests will skip: no @medplum/cli {MEDPLUM_CLI_VERSION}, a foreign HL7 sender and receiver")
+
+
+def missing_tools() -> list[Tool]:
+    return [tool for tool in DEBIAN_TOOLS if shutil.which(tool.command) is None]
+
+
+def provide_debian_tools() -> None:
+    missing = missing_tools()
+    if missing and may_use_apt():
+        apt_install(*(tool.package for tool in missing))
+
+
+def provide_medplum_cli() -> None:
+    """Afterwards the command is there and runs, or is not there at all."""
+    npm = shutil.which("npm")
+    if not npm or installed_medplum_cli() == MEDPLUM_CLI_VERSION:
+        return
+    say(f"installing @medplum/cli {MEDPLUM_CLI_VERSION} into .peers")
+    shutil.rmtree(PEERS, ignore_errors=True)
+    package = f"@medplum/cli@{MEDPLUM_CLI_VERSION}"
+    try:
+        quiet(npm, "install", "--prefix", PEERS, "--no-audit", "--no-fund", "--ignore-scripts", package)
+        quiet(MEDPLUM_CLI, "hl7", "send", "--help")
+    except BuildError:
+        shutil.rmtree(PEERS, ignore_errors=True)
+        raise
+
+
+def installed_medplum_cli() -> str:
+    """The version in .peers, "" when there is none or its command does not run."""
+    package = PEERS / "node_modules/@medplum/cli/package.json"
+    try:
+        quiet(MEDPLUM_CLI, "hl7", "send", "--help")
+        return str(json.loads(package.read_text("utf-8"))["version"])
+    except (BuildError, OSError, ValueError, KeyError):
+        return ""
+
+
+# --- README.md -------------------------------------------------------------------------------------------------------
+
+
+def with_settings(readme: str) -> str:
+    """README.md's text with the settings table, between its two markers, as the module prints it now."""
+    before, begin, rest = readme.partition(SETTINGS_BEGIN)
+    _, end, after = rest.partition(SETTINGS_END)
+    if not (begin and end):
+        raise BuildError(f"README.md has no {SETTINGS_BEGIN} and {SETTINGS_END} for the settings to stand between.")
+    table = quiet(PYTHON, AGENT, "--settings-schema=markdown").strip()
+    return f"{before}{begin}\n\n{table}\n\n{end}{after}"
+
+
+def readme_is_current() -> bool:
+    """True as well for a README.md that shows no settings."""
+    text = README.read_text("utf-8") if README.exists() else ""
+    if SETTINGS_BEGIN not in text or with_settings(text) == text:
+        return True
+    say("README.md does not show the settings of medplum_agent.py; run: python3 build.py readme")
+    return False
+
+
+# --- Verbs -----------------------------------------------------------------------------------------------------------
+
+
+def setup() -> None:
+    """make .venv with the pinned dependencies (the verbs that need it do this themselves)"""
+    ensure("runtime", "test")
+
+
+def demo(*arguments: str) -> None:
+    """run the agent against its own sandbox: a stand-in server and example devices"""
+    ensure("runtime")
+    become(PYTHON, AGENT, "demo", *arguments)
+
+
+def test(*arguments: str) -> None:
+    """lint, then run the tests; arguments go to pytest"""
+    ensure("runtime", "test")
+    ensure_peers()
+    lint()
+    become(PYTHON, "-m", "pytest", *arguments)
+
+
+def lint() -> None:
+    """check rules, format, types, and README.md's settings"""
+    ensure("runtime", "test")
+    checks = (
+        succeeds(PYTHON, "-m", "ruff", "check", "--quiet", "."),
+        succeeds(PYTHON, "-m", "ruff", "format", "--quiet", "--check", "."),
+        succeeds(PYTHON, "-m", "mypy", "--strict", "medplum_agent.py", "build.py", "tests"),
+        readme_is_current(),
+    )
+    if not all(checks):
+        raise BuildError("the checks above failed (python3 build.py format mends what can be mended by itself)")
+
+
+def reformat() -> None:
+    """bring the code into format and mend what ruff can"""
+    ensure("runtime", "test")
+    mended = succeeds(PYTHON, "-m", "ruff", "check", "--fix", "."), succeeds(PYTHON, "-m", "ruff", "format", ".")
+    if not all(mended):
+        raise BuildError("what is listed above needs a person")
+
+
+def readme(*arguments: str) -> None:
+    """write the settings into README.md; --check: only say whether they are current"""
+    ensure("runtime")
+    if arguments == ("--check",):
+        sys.exit(not readme_is_current())
+    if arguments:
+        raise BuildError(f"readme takes --check or nothing, not {' '.join(arguments)}")
+    README.write_text(with_settings(README.read_text("utf-8")), "utf-8", newline="\n")
+
+
+def bench(*arguments: str) -> None:
+    """measure; arguments go to tests/bench/bench.py"""
+    ensure("runtime", "test")
+    become(PYTHON, ROOT / "tests/bench/bench.py", *arguments)
+
+
+def fuzz(*arguments: str) -> None:
+    """throw bytes at the parsers; arguments go to tests/fuzz.py"""
+    ensure("runtime", "test", "fuzz")
+    become(PYTHON, ROOT / "tests/fuzz.py", *arguments)
+
+
+def clean() -> None:
+    """remove what this script, the checkers and the tests made (never the agent's own data)"""
+    made = (".venv", ".peers", "build", "dist", ".hypothesis", ".mypy_cache", ".pytest_cache", ".ruff_cache")
+    for folder in (*map(ROOT.joinpath, made), *ROOT.glob("*.egg-info"), *ROOT.glob("[!.]*/**/__pycache__")):
+        shutil.rmtree(folder, ignore_errors=True)
+    shutil.rmtree(ROOT / "__pycache__", ignore_errors=True)
+
+
+class Verb(NamedTuple):
+    call: Callable[..., None]
+    arguments: str = ""  # as the usage shows them; "" for none
+
+
+VERBS = {
+    "setup": Verb(setup),
+    "demo": Verb(demo, "[ARGUMENTS]"),
+    "test": Verb(test, "[ARGUMENTS]"),
+    "lint": Verb(lint),
+    "format": Verb(reformat),
+    "readme": Verb(readme, "[--check]"),
+    "bench": Verb(bench, "[ARGUMENTS]"),
+    "fuzz": Verb(fuzz, "[TARGET] [--seconds N]"),
+    "clean": Verb(clean),
+}
+
+
+def usage() -> str:
+    lines = (f"  {name + ' ' + verb.arguments:29} {verb.call.__doc__}" for name, verb in VERBS.items())
+    return "\n".join(((__doc__ or "").rstrip(), "", "Verbs:", *lines))
+
+
+def main(arguments: list[str]) -> int:
+    name, *rest = arguments or [""]
+    if name in ("-h", "--help", "help"):
+        print(usage())
+        return 0
+    verb = VERBS.get(name)
+    if verb is None or (rest and not verb.arguments):
+        print(usage(), file=sys.stderr)
+        return 2
+    try:
+        verb.call(*rest)
+    except BuildError as error:
+        say(f"{name}: {error}")
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

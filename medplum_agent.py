@@ -1,0 +1,4704 @@
+#!/usr/bin/env python3
+"""Medplum Agent: carries messages between hospital devices and a Medplum server.
+
+The agent stands inside the firewall. It listens to devices (HL7 v2 over MLLP), keeps every message safe on
+disk, streams it over one outbound secure WebSocket to a Medplum server, and brings the Bot's answer back.
+
+    medplum_agent.py <base_url> <client_id> <client_secret> <agent_id> [log_level]
+    medplum_agent.py demo
+
+The promise: a message that we acknowledged is on disk, and ends in one of two places: answered by the server,
+or kept as a dead letter with its bytes and a reason a person can act on.
+
+The file is read top to bottom; sections look only upwards:
+
+    Version, limits · Errors · Settings · Logs · HL7 · MLLP · Store · FHIR · Uplink · Delivery · Channels ·
+    Agent · Operations · Sandbox · Command line
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import base64
+import codecs
+import collections
+import contextlib
+import dataclasses
+import datetime
+import functools
+import io
+import itertools
+import json
+import math
+import os
+import random
+import re
+import shutil
+import signal
+import socket
+import sqlite3
+import ssl
+import sys
+import threading
+import time
+import typing
+import urllib.parse
+import urllib.request
+import uuid
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Final, NamedTuple, NoReturn, TypeVar
+
+import certifi
+import hl7
+import tomli
+import truststore
+import urllib3
+from websockets.asyncio.client import ClientConnection, connect
+from websockets.datastructures import Headers
+from websockets.exceptions import InvalidHandshake, InvalidURI
+from websockets.frames import Frame, Opcode
+from websockets.http11 import Request
+from websockets.protocol import State as SocketState
+from websockets.server import ServerProtocol
+
+try:
+    import orjson
+
+    dump_json: Callable[[Any], bytes] = orjson.dumps
+    load_json: Callable[[Any], Any] = orjson.loads
+except ImportError:  # pragma: no cover - platforms without a wheel: slower, the same bytes on the wire
+
+    def dump_json(value: Any) -> bytes:
+        return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode()
+
+    def load_json(text: Any) -> Any:
+        return json.loads(bytes(text) if isinstance(text, memoryview) else text)
+
+
+# =====================================================================================================================
+# Version, limits
+#
+# Every bound has a name, a unit and a reason. What a site could need to change is a setting instead (next section).
+# =====================================================================================================================
+
+__version__ = "5.2.0"
+BUILD = "0000000"  # the commit; stamped by `build.py binary`
+VERSION: Final = f"{__version__}-{BUILD}"
+
+KIB, MIB = 1024, 1024 * 1024
+READ_BYTES = 64 * KIB  # asyncio's 256 KiB costs a memory map per read: a factor of three in lockstep traffic
+SOCKET_BACKLOG = 512  # connections waiting for accept(): a whole site reconnecting at once
+BIND_RETRY_SECS = 0.25  # a port held by the agent that we replace is free within moments
+GRACEFUL_CLOSE_SECS = 5.0  # a device connection that is closed by us may finish what is being stored
+STOP_ANSWER_SECS = 3.0  # at shutdown, wait this long for answers that devices are waiting for
+STOP_SECS = 9.0  # the whole clean stop; service managers kill after 10 s
+
+COMMIT_MESSAGES = 4096  # messages in one transaction: bounds the latency of the one behind
+COMMIT_BYTES = 16 * MIB  # the same for large messages
+UNCOMMITTED_BYTES = 32 * MIB  # received but not yet on disk; above it devices are no longer read
+UNCOMMITTED_MESSAGES = 16_384  # the same for small messages
+LAZY_SECS = 0.1  # finished rows are marked with the next batch, or after this time
+WINDOW_MESSAGES = 8192  # queued messages of a channel known in memory; the rest stays on disk
+WINDOW_BYTES = 4 * MIB  # bodies among them that are kept in memory
+INFLIGHT_BYTES = 16 * MIB  # of one channel with the server at once
+REFILL_MESSAGES = 1024  # rows read from disk in one go: a few ms of the interpreter
+PAGE_BYTES = 8192  # SQLite page: large messages want large pages, random control ids small ones
+CHECKPOINT_PAGES = 2000  # 16 MiB of WAL: more gives stalls of 30-100 ms
+STORE_REOPEN_SECS = 5.0  # a store that cannot be opened is tried again
+DISK_RESERVE_BYTES = 64 * MIB  # kept free so that settling and logging go on when the disk fills up
+SWEEP_ROWS = 1000  # rows deleted in one transaction: an ACK never waits for the sweeper
+
+HTTP_TIMEOUT_SECS = 30.0  # one HTTP request; uploads of images set their own
+HTTP_ATTEMPTS = 3  # uplink contract 1: 429, 5xx and network errors
+TOKEN_MARGIN_SECS = 300.0  # refresh this long before the token expires
+TOKEN_REFRESH_SPACING_SECS = 5.0  # a server that hands out nearly expired tokens must not be asked per message
+CONNECT_TIMEOUT_SECS = 10.0  # TCP, proxy, TLS and WebSocket handshake together
+RECONNECT_BASE_SECS, RECONNECT_MAX_SECS = 1.0, 10.0  # full jitter between 0 and base * 2^n, capped
+STABLE_SECS = 5.0  # a connection that lived this long resets the back-off
+SERVER_FIRST_SECS = 5.0  # at start the server is asked for the configuration before the saved one is used
+UPLINK_FRAME_BYTES = 64 * MIB  # the largest frame we accept from the server
+UPLINK_BUFFER_BYTES = MIB  # unsent bytes in the socket above which no further message is handed to it
+MAX_STATS_SAMPLES = 1000  # round trips kept per channel
+LOG_FLUSH_BYTES = MIB  # channel log lines in memory before they are written at once
+LOG_PAGE_MAX = 1000  # entries of one $fetch-logs
+LOG_BLOCK_BYTES = 64 * KIB  # log files are read backwards in blocks of this size
+
+T = TypeVar("T")
+Json = dict[str, Any]
+
+
+def now_ms() -> int:
+    """Epoch milliseconds: the unit of every time in the store."""
+    return time.time_ns() // 1_000_000
+
+
+# =====================================================================================================================
+# Errors
+#
+# One root. LocalError: our side (configuration, disk). PeerError: theirs, with the answer to send.
+# =====================================================================================================================
+
+
+class AgentError(Exception):
+    """The root: its text is written for the person who must act on it and holds no patient data."""
+
+
+class LocalError(AgentError):
+    """Something on our side: a setting, a file, the disk."""
+
+
+class ConfigError(LocalError):
+    """A configuration that cannot be used; `problems` lists everything that is wrong with it."""
+
+    def __init__(self, problems: Sequence[str]):
+        super().__init__("; ".join(problems))
+        self.problems = tuple(problems)
+
+
+class StorageError(LocalError):
+    """The store cannot take a message; the text says why and goes to the device in MSA-3."""
+
+
+class PeerError(AgentError):
+    """The peer broke the rules; `code` is the kind of HL7 refusal it earns (R reject, E error)."""
+
+    def __init__(self, text: str, code: str = "R"):
+        super().__init__(text)
+        self.code = code
+
+
+class ServerError(PeerError):
+    """An HTTP request that the server refused; `status` is 0 when it could not be reached."""
+
+    def __init__(self, text: str, status: int = 0):
+        super().__init__(text)
+        self.status = status
+
+
+# =====================================================================================================================
+# Settings
+#
+# One setting, one row: a field of one of four frozen dataclasses. The parser, the checks, `--settings-schema` and
+# README's tables come from the row. Names are the wire's own (camelCase). Precedence for a channel, field by field:
+# Endpoint address, then the Agent setting named in `agent=`, then the default. May touch: files, environment.
+# =====================================================================================================================
+
+LEVELS = ("NONE", "ERROR", "WARN", "INFO", "DEBUG")
+RETRY_MODES = ("none", "normal", "guaranteed")
+
+
+def setting(
+    default: T,
+    label: str,
+    meaning: str,
+    *,
+    low: float | None = None,
+    high: float | None = None,
+    choices: tuple[str, ...] = (),
+    agent: str = "",
+    env: str = "",
+) -> T:
+    """One row of the table of settings: `agent` names the Agent setting a channel falls back to."""
+    row = {"label": label, "meaning": meaning, "low": low, "high": high, "choices": choices, "agent": agent, "env": env}
+    return typing.cast(T, dataclasses.field(default=typing.cast(Any, default), metadata=row))
+
+
+# fmt: off
+# fmt: off - a table: one row a setting
+@dataclasses.dataclass(frozen=True)
+class LoggerSettings:
+    """`logger.main.*` and `logger.channel.*`; `[logger.main]` in agent.toml."""
+
+    logLevel: str = setting("INFO", "Level", "least severe level that is written", choices=LEVELS)
+    logDir: str = setting("", "Directory", "where the log files go; default: the state directory")
+    maxFileSizeMb: int = setting(10, "File size", "a file is rotated above this size (MiB)", low=1)
+    filesToKeep: int = setting(10, "Files kept", "newest files kept, older ones are deleted", low=1)
+
+
+@dataclasses.dataclass(frozen=True)
+class ProcessSettings:
+    """What one agent process needs to start: arguments, then environment, then agent.toml or agent.properties."""
+
+    baseUrl: str = setting("", "Server", "base URL of the Medplum server", env="MEDPLUM_BASE_URL")
+    clientId: str = setting("", "Client id", "id of the ClientApplication", env="MEDPLUM_CLIENT_ID")
+    clientSecret: str = setting("", "Client secret", "secret of the ClientApplication", env="MEDPLUM_CLIENT_SECRET")
+    agentId: str = setting("", "Agent id", "id of the Agent resource", env="MEDPLUM_AGENT_ID")
+    logLevel: str = setting("", "Log level", "level of both logs", choices=LEVELS, env="MEDPLUM_LOG_LEVEL")
+    clientSecretFile: str = setting("", "Secret file",
+        "file that holds the client secret, instead of clientSecret", env="MEDPLUM_CLIENT_SECRET_FILE")
+    caFile: str = setting("", "CA file", "PEM file of further certificate authorities to trust", env="MEDPLUM_CA_FILE")
+    stateDir: str = setting("", "State directory",
+        "queue, logs and last configuration; default: see below", env="MEDPLUM_STATE_DIR")
+    heartbeatSecs: float = setting(10.0, "Heartbeat", "seconds between heartbeats; two unanswered reconnect", low=0.1)
+    compression: bool = setting(False, "Compression", "compress the uplink (costs 30-60 % of its speed)")
+
+
+@dataclasses.dataclass(frozen=True)
+class AgentSettings:
+    """`Agent.setting[]`: the first entry of a name counts, and only its value member of the right type."""
+
+    keepAlive: bool = setting(False, "Keep alive", "keep outbound device connections open and reuse them")
+    maxClientsPerRemote: int = setting(5, "Clients per remote",
+        "outbound connections per device; 1 with keepAlive", low=1)
+    logStatsFreqSecs: int = setting(-1, "Stats in the log",
+        "seconds between two stats lines in the main log; -1 is off")
+    durableQueue: bool = setting(True, "Durable queue", "accepted for compatibility: the queue is always on")
+    queueDbPath: str = setting("", "Queue file",
+        "path of the queue; default: in the state directory; read at start only")
+    queueRetentionDays: int = setting(7, "Retention", "days that finished messages are kept", low=0)
+    queueRetentionMaxMb: int = setting(512, "Retention size",
+        "finished messages go, oldest first, above this size (MiB)", low=1)
+    queueErroredRetentionDays: int = setting(90, "Dead-letter retention",
+        "least days that dead letters are kept", low=0)
+    queueSweepIntervalSecs: int = setting(3600, "Sweep interval", "seconds between two retention sweeps", low=1)
+    queueMaxMb: int = setting(0, "Queue limit",
+        "queue size (MiB) above which devices get CE/AE; 0: until the disk is nearly full", low=0)
+    channelRetryMode: str = setting("", "Retry mode", "default of retryMode for all channels", choices=RETRY_MODES)
+    channelAutoRetryBaseDelayMs: int = setting(1000, "Retry base delay", "first back-off (ms)", low=1)
+    channelAutoRetryMaxDelayMs: int = setting(60_000, "Retry delay limit", "largest back-off (ms)", low=1)
+    channelAutoRetryMaxAttempts: int = setting(20, "Retry attempts",
+        "tries before a message becomes a dead letter; 0: no limit", low=0)
+    channelAutoRetryBackoffMultiplier: float = setting(2.0, "Retry multiplier", "growth of the back-off", low=1)
+    channelMaxWorkers: int = setting(64, "Workers", "messages of a channel in flight at once", low=1, high=500)
+    channelLogicalChannelKey: str = setting("", "Ordering key", "default of logicalChannelKey for all channels")
+    deadLetterAfterHours: int = setting(72, "Dead-letter age",
+        "hours of failed tries after which a message becomes a dead letter; 0: no limit", low=0)
+    botErrorAck: str = setting("AE", "Answer to a Bot failure",
+        "default of botErrorAck for all channels", choices=("AE", "AR", "none"))
+    botEmptyAck: str = setting("AA", "Answer of a silent Bot",
+        "default of botEmptyAck for all channels", choices=("AA", "AE", "none"))
+    strictConfigValidation: bool = setting(False, "Strict validation", "a configuration warning rejects the reload")
+
+
+@dataclasses.dataclass(frozen=True)
+class Hl7Settings:
+    """Query parameters of an `mllp://` Endpoint address."""
+
+    encoding: str = setting("utf-8", "Encoding", "character encoding of the device")
+    enhanced: str = setting("", "Enhanced mode",
+        "`true`: CA when stored, Bot's answer later; `aa`: AA when stored", choices=("true", "aa"))
+    appLevelAck: str = setting("AL", "Application ACK",
+        "which of the Bot's answers pass in enhanced mode", choices=("AL", "ER", "NE", "SU"))
+    assignSeqNo: bool = setting(False, "Sequence number", "write a running number into MSH-13")
+    messagesPerMin: int = setting(0, "Rate limit", "messages a minute read from one connection; 0: no limit")
+    duplicateBehavior: str = setting("idempotent", "Duplicates",
+        "a control id seen before: `idempotent` answers equal bytes as before and rejects others, `reject` "
+        "rejects both, `accept` treats every message as new",
+        choices=("idempotent", "reject", "accept"))
+    retryMode: str = setting("", "Retry mode",
+        "what is tried again; without it: as `guaranteed`, and a Bot's AE goes to the device",
+        choices=RETRY_MODES, agent="channelRetryMode")
+    autoRetryBaseDelayMs: int = setting(1000, "Retry base delay",
+        "first back-off (ms)", low=1, agent="channelAutoRetryBaseDelayMs")
+    autoRetryMaxDelayMs: int = setting(60_000, "Retry delay limit",
+        "largest back-off (ms)", low=1, agent="channelAutoRetryMaxDelayMs")
+    autoRetryMaxAttempts: int = setting(20, "Retry attempts",
+        "tries before a message becomes a dead letter; 0: no limit", low=0, agent="channelAutoRetryMaxAttempts")
+    autoRetryBackoffMultiplier: float = setting(2.0, "Retry multiplier",
+        "growth of the back-off", low=1, agent="channelAutoRetryBackoffMultiplier")
+    deadLetterAfterHours: int = setting(72, "Dead-letter age",
+        "hours of failed tries after which a message becomes a dead letter; 0: no limit",
+        low=0, agent="deadLetterAfterHours")
+    logicalChannelKey: str = setting("", "Ordering key",
+        "fields such as `PID-3.1,MSH-4` whose equal values stay in order; default: the patient",
+        agent="channelLogicalChannelKey")
+    maxWorkers: int = setting(64, "Workers",
+        "messages in flight at once; 1 keeps the whole channel in order", low=1, high=500, agent="channelMaxWorkers")
+    botErrorAck: str = setting("AE", "Answer to a Bot failure",
+        "MSA-1 sent in original mode when the Bot failed", choices=("AE", "AR", "none"), agent="botErrorAck")
+    botEmptyAck: str = setting("AA", "Answer of a silent Bot",
+        "MSA-1 sent in original mode when the Bot returned nothing", choices=("AA", "AE", "none"), agent="botEmptyAck")
+    ackFormat: str = setting("standard", "ACK bytes",
+        "`reference` leaves the last carriage return away", choices=("standard", "reference"))
+    responseTimeoutSecs: float = setting(60.0, "Response time-out", "seconds to wait for the Bot's answer", low=0.1)
+    maxMessageBytes: int = setting(16 * MIB, "Message size", "larger messages are rejected (bytes)", low=1024)
+    maxConnections: int = setting(1000, "Connections", "device connections at once", low=1)
+    idleTimeoutSecs: float = setting(0.0, "Idle time-out",
+        "a silent connection is closed after so many seconds; 0: never", low=0)
+    frameTimeoutSecs: float = setting(60.0, "Frame time-out",
+        "a connection that stops inside a message is closed after so many seconds; 0: never", low=0)
+
+
+# fmt: on
+
+# fmt: on
+
+
+def rows_of(cls: type[Any]) -> dict[str, dataclasses.Field[Any]]:
+    """The rows of a settings class by name."""
+    return {row.name: row for row in dataclasses.fields(cls)}
+
+
+def kind_of(row: dataclasses.Field[Any]) -> str:
+    """`string`, `boolean`, `integer` or `decimal`: also the FHIR value[x] member, `value<Kind>`."""
+    return {"str": "string", "bool": "boolean", "int": "integer", "float": "decimal"}[str(row.type)]
+
+
+def parse_setting(row: dataclasses.Field[Any], value: Any) -> Any:
+    """The checked value of a row, from text or from a typed member; ValueError says what is allowed."""
+    kind, meta = kind_of(row), row.metadata
+    if kind == "boolean":
+        return value if isinstance(value, bool) else str(value).strip().lower() == "true"
+    if kind == "string":
+        return _parse_choice(str(value).strip(), meta["choices"])
+    if isinstance(value, bool):
+        raise ValueError("is not a number")
+    try:
+        number = float(value) if kind == "decimal" else int(str(value).strip())
+    except ValueError:
+        raise ValueError("is not a number" if kind == "decimal" else "is not a whole number") from None
+    if not math.isfinite(number) or (meta["low"] is not None and number < meta["low"]):
+        raise ValueError(f"must be at least {meta['low']:g}")
+    return number
+
+
+def _parse_choice(text: str, choices: tuple[str, ...]) -> str:
+    match = next((choice for choice in choices if choice.lower() == text.lower()), None)
+    if not choices or match:
+        return match or text
+    raise ValueError(f"must be one of {', '.join(choices)}")
+
+
+# --- the process: arguments, environment, agent.toml, agent.properties -----------------------------------------------
+
+ARGUMENTS = ("baseUrl", "clientId", "clientSecret", "agentId", "logLevel")
+
+
+class Source(NamedTuple):
+    """Where values came from, said in errors."""
+
+    name: str
+    values: Mapping[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class ProcessConfig:
+    """A process that can start: checked settings of the process and its two loggers, and warnings to log."""
+
+    settings: ProcessSettings
+    main_log: LoggerSettings
+    channel_log: LoggerSettings
+    warnings: tuple[str, ...]
+
+    @property
+    def state_dir(self) -> Path:
+        """The folder of queue, logs and saved configuration: one for each Agent."""
+        if self.settings.stateDir:
+            return Path(self.settings.stateDir)
+        return default_state_root() / self.settings.agentId
+
+
+def default_state_root() -> Path:
+    """systemd's StateDirectory, else the platform's place for the state of a service or of a user."""
+    if given := os.environ.get("STATE_DIRECTORY"):
+        return Path(given.split(":")[0])
+    if sys.platform == "win32":
+        return Path(os.environ.get("PROGRAMDATA", r"C:\ProgramData")) / "MedplumAgent"
+    if os.geteuid() == 0:
+        return Path(
+            "/Library/Application Support/MedplumAgent" if sys.platform == "darwin" else "/var/lib/medplum-agent"
+        )
+    if sys.platform == "darwin":
+        return Path.home() / "Library/Application Support/MedplumAgent"
+    return Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local/state") / "medplum-agent"
+
+
+def parse_properties(text: str) -> dict[str, str]:
+    """`key=value` lines; `=` may occur in a value, `#` and `!` start a comment, there are no escapes."""
+    pairs = (line.split("=", 1) for line in text.lstrip("\ufeff").splitlines() if "=" in line)
+    return {key.strip(): value.strip() for key, value in pairs if not key.lstrip().startswith(("#", "!"))}
+
+
+def _flatten(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in table.items():
+        flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return flat
+
+
+def read_config_file(path: Path) -> Source:
+    """agent.toml or agent.properties, flat; ConfigError when it cannot be read or parsed."""
+    try:
+        text = path.read_bytes().decode("utf-8-sig")
+        values = parse_properties(text) if path.suffix == ".properties" else _flatten(tomli.loads(text))
+    except (OSError, ValueError) as error:  # tomli's and Unicode's errors are ValueErrors
+        raise ConfigError([f"cannot read the configuration file {path}: {error}"]) from None
+    return Source(str(path), values)
+
+
+def find_config_file(given: str | None) -> Source | None:
+    """--config, else agent.toml, else agent.properties in the working directory."""
+    if given:
+        return read_config_file(Path(given))
+    return next((read_config_file(p) for n in ("agent.toml", "agent.properties") if (p := Path(n)).is_file()), None)
+
+
+def resolve_process(
+    arguments: Sequence[str], options: Mapping[str, str], environ: Mapping[str, str], config_file: str | None
+) -> ProcessConfig:
+    """The settings of this process from all sources; ConfigError lists everything that is wrong or missing."""
+    rows = rows_of(ProcessSettings)
+    sources = [
+        Source("the command line", dict(zip(ARGUMENTS, arguments, strict=False)) | dict(options)),
+        Source(
+            "the environment",
+            {n: environ[r.metadata["env"]] for n, r in rows.items() if environ.get(r.metadata["env"])},
+        ),
+    ]
+    if found := find_config_file(config_file):
+        sources.append(found)
+    problems: list[str] = []
+    values = {name: value for name, row in rows.items() if (value := _first_value(row, sources, problems)) is not None}
+    _read_secret_file(values, problems)
+    _check_process(values, sources, problems)
+    if problems:
+        raise ConfigError(problems)
+    warnings: list[str] = []
+    settings = ProcessSettings(**values)
+    main, channel = (_logger_settings(which, found, settings.logLevel, warnings) for which in ("main", "channel"))
+    return ProcessConfig(settings, main, channel, tuple(warnings))
+
+
+def _first_value(row: dataclasses.Field[Any], sources: Sequence[Source], problems: list[str]) -> Any:
+    for source in sources:
+        if row.name not in source.values:
+            continue
+        try:
+            return parse_setting(row, source.values[row.name])
+        except ValueError as error:
+            shown = "" if "ecret" in row.name else f" '{source.values[row.name]}'"
+            problems.append(f"{row.name}{shown} (from {source.name}) {error}")
+            return None
+    return None
+
+
+def _read_secret_file(values: dict[str, Any], problems: list[str]) -> None:
+    path = values.get("clientSecretFile")
+    if not path or values.get("clientSecret"):
+        return
+    try:
+        values["clientSecret"] = Path(path).read_text("utf-8-sig").strip()
+    except (OSError, ValueError) as error:
+        problems.append(f"clientSecretFile {path} cannot be read: {error}")
+
+
+def _check_process(values: dict[str, Any], sources: Sequence[Source], problems: list[str]) -> None:
+    said = " ".join(problems)
+    for position, name in enumerate(ARGUMENTS[:4], 1):
+        if not values.get(name) and name not in said:
+            env = rows_of(ProcessSettings)[name].metadata["env"]
+            problems.append(f"{name} is missing: give it as argument {position}, as {env}, or as {name} in agent.toml")
+    url = values.get("baseUrl", "")
+    where = next((s.name for s in sources if "baseUrl" in s.values), "")
+    if url and not re.match(r"https?://[^/]", url):
+        problems.append(f"baseUrl '{url}' (from {where}) must start with http:// or https:// and name a host")
+    if (agent_id := values.get("agentId")) and not re.fullmatch(r"[A-Za-z0-9\-.]{1,64}", agent_id):
+        problems.append(f"agentId '{agent_id}' is not the id of a FHIR resource (letters, digits, - and .)")
+    if (ca := values.get("caFile")) and not Path(ca).is_file():
+        problems.append(f"caFile {ca} does not exist")
+
+
+def _logger_settings(which: str, found: Source | None, level: str, warnings: list[str]) -> LoggerSettings:
+    values: dict[str, Any] = {}
+    for name, row in rows_of(LoggerSettings).items():
+        key = f"logger.{which}.{name}"
+        if found is None or key not in found.values:
+            continue
+        try:
+            values[name] = parse_setting(row, found.values[key])
+        except ValueError as error:
+            warnings.append(f"{key} '{found.values[key]}' (from {found.name}) {error}; the default is used")
+    if level:
+        values["logLevel"] = level
+    return LoggerSettings(**values)
+
+
+# --- the Agent and its Endpoints -> a frozen plan --------------------------------------------------------------------
+
+PROTOCOLS = {"mllp": "HL7"}  # by prefix of the address; byte streams and DICOM come with their own sections
+
+
+@dataclasses.dataclass(frozen=True)
+class ChannelPlan:
+    """One channel as it shall run. `given` names the settings that were written out somewhere."""
+
+    name: str
+    address: str
+    protocol: str
+    host: str
+    port: int
+    active: bool
+    settings: Hl7Settings
+    given: frozenset[str]
+
+    @property
+    def bind(self) -> tuple[str, int]:
+        return self.host, self.port
+
+    @property
+    def workers(self) -> int:
+        """A sequence number means order, so assignSeqNo alone implies one message in flight."""
+        return 1 if self.settings.assignSeqNo and "maxWorkers" not in self.given else self.settings.maxWorkers
+
+    @property
+    def key_spec(self) -> str:
+        """What orders the channel: `*` its whole feed, a logical channel key, or `` the patient."""
+        return "*" if self.workers == 1 else self.settings.logicalChannelKey
+
+    @property
+    def retry_mode(self) -> str:
+        """The written mode, else `original` or `enhanced`: the delivery's defaults for the two HL7 modes."""
+        return self.settings.retryMode or ("enhanced" if self.settings.enhanced else "original")
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """A whole configuration that can be applied, and the resources it was made from."""
+
+    status: str
+    settings: AgentSettings
+    channels: tuple[ChannelPlan, ...]
+    warnings: tuple[str, ...]
+    agent: Json
+    endpoints: tuple[Json, ...]
+
+
+def agent_settings(agent: Json, warnings: list[str]) -> tuple[AgentSettings, frozenset[str]]:
+    """`Agent.setting[]` parsed; bad values are warned about and left at their default."""
+    rows, values = rows_of(AgentSettings), dict[str, Any]()
+    for entry in agent.get("setting") or []:
+        name = entry.get("name") if isinstance(entry, dict) else None
+        row = rows.get(name) if isinstance(name, str) else None
+        if row is None or row.name in values:
+            continue
+        value = entry.get("value" + kind_of(row).capitalize())
+        if value is None and kind_of(row) == "decimal":
+            value = entry.get("valueInteger")
+        if value is None:
+            warnings.append(f"setting {name} needs a value{kind_of(row).capitalize()}; the default is used")
+            continue
+        try:
+            values[row.name] = _clamped(row, parse_setting(row, value), f"setting {name}", warnings)
+        except ValueError as error:
+            warnings.append(f"setting {name} '{value}' {error}; the default is used")
+    return AgentSettings(**values), frozenset(values)
+
+
+def _clamped(row: dataclasses.Field[Any], value: Any, what: str, warnings: list[str]) -> Any:
+    high = row.metadata["high"]
+    if high is None or value <= high:
+        return value
+    warnings.append(f"{what} {value} is above the limit and was set to {high}")
+    return high
+
+
+def channel_settings(
+    query: str, where: str, defaults: AgentSettings, given: frozenset[str], warnings: list[str]
+) -> tuple[Hl7Settings, frozenset[str]]:
+    """The parameters of one mllp:// address over the Agent's settings; ConfigError for what cannot run."""
+    parameters = dict(reversed(urllib.parse.parse_qsl(query, keep_blank_values=True)))  # the first of a name counts
+    rows, values, written = rows_of(Hl7Settings), dict[str, Any](), set[str]()
+    for name, row in rows.items():
+        if (fallback := row.metadata["agent"]) in given:
+            values[name] = getattr(defaults, fallback)
+            written.add(name)
+        if name not in parameters:
+            continue
+        try:
+            text = _leading_integer(parameters[name]) if name == "messagesPerMin" else parameters[name]
+            values[name] = _clamped(row, parse_setting(row, text), f"{where}: {name}", warnings)
+            written.add(name)
+        except ValueError as error:
+            warnings.append(f"{where}: {name} '{parameters[name]}' {error}; it is ignored")
+    warnings += [f"{where}: unknown parameter '{name}' is ignored" for name in parameters if name not in rows]
+    _check_hl7(values, where, warnings)
+    return Hl7Settings(**values), frozenset(written)
+
+
+def _leading_integer(text: str) -> str:
+    match = re.match(r"\s*[+-]?\d+", text)
+    return match.group() if match else text
+
+
+def _check_hl7(values: dict[str, Any], where: str, warnings: list[str]) -> None:
+    encoding = values.get("encoding", "utf-8")
+    try:
+        framed = "\x1c\r".encode(codecs.lookup(encoding).name) == b"\x1c\r"
+    except (LookupError, ValueError):
+        raise ConfigError(
+            [f"{where}: encoding '{encoding}' is unknown; use a name such as utf-8, iso-8859-1 or windows-1252"]
+        ) from None
+    if not framed:
+        raise ConfigError(
+            [f"{where}: encoding '{encoding}' cannot be framed by MLLP; use utf-8 or a single-byte encoding"]
+        )
+    base, limit = values.get("autoRetryBaseDelayMs", 1000), values.get("autoRetryMaxDelayMs", 60_000)
+    if limit < base:
+        warnings.append(f"{where}: autoRetryMaxDelayMs {limit} is below the base delay and was set to {base}")
+        values["autoRetryMaxDelayMs"] = base
+    if values.get("logicalChannelKey"):
+        try:
+            parse_key(values["logicalChannelKey"])
+        except ValueError as error:
+            warnings.append(f"{where}: logicalChannelKey {error}; it is ignored")
+            values["logicalChannelKey"] = ""
+    if values.get("assignSeqNo") and values.get("maxWorkers", 1) > 1:
+        warnings.append(f"{where}: assignSeqNo with maxWorkers above 1: numbers may reach the server out of order")
+
+
+class FieldPath(NamedTuple):
+    """One part of a logical channel key; indices start at 1, 0 means the whole."""
+
+    segment: str
+    field: int
+    component: int
+    subcomponent: int
+
+
+@functools.cache
+def parse_key(spec: str) -> tuple[FieldPath, ...]:
+    """`SEG-field[.component[.subcomponent]]`, comma separated; ValueError names the bad part."""
+    paths = []
+    for token in spec.split(","):
+        match = re.fullmatch(r"([A-Z][A-Z0-9]{2})-([1-9]\d*)(?:\.([1-9]\d*))?(?:\.([1-9]\d*))?", token.strip())
+        if not match:
+            raise ValueError(f"'{token.strip()}' is not of the form PID-3 or PID-3.1")
+        segment, *indices = match.groups()
+        paths.append(FieldPath(str(segment), *(int(index or 0) for index in indices)))
+    return tuple(paths)
+
+
+def channel_plan(
+    name: str, endpoint: Json, settings: AgentSettings, given: frozenset[str], warnings: list[str]
+) -> ChannelPlan:
+    """One `Agent.channel[]` with its Endpoint; ConfigError names the channel and what is wrong."""
+    address = endpoint.get("address") or ""
+    if not address:
+        raise ConfigError([f"Invalid empty endpoint address for channel '{name}'"])
+    protocol = next((p for prefix, p in PROTOCOLS.items() if address.startswith(prefix)), None)
+    if protocol is None:
+        raise ConfigError(
+            [f"channel '{name}': unsupported endpoint type '{address.split(':')[0]}' in {address}; supported: mllp"]
+        )
+    try:
+        url = urllib.parse.urlsplit(address)
+        port = url.port
+    except ValueError as error:
+        raise ConfigError([f"channel '{name}': invalid address {address}: {error}"]) from None
+    if not port:
+        raise ConfigError([f"channel '{name}': the address {address} needs a port from 1 to 65535"])
+    where = f"channel '{name}'"
+    parsed, written = channel_settings(url.query, where, settings, given, warnings)
+    active = endpoint.get("status") != "off"
+    return ChannelPlan(name, address, protocol, url.hostname or "", port, active, parsed, written)
+
+
+def build_plan(agent: Json, endpoints: Mapping[str, Json | AgentError]) -> tuple[Plan, list[str]]:
+    """The plan of an Agent resource, and every problem in it. `endpoints` is keyed by reference.
+
+    A channel with a problem is left out of the plan: a reload refuses such a plan, a first start runs the rest.
+    """
+    warnings: list[str] = []
+    problems: list[str] = []
+    settings, given = agent_settings(agent, warnings)
+    status = str(agent.get("status") or "")
+    channels: dict[str, ChannelPlan] = {}
+    for entry in (agent.get("channel") or []) if status != "off" else []:
+        try:
+            name, endpoint = _resolve_channel(entry, endpoints, channels)
+            plan = channel_plan(name, endpoint, settings, given, warnings)
+            _check_port(plan, channels)
+            channels[name] = plan
+        except ConfigError as error:
+            problems += error.problems
+    if settings.strictConfigValidation:
+        problems += warnings
+    known = tuple(endpoint for endpoint in endpoints.values() if isinstance(endpoint, dict))
+    return Plan(status, settings, tuple(channels.values()), tuple(warnings), agent, known), problems
+
+
+def _resolve_channel(
+    entry: Json, endpoints: Mapping[str, Json | AgentError], channels: Mapping[str, ChannelPlan]
+) -> tuple[str, Json]:
+    name = str(entry.get("name") or "")
+    if not name:
+        raise ConfigError(["a channel of the Agent has no name"])
+    if name in channels:
+        raise ConfigError([f"two channels are named '{name}'"])
+    reference = (entry.get("endpoint") or {}).get("reference") or ""
+    endpoint = endpoints.get(reference)
+    if not isinstance(endpoint, dict):
+        raise ConfigError([f"channel '{name}': {endpoint or 'it has no Endpoint'} ({reference or 'no reference'})"])
+    return name, endpoint
+
+
+def _check_port(plan: ChannelPlan, channels: Mapping[str, ChannelPlan]) -> None:
+    if clash := next((other for other in channels.values() if other.port == plan.port), None):
+        raise ConfigError(
+            [
+                f"Invalid agent config. Both '{clash.name}' ({clash.address}) and '{plan.name}' ({plan.address}) "
+                f"declare use of port {plan.port}"
+            ]
+        )
+
+
+def endpoint_references(agent: Json) -> list[str]:
+    """The distinct Endpoint references of an Agent, in order; none when it is off."""
+    entries = (agent.get("channel") or []) if agent.get("status") != "off" else []
+    references = [(entry.get("endpoint") or {}).get("reference") for entry in entries]
+    return list(dict.fromkeys(reference for reference in references if reference))
+
+
+SETTING_GROUPS: tuple[tuple[str, str, type[Any]], ...] = (
+    ("process", "Process: argument, environment or agent.toml", ProcessSettings),
+    ("logger", "Logs: `logger.main.*` and `logger.channel.*`", LoggerSettings),
+    ("agent", "Agent settings: `Agent.setting[]`", AgentSettings),
+    ("hl7", "HL7 channels: parameters of an `mllp://` address", Hl7Settings),
+)
+
+
+def settings_schema() -> Json:
+    """Every setting as one JSON document: `--settings-schema`."""
+    rows = [
+        {
+            "name": row.name,
+            "type": kind_of(row),
+            "label": row.metadata["label"],
+            "description": row.metadata["meaning"],
+            "category": category,
+            "default": row.default,
+            "min": row.metadata["low"],
+            "max": row.metadata["high"],
+            "choices": list(row.metadata["choices"]),
+            "env": row.metadata["env"],
+            "agentSetting": row.metadata["agent"],
+        }
+        for category, _, cls in SETTING_GROUPS
+        for row in dataclasses.fields(cls)
+    ]
+    return {
+        "agentVersion": VERSION,
+        "settings": [{k: v for k, v in row.items() if v not in (None, "", [])} for row in rows],
+    }
+
+
+def settings_markdown() -> str:
+    """The same as README's tables."""
+    lines: list[str] = []
+    for _, title, cls in SETTING_GROUPS:
+        lines += [f"### {title}", "", "| Name | Type | Default | Meaning |", "| --- | --- | --- | --- |"]
+        for row in dataclasses.fields(cls):
+            choices = (
+                f" ({', '.join(f'`{choice}`' for choice in row.metadata['choices'])})"
+                if row.metadata["choices"]
+                else ""
+            )
+            default = f"`{json.dumps(row.default)}`" if row.default != "" else ""
+            env = f"; `{row.metadata['env']}`" if row.metadata["env"] else ""
+            agent = f"; Agent setting `{row.metadata['agent']}`" if row.metadata["agent"] else ""
+            lines.append(
+                f"| `{row.name}` | {kind_of(row)} | {default} | {row.metadata['meaning']}{choices}{env}{agent} |"
+            )
+        lines.append("")
+    return "\n".join(lines)
+
+
+# =====================================================================================================================
+# Logs
+#
+# Two logs as JSON lines, each a rotating file: the main log says what the agent does and never holds patient data
+# (messages are named by their row number in the queue); the channel log holds the messages. On a terminal the main
+# log is shown as readable lines. Lines of the channel log are gathered in memory and written off the hot path.
+# =====================================================================================================================
+
+LOG_FILE = re.compile(r"medplum-agent-(main|channels)-(\d{4}-\d\d-\d\d)\.log(?:\.(\d+))?")
+SEVERITY: Final = {level: rank for rank, level in enumerate(LEVELS)}
+
+
+class Log:
+    """One rotating log. `console` gets every line as well; a `directory` of None means console only."""
+
+    def __init__(
+        self,
+        name: str,
+        settings: LoggerSettings,
+        directory: Path | None,
+        console: io.TextIOBase | typing.TextIO | None,
+        lazy: bool = False,
+    ):
+        self.name, self.directory, self.lazy = name, directory, lazy
+        self._settings, self._console = settings, console
+        self._rank = SEVERITY[settings.logLevel]
+        self._lines: list[bytes] = []
+        self._bytes = 0
+        self._lock, self._write_lock = threading.Lock(), threading.Lock()
+        self._file: io.BufferedWriter | None = None
+        self._day = ""
+
+    def enabled(self, level: str) -> bool:
+        return SEVERITY[level] <= self._rank
+
+    def error(self, text: str, **extra: Any) -> None:
+        self._write("ERROR", text, extra)
+
+    def warn(self, text: str, **extra: Any) -> None:
+        self._write("WARN", text, extra)
+
+    def info(self, text: str, **extra: Any) -> None:
+        self._write("INFO", text, extra)
+
+    def debug(self, text: str, **extra: Any) -> None:
+        self._write("DEBUG", text, extra)
+
+    def _write(self, level: str, text: str, extra: Json) -> None:
+        if SEVERITY[level] > self._rank:
+            return
+        moment = datetime.datetime.now(datetime.UTC)
+        stamp = f"{moment:%Y-%m-%dT%H:%M:%S}.{moment.microsecond // 1000:03d}Z"
+        line = dump_json({"level": level, "msg": text.replace("\r", "\n"), "timestamp": stamp, **extra}) + b"\n"
+        with self._lock:
+            self._lines.append(line)
+            self._bytes += len(line)
+        if self._console is not None:
+            self._show(level, stamp, text, line)
+        if not self.lazy or self._bytes > LOG_FLUSH_BYTES:
+            self.flush()
+
+    def _show(self, level: str, stamp: str, text: str, line: bytes) -> None:
+        assert self._console is not None
+        shown = f"{stamp[11:19]} {level:5} {text}" if self._console.isatty() else line.decode().rstrip()
+        with contextlib.suppress(OSError, ValueError):  # a closed terminal must not stop the agent
+            print(shown, file=self._console, flush=True)
+
+    def flush(self) -> None:
+        """Write what is gathered. A log that cannot be written (disk full) never stops the agent."""
+        with self._write_lock:
+            with self._lock:
+                lines, self._lines, self._bytes = self._lines, [], 0
+            if not lines or self.directory is None:
+                return
+            try:
+                self._rotate()
+                assert self._file is not None
+                self._file.write(b"".join(lines))
+                self._file.flush()
+            except OSError:
+                self._file = None
+
+    def _rotate(self) -> None:
+        today = f"{datetime.datetime.now().astimezone():%Y-%m-%d}"
+        limit = self._settings.maxFileSizeMb * MIB
+        if self._file is not None and self._day == today and self._file.tell() < limit:
+            return
+        assert self.directory is not None
+        self._day, suffix = today, 0
+        self.close_file()
+        while (path := self._path(today, suffix)).exists() and path.stat().st_size >= limit:
+            suffix += 1
+        self._file = open(path, "ab", opener=lambda p, flags: os.open(p, flags, 0o600))  # noqa: SIM115
+        for old in log_files(self.directory, self.name)[self._settings.filesToKeep :]:
+            old.unlink(missing_ok=True)
+
+    def _path(self, day: str, suffix: int) -> Path:
+        assert self.directory is not None
+        return self.directory / (f"medplum-agent-{self.name}-{day}.log" + (f".{suffix}" if suffix else ""))
+
+    def close_file(self) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+
+def log_files(directory: Path, name: str) -> list[Path]:
+    """The files of one log, newest first."""
+    found = [
+        (m[2], int(m[3] or 0), p) for p in directory.iterdir() if (m := LOG_FILE.fullmatch(p.name)) and m[1] == name
+    ]
+    return [path for _, _, path in sorted(found, reverse=True)]
+
+
+class LogPage(NamedTuple):
+    """Entries newest first, and the cursor of the next older page (None at the end)."""
+
+    entries: list[Json]
+    before: str | None
+
+
+def read_log_page(directory: Path, name: str, limit: int, before: str | None) -> LogPage:
+    """Up to `limit` entries older than the cursor `before`, read backwards; unreadable lines are passed over.
+
+    Raises ValueError for a cursor that is not one of ours. Source: uplink contract 4.12.
+    """
+    start_file, start_offset = _parse_cursor(before)
+    entries: list[Json] = []
+    for path in log_files(directory, name):
+        if start_file and _rotation(path.name) > _rotation(start_file):
+            continue
+        end = start_offset if path.name == start_file else path.stat().st_size
+        for offset, line in _lines_backwards(path, end):
+            entry = _log_entry(line)
+            if entry is None:
+                continue
+            if len(entries) == limit:
+                return LogPage(entries, _cursor(path.name, offset + len(line) + 1))
+            entries.append(entry)
+    return LogPage(entries, None)
+
+
+def _rotation(name: str) -> tuple[str, int]:
+    match = LOG_FILE.fullmatch(name)
+    return (match[2], int(match[3] or 0)) if match else ("", 0)
+
+
+def _cursor(name: str, offset: int) -> str:
+    return base64.urlsafe_b64encode(f"{name}:{offset}".encode()).decode()
+
+
+def _parse_cursor(text: str | None) -> tuple[str, int]:
+    if text is None:
+        return "", 0
+    try:
+        name, offset = base64.urlsafe_b64decode(text.encode()).decode().rsplit(":", 1)
+        if not LOG_FILE.fullmatch(name):
+            raise ValueError(name)
+        return name, int(offset)
+    except ValueError:
+        raise ValueError("Invalid cursor: use the nextBefore of an earlier answer") from None
+
+
+def _log_entry(line: bytes) -> Json | None:
+    try:
+        parsed = load_json(line)
+        return {member: parsed[member] for member in ("level", "msg", "timestamp")}
+    except (ValueError, KeyError, TypeError):
+        return None
+
+
+def _lines_backwards(path: Path, end: int) -> Iterator[tuple[int, bytes]]:
+    """(offset, line without its newline) from `end` to the start of the file."""
+    tail = b""
+    with path.open("rb") as file:
+        while end > 0:
+            start = max(0, end - LOG_BLOCK_BYTES)
+            file.seek(start)
+            block = file.read(end - start) + tail
+            first, *lines = block.split(b"\n")
+            position = start + len(block)
+            for line in reversed(lines):
+                position -= len(line)
+                if line:
+                    yield position, line
+                position -= 1
+            tail, end = first, start
+    if tail:
+        yield 0, tail
+
+
+# =====================================================================================================================
+# HL7
+#
+# HL7 v2 by slicing: the MSH header, single fields by path, acknowledgments, the patient a message belongs to.
+# `hl7.parse` is forty times slower and serves where speed does not matter. Text in, text out; touches nothing.
+# =====================================================================================================================
+
+BARRIER: Final = None  # the ordering key of a message that waits for all before it and holds all behind it
+ACK_TEXT = {
+    "AA": "OK",
+    "AE": "Application Error",
+    "AR": "Application Reject",
+    "CA": "Commit Accept",
+    "CE": "Commit Error",
+    "CR": "Commit Reject",
+}
+# HL7 v2.5.1 chapter 3: swap, merge, move, link and unlink events name more than one patient, visit or account
+MERGE_EVENTS = frozenset(
+    [
+        "A17",
+        "A18",
+        "A24",
+        "A30",
+        "A34",
+        "A35",
+        "A36",
+        "A37",
+        "A39",
+        "A40",
+        "A41",
+        "A42",
+        "A43",
+        "A44",
+        "A45",
+        "A46",
+        "A47",
+        "A48",
+        "A49",
+        "A50",
+        "A51",
+    ]
+)
+_LINE_ENDS = re.compile(r"[\r\n]+")
+_control_ids = itertools.count(time.time_ns() // 1000)  # 16 digits, unique in a process and across restarts
+
+
+def decode_hl7(content: bytes, encoding: str) -> str:
+    """The text of a frame with single carriage returns between segments (channel contract 4.2).
+
+    Raises PeerError when it does not start with MSH and a field separator.
+    """
+    text = content.decode(encoding, "replace")
+    if text[:1] == "\ufeff":
+        text = text[1:]
+    if not text.startswith("MSH") or len(text) < 4 or text[3].isalnum() or text[3] in "\r\n":
+        raise PeerError("Invalid HL7 message: it does not start with MSH and a field separator")
+    return _LINE_ENDS.sub("\r", text) if "\n" in text or "\r\r" in text else text
+
+
+class Header:
+    """The MSH segment: `fields[n - 1]` is MSH-n (HL7 v2.5.1 2.15.9); missing fields read as empty."""
+
+    __slots__ = ("component", "fields", "repetition", "separator")
+
+    def __init__(self, text: str):
+        end = text.find("\r")
+        self.separator = text[3]
+        self.fields = (text if end < 0 else text[:end]).split(self.separator)
+        marks = self.fields[1] if len(self.fields) > 1 else ""
+        self.component, self.repetition = marks[0:1] or "^", marks[1:2] or "~"
+
+    def field(self, number: int) -> str:
+        return self.fields[number - 1] if number <= len(self.fields) else ""
+
+    @property
+    def control_id(self) -> str:
+        return self.fields[9] if len(self.fields) > 9 else ""
+
+    @property
+    def message_type(self) -> str:
+        return self.fields[8] if len(self.fields) > 8 else ""
+
+
+def segments_named(text: str, name: str, separator: str) -> Iterator[str]:
+    """The segments of that name, in order."""
+    mark = f"\r{name}{separator}"
+    at = text.find(mark)
+    while at >= 0:
+        end = text.find("\r", at + 1)
+        yield text[at + 1 :] if end < 0 else text[at + 1 : end]
+        at = text.find(mark, at + 1)
+
+
+def patient_key(text: str, header: Header) -> str | None:
+    """PID-3.1 and PID-3.4 of the one patient of a message; BARRIER when it names none or several."""
+    separator = header.separator
+    trigger = header.message_type.split(header.component)
+    if (len(trigger) > 1 and trigger[1] in MERGE_EVENTS) or f"\rMRG{separator}" in text:
+        return BARRIER
+    found: str | None = None
+    for segment in segments_named(text, "PID", separator):
+        fields = segment.split(separator, 4)
+        parts = fields[3].split(header.repetition, 1)[0].split(header.component) if len(fields) > 3 else [""]
+        number = parts[0].strip()
+        key = f"{number}{header.component}{parts[3].strip() if len(parts) > 3 else ''}"
+        if not number or number == '""' or (found is not None and key != found):
+            return BARRIER
+        found = key
+    return found
+
+
+def logical_key(text: str, header: Header, paths: Sequence[FieldPath]) -> str:
+    """The values at the paths, escaped so that different values never make equal keys (channel contract 6)."""
+    return "|".join(field_at(text, header, path).replace("\\", "\\\\").replace("|", "\\p") for path in paths)
+
+
+def field_at(text: str, header: Header, path: FieldPath) -> str:
+    """First segment of the name, first repetition; without a component the whole field text."""
+    if path.segment == "MSH":
+        value = header.separator if path.field == 1 else header.field(path.field)
+    else:
+        segment = next(segments_named(text, path.segment, header.separator), "")
+        fields = segment.split(header.separator)
+        value = fields[path.field] if path.field < len(fields) else ""
+    if not path.component:
+        return value
+    value = _nth(value.split(header.repetition, 1)[0], header.component, path.component)
+    subcomponent = header.field(2)[3:4] or "&"
+    return _nth(value, subcomponent, path.subcomponent) if path.subcomponent else value
+
+
+def _nth(text: str, separator: str, number: int) -> str:
+    parts = text.split(separator)
+    return parts[number - 1] if number <= len(parts) else ""
+
+
+def ordering_key(text: str, header: Header, spec: str) -> str | None:
+    """The key of a message under ChannelPlan.key_spec."""
+    if spec == "*":
+        return ""
+    return logical_key(text, header, parse_key(spec)) if spec else patient_key(text, header)
+
+
+@functools.lru_cache(maxsize=2)
+def _second_text(second: int) -> str:
+    return time.strftime("%Y%m%d%H%M%S", time.gmtime(second))
+
+
+def hl7_timestamp() -> str:
+    """UTC as YYYYMMDDHHMMSS.mmm (HL7 v2.5.1 2.A.75, DTM)."""
+    second, millisecond = divmod(now_ms(), 1000)
+    return f"{_second_text(second)}.{millisecond:03d}"
+
+
+def build_ack(header: Header, code: str, text: str = "", *, closing: str = "\r") -> str:
+    """MSH and MSA answering `header` (HL7 v2.5.1 2.9.2, channel contract 4.4); `text` goes to MSA-3."""
+    s = header.separator
+    kind = header.message_type.split(header.component)
+    ack_type = "ACK" + "".join(
+        header.component + part for part in ((kind[1], "ACK")[: len(kind) - 1] if len(kind) > 1 and kind[1] else ())
+    )
+    marks = header.field(2) or "^~\\&"
+    route = (header.field(5), header.field(6), header.field(3), header.field(4), hl7_timestamp(), "", ack_type)
+    version = (str(next(_control_ids)), header.field(11) or "P", header.field(12) or "2.5.1")
+    msh = s.join(("MSH", marks, *route, *version))
+    return f"{msh}\rMSA{s}{code}{s}{header.control_id}{s}{text or ACK_TEXT[code]}{closing}"
+
+
+def clean_text(text: str) -> str:
+    """A reason that is safe inside an HL7 field: no separators, no line ends, at most 80 characters (MSA-3)."""
+    return re.sub(r"[|^~\\&\x00-\x1f]+", " ", text).strip()[:80]
+
+
+def write_sequence_number(text: str, number: int) -> str:
+    """The message with `number` in MSH-13; missing fields before it are added empty."""
+    end = text.find("\r")
+    header, rest = (text, "") if end < 0 else (text[:end], text[end:])
+    fields = header.split(text[3])
+    fields += [""] * (13 - len(fields))
+    fields[12] = str(number)
+    return text[3].join(fields) + rest
+
+
+class Acknowledgment(NamedTuple):
+    """MSA-1 (upper case) and MSA-2 of a message that answers another."""
+
+    code: str
+    control_id: str
+
+
+def read_ack(text: object) -> Acknowledgment | None:
+    """The acknowledgment in a Bot's answer or a device's; None when it is not HL7 or has no MSA-1."""
+    if not isinstance(text, str) or not text.startswith("MSH") or len(text) < 4:
+        return None
+    segment = next(segments_named(_LINE_ENDS.sub("\r", text), "MSA", text[3]), "")
+    fields = [*segment.split(text[3]), "", ""]
+    return Acknowledgment(fields[1].strip().upper(), fields[2]) if fields[1] else None
+
+
+# What of the Bot's answer passes to the device, by channel contract 4.5: (enhanced, appLevelAck) -> codes let through
+_PASSED = {
+    ("true", "AL"): {"AA", "AE", "AR"},
+    ("true", "ER"): {"AE", "AR"},
+    ("true", "SU"): {"AA"},
+    ("true", "NE"): set[str](),
+}
+
+
+def passes_filter(settings: Hl7Settings, code: str) -> bool:
+    """Whether an answer with this MSA-1 goes to the device; codes other than AA, AE and AR always do."""
+    if not settings.enhanced or code not in {"AA", "AE", "AR"}:
+        return True
+    return settings.enhanced == "true" and code in _PASSED["true", settings.appLevelAck]
+
+
+# =====================================================================================================================
+# MLLP
+#
+# The frame layer (HL7 Minimal Lower Layer Protocol, release 1): <0x0B> content <0x1C 0x0D>. Bytes in, events out.
+# Whatever arrives, in one piece or byte by byte, gives the same frames and PeerErrors and never anything else.
+#
+# | state   | bytes                  | event                        | next    |
+# | outside | up to 0x0B             | - (skipped, counted)         | inside  |
+# | inside  | ... 0x1C 0x0D          | frame                        | outside |
+# | inside  | ... 0x0B MSH ...       | PeerError for the part before| inside  |
+# | inside  | more than the limit    | PeerError                    | too big |
+# | too big | ... 0x1C 0x0D          | - (dropped)                  | outside |
+# =====================================================================================================================
+
+START, END, RESTART = b"\x0b", b"\x1c\r", b"\x0bMSH"
+
+
+def mllp_frame(content: bytes) -> bytes:
+    """One frame on the wire."""
+    return b"\x0b%b\x1c\r" % content
+
+
+class Mllp:
+    """The receiving side of one connection. `limit`: largest content in bytes."""
+
+    __slots__ = ("_buffer", "_inside", "_oversize", "_scanned", "limit", "skipped")
+
+    def __init__(self, limit: int):
+        self.limit = limit
+        self.skipped = 0  # bytes outside of frames: some senders pad, garbage is worth a warning
+        self._buffer = bytearray()
+        self._inside = False
+        self._oversize = False
+        self._scanned = 0  # bytes of the unfinished frame that were already searched for a mark
+
+    @property
+    def inside(self) -> bool:
+        """True in the middle of a frame: the sender owes us bytes."""
+        return self._inside
+
+    def receive(self, chunk: bytes) -> list[bytes | PeerError]:
+        """The frames (their content) and errors that these bytes complete."""
+        events: list[bytes | PeerError] = []
+        source: bytes | bytearray = chunk
+        if self._buffer:
+            self._buffer += chunk
+            source = self._buffer
+        position = 0
+        while self._inside or (position := self._enter(source, position)) >= 0:
+            at = position + self._scanned
+            end = source.find(END, at)
+            restart = source.find(RESTART, at, len(source) if end < 0 else end)
+            if restart >= 0:
+                self._finish(bytes(source[position:restart]), events, whole=False)
+                position = restart + 1
+            elif end >= 0:
+                self._finish(bytes(source[position:end]), events, whole=True)
+                position, self._inside = end + 2, False
+            else:
+                break
+            self._scanned = 0
+        self._keep(source, position, events)
+        return events
+
+    def _enter(self, source: bytes | bytearray, position: int) -> int:
+        """The first byte of the next frame, or -1 when only bytes between frames are left."""
+        start = source.find(START, position)
+        self._inside = start >= 0
+        self.skipped += (start if self._inside else len(source)) - position
+        return start + 1 if self._inside else -1
+
+    def _finish(self, content: bytes, events: list[bytes | PeerError], *, whole: bool) -> None:
+        """A frame ended, or was cut off by the start of the next: then it counts if a lone 0x1C ended it."""
+        if self._oversize:
+            self._oversize = False
+        elif len(content) > self.limit:
+            events.append(self._too_large())
+        elif whole or content.endswith(END[:1]):
+            events.append(content if whole else content[:-1])
+        else:
+            events.append(PeerError("the message was cut off by the start of the next one"))
+
+    def _too_large(self) -> PeerError:
+        return PeerError(f"the message is larger than {self.limit} bytes (maxMessageBytes)")
+
+    def _keep(self, source: bytes | bytearray, position: int, events: list[bytes | PeerError]) -> None:
+        """Hold back the unfinished frame; of one that is too large only what could be the first half of a mark."""
+        rest = len(source) - position if self._inside else 0
+        if rest > self.limit + len(RESTART) and not self._oversize:
+            self._oversize = True
+            events.append(self._too_large())
+        if self._oversize:
+            rest = min(rest, len(RESTART) - 1)
+        self._scanned = max(0, rest - len(RESTART) + 1)
+        if source is self._buffer:
+            del self._buffer[: len(source) - rest]
+        elif rest:
+            self._buffer += source[len(source) - rest :]
+
+
+# =====================================================================================================================
+# Store
+#
+# Every message on disk before it is acknowledged: one SQLite file (WAL, synchronous=FULL), one writer thread with one
+# commit in flight. What arrives while it runs is the next batch: one executemany, one COMMIT, one call back into the
+# event loop that releases all acknowledgments of the batch. Reads run in a second thread with a connection of their
+# own. The file: table `message` (states below), view `queue` with readable states, `channel`, `tally`, `identity`.
+#
+#   queued -> sent -> processed            sent is written only where an unanswered message must not be repeated
+#       ^------ retry                      (retryMode none and normal)
+#   queued -> ... -> rejected | failed     dead letters: bytes and reason are kept
+#   nacked                                 refused at intake; kept for the audit
+# =====================================================================================================================
+
+QUEUED, SENT, PROCESSED, REJECTED, FAILED, NACKED = range(6)
+STATES = ("queued", "inflight", "processed", "rejected", "failed", "nacked")
+PENDING, DELIVERED, UNDELIVERED, NOT_OWED = range(4)
+OUTCOMES = ("pending", "delivered", "undelivered", "not_owed")
+APPLICATION_ID, SCHEMA_VERSION = 0x4D504C41, 1  # "MPLA": tells our file from any other SQLite file
+
+_SCHEMA = f"""
+CREATE TABLE identity (seed TEXT NOT NULL);
+CREATE TABLE tally (state INTEGER PRIMARY KEY, n INTEGER NOT NULL);
+CREATE TABLE channel (id INTEGER PRIMARY KEY, name TEXT NOT NULL UNIQUE, next_seq INTEGER NOT NULL DEFAULT 0,
+  key_spec TEXT NOT NULL DEFAULT '', epoch INTEGER NOT NULL DEFAULT 0);
+CREATE TABLE message (
+  id INTEGER PRIMARY KEY, channel INTEGER NOT NULL, epoch INTEGER NOT NULL, state INTEGER NOT NULL,
+  remote TEXT NOT NULL, control_id TEXT NOT NULL, checked INTEGER, type TEXT NOT NULL, key TEXT,
+  original BLOB NOT NULL, encoding TEXT NOT NULL, finalized TEXT, seq_no INTEGER, received_at INTEGER NOT NULL,
+  attempts INTEGER NOT NULL DEFAULT 0, failures INTEGER NOT NULL DEFAULT 0,
+  next_attempt_at INTEGER NOT NULL DEFAULT 0, first_failed_at INTEGER NOT NULL DEFAULT 0,
+  sent_at INTEGER NOT NULL DEFAULT 0, settled_at INTEGER NOT NULL DEFAULT 0, response TEXT, status_code INTEGER,
+  outcome INTEGER NOT NULL DEFAULT 0, error_code TEXT, last_error TEXT);
+CREATE UNIQUE INDEX duplicate ON message (channel, control_id) WHERE checked;
+CREATE INDEX unsettled ON message (channel, id) WHERE state < {PROCESSED};
+CREATE INDEX dead ON message (id) WHERE state > {PROCESSED};
+CREATE VIEW queue AS SELECT m.id, c.name AS channel_name,
+  CASE m.state {" ".join(f"WHEN {n} THEN '{name}'" for n, name in enumerate(STATES))} END AS state,
+  CASE m.outcome {" ".join(f"WHEN {n} THEN '{name}'" for n, name in enumerate(OUTCOMES))} END AS ack_outcome,
+  m.remote, m.control_id, m.type, m.key AS logical_channel_key, m.attempts, m.error_code, m.last_error,
+  datetime(m.received_at / 1000, 'unixepoch') AS received, m.status_code, m.response, m.original
+  FROM message m JOIN channel c ON c.id = m.channel;
+PRAGMA application_id = {APPLICATION_ID};
+PRAGMA user_version = {SCHEMA_VERSION};
+"""
+_INSERT = """INSERT OR IGNORE INTO message (id, channel, epoch, state, remote, control_id, checked, type, key, original,
+  encoding, finalized, seq_no, received_at, outcome, error_code, last_error)
+  VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"""
+_UPDATE = """UPDATE message SET state = ?, remote = ?, attempts = ?, failures = ?, next_attempt_at = ?,
+  first_failed_at = ?, sent_at = ?, settled_at = ?, response = ?, status_code = ?, outcome = ?, error_code = ?,
+  last_error = ? WHERE id = ?"""
+_COLUMNS = """id, channel, epoch, state, remote, control_id, type, key, encoding, received_at, attempts, failures,
+  next_attempt_at, first_failed_at, sent_at, settled_at, response, status_code, outcome, error_code, last_error"""
+
+
+class Message:
+    """One message from a device: its row, and what is known of it in memory. Times are epoch milliseconds."""
+
+    __slots__ = (
+        "assign", "attempts", "channel", "checked", "control_id", "earlier", "encoding", "epoch", "error",
+        "error_code", "failures", "first_failed_at", "id", "key", "next_attempt_at", "original", "outcome",
+        "received_at", "refusal", "remote", "response", "sent_at", "seq_no", "settled_at", "size", "source", "state",
+        "status_code", "text", "type",
+    )  # fmt: skip
+
+    def __init__(self, channel: int, remote: str, original: bytes, encoding: str):
+        self.id = 0
+        self.channel, self.epoch, self.remote, self.encoding = channel, 0, remote, encoding
+        self.original: bytes | None = original  # as received; given up once it is on disk
+        self.text: str | None = None  # what goes uplink; None: on disk
+        self.size = len(original)
+        self.control_id = self.type = ""
+        self.key: str | None = ""
+        self.checked = False  # the control id must be new
+        self.assign = False  # MSH-13 is written at insertion
+        self.seq_no: int | None = None
+        self.received_at = now_ms()
+        self.state, self.outcome = QUEUED, PENDING
+        self.attempts = self.failures = self.next_attempt_at = self.first_failed_at = self.sent_at = self.settled_at = 0
+        self.response: str | None = None
+        self.status_code: int | None = None
+        self.error_code: str | None = None
+        self.error: str | None = None
+        self.earlier: Earlier | None = None  # set when the message is a repetition
+        self.refusal: str | None = None  # set when it could not be stored
+        self.source: Callable[[Message], None] | None = None  # told when it is on disk or refused
+
+    def _row(self) -> tuple[Any, ...]:
+        finalized = self.text if self.assign else None
+        return (
+            self.id, self.channel, self.epoch, self.state, self.remote, self.control_id, self.checked or None,
+            self.type, self.key, self.original, self.encoding, finalized, self.seq_no, self.received_at, self.outcome,
+            self.error_code, self.error,
+        )  # fmt: skip
+
+    def _progress(self) -> tuple[Any, ...]:
+        return (
+            self.state, self.remote, self.attempts, self.failures, self.next_attempt_at, self.first_failed_at,
+            self.sent_at, self.settled_at, self.response, self.status_code, self.outcome, self.error_code, self.error,
+            self.id,
+        )  # fmt: skip
+
+    @staticmethod
+    def _from_row(row: Sequence[Any]) -> Message:
+        message = Message(row[1], row[4], b"", row[8])
+        message.id, message.epoch, message.state, message.control_id, message.type = (
+            row[0],
+            row[2],
+            row[3],
+            row[5],
+            row[6],
+        )
+        message.key, message.received_at, message.attempts, message.failures = row[7], row[9], row[10], row[11]
+        message.next_attempt_at, message.first_failed_at, message.sent_at, message.settled_at = row[12:16]
+        message.response, message.status_code, message.outcome, message.error_code, message.error = row[16:21]
+        message.original = None
+        return message
+
+
+class Earlier(NamedTuple):
+    """The stored message that a repetition repeats; `same` tells whether the bytes are equal."""
+
+    message: Message
+    same: bool
+
+
+class _Update(NamedTuple):
+    before: int  # the state that the row leaves
+    progress: tuple[Any, ...]
+    then: Callable[[], None] | None
+
+
+class _Call(NamedTuple):
+    run: Callable[[sqlite3.Connection], Any]
+    future: asyncio.Future[Any]
+
+
+class ChannelRow(NamedTuple):
+    """A channel's identity in the store: `epoch` grows whenever its ordering key changes."""
+
+    id: int
+    epoch: int
+    queued: int
+    last_id: int
+
+
+class Store:
+    """The queue file. Public methods are called from the event loop's thread; the SQL runs in two others.
+
+    `healthy` is false while the file cannot be used: every message is then refused with `trouble`, and the file is
+    tried again until a person has mended it. Nothing in the file is ever thrown away to get going again.
+    """
+
+    def __init__(self, path: Path, log: Log):
+        self.path = path
+        self.seed = ""
+        self.trouble = "the queue is not open yet"
+        self.max_bytes = 0  # 0: no limit but the disk's
+        self.size_bytes = 0
+        self.tally = dict.fromkeys(range(len(STATES)), 0)
+        self.on_resume: list[Callable[[], None]] = []  # called once when congestion ends
+        self._log = log
+        self._loop = asyncio.get_running_loop()
+        self._inbox: collections.deque[Message | _Update | _Call] = collections.deque()
+        self._wake = threading.Event()
+        self._sleeping = self._stopping = False
+        self._uncommitted_bytes = self._uncommitted = 0
+        self._lazy: asyncio.TimerHandle | None = None
+        self._next_id = 1
+        self._opened = asyncio.Event()
+        self._reader = ThreadPoolExecutor(1, "store-reader")
+        self._read_connection: sqlite3.Connection | None = None
+        self._failed_at = 0.0
+        self._writer = threading.Thread(target=self._write_loop, name="store-writer", daemon=True)
+
+    # --- called from the event loop ---
+
+    async def open(self) -> None:
+        """Start the writer; returns when the file is open or known to be unusable for now."""
+        self._writer.start()
+        await self._opened.wait()
+
+    @property
+    def healthy(self) -> bool:
+        return not self.trouble
+
+    @property
+    def congested(self) -> bool:
+        """More is received than is on disk: devices should not be read further until `on_resume`."""
+        return self._uncommitted_bytes > UNCOMMITTED_BYTES or self._uncommitted > UNCOMMITTED_MESSAGES
+
+    def put(self, message: Message) -> None:
+        """Store a message; `message.source` hears of it when it is on disk, a repetition, or refused."""
+        if reason := self._refusal(message.size):
+            message.refusal = reason
+            self._loop.call_soon(self._released, [message])
+            return
+        message.id = self._next_id
+        self._next_id += 1
+        self._uncommitted += 1
+        self._uncommitted_bytes += message.size
+        self._inbox.append(message)
+        if self._sleeping:
+            self._wake.set()
+
+    def _refusal(self, size: int) -> str:
+        if self.trouble:
+            return self.trouble
+        if self.max_bytes and self.size_bytes + self._uncommitted_bytes + size > self.max_bytes:
+            return f"storage error: the queue has reached its limit of {self.max_bytes // MIB} MiB"
+        return ""
+
+    def update(self, message: Message, before: int, then: Callable[[], None] | None = None) -> None:
+        """Write a message's progress with the next batch; with `then`, now, and call it once committed."""
+        self._inbox.append(_Update(before, message._progress(), then))
+        if then is not None:
+            self._wake.set()
+        elif self._lazy is None:
+            self._lazy = self._loop.call_later(LAZY_SECS, self._write_lazily)
+
+    def _write_lazily(self) -> None:
+        self._lazy = None
+        self._wake.set()
+
+    def call(self, run: Callable[[sqlite3.Connection], T]) -> asyncio.Future[T]:
+        """Run in the writer thread inside the next transaction."""
+        future: asyncio.Future[T] = self._loop.create_future()
+        self._inbox.append(_Call(run, future))
+        self._wake.set()
+        return future
+
+    def read(self, run: Callable[[sqlite3.Connection], T]) -> Awaitable[T]:
+        """Run in the reader thread on a read-only connection; raises sqlite3.Error."""
+        return self._loop.run_in_executor(self._reader, self._read, run)
+
+    async def close(self) -> None:
+        """Write everything that waits, then close the file."""
+        self._stopping = True
+        self._wake.set()
+        await asyncio.to_thread(self._writer.join, STOP_SECS)
+        self._reader.shutdown(wait=False)
+
+    async def channel(self, name: str, key_spec: str) -> ChannelRow:
+        """The row of a channel, made when new; a changed ordering key starts a new epoch."""
+
+        def run(db: sqlite3.Connection) -> ChannelRow:
+            db.execute("INSERT OR IGNORE INTO channel (name, key_spec) VALUES (?, ?)", (name, key_spec))
+            db.execute(
+                "UPDATE channel SET epoch = epoch + 1, key_spec = ?2 WHERE name = ?1 AND key_spec <> ?2",
+                (name, key_spec),
+            )
+            id_, epoch = db.execute("SELECT id, epoch FROM channel WHERE name = ?", (name,)).fetchone()
+            count, last = db.execute(
+                f"SELECT count(*), ifnull(max(id), 0) FROM message WHERE channel = ? AND state < {PROCESSED}", (id_,)
+            ).fetchone()
+            return ChannelRow(id_, epoch, count, last)
+
+        return await self.call(run)
+
+    async def queued(self, channel: int, after: int, limit: int) -> list[tuple[Message, bytes | None, str | None]]:
+        """The next unsettled messages of a channel by id, with their bodies unless these are large."""
+
+        def run(db: sqlite3.Connection) -> list[tuple[Message, bytes | None, str | None]]:
+            rows = db.execute(
+                f"""SELECT {_COLUMNS}, length(original),
+                  CASE WHEN length(original) < {64 * KIB} THEN original END, finalized
+                FROM message WHERE channel = ? AND state < {PROCESSED} AND id > ? ORDER BY id LIMIT ?""",
+                (channel, after, limit),
+            )
+            return [_with_body(row) for row in rows]
+
+        return await self.read(run)
+
+    async def bodies(self, ids: Sequence[int]) -> dict[int, tuple[bytes, str | None]]:
+        """(original, finalized or None) of messages by id."""
+
+        def run(db: sqlite3.Connection) -> dict[int, tuple[bytes, str | None]]:
+            marks = ",".join("?" * len(ids))
+            rows = db.execute(f"SELECT id, original, finalized FROM message WHERE id IN ({marks})", tuple(ids))
+            return {id_: (original, finalized) for id_, original, finalized in rows}
+
+        return await self.read(run)
+
+    async def message(self, id_: int) -> Message | None:
+        """One message without its body."""
+        row = await self.read(lambda db: db.execute(f"SELECT {_COLUMNS} FROM message WHERE id = ?", (id_,)).fetchone())
+        return Message._from_row(row) if row else None
+
+    # --- the reader thread ---
+
+    def _read(self, run: Callable[[sqlite3.Connection], T]) -> T:
+        if self._read_connection is None:
+            self._read_connection = sqlite3.connect(
+                f"{self.path.absolute().as_uri()}?mode=ro", uri=True, isolation_level=None
+            )
+            self._read_connection.execute("PRAGMA cache_size=-4000")
+        return run(self._read_connection)
+
+    # --- the writer thread ---
+
+    def _write_loop(self) -> None:
+        db: sqlite3.Connection | None = None
+        while not (self._stopping and (not self._inbox or db is None)):
+            if db is None:
+                db = self._open()
+                self._loop.call_soon_threadsafe(self._opened.set)
+                if db is None:
+                    self._wake.wait(STORE_REOPEN_SECS)
+                    self._wake.clear()
+                    self._refuse_inbox()
+                    continue
+            if not self._inbox:
+                self._sleep()
+                continue
+            if not self._write_batch(db, self._take_batch()):
+                db = self._after_failure(db)
+        if db is not None:
+            with contextlib.suppress(sqlite3.Error):
+                db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+            db.close()
+
+    def _sleep(self) -> None:
+        self._sleeping = True
+        if not self._inbox and not self._stopping:
+            self._wake.wait()
+        self._sleeping = False
+        self._wake.clear()
+
+    def _take_batch(self) -> list[Message | _Update | _Call]:
+        batch: list[Message | _Update | _Call] = []
+        size = 0
+        while self._inbox and len(batch) < COMMIT_MESSAGES and size < COMMIT_BYTES:
+            item = self._inbox.popleft()
+            size += item.size if isinstance(item, Message) else 0
+            batch.append(item)
+        return batch
+
+    def _write_batch(self, db: sqlite3.Connection, batch: list[Message | _Update | _Call]) -> bool:
+        """One transaction. On failure messages are refused and everything else is kept for the next try."""
+        messages = [item for item in batch if isinstance(item, Message)]
+        updates = [item for item in batch if isinstance(item, _Update)]
+        calls = [item for item in batch if isinstance(item, _Call)]
+        tally = dict(self.tally)
+        try:
+            self._check_disk(messages)
+            db.execute("BEGIN IMMEDIATE")
+            self._insert(db, messages)
+            db.executemany(_UPDATE, [item.progress for item in updates])
+            results = [call.run(db) for call in calls]
+            self._count(db, messages, updates)
+            db.execute("COMMIT")
+        except (sqlite3.Error, StorageError) as error:
+            self.tally = tally
+            with contextlib.suppress(sqlite3.Error):
+                db.execute("ROLLBACK")
+            self._keep(messages, updates, calls, error)
+            return False
+        if self._failed_at:
+            self._failed_at = 0.0
+            self._log.info("The queue can be written again.")
+        self.size_bytes = self._measure(db)
+        self._loop.call_soon_threadsafe(self._committed, messages, updates, calls, results)
+        return True
+
+    def _insert(self, db: sqlite3.Connection, messages: list[Message]) -> None:
+        """Insert all that are new; a repetition gets `earlier` set instead."""
+        for message in messages:
+            message.earlier = message.refusal = None
+        numbered = [message for message in messages if message.assign]
+        for message in numbered:
+            self._insert_numbered(db, message)
+        plain = [message for message in messages if not message.assign]
+        before = db.total_changes
+        db.executemany(_INSERT, [message._row() for message in plain])
+        if db.total_changes - before != len(plain):
+            for message in plain:
+                if not db.execute("SELECT 1 FROM message WHERE id = ?", (message.id,)).fetchone():
+                    message.earlier = self._find_earlier(db, message)
+
+    def _insert_numbered(self, db: sqlite3.Connection, message: Message) -> None:
+        """A number is taken only by a message that is really stored, in the same transaction."""
+        message.earlier = self._find_earlier(db, message) if message.checked else None
+        if message.earlier is not None:
+            return
+        (number,) = db.execute("SELECT next_seq FROM channel WHERE id = ?", (message.channel,)).fetchone()
+        message.seq_no = number
+        message.text = write_sequence_number(message.text or "", number)
+        db.execute(_INSERT, message._row())
+        db.execute("UPDATE channel SET next_seq = ? WHERE id = ?", (number + 1, message.channel))
+
+    def _find_earlier(self, db: sqlite3.Connection, message: Message) -> Earlier | None:
+        row = db.execute(
+            f"SELECT {_COLUMNS}, original FROM message WHERE channel = ? AND control_id = ? AND checked",
+            (message.channel, message.control_id),
+        ).fetchone()
+        return Earlier(Message._from_row(row), row[-1] == message.original) if row else None
+
+    def _count(self, db: sqlite3.Connection, messages: list[Message], updates: list[_Update]) -> None:
+        for message in messages:
+            if message.earlier is None:
+                self.tally[message.state] += 1
+        for update in updates:
+            self.tally[update.before] -= 1
+            self.tally[update.progress[0]] += 1
+        if messages or updates:
+            db.executemany("INSERT OR REPLACE INTO tally VALUES (?, ?)", self.tally.items())
+
+    def _keep(self, messages: list[Message], updates: list[_Update], calls: list[_Call], error: Exception) -> None:
+        for message in messages:
+            message.refusal = _storage_text(error)
+        self._inbox.extendleft(reversed(updates))
+        self._loop.call_soon_threadsafe(self._rejected, messages, calls, error)
+        if not self._failed_at or time.monotonic() - self._failed_at > 60:
+            self._failed_at = time.monotonic()
+            self._log.error(f"The queue {self.path} cannot be written: {error}. {_storage_advice(error)}")
+
+    def _after_failure(self, db: sqlite3.Connection) -> sqlite3.Connection | None:
+        """Wait a moment; a file that is damaged is closed and opened anew (a person may have mended it)."""
+        self._wake.wait(LAZY_SECS)
+        self._wake.clear()
+        try:
+            db.execute("SELECT count(*) FROM tally").fetchone()
+            if self.path.exists():
+                return db
+        except sqlite3.Error:
+            pass
+        db.close()
+        return None
+
+    def _refuse_inbox(self) -> None:
+        kept = [item for item in self._take_batch() if not isinstance(item, Message) or not self._refuse(item)]
+        self._inbox.extendleft(reversed(kept))
+
+    def _refuse(self, message: Message) -> bool:
+        message.refusal = self.trouble
+        self._loop.call_soon_threadsafe(self._rejected, [message], [], None)
+        return True
+
+    def _check_disk(self, messages: list[Message]) -> None:
+        """Refuse while the disk is nearly full, so that what is stored can still be settled."""
+        if not messages:
+            return
+        usage = shutil.disk_usage(self.path.parent)
+        if usage.free < min(DISK_RESERVE_BYTES, usage.total // 50):
+            raise StorageError("database or disk is full")
+
+    def _measure(self, db: sqlite3.Connection) -> int:
+        (pages,), (free,) = db.execute("PRAGMA page_count").fetchone(), db.execute("PRAGMA freelist_count").fetchone()
+        return int((pages - free) * PAGE_BYTES)
+
+    def _open(self) -> sqlite3.Connection | None:
+        """Open or create the file; None, with `trouble` set, when it cannot be used."""
+        db: sqlite3.Connection | None = None
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            os.close(os.open(self.path, os.O_RDWR | os.O_CREAT, 0o600))
+            db = sqlite3.connect(self.path, isolation_level=None, check_same_thread=False, timeout=5)
+            self._prepare(db)
+        except (OSError, sqlite3.Error, StorageError) as error:
+            if db is not None:
+                db.close()
+            text = _storage_text(error)
+            if text != self.trouble:
+                self._log.error(f"The queue {self.path} cannot be opened: {error}. {_storage_advice(error)}")
+            self.trouble = text
+            return None
+        if self.trouble and self._opened.is_set():
+            self._log.info(f"The queue {self.path} is open again.")
+        self.trouble = ""
+        return db
+
+    def _prepare(self, db: sqlite3.Connection) -> None:
+        new = not db.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]
+        if new:
+            db.execute(f"PRAGMA page_size={PAGE_BYTES}")
+            db.execute("PRAGMA auto_vacuum=INCREMENTAL")
+        for pragma in (
+            "journal_mode=WAL",
+            "synchronous=FULL",
+            f"wal_autocheckpoint={CHECKPOINT_PAGES}",
+            "cache_size=-16000",
+        ):
+            db.execute(f"PRAGMA {pragma}")
+        if new:
+            db.executescript(f"BEGIN; {_SCHEMA} INSERT INTO identity VALUES ('{uuid.uuid4().hex[:19]}'); COMMIT;")
+        (application,), (version,) = (
+            db.execute("PRAGMA application_id").fetchone(),
+            db.execute("PRAGMA user_version").fetchone(),
+        )
+        if application != APPLICATION_ID or version > SCHEMA_VERSION:
+            raise StorageError("it is not a queue of this version of the agent")
+        (self.seed,) = db.execute("SELECT seed FROM identity").fetchone()
+        self.tally |= dict(db.execute("SELECT state, n FROM tally"))
+        (last,) = db.execute("SELECT ifnull(max(id), 0) FROM message").fetchone()
+        self._next_id = max(self._next_id, last + 1)
+        self.size_bytes = self._measure(db)
+        db.execute(
+            "UPDATE identity SET seed = seed"
+        )  # a file that cannot be written is known now, not at the first message
+
+    # --- back in the event loop ---
+
+    def _committed(
+        self, messages: list[Message], updates: list[_Update], calls: list[_Call], results: list[Any]
+    ) -> None:
+        for call, result in zip(calls, results, strict=True):
+            if not call.future.done():
+                call.future.set_result(result)
+        for update in updates:
+            if update.then is not None:
+                update.then()
+        self._settle_intake(messages)
+
+    def _rejected(self, messages: list[Message], calls: list[_Call], error: Exception | None) -> None:
+        for call in calls:
+            if not call.future.done():
+                call.future.set_exception(StorageError(str(error)))
+        self._settle_intake(messages)
+
+    def _settle_intake(self, messages: list[Message]) -> None:
+        self._uncommitted -= len(messages)
+        self._uncommitted_bytes -= sum(message.size for message in messages)
+        self._released(messages)
+        if self.on_resume and not self.congested:
+            waiting, self.on_resume = self.on_resume, []
+            for resume in waiting:
+                resume()
+
+    def _released(self, messages: list[Message]) -> None:
+        for message in messages:
+            message.original = None
+            if message.source is not None:
+                message.source(message)
+
+    # --- retention ---
+
+    async def sweep(self, settings: AgentSettings) -> tuple[int, int]:
+        """Delete what is finished and old, or oldest when the file is too large; (processed, dead letters) deleted."""
+        day = 86_400_000
+        old = now_ms() - settings.queueRetentionDays * day
+        floor = now_ms() - settings.queueErroredRetentionDays * day
+        limit = settings.queueRetentionMaxMb * MIB
+        answered = f"state = {PROCESSED} AND outcome <> {UNDELIVERED}"
+        dead = f"(state > {PROCESSED} OR (state = {PROCESSED} AND outcome = {UNDELIVERED}))"
+        processed = await self._delete(f"{answered} AND settled_at < {old}", lambda: True)
+        processed += await self._delete(answered, lambda: self.size_bytes > limit)
+        errored = await self._delete(f"{dead} AND settled_at < {floor}", lambda: self.size_bytes > limit)
+        await self.call(lambda db: None)
+        await self.read(lambda db: None)
+        return processed, errored
+
+    async def _delete(self, condition: str, needed: Callable[[], bool]) -> int:
+        """Delete matching rows, oldest first, in small transactions while `needed`."""
+        total = 0
+
+        def run(db: sqlite3.Connection) -> int:
+            ids = [
+                row[0] for row in db.execute(f"SELECT id FROM message WHERE {condition} ORDER BY id LIMIT {SWEEP_ROWS}")
+            ]
+            gone = dict(
+                db.execute(
+                    f"SELECT state, count(*) FROM message WHERE id IN ({','.join(map(str, ids))}) GROUP BY state"
+                )
+            )
+            db.executemany("DELETE FROM message WHERE id = ?", [(id_,) for id_ in ids])
+            for state, count in gone.items():
+                self.tally[state] -= count
+            db.executemany("INSERT OR REPLACE INTO tally VALUES (?, ?)", self.tally.items())
+            db.execute(f"PRAGMA incremental_vacuum({SWEEP_ROWS})").fetchall()
+            return len(ids)
+
+        while needed():
+            count = await self.call(run)
+            total += count
+            if count < SWEEP_ROWS:
+                break
+        return total
+
+
+def _with_body(row: Sequence[Any]) -> tuple[Message, bytes | None, str | None]:
+    message = Message._from_row(row)
+    message.size = row[-3]
+    return message, row[-2], row[-1]
+
+
+def _storage_text(error: Exception) -> str:
+    """MSA-3 for a message that could not be stored: short, and without a path."""
+    text = str(error).lower()
+    if "full" in text or "no space" in text:
+        return "storage error: the disk of the agent is full"
+    if "readonly" in text or "permission" in text or "unable to open" in text or "read-only" in text:
+        return "storage error: the queue of the agent cannot be written"
+    if "malformed" in text or "not a database" in text or "not a queue" in text:
+        return "storage error: the queue file of the agent is damaged"
+    return "storage error"
+
+
+def _storage_advice(error: Exception) -> str:
+    """What the main log tells the person who can mend it."""
+    text = _storage_text(error)
+    if "full" in text:
+        advice = "Free space on that disk; the agent goes on by itself."
+    elif "damaged" in text:
+        advice = (
+            "Messages accepted earlier are still in that file. Stop the agent, keep a copy, repair it with "
+            "'sqlite3 FILE .recover | sqlite3 NEW' and put NEW in its place, or move it away to start empty."
+        )
+    else:
+        advice = "Make folder and file writable for the agent's user; the agent goes on by itself."
+    return f"Devices get CE/AE and keep their messages. {advice}"
+
+
+# =====================================================================================================================
+# FHIR
+#
+# The HTTPS side of the server: OAuth2 client-credentials login and FHIR reads (uplink contract 1 and 2). urllib3 does
+# the work in worker threads: pools, proxies, TLS, retries. May touch: HTTPS.
+# =====================================================================================================================
+
+
+@dataclasses.dataclass(frozen=True)
+class Token:
+    """An access token; times are epoch seconds, `expires_at` is infinite when the server does not say."""
+
+    text: str
+    expires_at: float
+
+
+def tls_context(ca_file: str) -> ssl.SSLContext:
+    """Trust the system's authorities, certifi's bundle and `ca_file` together."""
+    context: ssl.SSLContext = truststore.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.load_verify_locations(certifi.where())
+    if ca_file:
+        try:
+            context.load_verify_locations(ca_file)
+        except (OSError, ssl.SSLError) as error:
+            raise ConfigError([f"caFile {ca_file} holds no usable PEM certificate: {error}"]) from None
+    return context
+
+
+def proxy_for(url: str) -> str | None:
+    """The proxy that HTTPS_PROXY, HTTP_PROXY and NO_PROXY (or the system) name for this URL."""
+    parts = urllib.parse.urlsplit(url)
+    host = parts.hostname or ""
+    if urllib.request.proxy_bypass(f"{host}:{parts.port}" if parts.port else host) or urllib.request.proxy_bypass(host):
+        return None
+    proxy = urllib.request.getproxies().get(parts.scheme)
+    return proxy if not proxy or "://" in proxy else f"http://{proxy}"
+
+
+def http_pool(url: str, context: ssl.SSLContext) -> urllib3.PoolManager:
+    """A connection pool for the server of `url`, through its proxy if there is one."""
+    retries = urllib3.Retry(
+        total=HTTP_ATTEMPTS - 1, backoff_factor=0.5, status_forcelist=[429, *range(500, 600)], allowed_methods=None,
+        raise_on_status=False, respect_retry_after_header=False,
+    )  # fmt: skip
+    common: Json = {"ssl_context": context, "retries": retries, "timeout": HTTP_TIMEOUT_SECS, "maxsize": 8}
+    proxy = proxy_for(url)
+    if not proxy:
+        return urllib3.PoolManager(**common)
+    user = urllib.parse.urlsplit(proxy)
+    secret = f"{urllib.parse.unquote(user.username or '')}:{urllib.parse.unquote(user.password or '')}"
+    headers = urllib3.make_headers(proxy_basic_auth=secret) if user.username else None
+    return urllib3.ProxyManager(proxy, proxy_headers=headers, proxy_ssl_context=context, **common)
+
+
+def jwt_claims(token: str) -> Json:
+    """The claims of a JWT, unverified; {} for an opaque token."""
+    try:
+        payload = token.split(".")[1]
+        claims = json.loads(base64.urlsafe_b64decode(payload + "=" * (-len(payload) % 4)))
+        return claims if isinstance(claims, dict) else {}
+    except (ValueError, IndexError):
+        return {}
+
+
+def outcome_text(resource: Any) -> str:
+    """The text of an OperationOutcome: details, diagnostics in parentheses, issues joined by `; `."""
+    issues = resource.get("issue") if isinstance(resource, dict) else None
+    texts = []
+    for issue in issues if isinstance(issues, list) else []:
+        text = (issue.get("details") or {}).get("text") or issue.get("code") or "error"
+        texts.append(f"{text} ({issue['diagnostics']})" if issue.get("diagnostics") else text)
+    return "; ".join(texts)
+
+
+class Fhir:
+    """The server's HTTP interface with one login. Raises ServerError; coroutines belong to the event loop."""
+
+    def __init__(self, settings: ProcessSettings, context: ssl.SSLContext, log: Log):
+        self.base = settings.baseUrl.rstrip("/") + "/"
+        self.token: Token | None = None
+        self._settings, self._log = settings, log
+        self._pool = http_pool(self.base, context)
+        self._refreshing: asyncio.Task[Token] | None = None
+        self._refreshed_at = -math.inf
+        self._rejected = False
+
+    def usable_token(self) -> str | None:
+        """A token that can be sent now, or None; a refresh is started in good time."""
+        token = self.token
+        if token is None:
+            return None
+        now = time.time()
+        if self._rejected or now >= token.expires_at - TOKEN_MARGIN_SECS:
+            if time.monotonic() - self._refreshed_at > TOKEN_REFRESH_SPACING_SECS:
+                return None
+            if now >= token.expires_at:
+                return None
+        return token.text
+
+    def reject_token(self) -> None:
+        """The server does not accept the token any more: the next use logs in again."""
+        self._rejected = True
+
+    async def fresh_token(self) -> str:
+        """A usable token, after a login if needed (one at a time); raises ServerError."""
+        if text := self.usable_token():
+            return text
+        if self._refreshing is None:
+            self._refreshing = asyncio.create_task(asyncio.to_thread(self._login))
+            self._refreshing.add_done_callback(self._refreshed)
+        return (await asyncio.shield(self._refreshing)).text
+
+    def _refreshed(self, task: asyncio.Task[Token]) -> None:
+        self._refreshing = None
+        if self.token is not None:  # the first login may be followed by a refresh at once
+            self._refreshed_at = time.monotonic()
+        if not task.cancelled() and task.exception() is None:
+            self.token, self._rejected = task.result(), False
+
+    def _login(self) -> Token:
+        """POST oauth2/token (RFC 6749 4.4) with the checks of uplink contract 1."""
+        fields = {
+            "grant_type": "client_credentials", "client_id": self._settings.clientId,
+            "client_secret": self._settings.clientSecret,
+        }  # fmt: skip
+        response = self._http(
+            "POST", urllib.parse.urljoin(self.base, "oauth2/token"), body=urllib.parse.urlencode(fields),
+            headers={"Content-Type": "application/x-www-form-urlencoded", "Accept": "*/*"},
+        )  # fmt: skip
+        answer = _json_object(response.data)
+        if response.status >= 300 or not isinstance(answer.get("access_token"), str):
+            reason = answer.get("error_description") or answer.get("error") or f"HTTP status {response.status}"
+            raise ServerError(f"login refused: {reason}. Check clientId and clientSecret", response.status)
+        token = self._checked_token(answer)
+        if isinstance(jwt_claims(token.text).get("login_id"), str):
+            self._checked(self._http("GET", self.base + "auth/me", headers=self._headers(token.text)), "auth/me")
+        return token
+
+    def _checked_token(self, answer: Json) -> Token:
+        text: str = answer["access_token"]
+        claims = jwt_claims(text)
+        expires = claims.get("exp")
+        if not isinstance(expires, int | float):
+            lifetime = answer.get("expires_in")
+            return Token(text, time.time() + lifetime if isinstance(lifetime, int | float) else math.inf)
+        if expires < time.time():
+            raise ServerError("login failed: Token expired. Is the clock of this machine right?")
+        audience = claims.get("cid") or claims.get("client_id")
+        if audience is not None and audience != self._settings.clientId:
+            raise ServerError("login failed: the token is for another client. Check clientId")
+        return Token(text, float(expires))
+
+    async def read(self, reference: str) -> Json:
+        """GET fhir/R4/<reference>; a 401 is tried once more with a new token."""
+        response = await self._read(reference)
+        if response.status == 401:
+            self.reject_token()
+            response = await self._read(reference)
+        return self._checked(response, reference)
+
+    async def _read(self, reference: str) -> urllib3.BaseHTTPResponse:
+        headers = self._headers(await self.fresh_token())
+        return await asyncio.to_thread(self._http, "GET", f"{self.base}fhir/R4/{reference}", headers=headers)
+
+    def _headers(self, token: str) -> dict[str, str]:
+        return {
+            "Authorization": f"Bearer {token}", "Accept": "application/fhir+json, */*; q=0.1", "X-Medplum": "extended",
+            "Cache-Control": "max-age=0", "User-Agent": f"medplum-agent/{VERSION}",
+        }  # fmt: skip
+
+    def _http(
+        self, method: str, url: str, *, headers: dict[str, str], body: str | None = None
+    ) -> urllib3.BaseHTTPResponse:
+        try:
+            return self._pool.request(method, url, body=body, headers=headers, redirect=False)
+        except urllib3.exceptions.HTTPError as error:
+            reason = getattr(error, "reason", None) or error
+            raise ServerError(f"{urllib.parse.urlsplit(url).netloc} cannot be reached: {reason}") from None
+
+    def _checked(self, response: urllib3.BaseHTTPResponse, what: str) -> Json:
+        answer = _json_object(response.data)
+        if response.status >= 300 or not answer:
+            raise ServerError(outcome_text(answer) or f"HTTP status {response.status} for {what}", response.status)
+        return answer
+
+
+def _json_object(text: bytes) -> Json:
+    try:
+        value = load_json(text)
+        return value if isinstance(value, dict) else {}
+    except ValueError:
+        return {}
+
+
+# =====================================================================================================================
+# Uplink
+#
+# One WSS connection to the server (uplink contract 3 and 4): connect, heartbeats both ways, forced reconnect when it is
+# silent or never live, full-jitter back-off. websockets does TCP, proxy, TLS, handshake and frames; its receive queue
+# is bypassed, and what is sent within one turn of the event loop leaves in one write. Nothing but the connect request
+# is sent before agent:connect:response. May touch: WSS, and Fhir for the token.
+# =====================================================================================================================
+
+
+class _Socket(ClientConnection):
+    """websockets' connection that hands each text to the uplink at once instead of queueing it."""
+
+    def __init__(self, *args: Any, uplink: Uplink, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self._uplink = uplink
+        self._parts: list[bytes] = []
+
+    def process_event(self, event: Any) -> None:
+        if (
+            self.response is None
+            or not isinstance(event, Frame)
+            or event.opcode not in (Opcode.TEXT, Opcode.BINARY, Opcode.CONT)
+        ):
+            super().process_event(event)
+        elif event.fin and not self._parts:
+            self._uplink.received(event.data)
+        else:
+            self._parts.append(bytes(event.data))
+            if event.fin:
+                text, self._parts = b"".join(self._parts), []
+                self._uplink.received(text)
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        self._uplink.on_writable()
+
+    @property
+    def backed_up(self) -> bool:
+        return bool(self.paused)
+
+
+class Uplink:
+    """The connection to the server. Callbacks: `on_live`, `on_lost(close_code)`, `on_writable`, `on_message`."""
+
+    def __init__(self, settings: ProcessSettings, fhir: Fhir, context: ssl.SSLContext, log: Log):
+        self.live = False
+        self.outstanding = 0  # heartbeats without any sign of life since
+        self.ping_ms = -1
+        self.on_live: Callable[[], None] = lambda: None
+        self.on_lost: Callable[[int], None] = lambda code: None
+        self.on_writable: Callable[[], None] = lambda: None
+        self.on_message: Callable[[Json], None] = lambda message: None
+        self._settings, self._fhir, self._log = settings, fhir, log
+        scheme = "wss" if settings.baseUrl.startswith("https") else "ws"
+        parts = urllib.parse.urlsplit(settings.baseUrl)
+        self.url = urllib.parse.urlunsplit((scheme, parts.netloc, "/ws/agent", parts.query, ""))
+        self._context = context if scheme == "wss" else None
+        self._socket: _Socket | None = None
+        self._loop = asyncio.get_running_loop()
+        self._flushing = self._refreshing = False
+        self._token = ""
+        self._heartbeat_at = 0.0
+        self._refused = ""
+        self._stopping = False
+
+    # --- sending ---
+
+    def ready(self) -> bool:
+        """Live, with room in the socket and a token that the server will accept."""
+        if not self.live or self._socket is None or self._socket.backed_up:
+            return False
+        token = self._fhir.usable_token()
+        if token is None:
+            self._refresh_soon()
+            return False
+        self._token = token
+        return True
+
+    def _refresh_soon(self) -> None:
+        if self._refreshing:
+            return
+        self._refreshing = True
+        task = asyncio.ensure_future(self._fhir.fresh_token())
+        task.add_done_callback(self._refresh_done)
+
+    def _refresh_done(self, task: asyncio.Future[str]) -> None:
+        self._refreshing = False
+        if task.cancelled() or task.exception() is None:
+            self._loop.call_soon(self.on_writable)
+        else:
+            self._log.error(f"The token cannot be refreshed: {task.exception()}")
+            self._loop.call_later(random.uniform(0, RECONNECT_MAX_SECS), self.on_writable)
+
+    def transmit(self, channel: str, remote: str, content_type: str, body: str, callback: str) -> None:
+        """Send one agent:transmit:request; only when `ready()`."""
+        self._write({
+            "type": "agent:transmit:request", "accessToken": self._token, "channel": channel, "remote": remote,
+            "contentType": content_type, "body": body, "callback": callback,
+        })  # fmt: skip
+
+    def send(self, message: Json) -> None:
+        """Send an answer or a control message; dropped when there is no live connection to answer on."""
+        if self.live:
+            self._write(message)
+
+    def _write(self, message: Json) -> None:
+        assert self._socket is not None
+        self._socket.protocol.send_text(dump_json(message))
+        if not self._flushing:
+            self._flushing = True
+            self._loop.call_soon(self._flush)
+
+    def _flush(self) -> None:
+        self._flushing = False
+        if self._socket is not None and self._socket.protocol.state is SocketState.OPEN:
+            outgoing = [part for part in self._socket.protocol.data_to_send() if part]
+            if outgoing:
+                self._socket.transport.write(b"".join(outgoing))
+
+    # --- receiving ---
+
+    def received(self, text: bytes | bytearray | memoryview) -> None:
+        """One text from the server: any text is a sign of life."""
+        self.outstanding = 0
+        try:
+            message = load_json(text)
+            kind = message["type"]
+        except (ValueError, KeyError, TypeError):
+            self._log.warn(f"The server sent {len(text)} bytes that are not a JSON message with a type; ignored.")
+            return
+        if kind in ("agent:connect:response", "connected"):
+            self._accepted()
+        elif kind == "agent:heartbeat:request":
+            self._write({"type": "agent:heartbeat:response", "version": VERSION})
+        elif kind == "agent:heartbeat:response":
+            self.ping_ms = round((time.monotonic() - self._heartbeat_at) * 1000)
+        elif not self.live and kind == "agent:error":
+            self._not_accepted(str(message.get("body")))
+        else:
+            self._handle(message)
+
+    def _handle(self, message: Json) -> None:
+        try:
+            self.on_message(message)
+        except Exception as error:  # one strange message must not end the connection
+            self._log.error(
+                f"A message of type {str(message['type'])[:60]} could not be handled: {type(error).__name__}"
+            )
+            if message.get("callback"):
+                self.send(
+                    {
+                        "type": "agent:error",
+                        "body": "The agent could not handle this message",
+                        "callback": message["callback"],
+                    }
+                )
+
+    def _accepted(self) -> None:
+        if not self.live:
+            self.live, self._refused = True, ""
+            self._log.info(f"Connected to {self.url}.")
+            self.on_live()
+
+    def _not_accepted(self, reason: str) -> None:
+        """The server answered our connect request with an error: nothing was sent yet, so its text is safe to log."""
+        if reason != self._refused:
+            self._refused = reason
+            self._log.error(
+                f"The server refuses this agent: {reason}. Check agentId {self._settings.agentId} "
+                "and the access policy of the ClientApplication."
+            )
+        if "token" in reason.lower():
+            self._fhir.reject_token()
+        self.reconnect("the server refused the connect request", quiet=True)
+
+    # --- the connection's life ---
+
+    async def run(self) -> None:
+        """Connect, serve, and connect again, until cancelled."""
+        failures, said = 0, ""
+        while True:
+            started = self._loop.time()
+            reason = await self._session()
+            if self._stopping:
+                return
+            stable = self._loop.time() - started > STABLE_SECS and not self._refused
+            failures = 1 if stable else failures + 1
+            if reason != said:
+                self._log.error(f"No connection to {self.url}: {reason}. Messages are kept on disk; trying again.")
+            said = "" if stable else reason
+            await asyncio.sleep(
+                random.uniform(0, min(RECONNECT_MAX_SECS, RECONNECT_BASE_SECS * 2 ** min(failures, 10)))
+            )
+
+    async def _session(self) -> str:
+        """One connection from start to end; returns why it ended."""
+        try:
+            token = await self._fhir.fresh_token()
+            sock = await connect(
+                self.url, create_connection=typing.cast(Any, functools.partial(_Socket, uplink=self)),
+                proxy=proxy_for(self._settings.baseUrl), ssl=self._context, **self._proxy_tls(),
+                compression="deflate" if self._settings.compression else None, ping_interval=None,
+                open_timeout=CONNECT_TIMEOUT_SECS, close_timeout=1, max_size=UPLINK_FRAME_BYTES,
+                write_limit=UPLINK_BUFFER_BYTES, user_agent_header=f"medplum-agent/{VERSION}",
+            )  # fmt: skip
+        except (ServerError, OSError, InvalidHandshake, InvalidURI) as error:
+            return str(error) or type(error).__name__
+        assert isinstance(sock, _Socket)
+        self._socket = sock
+        self.outstanding = 0
+        self._write({"type": "agent:connect:request", "accessToken": token, "agentId": self._settings.agentId})
+        beating = asyncio.create_task(self._heartbeats(sock))
+        try:
+            await sock.wait_closed()
+        finally:
+            beating.cancel()
+            self._ended(sock)
+        return self._close_reason(sock)
+
+    def _proxy_tls(self) -> Json:
+        proxy = proxy_for(self._settings.baseUrl) or ""
+        return {"proxy_ssl": tls_context(self._settings.caFile)} if proxy.startswith("https") else {}
+
+    def _ended(self, sock: _Socket) -> None:
+        self._socket = None
+        was_live, self.live = self.live, False
+        sock.transport.abort()
+        if was_live:
+            self.on_lost(sock.protocol.close_code or 1006)
+
+    @staticmethod
+    def _close_reason(sock: _Socket) -> str:
+        if sock.protocol.close_code == 1009:
+            return "the server closed it because a message was larger than it accepts (1009)"
+        return f"the connection was closed ({sock.protocol.close_code or 1006})"
+
+    async def _heartbeats(self, sock: _Socket) -> None:
+        silent = 0
+        while True:
+            await asyncio.sleep(self._settings.heartbeatSecs)
+            silent = 0 if self.live else silent + 1
+            if self.outstanding > 1 or silent > 2:
+                self.reconnect(
+                    "the server is silent" if self.live else "the server does not answer the connect request"
+                )
+                return
+            if self.live:
+                self.outstanding += 1
+                self._heartbeat_at = time.monotonic()
+                self._write({"type": "agent:heartbeat:request"})
+
+    def reconnect(self, reason: str, *, quiet: bool = False) -> None:
+        """Drop the connection; `run` makes a new one."""
+        if not quiet:
+            self._log.warn(f"Reconnecting: {reason}.")
+        if self._socket is not None:
+            self._socket.transport.abort()
+
+    async def goodbye(self) -> None:
+        """Close the WebSocket properly (RFC 6455 7.1.2), waiting a second for the server's close frame."""
+        self._stopping = True
+        if (sock := self._socket) is not None:
+            self._flush()
+            with contextlib.suppress(Exception):
+                await sock.close(1001, "agent is stopping")
+
+
+# =====================================================================================================================
+# Delivery
+#
+# From the store to the server and back, the same for every protocol. `Order` decides what may be in flight, `judge`
+# what an answer means, `Feed` keeps one channel's window of queued messages, sends, waits, retries and settles, and
+# `Dispatcher` finds the message that an answer belongs to. Order: messages with equal keys one after the other, others
+# in parallel up to the channel's workers; a barrier waits for all before it and holds all behind it.
+# =====================================================================================================================
+
+
+class Keyed(typing.Protocol):
+    """What `Order` orders: BARRIER as key means a barrier."""
+
+    key: str | None
+
+
+K = TypeVar("K", bound=Keyed)
+
+
+class Order(typing.Generic[K]):
+    """Which items may start. Items are added in order, taken when ready, and settled when done."""
+
+    def __init__(self) -> None:
+        self.ready: collections.deque[K] = collections.deque()
+        self._lines: dict[str, collections.deque[K]] = {}  # unsettled items by key, the first may start
+        self._held: collections.deque[K] = collections.deque()  # a barrier and all behind it
+        self._open = 0  # unsettled items that are not held
+        self._barrier = False  # the one open item is a barrier
+
+    def add(self, item: K) -> None:
+        """Put an item behind all others."""
+        if self._held or self._barrier or (item.key is BARRIER and self._open):
+            self._held.append(item)
+        else:
+            self._admit(item)
+
+    def settle(self, item: K) -> None:
+        """An item that was ready is done; what waited for it becomes ready."""
+        self._open -= 1
+        if item.key is BARRIER:
+            self._barrier = False
+        else:
+            line = self._lines[item.key]
+            line.popleft()
+            if line:
+                self.ready.append(line[0])
+            else:
+                del self._lines[item.key]
+        while self._held and not self._barrier and (self._held[0].key is not BARRIER or not self._open):
+            self._admit(self._held.popleft())
+
+    def _admit(self, item: K) -> None:
+        self._open += 1
+        if item.key is BARRIER:
+            self._barrier = True
+            self.ready.append(item)
+        elif line := self._lines.get(item.key):
+            line.append(item)
+        else:
+            self._lines[item.key] = collections.deque((item,))
+            self.ready.append(item)
+
+
+class Fence:
+    """A barrier without a message: separates messages whose keys were made by different rules."""
+
+    key = BARRIER
+
+
+class Judgment(NamedTuple):
+    """What an answer means: `error` is empty when the server accepted it; `hl7` tells that the body can be relayed."""
+
+    error: str
+    hl7: bool
+
+
+# Channel contract 5.5: which errors are tried again, by retry mode. `original` and `enhanced` are the modes of a
+# channel without retryMode. In original mode the device still owns its message: a refusal goes back to it at once.
+_RETRIED: dict[str, frozenset[str]] = {
+    "none": frozenset(),
+    "normal": frozenset({"server-error", "server-rate-limited"}),
+}
+_RETRIED["original"] = _RETRIED["normal"] | {"response-timeout", "interrupted", "connection-lost"}
+_RETRIED["enhanced"] = _RETRIED["original"] | {"server-rejected"}
+_RETRIED["guaranteed"] = _RETRIED["enhanced"] | {"upstream-error"}
+_UPSTREAM = {"AE": "upstream-error", "CE": "upstream-error", "AR": "upstream-rejected", "CR": "upstream-rejected"}
+_REJECTED = frozenset({"server-rejected", "upstream-rejected", "too-large"})  # final state `rejected`, else `failed`
+
+
+def judge(mode: str, status: int, body: object) -> Judgment:
+    """Classify a response by status code and, in guaranteed mode, by the MSA-1 of its body (channel contract 5.5)."""
+    ack = read_ack(body) if mode == "guaranteed" else None
+    is_hl7 = isinstance(body, str) and body.startswith("MSH")
+    if ack is not None:
+        return Judgment(_UPSTREAM.get(ack.code, ""), is_hl7)
+    if status == 429:
+        return Judgment("server-rate-limited", is_hl7)
+    if status >= 500:
+        return Judgment("server-error", is_hl7)
+    return Judgment("server-rejected" if status >= 400 else "", is_hl7)
+
+
+_REASONS = {
+    "server-rejected": "the server or the Bot refused it (status {status}); see the Bot's log, then send it again",
+    "server-error": "the server failed (status {status})",
+    "server-rate-limited": "the server asked to slow down (status 429)",
+    "upstream-error": "the Bot answered with an application error",
+    "upstream-rejected": "the Bot rejected the message",
+    "response-timeout": "no answer from the server in time; see the server's log for this channel and its Bot",
+    "connection-lost": "the connection was lost each time it was sent",
+    "interrupted": "the agent stopped while the server worked on it, and retryMode does not allow to send it twice",
+    "too-large": "it is larger than the server accepts (WebSocket close code 1009); raise maxJsonSize on the server",
+}
+
+
+class Outlet(typing.Protocol):
+    """The channel as its feed sees it: where answers go. Both return whether the device got something."""
+
+    def deliver(self, message: Message, text: str) -> bool: ...
+
+    def refuse(self, message: Message, error_code: str) -> bool: ...
+
+    def silent_bot(self, message: Message) -> bool: ...
+
+
+class Feed:
+    """One channel's stored messages on their way to the server. `outlet` may change with a reload."""
+
+    CONTENT_TYPE = "x-application/hl7-v2+er7"
+
+    def __init__(
+        self, plan: ChannelPlan, row: ChannelRow, store: Store, uplink: Uplink, callback_prefix: str, log: Log
+    ):
+        self.plan, self.row = plan, row
+        self.outlet: Outlet | None = None
+        self.paused = False
+        self.window: dict[int, Message] = {}  # unsettled messages in memory
+        self.inflight: dict[int, Message] = {}  # among them: sent, or about to be
+        self.depth = row.queued  # all unsettled messages of the channel
+        self.round_trips: collections.deque[int] = collections.deque(maxlen=MAX_STATS_SAMPLES)
+        self._store, self._uplink, self._log = store, uplink, log
+        self._prefix = callback_prefix
+        self._order: Order[Message | Fence] = Order()
+        self._epoch = -1
+        self._loaded = 0  # highest id that entered the window
+        self._newest = row.last_id  # highest id on disk
+        self._bytes = 0  # of bodies in the window
+        self._busy = False  # a read from disk is under way
+        self._bodiless: list[Message] = []
+        self._parked: dict[int, asyncio.TimerHandle] = {}  # waiting for their next try
+        self._inflight_bytes = 0
+        self._deadlines: collections.deque[tuple[float, Message, int]] = collections.deque()
+        self._timer: asyncio.TimerHandle | None = None
+        self._loop = asyncio.get_running_loop()
+
+    # --- from the channel ---
+
+    def stored(self, message: Message) -> None:
+        """A new message is on disk."""
+        behind = self._loaded < self._newest
+        self.depth += 1
+        self._newest = message.id
+        if behind or len(self.window) >= WINDOW_MESSAGES:
+            message.text = None
+        else:
+            self._loaded = message.id
+            self._enter(message)
+            self.pump()
+
+    def again(self, message: Message) -> None:
+        """The device sent a message again that had ended in an error: a fresh try."""
+        before, message.state = message.state, QUEUED
+        message.outcome, message.response, message.status_code = PENDING, None, None
+        message.error_code = message.error = None
+        message.failures = message.next_attempt_at = message.first_failed_at = message.settled_at = 0
+        self._store.update(message, before)
+        self.depth += 1
+        self._enter(message)
+        self.pump()
+
+    def replan(self, plan: ChannelPlan, row: ChannelRow) -> None:
+        """New settings without losing what is under way; scheduled retries keep their time."""
+        self.plan, self.row = plan, row
+        self.pump()
+
+    # --- the window ---
+
+    def _enter(self, message: Message) -> None:
+        if message.epoch != self._epoch:
+            if self._epoch >= 0:
+                self._order.add(Fence())
+            self._epoch = message.epoch
+        self.window[message.id] = message
+        self._hold_body(message)
+        self._order.add(message)
+
+    def _hold_body(self, message: Message) -> None:
+        """Keep the text in memory if there is room; else it stays on disk until its turn."""
+        if message.text is not None and self._bytes + len(message.text) > WINDOW_BYTES:
+            message.text = None
+        if message.text is not None:
+            self._bytes += len(message.text)
+
+    def _drop_body(self, message: Message) -> None:
+        if message.text is not None:
+            self._bytes -= len(message.text)
+            message.text = None
+
+    def _refill(self) -> None:
+        if not self._busy and self._loaded < self._newest and len(self.window) <= WINDOW_MESSAGES - REFILL_MESSAGES:
+            self._busy = True
+            asyncio.ensure_future(self._read_window()).add_done_callback(self._read_done)
+
+    async def _read_window(self) -> None:
+        newest = self._newest
+        rows = await self._store.queued(self.row.id, self._loaded, REFILL_MESSAGES)
+        for message, original, finalized in rows:
+            self._loaded = message.id
+            if message.id not in self.window:
+                message.text = None if original is None else _text_of(message, original, finalized)
+                self._enter(message)
+        if len(rows) < REFILL_MESSAGES:
+            self._loaded = max(self._loaded, newest)
+
+    def _read_done(self, task: asyncio.Future[None]) -> None:
+        """Go on after a read; one that failed (a damaged disk) is tried again in a while."""
+        self._busy = False
+        if task.cancelled():
+            return
+        if task.exception() is None:
+            self.pump()
+        else:
+            self._log.error(f"Channel '{self.plan.name}': the queue cannot be read: {task.exception()}")
+            self._loop.call_later(STORE_REOPEN_SECS, self.pump)
+
+    # --- sending ---
+
+    def pump(self) -> None:
+        """Send whatever may be sent now."""
+        ready = self._order.ready
+        while ready and not self.paused and self._has_room() and self._uplink.ready():
+            item = ready.popleft()
+            if isinstance(item, Fence):
+                self._order.settle(item)
+            elif item.state >= PROCESSED:  # answered late, before its next turn
+                self._release(item)
+            elif item.next_attempt_at > now_ms():
+                self._park(item)
+            else:
+                self.inflight[item.id] = item
+                self._inflight_bytes += item.size
+                self._send(item)
+        self._fetch_bodies()
+        self._refill()
+
+    def _has_room(self) -> bool:
+        return len(self.inflight) < self.plan.workers and self._inflight_bytes < INFLIGHT_BYTES
+
+    def _leave(self, message: Message) -> bool:
+        """The message is no longer in flight; False when it was not."""
+        if self.inflight.pop(message.id, None) is None:
+            return False
+        self._inflight_bytes -= message.size
+        return True
+
+    def _park(self, message: Message) -> None:
+        """Wait for the next try without a worker; a large backlog of retries keeps its bodies on disk."""
+        if self._bytes > WINDOW_BYTES:
+            self._drop_body(message)
+        delay = max(0, message.next_attempt_at - now_ms()) / 1000
+        self._parked[message.id] = self._loop.call_later(delay, self._unpark, message)
+
+    def _unpark(self, message: Message) -> None:
+        del self._parked[message.id]
+        self._order.ready.appendleft(message)
+        self.pump()
+
+    def _fetch_bodies(self) -> None:
+        if self._bodiless and not self._busy:
+            self._busy = True
+            wanted, self._bodiless = self._bodiless, []
+            asyncio.ensure_future(self._read_bodies(wanted)).add_done_callback(self._read_done)
+
+    async def _read_bodies(self, messages: list[Message]) -> None:
+        try:
+            found = await self._store.bodies([message.id for message in messages])
+        except sqlite3.Error:
+            self._unsend(messages)
+            raise
+        for message in messages:
+            original, finalized = found[message.id]
+            message.text = _text_of(message, original, finalized)
+            self._bytes += len(message.text)
+        self._unsend(messages)
+
+    def _unsend(self, messages: Iterable[Message]) -> None:
+        for message in sorted(messages, key=lambda message: message.id, reverse=True):
+            if self._leave(message):
+                self._order.ready.appendleft(message)
+
+    def _send(self, message: Message) -> None:
+        if message.text is None:
+            self._bodiless.append(message)
+        elif self.plan.retry_mode in ("none", "normal"):
+            before, message.state = message.state, SENT
+            self._store.update(message, before, then=functools.partial(self._transmit, message))
+        else:
+            self._transmit(message)
+
+    def _transmit(self, message: Message) -> None:
+        if not self._uplink.ready():
+            if message.state == SENT:
+                message.state = QUEUED
+                self._store.update(message, SENT)
+            self._unsend([message])
+            return
+        message.attempts += 1
+        message.sent_at = now_ms()
+        callback = f"{self._prefix}{message.id:012x}#{message.attempts}"
+        text = message.text or ""
+        self._uplink.transmit(self.plan.name, message.remote, self.CONTENT_TYPE, text, callback)
+        deadline = self._loop.time() + self.plan.settings.responseTimeoutSecs
+        self._deadlines.append((deadline, message, message.attempts))
+        if self._timer is None:
+            self._timer = self._loop.call_at(deadline, self._expire)
+
+    def _expire(self) -> None:
+        self._timer = None
+        while self._deadlines:
+            deadline, message, attempt = self._deadlines[0]
+            waiting = message.id in self.inflight and message.attempts == attempt
+            if waiting and deadline > self._loop.time():
+                self._timer = self._loop.call_at(deadline, self._expire)
+                return
+            self._deadlines.popleft()
+            if waiting:
+                self._failed(message, "response-timeout", 0)
+        self.pump()
+
+    def lost(self, close_code: int) -> None:
+        """The connection ended: answers can no longer come. Whatever may be sent twice goes back to be sent again."""
+        if self.plan.retry_mode in ("none", "normal"):
+            return
+        self._bodiless.clear()
+        sent = list(self.inflight.values())
+        age_limit = self.plan.settings.deadLetterAfterHours * 3_600_000
+        for message in sent:
+            message.first_failed_at = message.first_failed_at or now_ms()
+            if age_limit and now_ms() - message.first_failed_at > age_limit:
+                self._finish(message, FAILED, "connection-lost", 0)
+        self._unsend(sent)
+
+    def too_large(self, message: Message) -> None:
+        """The server closed the connection because of this message: it can never be delivered."""
+        self._finish(message, REJECTED, "too-large", 1009)
+
+    # --- answers ---
+
+    def answered(self, message: Message, attempt: int, status: int, body: object) -> None:
+        """A response from the server; also late, for an earlier attempt, or for a dead letter."""
+        judgment = judge(self.plan.retry_mode, status, body)
+        if message.state >= PROCESSED and not (message.state == FAILED and not judgment.error):
+            return
+        if judgment.error and attempt != message.attempts:
+            return  # an old failure says nothing about the attempt that runs now
+        message.response = body if isinstance(body, str) else dump_json(body).decode()
+        message.status_code = status
+        if judgment.error:
+            if message.id in self.inflight:
+                self._failed(message, judgment.error, status, judgment)
+            return
+        self.round_trips.append(now_ms() - message.received_at)
+        if judgment.hl7:
+            delivered = self.outlet is not None and self.outlet.deliver(message, message.response)
+        else:
+            delivered = self.outlet is not None and self.outlet.silent_bot(message)
+        message.outcome = DELIVERED if delivered else UNDELIVERED
+        self._settle(message, PROCESSED)
+
+    def _failed(self, message: Message, error: str, status: int, judgment: Judgment | None = None) -> None:
+        """A try ended in an error: again later, or a dead letter."""
+        message.failures += 1
+        message.first_failed_at = message.first_failed_at or now_ms()
+        settings = self.plan.settings
+        limit = (
+            10
+            if self.plan.retry_mode == "normal" and "autoRetryMaxAttempts" not in self.plan.given
+            else settings.autoRetryMaxAttempts
+        )
+        age_limit = settings.deadLetterAfterHours * 3_600_000
+        spent = (limit and message.failures >= limit) or (age_limit and now_ms() - message.first_failed_at > age_limit)
+        if error not in _RETRIED[self.plan.retry_mode] or spent:
+            relay = judgment is not None and judgment.hl7
+            self._finish(message, REJECTED if error in _REJECTED else FAILED, error, status, relay=relay)
+            return
+        delay = min(
+            settings.autoRetryMaxDelayMs,
+            settings.autoRetryBaseDelayMs * settings.autoRetryBackoffMultiplier ** min(message.failures - 1, 64),
+        )
+        message.next_attempt_at = now_ms() + round(random.uniform(delay / 2, delay))
+        message.error_code, message.error = error, _REASONS[error].format(status=status)
+        before, message.state = message.state, QUEUED
+        self._store.update(message, before)
+        self._leave(message)
+        self._log.warn(
+            f"Channel '{self.plan.name}', message {message.id}: try {message.failures} failed: {message.error}."
+        )
+        self._park(message)
+        self.pump()
+
+    def _finish(self, message: Message, state: int, error: str, status: int, *, relay: bool = False) -> None:
+        """End in a dead letter, and tell a device that still waits."""
+        message.error_code, message.error = error, _REASONS[error].format(status=status)
+        if self.outlet is None:
+            told = False
+        elif relay:
+            told = self.outlet.deliver(message, message.response or "")
+        else:
+            told = self.outlet.refuse(message, error)
+        message.outcome = DELIVERED if told else NOT_OWED
+        self._log.error(
+            f"Channel '{self.plan.name}', message {message.id} is now a dead letter "
+            f"after {message.failures} failed tries: {message.error}."
+        )
+        self._settle(message, state)
+
+    def _settle(self, message: Message, state: int) -> None:
+        before, message.state = message.state, state
+        message.settled_at = now_ms()
+        self._store.update(message, before)
+        if message.id not in self.window:  # a late answer to a message that is not in memory
+            self.depth -= before < PROCESSED
+            return
+        timer = self._parked.pop(message.id, None)
+        if timer is not None:
+            timer.cancel()
+        if self._leave(message) or timer is not None:
+            self._release(message)
+            self.pump()
+
+    def _release(self, message: Message) -> None:
+        del self.window[message.id]
+        self.depth -= 1
+        self._drop_body(message)
+        self._order.settle(message)
+
+    def round_trip_stats(self) -> Json:
+        """Channel contract 12; -1 where there is no sample."""
+        return percentiles(self.round_trips) | {"pendingCount": len(self.inflight)}
+
+
+def _text_of(message: Message, original: bytes, finalized: str | None) -> str:
+    return finalized if finalized is not None else decode_hl7(original, message.encoding)
+
+
+def percentiles(samples: Iterable[int]) -> dict[str, float]:
+    """count, min, max, average and percentiles of round trips in ms: element ceil(p/100 * n) - 1 of the sorted list."""
+    ordered = sorted(samples)
+    if not ordered:
+        return {"count": 0, "min": -1, "max": -1, "average": -1, "p50": -1, "p95": -1, "p99": -1}
+    at = {f"p{p}": ordered[math.ceil(p / 100 * len(ordered)) - 1] for p in (50, 95, 99)}
+    return {"count": len(ordered), "min": ordered[0], "max": ordered[-1], "average": sum(ordered) / len(ordered), **at}
+
+
+class Dispatcher:
+    """All feeds, and the way from an answer back to its message."""
+
+    def __init__(self, agent_id: str, store: Store, uplink: Uplink, log: Log):
+        self.feeds: dict[str, Feed] = {}
+        self._store, self._uplink, self._log = store, uplink, log
+        self._agent_id = agent_id
+        self._late_answers: set[asyncio.Future[None]] = set()
+        uplink.on_live = uplink.on_writable = self.pump
+        uplink.on_lost = self._lost
+
+    @property
+    def callback_prefix(self) -> str:
+        """`Agent/<id>-` and a UUID without its last 12 digits, which are the row's number: stable across restarts."""
+        seed = self._store.seed
+        return f"Agent/{self._agent_id}-{seed[:8]}-{seed[8:12]}-4{seed[12:15]}-a{seed[15:18]}-"
+
+    async def feed(self, plan: ChannelPlan) -> Feed:
+        """The feed of a channel, made or brought up to date."""
+        row = await self._store.channel(plan.name, plan.key_spec)
+        feed = self.feeds.get(plan.name)
+        if feed is None:
+            await self._recover(plan, row)
+            feed = self.feeds[plan.name] = Feed(plan, row, self._store, self._uplink, self.callback_prefix, self._log)
+        feed.replan(plan, row)
+        return feed
+
+    async def _recover(self, plan: ChannelPlan, row: ChannelRow) -> None:
+        """Rows that were sent when the agent stopped: only where a repetition is allowed they are sent again."""
+        if "interrupted" in _RETRIED[plan.retry_mode]:
+            change = f"state = {QUEUED}"
+        else:
+            reason = _REASONS["interrupted"]
+            change = f"state = {FAILED}, outcome = {NOT_OWED}, error_code = 'interrupted', last_error = '{reason}'"
+
+        def run(db: sqlite3.Connection) -> int:
+            count = db.execute(f"UPDATE message SET {change} WHERE channel = ? AND state = {SENT}", (row.id,)).rowcount
+            self._store.tally[SENT] -= count
+            self._store.tally[QUEUED if "interrupted" in _RETRIED[plan.retry_mode] else FAILED] += count
+            db.executemany("INSERT OR REPLACE INTO tally VALUES (?, ?)", self._store.tally.items())
+            return count
+
+        if count := await self._store.call(run):
+            self._log.warn(f"Channel '{plan.name}': {count} messages were with the server when the agent stopped.")
+
+    def pump(self) -> None:
+        for feed in self.feeds.values():
+            feed.pump()
+
+    def _lost(self, close_code: int) -> None:
+        if close_code == 1009:
+            self._drop_largest()
+        for feed in self.feeds.values():
+            feed.lost(close_code)
+
+    def _drop_largest(self) -> None:
+        """Close code 1009 (message too big) does not say which: it is the largest that was in flight."""
+        sent = [(message.size, message, feed) for feed in self.feeds.values() for message in feed.inflight.values()]
+        if sent:
+            _, message, feed = max(sent, key=lambda entry: entry[0])
+            feed.too_large(message)
+
+    def response(self, answer: Json) -> None:
+        """One agent:transmit:response (uplink contract 4.6)."""
+        status = answer.get("statusCode")
+        code = status if isinstance(status, int) and status else 200
+        body = answer.get("body")
+        callback = answer.get("callback")
+        if not callback:
+            self._without_callback(answer, code, body)
+            return
+        message_id, attempt = self._parse_callback(str(callback))
+        if message_id is None:
+            self._log.warn("An answer with an unknown callback was ignored.")
+            return
+        for feed in self.feeds.values():
+            if message := feed.window.get(message_id):
+                feed.answered(message, attempt or message.attempts, code, body)
+                return
+        task = asyncio.ensure_future(self._late(message_id, attempt, code, body))
+        self._late_answers.add(task)
+        task.add_done_callback(self._late_answers.discard)
+
+    def _parse_callback(self, callback: str) -> tuple[int | None, int]:
+        stem, _, attempt = callback.partition("#")
+        prefix = self.callback_prefix
+        if not stem.startswith(prefix) or not re.fullmatch(r"[0-9a-f]{12}", stem[len(prefix) :]):
+            return None, 0
+        return int(stem[len(prefix) :], 16), int(attempt) if attempt.isdecimal() else 0
+
+    async def _late(self, message_id: int, attempt: int, status: int, body: object) -> None:
+        """An answer to a message that is not in memory: a dead letter, or one sent before a restart."""
+        message = await self._store.message(message_id)
+        feed = next((feed for feed in self.feeds.values() if message and feed.row.id == message.channel), None)
+        if message is not None and feed is not None and message_id not in feed.window:
+            feed.answered(message, attempt or message.attempts, status, body)
+
+    def _without_callback(self, answer: Json, status: int, body: object) -> None:
+        """Old servers leave it out: match MSA-2 with a message in flight, else pass it to the device named."""
+        feed = self.feeds.get(str(answer.get("channel")))
+        if feed is None:
+            return
+        self._log.warn(f"Channel '{feed.plan.name}': an answer came without callback.")
+        ack = read_ack(body)
+        candidates = [m for m in feed.inflight.values() if m.remote == answer.get("remote") or ack]
+        match = [m for m in candidates if ack and m.control_id == ack.control_id] or (candidates if not ack else [])
+        if len(match) == 1:
+            feed.answered(match[0], match[0].attempts, status, body)
+        elif ack and feed.outlet is not None and status < 400:
+            stray = Message(feed.row.id, str(answer.get("remote")), b"", feed.plan.settings.encoding)
+            stray.control_id = ack.control_id
+            feed.outlet.deliver(stray, str(body))
+
+
+# =====================================================================================================================
+# Channels
+#
+# Where devices connect. A channel takes messages from its protocol core, hands them to the store, acknowledges when
+# the store says durable, and writes back what comes down. A listener owns a bound port and may change its channel, so
+# that a reload can swap ports without ever unbinding them. May touch: sockets.
+# =====================================================================================================================
+
+
+class Hl7Connection(asyncio.Protocol):
+    """One device connected to an HL7 channel. All that is written in one turn of the event loop leaves in one write."""
+
+    def __init__(self, channel: Hl7Channel):
+        self.channel = channel
+        self.remote = ""
+        self.host = ""
+        self.pending = 0  # messages on their way to the disk
+        self.awaiting = 0  # stored messages whose answer is still to come
+        self.messages = 0
+        self.active_at = self._loop_time()
+        self._core = Mllp(channel.plan.settings.maxMessageBytes)
+        self._delayed: collections.deque[bytes | PeerError] = collections.deque()
+        self._next_at = 0.0
+        self._outbox: list[bytes] = []
+        self._paused: set[str] = set()
+        self._closing = self._ended = False
+        self._transport: asyncio.Transport
+
+    @staticmethod
+    def _loop_time() -> float:
+        return asyncio.get_running_loop().time()
+
+    # --- asyncio ---
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = typing.cast(asyncio.Transport, transport)
+        if hasattr(transport, "max_size"):
+            transport.max_size = READ_BYTES
+        set_device_options(transport.get_extra_info("socket"))
+        peer = transport.get_extra_info("peername") or ("unknown", 0)
+        self.host, self.remote = peer[0], f"{peer[0]}:{peer[1]}"
+        self.channel.opened(self)
+
+    def connection_lost(self, error: Exception | None) -> None:
+        self._closing = True
+        self.channel.closed(self)
+
+    def data_received(self, data: bytes) -> None:
+        self.active_at = self._loop_time()
+        events = self._core.receive(data)
+        if self.channel.plan.settings.messagesPerMin > 0:
+            self._delayed.extend(events)
+            self._next_delayed()
+        else:
+            for event in events:
+                self._take(event)
+        if self.channel.store.congested:
+            self.pause("store")
+            self.channel.store.on_resume.append(functools.partial(self.resume, "store"))
+
+    def eof_received(self) -> bool:
+        """A device may end its side first and still wait for answers (RFC 9293 3.6)."""
+        self._ended = True
+        return self.pending > 0 or self.awaiting > 0 or bool(self._delayed)
+
+    def pause_writing(self) -> None:
+        self.pause("slow reader")
+
+    def resume_writing(self) -> None:
+        self.resume("slow reader")
+
+    # --- flow ---
+
+    def pause(self, reason: str) -> None:
+        if not self._paused and not self._closing:
+            self._transport.pause_reading()
+        self._paused.add(reason)
+
+    def resume(self, reason: str) -> None:
+        self._paused.discard(reason)
+        if not self._paused and not self._closing:
+            self._transport.resume_reading()
+
+    def _next_delayed(self) -> None:
+        """messagesPerMin: hold messages back, and the device with them."""
+        loop = asyncio.get_running_loop()
+        while self._delayed and loop.time() >= self._next_at:
+            self._next_at = max(self._next_at, loop.time() - 0.01) + 60 / self.channel.plan.settings.messagesPerMin
+            self._take(self._delayed.popleft())
+        if self._delayed and "rate" not in self._paused:
+            self.pause("rate")
+            loop.call_at(self._next_at, self._rate_elapsed)
+        self._close_if_done()
+
+    def _rate_elapsed(self) -> None:
+        self.resume("rate")
+        if not self._closing:
+            self._next_delayed()
+
+    def _take(self, event: bytes | PeerError) -> None:
+        self.messages += 1
+        if isinstance(event, PeerError):
+            self.channel.refuse_frame(self, event)
+        else:
+            self.channel.receive(self, event)
+
+    def send(self, content: bytes) -> None:
+        """One frame to the device."""
+        if not self._outbox:
+            asyncio.get_running_loop().call_soon(self._flush)
+        self._outbox.append(mllp_frame(content))
+
+    def _flush(self) -> None:
+        if not self._transport.is_closing():
+            self._transport.write(b"".join(self._outbox))
+        self._outbox.clear()
+        self._close_if_done()
+
+    def _close_if_done(self) -> None:
+        if (self._ended or self._closing) and not (self.pending or self._delayed or self._outbox):
+            if self._ended and self.awaiting and not self._closing:
+                return
+            self._transport.close()
+
+    def answered(self) -> None:
+        """The last word on one of this device's messages was said."""
+        self.awaiting = max(0, self.awaiting - 1)
+        self._close_if_done()
+
+    def stored(self) -> None:
+        """A message is on disk or refused."""
+        self.pending -= 1
+        if self._closing or self._ended:
+            asyncio.get_running_loop().call_soon(self._close_if_done)
+
+    def close(self) -> None:
+        """Read no more; close once everything received is stored and acknowledged."""
+        if not self._closing:
+            self.pause("closing")
+            self._closing = True
+            self._close_if_done()
+            asyncio.get_running_loop().call_later(GRACEFUL_CLOSE_SECS, self._transport.abort)
+
+    def check_time(self, now: float, idle: float, inside: float) -> str:
+        """Why this connection should be closed for its silence, or ``."""
+        silent = now - self.active_at
+        if self._paused or self._closing:
+            return ""
+        if inside and self._core.inside and silent > inside:
+            return f"it stopped in the middle of a message {silent:.0f} s ago"
+        if idle and silent > idle and not self.awaiting:
+            return f"it was silent for {silent:.0f} s"
+        return ""
+
+    @property
+    def skipped(self) -> int:
+        """Bytes that came outside of frames."""
+        return self._core.skipped
+
+
+def set_device_options(sock: socket.socket) -> None:
+    """No Nagle (CA followed by AA would wait 40 ms for a delayed TCP ACK); notice devices that vanish."""
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for name, seconds in (("TCP_KEEPIDLE", 60), ("TCP_KEEPINTVL", 15), ("TCP_KEEPCNT", 4)):
+        if hasattr(socket, name):
+            sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), seconds)
+
+
+class Hl7Channel:
+    """One HL7 channel: devices in, acknowledgments and answers out (channel contract 4)."""
+
+    def __init__(self, plan: ChannelPlan, store: Store, log: Log, channel_log: Log):
+        self.plan, self.store = plan, store
+        self.feed: Feed | None = None  # None until the store has a row for the channel
+        self.connections: dict[str, Hl7Connection] = {}
+        self._log, self._channel_log = log, channel_log
+        self._watcher = asyncio.get_running_loop().call_later(1, self._watch)
+
+    def replan(self, plan: ChannelPlan) -> None:
+        """New settings for the connections that stay open."""
+        self.plan = plan
+        for connection in self.connections.values():
+            connection._core.limit = plan.settings.maxMessageBytes
+
+    def stop(self) -> None:
+        self._watcher.cancel()
+        for connection in list(self.connections.values()):
+            connection.close()
+
+    # --- connections ---
+
+    def opened(self, connection: Hl7Connection) -> None:
+        if len(self.connections) >= self.plan.settings.maxConnections:
+            self._warn(
+                f"{connection.host} was turned away: {len(self.connections)} connections are open (maxConnections)"
+            )
+            connection._transport.abort()
+            return
+        self.connections[connection.remote] = connection
+        self._log.debug(f"Channel '{self.plan.name}': {connection.remote} connected.")
+
+    def closed(self, connection: Hl7Connection) -> None:
+        if self.connections.get(connection.remote) is connection:
+            del self.connections[connection.remote]
+        if connection.skipped and not connection.messages:
+            self._warn(f"{connection.remote} sent {connection.skipped} bytes and no MLLP frame (0x0B ... 0x1C 0x0D)")
+        self._log.debug(f"Channel '{self.plan.name}': {connection.remote} disconnected.")
+
+    def _watch(self) -> None:
+        now = asyncio.get_running_loop().time()
+        settings = self.plan.settings
+        for connection in list(self.connections.values()):
+            if reason := connection.check_time(now, settings.idleTimeoutSecs, settings.frameTimeoutSecs):
+                self._warn(f"{connection.remote} was disconnected: {reason}")
+                connection.close()
+        self._watcher = asyncio.get_running_loop().call_later(1, self._watch)
+
+    def _warn(self, text: str) -> None:
+        self._log.warn(f"Channel '{self.plan.name}': {text}.")
+
+    def _note(self, text: str) -> None:
+        self._channel_log.info(f"[{self.plan.protocol}:{self.plan.name}] {text}")
+
+    # --- intake ---
+
+    def receive(self, connection: Hl7Connection, content: bytes) -> None:
+        """One frame: check it, and hand it to the store."""
+        plan, feed = self.plan, self.feed
+        settings = plan.settings
+        try:
+            text = decode_hl7(content, settings.encoding)
+        except PeerError as error:
+            self.refuse_frame(connection, error, content)
+            return
+        header = Header(text)
+        self._note(f"[Received -- ID: {header.control_id}]: {text}")
+        if feed is None:
+            self._answer(connection, header, "E", self.store.trouble or "storage error: the channel is starting")
+            return
+        message = Message(feed.row.id, connection.remote, content, settings.encoding)
+        message.epoch = feed.row.epoch
+        message.text, message.control_id, message.type = text, header.control_id, header.message_type
+        message.key = ordering_key(text, header, plan.key_spec)
+        message.checked = bool(header.control_id) and settings.duplicateBehavior != "accept"
+        message.assign = settings.assignSeqNo
+        message.source = functools.partial(self._stored, connection, header)
+        connection.pending += 1
+        self.store.put(message)
+
+    def refuse_frame(self, connection: Hl7Connection, error: PeerError, content: bytes = b"") -> None:
+        """A frame that is not a message: the sender is told, the connection goes on."""
+        self._warn(f"{connection.remote}: {error}")
+        self._note(f"[Refused]: {error}: {content[:200]!r}")
+        self._answer(connection, Header("MSH|^~\\&|"), error.code, str(error))
+
+    def _answer(self, connection: Hl7Connection, header: Header, kind: str, text: str = "") -> None:
+        """An acknowledgment of ours: `kind` A, E or R becomes CA/CE/CR in enhanced mode, else AA/AE/AR."""
+        if header.message_type.startswith("ACK"):
+            return  # an acknowledgment is never acknowledged (HL7 v2.5.1 2.9.2)
+        code = ("C" if self.plan.settings.enhanced == "true" else "A") + kind
+        self._write(connection, build_ack(header, code, clean_text(text), closing=self._closing))
+
+    @property
+    def _closing(self) -> str:
+        return "\r" if self.plan.settings.ackFormat == "standard" else ""
+
+    def _write(self, connection: Hl7Connection, text: str) -> None:
+        connection.send(text.encode(self.plan.settings.encoding, "replace"))
+
+    def _stored(self, connection: Hl7Connection, header: Header, message: Message) -> None:
+        """The store has spoken: on disk, a repetition, or refused."""
+        connection.stored()
+        assert self.feed is not None
+        if message.refusal:
+            self._answer(connection, header, "E", message.refusal)
+        elif message.earlier:
+            self._repeated(connection, header, message, message.earlier)
+        else:
+            self._commit_accept(connection, header)
+            connection.awaiting += self._owes_answer()
+            self.feed.stored(message)
+
+    def _commit_accept(self, connection: Hl7Connection, header: Header) -> None:
+        if self.plan.settings.enhanced:
+            self._answer(connection, header, "A")
+
+    def _owes_answer(self) -> bool:
+        """Whether the device waits for the Bot's answer."""
+        settings = self.plan.settings
+        return not settings.enhanced or (settings.enhanced == "true" and settings.appLevelAck != "NE")
+
+    # --- repetitions (channel contract 5.3) ---
+
+    def _repeated(self, connection: Hl7Connection, header: Header, message: Message, earlier: Earlier) -> None:
+        assert self.feed is not None
+        if not earlier.same or self.plan.settings.duplicateBehavior == "reject":
+            self._reject_repetition(connection, header, message, earlier.same)
+            return
+        row = self.feed.window.get(earlier.message.id, earlier.message)
+        if row.state < PROCESSED:
+            self._claim(row, connection)
+            self._commit_accept(connection, header)
+        elif self._replay(connection, row):
+            row.outcome = DELIVERED
+            self.store.update(row, row.state)
+        elif row.state in (REJECTED, FAILED):
+            self._claim(row, connection)
+            self._commit_accept(connection, header)
+            self.feed.again(row)
+        elif self.plan.settings.enhanced:
+            self._commit_accept(connection, header)
+        else:
+            row.text = message.text
+            self.silent_bot(row, connection)
+
+    def _reject_repetition(self, connection: Hl7Connection, header: Header, message: Message, same: bool) -> None:
+        reason = "duplicate control id" if same else "control id was used before with other content"
+        self._warn(f"message from {connection.remote} rejected: {reason}; duplicateBehavior=accept takes it as new")
+        self._answer(connection, header, "R", reason)
+        audit = Message(
+            message.channel, message.remote, (message.text or "").encode(message.encoding, "replace"), message.encoding
+        )
+        audit.control_id, audit.type, audit.state, audit.outcome = message.control_id, message.type, NACKED, NOT_OWED
+        audit.error_code, audit.error = "duplicate-rejected", reason
+        self.store.put(audit)
+
+    def _claim(self, row: Message, connection: Hl7Connection) -> None:
+        """The answer goes to the connection that asked last."""
+        if row.remote != connection.remote:
+            if old := self.connections.get(row.remote):
+                old.answered()
+            connection.awaiting += self._owes_answer()
+            row.remote = connection.remote
+            self.store.update(row, row.state)
+
+    def _replay(self, connection: Hl7Connection, row: Message) -> bool:
+        """Give the Bot's earlier answer again, if there is one for the device."""
+        if not row.response or not row.response.startswith("MSH"):
+            return False
+        ack = read_ack(row.response)
+        if ack and not passes_filter(self.plan.settings, ack.code):
+            return False
+        self._write(connection, row.response)
+        return True
+
+    # --- answers ---
+
+    def deliver(self, message: Message, text: str) -> bool:
+        """The Bot's answer to the device, if the mode lets it through; False when no device is there to take it."""
+        connection = self._connection_for(message)
+        if connection is not None and self._owes_answer():
+            connection.answered()
+        ack = read_ack(text)
+        if ack and not passes_filter(self.plan.settings, ack.code):
+            return True
+        if connection is None:
+            self._warn(
+                f"message {message.id}: the device is not connected any more; its answer is kept for a repetition"
+            )
+            return False
+        self._note(f"[Sending ACK -- ID: {ack.control_id if ack else ''}]: {text}")
+        self._write(connection, _LINE_ENDS.sub("\r", text) if "\n" in text else text)
+        return True
+
+    def refuse(self, message: Message, error_code: str) -> bool:
+        """Original mode: the device waits, so a dead letter is answered by botErrorAck."""
+        return self._own_answer(message, self.plan.settings.botErrorAck, f"not processed: {error_code}")
+
+    def silent_bot(self, message: Message, connection: Hl7Connection | None = None) -> bool:
+        """Original mode: the Bot succeeded without an answer, so the device gets botEmptyAck."""
+        if self.plan.settings.enhanced:
+            return self.plan.settings.enhanced == "aa" or self.plan.settings.appLevelAck == "NE"
+        return self._own_answer(message, self.plan.settings.botEmptyAck, "", connection)
+
+    def _own_answer(self, message: Message, code: str, text: str, connection: Hl7Connection | None = None) -> bool:
+        connection = connection or self._connection_for(message)
+        if connection is not None and self._owes_answer():
+            connection.answered()
+        if self.plan.settings.enhanced or code == "none" or connection is None or message.text is None:
+            return False
+        self._write(connection, build_ack(Header(message.text), code, text, closing=self._closing))
+        return True
+
+    def _connection_for(self, message: Message) -> Hl7Connection | None:
+        """The connection the message came from, or the one its sender made since.
+
+        A sender that repeats its message has claimed the answer. Else the only connection from the same address gets
+        it; in original mode only while it has sent nothing, where the answer cannot be taken for that of another.
+        """
+        if found := self.connections.get(message.remote):
+            return found
+        host = message.remote.rsplit(":", 1)[0]
+        candidates = [connection for connection in self.connections.values() if connection.host == host]
+        if len(candidates) == 1 and (self.plan.settings.enhanced or not candidates[0].messages):
+            return candidates[0]
+        return None
+
+
+class Listener:
+    """A bound port and the channel that it serves. Raises OSError when the port cannot be bound."""
+
+    def __init__(self, bind: tuple[str, int], log: Log):
+        self.bind = bind
+        self.channel: Hl7Channel | None = None
+        self._sockets = bind_sockets(*bind, log)
+        self._servers: list[asyncio.Server] = []
+
+    async def start(self) -> None:
+        loop = asyncio.get_running_loop()
+        for sock in self._sockets:
+            self._servers.append(await loop.create_server(self._connection, sock=sock, backlog=SOCKET_BACKLOG))
+
+    def _connection(self) -> asyncio.Protocol:
+        return Hl7Connection(self.channel) if self.channel is not None else _TurnAway()
+
+    def close(self) -> None:
+        for server in self._servers:
+            server.close()
+        if not self._servers:
+            for sock in self._sockets:
+                sock.close()
+
+
+class _TurnAway(asyncio.Protocol):
+    """A connection that arrives while its port changes hands: the device tries again."""
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        typing.cast(asyncio.Transport, transport).abort()
+
+
+ANY_HOST = ("", "*", "0.0.0.0", "::", "[::]")
+
+
+def bind_sockets(host: str, port: int, log: Log) -> list[socket.socket]:
+    """Listening sockets for an Endpoint's host and port: dual stack for any address, else the addresses of the host.
+
+    A host that is not an address of this machine (a public name, a translated address) means all interfaces, as with
+    the reference agent, and a warning.
+    """
+    if host not in ANY_HOST:
+        try:
+            found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+            addresses = {(family, sockaddr) for family, _, _, _, sockaddr in found}
+            return [s for family, address in addresses if (s := _bind_address(family, address, len(addresses)))]
+        except OSError as error:
+            if error.errno is not None and not isinstance(error, socket.gaierror) and not _not_ours(error):
+                raise
+            log.warn(f"'{host}' is not an address of this machine; port {port} listens on all interfaces.")
+    if socket.has_dualstack_ipv6():
+        return [socket.create_server(("", port), family=socket.AF_INET6, dualstack_ipv6=True)]
+    return [socket.create_server(("", port))]
+
+
+def _not_ours(error: OSError) -> bool:
+    import errno
+
+    return error.errno == errno.EADDRNOTAVAIL
+
+
+def _bind_address(family: int, address: Any, count: int) -> socket.socket | None:
+    """One address of a host; of several (localhost is 127.0.0.1 and ::1) some may not exist here."""
+    try:
+        return socket.create_server(address[:2], family=family)
+    except OSError as error:
+        if count > 1 and _not_ours(error) and family == socket.AF_INET6:
+            return None
+        raise
+
+
+# =====================================================================================================================
+# Agent
+#
+# Plans become running channels. A reload reads everything, lists every problem, and changes nothing if there is one;
+# otherwise only what differs changes, and untouched channels keep their connections. The life cycle: lock, logs,
+# configuration (from the server, else the saved one), store, channels; and the clean stop in reverse.
+# =====================================================================================================================
+
+CONFIG_FILE = "medplum-agent-applied-config.json"
+QUEUE_FILE = "medplum-agent-queue.sqlite"
+# What the server may say in an agent:error without quoting a message (uplink contract 4 and 5)
+_SAFE_ERRORS = frozenset({
+    "Not connected", "Missing access token", "Missing agent ID", "Invalid access token", "Missing channel",
+    "Missing body", "Channel not found", "Invalid HL7 message", "Not found", "Forbidden", "Unauthorized",
+})  # fmt: skip
+
+
+class Agent:
+    """One agent: `run()` until `stop()`. `console` gets the main log."""
+
+    def __init__(self, config: ProcessConfig, console: typing.TextIO | None):
+        self.config = config
+        self.state_dir = config.state_dir
+        self._console = console
+        self.started = asyncio.Event()
+        self.plan: Plan | None = None
+        self.channels: dict[str, Hl7Channel] = {}
+        self._listeners: dict[tuple[str, int], Listener] = {}
+        self._stop = asyncio.Event()
+        self._reloading = asyncio.Lock()
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self._lock_file: typing.BinaryIO | None = None
+        self._last_sweep: tuple[int, int, int] = (-1, -1, -1)
+
+    def stop(self) -> None:
+        """Begin the clean stop; `run` returns when it is done."""
+        self._stop.set()
+
+    async def run(self) -> None:
+        """Serve until `stop()`; ConfigError when it cannot start."""
+        self._prepare_directory()
+        self._open_logs()
+        try:
+            context = tls_context(self.config.settings.caFile)
+            self.fhir = Fhir(self.config.settings, context, self.log)
+            self.uplink = Uplink(self.config.settings, self.fhir, context, self.log)
+            self.uplink.on_message = self._message
+            uplink = self._spawn(self.uplink.run())
+            starting = self._spawn(self._start())
+            await self._until_stop(starting)
+            await self._shut_down(uplink)
+        finally:
+            self._close_files()
+
+    async def _until_stop(self, starting: asyncio.Task[None]) -> None:
+        stopped = asyncio.ensure_future(self._stop.wait())
+        await asyncio.wait({stopped, starting}, return_when=asyncio.FIRST_COMPLETED)
+        if starting.done():
+            starting.result()
+        await stopped
+        starting.cancel()
+
+    # --- files ---
+
+    def _prepare_directory(self) -> None:
+        try:
+            self.state_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
+            self._lock_file = open(self.state_dir / "agent.lock", "a+b")  # noqa: SIM115 - held while the agent runs
+        except OSError as error:
+            raise ConfigError(
+                [f"the state directory {self.state_dir} cannot be used: {error.strerror}. Use --state-dir"]
+            ) from None
+        if not _lock(self._lock_file):
+            raise ConfigError(
+                [f"another agent runs with the state directory {self.state_dir}. Stop it or use --state-dir"]
+            )
+
+    def _open_logs(self) -> None:
+        self.log = self._open_log("main", self.config.main_log, self._console)
+        self.channel_log = self._open_log("channels", self.config.channel_log, None)
+        self.log.info(f"Medplum Agent {VERSION} starts for {self.config.settings.baseUrl}; state in {self.state_dir}.")
+        for warning in self.config.warnings:
+            self.log.warn(f"{warning}.")
+
+    def _open_log(self, name: str, settings: LoggerSettings, console: typing.TextIO | None) -> Log:
+        directory = Path(settings.logDir) if settings.logDir else self.state_dir
+        try:
+            directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+        except OSError as error:
+            raise ConfigError([f"the log directory {directory} cannot be used: {error.strerror}"]) from None
+        return Log(name, settings, directory, console, lazy=name == "channels")
+
+    def _close_files(self) -> None:
+        for log in (self.log, self.channel_log):
+            log.flush()
+            log.close_file()
+        if self._lock_file is not None:
+            self._lock_file.close()
+
+    # --- start ---
+
+    async def _start(self) -> None:
+        agent, endpoints, saved = await self._first_config()
+        plan, problems = build_plan(agent, endpoints)
+        if problems and not saved and (last := self._saved_config()) is not None:
+            self._report_problems(problems, "the last good configuration is used")
+            plan, problems = build_plan(*last)
+        elif problems:
+            self._report_problems(problems, "the other channels start")
+        elif not saved:
+            self._save_config(plan)
+        await self._open_store(plan)
+        await self._apply(plan, first=True)
+        self.started.set()
+        self.log.info("Medplum service started successfully.")
+        self._spawn(self._keep_house())
+        if saved:
+            self._spawn(self._catch_up())
+
+    async def _first_config(self) -> tuple[Json, Mapping[str, Json | AgentError], bool]:
+        """The Agent and its Endpoints from the server; from disk when the server is away at start."""
+        said = ""
+        while True:
+            try:
+                async with asyncio.timeout(SERVER_FIRST_SECS):
+                    agent, endpoints = await self._read_config()
+                    return agent, endpoints, False
+            except (ServerError, TimeoutError) as error:
+                reason = str(error) or "the server does not answer"
+            if (last := self._saved_config()) is not None:
+                self.log.warn(f"The configuration cannot be read: {reason}. Starting with the last good one.")
+                return *last, True
+            if reason != said:
+                self.log.error(f"The configuration cannot be read: {reason}. Trying again until it can.")
+                said = reason
+            await asyncio.sleep(random.uniform(0, RECONNECT_MAX_SECS))
+
+    async def _read_config(self) -> tuple[Json, dict[str, Json | AgentError]]:
+        agent = await self.fhir.read(f"Agent/{self.config.settings.agentId}")
+        references = endpoint_references(agent)
+        found = await asyncio.gather(*(self.fhir.read(reference) for reference in references), return_exceptions=True)
+        endpoints: dict[str, Json | AgentError] = {}
+        for reference, endpoint in zip(references, found, strict=True):
+            if isinstance(endpoint, BaseException) and not isinstance(endpoint, AgentError):
+                raise endpoint
+            if (isinstance(endpoint, ServerError) and endpoint.status in (0, 429)) or (
+                isinstance(endpoint, ServerError) and endpoint.status >= 500
+            ):
+                raise endpoint
+            endpoints[reference] = endpoint
+        return agent, endpoints
+
+    def _saved_config(self) -> tuple[Json, dict[str, Json | AgentError]] | None:
+        try:
+            saved = load_json((self.state_dir / CONFIG_FILE).read_bytes())
+            agent, endpoints = saved["agent"], saved["endpoints"]
+            if agent["id"] != self.config.settings.agentId:
+                return None
+            return agent, {f"Endpoint/{endpoint['id']}": endpoint for endpoint in endpoints}
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+
+    def _save_config(self, plan: Plan) -> None:
+        stamp = datetime.datetime.now(datetime.UTC).isoformat()
+        agent = plan.agent | {"id": self.config.settings.agentId}
+        saved = {"appliedAt": stamp, "agentVersion": VERSION, "agent": agent, "endpoints": plan.endpoints}
+        path = self.state_dir / CONFIG_FILE
+        try:
+            temporary = path.with_suffix(".new")
+            with open(temporary, "wb", opener=lambda p, flags: os.open(p, flags, 0o600)) as file:
+                file.write(dump_json(saved))
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(path)
+        except OSError as error:
+            self.log.error(
+                f"The configuration cannot be saved in {path}: {error.strerror}. "
+                "A restart while the server is away would start no channel."
+            )
+
+    async def _catch_up(self) -> None:
+        """Started from the saved configuration: apply the server's as soon as it can be read."""
+        while True:
+            try:
+                await self.reload()
+                return
+            except ServerError:
+                await asyncio.sleep(random.uniform(0, RECONNECT_MAX_SECS))
+            except ConfigError as error:
+                self._report_problems(error.problems, "the last good configuration stays")
+                return
+
+    def _report_problems(self, problems: Sequence[str], consequence: str) -> None:
+        for problem in problems:
+            self.log.error(f"Configuration: {problem}; {consequence}.")
+
+    async def _open_store(self, plan: Plan) -> None:
+        path = Path(plan.settings.queueDbPath or self.state_dir / QUEUE_FILE)
+        self.store = Store(path, self.log)
+        await self.store.open()
+        self.dispatcher = Dispatcher(self.config.settings.agentId, self.store, self.uplink, self.log)
+
+    # --- plans ---
+
+    async def reload(self) -> None:
+        """Read the configuration and apply it whole, or raise ConfigError or ServerError and change nothing."""
+        async with self._reloading:
+            agent, endpoints = await self._read_config()
+            plan, problems = build_plan(agent, endpoints)
+            if self.plan and plan.settings.queueDbPath != self.plan.settings.queueDbPath:
+                problems.append("queueDbPath cannot change while the agent runs: restart it")
+            if problems:
+                raise ConfigError(problems)
+            await self._apply(plan)
+            self._save_config(plan)
+
+    async def _apply(self, plan: Plan, *, first: bool = False) -> None:
+        """Make the running channels those of the plan. New ports are bound before anything changes."""
+        wanted = {channel.bind: channel for channel in plan.channels if channel.active}
+        opened = self._bind_new(wanted, first=first)
+        for warning in plan.warnings:
+            self.log.warn(f"Configuration: {warning}.")
+        self.plan = plan
+        self.store.max_bytes = plan.settings.queueMaxMb * MIB
+        self._stop_channels(plan)
+        for bind in [bind for bind in self._listeners if bind not in wanted]:
+            self._listeners.pop(bind).close()
+        self._listeners |= opened
+        for channel_plan in plan.channels:
+            await self._apply_channel(channel_plan)
+        for bind, listener in self._listeners.items():
+            listener.channel = self.channels[wanted[bind].name]
+        for listener in opened.values():
+            await listener.start()
+        await self._feed_known(plan)
+
+    def _bind_new(
+        self, wanted: Mapping[tuple[str, int], ChannelPlan], *, first: bool
+    ) -> dict[tuple[str, int], Listener]:
+        opened: dict[tuple[str, int], Listener] = {}
+        problems: list[str] = []
+        for bind, channel in wanted.items():
+            if bind in self._listeners or self._rebinds(bind):
+                continue
+            try:
+                opened[bind] = Listener(bind, self.log)
+            except OSError as error:
+                problems.append(
+                    f"channel '{channel.name}': port {channel.port} cannot be opened: {error.strerror or error}"
+                )
+                if first:
+                    self._spawn(self._bind_later(channel))
+        if problems and not first:
+            for listener in opened.values():
+                listener.close()
+            raise ConfigError(problems)
+        self._report_problems(problems, "it is tried again until it can be opened")
+        return opened
+
+    def _rebinds(self, bind: tuple[str, int]) -> bool:
+        """The same port with another host: only our own listener is in the way, so it is closed first."""
+        clash = next((other for other in self._listeners if other[1] == bind[1]), None)
+        if clash is not None:
+            self._listeners.pop(clash).close()
+        return False
+
+    async def _bind_later(self, plan: ChannelPlan) -> None:
+        """A port taken by another program at start: wait for it as long as the plan wants it."""
+        while True:
+            await asyncio.sleep(BIND_RETRY_SECS)
+            if self.plan is None or plan.bind in self._listeners or plan not in self.plan.channels:
+                return
+            try:
+                listener = Listener(plan.bind, self.log)
+            except OSError:
+                continue
+            listener.channel = self.channels[plan.name]
+            self._listeners[plan.bind] = listener
+            await listener.start()
+            self.log.info(f"Channel '{plan.name}': port {plan.port} is open now.")
+            return
+
+    def _stop_channels(self, plan: Plan) -> None:
+        """Stop what is gone, off, or moved to another port: its devices reconnect, what they sent is kept."""
+        staying = {channel.name: channel for channel in plan.channels if channel.active}
+        for name, channel in list(self.channels.items()):
+            new = staying.get(name)
+            if new is None or new.bind != channel.plan.bind:
+                channel.stop()
+                del self.channels[name]
+
+    async def _apply_channel(self, plan: ChannelPlan) -> None:
+        channel = self.channels.get(plan.name)
+        if not plan.active:
+            self.log.warn(f"Channel '{plan.name}' is off (Endpoint.status).")
+        elif channel is None:
+            self.channels[plan.name] = Hl7Channel(plan, self.store, self.log, self.channel_log)
+            self.log.info(f"Channel '{plan.name}' listens on {plan.host or '*'}:{plan.port}.")
+        elif channel.plan != plan:
+            self.log.info(f"Channel '{plan.name}' has new settings.")
+        attaching = self._spawn(self._attach(plan))
+        if self.store.healthy:
+            await attaching
+
+    async def _attach(self, plan: ChannelPlan) -> None:
+        """Give the channel its feed; waits while the store cannot be used, when devices get CE/AE."""
+        try:
+            feed = await self.dispatcher.feed(plan)
+        except StorageError:
+            asyncio.get_running_loop().call_later(STORE_REOPEN_SECS, lambda: self._spawn(self._attach(plan)))
+            return
+        channel = self.channels.get(plan.name)
+        if channel is not None:
+            channel.replan(plan)
+            channel.feed = feed
+        feed.outlet = channel
+
+    async def _feed_known(self, plan: Plan) -> None:
+        """Messages of channels that are off go on to the server; those of channels that are gone wait."""
+        named = {channel.name for channel in plan.channels}
+        for name, feed in self.dispatcher.feeds.items():
+            feed.paused = name not in named
+            if feed.paused:
+                feed.outlet = None
+                if feed.depth:
+                    self.log.warn(_orphans(name, feed.depth))
+        self.dispatcher.pump()
+        if self.store.healthy:
+            await self._warn_of_orphans(named | set(self.dispatcher.feeds))
+
+    async def _warn_of_orphans(self, known: set[str]) -> None:
+        rows = await self.store.call(
+            lambda db: db.execute(
+                f"SELECT c.name, count(*) FROM message m JOIN channel c ON c.id = m.channel "
+                f"WHERE m.state < {PROCESSED} GROUP BY m.channel"
+            ).fetchall()
+        )
+        for name, count in rows:
+            if count and name not in known:
+                self.log.warn(_orphans(name, count))
+
+    # --- requests of the server (uplink contract 4) ---
+
+    def _message(self, message: Json) -> None:
+        kind, callback = message["type"], message.get("callback")
+        if kind in ("agent:transmit:response", "transmit"):
+            if hasattr(self, "dispatcher"):
+                self.dispatcher.response(message)
+        elif kind == "agent:error":
+            self._server_error(str(message.get("body")))
+        elif (operation := self._operations.get(kind)) is not None:
+            self._spawn(self._perform(operation, message, callback))
+        else:
+            self.log.warn("The server sent a message of an unknown type.")
+            self._fail(f"Unknown message type: {kind}", callback)
+
+    @functools.cached_property
+    def _operations(self) -> Mapping[str, Callable[[Json], Awaitable[Json]]]:
+        return {
+            "agent:transmit:request": self._push, "push": self._push,
+            "agent:reloadconfig:request": self._reload_config, "agent:logs:request": self._fetch_logs,
+            "agent:stats:request": self._fetch_stats, "agent:upgrade:request": self._upgrade,
+        }  # fmt: skip
+
+    async def _perform(self, operation: Callable[[Json], Awaitable[Json]], message: Json, callback: Any) -> None:
+        """Answer a request; whatever fails is an agent:error with the request's callback."""
+        try:
+            answer = await operation(message)
+        except AgentError as error:
+            self._fail(str(error), callback)
+        except Exception as error:
+            self._fail(f"The agent failed with an internal error ({type(error).__name__})", callback)
+            raise
+        else:
+            self.uplink.send(answer | ({"callback": callback} if callback else {}))
+
+    def _fail(self, text: str, callback: Any) -> None:
+        self.uplink.send({"type": "agent:error", "body": text} | ({"callback": callback} if callback else {}))
+
+    def _server_error(self, text: str) -> None:
+        """An agent:error of the server names no message; a text that might quote one goes to the channel log."""
+        if "access token" in text:
+            self.fhir.reject_token()
+        if text in _SAFE_ERRORS:
+            self.log.error(f"The server reports: {text}.")
+        else:
+            self.log.error("The server reports an error; its text is in the channel log.")
+            self.channel_log.error(f"[Server] {text}")
+
+    async def _push(self, message: Json) -> Json:
+        if self.plan is None or self.plan.status != "active":
+            raise PeerError("Agent.status is currently set to off")
+        if not message.get("remote"):
+            raise PeerError("Missing remote address")
+        answer = {"type": "agent:transmit:response", "remote": message["remote"], "contentType": "text/plain"}
+        answer |= {"statusCode": 400, "body": "This version of the agent cannot send to devices yet"}
+        return answer | ({"channel": message["channel"]} if "channel" in message else {})
+
+    async def _reload_config(self, message: Json) -> Json:
+        if not self.started.is_set():
+            raise LocalError("the agent is still starting; try again in a moment")
+        try:
+            await self.reload()
+        except ConfigError as error:
+            self._report_problems(error.problems, "the reload was refused and nothing was changed")
+            raise LocalError(f"{len(error.problems)} error(s), no changes applied: {error}") from None
+        self.log.info("The configuration was reloaded.")
+        return {"type": "agent:reloadconfig:response", "statusCode": 200}
+
+    async def _fetch_logs(self, message: Json) -> Json:
+        limit, before = message.get("limit", 20), message.get("before")
+        if not isinstance(limit, int) or isinstance(limit, bool) or not 1 <= limit <= LOG_PAGE_MAX:
+            raise PeerError(
+                f"Invalid limit: {limit} - must be a valid positive integer less than or equal to {LOG_PAGE_MAX}"
+            )
+        self.log.flush()
+        assert self.log.directory is not None
+        try:
+            page = await asyncio.to_thread(read_log_page, self.log.directory, "main", limit, before)
+        except (ValueError, OSError) as error:
+            raise LocalError(str(error)) from None
+        answer = {
+            "type": "agent:logs:response",
+            "statusCode": 200,
+            "logs": page.entries,
+            "hasMore": page.before is not None,
+        }
+        return answer | ({"nextBefore": page.before} if page.before else {})
+
+    async def _fetch_stats(self, message: Json) -> Json:
+        return {"type": "agent:stats:response", "statusCode": 200, "stats": await self.stats()}
+
+    async def _upgrade(self, message: Json) -> Json:
+        raise LocalError("This version cannot upgrade itself: install the new one over it; queue and settings are kept")
+
+    async def stats(self) -> Json:
+        """The stats object of operations contract 8."""
+        feeds = self.dispatcher.feeds if hasattr(self, "dispatcher") else {}
+        return {
+            "hl7ConnectionsOpen": sum(len(channel.connections) for channel in self.channels.values()),
+            "ping": self.uplink.ping_ms,
+            "webSocketQueueDepth": sum(feed.depth - len(feed.inflight) for feed in feeds.values()),
+            "hl7QueueDepth": 0,
+            "hl7ClientCount": 0,
+            "live": self.uplink.live,
+            "outstandingHeartbeats": self.uplink.outstanding,
+            "channelStats": {name: {"rtt": feed.round_trip_stats()} for name, feed in feeds.items()},
+            "clientStats": {},
+            "durableQueue": await self._queue_stats(feeds),
+        }
+
+    async def _queue_stats(self, feeds: Mapping[str, Feed]) -> Json:
+        store = self.store
+        inflight = {name: len(feed.inflight) for name, feed in feeds.items()}
+        total = sum(inflight.values())
+        counts = {name: store.tally[state] for state, name in enumerate(STATES)}
+        counts["queued"], counts["inflight"] = max(0, counts["queued"] + counts["inflight"] - total), total
+        swept_at, processed, errored = self._last_sweep
+        return {
+            "enabled": True,
+            "isLeader": True,
+            "healthy": store.healthy,
+            "dbSizeBytes": store.size_bytes,
+            "countsByState": counts,
+            "channelDepth": {
+                name: {
+                    "queued": feed.depth - inflight[name], "claimed": 0, "inflight": inflight[name],
+                    "oldestQueuedAgeMs": await self._oldest_age(feed),
+                }
+                for name, feed in feeds.items()
+            },
+            "lastSweepAt": swept_at,
+            "lastSweepDeletedProcessed": processed,
+            "lastSweepDeletedErrored": errored,
+        }  # fmt: skip
+
+    async def _oldest_age(self, feed: Feed) -> int:
+        if not feed.depth:
+            return -1
+        sql = f"SELECT received_at FROM message WHERE channel = ? AND state < {PROCESSED} ORDER BY id LIMIT 1"
+        try:
+            row = await self.store.read(lambda db: db.execute(sql, (feed.row.id,)).fetchone())
+        except sqlite3.Error:
+            return -1
+        return now_ms() - row[0] if row else -1
+
+    # --- upkeep ---
+
+    async def _keep_house(self) -> None:
+        """Logs off the hot path, the stats line, retention."""
+        loop = asyncio.get_running_loop()
+        next_stats = next_sweep = loop.time()
+        while True:
+            await asyncio.sleep(LAZY_SECS)
+            await asyncio.to_thread(self.channel_log.flush)
+            assert self.plan is not None
+            settings = self.plan.settings
+            if settings.logStatsFreqSecs > 0 and loop.time() >= next_stats:
+                next_stats = loop.time() + settings.logStatsFreqSecs
+                self.log.info("Agent stats", stats=await self.stats())
+            if loop.time() >= next_sweep:
+                next_sweep = loop.time() + settings.queueSweepIntervalSecs
+                self._spawn(self._sweep(settings))
+
+    async def _sweep(self, settings: AgentSettings) -> None:
+        try:
+            processed, errored = await self.store.sweep(settings)
+            self._last_sweep = (now_ms(), processed, errored)
+        except (StorageError, sqlite3.Error) as error:
+            self.log.error(f"Old messages cannot be deleted: {error}")
+
+    def _spawn(self, work: typing.Coroutine[Any, Any, T]) -> asyncio.Task[T]:
+        task = asyncio.get_running_loop().create_task(work, name=getattr(work, "__qualname__", None))
+        self._tasks.add(task)
+        task.add_done_callback(self._done)
+        return task
+
+    def _done(self, task: asyncio.Task[Any]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None and not isinstance(error, ConfigError):
+            self.log.error(f"Internal error: {type(error).__name__} in {task.get_name()}", stack=_stack(error))
+
+    async def _shut_down(self, uplink: asyncio.Task[None]) -> None:
+        """Stop accepting, store what was read, let answers come for a moment, say goodbye."""
+        self.log.info("Stopping.")
+        try:
+            async with asyncio.timeout(STOP_SECS):
+                for listener in self._listeners.values():
+                    listener.close()
+                for channel in self.channels.values():
+                    for connection in channel.connections.values():
+                        connection.pause("stopping")
+                await self._settle_devices()
+                for channel in list(self.channels.values()):
+                    channel.stop()
+                await self.uplink.goodbye()
+                for task in self._tasks - {asyncio.current_task(), uplink}:
+                    task.cancel()
+                if hasattr(self, "store"):
+                    await self.store.close()
+        except TimeoutError:
+            self.log.warn("The clean stop took too long; what is on disk goes on at the next start.")
+        uplink.cancel()
+        self.log.info("Stopped.")
+
+    async def _settle_devices(self) -> None:
+        """Wait until nothing is on its way to the disk, and a little for the answers that devices wait for."""
+        loop = asyncio.get_running_loop()
+        until = loop.time() + STOP_ANSWER_SECS
+        while connections := [c for channel in self.channels.values() for c in channel.connections.values()]:
+            waiting = any(c.pending for c in connections)
+            answers = self.uplink.live and loop.time() < until and any(c.awaiting for c in connections)
+            if not waiting and not answers:
+                return
+            await asyncio.sleep(0.02)
+
+
+def _orphans(name: str, count: int) -> str:
+    return f"{count} messages of channel '{name}' wait: it is not in the configuration. Add it to deliver them."
+
+
+def _stack(error: BaseException) -> list[str]:
+    """Where it happened, without the text of the exception (which could quote a message)."""
+    import traceback
+
+    return [f"{frame.name}:{frame.lineno}" for frame in traceback.extract_tb(error.__traceback__)]
+
+
+def _lock(file: typing.BinaryIO) -> bool:
+    """Lock the file for this process, and write the process id into it; False when another holds it."""
+    try:
+        if sys.platform == "win32":
+            import msvcrt
+
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+        else:
+            import fcntl
+
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    file.truncate(0)
+    file.write(str(os.getpid()).encode())
+    file.flush()
+    return True
+
+
+# =====================================================================================================================
+# Sandbox
+#
+# A stand-in Medplum server that follows the contract (uplink contract 9) and example devices: behind `demo`, and the
+# peer of the tests, which switch its faults on. One port speaks HTTP and WebSocket. Not for production: no data leaves
+# memory, every client with the right secret may do everything.
+# =====================================================================================================================
+
+
+@dataclasses.dataclass
+class Faults:
+    """What the stand-in server does wrong; everything may be changed while it runs."""
+
+    token_failures: int = 0  # the next so many logins are answered with `token_status`
+    token_status: int = 500
+    token_lifetime: float = 3600  # seconds
+    jwt: bool = False  # tokens are JWTs; else opaque
+    login_id: bool = False  # with a login_id claim: the client must ask auth/me
+    read_failures: dict[str, int] = dataclasses.field(default_factory=dict)  # "Endpoint/x" -> HTTP status
+    never_connect: bool = False  # connect requests stay unanswered
+    refuse_connect: str = ""  # connect requests are answered with this agent:error
+    mute_heartbeats: bool = False  # heartbeats of the agent stay unanswered, none are sent
+    silent: bool = False  # transmits are received and never answered
+    delay: Callable[[], float] = lambda: 0.0  # seconds before an answer
+    close_on_transmit: int = 0  # close the connection when the next so many transmits arrive
+    drop_callback: bool = False
+    drop_status: bool = False
+    legacy_names: bool = False
+    binary_frames: bool = False
+    max_frame: int | None = 2**20  # larger frames close the connection with 1009
+
+
+class Transmit(NamedTuple):
+    """A device message that reached the stand-in server."""
+
+    channel: str
+    remote: str
+    body: str
+    callback: str
+    content_type: str
+
+
+BotResult = tuple[int, Any]  # (status code, body)
+
+
+def accepting_bot(transmit: Transmit) -> BotResult:
+    """The usual HL7 Bot: answers AA."""
+    return 200, build_ack(Header(transmit.body), "AA", closing="")
+
+
+class Sandbox:
+    """The stand-in server. `resources` holds FHIR resources by reference; `bot` answers device messages."""
+
+    def __init__(
+        self, resources: Mapping[str, Json], *, client_id: str = "sandbox-client", client_secret: str = "sandbox-secret"
+    ):
+        self.resources = dict(resources)
+        self.faults = Faults()
+        self.bot: Callable[[Transmit], BotResult] = accepting_bot
+        self.transmits: list[Transmit] = []
+        self.errors: list[str] = []  # agent:error texts of agents
+        self.versions: dict[str, str] = {}
+        self.violations: list[str] = []  # what an agent did against the contract
+        self.requests: list[str] = []  # HTTP requests, method and path
+        self.keep_transmits = True
+        self.on_transmit: Callable[[Transmit], None] = lambda transmit: None
+        self.agents: dict[str, SandboxSocket] = {}
+        self.port = 0
+        self._client = client_id, client_secret
+        self._tokens: dict[str, float] = {}
+        self._server: asyncio.Server | None = None
+        self._waiting: dict[str, asyncio.Future[Json]] = {}
+        self._connections: set[asyncio.Task[None]] = set()
+
+    async def start(self, port: int = 0, context: ssl.SSLContext | None = None) -> None:
+        self._server = await asyncio.start_server(
+            self._accept, "127.0.0.1", port, ssl=context, limit=UPLINK_FRAME_BYTES
+        )
+        self.port = self._server.sockets[0].getsockname()[1]
+
+    async def stop(self) -> None:
+        """Refuse new connections and cut the open ones."""
+        if self._server is not None:
+            self._server.close()
+        for task in list(self._connections):
+            task.cancel()
+        await asyncio.gather(*self._connections, return_exceptions=True)
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}/"
+
+    # --- HTTP ---
+
+    async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        self._connections.add(task)
+        try:
+            while await self._request(reader, writer):
+                pass
+        except (OSError, asyncio.IncompleteReadError, asyncio.CancelledError):
+            pass
+        finally:
+            self._connections.discard(task)
+            writer.close()
+
+    async def _request(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bool:
+        raw = await reader.readuntil(b"\r\n\r\n")
+        lines = raw.decode("latin-1").split("\r\n")
+        method, target, _ = lines[0].split(" ", 2)
+        headers = Headers(
+            (name, value.strip()) for name, _, value in (line.partition(":") for line in lines[1:] if line)
+        )
+        self.requests.append(f"{method} {target}")
+        if target.split("?")[0] == "/ws/agent":
+            await SandboxSocket(self, reader, writer).run(raw)
+            return False
+        body = await self._body(reader, headers)
+        status, answer = await self._respond(method, target, headers, body)
+        text = dump_json(answer)
+        head = f"HTTP/1.1 {status} X\r\nContent-Type: application/fhir+json\r\nContent-Length: {len(text)}\r\n\r\n"
+        writer.write(head.encode() + text)
+        await writer.drain()
+        return True
+
+    async def _body(self, reader: asyncio.StreamReader, headers: Headers) -> bytes:
+        if "chunked" not in headers.get("Transfer-Encoding", ""):
+            return await reader.readexactly(int(headers.get("Content-Length", "0")))
+        parts = []
+        while size := int(await reader.readline(), 16):
+            parts.append(await reader.readexactly(size))
+            await reader.readline()
+        await reader.readline()
+        return b"".join(parts)
+
+    async def _respond(self, method: str, target: str, headers: Headers, body: bytes) -> tuple[int, Json]:
+        path = urllib.parse.urlsplit(target).path
+        query = dict(urllib.parse.parse_qsl(urllib.parse.urlsplit(target).query))
+        if path == "/oauth2/token":
+            return self._login(dict(urllib.parse.parse_qsl(body.decode())))
+        if self._tokens.get(headers.get("Authorization", "").removeprefix("Bearer "), 0) < time.time():
+            return 401, _outcome("Unauthorized")
+        if path == "/auth/me":
+            return 200, {"profile": {"resourceType": "ClientApplication", "id": self._client[0]}, "project": {}}
+        reference = path.removeprefix("/fhir/R4/")
+        if "$" in reference:
+            return await self._operation(reference, query, body)
+        if method == "POST":
+            return self._create(reference, body)
+        if status := self.faults.read_failures.get(reference):
+            return status, _outcome("Forbidden" if status == 403 else "Injected failure")
+        return (200, self.resources[reference]) if reference in self.resources else (404, _outcome("Not found"))
+
+    def _create(self, kind: str, body: bytes) -> tuple[int, Json]:
+        resource = {"resourceType": kind, "id": str(uuid.uuid4()), "size": len(body)}
+        self.resources[f"{kind}/{resource['id']}"] = resource
+        return 201, resource
+
+    def _login(self, form: Mapping[str, str]) -> tuple[int, Json]:
+        if self.faults.token_failures > 0:
+            self.faults.token_failures -= 1
+            return self.faults.token_status, {"error": "server_error", "error_description": "Injected failure"}
+        if form.get("grant_type") != "client_credentials" or form.get("client_id") != self._client[0]:
+            return 400, {"error": "invalid_request", "error_description": "Invalid client"}
+        if form.get("client_secret") != self._client[1]:
+            return 400, {"error": "invalid_request", "error_description": "Invalid secret"}
+        expires = time.time() + self.faults.token_lifetime
+        token = self._jwt(expires) if self.faults.jwt else f"opaque-{uuid.uuid4().hex}"
+        self._tokens[token] = expires
+        return 200, {"token_type": "Bearer", "expires_in": self.faults.token_lifetime, "access_token": token}
+
+    def _jwt(self, expires: float) -> str:
+        claims: Json = {"client_id": self._client[0], "exp": expires, "jti": uuid.uuid4().hex}
+        if self.faults.login_id:
+            claims["login_id"] = uuid.uuid4().hex
+        parts = (json.dumps(part).encode() for part in ({"alg": "none"}, claims))
+        return ".".join(base64.urlsafe_b64encode(part).decode().rstrip("=") for part in parts) + ".sandbox"
+
+    def token_valid(self, token: object) -> bool:
+        return isinstance(token, str) and self._tokens.get(token, 0) >= time.time()
+
+    def revoke_tokens(self) -> None:
+        self._tokens.clear()
+
+    # --- operations ---
+
+    _OPERATIONS: typing.ClassVar[Mapping[str, str]] = {
+        "$reload-config": "agent:reloadconfig", "$fetch-logs": "agent:logs", "$stats": "agent:stats",
+        "$upgrade": "agent:upgrade",
+    }  # fmt: skip
+
+    async def _operation(self, reference: str, query: Mapping[str, str], body: bytes) -> tuple[int, Json]:
+        _, agent_id, name = (
+            reference.split("/") if reference.count("/") == 2 else ("", query.get("identifier", ""), reference)
+        )
+        if name == "$status":
+            return 200, self._status(agent_id)
+        if name == "$push":
+            return await self._push(agent_id, load_json(body or b"{}"))
+        if name not in self._OPERATIONS:
+            return 404, _outcome("Not found")
+        extra: Json = {
+            key: int(value) if key == "limit" else value
+            for key, value in query.items()
+            if key in ("limit", "before", "version")
+        }
+        try:
+            answer = await self.ask(agent_id, {"type": f"{self._OPERATIONS[name]}:request", **extra}, 5)
+        except TimeoutError:
+            return 400, _outcome("Timeout")
+        if answer["type"] == "agent:error":
+            return 400, _outcome(answer["body"])
+        return 200, self._operation_result(name, answer)
+
+    @staticmethod
+    def _operation_result(name: str, answer: Json) -> Json:
+        if name == "$fetch-logs":
+            text = "\n".join(dump_json(entry).decode() for entry in answer["logs"])
+            return {"resourceType": "Parameters", "parameter": [{"name": "logs", "valueString": text}]}
+        if name == "$stats":
+            return {
+                "resourceType": "Parameters",
+                "parameter": [{"name": "stats", "valueString": dump_json(answer["stats"]).decode()}],
+            }
+        return _outcome("All OK") | {"id": "ok"}
+
+    def _status(self, agent_id: str) -> Json:
+        status = "connected" if agent_id in self.agents else "disconnected" if agent_id in self.versions else "unknown"
+        version = self.versions.get(agent_id, "unknown")
+        return {
+            "resourceType": "Parameters",
+            "parameter": [{"name": "status", "valueCode": status}, {"name": "version", "valueString": version}],
+        }
+
+    async def ask(self, agent_id: str, request: Json, timeout: float = 5) -> Json:
+        """Send a request to an agent with a callback and wait for its answer; TimeoutError."""
+        callback = f"agent:cb:sandbox:{uuid.uuid4()}"
+        future: asyncio.Future[Json] = asyncio.get_running_loop().create_future()
+        self._waiting[callback] = future
+        if (agent := self.agents.get(agent_id)) is not None:
+            agent.send(request | {"callback": callback})
+        try:
+            return await asyncio.wait_for(future, timeout)
+        finally:
+            del self._waiting[callback]
+
+    async def _push(self, agent_id: str, form: Json) -> tuple[int, Json]:
+        if form.get("resourceType") == "Parameters":
+            form = {entry["name"]: entry.get("valueString") for entry in form.get("parameter", [])}
+        for member in ("body", "contentType", "destination"):
+            if not form.get(member):
+                return 400, _outcome(f"Missing {member} parameter")
+        device = self.resources.get(form["destination"], {})
+        remote = device.get("url") or (form["destination"] if form["contentType"] == "x-application/ping" else "")
+        if not remote:
+            return 400, _outcome("Destination device missing url" if device else "Destination device not found")
+        request = {
+            "type": "agent:transmit:request",
+            "remote": remote,
+            "contentType": form["contentType"],
+            "body": form["body"],
+        }
+        if form.get("returnAck"):
+            request["returnAck"] = form["returnAck"]
+        if form.get("waitForResponse") is not True:
+            if (agent := self.agents.get(agent_id)) is not None:
+                agent.send(request)
+            return 200, _outcome("All OK") | {"id": "ok"}
+        try:
+            answer = await self.ask(agent_id, request, form.get("waitTimeout", 10_000) / 1000)
+        except TimeoutError:
+            return 400, _outcome("Timeout")
+        failed = answer["type"] == "agent:error" or answer.get("statusCode", 200) >= 400
+        return (400, _outcome(answer["body"])) if failed else (200, answer)
+
+    def answered(self, message: Json) -> None:
+        future = self._waiting.get(message.get("callback", ""))
+        if future is not None and not future.done():
+            future.set_result(message)
+
+
+def _outcome(text: str) -> Json:
+    return {
+        "resourceType": "OperationOutcome",
+        "issue": [{"severity": "error", "code": "invalid", "details": {"text": text}}],
+    }
+
+
+class SandboxSocket:
+    """One agent's WebSocket at the stand-in server."""
+
+    def __init__(self, sandbox: Sandbox, reader: asyncio.StreamReader, writer: asyncio.StreamWriter):
+        self.agent_id = ""
+        self._sandbox, self._reader, self._writer = sandbox, reader, writer
+        self._protocol = ServerProtocol(max_size=sandbox.faults.max_frame)
+        self._heartbeat: asyncio.TimerHandle | None = None
+        self._flushing = False
+
+    async def run(self, request: bytes) -> None:
+        """Serve from the bytes of the handshake request on."""
+        self._protocol.receive_data(request)
+        (event,) = self._protocol.events_received()
+        self._protocol.send_response(self._protocol.accept(typing.cast(Request, event)))
+        self._flush()
+        try:
+            while self._protocol.state is SocketState.OPEN and (received := await self._reader.read(256 * KIB)):
+                self._protocol.receive_data(received)
+                for event in self._protocol.events_received():
+                    if isinstance(event, Frame) and event.opcode in (Opcode.TEXT, Opcode.BINARY):
+                        self._received(bytes(event.data))
+                self._flush()
+        finally:
+            if self._sandbox.agents.get(self.agent_id) is self:
+                del self._sandbox.agents[self.agent_id]
+            if self._heartbeat is not None:
+                self._heartbeat.cancel()
+
+    def send(self, message: Json) -> None:
+        if self._protocol.state is SocketState.OPEN:
+            send = self._protocol.send_binary if self._sandbox.faults.binary_frames else self._protocol.send_text
+            send(dump_json(message))
+            if not self._flushing:
+                self._flushing = True
+                asyncio.get_running_loop().call_soon(self._flush)
+
+    def send_raw(self, text: bytes) -> None:
+        """Any text, such as what is not JSON."""
+        self._protocol.send_text(text)
+        self._flush()
+
+    def close(self) -> None:
+        self._writer.transport.abort()
+
+    def _flush(self) -> None:
+        self._flushing = False
+        parts = [part for part in self._protocol.data_to_send() if part]
+        if parts:
+            self._writer.write(b"".join(parts))
+        if self._protocol.close_expected():
+            self._writer.close()
+
+    def _received(self, text: bytes) -> None:
+        message = load_json(text)
+        kind, sandbox = message.get("type"), self._sandbox
+        if kind in ("agent:connect:request", "connect"):
+            self._connect(message)
+        elif not self.agent_id:
+            sandbox.violations.append(f"{kind} before agent:connect:response")
+        elif kind == "agent:transmit:request":
+            self._transmit(message)
+        elif kind == "agent:heartbeat:request":
+            if not sandbox.faults.mute_heartbeats:
+                self.send({"type": "agent:heartbeat:response", "version": "sandbox"})
+        elif kind == "agent:heartbeat:response":
+            sandbox.versions[self.agent_id] = message.get("version", "unknown")
+        else:
+            if kind == "agent:error":
+                sandbox.errors.append(message.get("body", ""))
+            sandbox.answered(message)
+
+    def _connect(self, message: Json) -> None:
+        faults = self._sandbox.faults
+        agent_id = message.get("agentId", "")
+        if faults.never_connect:
+            return
+        if faults.refuse_connect:
+            self.send({"type": "agent:error", "body": faults.refuse_connect})
+        elif not self._sandbox.token_valid(message.get("accessToken")):
+            self.send({"type": "agent:error", "body": "Invalid access token"})
+        elif f"Agent/{agent_id}" not in self._sandbox.resources:
+            self.send({"type": "agent:error", "body": "Not found"})
+        else:
+            self.agent_id = agent_id
+            self._sandbox.agents[agent_id] = self
+            self._sandbox.versions.setdefault(agent_id, "unknown")
+            self.send({"type": "connected" if faults.legacy_names else "agent:connect:response"})
+            self._beat()
+
+    def _beat(self) -> None:
+        if not self._sandbox.faults.mute_heartbeats:
+            self.send({"type": "agent:heartbeat:request"})
+        self._heartbeat = asyncio.get_running_loop().call_later(10, self._beat)
+
+    def _transmit(self, message: Json) -> None:
+        sandbox, faults = self._sandbox, self._sandbox.faults
+        if problem := self._refusal(message):
+            self.send({"type": "agent:error", "body": problem})
+            return
+        transmit = Transmit(
+            message["channel"], message["remote"], message["body"], message.get("callback", ""), message["contentType"]
+        )
+        if sandbox.keep_transmits:
+            sandbox.transmits.append(transmit)
+        sandbox.on_transmit(transmit)
+        if faults.close_on_transmit > 0:
+            faults.close_on_transmit -= 1
+            self.close()
+        elif not faults.silent:
+            delay = faults.delay()
+            if delay > 0:
+                asyncio.get_running_loop().call_later(delay, self._answer, transmit)
+            else:
+                self._answer(transmit)
+
+    def _refusal(self, message: Json) -> str:
+        """Uplink contract 5, in its order."""
+        if not message.get("accessToken"):
+            return "Missing access token"
+        if not message.get("channel"):
+            return "Missing channel"
+        if not message.get("body"):
+            return "Missing body"
+        if not self._sandbox.token_valid(message["accessToken"]):
+            return "Invalid access token"
+        names = [channel["name"] for channel in self._sandbox.resources[f"Agent/{self.agent_id}"].get("channel", [])]
+        if message["channel"] not in names:
+            return "Channel not found"
+        if message["contentType"] == Feed.CONTENT_TYPE and not message["body"].startswith("MSH"):
+            return "Invalid HL7 message"
+        return ""
+
+    def _answer(self, transmit: Transmit) -> None:
+        faults = self._sandbox.faults
+        try:
+            status, body = self._sandbox.bot(transmit)
+        except Exception as error:
+            status, body = 400, json.dumps(_outcome(f"{type(error).__name__}: {error}"))
+        answer: Json = {
+            "type": "transmit" if faults.legacy_names else "agent:transmit:response",
+            "channel": transmit.channel,
+            "remote": transmit.remote,
+            "contentType": transmit.content_type if status < 400 else "application/json",
+            "statusCode": status,
+            "body": body or "Bot execution logs:\n",
+            "callback": transmit.callback,
+        }
+        for member, dropped in (("callback", faults.drop_callback), ("statusCode", faults.drop_status)):
+            if dropped:
+                del answer[member]
+        self.send(answer)
+
+
+def sandbox_resources(agent_id: str, channels: Mapping[str, str], settings: Sequence[Json] = ()) -> dict[str, Json]:
+    """An Agent with one Endpoint for each channel name and address, by reference."""
+    endpoints = {
+        f"Endpoint/{number}": {
+            "resourceType": "Endpoint",
+            "id": str(number),
+            "status": "active",
+            "name": name,
+            "address": address,
+        }
+        for number, (name, address) in enumerate(channels.items(), 1)
+    }
+    entries = [
+        {"name": name, "endpoint": {"reference": reference}, "targetReference": {"reference": "Bot/1"}}
+        for name, reference in zip(channels, endpoints, strict=True)
+    ]
+    agent = {
+        "resourceType": "Agent",
+        "id": agent_id,
+        "name": "Sandbox",
+        "status": "active",
+        "setting": list(settings),
+        "channel": entries,
+    }
+    return {f"Agent/{agent_id}": agent, **endpoints}
+
+
+# --- the demo --------------------------------------------------------------------------------------------------------
+
+DEMO_AGENT = "demo-agent"
+DEMO_CHANNELS = {
+    "ADT": ("", "original mode: the device waits for the Bot's answer"),
+    "LAB": ("?enhanced=true", "enhanced mode: CA when the message is on disk, the Bot's answer later"),
+}
+DEMO_MESSAGES = {
+    "ADT": "MSH|^~\\&|ADT1|WARD|AGENT|SITE|20260101120000||ADT^A01^ADT_A01|DEMO-1|P|2.5.1\rEVN||20260101120000\r"
+    "PID|1||12345^^^HOSP^MR||EXAMPLE^ANNA||19700101|F\rPV1|1|I|WARD^1^2\r",
+    "LAB": "MSH|^~\\&|LAB1|LAB|AGENT|SITE|20260101120500||ORU^R01^ORU_R01|DEMO-2|P|2.5.1\r"
+    "PID|1||12345^^^HOSP^MR||EXAMPLE^ANNA||19700101|F\rOBR|1|||GLU^Glucose\rOBX|1|NM|GLU^Glucose||5.4|mmol/L\r",
+}
+
+
+def _free_port(preferred: int) -> int:
+    for port in (preferred, 0):
+        with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", port)) as probe:
+            return int(probe.getsockname()[1])
+    raise LocalError("no free TCP port on this machine")
+
+
+class Demo:
+    """The sandbox, an agent connected to it and two example devices, in one process and without a network."""
+
+    def __init__(self, state_dir: Path, stay: bool):
+        self._stay = stay
+        self.ports = {name: _free_port(56000 + number) for number, name in enumerate(DEMO_CHANNELS)}
+        addresses = {name: f"mllp://127.0.0.1:{self.ports[name]}{query}" for name, (query, _) in DEMO_CHANNELS.items()}
+        self.sandbox = Sandbox(sandbox_resources(DEMO_AGENT, addresses))
+        self.sandbox.on_transmit = self._show_transmit
+        self.sandbox.bot = self._bot
+        self._state_dir = state_dir
+
+    @staticmethod
+    def say(who: str, text: str) -> None:
+        print(f"{datetime.datetime.now().astimezone():%H:%M:%S}  {who:<8} {text}", flush=True)
+
+    async def run(self, on_agent: Callable[[Agent], None]) -> None:
+        await self.sandbox.start(_free_port(8103))
+        arguments = [self.sandbox.url, "sandbox-client", "sandbox-secret", DEMO_AGENT, "WARN"]
+        config = resolve_process(arguments, {"stateDir": str(self._state_dir)}, {}, None)
+        agent = Agent(config, sys.stderr)
+        on_agent(agent)
+        self.say("server", f"the stand-in Medplum server listens on {self.sandbox.url}")
+        serving = asyncio.create_task(agent.run())
+        await asyncio.wait({serving, asyncio.create_task(agent.started.wait())}, return_when=asyncio.FIRST_COMPLETED)
+        if not serving.done():
+            self.say("agent", f"started, connected to the server; its files are in {self._state_dir}")
+            await self._traffic()
+            self._invite(agent)
+        await serving
+        await self.sandbox.stop()
+
+    async def _traffic(self) -> None:
+        for name, message in DEMO_MESSAGES.items():
+            print(f"\n{name} channel, port {self.ports[name]}, {DEMO_CHANNELS[name][1]}")
+            await self._device(name, message)
+
+    async def _device(self, name: str, message: str) -> None:
+        reader, writer = await asyncio.open_connection("127.0.0.1", self.ports[name])
+        self.say("device", f"sends {_one_line(message)}")
+        writer.write(mllp_frame(message.encode()))
+        expected = {"AA"} if name == "ADT" else {"CA", "AA"}
+        while expected:
+            frame = (await asyncio.wait_for(reader.readuntil(END), 10))[1:-2].decode()
+            ack = read_ack(frame)
+            expected.discard(ack.code if ack else "")
+            self.say("device", f"hears {_one_line(frame)}")
+        writer.close()
+
+    def _show_transmit(self, transmit: Transmit) -> None:
+        self.say("server", f"got the message from channel {transmit.channel}, device {transmit.remote}; runs the Bot")
+
+    def _bot(self, transmit: Transmit) -> BotResult:
+        """A Bot as a Bot developer would write it: parse, look, acknowledge."""
+        message = hl7.parse(transmit.body if transmit.body.endswith("\r") else transmit.body + "\r")
+        patient = str(message.segment("PID")[3]) if "\rPID" in transmit.body else "no patient"
+        self.say("Bot", f"{message.segment('MSH')[9]} for {patient}: answers AA")
+        return 200, str(message.create_ack("AA", application="SANDBOX", facility="BOT"))
+
+    def _invite(self, agent: Agent) -> None:
+        if not self._stay:
+            agent.stop()
+            return
+        port = self.ports["LAB"]
+        form = "grant_type=client_credentials&client_id=sandbox-client&client_secret=sandbox-secret"
+        login = f"curl -s -d '{form}' {self.sandbox.url}oauth2/token"
+        print(
+            f"\nThe channels stay open: point your own device at port {self.ports['ADT']} or {port}, or try\n\n"
+            f"  mllp_send --loose --file your-message.hl7 --port {port} localhost        (pip install hl7)\n"
+            f"  npx @medplum/cli hl7 send --generate-example 127.0.0.1 {self.ports['ADT']}\n"
+            f'  TOKEN=$({login} | sed \'s/.*access_token":"//;s/".*//\')\n'
+            f"  curl -s -H \"Authorization: Bearer $TOKEN\" '{self.sandbox.url}fhir/R4/Agent/{DEMO_AGENT}/$stats'\n\n"
+            "Ctrl-C ends the demo.",
+            flush=True,
+        )
+
+
+def _one_line(message: str) -> str:
+    segments = message.rstrip("\r").split("\r")
+    return " / ".join(segment if len(segment) < 70 else segment[:67] + "..." for segment in segments)
+
+
+# =====================================================================================================================
+# Command line
+# =====================================================================================================================
+
+_USAGE = """\
+%(prog)s <base_url> <client_id> <client_secret> <agent_id> [log_level]
+       %(prog)s [--config FILE]          values from the environment, agent.toml or agent.properties
+       %(prog)s demo [--once]            the agent with a stand-in server and example devices"""
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        print(f"{self.prog}: {message}\nTry --help.", file=sys.stderr)
+        raise SystemExit(1)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog=Path(sys.argv[0]).name,
+        usage=_USAGE,
+        description="Carries messages between hospital devices and a Medplum server.",
+    )
+    parser.add_argument(
+        "arguments", nargs="*", metavar="base_url client_id client_secret agent_id [log_level]", help="or: demo"
+    )
+    parser.add_argument(
+        "--config", metavar="FILE", help="agent.toml or agent.properties; default: the one in the working directory"
+    )
+    parser.add_argument(
+        "--state-dir",
+        metavar="DIR",
+        help="queue, logs and last configuration; default: a folder for each agent id in the system's place for state",
+    )
+    parser.add_argument(
+        "--settings-schema", nargs="?", const="json", choices=("json", "markdown"), help="print every setting and exit"
+    )
+    parser.add_argument("--once", action="store_true", help="demo: end after the example traffic")
+    parser.add_argument("--version", action="version", version=VERSION)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit code: 0 after a clean stop, 1 when it cannot start."""
+    options = _parser().parse_args(argv)
+    if options.settings_schema:
+        print(settings_markdown() if options.settings_schema == "markdown" else json.dumps(settings_schema(), indent=2))
+        return 0
+    if hasattr(os, "umask"):
+        os.umask(0o077)
+    sys.setswitchinterval(0.001)  # the writer thread must not wait 5 ms for the interpreter after each commit
+    try:
+        if options.arguments[:1] == ["demo"]:
+            return _run_demo(options.state_dir, stay=not options.once)
+        return _run_agent(options)
+    except ConfigError as error:
+        for problem in error.problems:
+            print(f"{_parser().prog}: {problem}", file=sys.stderr)
+        print("Try --help.", file=sys.stderr)
+        return 1
+
+
+def _run_agent(options: argparse.Namespace) -> int:
+    given = {"stateDir": options.state_dir} if options.state_dir else {}
+    config = resolve_process(options.arguments[:5], given, os.environ, options.config)
+
+    async def serve() -> None:
+        agent = Agent(config, sys.stdout)
+        _stop_on_signals(agent)
+        await agent.run()
+
+    asyncio.run(serve())
+    return 0
+
+
+def _run_demo(state_dir: str | None, *, stay: bool) -> int:
+    import tempfile
+
+    with contextlib.ExitStack() as stack:
+        folder = Path(
+            state_dir
+            or stack.enter_context(
+                tempfile.TemporaryDirectory(prefix="medplum-agent-demo-", ignore_cleanup_errors=True)
+            )
+        )
+        asyncio.run(Demo(folder, stay).run(_stop_on_signals))
+    return 0
+
+
+def _stop_on_signals(agent: Agent) -> None:
+    """SIGINT, SIGTERM and SIGHUP begin the clean stop; a second one ends the process at once."""
+    loop = asyncio.get_running_loop()
+
+    def stop() -> None:
+        if agent._stop.is_set():
+            os._exit(1)
+        agent.stop()
+
+    for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK"):
+        if (number := getattr(signal, name, None)) is not None:
+            try:
+                loop.add_signal_handler(number, stop)
+            except NotImplementedError:  # Windows: no loop support; the handler runs in the main thread
+                signal.signal(number, lambda *_: loop.call_soon_threadsafe(stop))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
