@@ -1371,7 +1371,7 @@ class Message:
     """One message from a device: its row, and what is known of it in memory. Times are epoch milliseconds."""
 
     __slots__ = (
-        "assign", "attempts", "channel", "checked", "control_id", "earlier", "encoding", "epoch", "error",
+        "assign", "attempts", "channel", "checked", "control_id", "deadline", "earlier", "encoding", "epoch", "error",
         "error_code", "failures", "first_failed_at", "id", "key", "next_attempt_at", "original", "outcome",
         "received_at", "refusal", "remote", "response", "sent_at", "seq_no", "settled_at", "size", "source", "state",
         "status_code", "text", "type",
@@ -1391,6 +1391,7 @@ class Message:
         self.received_at = now_ms()
         self.state, self.outcome = QUEUED, PENDING
         self.attempts = self.failures = self.next_attempt_at = self.first_failed_at = self.sent_at = self.settled_at = 0
+        self.deadline = math.inf  # of the answer that is awaited; the event loop's clock
         self.response: str | None = None
         self.status_code: int | None = None
         self.error_code: str | None = None
@@ -1859,8 +1860,6 @@ class Store:
         processed = await self._delete(f"{answered} AND settled_at < {old}", lambda: True)
         processed += await self._delete(answered, lambda: self.size_bytes > limit)
         errored = await self._delete(f"{dead} AND settled_at < {floor}", lambda: self.size_bytes > limit)
-        await self.call(lambda db: None)
-        await self.read(lambda db: None)
         return processed, errored
 
     async def _delete(self, condition: str, needed: Callable[[], bool]) -> int:
@@ -2537,7 +2536,6 @@ class Feed:
         self._bodiless: list[Message] = []
         self._parked: dict[int, asyncio.TimerHandle] = {}  # waiting for their next try
         self._inflight_bytes = 0
-        self._deadlines: collections.deque[tuple[float, Message, int]] = collections.deque()
         self._timer: asyncio.TimerHandle | None = None
         self._loop = asyncio.get_running_loop()
 
@@ -2648,6 +2646,7 @@ class Feed:
         """The message is no longer in flight; False when it was not."""
         if self.inflight.pop(message.id, None) is None:
             return False
+        message.deadline = math.inf
         self._inflight_bytes -= message.size
         return True
 
@@ -2707,23 +2706,18 @@ class Feed:
         callback = f"{self._prefix}{message.id:012x}#{message.attempts}"
         text = message.text or ""
         self._uplink.transmit(self.plan.name, message.remote, self.CONTENT_TYPE, text, callback)
-        deadline = self._loop.time() + self.plan.settings.responseTimeoutSecs
-        self._deadlines.append((deadline, message, message.attempts))
+        message.deadline = self._loop.time() + self.plan.settings.responseTimeoutSecs
         if self._timer is None:
-            self._timer = self._loop.call_at(deadline, self._expire)
+            self._timer = self._loop.call_at(message.deadline, self._expire)
 
     def _expire(self) -> None:
+        """Time-outs: `inflight` is in the order of sending, so the first that still has time ends the search."""
         self._timer = None
-        while self._deadlines:
-            deadline, message, attempt = self._deadlines[0]
-            waiting = message.id in self.inflight and message.attempts == attempt
-            if waiting and deadline > self._loop.time():
-                self._timer = self._loop.call_at(deadline, self._expire)
-                return
-            self._deadlines.popleft()
-            if waiting:
-                self._failed(message, "response-timeout", 0)
-        self.pump()
+        for message in list(self.inflight.values()):
+            if message.deadline > self._loop.time():
+                self._timer = self._loop.call_at(min(message.deadline, self._loop.time() + 1), self._expire)
+                break
+            self._failed(message, "response-timeout", 0)
 
     def lost(self, close_code: int) -> None:
         """The connection ended: answers can no longer come. Whatever may be sent twice goes back to be sent again."""
@@ -2954,10 +2948,12 @@ class Dispatcher:
             return
         self._log.warn(f"Channel '{feed.plan.name}': an answer came without callback.")
         ack = read_ack(body)
-        candidates = [m for m in feed.inflight.values() if m.remote == answer.get("remote") or ack]
-        match = [m for m in candidates if ack and m.control_id == ack.control_id] or (candidates if not ack else [])
-        if len(match) == 1:
-            feed.answered(match[0], match[0].attempts, status, body)
+        if ack:
+            matches = [m for m in feed.inflight.values() if m.control_id == ack.control_id]
+        else:
+            matches = [m for m in feed.inflight.values() if m.remote == answer.get("remote")]
+        if matches:
+            feed.answered(matches[0], matches[0].attempts, status, body)
         elif ack and feed.outlet is not None and status < 400:
             stray = Message(feed.row.id, str(answer.get("remote")), b"", feed.plan.settings.encoding)
             stray.control_id = ack.control_id
@@ -3104,6 +3100,7 @@ class Hl7Connection(asyncio.Protocol):
         if not self._closing:
             self.pause("closing")
             self._closing = True
+            self._delayed.clear()
             self._close_if_done()
             asyncio.get_running_loop().call_later(GRACEFUL_CLOSE_SECS, self._transport.abort)
 
