@@ -58,7 +58,7 @@ import truststore
 import urllib3
 from websockets.asyncio.client import ClientConnection, connect
 from websockets.datastructures import Headers
-from websockets.exceptions import InvalidHandshake, InvalidURI
+from websockets.exceptions import WebSocketException
 from websockets.frames import Frame, Opcode
 from websockets.http11 import Request
 from websockets.protocol import State as SocketState
@@ -108,6 +108,7 @@ REFILL_MESSAGES = 1024  # rows read from disk in one go: a few ms of the interpr
 PAGE_BYTES = 8192  # SQLite page: large messages want large pages, random control ids small ones
 CHECKPOINT_PAGES = 2000  # 16 MiB of WAL: more gives stalls of 30-100 ms
 STORE_REOPEN_SECS = 5.0  # a store that cannot be opened is tried again
+STORE_REMIND_SECS = 60.0  # a store that cannot be written is an error in the log this often
 DISK_RESERVE_BYTES = 64 * MIB  # kept free so that settling and logging go on when the disk fills up
 SWEEP_ROWS = 1000  # rows deleted in one transaction: an ACK never waits for the sweeper
 
@@ -1418,13 +1419,8 @@ class Message:
     @staticmethod
     def _from_row(row: Sequence[Any]) -> Message:
         message = Message(row[1], row[4], b"", row[8])
-        message.id, message.epoch, message.state, message.control_id, message.type = (
-            row[0],
-            row[2],
-            row[3],
-            row[5],
-            row[6],
-        )
+        message.id, message.epoch, message.state = row[0], row[2], row[3]
+        message.control_id, message.type = row[5], row[6]
         message.key, message.received_at, message.attempts, message.failures = row[7], row[9], row[10], row[11]
         message.next_attempt_at, message.first_failed_at, message.sent_at, message.settled_at = row[12:16]
         message.response, message.status_code, message.outcome, message.error_code, message.error = row[16:21]
@@ -1651,7 +1647,7 @@ class Store:
         return batch
 
     def _write_batch(self, db: sqlite3.Connection, batch: list[Message | _Update | _Call]) -> bool:
-        """One transaction. On failure messages are refused and everything else is kept for the next try."""
+        """One transaction. When it fails, messages are refused; the rest is tried without them, and else kept."""
         messages = [item for item in batch if isinstance(item, Message)]
         updates = [item for item in batch if isinstance(item, _Update)]
         calls = [item for item in batch if isinstance(item, _Call)]
@@ -1664,18 +1660,37 @@ class Store:
             results = [call.run(db) for call in calls]
             self._count(db, messages, updates)
             db.execute("COMMIT")
-        except (sqlite3.Error, StorageError) as error:
+            self.size_bytes = self._measure(db)
+        except Exception as error:  # whatever it is, the thread must live: it holds the promise
             self.tally = tally
             with contextlib.suppress(sqlite3.Error):
                 db.execute("ROLLBACK")
-            self._keep(messages, updates, calls, error)
-            return False
-        if self._failed_at:
+            return self._after_error(db, messages, updates, calls, error)
+        if self._failed_at and messages:
             self._failed_at = 0.0
             self._log.info("The queue can be written again.")
-        self.size_bytes = self._measure(db)
         self._loop.call_soon_threadsafe(self._committed, messages, updates, calls, results)
         return True
+
+    def _after_error(
+        self,
+        db: sqlite3.Connection,
+        messages: list[Message],
+        updates: list[_Update],
+        calls: list[_Call],
+        error: Exception,
+    ) -> bool:
+        if not self._failed_at or time.monotonic() - self._failed_at > STORE_REMIND_SECS:
+            self._failed_at = time.monotonic()
+            self._log.error(f"The queue {self.path} cannot be written: {error}. {_storage_advice(error)}")
+        for message in messages:
+            message.refusal = _storage_text(error)
+        if messages:
+            self._loop.call_soon_threadsafe(self._settle_intake, messages)
+            return not (updates or calls) or self._write_batch(db, [*updates, *calls])
+        self._inbox.extendleft(reversed(updates))
+        self._loop.call_soon_threadsafe(self._fail_calls, calls, error)
+        return False
 
     def _insert(self, db: sqlite3.Connection, messages: list[Message]) -> None:
         """Insert all that are new; a repetition gets `earlier` set instead."""
@@ -1720,15 +1735,6 @@ class Store:
         if messages or updates:
             db.executemany("INSERT OR REPLACE INTO tally VALUES (?, ?)", self.tally.items())
 
-    def _keep(self, messages: list[Message], updates: list[_Update], calls: list[_Call], error: Exception) -> None:
-        for message in messages:
-            message.refusal = _storage_text(error)
-        self._inbox.extendleft(reversed(updates))
-        self._loop.call_soon_threadsafe(self._rejected, messages, calls, error)
-        if not self._failed_at or time.monotonic() - self._failed_at > 60:
-            self._failed_at = time.monotonic()
-            self._log.error(f"The queue {self.path} cannot be written: {error}. {_storage_advice(error)}")
-
     def _after_failure(self, db: sqlite3.Connection) -> sqlite3.Connection | None:
         """Wait a moment; a file that is damaged is closed and opened anew (a person may have mended it)."""
         self._wake.wait(LAZY_SECS)
@@ -1748,7 +1754,7 @@ class Store:
 
     def _refuse(self, message: Message) -> bool:
         message.refusal = self.trouble
-        self._loop.call_soon_threadsafe(self._rejected, [message], [], None)
+        self._loop.call_soon_threadsafe(self._settle_intake, [message])
         return True
 
     def _check_disk(self, messages: list[Message]) -> None:
@@ -1826,11 +1832,10 @@ class Store:
                 update.then()
         self._settle_intake(messages)
 
-    def _rejected(self, messages: list[Message], calls: list[_Call], error: Exception | None) -> None:
+    def _fail_calls(self, calls: list[_Call], error: Exception) -> None:
         for call in calls:
             if not call.future.done():
                 call.future.set_exception(StorageError(str(error)))
-        self._settle_intake(messages)
 
     def _settle_intake(self, messages: list[Message]) -> None:
         self._uncommitted -= len(messages)
@@ -2323,7 +2328,7 @@ class Uplink:
                 open_timeout=CONNECT_TIMEOUT_SECS, close_timeout=1, max_size=UPLINK_FRAME_BYTES,
                 write_limit=UPLINK_BUFFER_BYTES, user_agent_header=f"medplum-agent/{VERSION}",
             )  # fmt: skip
-        except (ServerError, OSError, InvalidHandshake, InvalidURI) as error:
+        except (ServerError, OSError, EOFError, WebSocketException) as error:
             return str(error) or type(error).__name__
         assert isinstance(sock, _Socket)
         self._socket = sock
@@ -3650,7 +3655,7 @@ class Agent:
     async def _apply(self, plan: Plan, *, first: bool = False) -> None:
         """Make the running channels those of the plan. New ports are bound before anything changes."""
         wanted = {channel.bind: channel for channel in plan.channels if channel.active}
-        opened = self._bind_new(wanted, first=first)
+        opened = await self._bind_new(wanted, first=first)
         for warning in plan.warnings:
             self.log.warn(f"Configuration: {warning}.")
         self.plan = plan
@@ -3667,35 +3672,44 @@ class Agent:
             await listener.start()
         await self._feed_known(plan)
 
-    def _bind_new(
+    async def _bind_new(
         self, wanted: Mapping[tuple[str, int], ChannelPlan], *, first: bool
     ) -> dict[tuple[str, int], Listener]:
+        """Listeners for the ports not yet bound; raises ConfigError, with everything as before, if one cannot be."""
         opened: dict[tuple[str, int], Listener] = {}
+        moved: list[Listener] = []
         problems: list[str] = []
         for bind, channel in wanted.items():
-            if bind in self._listeners or self._rebinds(bind):
+            if bind in self._listeners:
                 continue
+            moved += self._close_same_port(bind)
             try:
                 opened[bind] = Listener(bind, self.log)
             except OSError as error:
-                problems.append(
-                    f"channel '{channel.name}': port {channel.port} cannot be opened: {error.strerror or error}"
-                )
+                reason = error.strerror or error
+                problems.append(f"channel '{channel.name}': port {channel.port} cannot be opened: {reason}")
                 if first:
                     self._spawn(self._bind_later(channel))
         if problems and not first:
-            for listener in opened.values():
-                listener.close()
+            await self._unbind(opened, moved)
             raise ConfigError(problems)
         self._report_problems(problems, "it is tried again until it can be opened")
         return opened
 
-    def _rebinds(self, bind: tuple[str, int]) -> bool:
-        """The same port with another host: only our own listener is in the way, so it is closed first."""
-        clash = next((other for other in self._listeners if other[1] == bind[1]), None)
-        if clash is not None:
-            self._listeners.pop(clash).close()
-        return False
+    def _close_same_port(self, bind: tuple[str, int]) -> list[Listener]:
+        """The same port with another host: our own listener is in the way."""
+        clashes = [listener for other, listener in self._listeners.items() if other[1] == bind[1]]
+        for listener in clashes:
+            self._listeners.pop(listener.bind).close()
+        return clashes
+
+    async def _unbind(self, opened: Mapping[tuple[str, int], Listener], moved: Sequence[Listener]) -> None:
+        for listener in opened.values():
+            listener.close()
+        for old in moved:
+            listener = self._listeners[old.bind] = Listener(old.bind, self.log)
+            listener.channel = old.channel
+            await listener.start()
 
     async def _bind_later(self, plan: ChannelPlan) -> None:
         """A port taken by another program at start: wait for it as long as the plan wants it."""
