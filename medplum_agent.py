@@ -101,6 +101,7 @@ COMMIT_BYTES = 16 * MIB  # the same for large messages
 UNCOMMITTED_BYTES = 32 * MIB  # received but not yet on disk; above it devices are no longer read
 UNCOMMITTED_MESSAGES = 16_384  # the same for small messages
 LAZY_SECS = 0.1  # finished rows are marked with the next batch, or after this time
+COMPLAIN_SECS = 5.0  # failed tries of one queue are logged at most this often
 WINDOW_MESSAGES = 8192  # queued messages of a channel known in memory; the rest stays on disk
 WINDOW_BYTES = 4 * MIB  # bodies among them that are kept in memory
 INFLIGHT_BYTES = 16 * MIB  # of one channel with the server at once
@@ -522,6 +523,30 @@ def _logger_settings(which: str, found: Source | None, level: str, warnings: lis
 PROTOCOLS = {"mllp": "HL7"}  # by prefix of the address; byte streams and DICOM come with their own sections
 
 
+class Policy(NamedTuple):
+    """How stored messages are delivered: to the server for a channel, to a device for pushes."""
+
+    name: str  # of the queue, for the log
+    workers: int  # messages in flight at once
+    mode: str  # a key of _RETRIED
+    timeout_secs: float  # to wait for an answer
+    base_delay_ms: float
+    max_delay_ms: float
+    multiplier: float
+    attempts: int  # failed tries that make a dead letter; 0: no limit
+    dead_letter_hours: float  # of failed tries that make a dead letter; 0: no limit
+
+    def delay_ms(self, failures: int) -> int:
+        """Back-off after so many failures, with jitter (channel contract 5.5)."""
+        delay = min(self.max_delay_ms, self.base_delay_ms * self.multiplier ** min(failures - 1, 64))
+        return round(random.uniform(delay / 2, delay))
+
+    def spent(self, failures: int, first_failed_at: int) -> bool:
+        """Whether a message was tried often or long enough."""
+        old = self.dead_letter_hours and now_ms() - first_failed_at > self.dead_letter_hours * 3_600_000
+        return bool(old or (self.attempts and failures >= self.attempts))
+
+
 @dataclasses.dataclass(frozen=True)
 class ChannelPlan:
     """One channel as it shall run. `given` names the settings that were written out somewhere."""
@@ -549,10 +574,22 @@ class ChannelPlan:
         """What orders the channel: `*` its whole feed, a logical channel key, or `` the patient."""
         return "*" if self.workers == 1 else self.settings.logicalChannelKey
 
-    @property
-    def retry_mode(self) -> str:
-        """The written mode, else `original` or `enhanced`: the delivery's defaults for the two HL7 modes."""
-        return self.settings.retryMode or ("enhanced" if self.settings.enhanced else "original")
+    @functools.cached_property
+    def policy(self) -> Policy:
+        """How the channel's messages are delivered; without retryMode the mode is `original` or `enhanced`."""
+        s = self.settings
+        mode = s.retryMode or ("enhanced" if s.enhanced else "original")
+        attempts = 10 if mode == "normal" and "autoRetryMaxAttempts" not in self.given else s.autoRetryMaxAttempts
+        delays = s.autoRetryBaseDelayMs, s.autoRetryMaxDelayMs, s.autoRetryBackoffMultiplier
+        return Policy(
+            f"Channel '{self.name}'",
+            self.workers,
+            mode,
+            s.responseTimeoutSecs,
+            *delays,
+            attempts,
+            s.deadLetterAfterHours,
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -2394,9 +2431,9 @@ class Uplink:
 # Delivery
 #
 # From the store to the server and back, the same for every protocol. `Order` decides what may be in flight, `judge`
-# what an answer means, `Feed` keeps one channel's window of queued messages, sends, waits, retries and settles, and
-# `Dispatcher` finds the message that an answer belongs to. Order: messages with equal keys one after the other, others
-# in parallel up to the channel's workers; a barrier waits for all before it and holds all behind it.
+# what an answer means; `Queue` keeps a window of the queued messages, sends, waits, retries and settles; `Feed` is the
+# queue of one channel, and `Dispatcher` finds the message that an answer belongs to. Order: messages with equal keys
+# one after the other, others in parallel; a barrier waits for all before it and holds all behind it.
 # =====================================================================================================================
 
 
@@ -2515,23 +2552,17 @@ class Outlet(typing.Protocol):
     def silent_bot(self, message: Message) -> bool: ...
 
 
-class Feed:
-    """One channel's stored messages on their way to the server. `outlet` may change with a reload."""
+class Queue:
+    """Stored messages of one channel or one device on their way: window, order, retries, dead letters."""
 
-    CONTENT_TYPE = "x-application/hl7-v2+er7"
-
-    def __init__(
-        self, plan: ChannelPlan, row: ChannelRow, store: Store, uplink: Uplink, callback_prefix: str, log: Log
-    ):
-        self.plan, self.row = plan, row
-        self.outlet: Outlet | None = None
+    def __init__(self, policy: Policy, row: ChannelRow, store: Store, log: Log):
+        self.policy, self.row = policy, row
         self.paused = False
         self.window: dict[int, Message] = {}  # unsettled messages in memory
-        self.inflight: dict[int, Message] = {}  # among them: sent, or about to be
+        self.inflight: dict[int, Message] = {}  # among them: sent, or about to be, in the order of sending
         self.depth = row.queued  # all unsettled messages of the channel
         self.round_trips: collections.deque[int] = collections.deque(maxlen=MAX_STATS_SAMPLES)
-        self._store, self._uplink, self._log = store, uplink, log
-        self._prefix = callback_prefix
+        self._store, self._log = store, log
         self._order: Order[Message | Fence] = Order()
         self._epoch = -1
         self._loaded = 0  # highest id that entered the window
@@ -2542,9 +2573,23 @@ class Feed:
         self._parked: dict[int, asyncio.TimerHandle] = {}  # waiting for their next try
         self._inflight_bytes = 0
         self._timer: asyncio.TimerHandle | None = None
+        self._complained = -math.inf
         self._loop = asyncio.get_running_loop()
 
-    # --- from the channel ---
+    # --- what the way to the server and the way to a device do differently ---
+
+    def can_send(self) -> bool:
+        raise NotImplementedError
+
+    def transmit(self, message: Message) -> None:
+        """Send the message; its answer ends in `settle` or `failed`."""
+        raise NotImplementedError
+
+    def tell_dead(self, message: Message, error: str, relay: bool) -> bool:
+        """The message is a dead letter; whether its sender was told."""
+        raise NotImplementedError
+
+    # --- new messages ---
 
     def stored(self, message: Message) -> None:
         """A new message is on disk."""
@@ -2567,11 +2612,6 @@ class Feed:
         self._store.update(message, before)
         self.depth += 1
         self._enter(message)
-        self.pump()
-
-    def replan(self, plan: ChannelPlan, row: ChannelRow) -> None:
-        """New settings without losing what is under way; scheduled retries keep their time."""
-        self.plan, self.row = plan, row
         self.pump()
 
     # --- the window ---
@@ -2621,7 +2661,7 @@ class Feed:
         if task.exception() is None:
             self.pump()
         else:
-            self._log.error(f"Channel '{self.plan.name}': the queue cannot be read: {task.exception()}")
+            self._log.error(f"{self.policy.name}: the queue cannot be read: {task.exception()}")
             self._loop.call_later(STORE_REOPEN_SECS, self.pump)
 
     # --- sending ---
@@ -2629,7 +2669,7 @@ class Feed:
     def pump(self) -> None:
         """Send whatever may be sent now."""
         ready = self._order.ready
-        while ready and not self.paused and self._has_room() and self._uplink.ready():
+        while ready and not self.paused and self._has_room() and self.can_send():
             item = ready.popleft()
             if isinstance(item, Fence):
                 self._order.settle(item)
@@ -2645,7 +2685,7 @@ class Feed:
         self._refill()
 
     def _has_room(self) -> bool:
-        return len(self.inflight) < self.plan.workers and self._inflight_bytes < INFLIGHT_BYTES
+        return len(self.inflight) < self.policy.workers and self._inflight_bytes < INFLIGHT_BYTES
 
     def _leave(self, message: Message) -> bool:
         """The message is no longer in flight; False when it was not."""
@@ -2693,14 +2733,14 @@ class Feed:
     def _send(self, message: Message) -> None:
         if message.text is None:
             self._bodiless.append(message)
-        elif self.plan.retry_mode in ("none", "normal"):
+        elif self.policy.mode in ("none", "normal"):
             before, message.state = message.state, SENT
-            self._store.update(message, before, then=functools.partial(self._transmit, message))
+            self._store.update(message, before, then=functools.partial(self._start, message))
         else:
-            self._transmit(message)
+            self._start(message)
 
-    def _transmit(self, message: Message) -> None:
-        if not self._uplink.ready():
+    def _start(self, message: Message) -> None:
+        if not self.can_send():
             if message.state == SENT:
                 message.state = QUEUED
                 self._store.update(message, SENT)
@@ -2708,12 +2748,10 @@ class Feed:
             return
         message.attempts += 1
         message.sent_at = now_ms()
-        callback = f"{self._prefix}{message.id:012x}#{message.attempts}"
-        text = message.text or ""
-        self._uplink.transmit(self.plan.name, message.remote, self.CONTENT_TYPE, text, callback)
-        message.deadline = self._loop.time() + self.plan.settings.responseTimeoutSecs
+        message.deadline = self._loop.time() + self.policy.timeout_secs
         if self._timer is None:
             self._timer = self._loop.call_at(message.deadline, self._expire)
+        self.transmit(message)
 
     def _expire(self) -> None:
         """Time-outs: `inflight` is in the order of sending, so the first that still has time ends the search."""
@@ -2722,96 +2760,42 @@ class Feed:
             if message.deadline > self._loop.time():
                 self._timer = self._loop.call_at(min(message.deadline, self._loop.time() + 1), self._expire)
                 break
-            self._failed(message, "response-timeout", 0)
-
-    def lost(self, close_code: int) -> None:
-        """The connection ended: answers can no longer come. Whatever may be sent twice goes back to be sent again."""
-        if self.plan.retry_mode in ("none", "normal"):
-            return
-        self._bodiless.clear()
-        sent = list(self.inflight.values())
-        age_limit = self.plan.settings.deadLetterAfterHours * 3_600_000
-        for message in sent:
-            message.first_failed_at = message.first_failed_at or now_ms()
-            if age_limit and now_ms() - message.first_failed_at > age_limit:
-                self._finish(message, FAILED, "connection-lost", 0)
-        self._unsend(sent)
-
-    def too_large(self, message: Message) -> None:
-        """The server closed the connection because of this message: it can never be delivered."""
-        self._finish(message, REJECTED, "too-large", 1009)
+            self.failed(message, "response-timeout")
 
     # --- answers ---
 
-    def answered(self, message: Message, attempt: int, status: int, body: object) -> None:
-        """A response from the server; also late, for an earlier attempt, or for a dead letter."""
-        judgment = judge(self.plan.retry_mode, status, body)
-        if message.state >= PROCESSED and not (message.state == FAILED and not judgment.error):
-            return
-        if judgment.error and attempt != message.attempts:
-            return  # an old failure says nothing about the attempt that runs now
-        message.response = body if isinstance(body, str) else dump_json(body).decode()
-        message.status_code = status
-        if judgment.error:
-            if message.id in self.inflight:
-                self._failed(message, judgment.error, status, judgment)
-            return
-        self.round_trips.append(now_ms() - message.received_at)
-        if judgment.hl7:
-            delivered = self.outlet is not None and self.outlet.deliver(message, message.response)
-        else:
-            delivered = self.outlet is not None and self.outlet.silent_bot(message)
-        message.outcome = DELIVERED if delivered else UNDELIVERED
-        self._settle(message, PROCESSED)
-
-    def _failed(self, message: Message, error: str, status: int, judgment: Judgment | None = None) -> None:
-        """A try ended in an error: again later, or a dead letter."""
+    def failed(self, message: Message, error: str, status: int = 0, *, relay: bool = False) -> None:
+        """A try ended in an error: again later, or a dead letter; `relay` tells that the peer gave an answer."""
         message.failures += 1
         message.first_failed_at = message.first_failed_at or now_ms()
-        settings = self.plan.settings
-        limit = (
-            10
-            if self.plan.retry_mode == "normal" and "autoRetryMaxAttempts" not in self.plan.given
-            else settings.autoRetryMaxAttempts
-        )
-        age_limit = settings.deadLetterAfterHours * 3_600_000
-        spent = (limit and message.failures >= limit) or (age_limit and now_ms() - message.first_failed_at > age_limit)
-        if error not in _RETRIED[self.plan.retry_mode] or spent:
-            relay = judgment is not None and judgment.hl7
-            self._finish(message, REJECTED if error in _REJECTED else FAILED, error, status, relay=relay)
+        if error not in _RETRIED[self.policy.mode] or self.policy.spent(message.failures, message.first_failed_at):
+            self.bury(message, error, status, relay=relay)
             return
-        delay = min(
-            settings.autoRetryMaxDelayMs,
-            settings.autoRetryBaseDelayMs * settings.autoRetryBackoffMultiplier ** min(message.failures - 1, 64),
-        )
-        message.next_attempt_at = now_ms() + round(random.uniform(delay / 2, delay))
+        message.next_attempt_at = now_ms() + self.policy.delay_ms(message.failures)
         message.error_code, message.error = error, _REASONS[error].format(status=status)
         before, message.state = message.state, QUEUED
         self._store.update(message, before)
         self._leave(message)
-        self._log.warn(
-            f"Channel '{self.plan.name}', message {message.id}: try {message.failures} failed: {message.error}."
-        )
+        self._complain(f"message {message.id}, failed try {message.failures}: {message.error}")
         self._park(message)
         self.pump()
 
-    def _finish(self, message: Message, state: int, error: str, status: int, *, relay: bool = False) -> None:
-        """End in a dead letter, and tell a device that still waits."""
-        message.error_code, message.error = error, _REASONS[error].format(status=status)
-        if self.outlet is None:
-            told = False
-        elif relay:
-            told = self.outlet.deliver(message, message.response or "")
-        else:
-            told = self.outlet.refuse(message, error)
-        message.outcome = DELIVERED if told else NOT_OWED
-        self._log.error(
-            f"Channel '{self.plan.name}', message {message.id} is now a dead letter "
-            f"after {message.failures} failed tries: {message.error}."
-        )
-        self._settle(message, state)
+    def _complain(self, text: str) -> None:
+        """A feed that fails does so thousands of times: one line in a while says it."""
+        if self._loop.time() - self._complained > COMPLAIN_SECS:
+            self._complained = self._loop.time()
+            self._log.warn(f"{self.policy.name}: {text}.")
 
-    def _settle(self, message: Message, state: int) -> None:
+    def bury(self, message: Message, error: str, status: int = 0, *, relay: bool = False) -> None:
+        """End in a dead letter, and tell a sender that still waits."""
+        message.error_code, message.error = error, _REASONS[error].format(status=status)
+        message.outcome = DELIVERED if self.tell_dead(message, error, relay) else NOT_OWED
+        tries = f"after {message.failures} failed tries"
+        self._log.error(f"{self.policy.name}: message {message.id} is a dead letter {tries}: {message.error}.")
+        self.settle(message, REJECTED if error in _REJECTED else FAILED)
+
+    def settle(self, message: Message, state: int) -> None:
+        """The message has reached its final state."""
         before, message.state = message.state, state
         message.settled_at = now_ms()
         self._store.update(message, before)
@@ -2838,6 +2822,71 @@ class Feed:
 
 def _text_of(message: Message, original: bytes, finalized: str | None) -> str:
     return finalized if finalized is not None else decode_hl7(original, message.encoding)
+
+
+class Feed(Queue):
+    """One channel's way to the server. `outlet` may change with a reload."""
+
+    CONTENT_TYPE = "x-application/hl7-v2+er7"
+
+    def __init__(self, plan: ChannelPlan, row: ChannelRow, store: Store, uplink: Uplink, prefix: str, log: Log):
+        super().__init__(plan.policy, row, store, log)
+        self.plan = plan
+        self.outlet: Outlet | None = None
+        self._uplink = uplink
+        self._prefix = prefix
+
+    def replan(self, plan: ChannelPlan, row: ChannelRow) -> None:
+        """New settings without losing what is under way; scheduled retries keep their time."""
+        self.plan, self.policy, self.row = plan, plan.policy, row
+        self.pump()
+
+    def can_send(self) -> bool:
+        return self._uplink.ready()
+
+    def transmit(self, message: Message) -> None:
+        callback = f"{self._prefix}{message.id:012x}#{message.attempts}"
+        self._uplink.transmit(self.plan.name, message.remote, self.CONTENT_TYPE, message.text or "", callback)
+
+    def tell_dead(self, message: Message, error: str, relay: bool) -> bool:
+        if self.outlet is None:
+            return False
+        return self.outlet.deliver(message, message.response or "") if relay else self.outlet.refuse(message, error)
+
+    def lost(self) -> None:
+        """The connection ended: answers can no longer come. Whatever may be sent twice goes back to be sent again."""
+        if self.policy.mode in ("none", "normal"):
+            return
+        self._bodiless.clear()
+        sent = list(self.inflight.values())
+        for message in sent:
+            message.first_failed_at = message.first_failed_at or now_ms()
+            if self.policy.spent(0, message.first_failed_at):
+                self.bury(message, "connection-lost")
+        self._unsend(sent)
+
+    def answered(self, message: Message, attempt: int, status: int, body: object) -> None:
+        """A response from the server; also late, for an earlier attempt, or for a dead letter."""
+        judgment = judge(self.policy.mode, status, body)
+        if message.state >= PROCESSED and not (message.state == FAILED and not judgment.error):
+            return
+        if judgment.error and attempt != message.attempts:
+            return  # an old failure says nothing about the attempt that runs now
+        message.response = body if isinstance(body, str) else dump_json(body).decode()
+        message.status_code = status
+        if judgment.error:
+            if message.id in self.inflight:
+                self.failed(message, judgment.error, status, relay=judgment.hl7)
+            return
+        self.round_trips.append(now_ms() - message.received_at)
+        if self.outlet is None:
+            delivered = False
+        elif judgment.hl7:
+            delivered = self.outlet.deliver(message, message.response)
+        else:
+            delivered = self.outlet.silent_bot(message)
+        message.outcome = DELIVERED if delivered else UNDELIVERED
+        self.settle(message, PROCESSED)
 
 
 def percentiles(samples: Iterable[int]) -> dict[str, float]:
@@ -2878,7 +2927,7 @@ class Dispatcher:
 
     async def _recover(self, plan: ChannelPlan, row: ChannelRow) -> None:
         """Rows that were sent when the agent stopped: only where a repetition is allowed they are sent again."""
-        if "interrupted" in _RETRIED[plan.retry_mode]:
+        if "interrupted" in _RETRIED[plan.policy.mode]:
             change = f"state = {QUEUED}"
         else:
             reason = _REASONS["interrupted"]
@@ -2887,7 +2936,7 @@ class Dispatcher:
         def run(db: sqlite3.Connection) -> int:
             count = db.execute(f"UPDATE message SET {change} WHERE channel = ? AND state = {SENT}", (row.id,)).rowcount
             self._store.tally[SENT] -= count
-            self._store.tally[QUEUED if "interrupted" in _RETRIED[plan.retry_mode] else FAILED] += count
+            self._store.tally[QUEUED if "interrupted" in _RETRIED[plan.policy.mode] else FAILED] += count
             db.executemany("INSERT OR REPLACE INTO tally VALUES (?, ?)", self._store.tally.items())
             return count
 
@@ -2902,14 +2951,14 @@ class Dispatcher:
         if close_code == 1009:
             self._drop_largest()
         for feed in self.feeds.values():
-            feed.lost(close_code)
+            feed.lost()
 
     def _drop_largest(self) -> None:
         """Close code 1009 (message too big) does not say which: it is the largest that was in flight."""
         sent = [(message.size, message, feed) for feed in self.feeds.values() for message in feed.inflight.values()]
         if sent:
             _, message, feed = max(sent, key=lambda entry: entry[0])
-            feed.too_large(message)
+            feed.bury(message, "too-large", 1009)
 
     def response(self, answer: Json) -> None:
         """One agent:transmit:response (uplink contract 4.6)."""
