@@ -13,7 +13,7 @@ or kept as a dead letter with its bytes and a reason a person can act on.
 The file is read top to bottom; sections look only upwards:
 
     Version, limits · Errors · Settings · Logs · HL7 · MLLP · Store · FHIR · Uplink · Delivery · Channels ·
-    Agent · Operations · Sandbox · Command line
+    Devices · Agent · Sandbox · Command line
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ import dataclasses
 import datetime
 import functools
 import io
+import ipaddress
 import itertools
 import json
 import math
@@ -53,6 +54,7 @@ from typing import Any, Final, NamedTuple, NoReturn, TypeVar
 
 import certifi
 import hl7
+import icmplib
 import tomli
 import truststore
 import urllib3
@@ -123,6 +125,11 @@ STABLE_SECS = 5.0  # a connection that lived this long resets the back-off
 SERVER_FIRST_SECS = 5.0  # at start the server is asked for the configuration before the saved one is used
 UPLINK_FRAME_BYTES = 64 * MIB  # the largest frame we accept from the server
 UPLINK_BUFFER_BYTES = MIB  # unsent bytes in the socket above which no further message is handed to it
+PUSH_WAIT_SECS = 9.0  # a push that a caller waits for: below the server's default of 10 s, so that it hears why
+PUSH_STORED_SECS = 30.0  # one try of a stored push
+DEVICE_IDLE_SECS = 10.0  # without keepAlive an unused device connection is closed after this time
+PING_SECS = 8.0  # a whole ping, whatever its count: below the server's 10 s
+PING_MAX = 100  # echo requests of one ping
 MAX_STATS_SAMPLES = 1000  # round trips kept per channel
 LOG_FLUSH_BYTES = MIB  # channel log lines in memory before they are written at once
 LOG_PAGE_MAX = 1000  # entries of one $fetch-logs
@@ -172,6 +179,18 @@ class PeerError(AgentError):
         self.code = code
 
 
+class DeviceError(PeerError):
+    """A device could not be reached or did not answer; `kind` is a key of _REASONS."""
+
+    def __init__(self, text: str, kind: str):
+        super().__init__(text, "E")
+        self.kind = kind
+
+
+class PingError(PeerError):
+    """A ping that cannot be done or was not answered."""
+
+
 class ServerError(PeerError):
     """An HTTP request that the server refused; `status` is 0 when it could not be reached."""
 
@@ -209,7 +228,6 @@ def setting(
 
 
 # fmt: off
-# fmt: off - a table: one row a setting
 @dataclasses.dataclass(frozen=True)
 class LoggerSettings:
     """`logger.main.*` and `logger.channel.*`; `[logger.main]` in agent.toml."""
@@ -324,8 +342,24 @@ class Hl7Settings:
         "a connection that stops inside a message is closed after so many seconds; 0: never", low=0)
 
 
-# fmt: on
+@dataclasses.dataclass(frozen=True)
+class DeviceSettings:
+    """Query parameters of a Device.url that is pushed to."""
 
+    encoding: str = setting("utf-8", "Encoding", "character encoding of the device")
+    defaultReturnAck: str = setting("first", "ACK awaited", "`first`: any; `application`: not a CA",
+        choices=("first", "application"))
+    connectTimeoutSecs: float = setting(5.0, "Connect time-out", "seconds to connect", low=0.1)
+    ackTimeoutSecs: float = setting(0.0, "ACK time-out",
+        "seconds for a whole try; 0: 9 when a caller waits (below its default of 10), else 30", low=0)
+    tls: bool = setting(False, "TLS", "connect with TLS; `mllps://` implies it")
+    checkHost: bool = setting(True, "Host check", "the device's certificate must name its host")
+    caFile: str = setting("", "CA file", "PEM file of further authorities for the device's certificate")
+    certFile: str = setting("", "Client certificate", "PEM file of our certificate, if the device wants one")
+    keyFile: str = setting("", "Client key", "PEM file of its key, when it is not in certFile")
+    bodyEncoding: str = setting("hex", "Body", "`tcp://` only: how body and answer are written",
+        choices=("hex", "utf-8"))
+    endChar: str = setting("", "End character", "`tcp://` only: wait for an answer up to this character")
 # fmt: on
 
 
@@ -598,6 +632,7 @@ class Plan:
 
     status: str
     settings: AgentSettings
+    given: frozenset[str]  # the settings that the Agent names
     channels: tuple[ChannelPlan, ...]
     warnings: tuple[str, ...]
     agent: Json
@@ -619,17 +654,17 @@ def agent_settings(agent: Json, warnings: list[str]) -> tuple[AgentSettings, fro
             warnings.append(f"setting {name} needs a value{kind_of(row).capitalize()}; the default is used")
             continue
         try:
-            values[row.name] = _clamped(row, parse_setting(row, value), f"setting {name}", warnings)
+            values[row.name] = _clamped(row, parse_setting(row, value), f"setting {name}", warnings.append)
         except ValueError as error:
             warnings.append(f"setting {name} '{value}' {error}; the default is used")
     return AgentSettings(**values), frozenset(values)
 
 
-def _clamped(row: dataclasses.Field[Any], value: Any, what: str, warnings: list[str]) -> Any:
+def _clamped(row: dataclasses.Field[Any], value: Any, what: str, warn: Callable[[str], None]) -> Any:
     high = row.metadata["high"]
     if high is None or value <= high:
         return value
-    warnings.append(f"{what} {value} is above the limit and was set to {high}")
+    warn(f"{what} {value} is above the limit and was set to {high}")
     return high
 
 
@@ -637,23 +672,30 @@ def channel_settings(
     query: str, where: str, defaults: AgentSettings, given: frozenset[str], warnings: list[str]
 ) -> tuple[Hl7Settings, frozenset[str]]:
     """The parameters of one mllp:// address over the Agent's settings; ConfigError for what cannot run."""
-    parameters = dict(reversed(urllib.parse.parse_qsl(query, keep_blank_values=True)))  # the first of a name counts
-    rows, values, written = rows_of(Hl7Settings), dict[str, Any](), set[str]()
-    for name, row in rows.items():
-        if (fallback := row.metadata["agent"]) in given:
+    values = read_parameters(Hl7Settings, query, where, warnings.append)
+    written = set(values)
+    for name, row in rows_of(Hl7Settings).items():
+        if (fallback := row.metadata["agent"]) in given and name not in values:
             values[name] = getattr(defaults, fallback)
             written.add(name)
-        if name not in parameters:
-            continue
-        try:
-            text = _leading_integer(parameters[name]) if name == "messagesPerMin" else parameters[name]
-            values[name] = _clamped(row, parse_setting(row, text), f"{where}: {name}", warnings)
-            written.add(name)
-        except ValueError as error:
-            warnings.append(f"{where}: {name} '{parameters[name]}' {error}; it is ignored")
-    warnings += [f"{where}: unknown parameter '{name}' is ignored" for name in parameters if name not in rows]
     _check_hl7(values, where, warnings)
     return Hl7Settings(**values), frozenset(written)
+
+
+def read_parameters(cls: type[Any], query: str, where: str, warn: Callable[[str], None]) -> dict[str, Any]:
+    """The values that the query of an address sets; bad ones are warned about and left out."""
+    parameters = dict(reversed(urllib.parse.parse_qsl(query, keep_blank_values=True)))  # the first of a name counts
+    rows, values = rows_of(cls), dict[str, Any]()
+    for name, text in parameters.items():
+        if name not in rows:
+            warn(f"{where}: unknown parameter '{name}' is ignored")
+            continue
+        try:
+            given = _leading_integer(text) if name == "messagesPerMin" else text
+            values[name] = _clamped(rows[name], parse_setting(rows[name], given), f"{where}: {name}", warn)
+        except ValueError as error:
+            warn(f"{where}: {name} '{text}' {error}; it is ignored")
+    return values
 
 
 def _leading_integer(text: str) -> str:
@@ -755,7 +797,7 @@ def build_plan(agent: Json, endpoints: Mapping[str, Json | AgentError]) -> tuple
     if settings.strictConfigValidation:
         problems += warnings
     known = tuple(endpoint for endpoint in endpoints.values() if isinstance(endpoint, dict))
-    return Plan(status, settings, tuple(channels.values()), tuple(warnings), agent, known), problems
+    return Plan(status, settings, given, tuple(channels.values()), tuple(warnings), agent, known), problems
 
 
 def _resolve_channel(
@@ -795,6 +837,7 @@ SETTING_GROUPS: tuple[tuple[str, str, type[Any]], ...] = (
     ("logger", "Logs: `logger.main.*` and `logger.channel.*`", LoggerSettings),
     ("agent", "Agent settings: `Agent.setting[]`", AgentSettings),
     ("hl7", "HL7 channels: parameters of an `mllp://` address", Hl7Settings),
+    ("device", "Devices: parameters of a `Device.url` that is pushed to", DeviceSettings),
 )
 
 
@@ -1042,6 +1085,7 @@ def _lines_backwards(path: Path, end: int) -> Iterator[tuple[int, bytes]]:
 # `hl7.parse` is forty times slower and serves where speed does not matter. Text in, text out; touches nothing.
 # =====================================================================================================================
 
+HL7_TYPE, PING_TYPE, BYTES_TYPE = "x-application/hl7-v2+er7", "x-application/ping", "application/octet-stream"
 BARRIER: Final = None  # the ordering key of a message that waits for all before it and holds all behind it
 ACK_TEXT = {
     "AA": "OK",
@@ -1368,6 +1412,7 @@ QUEUED, SENT, PROCESSED, REJECTED, FAILED, NACKED = range(6)
 STATES = ("queued", "inflight", "processed", "rejected", "failed", "nacked")
 PENDING, DELIVERED, UNDELIVERED, NOT_OWED = range(4)
 OUTCOMES = ("pending", "delivered", "undelivered", "not_owed")
+PUSH_PREFIX = "push "  # names of channel rows that are devices: "push mllp://host:port"
 APPLICATION_ID, SCHEMA_VERSION = 0x4D504C41, 1  # "MPLA": tells our file from any other SQLite file
 
 _SCHEMA = f"""
@@ -1378,7 +1423,8 @@ CREATE TABLE channel (id INTEGER PRIMARY KEY, name TEXT NOT NULL UNIQUE, next_se
 CREATE TABLE message (
   id INTEGER PRIMARY KEY, channel INTEGER NOT NULL, epoch INTEGER NOT NULL, state INTEGER NOT NULL,
   remote TEXT NOT NULL, control_id TEXT NOT NULL, checked INTEGER, type TEXT NOT NULL, key TEXT,
-  original BLOB NOT NULL, encoding TEXT NOT NULL, finalized TEXT, seq_no INTEGER, received_at INTEGER NOT NULL,
+  original BLOB NOT NULL, encoding TEXT NOT NULL, finalized TEXT, seq_no INTEGER, return_ack TEXT,
+  received_at INTEGER NOT NULL,
   attempts INTEGER NOT NULL DEFAULT 0, failures INTEGER NOT NULL DEFAULT 0,
   next_attempt_at INTEGER NOT NULL DEFAULT 0, first_failed_at INTEGER NOT NULL DEFAULT 0,
   sent_at INTEGER NOT NULL DEFAULT 0, settled_at INTEGER NOT NULL DEFAULT 0, response TEXT, status_code INTEGER,
@@ -1396,13 +1442,14 @@ PRAGMA application_id = {APPLICATION_ID};
 PRAGMA user_version = {SCHEMA_VERSION};
 """
 _INSERT = """INSERT OR IGNORE INTO message (id, channel, epoch, state, remote, control_id, checked, type, key, original,
-  encoding, finalized, seq_no, received_at, outcome, error_code, last_error)
-  VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"""
+  encoding, finalized, seq_no, return_ack, received_at, outcome, error_code, last_error)
+  VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"""
 _UPDATE = """UPDATE message SET state = ?, remote = ?, attempts = ?, failures = ?, next_attempt_at = ?,
   first_failed_at = ?, sent_at = ?, settled_at = ?, response = ?, status_code = ?, outcome = ?, error_code = ?,
   last_error = ? WHERE id = ?"""
 _COLUMNS = """id, channel, epoch, state, remote, control_id, type, key, encoding, received_at, attempts, failures,
-  next_attempt_at, first_failed_at, sent_at, settled_at, response, status_code, outcome, error_code, last_error"""
+  next_attempt_at, first_failed_at, sent_at, settled_at, response, status_code, outcome, error_code, last_error,
+  return_ack"""
 
 
 class Message:
@@ -1411,8 +1458,8 @@ class Message:
     __slots__ = (
         "assign", "attempts", "channel", "checked", "control_id", "deadline", "earlier", "encoding", "epoch", "error",
         "error_code", "failures", "first_failed_at", "id", "key", "next_attempt_at", "original", "outcome",
-        "received_at", "refusal", "remote", "response", "sent_at", "seq_no", "settled_at", "size", "source", "state",
-        "status_code", "text", "type",
+        "received_at", "refusal", "remote", "response", "return_ack", "sent_at", "seq_no", "settled_at", "size",
+        "source", "state", "status_code", "text", "type",
     )  # fmt: skip
 
     def __init__(self, channel: int, remote: str, original: bytes, encoding: str):
@@ -1426,6 +1473,7 @@ class Message:
         self.checked = False  # the control id must be new
         self.assign = False  # MSH-13 is written at insertion
         self.seq_no: int | None = None
+        self.return_ack: str | None = None  # of a push: the ACK that completes it
         self.received_at = now_ms()
         self.state, self.outcome = QUEUED, PENDING
         self.attempts = self.failures = self.next_attempt_at = self.first_failed_at = self.sent_at = self.settled_at = 0
@@ -1442,8 +1490,8 @@ class Message:
         finalized = self.text if self.assign else None
         return (
             self.id, self.channel, self.epoch, self.state, self.remote, self.control_id, self.checked or None,
-            self.type, self.key, self.original, self.encoding, finalized, self.seq_no, self.received_at, self.outcome,
-            self.error_code, self.error,
+            self.type, self.key, self.original, self.encoding, finalized, self.seq_no, self.return_ack,
+            self.received_at, self.outcome, self.error_code, self.error,
         )  # fmt: skip
 
     def _progress(self) -> tuple[Any, ...]:
@@ -1461,6 +1509,7 @@ class Message:
         message.key, message.received_at, message.attempts, message.failures = row[7], row[9], row[10], row[11]
         message.next_attempt_at, message.first_failed_at, message.sent_at, message.settled_at = row[12:16]
         message.response, message.status_code, message.outcome, message.error_code, message.error = row[16:21]
+        message.return_ack = row[21]
         message.original = None
         return message
 
@@ -2512,8 +2561,11 @@ _RETRIED: dict[str, frozenset[str]] = {
 _RETRIED["original"] = _RETRIED["normal"] | {"response-timeout", "interrupted", "connection-lost"}
 _RETRIED["enhanced"] = _RETRIED["original"] | {"server-rejected"}
 _RETRIED["guaranteed"] = _RETRIED["enhanced"] | {"upstream-error"}
+_RETRIED["device"] = frozenset({"device-unreachable", "device-silent", "device-error"})
 _UPSTREAM = {"AE": "upstream-error", "CE": "upstream-error", "AR": "upstream-rejected", "CR": "upstream-rejected"}
-_REJECTED = frozenset({"server-rejected", "upstream-rejected", "too-large"})  # final state `rejected`, else `failed`
+_REJECTED = frozenset(
+    {"server-rejected", "upstream-rejected", "too-large", "device-rejected"}
+)  # final state `rejected`, else `failed`
 
 
 def judge(mode: str, status: int, body: object) -> Judgment:
@@ -2530,6 +2582,10 @@ def judge(mode: str, status: int, body: object) -> Judgment:
 
 
 _REASONS = {
+    "device-unreachable": "the device cannot be reached",
+    "device-silent": "the device did not acknowledge it",
+    "device-error": "the device answered with an error; its answer is in the queue",
+    "device-rejected": "the device rejected it; its answer is in the queue",
     "server-rejected": "the server or the Bot refused it (status {status}); see the Bot's log, then send it again",
     "server-error": "the server failed (status {status})",
     "server-rate-limited": "the server asked to slow down (status 429)",
@@ -2588,6 +2644,10 @@ class Queue:
     def tell_dead(self, message: Message, error: str, relay: bool) -> bool:
         """The message is a dead letter; whether its sender was told."""
         raise NotImplementedError
+
+    def text_of(self, message: Message, original: bytes, finalized: str | None) -> str:
+        """What is sent, from the row."""
+        return finalized if finalized is not None else decode_hl7(original, message.encoding)
 
     # --- new messages ---
 
@@ -2648,7 +2708,7 @@ class Queue:
         for message, original, finalized in rows:
             self._loaded = message.id
             if message.id not in self.window:
-                message.text = None if original is None else _text_of(message, original, finalized)
+                message.text = None if original is None else self.text_of(message, original, finalized)
                 self._enter(message)
         if len(rows) < REFILL_MESSAGES:
             self._loaded = max(self._loaded, newest)
@@ -2721,7 +2781,7 @@ class Queue:
             raise
         for message in messages:
             original, finalized = found[message.id]
-            message.text = _text_of(message, original, finalized)
+            message.text = self.text_of(message, original, finalized)
             self._bytes += len(message.text)
         self._unsend(messages)
 
@@ -2764,19 +2824,25 @@ class Queue:
 
     # --- answers ---
 
-    def failed(self, message: Message, error: str, status: int = 0, *, relay: bool = False) -> None:
-        """A try ended in an error: again later, or a dead letter; `relay` tells that the peer gave an answer."""
-        message.failures += 1
+    def failed(
+        self, message: Message, error: str, status: int = 0, *, relay: bool = False, counts: bool = True
+    ) -> None:
+        """A try ended in an error: again later, or a dead letter.
+
+        `relay`: the peer gave an answer that can be passed on. `counts`: the peer was there, so the try counts.
+        """
+        message.failures += counts
         message.first_failed_at = message.first_failed_at or now_ms()
         if error not in _RETRIED[self.policy.mode] or self.policy.spent(message.failures, message.first_failed_at):
             self.bury(message, error, status, relay=relay)
             return
-        message.next_attempt_at = now_ms() + self.policy.delay_ms(message.failures)
+        tries = message.failures if counts else message.attempts
+        message.next_attempt_at = now_ms() + self.policy.delay_ms(tries)
         message.error_code, message.error = error, _REASONS[error].format(status=status)
         before, message.state = message.state, QUEUED
         self._store.update(message, before)
         self._leave(message)
-        self._complain(f"message {message.id}, failed try {message.failures}: {message.error}")
+        self._complain(f"message {message.id}, try {message.attempts} failed: {message.error}")
         self._park(message)
         self.pump()
 
@@ -2820,14 +2886,8 @@ class Queue:
         return percentiles(self.round_trips) | {"pendingCount": len(self.inflight)}
 
 
-def _text_of(message: Message, original: bytes, finalized: str | None) -> str:
-    return finalized if finalized is not None else decode_hl7(original, message.encoding)
-
-
 class Feed(Queue):
     """One channel's way to the server. `outlet` may change with a reload."""
-
-    CONTENT_TYPE = "x-application/hl7-v2+er7"
 
     def __init__(self, plan: ChannelPlan, row: ChannelRow, store: Store, uplink: Uplink, prefix: str, log: Log):
         super().__init__(plan.policy, row, store, log)
@@ -2846,7 +2906,7 @@ class Feed(Queue):
 
     def transmit(self, message: Message) -> None:
         callback = f"{self._prefix}{message.id:012x}#{message.attempts}"
-        self._uplink.transmit(self.plan.name, message.remote, self.CONTENT_TYPE, message.text or "", callback)
+        self._uplink.transmit(self.plan.name, message.remote, HL7_TYPE, message.text or "", callback)
 
     def tell_dead(self, message: Message, error: str, relay: bool) -> bool:
         if self.outlet is None:
@@ -3023,6 +3083,19 @@ class Dispatcher:
 # =====================================================================================================================
 
 
+@dataclasses.dataclass(eq=False)
+class Exchange:
+    """One message on its way to a device and back. `mode`: `first` ACK, or `application` to pass over a CA."""
+
+    control_id: str
+    mode: str
+    answer: asyncio.Future[str]
+
+    def heard(self, ack: Acknowledgment, text: str) -> None:
+        if not self.answer.done() and not (self.mode == "application" and ack.code == "CA"):
+            self.answer.set_result(text)
+
+
 class Hl7Connection(asyncio.Protocol):
     """One device connected to an HL7 channel. All that is written in one turn of the event loop leaves in one write."""
 
@@ -3191,6 +3264,7 @@ class Hl7Channel:
         self.plan, self.store = plan, store
         self.feed: Feed | None = None  # None until the store has a row for the channel
         self.connections: dict[str, Hl7Connection] = {}
+        self.pushes: dict[str, Exchange] = {}  # by control id: sent to a connected device, its ACK is awaited
         self._log, self._channel_log = log, channel_log
         self._watcher = asyncio.get_running_loop().call_later(1, self._watch)
 
@@ -3252,6 +3326,9 @@ class Hl7Channel:
             return
         header = Header(text)
         self._note(f"[Received -- ID: {header.control_id}]: {text}")
+        if self.pushes and (ack := read_ack(text)) and (exchange := self.pushes.get(ack.control_id)):
+            exchange.heard(ack, text)
+            return
         if feed is None:
             self._answer(connection, header, "E", self.store.trouble or "storage error: the channel is starting")
             return
@@ -3380,6 +3457,19 @@ class Hl7Channel:
         self._write(connection, _LINE_ENDS.sub("\r", text) if "\n" in text else text)
         return True
 
+    def push(self, exchange: Exchange, text: str, host: str) -> None:
+        """Send a message of the cloud to a connected device: the one at `host`, or the only one; DeviceError."""
+        found = [c for c in self.connections.values() if host in ("", c.host, c.host.removeprefix("::ffff:"))]
+        if len(found) != 1:
+            which = f"from {host} " if host else ""
+            count = f"{len(found)} devices are" if found else "no device is"
+            advice = f"; name one as channel://{self.plan.name}/<ip>" if found and not host else ""
+            text = f"{count} connected {which}to channel '{self.plan.name}'{advice}"
+            raise DeviceError(text, "device-unreachable")
+        self.pushes[exchange.control_id] = exchange
+        self._note(f"[Sending -- ID: {exchange.control_id}]: {text}")
+        self._write(found[0], text)
+
     def refuse(self, message: Message, error_code: str) -> bool:
         """Original mode: the device waits, so a dead letter is answered by botErrorAck."""
         return self._own_answer(message, self.plan.settings.botErrorAck, f"not processed: {error_code}")
@@ -3483,6 +3573,586 @@ def _bind_address(family: int, address: Any, count: int) -> socket.socket | None
         if count > 1 and _not_ours(error) and family == socket.AF_INET6:
             return None
         raise
+
+
+# =====================================================================================================================
+# Devices
+#
+# From the cloud to the device. A push that somebody waits for is tried once and answered within the caller's window.
+# One that nobody waits for is stored first, and then tried in order until the device accepts it or it becomes a dead
+# letter. Pools of connections per device, one message in flight on each; an ACK is matched by MSA-2, wherever it
+# arrives. May touch: sockets.
+# =====================================================================================================================
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """A parsed Device.url. `key` names the device: pushes with the same key share connections and order."""
+
+    url: str
+    scheme: str
+    host: str
+    port: int
+    path: str
+    settings: DeviceSettings
+
+    @property
+    def key(self) -> str:
+        return f"{self.scheme}://{self.host}:{self.port}" if self.port else f"{self.scheme}://{self.host}{self.path}"
+
+    @property
+    def stats_key(self) -> str:
+        return f"mllp://{self.host}:{self.port}?encoding={self.settings.encoding}"
+
+
+def parse_target(url: str) -> Target:
+    """The device behind a remote address; PeerError says what is wrong with it."""
+    try:
+        parts = urllib.parse.urlsplit(url)
+        port = parts.port or 0
+    except ValueError as error:
+        raise PeerError(f"'{url}' is not a device address: {error}") from None
+    scheme = parts.scheme
+    if scheme not in ("mllp", "mllps", "tcp", "channel"):
+        raise PeerError(f"'{url}' is not a device address that this agent can send to: use mllp, mllps, tcp or channel")
+    if scheme != "channel" and not (parts.hostname and port):
+        raise PeerError(f"'{url}' needs a host and a port, such as mllp://192.168.50.10:56001")
+    values = read_parameters(DeviceSettings, parts.query, url, lambda text: None)
+    if scheme == "mllps":
+        values["tls"] = True
+    try:
+        codecs.lookup(values.get("encoding", "utf-8"))
+    except LookupError:
+        raise PeerError(f"'{url}': encoding '{values['encoding']}' is unknown") from None
+    host = urllib.parse.unquote(parts.netloc) if scheme == "channel" else parts.hostname or ""
+    return Target(url, scheme, host, port, urllib.parse.unquote(parts.path), DeviceSettings(**values))
+
+
+@functools.lru_cache(maxsize=64)
+def device_tls(settings: DeviceSettings) -> ssl.SSLContext:
+    """TLS to a device: the system's authorities and caFile, and our certificate if the device wants one."""
+    try:
+        context = tls_context(settings.caFile)
+        context.check_hostname = settings.checkHost
+        if settings.certFile:
+            context.load_cert_chain(settings.certFile, settings.keyFile or None)
+    except (ConfigError, OSError) as error:
+        raise DeviceError(f"TLS to the device cannot be set up: {error}", "device-unreachable") from None
+    return context
+
+
+class DeviceConnection(asyncio.Protocol):
+    """One MLLP connection to a device; `current` is the message in flight on it."""
+
+    def __init__(self, device: Device, encoding: str):
+        self.encoding = encoding
+        self.current: Exchange | None = None
+        self.idle_since = 0.0
+        self._device = device
+        self._core = Mllp(16 * MIB)
+        self._transport: asyncio.Transport
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = typing.cast(asyncio.Transport, transport)
+        set_device_options(transport.get_extra_info("socket"))
+        self._device.connections.add(self)
+
+    def data_received(self, data: bytes) -> None:
+        for event in self._core.receive(data):
+            if isinstance(event, bytes):
+                self._device.received(self, event.decode(self.encoding, "replace"))
+
+    def connection_lost(self, error: Exception | None) -> None:
+        self._device.lost(self)
+        if self.current is not None and not self.current.answer.done():
+            text = f"{self._device.name}: Message was still pending when connection closed"
+            self.current.answer.set_exception(DeviceError(text, "device-silent"))
+
+    @property
+    def open(self) -> bool:
+        return not self._transport.is_closing()
+
+    async def ask(self, exchange: Exchange, text: str) -> str:
+        """Send, and wait for the acknowledgment."""
+        self.current = exchange
+        try:
+            self._transport.write(mllp_frame(text.encode(self.encoding, "replace")))
+            return await exchange.answer
+        finally:
+            self.current = None
+
+    def close(self) -> None:
+        self._transport.close()
+
+
+class Device:
+    """The connections to one device, at most `limit` of them, each with one message in flight."""
+
+    def __init__(self, name: str, log: Log, channel_log: Log):
+        self.name = name
+        self.limit = 1
+        self.connections: set[DeviceConnection] = set()
+        self.round_trips: collections.deque[int] = collections.deque(maxlen=MAX_STATS_SAMPLES)
+        self.pending: dict[str, Exchange] = {}
+        self.on_late: Callable[[Acknowledgment, str], None] = lambda ack, text: None
+        self.users = 0  # pushes under way
+        self._idle: list[DeviceConnection] = []
+        self._opening = 0
+        self._waiters: collections.deque[asyncio.Future[None]] = collections.deque()
+        self._log, self._channel_log = log, channel_log
+
+    async def exchange(self, target: Target, text: str, control_id: str, mode: str, seconds: float) -> str:
+        """The device's acknowledgment of an HL7 message; raises DeviceError within `seconds`."""
+        phase = f"all {self.limit} connections were busy"
+        exchange = Exchange(control_id, mode, asyncio.get_running_loop().create_future())
+        self.users += 1
+        started = now_ms()
+        try:
+            async with asyncio.timeout(seconds):
+                await self._turn()
+                phase = "the connection could not be made"
+                connection = await self._connection(target)
+                phase = "no acknowledgment came"
+                try:
+                    self.pending[control_id] = exchange
+                    answer = await connection.ask(exchange, text)
+                finally:
+                    self._release(connection)
+        except TimeoutError:
+            kind = "device-silent" if phase.startswith("no") else "device-unreachable"
+            raise DeviceError(f"{self.name}: {phase} within {seconds:g} s", kind) from None
+        finally:
+            self.users -= 1
+            if self.pending.get(control_id) is exchange:
+                del self.pending[control_id]
+        self.round_trips.append(now_ms() - started)
+        return answer
+
+    async def _turn(self) -> None:
+        """Wait until a connection is idle or may be opened."""
+        while not self._idle and len(self.connections) + self._opening >= self.limit:
+            waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+            self._waiters.append(waiter)
+            try:
+                await waiter
+            except asyncio.CancelledError:
+                if waiter.done() and not waiter.cancelled():
+                    self._wake()  # our turn goes to the next
+                raise
+            finally:
+                if waiter in self._waiters:
+                    self._waiters.remove(waiter)
+
+    def _wake(self) -> None:
+        while self._waiters:
+            waiter = self._waiters.popleft()
+            if not waiter.done():
+                waiter.set_result(None)
+                return
+
+    async def _connection(self, target: Target) -> DeviceConnection:
+        while self._idle:
+            connection = self._idle.pop()
+            if connection.open:
+                connection.encoding = target.settings.encoding
+                return connection
+        self._opening += 1
+        try:
+            return await self._open(target)
+        except OSError as error:
+            self._wake()
+            raise DeviceError(f"{self.name}: {_os_reason(error)}", "device-unreachable") from None
+        finally:
+            self._opening -= 1
+
+    async def _open(self, target: Target) -> DeviceConnection:
+        settings = target.settings
+        context = device_tls(settings) if settings.tls else None
+        loop = asyncio.get_running_loop()
+        async with asyncio.timeout(settings.connectTimeoutSecs):
+            _, connection = await loop.create_connection(
+                lambda: DeviceConnection(self, settings.encoding), target.host, target.port, ssl=context
+            )
+        return connection
+
+    def _release(self, connection: DeviceConnection) -> None:
+        if connection.open:
+            connection.idle_since = asyncio.get_running_loop().time()
+            self._idle.append(connection)
+        self._wake()
+
+    def received(self, connection: DeviceConnection, text: str) -> None:
+        """A message from the device: the ACK of what is in flight here, of an older message, or a surprise."""
+        ack = read_ack(text)
+        if ack is None:
+            self._log.warn(f"{self.name} sent a message that is no acknowledgment; ignored.")
+            self._channel_log.info(f"[Device:{self.name}] [Ignored]: {text}")
+            return
+        self._channel_log.info(f"[Device:{self.name}] [Received ACK -- ID: {ack.control_id}]: {text}")
+        exchange = connection.current
+        if exchange is None or exchange.control_id != ack.control_id:
+            exchange = self.pending.get(ack.control_id)
+        if exchange is not None and not exchange.answer.done():
+            exchange.heard(ack, text)
+        elif ack.code != "CA":
+            self.on_late(ack, text)
+
+    def lost(self, connection: DeviceConnection) -> None:
+        self.connections.discard(connection)
+        if connection in self._idle:
+            self._idle.remove(connection)
+        self._wake()
+
+    def close_idle(self, before: float) -> None:
+        """Close connections that have not been used since `before` (the event loop's clock)."""
+        for connection in [connection for connection in self._idle if connection.idle_since <= before]:
+            self._idle.remove(connection)
+            connection.close()
+
+    async def send_bytes(self, target: Target, content: bytes, seconds: float) -> bytes:
+        """Raw bytes to a device on a connection of their own; with endChar the answer up to it, else b``."""
+        end = target.settings.endChar.encode("latin-1", "ignore")
+        phase = "the connection could not be made"
+        self.users += 1
+        try:
+            async with asyncio.timeout(seconds):
+                context = device_tls(target.settings) if target.settings.tls else None
+                reader, writer = await asyncio.open_connection(target.host, target.port, ssl=context)
+                phase = "no answer came"
+                try:
+                    writer.write(content)
+                    await writer.drain()
+                    return await reader.readuntil(end) if end else b""
+                finally:
+                    writer.close()
+        except TimeoutError:
+            kind = "device-silent" if phase.startswith("no") else "device-unreachable"
+            raise DeviceError(f"{self.name}: {phase} within {seconds:g} s", kind) from None
+        except (OSError, asyncio.IncompleteReadError, asyncio.LimitOverrunError) as error:
+            reason = _os_reason(error) if isinstance(error, OSError) else "closed the connection before it answered"
+            kind = "device-silent" if phase.startswith("no") else "device-unreachable"
+            raise DeviceError(f"{self.name}: {reason}", kind) from None
+        finally:
+            self.users -= 1
+
+
+def _os_reason(error: OSError) -> str:
+    """`Connection refused` rather than asyncio's own words for it."""
+    return os.strerror(error.errno) if error.errno and error.errno > 0 else str(error) or type(error).__name__
+
+
+class Push(NamedTuple):
+    """A checked request to send something to a device. `text` is HL7 or what the device's bodyEncoding says."""
+
+    target: Target
+    text: str
+    control_id: str
+    mode: str
+    content_type: str
+
+
+def parse_push(request: Json) -> Push:
+    """A server's agent:transmit:request; PeerError for what is answered as agent:error (uplink contract 4.8)."""
+    remote, body = request.get("remote"), request.get("body")
+    if not remote or not isinstance(remote, str):
+        raise PeerError("Missing remote address")
+    if not body or not isinstance(body, str):
+        raise PeerError(f"WebSocket error on incoming message: there is no body for {remote}")
+    target = parse_target(remote)
+    if target.scheme == "tcp":
+        return Push(target, body, "", "", str(request.get("contentType") or BYTES_TYPE))
+    try:
+        text = decode_hl7(body.encode(), "utf-8")
+    except PeerError as error:
+        raise PeerError(f"WebSocket error on incoming message: {error}") from None
+    mode = str(request.get("returnAck") or target.settings.defaultReturnAck).lower()
+    return Push(target, text, Header(text).control_id, mode, HL7_TYPE)
+
+
+class DeviceQueue(Queue):
+    """The stored pushes to one device, in order."""
+
+    def __init__(self, policy: Policy, row: ChannelRow, store: Store, log: Log, devices: Devices):
+        super().__init__(policy, row, store, log)
+        self._devices = devices
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    def can_send(self) -> bool:
+        return self._devices.open
+
+    def text_of(self, message: Message, original: bytes, finalized: str | None) -> str:
+        return original.decode("utf-8", "replace")
+
+    def transmit(self, message: Message) -> None:
+        task = asyncio.ensure_future(self._deliver(message))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _deliver(self, message: Message) -> None:
+        try:
+            push = parse_push({"remote": message.remote, "body": message.text, "returnAck": message.return_ack})
+            answer = await self._devices.send(push, PUSH_STORED_SECS)
+        except DeviceError as error:
+            if message.id in self.inflight:
+                self.failed(message, error.kind, counts=error.kind != "device-unreachable")
+            return
+        self.answered(message, answer)
+
+    def answered(self, message: Message, answer: str) -> None:
+        """The device's ACK, perhaps a late one."""
+        if message.state >= PROCESSED:
+            return
+        message.response = answer
+        ack = read_ack(answer)
+        if ack and ack.code in ("AE", "CE", "AR", "CR"):
+            if message.id in self.inflight:
+                self.failed(message, "device-error" if ack.code in ("AE", "CE") else "device-rejected")
+            return
+        message.outcome = DELIVERED
+        self.settle(message, PROCESSED)
+
+    def tell_dead(self, message: Message, error: str, relay: bool) -> bool:
+        return False
+
+    def late(self, ack: Acknowledgment, text: str) -> bool:
+        """An ACK that came after its time: it settles the message if that is still here."""
+        for message in self.window.values():
+            if message.control_id == ack.control_id and message.attempts:
+                self.answered(message, text)
+                return True
+        return False
+
+
+class Devices:
+    """All devices that were pushed to: their connections, and their stored pushes."""
+
+    def __init__(self, store: Store, log: Log, channel_log: Log, channels: Mapping[str, Hl7Channel]):
+        self.open = True
+        self.settings = AgentSettings()
+        self.limit_given = False
+        self._store, self._log, self._channel_log = store, log, channel_log
+        self._channels = channels
+        self._devices: dict[str, Device] = {}
+        self._queues: dict[str, DeviceQueue] = {}
+        self._making: dict[str, asyncio.Future[DeviceQueue]] = {}
+
+    def configure(self, settings: AgentSettings, given: frozenset[str]) -> None:
+        """New Agent settings; connections in use are left alone."""
+        self.settings = settings
+        self.limit_given = "maxClientsPerRemote" in given
+        for device in self._devices.values():
+            device.limit = self._limit
+        for key, queue in self._queues.items():
+            queue.policy = self._policy(key)
+
+    @property
+    def _limit(self) -> int:
+        return self.settings.maxClientsPerRemote if self.limit_given or not self.settings.keepAlive else 1
+
+    def _policy(self, key: str) -> Policy:
+        s = self.settings
+        delays = s.channelAutoRetryBaseDelayMs, s.channelAutoRetryMaxDelayMs, s.channelAutoRetryBackoffMultiplier
+        workers = s.maxClientsPerRemote if self.limit_given else 1
+        attempts = s.channelAutoRetryMaxAttempts
+        return Policy(f"Device {key}", workers, "device", math.inf, *delays, attempts, s.deadLetterAfterHours)
+
+    def _device(self, target: Target) -> Device:
+        device = self._devices.get(target.key)
+        if device is None:
+            device = self._devices[target.key] = Device(target.key, self._log, self._channel_log)
+            device.limit = self._limit
+            device.on_late = functools.partial(self._late, target.key)
+        return device
+
+    def _late(self, key: str, ack: Acknowledgment, text: str) -> None:
+        queue = self._queues.get(key)
+        if queue is None or not queue.late(ack, text):
+            self._log.warn(f"Device {key}: an acknowledgment came that no push waits for; it is in the channel log.")
+
+    async def send(self, push: Push, seconds: float) -> str:
+        """One try; the device's answer as text, raises DeviceError within `seconds` (or the url's ackTimeoutSecs)."""
+        target = push.target
+        seconds = target.settings.ackTimeoutSecs or seconds
+        self._channel_log.info(f"[Device:{target.key}] [Sending -- ID: {push.control_id}]: {push.text}")
+        if target.scheme == "channel":
+            return await self._send_to_channel(push, seconds)
+        device = self._device(target)
+        if target.scheme != "tcp":
+            return await device.exchange(target, push.text, push.control_id, push.mode, seconds)
+        hexadecimal = target.settings.bodyEncoding == "hex"
+        answer = await device.send_bytes(target, _push_bytes(push), seconds)
+        return answer.hex() if hexadecimal else answer.decode("utf-8", "replace")
+
+    async def _send_to_channel(self, push: Push, seconds: float) -> str:
+        """To a device that is connected to one of our channels: channel://name or channel://name/ip."""
+        name, host = push.target.host, push.target.path.strip("/")
+        channel = self._channels.get(name)
+        if channel is None:
+            raise DeviceError(f"there is no running channel named '{name}'", "device-unreachable")
+        exchange = Exchange(push.control_id, push.mode, asyncio.get_running_loop().create_future())
+        try:
+            channel.push(exchange, push.text, host)
+            async with asyncio.timeout(seconds):
+                return await exchange.answer
+        except TimeoutError:
+            text = f"the device on channel '{name}' sent no acknowledgment within {seconds:g} s"
+            raise DeviceError(text, "device-silent") from None
+        finally:
+            channel.pushes.pop(push.control_id, None)
+
+    async def store(self, push: Push) -> None:
+        """Keep a push that nobody waits for, and send it in its turn."""
+        queue = await self._queue(push.target.key)
+        message = Message(queue.row.id, push.target.url, push.text.encode(), "utf-8")
+        message.text, message.control_id, message.type = push.text, push.control_id, push.content_type
+        message.return_ack = push.mode or None
+        if push.target.scheme != "tcp" and queue.policy.workers > 1:
+            message.key = patient_key(push.text, Header(push.text))
+        message.source = functools.partial(self._stored, queue, push)
+        self._store.put(message)
+
+    def _stored(self, queue: DeviceQueue, push: Push, message: Message) -> None:
+        if not message.refusal:
+            queue.stored(message)
+            return
+        self._log.error(f"A push to {push.target.key} cannot be stored ({message.refusal}); it is tried once.")
+        task = asyncio.ensure_future(self.send(push, PUSH_STORED_SECS))
+        queue._tasks.add(typing.cast(Any, task))
+        task.add_done_callback(lambda task: task.cancelled() or task.exception())
+
+    async def _queue(self, key: str) -> DeviceQueue:
+        if key not in self._queues:
+            if key not in self._making:
+                self._making[key] = asyncio.ensure_future(self._make_queue(key))
+            await asyncio.shield(self._making[key])
+        return self._queues[key]
+
+    async def _make_queue(self, key: str) -> DeviceQueue:
+        row = await self._store.channel(PUSH_PREFIX + key, "")
+        queue = self._queues[key] = DeviceQueue(self._policy(key), row, self._store, self._log, self)
+        queue.pump()
+        del self._making[key]
+        return queue
+
+    async def resume(self) -> None:
+        """After a start: go on with the pushes that are on disk."""
+        names = await self._store.call(
+            lambda db: db.execute(
+                f"SELECT DISTINCT c.name FROM message m JOIN channel c ON c.id = m.channel "
+                f"WHERE m.state < {PROCESSED} AND c.name LIKE '{PUSH_PREFIX}%'"
+            ).fetchall()
+        )
+        for (name,) in names:
+            await self._queue(name.removeprefix(PUSH_PREFIX))
+
+    def tidy(self) -> None:
+        """Close connections that are not needed, and forget devices without any."""
+        if not self.settings.keepAlive:
+            for device in self._devices.values():
+                device.close_idle(asyncio.get_running_loop().time() - DEVICE_IDLE_SECS)
+        for key in [key for key, device in self._devices.items() if not device.users and not device.connections]:
+            del self._devices[key]
+
+    def close(self) -> None:
+        """Send nothing more; what waits is on disk."""
+        self.open = False
+        for device in self._devices.values():
+            device.close_idle(math.inf)
+
+    @property
+    def client_count(self) -> int:
+        return sum(len(device.connections) for device in self._devices.values())
+
+    def stats(self) -> Json:
+        """Round trips per device (operations contract 8)."""
+        return {
+            f"{key}?encoding=utf-8": {"rtt": percentiles(device.round_trips) | {"pendingCount": len(device.pending)}}
+            for key, device in self._devices.items()
+        }
+
+
+def _push_bytes(push: Push) -> bytes:
+    """The bytes for a raw device: hex unless the device's bodyEncoding says text; text that is no hex is text."""
+    if push.target.settings.bodyEncoding == "hex":
+        with contextlib.suppress(ValueError):
+            return bytes.fromhex(push.text)
+    return push.text.encode(push.target.settings.encoding, "replace")
+
+
+async def ping(host: str, count: int) -> str:
+    """Echo requests to an IPv4 or IPv6 address or a host name, as `ping` prints them; raises PingError."""
+    try:
+        found = await asyncio.get_running_loop().getaddrinfo(host, None, type=socket.SOCK_DGRAM)
+    except OSError:
+        raise PingError(f"Unable to ping {host}: the name is unknown") from None
+    address = found[0][4][0]
+    interval = min(1.0, PING_SECS / 2 / count)
+    for privileged in (False, True):  # a datagram socket where users may have one, else a raw one where we may
+        try:
+            result = await icmplib.async_ping(address, count, interval, timeout=PING_SECS / 4, privileged=privileged)
+            break
+        except icmplib.SocketPermissionError:
+            continue
+        except icmplib.ICMPLibError as error:
+            raise PingError(f"Unable to ping {host}: {error}") from None
+    else:
+        return await _system_ping(host, count)
+    text = _ping_text(host, result)
+    if not result.is_alive:
+        raise PingError(f"Command failed: ping -c {count} {host}\n{text}")
+    return text
+
+
+def _ping_text(host: str, result: icmplib.Host) -> str:
+    times = result.rtts
+    lines = [f"PING {host} ({result.address}) 56(84) bytes of data."]
+    lines += [f"64 bytes from {result.address}: icmp_seq={n} time={ms:.3g} ms" for n, ms in enumerate(times, 1)]
+    sent, received = result.packets_sent, result.packets_received
+    lost = round(100 * result.packet_loss)
+    lines += ["", f"--- {host} ping statistics ---"]
+    lines += [f"{sent} packets transmitted, {received} received, {lost}% packet loss, time {sum(times):.0f}ms"]
+    if times:
+        deviation = math.sqrt(sum((ms - result.avg_rtt) ** 2 for ms in times) / len(times))
+        figures = (result.min_rtt, result.avg_rtt, result.max_rtt, deviation)
+        lines.append("rtt min/avg/max/mdev = " + "/".join(f"{ms:.3f}" for ms in figures) + " ms")
+    return "\n".join(lines)
+
+
+async def _system_ping(host: str, count: int) -> str:
+    """Where a process may not send ICMP itself: the operating system's program."""
+    if host.startswith("-") or (program := shutil.which("ping")) is None:
+        raise PingError(f"Unable to ping {host}: this user may not send ICMP, and there is no ping program")
+    flag = "/n" if sys.platform == "win32" else "-c"
+    interval = () if sys.platform == "win32" else ("-i", f"{max(0.2, min(1.0, PING_SECS / 2 / count)):.1f}")
+    process = await asyncio.create_subprocess_exec(
+        program, flag, str(count), *interval, host, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE
+    )
+    try:
+        output, errors = await asyncio.wait_for(process.communicate(), PING_SECS)
+    except TimeoutError:
+        process.kill()
+        raise PingError(f"Command failed: ping {flag} {count} {host}: no answer within {PING_SECS:g} s") from None
+    if process.returncode:
+        raise PingError(f"Command failed: ping {flag} {count} {host}\n{errors.decode('utf-8', 'replace')}")
+    return output.decode("utf-8", "replace").strip()
+
+
+def parse_ping(host: object, body: object) -> tuple[str, int]:
+    """Host and count of a ping request (uplink contract 4.9); raises PingError."""
+    name = str(host or "").strip()
+    with contextlib.suppress(ValueError):
+        name = str(ipaddress.ip_address(name.strip("[]")))
+    if ":" not in name and not re.fullmatch(r"(?!-)[A-Za-z0-9_-]{1,63}(\.[A-Za-z0-9_-]{1,63})*\.?", name):
+        raise PingError(f"Invalid IP address or host name: '{name[:80]}'")
+    words = str(body or "").split()
+    if not words or not words[0].startswith("PING") or len(words) < 2:
+        return name, 1
+    if not (match := re.match(r"[+-]?\d+", words[1])):
+        raise PingError(f'Unable to ping {name} "{words[1]}" times. "{words[1]}" is not a number.')
+    count = int(match.group())
+    if not 1 <= count <= PING_MAX:
+        raise PingError(f"Unable to ping {name} {count} times: the count must be from 1 to {PING_MAX}")
+    return name, count
 
 
 # =====================================================================================================================
@@ -3598,6 +4268,7 @@ class Agent:
             self._save_config(plan)
         await self._open_store(plan)
         await self._apply(plan, first=True)
+        self._spawn(self.devices.resume())
         self.started.set()
         self.log.info("Medplum service started successfully.")
         self._spawn(self._keep_house())
@@ -3686,6 +4357,7 @@ class Agent:
         self.store = Store(path, self.log)
         await self.store.open()
         self.dispatcher = Dispatcher(self.config.settings.agentId, self.store, self.uplink, self.log)
+        self.devices = Devices(self.store, self.log, self.channel_log, self.channels)
 
     # --- plans ---
 
@@ -3709,6 +4381,7 @@ class Agent:
             self.log.warn(f"Configuration: {warning}.")
         self.plan = plan
         self.store.max_bytes = plan.settings.queueMaxMb * MIB
+        self.devices.configure(plan.settings, plan.given)
         self._stop_channels(plan)
         for bind in [bind for bind in self._listeners if bind not in wanted]:
             self._listeners.pop(bind).close()
@@ -3832,7 +4505,7 @@ class Agent:
             ).fetchall()
         )
         for name, count in rows:
-            if count and name not in known:
+            if count and name not in known and not name.startswith(PUSH_PREFIX):
                 self.log.warn(_orphans(name, count))
 
     # --- requests of the server (uplink contract 4) ---
@@ -3851,14 +4524,14 @@ class Agent:
             self._fail(f"Unknown message type: {kind}", callback)
 
     @functools.cached_property
-    def _operations(self) -> Mapping[str, Callable[[Json], Awaitable[Json]]]:
+    def _operations(self) -> Mapping[str, Callable[[Json], Awaitable[Json | None]]]:
         return {
             "agent:transmit:request": self._push, "push": self._push,
             "agent:reloadconfig:request": self._reload_config, "agent:logs:request": self._fetch_logs,
             "agent:stats:request": self._fetch_stats, "agent:upgrade:request": self._upgrade,
         }  # fmt: skip
 
-    async def _perform(self, operation: Callable[[Json], Awaitable[Json]], message: Json, callback: Any) -> None:
+    async def _perform(self, operation: Callable[[Json], Awaitable[Json | None]], message: Json, callback: Any) -> None:
         """Answer a request; whatever fails is an agent:error with the request's callback."""
         try:
             answer = await operation(message)
@@ -3868,7 +4541,8 @@ class Agent:
             self._fail(f"The agent failed with an internal error ({type(error).__name__})", callback)
             raise
         else:
-            self.uplink.send(answer | ({"callback": callback} if callback else {}))
+            if answer is not None:
+                self.uplink.send(answer | ({"callback": callback} if callback else {}))
 
     def _fail(self, text: str, callback: Any) -> None:
         self.uplink.send({"type": "agent:error", "body": text} | ({"callback": callback} if callback else {}))
@@ -3883,14 +4557,34 @@ class Agent:
             self.log.error("The server reports an error; its text is in the channel log.")
             self.channel_log.error(f"[Server] {text}")
 
-    async def _push(self, message: Json) -> Json:
+    async def _push(self, message: Json) -> Json | None:
+        """A push or a ping (uplink contract 4.7 to 4.9); None when nobody waits for the result."""
         if self.plan is None or self.plan.status != "active":
             raise PeerError("Agent.status is currently set to off")
-        if not message.get("remote"):
-            raise PeerError("Missing remote address")
-        answer = {"type": "agent:transmit:response", "remote": message["remote"], "contentType": "text/plain"}
-        answer |= {"statusCode": 400, "body": "This version of the agent cannot send to devices yet"}
-        return answer | ({"channel": message["channel"]} if "channel" in message else {})
+        is_ping = message.get("contentType") == PING_TYPE
+        answer: Json = {"type": "agent:transmit:response", "remote": message.get("remote")}
+        answer |= {"channel": message["channel"]} if "channel" in message else {}
+        try:
+            if is_ping:
+                body = await ping(*parse_ping(message.get("remote"), message.get("body")))
+                return answer | {"contentType": PING_TYPE, "statusCode": 200, "body": body}
+            push = self._checked_push(message)
+            if not message.get("callback"):
+                await self.devices.store(push)
+                return None
+            body = await self.devices.send(push, PUSH_WAIT_SECS)
+            return answer | {"contentType": push.content_type, "statusCode": 200, "body": body}
+        except (DeviceError, PingError) as error:
+            return answer | {"contentType": "text/plain", "statusCode": 400, "body": str(error)}
+
+    def _checked_push(self, message: Json) -> Push:
+        push = parse_push(message)
+        if push.target.scheme != "tcp":
+            if push.mode not in ("first", "application"):
+                raise DeviceError(f"returnAck '{push.mode}' is unknown: use first or application", "device-rejected")
+            if not push.control_id:
+                raise DeviceError("MSH.10 is missing but required", "device-rejected")
+        return push
 
     async def _reload_config(self, message: Json) -> Json:
         if not self.started.is_set():
@@ -3937,11 +4631,11 @@ class Agent:
             "ping": self.uplink.ping_ms,
             "webSocketQueueDepth": sum(feed.depth - len(feed.inflight) for feed in feeds.values()),
             "hl7QueueDepth": 0,
-            "hl7ClientCount": 0,
+            "hl7ClientCount": self.devices.client_count,
             "live": self.uplink.live,
             "outstandingHeartbeats": self.uplink.outstanding,
             "channelStats": {name: {"rtt": feed.round_trip_stats()} for name, feed in feeds.items()},
-            "clientStats": {},
+            "clientStats": self.devices.stats(),
             "durableQueue": await self._queue_stats(feeds),
         }
 
@@ -3989,6 +4683,7 @@ class Agent:
         while True:
             await asyncio.sleep(LAZY_SECS)
             await asyncio.to_thread(self.channel_log.flush)
+            self.devices.tidy()
             assert self.plan is not None
             settings = self.plan.settings
             if settings.logStatsFreqSecs > 0 and loop.time() >= next_stats:
@@ -4029,6 +4724,8 @@ class Agent:
                 await self._settle_devices()
                 for channel in list(self.channels.values()):
                     channel.stop()
+                if hasattr(self, "devices"):
+                    self.devices.close()
                 await self.uplink.goodbye()
                 for task in self._tasks - {asyncio.current_task(), uplink}:
                     task.cancel()
@@ -4499,7 +5196,7 @@ class SandboxSocket:
         names = [channel["name"] for channel in self._sandbox.resources[f"Agent/{self.agent_id}"].get("channel", [])]
         if message["channel"] not in names:
             return "Channel not found"
-        if message["contentType"] == Feed.CONTENT_TYPE and not message["body"].startswith("MSH"):
+        if message["contentType"] == HL7_TYPE and not message["body"].startswith("MSH"):
             return "Invalid HL7 message"
         return ""
 
