@@ -21,18 +21,19 @@ from __future__ import annotations
 import argparse
 import asyncio
 import base64
-import codecs
 import collections
 import contextlib
 import dataclasses
 import datetime
 import functools
+import gc
 import io
 import ipaddress
 import itertools
 import json
 import math
 import os
+import queue
 import random
 import re
 import shutil
@@ -40,6 +41,7 @@ import signal
 import socket
 import sqlite3
 import ssl
+import struct
 import sys
 import threading
 import time
@@ -65,6 +67,11 @@ from websockets.frames import Frame, Opcode
 from websockets.http11 import Request
 from websockets.protocol import State as SocketState
 from websockets.server import ServerProtocol
+
+try:
+    from websockets.speedups import apply_mask
+except ImportError:  # pragma: no cover
+    from websockets.utils import apply_mask
 
 try:
     import orjson
@@ -131,7 +138,7 @@ DEVICE_IDLE_SECS = 10.0  # without keepAlive an unused device connection is clos
 PING_SECS = 8.0  # a whole ping, whatever its count: below the server's 10 s
 PING_MAX = 100  # echo requests of one ping
 MAX_STATS_SAMPLES = 1000  # round trips kept per channel
-LOG_FLUSH_BYTES = MIB  # channel log lines in memory before they are written at once
+LOG_HELD_BYTES = 16 * MIB  # channel log lines in memory; more than this means a slow disk, and the writer must wait
 LOG_PAGE_MAX = 1000  # entries of one $fetch-logs
 LOG_BLOCK_BYTES = 64 * KIB  # log files are read backwards in blocks of this size
 
@@ -211,6 +218,28 @@ LEVELS = ("NONE", "ERROR", "WARN", "INFO", "DEBUG")
 RETRY_MODES = ("none", "normal", "guaranteed")
 
 
+class FieldPath(NamedTuple):
+    """One part of a logical channel key; indices start at 1, 0 means the whole."""
+
+    segment: str
+    field: int
+    component: int
+    subcomponent: int
+
+
+@functools.cache
+def parse_key(spec: str) -> tuple[FieldPath, ...]:
+    """`SEG-field[.component[.subcomponent]]`, comma separated; ValueError names the bad part."""
+    paths = []
+    for token in spec.split(","):
+        match = re.fullmatch(r"([A-Z][A-Z0-9]{2})-([1-9]\d*)(?:\.([1-9]\d*))?(?:\.([1-9]\d*))?", token.strip())
+        if not match:
+            raise ValueError(f"'{token.strip()}' is not of the form PID-3 or PID-3.1")
+        segment, *indices = match.groups()
+        paths.append(FieldPath(str(segment), *(int(index or 0) for index in indices)))
+    return tuple(paths)
+
+
 def setting(
     default: T,
     label: str,
@@ -221,9 +250,19 @@ def setting(
     choices: tuple[str, ...] = (),
     agent: str = "",
     env: str = "",
+    check: Callable[[str], object] | None = None,
 ) -> T:
     """One row of the table of settings: `agent` names the Agent setting a channel falls back to."""
-    row = {"label": label, "meaning": meaning, "low": low, "high": high, "choices": choices, "agent": agent, "env": env}
+    row: dict[str, Any] = {
+        "label": label,
+        "meaning": meaning,
+        "low": low,
+        "high": high,
+        "choices": choices,
+        "agent": agent,
+        "env": env,
+    }
+    row["check"] = check  # raises ValueError for text that cannot be used
     return typing.cast(T, dataclasses.field(default=typing.cast(Any, default), metadata=row))
 
 
@@ -283,7 +322,8 @@ class AgentSettings:
         "tries before a message becomes a dead letter; 0: no limit", low=0)
     channelAutoRetryBackoffMultiplier: float = setting(2.0, "Retry multiplier", "growth of the back-off", low=1)
     channelMaxWorkers: int = setting(64, "Workers", "messages of a channel in flight at once", low=1, high=500)
-    channelLogicalChannelKey: str = setting("", "Ordering key", "default of logicalChannelKey for all channels")
+    channelLogicalChannelKey: str = setting("", "Ordering key", "default of logicalChannelKey for all channels",
+        check=parse_key)
     deadLetterAfterHours: int = setting(72, "Dead-letter age",
         "hours of failed tries after which a message becomes a dead letter; 0: no limit", low=0)
     botErrorAck: str = setting("AE", "Answer to a Bot failure",
@@ -324,7 +364,7 @@ class Hl7Settings:
         low=0, agent="deadLetterAfterHours")
     logicalChannelKey: str = setting("", "Ordering key",
         "fields such as `PID-3.1,MSH-4` whose equal values stay in order; default: the patient",
-        agent="channelLogicalChannelKey")
+        agent="channelLogicalChannelKey", check=parse_key)
     maxWorkers: int = setting(64, "Workers",
         "messages in flight at once; 1 keeps the whole channel in order", low=1, high=500, agent="channelMaxWorkers")
     botErrorAck: str = setting("AE", "Answer to a Bot failure",
@@ -379,15 +419,24 @@ def parse_setting(row: dataclasses.Field[Any], value: Any) -> Any:
     if kind == "boolean":
         return value if isinstance(value, bool) else str(value).strip().lower() == "true"
     if kind == "string":
-        return _parse_choice(str(value).strip(), meta["choices"])
-    if isinstance(value, bool):
-        raise ValueError("is not a number")
-    try:
-        number = float(value) if kind == "decimal" else int(str(value).strip())
-    except ValueError:
-        raise ValueError("is not a number" if kind == "decimal" else "is not a whole number") from None
-    if not math.isfinite(number) or (meta["low"] is not None and number < meta["low"]):
+        if not isinstance(value, str):
+            raise ValueError("must be text in quotes")
+        if meta["check"] and value:
+            meta["check"](value)
+        return _parse_choice(value.strip(), meta["choices"])
+    number = _parse_number(kind, value)
+    if meta["low"] is not None and number < meta["low"]:
         raise ValueError(f"must be at least {meta['low']:g}")
+    return number
+
+
+def _parse_number(kind: str, value: Any) -> float:
+    try:
+        number: float = float(value) if kind == "decimal" else int(str(value).strip())
+        if isinstance(value, bool) or not math.isfinite(number):
+            raise ValueError(value)
+    except (ValueError, TypeError, OverflowError):
+        raise ValueError("is not a number" if kind == "decimal" else "is not a whole number") from None
     return number
 
 
@@ -486,19 +535,19 @@ def resolve_process(
     ]
     if found := find_config_file(config_file):
         sources.append(found)
-    problems: list[str] = []
+    problems: dict[str, str] = {}  # by the name of the setting
+    sources = _read_secret_file(sources, problems)
     values = {name: value for name, row in rows.items() if (value := _first_value(row, sources, problems)) is not None}
-    _read_secret_file(values, problems)
     _check_process(values, sources, problems)
     if problems:
-        raise ConfigError(problems)
+        raise ConfigError(list(problems.values()))
     warnings: list[str] = []
     settings = ProcessSettings(**values)
     main, channel = (_logger_settings(which, found, settings.logLevel, warnings) for which in ("main", "channel"))
     return ProcessConfig(settings, main, channel, tuple(warnings))
 
 
-def _first_value(row: dataclasses.Field[Any], sources: Sequence[Source], problems: list[str]) -> Any:
+def _first_value(row: dataclasses.Field[Any], sources: Sequence[Source], problems: dict[str, str]) -> Any:
     for source in sources:
         if row.name not in source.values:
             continue
@@ -506,35 +555,41 @@ def _first_value(row: dataclasses.Field[Any], sources: Sequence[Source], problem
             return parse_setting(row, source.values[row.name])
         except ValueError as error:
             shown = "" if "ecret" in row.name else f" '{source.values[row.name]}'"
-            problems.append(f"{row.name}{shown} (from {source.name}) {error}")
+            problems[row.name] = f"{row.name}{shown} (from {source.name}) {error}"
             return None
     return None
 
 
-def _read_secret_file(values: dict[str, Any], problems: list[str]) -> None:
-    path = values.get("clientSecretFile")
-    if not path or values.get("clientSecret"):
-        return
-    try:
-        values["clientSecret"] = Path(path).read_text("utf-8-sig").strip()
-    except (OSError, ValueError) as error:
-        problems.append(f"clientSecretFile {path} cannot be read: {error}")
+def _read_secret_file(sources: Sequence[Source], problems: dict[str, str]) -> list[Source]:
+    """The sources, with the secret from its file where the first source that knows of one names a file."""
+    read = list(sources)
+    for index, source in enumerate(sources):
+        if "clientSecret" in source.values:
+            break
+        if path := source.values.get("clientSecretFile"):
+            try:
+                secret = Path(str(path)).read_text("utf-8-sig").strip()
+                read[index] = Source(f"{path}", {**source.values, "clientSecret": secret})
+            except (OSError, ValueError) as error:
+                problems["clientSecret"] = f"clientSecretFile {path} (from {source.name}) cannot be read: {error}"
+            break
+    return read
 
 
-def _check_process(values: dict[str, Any], sources: Sequence[Source], problems: list[str]) -> None:
-    said = " ".join(problems)
+def _check_process(values: dict[str, Any], sources: Sequence[Source], problems: dict[str, str]) -> None:
     for position, name in enumerate(ARGUMENTS[:4], 1):
-        if not values.get(name) and name not in said:
+        if not values.get(name) and name not in problems:
             env = rows_of(ProcessSettings)[name].metadata["env"]
-            problems.append(f"{name} is missing: give it as argument {position}, as {env}, or as {name} in agent.toml")
+            how = f"give it as argument {position}, as {env}, or as {name} in agent.toml"
+            problems[name] = f"{name} is missing: {how}"
     url = values.get("baseUrl", "")
     where = next((s.name for s in sources if "baseUrl" in s.values), "")
     if url and not re.match(r"https?://[^/]", url):
-        problems.append(f"baseUrl '{url}' (from {where}) must start with http:// or https:// and name a host")
+        problems["baseUrl"] = f"baseUrl '{url}' (from {where}) must start with http:// or https:// and name a host"
     if (agent_id := values.get("agentId")) and not re.fullmatch(r"[A-Za-z0-9\-.]{1,64}", agent_id):
-        problems.append(f"agentId '{agent_id}' is not the id of a FHIR resource (letters, digits, - and .)")
+        problems["agentId"] = f"agentId '{agent_id}' is not the id of a FHIR resource (letters, digits, - and .)"
     if (ca := values.get("caFile")) and not Path(ca).is_file():
-        problems.append(f"caFile {ca} does not exist")
+        problems["caFile"] = f"caFile {ca} does not exist"
 
 
 def _logger_settings(which: str, found: Source | None, level: str, warnings: list[str]) -> LoggerSettings:
@@ -557,6 +612,19 @@ def _logger_settings(which: str, found: Source | None, level: str, warnings: lis
 PROTOCOLS = {"mllp": "HL7"}  # by prefix of the address; byte streams and DICOM come with their own sections
 
 
+def encoding_problem(name: str) -> str:
+    """Why text in this encoding cannot be framed by MLLP, or ``: ASCII, with the marks, must stay as it is."""
+    ascii_text = "".join(map(chr, range(1, 127)))
+    try:
+        if ascii_text.encode(name, "replace") == ascii_text.encode():
+            return ""
+    except LookupError:
+        return f"encoding '{name}' is unknown; use a name such as utf-8, iso-8859-1 or windows-1252"
+    except (UnicodeError, ValueError):
+        pass
+    return f"encoding '{name}' cannot be framed by MLLP; use utf-8 or a single-byte encoding"
+
+
 class Policy(NamedTuple):
     """How stored messages are delivered: to the server for a channel, to a device for pushes."""
 
@@ -572,7 +640,10 @@ class Policy(NamedTuple):
 
     def delay_ms(self, failures: int) -> int:
         """Back-off after so many failures, with jitter (channel contract 5.5)."""
-        delay = min(self.max_delay_ms, self.base_delay_ms * self.multiplier ** min(failures - 1, 64))
+        try:
+            delay = min(self.max_delay_ms, self.base_delay_ms * self.multiplier ** (failures - 1))
+        except OverflowError:
+            delay = self.max_delay_ms
         return round(random.uniform(delay / 2, delay))
 
     def spent(self, failures: int, first_failed_at: int) -> bool:
@@ -641,12 +712,13 @@ class Plan:
 
 def agent_settings(agent: Json, warnings: list[str]) -> tuple[AgentSettings, frozenset[str]]:
     """`Agent.setting[]` parsed; bad values are warned about and left at their default."""
-    rows, values = rows_of(AgentSettings), dict[str, Any]()
+    rows, values, seen = rows_of(AgentSettings), dict[str, Any](), set[str]()
     for entry in agent.get("setting") or []:
         name = entry.get("name") if isinstance(entry, dict) else None
         row = rows.get(name) if isinstance(name, str) else None
-        if row is None or row.name in values:
+        if row is None or row.name in seen:
             continue
+        seen.add(row.name)
         value = entry.get("value" + kind_of(row).capitalize())
         if value is None and kind_of(row) == "decimal":
             value = entry.get("valueInteger")
@@ -704,51 +776,14 @@ def _leading_integer(text: str) -> str:
 
 
 def _check_hl7(values: dict[str, Any], where: str, warnings: list[str]) -> None:
-    encoding = values.get("encoding", "utf-8")
-    try:
-        framed = "\x1c\r".encode(codecs.lookup(encoding).name) == b"\x1c\r"
-    except (LookupError, ValueError):
-        raise ConfigError(
-            [f"{where}: encoding '{encoding}' is unknown; use a name such as utf-8, iso-8859-1 or windows-1252"]
-        ) from None
-    if not framed:
-        raise ConfigError(
-            [f"{where}: encoding '{encoding}' cannot be framed by MLLP; use utf-8 or a single-byte encoding"]
-        )
+    if problem := encoding_problem(values.get("encoding", "utf-8")):
+        raise ConfigError([f"{where}: {problem}"])
     base, limit = values.get("autoRetryBaseDelayMs", 1000), values.get("autoRetryMaxDelayMs", 60_000)
     if limit < base:
         warnings.append(f"{where}: autoRetryMaxDelayMs {limit} is below the base delay and was set to {base}")
         values["autoRetryMaxDelayMs"] = base
-    if values.get("logicalChannelKey"):
-        try:
-            parse_key(values["logicalChannelKey"])
-        except ValueError as error:
-            warnings.append(f"{where}: logicalChannelKey {error}; it is ignored")
-            values["logicalChannelKey"] = ""
     if values.get("assignSeqNo") and values.get("maxWorkers", 1) > 1:
         warnings.append(f"{where}: assignSeqNo with maxWorkers above 1: numbers may reach the server out of order")
-
-
-class FieldPath(NamedTuple):
-    """One part of a logical channel key; indices start at 1, 0 means the whole."""
-
-    segment: str
-    field: int
-    component: int
-    subcomponent: int
-
-
-@functools.cache
-def parse_key(spec: str) -> tuple[FieldPath, ...]:
-    """`SEG-field[.component[.subcomponent]]`, comma separated; ValueError names the bad part."""
-    paths = []
-    for token in spec.split(","):
-        match = re.fullmatch(r"([A-Z][A-Z0-9]{2})-([1-9]\d*)(?:\.([1-9]\d*))?(?:\.([1-9]\d*))?", token.strip())
-        if not match:
-            raise ValueError(f"'{token.strip()}' is not of the form PID-3 or PID-3.1")
-        segment, *indices = match.groups()
-        paths.append(FieldPath(str(segment), *(int(index or 0) for index in indices)))
-    return tuple(paths)
 
 
 def channel_plan(
@@ -786,9 +821,10 @@ def build_plan(agent: Json, endpoints: Mapping[str, Json | AgentError]) -> tuple
     settings, given = agent_settings(agent, warnings)
     status = str(agent.get("status") or "")
     channels: dict[str, ChannelPlan] = {}
+    names: set[str] = set()
     for entry in (agent.get("channel") or []) if status != "off" else []:
         try:
-            name, endpoint = _resolve_channel(entry, endpoints, channels)
+            name, endpoint = _resolve_channel(entry, endpoints, names)
             plan = channel_plan(name, endpoint, settings, given, warnings)
             _check_port(plan, channels)
             channels[name] = plan
@@ -800,14 +836,13 @@ def build_plan(agent: Json, endpoints: Mapping[str, Json | AgentError]) -> tuple
     return Plan(status, settings, given, tuple(channels.values()), tuple(warnings), agent, known), problems
 
 
-def _resolve_channel(
-    entry: Json, endpoints: Mapping[str, Json | AgentError], channels: Mapping[str, ChannelPlan]
-) -> tuple[str, Json]:
+def _resolve_channel(entry: Json, endpoints: Mapping[str, Json | AgentError], names: set[str]) -> tuple[str, Json]:
     name = str(entry.get("name") or "")
     if not name:
         raise ConfigError(["a channel of the Agent has no name"])
-    if name in channels:
+    if name in names:
         raise ConfigError([f"two channels are named '{name}'"])
+    names.add(name)
     reference = (entry.get("endpoint") or {}).get("reference") or ""
     endpoint = endpoints.get(reference)
     if not isinstance(endpoint, dict):
@@ -899,6 +934,12 @@ LOG_FILE = re.compile(r"medplum-agent-(main|channels)-(\d{4}-\d\d-\d\d)\.log(?:\
 SEVERITY: Final = {level: rank for rank, level in enumerate(LEVELS)}
 
 
+@functools.lru_cache(maxsize=2)
+def iso_second(second: int) -> str:
+    """UTC to the second as ISO 8601."""
+    return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(second))
+
+
 class Log:
     """One rotating log. `console` gets every line as well; a `directory` of None means console only."""
 
@@ -937,21 +978,25 @@ class Log:
     def _write(self, level: str, text: str, extra: Json) -> None:
         if SEVERITY[level] > self._rank:
             return
-        moment = datetime.datetime.now(datetime.UTC)
-        stamp = f"{moment:%Y-%m-%dT%H:%M:%S}.{moment.microsecond // 1000:03d}Z"
-        line = dump_json({"level": level, "msg": text.replace("\r", "\n"), "timestamp": stamp, **extra}) + b"\n"
+        second, millisecond = divmod(now_ms(), 1000)
+        stamp = f"{iso_second(second)}.{millisecond:03d}Z"
+        entry = {"level": level, "msg": text.replace("\r", "\n"), "timestamp": stamp, **extra}
+        try:
+            line = dump_json(entry) + b"\n"
+        except TypeError:  # lone surrogates, as in names of files
+            line = json.dumps(entry, ensure_ascii=False, default=str).encode("utf-8", "replace") + b"\n"
         with self._lock:
             self._lines.append(line)
             self._bytes += len(line)
         if self._console is not None:
             self._show(level, stamp, text, line)
-        if not self.lazy or self._bytes > LOG_FLUSH_BYTES:
+        if not self.lazy or self._bytes > LOG_HELD_BYTES:
             self.flush()
 
     def _show(self, level: str, stamp: str, text: str, line: bytes) -> None:
         assert self._console is not None
-        shown = f"{stamp[11:19]} {level:5} {text}" if self._console.isatty() else line.decode().rstrip()
         with contextlib.suppress(OSError, ValueError):  # a closed terminal must not stop the agent
+            shown = f"{stamp[11:19]} {level:5} {text}" if self._console.isatty() else line.decode().rstrip()
             print(shown, file=self._console, flush=True)
 
     def flush(self) -> None:
@@ -967,7 +1012,7 @@ class Log:
                 self._file.write(b"".join(lines))
                 self._file.flush()
             except OSError:
-                self._file = None
+                self.close_file()
 
     def _rotate(self) -> None:
         today = f"{datetime.datetime.now().astimezone():%Y-%m-%d}"
@@ -975,10 +1020,15 @@ class Log:
         if self._file is not None and self._day == today and self._file.tell() < limit:
             return
         assert self.directory is not None
-        self._day, suffix = today, 0
+        self._day = today
         self.close_file()
-        while (path := self._path(today, suffix)).exists() and path.stat().st_size >= limit:
+        newest = next(iter(log_files(self.directory, self.name)), None)
+        day, suffix = _rotation(newest.name) if newest else ("", 0)
+        if newest is None or day != today:
+            suffix = 0
+        elif newest.stat().st_size >= limit:
             suffix += 1
+        path = self._path(today, suffix)
         self._file = open(path, "ab", opener=lambda p, flags: os.open(p, flags, 0o600))  # noqa: SIM115
         for old in log_files(self.directory, self.name)[self._settings.filesToKeep :]:
             old.unlink(missing_ok=True)
@@ -988,9 +1038,10 @@ class Log:
         return self.directory / (f"medplum-agent-{self.name}-{day}.log" + (f".{suffix}" if suffix else ""))
 
     def close_file(self) -> None:
-        if self._file is not None:
-            self._file.close()
-            self._file = None
+        file, self._file = self._file, None
+        if file is not None:
+            with contextlib.suppress(OSError):  # what could not be written cannot be flushed either
+                file.close()
 
 
 def log_files(directory: Path, name: str) -> list[Path]:
@@ -1018,7 +1069,7 @@ def read_log_page(directory: Path, name: str, limit: int, before: str | None) ->
     for path in log_files(directory, name):
         if start_file and _rotation(path.name) > _rotation(start_file):
             continue
-        end = start_offset if path.name == start_file else path.stat().st_size
+        end = min(start_offset, path.stat().st_size) if path.name == start_file else path.stat().st_size
         for offset, line in _lines_backwards(path, end):
             entry = _log_entry(line)
             if entry is None:
@@ -1043,7 +1094,7 @@ def _parse_cursor(text: str | None) -> tuple[str, int]:
         return "", 0
     try:
         name, offset = base64.urlsafe_b64decode(text.encode()).decode().rsplit(":", 1)
-        if not LOG_FILE.fullmatch(name):
+        if not LOG_FILE.fullmatch(name) or not re.fullmatch(r"\d{1,15}", offset):
             raise ValueError(name)
         return name, int(offset)
     except ValueError:
@@ -1121,6 +1172,7 @@ MERGE_EVENTS = frozenset(
         "A51",
     ]
 )
+_MARKS = "^~\\&"  # the usual MSH-2
 _LINE_ENDS = re.compile(r"[\r\n]+")
 _control_ids = itertools.count(time.time_ns() // 1000)  # 16 digits, unique in a process and across restarts
 
@@ -1135,7 +1187,7 @@ def decode_hl7(content: bytes, encoding: str) -> str:
         text = text[1:]
     if not text.startswith("MSH") or len(text) < 4 or text[3].isalnum() or text[3] in "\r\n":
         raise PeerError("Invalid HL7 message: it does not start with MSH and a field separator")
-    return _LINE_ENDS.sub("\r", text) if "\n" in text or "\r\r" in text else text
+    return _LINE_ENDS.sub("\r", text) if "\n" in text or b"\r\r" in content else text
 
 
 class Header:
@@ -1174,16 +1226,21 @@ def segments_named(text: str, name: str, separator: str) -> Iterator[str]:
 
 def patient_key(text: str, header: Header) -> str | None:
     """PID-3.1 and PID-3.4 of the one patient of a message; BARRIER when it names none or several."""
-    separator = header.separator
-    trigger = header.message_type.split(header.component)
-    if (len(trigger) > 1 and trigger[1] in MERGE_EVENTS) or f"\rMRG{separator}" in text:
+    separator, component = header.separator, header.component
+    trigger = header.message_type.split(component, 2)
+    if len(trigger) > 1 and trigger[1] in MERGE_EVENTS:
         return BARRIER
     found: str | None = None
-    for segment in segments_named(text, "PID", separator):
+    for segment in text.split("\r"):  # one pass: a search for each name is slower in large messages
+        name = segment[:4]
+        if name == f"MRG{separator}":
+            return BARRIER
+        if name != f"PID{separator}":
+            continue
         fields = segment.split(separator, 4)
-        parts = fields[3].split(header.repetition, 1)[0].split(header.component) if len(fields) > 3 else [""]
+        parts = fields[3].split(header.repetition, 1)[0].split(component) if len(fields) > 3 else [""]
         number = parts[0].strip()
-        key = f"{number}{header.component}{parts[3].strip() if len(parts) > 3 else ''}"
+        key = f"{number}^{parts[3].strip()}" if len(parts) > 3 else number + "^"
         if not number or number == '""' or (found is not None and key != found):
             return BARRIER
         found = key
@@ -1235,21 +1292,21 @@ def hl7_timestamp() -> str:
 
 def build_ack(header: Header, code: str, text: str = "", *, closing: str = "\r") -> str:
     """MSH and MSA answering `header` (HL7 v2.5.1 2.9.2, channel contract 4.4); `text` goes to MSA-3."""
-    s = header.separator
-    kind = header.message_type.split(header.component)
-    ack_type = "ACK" + "".join(
-        header.component + part for part in ((kind[1], "ACK")[: len(kind) - 1] if len(kind) > 1 and kind[1] else ())
+    s, c, field = header.separator, header.component, header.field
+    kind = header.message_type.split(c, 2)
+    ack_type = "ACK"
+    if len(kind) > 1 and kind[1]:
+        ack_type = f"ACK{c}{kind[1]}{c}ACK" if len(kind) > 2 and kind[2] else f"ACK{c}{kind[1]}"
+    return (
+        f"MSH{s}{field(2) or _MARKS}{s}{field(5)}{s}{field(6)}{s}{field(3)}{s}{field(4)}{s}{hl7_timestamp()}{s}{s}"
+        f"{ack_type}{s}{next(_control_ids)}{s}{field(11) or 'P'}{s}{field(12) or '2.5.1'}\r"
+        f"MSA{s}{code}{s}{header.control_id}{s}{text or ACK_TEXT[code]}{closing}"
     )
-    marks = header.field(2) or "^~\\&"
-    route = (header.field(5), header.field(6), header.field(3), header.field(4), hl7_timestamp(), "", ack_type)
-    version = (str(next(_control_ids)), header.field(11) or "P", header.field(12) or "2.5.1")
-    msh = s.join(("MSH", marks, *route, *version))
-    return f"{msh}\rMSA{s}{code}{s}{header.control_id}{s}{text or ACK_TEXT[code]}{closing}"
 
 
-def clean_text(text: str) -> str:
+def clean_text(text: str, separators: str = "|^~\\&") -> str:
     """A reason that is safe inside an HL7 field: no separators, no line ends, at most 80 characters (MSA-3)."""
-    return re.sub(r"[|^~\\&\x00-\x1f]+", " ", text).strip()[:80]
+    return re.sub(f"[{re.escape(separators)}\\x00-\\x1f]+", " ", text).strip()[:80]
 
 
 def write_sequence_number(text: str, number: int) -> str:
@@ -1273,9 +1330,11 @@ def read_ack(text: object) -> Acknowledgment | None:
     """The acknowledgment in a Bot's answer or a device's; None when it is not HL7 or has no MSA-1."""
     if not isinstance(text, str) or not text.startswith("MSH") or len(text) < 4:
         return None
-    segment = next(segments_named(_LINE_ENDS.sub("\r", text), "MSA", text[3]), "")
+    text = _LINE_ENDS.sub("\r", text) if "\n" in text else text
+    segment = next(segments_named(text, "MSA", text[3]), "")
     fields = [*segment.split(text[3]), "", ""]
-    return Acknowledgment(fields[1].strip().upper(), fields[2]) if fields[1] else None
+    code = fields[1].strip().upper()
+    return Acknowledgment(code, fields[2]) if code else None
 
 
 # What of the Bot's answer passes to the device, by channel contract 4.5: (enhanced, appLevelAck) -> codes let through
@@ -1341,10 +1400,11 @@ class Mllp:
         if self._buffer:
             self._buffer += chunk
             source = self._buffer
-        position = 0
+        position, end = 0, -2  # the next end mark: -2 not searched for, -1 there is none
         while self._inside or (position := self._enter(source, position)) >= 0:
             at = position + self._scanned
-            end = source.find(END, at)
+            if end == -2 or -1 < end < at:
+                end = source.find(END, at)
             restart = source.find(RESTART, at, len(source) if end < 0 else end)
             if restart >= 0:
                 self._finish(bytes(source[position:restart]), events, whole=False)
@@ -1367,12 +1427,14 @@ class Mllp:
 
     def _finish(self, content: bytes, events: list[bytes | PeerError], *, whole: bool) -> None:
         """A frame ended, or was cut off by the start of the next: then it counts if a lone 0x1C ended it."""
+        ended = whole or content.endswith(END[:1])
+        content = content if whole or not ended else content[:-1]
         if self._oversize:
             self._oversize = False
         elif len(content) > self.limit:
             events.append(self._too_large())
-        elif whole or content.endswith(END[:1]):
-            events.append(content if whole else content[:-1])
+        elif ended:
+            events.append(content)
         else:
             events.append(PeerError("the message was cut off by the start of the next one"))
 
@@ -1416,7 +1478,7 @@ PUSH_PREFIX = "push "  # names of channel rows that are devices: "push mllp://ho
 APPLICATION_ID, SCHEMA_VERSION = 0x4D504C41, 1  # "MPLA": tells our file from any other SQLite file
 
 _SCHEMA = f"""
-CREATE TABLE identity (seed TEXT NOT NULL);
+CREATE TABLE identity (seed TEXT NOT NULL, last_deleted_id INTEGER NOT NULL DEFAULT 0);
 CREATE TABLE tally (state INTEGER PRIMARY KEY, n INTEGER NOT NULL);
 CREATE TABLE channel (id INTEGER PRIMARY KEY, name TEXT NOT NULL UNIQUE, next_seq INTEGER NOT NULL DEFAULT 0,
   key_spec TEXT NOT NULL DEFAULT '', epoch INTEGER NOT NULL DEFAULT 0);
@@ -1442,11 +1504,11 @@ PRAGMA application_id = {APPLICATION_ID};
 PRAGMA user_version = {SCHEMA_VERSION};
 """
 _INSERT = """INSERT OR IGNORE INTO message (id, channel, epoch, state, remote, control_id, checked, type, key, original,
-  encoding, finalized, seq_no, return_ack, received_at, outcome, error_code, last_error)
-  VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"""
-_UPDATE = """UPDATE message SET state = ?, remote = ?, attempts = ?, failures = ?, next_attempt_at = ?,
-  first_failed_at = ?, sent_at = ?, settled_at = ?, response = ?, status_code = ?, outcome = ?, error_code = ?,
-  last_error = ? WHERE id = ?"""
+  encoding, finalized, seq_no, return_ack, received_at, outcome, error_code, last_error) VALUES {rows}"""
+_UPDATE = """UPDATE message SET state = column2, remote = column3, attempts = column4, failures = column5,
+  next_attempt_at = column6, first_failed_at = column7, sent_at = column8, settled_at = column9, response = column10,
+  status_code = column11, outcome = column12, error_code = column13, last_error = column14
+  FROM (VALUES {rows}) WHERE id = column1"""
 _COLUMNS = """id, channel, epoch, state, remote, control_id, type, key, encoding, received_at, attempts, failures,
   next_attempt_at, first_failed_at, sent_at, settled_at, response, status_code, outcome, error_code, last_error,
   return_ack"""
@@ -1496,9 +1558,8 @@ class Message:
 
     def _progress(self) -> tuple[Any, ...]:
         return (
-            self.state, self.remote, self.attempts, self.failures, self.next_attempt_at, self.first_failed_at,
+            self.id, self.state, self.remote, self.attempts, self.failures, self.next_attempt_at, self.first_failed_at,
             self.sent_at, self.settled_at, self.response, self.status_code, self.outcome, self.error_code, self.error,
-            self.id,
         )  # fmt: skip
 
     @staticmethod
@@ -1559,7 +1620,7 @@ class Store:
         self._log = log
         self._loop = asyncio.get_running_loop()
         self._inbox: collections.deque[Message | _Update | _Call] = collections.deque()
-        self._wake = threading.Event()
+        self._bell: queue.SimpleQueue[None] = queue.SimpleQueue()  # wakes the writer in a third of an Event's time
         self._sleeping = self._stopping = False
         self._uncommitted_bytes = self._uncommitted = 0
         self._lazy: asyncio.TimerHandle | None = None
@@ -1567,7 +1628,9 @@ class Store:
         self._opened = asyncio.Event()
         self._reader = ThreadPoolExecutor(1, "store-reader")
         self._read_connection: sqlite3.Connection | None = None
-        self._failed_at = 0.0
+        self._failed_at = self._measure_at = 0.0
+        self._inode = (0, 0)
+        self._channels: dict[str, tuple[int, str, int]] = {}  # id, key_spec and epoch by name
         self._writer = threading.Thread(target=self._write_loop, name="store-writer", daemon=True)
 
     # --- called from the event loop ---
@@ -1598,7 +1661,7 @@ class Store:
         self._uncommitted_bytes += message.size
         self._inbox.append(message)
         if self._sleeping:
-            self._wake.set()
+            self._bell.put(None)
 
     def _refusal(self, size: int) -> str:
         if self.trouble:
@@ -1611,19 +1674,19 @@ class Store:
         """Write a message's progress with the next batch; with `then`, now, and call it once committed."""
         self._inbox.append(_Update(before, message._progress(), then))
         if then is not None:
-            self._wake.set()
+            self._bell.put(None)
         elif self._lazy is None:
             self._lazy = self._loop.call_later(LAZY_SECS, self._write_lazily)
 
     def _write_lazily(self) -> None:
         self._lazy = None
-        self._wake.set()
+        self._bell.put(None)
 
     def call(self, run: Callable[[sqlite3.Connection], T]) -> asyncio.Future[T]:
         """Run in the writer thread inside the next transaction."""
         future: asyncio.Future[T] = self._loop.create_future()
         self._inbox.append(_Call(run, future))
-        self._wake.set()
+        self._bell.put(None)
         return future
 
     def read(self, run: Callable[[sqlite3.Connection], T]) -> Awaitable[T]:
@@ -1632,8 +1695,9 @@ class Store:
 
     async def close(self) -> None:
         """Write everything that waits, then close the file."""
+        await self._loop.run_in_executor(self._reader, self._close_reader)  # the last to close removes -wal and -shm
         self._stopping = True
-        self._wake.set()
+        self._bell.put(None)
         await asyncio.to_thread(self._writer.join, STOP_SECS)
         self._reader.shutdown(wait=False)
 
@@ -1650,6 +1714,7 @@ class Store:
             count, last = db.execute(
                 f"SELECT count(*), ifnull(max(id), 0) FROM message WHERE channel = ? AND state < {PROCESSED}", (id_,)
             ).fetchone()
+            self._channels[name] = (id_, key_spec, epoch)
             return ChannelRow(id_, epoch, count, last)
 
         return await self.call(run)
@@ -1693,6 +1758,11 @@ class Store:
             self._read_connection.execute("PRAGMA cache_size=-4000")
         return run(self._read_connection)
 
+    def _close_reader(self) -> None:
+        if self._read_connection is not None:
+            self._read_connection.close()
+            self._read_connection = None
+
     # --- the writer thread ---
 
     def _write_loop(self) -> None:
@@ -1702,8 +1772,7 @@ class Store:
                 db = self._open()
                 self._loop.call_soon_threadsafe(self._opened.set)
                 if db is None:
-                    self._wake.wait(STORE_REOPEN_SECS)
-                    self._wake.clear()
+                    self._wait(STORE_REOPEN_SECS)
                     self._refuse_inbox()
                     continue
             if not self._inbox:
@@ -1719,9 +1788,15 @@ class Store:
     def _sleep(self) -> None:
         self._sleeping = True
         if not self._inbox and not self._stopping:
-            self._wake.wait()
+            self._wait(None)
         self._sleeping = False
-        self._wake.clear()
+
+    def _wait(self, seconds: float | None) -> None:
+        """Until the bell rings, or so long."""
+        with contextlib.suppress(queue.Empty):
+            self._bell.get(timeout=seconds)
+            while True:
+                self._bell.get_nowait()
 
     def _take_batch(self) -> list[Message | _Update | _Call]:
         batch: list[Message | _Update | _Call] = []
@@ -1739,19 +1814,21 @@ class Store:
         calls = [item for item in batch if isinstance(item, _Call)]
         tally = dict(self.tally)
         try:
+            self._check_file()
             self._check_disk(messages)
             db.execute("BEGIN IMMEDIATE")
             self._insert(db, messages)
-            db.executemany(_UPDATE, [item.progress for item in updates])
+            _execute_many(db, _UPDATE, [*{item.progress[0]: item.progress for item in updates}.values()])
             results = [call.run(db) for call in calls]
             self._count(db, messages, updates)
             db.execute("COMMIT")
-            self.size_bytes = self._measure(db)
         except Exception as error:  # whatever it is, the thread must live: it holds the promise
             self.tally = tally
             with contextlib.suppress(sqlite3.Error):
                 db.execute("ROLLBACK")
             return self._after_error(db, messages, updates, calls, error)
+        with contextlib.suppress(sqlite3.Error):
+            self._measure(db, messages, exact=bool(calls))
         if self._failed_at and messages:
             self._failed_at = 0.0
             self._log.info("The queue can be written again.")
@@ -1773,9 +1850,11 @@ class Store:
             message.refusal = _storage_text(error)
         if messages:
             self._loop.call_soon_threadsafe(self._settle_intake, messages)
-            return not (updates or calls) or self._write_batch(db, [*updates, *calls])
-        self._inbox.extendleft(reversed(updates))
-        self._loop.call_soon_threadsafe(self._fail_calls, calls, error)
+            return bool(updates or calls) and self._write_batch(db, [*updates, *calls])
+        kept: list[_Update | _Call] = [*updates, *calls] if isinstance(error, StorageError) else [*updates]
+        self._inbox.extendleft(reversed(kept))
+        if len(kept) == len(updates):
+            self._loop.call_soon_threadsafe(self._fail_calls, calls, error)
         return False
 
     def _insert(self, db: sqlite3.Connection, messages: list[Message]) -> None:
@@ -1787,7 +1866,7 @@ class Store:
             self._insert_numbered(db, message)
         plain = [message for message in messages if not message.assign]
         before = db.total_changes
-        db.executemany(_INSERT, [message._row() for message in plain])
+        _execute_many(db, _INSERT, [message._row() for message in plain])
         if db.total_changes - before != len(plain):
             for message in plain:
                 if not db.execute("SELECT 1 FROM message WHERE id = ?", (message.id,)).fetchone():
@@ -1801,7 +1880,7 @@ class Store:
         (number,) = db.execute("SELECT next_seq FROM channel WHERE id = ?", (message.channel,)).fetchone()
         message.seq_no = number
         message.text = write_sequence_number(message.text or "", number)
-        db.execute(_INSERT, message._row())
+        _execute_many(db, _INSERT, [message._row()])
         db.execute("UPDATE channel SET next_seq = ? WHERE id = ?", (number + 1, message.channel))
 
     def _find_earlier(self, db: sqlite3.Connection, message: Message) -> Earlier | None:
@@ -1817,22 +1896,21 @@ class Store:
                 self.tally[message.state] += 1
         for update in updates:
             self.tally[update.before] -= 1
-            self.tally[update.progress[0]] += 1
+            self.tally[update.progress[1]] += 1
         if messages or updates:
             db.executemany("INSERT OR REPLACE INTO tally VALUES (?, ?)", self.tally.items())
 
     def _after_failure(self, db: sqlite3.Connection) -> sqlite3.Connection | None:
         """Wait a moment; a file that is damaged is closed and opened anew (a person may have mended it)."""
-        self._wake.wait(LAZY_SECS)
-        self._wake.clear()
+        self._wait(LAZY_SECS)
         try:
+            self._check_file()
             db.execute("SELECT count(*) FROM tally").fetchone()
-            if self.path.exists():
-                return db
-        except sqlite3.Error:
-            pass
-        db.close()
-        return None
+            return db
+        except (sqlite3.Error, StorageError):
+            db.close()
+            self._loop.run_in_executor(self._reader, self._close_reader)
+            return None
 
     def _refuse_inbox(self) -> None:
         kept = [item for item in self._take_batch() if not isinstance(item, Message) or not self._refuse(item)]
@@ -1851,9 +1929,23 @@ class Store:
         if usage.free < min(DISK_RESERVE_BYTES, usage.total // 50):
             raise StorageError("database or disk is full")
 
-    def _measure(self, db: sqlite3.Connection) -> int:
-        (pages,), (free,) = db.execute("PRAGMA page_count").fetchone(), db.execute("PRAGMA freelist_count").fetchone()
-        return int((pages - free) * PAGE_BYTES)
+    def _check_file(self) -> None:
+        """The file is still the one in the folder: what is written into a deleted file is lost."""
+        try:
+            found = self.path.stat()
+        except OSError:
+            raise StorageError("unable to open: the queue file was moved or deleted") from None
+        if (found.st_dev, found.st_ino) != self._inode:
+            raise StorageError("unable to open: another file took the place of the queue file")
+
+    def _measure(self, db: sqlite3.Connection, messages: Sequence[Message] = (), *, exact: bool = True) -> None:
+        """The size of what is used in the file: measured ten times a second, in between what was added is counted."""
+        self.size_bytes += sum(message.size for message in messages)
+        if exact or time.monotonic() >= self._measure_at:
+            self._measure_at = time.monotonic() + LAZY_SECS
+            (pages,) = db.execute("PRAGMA page_count").fetchone()
+            (free,) = db.execute("PRAGMA freelist_count").fetchone()
+            self.size_bytes = (pages - free) * PAGE_BYTES
 
     def _open(self) -> sqlite3.Connection | None:
         """Open or create the file; None, with `trouble` set, when it cannot be used."""
@@ -1881,29 +1973,34 @@ class Store:
         if new:
             db.execute(f"PRAGMA page_size={PAGE_BYTES}")
             db.execute("PRAGMA auto_vacuum=INCREMENTAL")
-        for pragma in (
-            "journal_mode=WAL",
-            "synchronous=FULL",
-            f"wal_autocheckpoint={CHECKPOINT_PAGES}",
-            "cache_size=-16000",
-        ):
+        else:
+            (application,) = db.execute("PRAGMA application_id").fetchone()
+            (version,) = db.execute("PRAGMA user_version").fetchone()
+            if application != APPLICATION_ID or version > SCHEMA_VERSION:
+                raise StorageError("foreign file: it is not a queue of this version of the agent")
+        for pragma in ("journal_mode=WAL", "synchronous=FULL", f"wal_autocheckpoint={CHECKPOINT_PAGES}"):
             db.execute(f"PRAGMA {pragma}")
+        db.execute("PRAGMA cache_size=-16000")
         if new:
-            db.executescript(f"BEGIN; {_SCHEMA} INSERT INTO identity VALUES ('{uuid.uuid4().hex[:19]}'); COMMIT;")
-        (application,), (version,) = (
-            db.execute("PRAGMA application_id").fetchone(),
-            db.execute("PRAGMA user_version").fetchone(),
+            seed = uuid.uuid4().hex[:19]
+            db.executescript(f"BEGIN; {_SCHEMA} INSERT INTO identity (seed) VALUES ('{seed}'); COMMIT;")
+        self._inspect(db)
+
+    def _inspect(self, db: sqlite3.Connection) -> None:
+        """Learn what is in the file; a new one in the place of another gets the channels that are running."""
+        db.executemany(
+            "INSERT OR IGNORE INTO channel (name, id, key_spec, epoch) VALUES (?, ?, ?, ?)",
+            [(name, *row) for name, row in self._channels.items()],
         )
-        if application != APPLICATION_ID or version > SCHEMA_VERSION:
-            raise StorageError("it is not a queue of this version of the agent")
         (self.seed,) = db.execute("SELECT seed FROM identity").fetchone()
-        self.tally |= dict(db.execute("SELECT state, n FROM tally"))
+        self.tally = dict.fromkeys(range(len(STATES)), 0) | dict(db.execute("SELECT state, n FROM tally"))
         (last,) = db.execute("SELECT ifnull(max(id), 0) FROM message").fetchone()
-        self._next_id = max(self._next_id, last + 1)
-        self.size_bytes = self._measure(db)
-        db.execute(
-            "UPDATE identity SET seed = seed"
-        )  # a file that cannot be written is known now, not at the first message
+        (deleted,) = db.execute("SELECT last_deleted_id FROM identity").fetchone()
+        self._next_id = max(self._next_id, last + 1, deleted + 1)
+        self._measure(db)
+        db.execute("UPDATE identity SET seed = seed")  # a file that cannot be written is known now, not later
+        found = self.path.stat()
+        self._inode = (found.st_dev, found.st_ino)
 
     # --- back in the event loop ---
 
@@ -1967,6 +2064,7 @@ class Store:
                 )
             )
             db.executemany("DELETE FROM message WHERE id = ?", [(id_,) for id_ in ids])
+            db.execute("UPDATE identity SET last_deleted_id = max(last_deleted_id, ?)", (max(ids, default=0),))
             for state, count in gone.items():
                 self.tally[state] -= count
             db.executemany("INSERT OR REPLACE INTO tally VALUES (?, ?)", self.tally.items())
@@ -1979,6 +2077,21 @@ class Store:
             if count < SWEEP_ROWS:
                 break
         return total
+
+
+@functools.cache
+def _statement(template: str, columns: int, rows: int) -> str:
+    return template.format(rows=",".join([f"({','.join('?' * columns)})"] * rows))
+
+
+def _execute_many(db: sqlite3.Connection, template: str, rows: Sequence[tuple[Any, ...]]) -> None:
+    """Many rows a statement: executemany takes and drops the interpreter lock for each row (a quarter of the path)."""
+    at = 0
+    while at < len(rows):
+        size = next(size for size in (64, 8, 1) if len(rows) - at >= size)
+        chunk = rows[at : at + size]
+        db.execute(_statement(template, len(chunk[0]), size), list(itertools.chain.from_iterable(chunk)))
+        at += size
 
 
 def _with_body(row: Sequence[Any]) -> tuple[Message, bytes | None, str | None]:
@@ -1994,7 +2107,9 @@ def _storage_text(error: Exception) -> str:
         return "storage error: the disk of the agent is full"
     if "readonly" in text or "permission" in text or "unable to open" in text or "read-only" in text:
         return "storage error: the queue of the agent cannot be written"
-    if "malformed" in text or "not a database" in text or "not a queue" in text:
+    if "foreign file" in text:
+        return "storage error: the queue file of the agent belongs to another program or version"
+    if "malformed" in text or "not a database" in text:
         return "storage error: the queue file of the agent is damaged"
     return "storage error"
 
@@ -2009,6 +2124,8 @@ def _storage_advice(error: Exception) -> str:
             "Messages accepted earlier are still in that file. Stop the agent, keep a copy, repair it with "
             "'sqlite3 FILE .recover | sqlite3 NEW' and put NEW in its place, or move it away to start empty."
         )
+    elif "belongs" in text:
+        advice = "Move that file away, or use the version of the agent that wrote it."
     else:
         advice = "Make folder and file writable for the agent's user; the agent goes on by itself."
     return f"Devices get CE/AE and keep their messages. {advice}"
@@ -2267,6 +2384,8 @@ class Uplink:
         self.url = urllib.parse.urlunsplit((scheme, parts.netloc, "/ws/agent", parts.query, ""))
         self._context = context if scheme == "wss" else None
         self._socket: _Socket | None = None
+        self._outgoing: list[bytes] = []
+        self._masks = b""
         self._loop = asyncio.get_running_loop()
         self._flushing = self._refreshing = False
         self._token = ""
@@ -2316,15 +2435,33 @@ class Uplink:
 
     def _write(self, message: Json) -> None:
         assert self._socket is not None
-        self._socket.protocol.send_text(dump_json(message))
+        if self._settings.compression:
+            self._socket.protocol.send_text(dump_json(message))
+        else:
+            self._outgoing.append(self._text_frame(dump_json(message)))
         if not self._flushing:
             self._flushing = True
             self._loop.call_soon(self._flush)
 
+    def _text_frame(self, payload: bytes) -> bytes:
+        """A masked text frame (RFC 6455 5.2); a random number for each would cost a system call and the GIL."""
+        if len(self._masks) < 4:
+            self._masks = os.urandom(4096)
+        mask, self._masks = self._masks[:4], self._masks[4:]
+        size = len(payload)
+        if size < 126:
+            head = struct.pack("!BB", 0x81, 0x80 | size)
+        elif size < 65536:
+            head = struct.pack("!BBH", 0x81, 0xFE, size)
+        else:
+            head = struct.pack("!BBQ", 0x81, 0xFF, size)
+        return head + mask + apply_mask(payload, mask)
+
     def _flush(self) -> None:
         self._flushing = False
+        outgoing, self._outgoing = self._outgoing, []
         if self._socket is not None and self._socket.protocol.state is SocketState.OPEN:
-            outgoing = [part for part in self._socket.protocol.data_to_send() if part]
+            outgoing += [part for part in self._socket.protocol.data_to_send() if part]
             if outgoing:
                 self._socket.transport.write(b"".join(outgoing))
 
@@ -2418,6 +2555,7 @@ class Uplink:
             return str(error) or type(error).__name__
         assert isinstance(sock, _Socket)
         self._socket = sock
+        self._outgoing.clear()
         self.outstanding = 0
         self._write({"type": "agent:connect:request", "accessToken": token, "agentId": self._settings.agentId})
         beating = asyncio.create_task(self._heartbeats(sock))
@@ -2969,7 +3107,7 @@ class Dispatcher:
         uplink.on_live = uplink.on_writable = self.pump
         uplink.on_lost = self._lost
 
-    @property
+    @functools.cached_property
     def callback_prefix(self) -> str:
         """`Agent/<id>-` and a UUID without its last 12 digits, which are the row's number: stable across restarts."""
         seed = self._store.seed
@@ -3106,7 +3244,8 @@ class Hl7Connection(asyncio.Protocol):
         self.pending = 0  # messages on their way to the disk
         self.awaiting = 0  # stored messages whose answer is still to come
         self.messages = 0
-        self.active_at = self._loop_time()
+        self._loop = channel.loop
+        self.active_at = self._loop.time()
         self._core = Mllp(channel.plan.settings.maxMessageBytes)
         self._delayed: collections.deque[bytes | PeerError] = collections.deque()
         self._next_at = 0.0
@@ -3114,10 +3253,6 @@ class Hl7Connection(asyncio.Protocol):
         self._paused: set[str] = set()
         self._closing = self._ended = False
         self._transport: asyncio.Transport
-
-    @staticmethod
-    def _loop_time() -> float:
-        return asyncio.get_running_loop().time()
 
     # --- asyncio ---
 
@@ -3135,7 +3270,7 @@ class Hl7Connection(asyncio.Protocol):
         self.channel.closed(self)
 
     def data_received(self, data: bytes) -> None:
-        self.active_at = self._loop_time()
+        self.active_at = self._loop.time()
         events = self._core.receive(data)
         if self.channel.plan.settings.messagesPerMin > 0:
             self._delayed.extend(events)
@@ -3172,13 +3307,14 @@ class Hl7Connection(asyncio.Protocol):
 
     def _next_delayed(self) -> None:
         """messagesPerMin: hold messages back, and the device with them."""
-        loop = asyncio.get_running_loop()
-        while self._delayed and loop.time() >= self._next_at:
-            self._next_at = max(self._next_at, loop.time() - 0.01) + 60 / self.channel.plan.settings.messagesPerMin
+        while self._delayed and self._loop.time() >= self._next_at:
+            self._next_at = (
+                max(self._next_at, self._loop.time() - 0.01) + 60 / self.channel.plan.settings.messagesPerMin
+            )
             self._take(self._delayed.popleft())
         if self._delayed and "rate" not in self._paused:
             self.pause("rate")
-            loop.call_at(self._next_at, self._rate_elapsed)
+            self._loop.call_at(self._next_at, self._rate_elapsed)
         self._close_if_done()
 
     def _rate_elapsed(self) -> None:
@@ -3196,7 +3332,7 @@ class Hl7Connection(asyncio.Protocol):
     def send(self, content: bytes) -> None:
         """One frame to the device."""
         if not self._outbox:
-            asyncio.get_running_loop().call_soon(self._flush)
+            self._loop.call_soon(self._flush)
         self._outbox.append(mllp_frame(content))
 
     def _flush(self) -> None:
@@ -3220,7 +3356,7 @@ class Hl7Connection(asyncio.Protocol):
         """A message is on disk or refused."""
         self.pending -= 1
         if self._closing or self._ended:
-            asyncio.get_running_loop().call_soon(self._close_if_done)
+            self._loop.call_soon(self._close_if_done)
 
     def close(self) -> None:
         """Read no more; close once everything received is stored and acknowledged."""
@@ -3229,7 +3365,7 @@ class Hl7Connection(asyncio.Protocol):
             self._closing = True
             self._delayed.clear()
             self._close_if_done()
-            asyncio.get_running_loop().call_later(GRACEFUL_CLOSE_SECS, self._transport.abort)
+            self._loop.call_later(GRACEFUL_CLOSE_SECS, self._transport.abort)
 
     def check_time(self, now: float, idle: float, inside: float) -> str:
         """Why this connection should be closed for its silence, or ``."""
@@ -3262,6 +3398,7 @@ class Hl7Channel:
 
     def __init__(self, plan: ChannelPlan, store: Store, log: Log, channel_log: Log):
         self.plan, self.store = plan, store
+        self.loop = asyncio.get_running_loop()
         self.feed: Feed | None = None  # None until the store has a row for the channel
         self.connections: dict[str, Hl7Connection] = {}
         self.pushes: dict[str, Exchange] = {}  # by control id: sent to a connected device, its ACK is awaited
@@ -3353,7 +3490,12 @@ class Hl7Channel:
         if header.message_type.startswith("ACK"):
             return  # an acknowledgment is never acknowledged (HL7 v2.5.1 2.9.2)
         code = ("C" if self.plan.settings.enhanced == "true" else "A") + kind
-        self._write(connection, build_ack(header, code, clean_text(text), closing=self._closing))
+        self._write(
+            connection,
+            build_ack(
+                header, code, text and clean_text(text, header.separator + header.field(2)), closing=self._closing
+            ),
+        )
 
     @property
     def _closing(self) -> str:
@@ -3620,10 +3762,8 @@ def parse_target(url: str) -> Target:
     values = read_parameters(DeviceSettings, parts.query, url, lambda text: None)
     if scheme == "mllps":
         values["tls"] = True
-    try:
-        codecs.lookup(values.get("encoding", "utf-8"))
-    except LookupError:
-        raise PeerError(f"'{url}': encoding '{values['encoding']}' is unknown") from None
+    if problem := encoding_problem(values.get("encoding", "utf-8")):
+        raise PeerError(f"'{url}': {problem}")
     host = urllib.parse.unquote(parts.netloc) if scheme == "channel" else parts.hostname or ""
     return Target(url, scheme, host, port, urllib.parse.unquote(parts.path), DeviceSettings(**values))
 
@@ -3942,8 +4082,8 @@ class Devices:
         self.limit_given = "maxClientsPerRemote" in given
         for device in self._devices.values():
             device.limit = self._limit
-        for key, queue in self._queues.items():
-            queue.policy = self._policy(key)
+        for key, pushes in self._queues.items():
+            pushes.policy = self._policy(key)
 
     @property
     def _limit(self) -> int:
@@ -5401,6 +5541,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     if hasattr(os, "umask"):
         os.umask(0o077)
+    gc.freeze()  # what is loaded stays: collections look at messages only, and seldom
+    gc.set_threshold(50_000, 20, 50)
     sys.setswitchinterval(0.001)  # the writer thread must not wait 5 ms for the interpreter after each commit
     try:
         if options.arguments[:1] == ["demo"]:

@@ -1,0 +1,267 @@
+"""Fuzzing: python tests/fuzz.py [target ...] [--seconds N] [--seed N]. Targets are functions of some bytes.
+
+A target may raise nothing but what its parser documents (PeerError, ConfigError, ValueError), and checks what must
+hold of the result. With atheris the bytes are guided by coverage (one target a run); without it seeds are mutated at
+random. The first input that breaks a target is printed as hex, and the exit code is 1:
+
+    python tests/fuzz.py hl7 --input 4d53487c
+"""
+
+import argparse
+import contextlib
+import importlib.util
+import os
+import random
+import re
+import signal
+import sys
+import tempfile
+import time
+import traceback
+import urllib.parse
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import NoReturn
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import medplum_agent as ma
+
+MESSAGE = b"MSH|^~\\&|LAB|HOSP|EHR|CLINIC|20260101||ADT^A01^ADT_A01|MSG1|P|2.5.1\rPID|1||123^^^HOSP^MR\rMRG|1\r"
+ACK = b"MSH|^~\\&|BOT|S|||20260101||ACK|1|P|2.5.1\rMSA|AA|MSG1|OK\r"
+LIMIT = 64  # bytes of an MLLP frame
+INPUT_SECS = 0.5  # processor time for one input of at most 4 kB; more is an endless loop or a quadratic one
+
+
+def mllp(content: bytes) -> None:
+    """Whole and byte by byte give the same events, and nothing is raised."""
+    whole, single = ma.Mllp(LIMIT), ma.Mllp(LIMIT)
+    expected = [str(event) for event in whole.receive(content)]
+    found = [str(event) for at in range(len(content)) for event in single.receive(content[at : at + 1])]
+    assert found == expected, f"{found} != {expected}"
+    assert (single.inside, single.skipped) == (whole.inside, whole.skipped)
+    assert max(len(whole._buffer), len(single._buffer)) <= LIMIT + len(ma.RESTART)
+
+
+def hl7(content: bytes) -> None:
+    """Decoding, header, keys, acknowledgments and answers: PeerError or a result."""
+    ma.read_ack(content.decode("utf-8", "replace"))
+    for encoding in ("utf-8", "latin1"):
+        try:
+            text = ma.decode_hl7(content, encoding)
+        except ma.PeerError:
+            return
+        header = ma.Header(text)
+        for spec in ("", "*", "PID-3.1.2,MSH-9.2,MSH-1,ZZZ-3"):
+            ma.ordering_key(text, header, spec)
+        for code in ma.ACK_TEXT:
+            assert ma.build_ack(header, code, ma.clean_text(text)).count("\r") == 2
+        numbered = ma.write_sequence_number(text, 7)
+        assert ma.Header(numbered).field(13) == "7"
+        assert numbered.count("\r") == text.count("\r")
+
+
+def settings(content: bytes) -> None:
+    """An Endpoint address, whatever it is, gives a plan within its bounds or problems."""
+    text = content.decode("utf-8", "replace")
+    for address in (text, f"mllp://0.0.0.0:56000?{text}", f"mllp://{text}"):
+        endpoint = {"resourceType": "Endpoint", "address": address}
+        agent = {"channel": [{"name": "A", "endpoint": {"reference": "E"}}], "setting": [_agent_setting(text)]}
+        plan, problems = ma.build_plan(agent, {"E": endpoint})
+        assert problems or plan.channels
+        for channel in plan.channels:
+            assert 1 <= channel.settings.maxWorkers <= 500 and 1 <= channel.port <= 65535
+            channel.policy.delay_ms(100)
+            ma.decode_hl7(b"MSH|\xff\x80" + content, channel.settings.encoding)
+
+
+def _agent_setting(text: str) -> ma.Json:
+    """`name=value` of the text as a setting, numeric where it can be."""
+    name, _, value = text.partition("&")[0].partition("=")
+    kind = "Integer" if value.lstrip("-").isdecimal() and len(value) < 1000 else "String"
+    return {"name": name, f"value{kind}": int(value) if kind == "Integer" else urllib.parse.unquote(value)}
+
+
+def properties(content: bytes) -> None:
+    """A configuration file gives settings or ConfigError; what stands as clientSecret is in no text."""
+    secret = "Zebra-s3cr3t"
+    lines = content.decode("utf-8", "replace").splitlines()
+    hidden = all(re.match(r"\ufeff?clientSecret *=", line) for line in lines if "SECRET" in line)
+    with tempfile.TemporaryDirectory() as folder:
+        for name in ("agent.properties", "agent.toml"):
+            path = Path(folder) / name
+            path.write_bytes(content.replace(b"SECRET", secret.encode()))
+            try:
+                ma.resolve_process([], {}, {}, str(path))
+            except ma.ConfigError as error:
+                assert error.problems and not (hidden and secret in str(error))
+
+
+def cursor(content: bytes) -> None:
+    """Any cursor and any log file give a page of entries or ValueError; paging ends."""
+    before, _, lines = content.partition(b"\n")
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "medplum-agent-main-2026-01-02.log").write_bytes(lines)
+        cursors = [None, before.decode("latin1")]
+        if before.isdigit():
+            cursors.append(ma._cursor("medplum-agent-main-2026-01-02.log", int(before[:400])))
+        for one in cursors:
+            try:
+                pages, at = 0, one
+                while True:
+                    page = ma.read_log_page(Path(folder), "main", 2, at)
+                    pages, at = pages + 1, page.before
+                    assert len(page.entries) <= 2 and pages <= len(content) + 2
+                    if at is None:
+                        break
+            except ValueError as error:
+                assert one is not None and str(error).startswith("Invalid cursor"), error
+
+
+TARGETS: dict[str, tuple[Callable[[bytes], None], tuple[bytes, ...]]] = {
+    "mllp": (mllp, (b"\x0bMSH|1\x1c\r", b"\x0bMSH|1\x0bMSH|2\x1c\r", b"x\x0b" + b"y" * LIMIT + b"\x1c\x0bMSH|\x1c\r")),
+    "hl7": (hl7, (MESSAGE, ACK, MESSAGE.replace(b"\r", b"\r\n"), b"\xef\xbb\xbfMSH#*!%$#a", b"MSH|")),
+    "settings": (
+        settings,
+        (
+            b"encoding=latin1&enhanced=true&appLevelAck=NE",
+            b"maxWorkers=4&logicalChannelKey=PID-3.1,MSH-4&retryMode=normal",
+            b"messagesPerMin=60abc&autoRetryBackoffMultiplier=1.5", b"[::1]:56000?assignSeqNo=true", b"h:65535#x",
+            b"channelMaxWorkers=70&autoRetryBaseDelayMs=100", b"queueRetentionDays=5",
+        ),
+    ),
+    "properties": (
+        properties,
+        (
+            b"baseUrl=https://h/\nclientId=a\nclientSecret=SECRET\nagentId=1\nlogger.main.filesToKeep=3\n",
+            b'baseUrl = "https://h/"\nclientId = "a"\nclientSecret = "SECRET"\nagentId = "1"\n'
+            b"[logger.main]\nfilesToKeep=3",
+            b"\xef\xbb\xbf# c\r\nclientSecret=SECRET\r\nheartbeatSecs=5\r\n",
+        ),
+    ),
+    "cursor": (
+        cursor,
+        (
+            b'bWVkcGx1bS1hZ2VudC1tYWluLTIwMjYtMDEtMDIubG9nOjU=\n{"level":"INFO","msg":"m","timestamp":"t"}\n\n[1]\n',
+            b'50\n{"level":"INFO","msg":"m","timestamp":"t"}\n{"level":"INFO","msg":"m","timestamp":"t"}',
+        ),
+    ),
+}  # fmt: skip
+TOKENS = (
+    b"\x0b", b"\x1c\r", b"\x0bMSH", b"\r", b"\n", b"MSH", b"|", b"^", b"~", b"\\", b"&", b"=", b"%", b"\xff", b"\x00",
+    b'""', b"-1", b"0", b"9" * 30, b"9" * 400, b"1e999", b"nan", b"utf-16", b"'", b"[", b"]", b":",
+    b"\xe2\x82\xac", b"A40",
+)  # fmt: skip
+
+
+def mutated(content: bytes, draw: random.Random) -> bytes:
+    """The bytes with a few cuts, repetitions, swaps and tokens."""
+    work = bytearray(content)
+    for _ in range(draw.randint(1, 6)):
+        at, to = sorted((draw.randint(0, len(work)), draw.randint(0, len(work))))
+        match draw.randrange(5):
+            case 0:
+                work[at:at] = draw.choice(TOKENS)
+            case 1:
+                work[at:to] = draw.choice(TOKENS)
+            case 2:
+                del work[at : min(to, at + 8)]
+            case 3:
+                work[at:at] = work[at : min(to, at + 40)]
+            case _ if work:
+                work[at % len(work)] = draw.randrange(256)
+    return bytes(work[:4000])
+
+
+def broken_by(name: str, content: bytes) -> str:
+    """The traceback when the target fails on these bytes, else ``."""
+    try:
+        with time_limit():
+            TARGETS[name][0](content)
+    except Exception:
+        return traceback.format_exc()
+    return ""
+
+
+@contextlib.contextmanager
+def time_limit() -> Iterator[None]:
+    """TimeoutError after so much processor time, where the system can tell."""
+    if not hasattr(signal, "setitimer"):
+        yield
+        return
+
+    def stop(*_: object) -> NoReturn:
+        raise TimeoutError(f"it takes more than {INPUT_SECS} s of processor time")
+
+    before = signal.signal(signal.SIGVTALRM, stop)
+    signal.setitimer(signal.ITIMER_VIRTUAL, INPUT_SECS)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+        signal.signal(signal.SIGVTALRM, before)
+
+
+def fuzz(name: str, seconds: float, seed: int) -> tuple[int, bytes | None]:
+    """Mutate seeds for so long: (inputs tried, the shortest of the inputs found to break the target)."""
+    draw, pool = random.Random(seed), list(TARGETS[name][1])
+    until, tried = time.monotonic() + seconds, 0
+    for content in pool:
+        if broken_by(name, content):
+            return tried, content
+    while time.monotonic() < until:
+        tried += 1
+        content = mutated(draw.choice(pool), draw)
+        if broken_by(name, content):
+            return tried, shortened(name, content)
+        if tried % 50 == 0:
+            pool.append(content)
+    return tried, None
+
+
+def shortened(name: str, content: bytes) -> bytes:
+    """Leave out pieces for as long as the target still breaks."""
+    for size in (256, 64, 16, 4, 1):
+        at = 0
+        while at < len(content):
+            less = content[:at] + content[at + size :]
+            content, at = (less, at) if broken_by(name, less) else (content, at + size)
+    return content
+
+
+def guided(name: str, seconds: float) -> None:
+    """Coverage-guided, by atheris; it ends the process itself."""
+    import atheris
+
+    atheris.instrument_all()
+    atheris.Setup([sys.argv[0], f"-max_total_time={seconds:.0f}"], TARGETS[name][0])
+    atheris.Fuzz()
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("targets", nargs="*", metavar="target", help=f"default: all of {', '.join(TARGETS)}")
+    parser.add_argument("--seconds", type=float, default=10, help="for each target")
+    parser.add_argument("--seed", type=int, default=int.from_bytes(os.urandom(4), "big"))
+    parser.add_argument("--input", type=bytes.fromhex, help="try this one input")
+    options = parser.parse_args(arguments)
+    names = options.targets or list(TARGETS)
+    if unknown := set(names) - set(TARGETS):
+        parser.error(f"no target {', '.join(sorted(unknown))}; there are {', '.join(TARGETS)}")
+    if options.input is None and len(names) == 1 and importlib.util.find_spec("atheris"):
+        guided(names[0], options.seconds)
+    failed = False
+    for name in names:
+        tried, culprit = (1, options.input) if options.input is not None else fuzz(name, options.seconds, options.seed)
+        trouble = broken_by(name, culprit) if culprit is not None else ""
+        print(
+            f"{name}: {tried} inputs, seed {options.seed}: {'BROKEN by ' + (culprit or b'').hex() if trouble else 'ok'}"
+        )
+        if trouble:
+            failed = True
+            print(trouble, file=sys.stderr)
+    return int(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,403 @@
+"""HL7 by slicing: decoding, header, keys, acknowledgments; hl7 (the library) is the foreign judge of what we build."""
+
+import datetime
+import re
+import time
+
+import hl7
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import medplum_agent as ma
+
+MSH = "MSH|^~\\&|LAB|HOSP|EHR|CLINIC|20260101120000||ADT^A01^ADT_A01|MSG1|T|2.3.1"
+PID = "PID|1||123^^^HOSP^MR||DOE^JANE"
+
+
+def message(*segments: str, msh: str = MSH) -> tuple[str, ma.Header]:
+    text = "\r".join((msh, *segments)) + "\r"
+    return text, ma.Header(text)
+
+
+def patient(*segments: str, msh: str = MSH) -> str | None:
+    return ma.patient_key(*message(*segments, msh=msh))
+
+
+def at(path: str, *segments: str, msh: str = MSH) -> str:
+    return ma.field_at(*message(*segments, msh=msh), ma.parse_key(path)[0])
+
+
+# --- decode_hl7 (channel contract 4.2) ---
+
+
+@pytest.mark.parametrize(
+    ("content", "text"),
+    [
+        (b"MSH|a\rPID|b", "MSH|a\rPID|b"),
+        (b"MSH|a\rPID|b\r", "MSH|a\rPID|b\r"),
+        (b"MSH|a\nPID|b\n", "MSH|a\rPID|b\r"),
+        (b"MSH|a\r\nPID|b\r\n", "MSH|a\rPID|b\r"),
+        (b"MSH|a\r\r\rPID|b\n\r\n", "MSH|a\rPID|b\r"),
+        (b"\xef\xbb\xbfMSH|a", "MSH|a"),
+        ("MSH|é".encode(), "MSH|é"),
+        (b"MSH|\xff", "MSH|�"),
+        (b"MSH|", "MSH|"),
+        (b"MSH#a", "MSH#a"),
+    ],
+)
+def test_decode(content: bytes, text: str) -> None:
+    assert ma.decode_hl7(content, "utf-8") == text
+
+
+def test_decode_follows_the_encoding() -> None:
+    assert ma.decode_hl7(b"MSH|\xe9", "latin1") == "MSH|é"
+    assert ma.decode_hl7("MSH|€".encode("windows-1252"), "windows-1252") == "MSH|€"
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"M", b"MSH", b"msh|a", b" MSH|a", b"\rMSH|a", b"PID|a", b"MSHA", b"MSH1|", b"MSH\r|", b"MSH\n|"]
+)
+def test_what_is_not_a_message_is_the_peers_fault(content: bytes) -> None:
+    with pytest.raises(ma.PeerError, match=r"^Invalid HL7 message") as caught:
+        ma.decode_hl7(content, "utf-8")
+    assert caught.value.code == "R"
+
+
+# --- Header ---
+
+
+def test_header_fields_are_numbered_as_in_the_standard() -> None:
+    _, header = message(PID)
+    numbered = {n: header.field(n) for n in range(2, 14)}
+    assert numbered == {
+        2: "^~\\&", 3: "LAB", 4: "HOSP", 5: "EHR", 6: "CLINIC", 7: "20260101120000", 8: "",
+        9: "ADT^A01^ADT_A01", 10: "MSG1", 11: "T", 12: "2.3.1", 13: "",
+    }  # fmt: skip
+    assert (header.control_id, header.message_type) == ("MSG1", "ADT^A01^ADT_A01")
+    assert (header.separator, header.component, header.repetition) == ("|", "^", "~")
+
+
+def test_header_without_fields_reads_as_empty() -> None:
+    header = ma.Header("MSH|")
+    assert (header.control_id, header.message_type, header.field(3)) == ("", "", "")
+    assert (header.component, header.repetition) == ("^", "~")
+
+
+def test_header_takes_the_messages_own_delimiters() -> None:
+    header = ma.Header("MSH#*!%$#LAB######ADT*A01#7")
+    assert (header.separator, header.component, header.repetition) == ("#", "*", "!")
+    assert header.control_id == "7"
+
+
+def test_header_ends_with_its_segment() -> None:
+    assert ma.Header("MSH|^~\\&|a\rPID|1|2|3|4|5|6|7|8|9").control_id == ""
+
+
+# --- patient_key (design 1: PID-3.1 with PID-3.4, else a barrier) ---
+
+
+def test_a_patient_is_number_and_assigning_authority() -> None:
+    key = patient(PID)
+    assert key is not ma.BARRIER
+    assert key == patient("EVN|A01", "PID|1||123^^^HOSP^PI||SOMEBODY^ELSE", "PV1|1")
+    assert key != patient("PID|1||123^^^CLINIC^MR")
+    assert key != patient("PID|1||124^^^HOSP^MR")
+    assert key != patient("PID|1||123")
+    assert patient("PID|1||123") == patient("PID|1||123^^^")
+
+
+def test_first_identifier_counts() -> None:
+    assert patient("PID|1||123^^^HOSP~999^^^STATE") == patient("PID|1||123^^^HOSP")
+
+
+def test_blanks_around_the_number_do_not_make_another_patient() -> None:
+    assert patient("PID|1|| 123 ^^^ HOSP ") == patient("PID|1||123^^^HOSP")
+
+
+def test_several_segments_of_one_patient_are_one_patient() -> None:
+    assert patient(PID, "OBR|1", PID, "OBR|2") == patient(PID)
+
+
+@pytest.mark.parametrize(
+    "segments",
+    [
+        ["PID"], ["PID|1"], ["PID|1||"], ["PID|1||^^^HOSP"], ['PID|1||""^^^HOSP'], ['PID|1||""'], ["PID|1|| ^^^HOSP"],
+        ["PV1|1||2^3"], [], [PID, "MRG|99^^^HOSP"], [PID, "PID|2||124^^^HOSP^MR"], ["MRG|1", PID], [PID, 'PID|2||""'],
+        ["ZPID|1||123^^^HOSP"], ["NTE|1||PID|1||123"], ["PID |1||123^^^HOSP"],
+    ],
+)  # fmt: skip
+def test_no_patient_or_several_is_a_barrier(segments: list[str]) -> None:
+    assert patient(*segments) is ma.BARRIER
+
+
+@pytest.mark.parametrize("trigger", ["A17", "A18", "A24", "A30", "A34", "A37", "A40", "A44", "A45", "A47", "A51"])
+def test_swap_merge_move_link_events_are_barriers(trigger: str) -> None:
+    assert patient(PID, msh=MSH.replace("A01", trigger)) is ma.BARRIER
+    assert patient(PID, msh=MSH.replace("ADT^A01^ADT_A01", f"ADT^{trigger}")) is ma.BARRIER
+
+
+@pytest.mark.parametrize("kind", ["ADT^A02", "ADT^A08^ADT_A01", "ORU^R01", "ADT", "", "A40", "SIU^S12"])
+def test_other_events_are_ordered_by_patient(kind: str) -> None:
+    assert patient(PID, msh=MSH.replace("ADT^A01^ADT_A01", kind)) == patient(PID)
+
+
+def test_a_patient_is_the_same_whatever_the_delimiters() -> None:
+    """Two senders of one channel may differ in MSH-2; the patient is the same, and so is the order."""
+    assert patient("PID#1##123***HOSP*MR", msh="MSH#*!%$#LAB") == patient(PID)
+
+
+# --- logical_key and field_at (channel contract 6) ---
+
+SEGMENTS = (PID, "PV1|1|I|W1&A^2^3~W2^9", "OBX|1|NM|GLU", "OBX|2|NM|NA")
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        ("PID-3", "123^^^HOSP^MR"), ("PID-3.1", "123"), ("PID-3.4", "HOSP"), ("PID-3.9", ""), ("PID-99", ""),
+        ("PV1-3", "W1&A^2^3~W2^9"), ("PV1-3.1", "W1&A"), ("PV1-3.1.1", "W1"), ("PV1-3.1.2", "A"), ("PV1-3.1.3", ""),
+        ("PV1-3.3", "3"), ("OBX-3", "GLU"), ("ZZZ-1", ""), ("PID-3.1.1", "123"),
+        ("MSH-1", "|"), ("MSH-2", "^~\\&"), ("MSH-3", "LAB"), ("MSH-9.2", "A01"), ("MSH-10", "MSG1"), ("MSH-40", ""),
+    ],
+)  # fmt: skip
+def test_field_at(path: str, value: str) -> None:
+    assert at(path, *SEGMENTS) == value
+
+
+def test_field_at_takes_the_messages_own_delimiters() -> None:
+    assert at("PV1-3.1.2", "PV1#1#I#W1$A*2!W2", msh="MSH#*!%$#LAB") == "A"
+
+
+def test_field_at_of_the_last_segment_without_a_final_separator() -> None:
+    text = f"{MSH}\rZZ1|a|b"
+    assert ma.field_at(text, ma.Header(text), ma.parse_key("ZZ1-2")[0]) == "b"
+
+
+def test_missing_fields_share_one_partition() -> None:
+    paths = ma.parse_key("PID-3.1,PV1-2")
+    assert ma.logical_key(*message("OBX|1"), paths) == ma.logical_key(*message("NTE|1"), paths)
+
+
+VALUES = st.text("ab|\\p^~&", max_size=5).map(lambda value: value.replace("|", "#"))
+
+
+@given(st.lists(st.tuples(VALUES, VALUES), min_size=2, max_size=2))
+def test_logical_keys_are_equal_only_for_equal_values(pair: list[tuple[str, str]]) -> None:
+    """`|` may stand in a value when the message uses another field separator."""
+    keys = []
+    for values in pair:
+        first, second = (value.replace("#", "|") for value in values)
+        text = f"MSH\x01^~\\&\x01LAB\rZZ1\x01{first}\x01{second}\r"
+        keys.append(ma.logical_key(text, ma.Header(text), ma.parse_key("ZZ1-1,ZZ1-2")))
+    assert (keys[0] == keys[1]) == (pair[0] == pair[1])
+
+
+# --- ordering_key ---
+
+
+def test_ordering_key_follows_the_channels_rule() -> None:
+    one, other = message(PID, "PV1|1|I"), message("PID|1||999^^^HOSP", "PV1|1|I")
+    assert ma.ordering_key(*one, "*") == ma.ordering_key(*other, "*") == ma.ordering_key(*message("MRG|1"), "*")
+    assert ma.ordering_key(*one, "*") is not ma.BARRIER
+    assert ma.ordering_key(*one, "") == ma.patient_key(*one)
+    assert ma.ordering_key(*one, "PV1-2") == ma.ordering_key(*other, "PV1-2")
+    assert ma.ordering_key(*one, "PID-3.1") != ma.ordering_key(*other, "PID-3.1")
+
+
+def test_a_logical_key_replaces_the_patient_and_its_barriers() -> None:
+    assert ma.ordering_key(*message(PID, "MRG|1"), "PID-3.1") == ma.ordering_key(*message(PID), "PID-3.1")
+
+
+# --- build_ack (channel contract 4.4, corrected by known limits 18) ---
+
+
+def judged(text: str) -> hl7.Message:
+    """What the foreign parser makes of our acknowledgment."""
+    parsed = hl7.parse(text)
+    assert [str(segment[0]) for segment in parsed] == ["MSH", "MSA"]
+    return parsed
+
+
+def test_ack_fields() -> None:
+    _, header = message(PID)
+    before = time.time()
+    ack = judged(ma.build_ack(header, "AA"))
+    msh, msa = ack.segment("MSH"), ack.segment("MSA")
+    assert [str(msh[n]) for n in (1, 2, 3, 4, 5, 6)] == ["|", "^~\\&", "EHR", "CLINIC", "LAB", "HOSP"]
+    assert re.fullmatch(r"\d{14}\.\d{3}", str(msh[7]))
+    assert abs(hl7.parse_datetime(str(msh[7])).replace(tzinfo=datetime.UTC).timestamp() - before) < 60
+    assert (str(msh[8]), str(msh[9]), str(msh[11]), str(msh[12])) == ("", "ACK^A01^ACK", "T", "2.3.1")
+    assert [str(msa[n]) for n in (1, 2, 3)] == ["AA", "MSG1", "OK"]
+
+
+def test_milliseconds_are_padded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ma, "now_ms", lambda: 1_767_323_045_007)
+    assert ma.hl7_timestamp() == "20260102030405.007"
+
+
+@pytest.mark.parametrize(
+    ("kind", "answer"),
+    [
+        ("", "ACK"), ("ADT", "ACK"), ("ADT^", "ACK"), ("ADT^A01", "ACK^A01"), ("ADT^A01^", "ACK^A01"),
+        ("ADT^A01^ADT_A01", "ACK^A01^ACK"), ("ADT^^ADT_A01", "ACK"), ("ADT^A01^ADT_A01^X", "ACK^A01^ACK"),
+    ],
+)  # fmt: skip
+def test_ack_message_type(kind: str, answer: str) -> None:
+    _, header = message(msh=MSH.replace("ADT^A01^ADT_A01", kind))
+    assert str(judged(ma.build_ack(header, "AA")).segment("MSH")[9]) == answer
+
+
+@pytest.mark.parametrize(
+    ("code", "text"),
+    [
+        ("AA", "OK"), ("AE", "Application Error"), ("AR", "Application Reject"),
+        ("CA", "Commit Accept"), ("CE", "Commit Error"), ("CR", "Commit Reject"),
+    ],
+)  # fmt: skip
+def test_ack_text(code: str, text: str) -> None:
+    _, header = message()
+    assert str(judged(ma.build_ack(header, code)).segment("MSA")[3]) == text
+    assert str(judged(ma.build_ack(header, code, "storage error")).segment("MSA")[3]) == "storage error"
+
+
+def test_ack_of_a_bare_header() -> None:
+    ack = judged(ma.build_ack(ma.Header("MSH|"), "AR"))
+    msh = ack.segment("MSH")
+    assert (str(msh[2]), str(msh[9]), str(msh[11]), str(msh[12])) == ("^~\\&", "ACK", "P", "2.5.1")
+    assert str(ack.segment("MSA")[2]) == ""
+
+
+def test_ack_in_the_messages_own_delimiters() -> None:
+    text = ma.build_ack(ma.Header("MSH#*!%$#LAB#H#EHR#C###ADT*A01#7#D#2.4"), "CA")
+    msh, msa = text.rstrip("\r").split("\r")
+    fields = msh.split("#")
+    assert fields[:6] == ["MSH", "*!%$", "EHR", "C", "LAB", "H"]
+    assert (fields[8], fields[10], fields[11]) == ("ACK*A01", "D", "2.4")
+    assert msa == "MSA#CA#7#Commit Accept"
+
+
+def test_ack_ends_as_the_channel_says() -> None:
+    _, header = message()
+    assert ma.build_ack(header, "AA").endswith("|OK\r")
+    assert ma.build_ack(header, "AA", closing="").endswith("|OK")
+
+
+def test_ack_control_ids_are_unique_and_fit_the_field() -> None:
+    _, header = message()
+    ids = [ma.Header(ma.build_ack(header, "AA")).control_id for _ in range(2000)]
+    assert len(set(ids)) == 2000
+    assert all(re.fullmatch(r"\d{1,20}", one) for one in ids)  # ST, 20 characters (HL7 v2.5.1 2.15.9.10)
+
+
+# --- clean_text, write_sequence_number, read_ack ---
+
+
+@given(st.text())
+def test_clean_text_is_safe_in_a_field(text: str) -> None:
+    clean = ma.clean_text(text)
+    assert len(clean) <= 80
+    assert not re.search(r"[|^~\\&\x00-\x1f]", clean)
+
+
+@pytest.mark.parametrize(
+    ("text", "numbered"),
+    [
+        ("MSH|^~\\&|a", "MSH|^~\\&|a||||||||||7"),
+        ("MSH|^~\\&|a\rPID|1\r", "MSH|^~\\&|a||||||||||7\rPID|1\r"),
+        (f"{MSH}\rPID|1", f"{MSH}|7\rPID|1"),
+        (f"{MSH}|99|C|AL\r", f"{MSH}|7|C|AL\r"),
+        ("MSH#*!%$#a\r", "MSH#*!%$#a##########7\r"),
+    ],
+)
+def test_sequence_number_goes_to_msh_13(text: str, numbered: str) -> None:
+    assert ma.write_sequence_number(text, 7) == numbered
+    assert ma.Header(numbered).field(13) == "7"
+
+
+@pytest.mark.parametrize(
+    ("text", "ack"),
+    [
+        ("MSH|^~\\&|a\rMSA|AA|MSG1|OK", ("AA", "MSG1")),
+        ("MSH|^~\\&|a\rMSA|ae|MSG1\r", ("AE", "MSG1")),
+        ("MSH|^~\\&|a\nMSA| CA |MSG1\n", ("CA", "MSG1")),
+        ("MSH|^~\\&|a\r\n\r\nMSA|AR", ("AR", "")),
+        ("MSH#*!%$#a\rMSA#AA#1", ("AA", "1")),
+        ("MSH|^~\\&|a\rERR|x\rMSA|AA|1", ("AA", "1")),
+    ],
+)
+def test_read_ack(text: str, ack: tuple[str, str]) -> None:
+    assert ma.read_ack(text) == ack
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "", "MSH", "OK", None, 5, b"MSH|\rMSA|AA|1", {"MSA": 1}, "MSH|^~\\&|a\r", "MSH|^~\\&|a\rMSA", "MSH|a\rMSA|",
+        "MSH|a\rMSA||MSG1", "MSH|a\rMSA| |MSG1", "MSA|AA|1", "MSH\rMSA|AA", " MSH|a\rMSA|AA|1",
+    ],
+)  # fmt: skip
+def test_what_is_no_acknowledgment(text: object) -> None:
+    assert ma.read_ack(text) is None
+
+
+def test_our_ack_reads_back() -> None:
+    _, header = message(PID)
+    for code in ma.ACK_TEXT:
+        assert ma.read_ack(ma.build_ack(header, code)) == (code, "MSG1")
+
+
+# --- passes_filter (channel contract 4.5, the whole table) ---
+
+
+@pytest.mark.parametrize(
+    ("enhanced", "level", "passed"),
+    [
+        *(("", level, "AA AE AR") for level in ("AL", "NE", "ER", "SU")),
+        *(("aa", level, "") for level in ("AL", "NE", "ER", "SU")),
+        ("true", "AL", "AA AE AR"),
+        ("true", "NE", ""),
+        ("true", "ER", "AE AR"),
+        ("true", "SU", "AA"),
+    ],
+)
+def test_filter(enhanced: str, level: str, passed: str) -> None:
+    channel = ma.Hl7Settings(enhanced=enhanced, appLevelAck=level)
+    assert [code for code in ("AA", "AE", "AR") if ma.passes_filter(channel, code)] == passed.split()
+    assert all(ma.passes_filter(channel, code) for code in ("CA", "CE", "CR", "XX", ""))
+
+
+# --- whatever comes: an answer or a PeerError ---
+
+ANYTHING = st.one_of(
+    st.text(),
+    st.text("MSHPIDRG|^~\\&\r\n1A ", max_size=60),
+    st.lists(st.sampled_from(["MSH|", "\r", "\n", "PID|", "MRG|", "MSA|", "|", "^", "~", '""', "A40"])).map("".join),
+)
+
+
+@given(ANYTHING, st.sampled_from(["MSH|^~\\&|", "MSH", ""]), st.sampled_from(["PID-3.1", "MSH-2.1.1", "ZZZ-9,MSH-1"]))
+@settings(max_examples=300, deadline=None)
+def test_only_peer_errors_are_raised(rest: str, start: str, spec: str) -> None:
+    ma.read_ack(start + rest)
+    try:
+        text = ma.decode_hl7((start + rest).encode(), "utf-8")
+    except ma.PeerError:
+        return
+    assert "\n" not in text and "\r\r" not in text
+    header = ma.Header(text)
+    for rule in (spec, "", "*"):
+        assert isinstance(ma.ordering_key(text, header, rule), str | None)
+    ack = ma.build_ack(header, "AR")
+    assert ack.startswith("MSH" + header.separator) and ack.count("\r") == 2
+    assert ma.Header(ma.write_sequence_number(text, 5)).field(13) == "5"
+
+
+@given(st.binary(max_size=80), st.sampled_from(["utf-8", "latin1", "windows-1252", "shift_jis", "gb18030", "ascii"]))
+@settings(deadline=None)
+def test_any_bytes_decode_or_are_the_peers_fault(content: bytes, encoding: str) -> None:
+    for frame in (content, b"MSH|" + content):
+        try:
+            ma.Header(ma.decode_hl7(frame, encoding))
+        except ma.PeerError:
+            assert frame is content

@@ -1,0 +1,434 @@
+"""The way to the server, with every fault of uplink contract 9 switched on in turn."""
+
+import itertools
+import re
+import time
+
+import pytest
+import trustme
+
+from tests.support import ConnectProxy, bot, control_id, eventually, message, site
+
+FAST = "responseTimeoutSecs=0.5&autoRetryBaseDelayMs=20&autoRetryMaxDelayMs=40"
+BEATING = "heartbeatSecs = 0.2\n"
+CALLBACK = re.compile(r"Agent/agent-1-[0-9a-f]{8}-[0-9a-f]{4}-4[0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-9a-f]{12}#[1-9][0-9]*")
+
+
+def asked(here, request):
+    return here.sandbox.sandbox.requests.count(request)
+
+
+def connects(here):
+    return asked(here, "GET /ws/agent")
+
+
+def works(here, control="WORKS-1", channel="A"):
+    """A message goes all the way and back."""
+    with here.device(channel, timeout=20) as device:
+        assert device.ask(message(control)) == ("AA", control)
+        assert device.drain(0.1) == []
+
+
+# --- login ---
+
+
+@pytest.mark.parametrize(("status", "failures"), [(500, 2), (400, 1)])
+def test_login_that_fails_first(tmp_path, status, failures):
+    with site(tmp_path, {"A": ""}, start=False) as here:
+        here.sandbox.faults.token_status, here.sandbox.faults.token_failures = status, failures
+        here.agent.start()
+        assert asked(here, "POST /oauth2/token") > failures
+        works(here)
+
+
+def test_server_that_is_not_there_at_first(tmp_path):
+    with site(tmp_path, {"A": ""}, start=False) as here:
+        here.sandbox.stop()
+        here.agent.start(ready=False)
+        line = here.agent.logged("cannot be read")
+        assert "refused" in line and '"ERROR"' in line
+        here.sandbox.start()
+        here.agent.wait_listening()
+        here.agent.wait_connected()
+        works(here)
+
+
+def test_wrong_secret_is_said_in_the_log_but_not_shown(tmp_path):
+    with site(tmp_path, {"A": ""}, start=False, secret="wrong-5ecret") as here:
+        here.agent.start(ready=False)
+        assert "Invalid secret" in here.agent.logged("login refused")
+        assert "wrong-5ecret" not in here.agent.output()
+
+
+@pytest.mark.parametrize("login_id", [True, False])
+def test_a_token_with_login_id_is_confirmed_by_auth_me(tmp_path, login_id):
+    with site(tmp_path, {"A": ""}, start=False) as here:
+        here.sandbox.faults.jwt, here.sandbox.faults.login_id = True, login_id
+        here.agent.start()
+        works(here)
+        assert asked(here, "GET /auth/me") == (asked(here, "POST /oauth2/token") if login_id else 0)
+
+
+def test_a_token_near_its_end_is_refreshed_before_the_next_message(tmp_path):
+    with site(tmp_path, {"A": ""}, start=False) as here:
+        here.sandbox.faults.jwt, here.sandbox.faults.token_lifetime = True, 301
+        here.agent.start()
+        assert asked(here, "POST /oauth2/token") == 1
+        here.sandbox.faults.token_lifetime = 3600
+        time.sleep(1.2)  # now it is within five minutes of its end
+        works(here)
+        assert asked(here, "POST /oauth2/token") == 2
+
+
+def test_a_server_that_gives_short_lived_tokens_is_not_asked_for_each_message(tmp_path):
+    with site(tmp_path, {"A": ""}, start=False) as here:
+        here.sandbox.faults.token_lifetime = 30
+        here.agent.start()
+        with here.device("A") as device:
+            for n in range(100):
+                device.ask(message(f"SHORT-{n}"))
+        assert asked(here, "POST /oauth2/token") <= 3
+
+
+def test_revoked_token_is_replaced_and_the_message_sent_again(tmp_path):
+    with site(tmp_path, {"A": f"?{FAST}"}) as here:
+        works(here, "BEFORE-1")
+        here.sandbox.sandbox.revoke_tokens()
+        works(here, "AFTER-1")
+        assert asked(here, "POST /oauth2/token") == 2
+        assert connects(here) == 1
+
+
+def test_revoked_token_at_reload(tmp_path):
+    with site(tmp_path, {"A": ""}) as here:
+        here.sandbox.sandbox.revoke_tokens()
+        assert here.sandbox.reload()["statusCode"] == 200
+
+
+def test_the_token_is_refused_at_connect(tmp_path):
+    with site(tmp_path, {"A": ""}) as here:
+        here.sandbox.sandbox.revoke_tokens()
+        here.sandbox.cut()
+        here.sandbox.wait_for(lambda: connects(here) >= 2 and here.sandbox.connected, 15)
+        works(here)
+
+
+# --- connect, heartbeats, reconnect ---
+
+
+def test_connect_that_is_never_answered(tmp_path):
+    with site(tmp_path, {"A": "?enhanced=true&appLevelAck=NE"}, start=False, config=BEATING) as here:
+        here.sandbox.faults.never_connect = True
+        here.agent.start(ready=False)
+        here.agent.wait_listening()
+        with here.device("A") as device:
+            for n in range(20):
+                assert device.ask(message(f"STORED-{n}"))[0] == "CA"
+        here.sandbox.wait_for(lambda: connects(here) >= 2, 10, "a second try")
+        assert not here.sandbox.seen
+        here.sandbox.faults.never_connect = False
+        here.sandbox.wait_ids(*(f"STORED-{n}" for n in range(20)), timeout=20)
+        assert here.sandbox.ids() == [f"STORED-{n}" for n in range(20)]
+
+
+def test_connect_that_is_refused(tmp_path):
+    with site(tmp_path, {"A": "?enhanced=true&appLevelAck=NE"}, start=False) as here:
+        here.sandbox.faults.refuse_connect = "Not found"
+        here.agent.start(ready=False)
+        here.agent.wait_listening()
+        assert "agent-1" in here.agent.logged("Not found")
+        with here.device("A") as device:
+            assert device.ask(message("REFUSED-1"))[0] == "CA"
+        here.sandbox.wait_for(lambda: connects(here) >= 2, 10, "a second try")
+        assert not here.sandbox.seen
+        here.sandbox.faults.refuse_connect = ""
+        here.sandbox.wait_ids("REFUSED-1", timeout=20)
+
+
+def test_silent_server_makes_the_agent_reconnect(tmp_path):
+    with site(tmp_path, {"A": ""}, config=BEATING) as here:
+        here.sandbox.faults.mute_heartbeats = True
+        here.sandbox.wait_for(lambda: connects(here) >= 2, 10, "a reconnect")
+        here.agent.logged("silent")
+        here.sandbox.faults.mute_heartbeats = False
+        here.sandbox.wait_for(lambda: here.sandbox.connected)
+        works(here)
+
+
+def test_any_traffic_is_a_sign_of_life(tmp_path):
+    with site(tmp_path, {"A": ""}, config=BEATING) as here, here.device("A") as device:
+        here.sandbox.faults.mute_heartbeats = True
+        here.sandbox.faults.delay = lambda: 0.05
+        until = time.monotonic() + 2
+        for n in itertools.count():
+            device.ask(message(f"LIFE-{n}"))
+            if time.monotonic() > until:
+                break
+        assert connects(here) == 1
+
+
+def test_heartbeats_both_ways(tmp_path):
+    with site(tmp_path, {"A": ""}, config=BEATING) as here:
+        version = here.sandbox.wait_for(lambda: here.sandbox.sandbox.versions.get("agent-1", "unknown") != "unknown")
+        assert version
+        assert re.fullmatch(r"\d+\.\d+\.\d+-[0-9a-z]{7}", here.sandbox.sandbox.versions["agent-1"])
+        eventually(lambda: here.sandbox.stats()["ping"] >= 0)
+        assert connects(here) == 1
+
+
+def wait_reconnected(here, before):
+    here.sandbox.wait_for(lambda: connects(here) > before and here.sandbox.connected, 15)
+
+
+def test_reconnects_after_each_cut(tmp_path):
+    with site(tmp_path, {"A": ""}) as here:
+        for n in range(3):
+            works(here, f"CUT-{n}")
+            before = connects(here)
+            here.sandbox.cut()
+            wait_reconnected(here, before)
+        works(here, "CUT-3")
+        assert sorted(set(here.sandbox.ids())) == [f"CUT-{n}" for n in range(4)]
+
+
+# --- answers ---
+
+
+@pytest.mark.parametrize(
+    "switched",
+    [("drop_callback",), ("drop_status",), ("drop_callback", "drop_status"), ("binary_frames",), ("legacy_names",)],
+)
+def test_answers_of_old_and_odd_servers(tmp_path, switched):
+    with site(tmp_path, {"A": "", "B": "?enhanced=true"}, start=False) as here:
+        for fault in switched:
+            setattr(here.sandbox.faults, fault, True)
+        here.agent.start()
+        here.sandbox.faults.delay = lambda: 0.1
+        with here.device("A") as first, here.device("A") as second, here.device("B") as third:
+            first.send(*(message(f"ONE-{n}", patient=f"X{n}") for n in range(5)))
+            second.send(*(message(f"TWO-{n}", patient=f"Y{n}") for n in range(5)))
+            third.send(message("THREE"))
+            assert sorted(first.ack() for _ in range(5)) == [("AA", f"ONE-{n}") for n in range(5)]
+            assert sorted(second.ack() for _ in range(5)) == [("AA", f"TWO-{n}") for n in range(5)]
+            assert [third.ack()[0], third.ack()[0]] == ["CA", "AA"]
+        assert len(here.sandbox.seen) == 11
+        for control in ("ONE-0", "TWO-4", "THREE"):
+            here.agent.wait_state(control, "processed")
+
+
+def test_failure_without_callback(tmp_path):
+    with site(tmp_path, {"A": f"?{FAST}"}) as here, here.device("A") as device:
+        here.sandbox.faults.drop_callback = True
+        here.sandbox.bot = lambda transmit: (400, "{}")
+        assert device.ask(message("FAIL-1")) == ("AE", "FAIL-1")
+
+
+def test_late_answer_after_another_attempt_counts_once(tmp_path):
+    with site(tmp_path, {"A": f"?{FAST}"}) as here, here.device("A") as device:
+        delays = iter([0.7, 0.4])
+        here.sandbox.faults.delay = lambda: next(delays, 0.0)
+        device.send(message("LATE-1"))
+        assert device.ack() == ("AA", "LATE-1")
+        here.sandbox.wait_for(lambda: len(here.sandbox.answered) == 2)
+        assert device.drain() == []
+        first, second = (transmit.callback for transmit in here.sandbox.of("LATE-1"))
+        assert (first, second) == (first.split("#")[0] + "#1", first.split("#")[0] + "#2")
+        here.agent.wait_state("LATE-1", "processed")
+
+
+def test_late_failure_of_an_earlier_attempt_says_nothing(tmp_path):
+    with site(tmp_path, {"A": f"?{FAST}"}) as here, here.device("A") as device:
+        delays = iter([0.7, 0.4])
+        here.sandbox.faults.delay = lambda: next(delays, 0.0)
+        here.sandbox.bot = lambda t: (400, "{}") if t.callback.endswith("#1") else bot("AA")(t)
+        assert device.ask(message("LATE-2")) == ("AA", "LATE-2")
+        assert device.drain() == []
+
+
+def test_late_success_revives_a_dead_letter(tmp_path):
+    with site(tmp_path, {"A": f"?enhanced=true&{FAST}&autoRetryMaxAttempts=1"}) as here, here.device("A") as device:
+        here.sandbox.faults.delay = lambda: 1.0
+        assert device.ask(message("LATE-3")) == ("CA", "LATE-3")
+        assert here.agent.wait_state("LATE-3", "failed")["error_code"] == "response-timeout"
+        here.agent.wait_state("LATE-3", "processed")
+        assert device.drain() == [("AA", "LATE-3")]
+        assert len(here.sandbox.of("LATE-3")) == 1
+
+
+def test_attempts_end_in_a_dead_letter_with_bytes_and_reason(tmp_path):
+    with site(tmp_path, {"A": f"?enhanced=true&{FAST}&autoRetryMaxAttempts=3"}) as here, here.device("A") as device:
+        here.sandbox.bot = lambda t: (400, "{}") if control_id(t.body) == "POISON" else bot("AA")(t)
+        device.send(message("POISON"), message("NEXT"))
+        row = here.agent.wait_state("POISON", "rejected")
+        assert row["error_code"] == "server-rejected" and "Bot" in row["last_error"]
+        assert row["original"] == message("POISON").encode()
+        here.agent.wait_state("NEXT", "processed")
+        assert here.sandbox.ids() == ["POISON"] * 3 + ["NEXT"]
+        here.agent.logged("dead letter")
+
+
+def test_connection_closed_right_after_each_transmit(tmp_path):
+    with site(tmp_path, {"A": ""}) as here, here.device("A", timeout=30) as device:
+        here.sandbox.faults.close_on_transmit = 3
+        assert device.ask(message("CLOSED-1")) == ("AA", "CLOSED-1")
+        assert device.drain() == []
+        assert len(here.sandbox.of("CLOSED-1")) == 4
+
+
+def test_connection_closed_after_transmit_where_nothing_may_be_repeated(tmp_path):
+    with site(tmp_path, {"A": f"?retryMode=normal&{FAST}"}) as here, here.device("A") as device:
+        here.sandbox.faults.close_on_transmit = 1
+        assert device.ask(message("CLOSED-2")) == ("AE", "CLOSED-2")
+        assert here.agent.wait_state("CLOSED-2", "failed")["error_code"] == "response-timeout"
+        here.sandbox.wait_for(lambda: here.sandbox.connected)
+        works(here, "CLOSED-3")
+        assert len(here.sandbox.of("CLOSED-2")) == 1
+
+
+def test_a_message_the_server_finds_too_large(tmp_path):
+    with site(tmp_path, {"A": "?enhanced=true", "B": ""}) as here:
+        big = "x" * (2**20 + 1000)
+        with here.device("A") as device, here.device("B", timeout=20) as other:
+            device.send(*(message(f"SMALL-{n}", patient=f"S{n}") for n in range(10)))
+            device.send(message("HUGE", text=big))
+            device.send(*(message(f"SMALL-{n}", patient=f"S{n}") for n in range(10, 20)))
+            device.send(message("SAME-PATIENT"))
+            assert other.ask(message("OTHER", patient="O1"))[0] == "AA"
+            row = here.agent.wait_state("HUGE", "rejected", 20)
+            assert row["error_code"] == "too-large" and "maxJsonSize" in row["last_error"]
+            assert len(row["original"]) > 2**20
+            for control in [*(f"SMALL-{n}" for n in range(20)), "SAME-PATIENT"]:
+                here.agent.wait_state(control, "processed", 20)
+            assert other.ask(message("HUGE-2", text=big)) == ("AE", "HUGE-2")
+        assert not {"HUGE", "HUGE-2"} & set(here.sandbox.ids())
+
+
+def test_a_refusal_without_callback_is_no_loss(tmp_path):
+    """'Channel not found' names no message: it is tried again after the time-out."""
+    with site(tmp_path, {"A": f"?{FAST}"}) as here, here.device("A") as device:
+        channels = here.sandbox.resource("Agent/agent-1")["channel"]
+        channels[0]["name"] = "renamed"
+        device.send(message("NAMELESS-1"))
+        here.agent.logged("Channel not found")
+        channels[0]["name"] = "A"
+        assert device.ack() == ("AA", "NAMELESS-1")
+
+
+# --- callbacks ---
+
+
+def test_callbacks_are_stable_over_retry_reconnect_and_restart(tmp_path):
+    with site(tmp_path, {"A": f"?enhanced=true&{FAST}"}) as here, here.device("A") as device:
+        here.sandbox.faults.silent = True
+        device.send(*(message(f"STABLE-{n}", patient=f"S{n}") for n in range(5)))
+        here.sandbox.wait_for(lambda: len(here.sandbox.of("STABLE-4")) >= 3)
+        here.sandbox.cut()
+        here.sandbox.wait_for(lambda: connects(here) >= 2 and here.sandbox.connected)
+        here.agent.kill()
+        here.agent.start()
+        here.sandbox.faults.silent = False
+        here.sandbox.wait_for(lambda: len({control_id(t.body) for _, t in here.sandbox.answered}) == 5)
+        stems = {n: {t.callback.split("#")[0] for t in here.sandbox.of(f"STABLE-{n}")} for n in range(5)}
+        assert all(CALLBACK.fullmatch(t.callback) for _, t in here.sandbox.seen)
+        assert all(len(found) == 1 for found in stems.values())
+        assert len(set.union(*stems.values())) == 5
+        assert here.sandbox.of("STABLE-0")[0].callback.endswith("#1")
+        assert here.sandbox.of("STABLE-0")[1].callback.endswith("#2")
+
+
+# --- what nobody should send ---
+
+
+STRANGE = (
+    b"",
+    b"nonsense",
+    b"[]",
+    b"5",
+    b"null",
+    b'"text"',
+    b"{}",
+    b'{"type":5}',
+    b'{"type":null}',
+    b'{"type":["agent:error"]}',
+    b'{"type":"agent:error"}',
+    b'{"type":"agent:error","body":{"a":[1]}}',
+    b'{"type":"agent:transmit:response"}',
+    b'{"type":"agent:transmit:response","callback":5}',
+    b'{"type":"agent:transmit:response","callback":"Agent/other#1"}',
+    b'{"type":"agent:transmit:response","callback":"x","statusCode":"400","body":{"a":1},"channel":{}}',
+    b'{"type":"agent:transmit:response","channel":["A"],"body":"MSH|"}',
+    b'{"type":"agent:transmit:response","channel":"A","body":"MSH|^~\\\\&|\\rMSA|AA|none"}',
+    b'{"type":"agent:transmit:request"}',
+    b'{"type":"agent:logs:request","limit":[],"before":7}',
+    b'{"type":"agent:logs:request","before":{"a":1}}',
+    b'{"type":"agent:unknown"}',
+    b'{"type":"agent:upgrade:request"}',
+    b'{"type":"agent:heartbeat:response"}',
+    b'{"type":"agent:connect:response"}',
+)
+
+
+def test_strange_messages_of_the_server_end_nothing(tmp_path):
+    with site(tmp_path, {"A": ""}) as here:
+        for raw in STRANGE:
+            here.sandbox.tell(raw)
+        works(here)
+        assert connects(here) == 1
+
+
+def test_unknown_type_is_answered_with_the_callback(tmp_path):
+    with site(tmp_path, {"A": ""}) as here:
+        answer = here.sandbox.ask("agent:dance:request")
+        assert answer["type"] == "agent:error" and "agent:dance:request" in answer["body"]
+
+
+# --- TLS and proxies ---
+
+
+@pytest.fixture(scope="module")
+def authority(tmp_path_factory):
+    """A CA of our own, its PEM file, and a server context for 127.0.0.1."""
+    import ssl
+
+    ca = trustme.CA()
+    path = tmp_path_factory.mktemp("ca") / "ca.pem"
+    ca.cert_pem.write_to_path(str(path))
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    ca.issue_cert("127.0.0.1", "localhost").configure_cert(context)
+    return path, context
+
+
+def test_tls_with_an_authority_of_the_site(tmp_path, authority):
+    path, context = authority
+    with site(tmp_path, {"A": ""}, context=context, config=f'caFile = "{path}"\n') as here:
+        works(here)
+
+
+def test_tls_is_refused_without_the_authority(tmp_path, authority):
+    _, context = authority
+    with site(tmp_path, {"A": ""}, start=False, context=context) as here:
+        here.agent.start(ready=False)
+        line = here.agent.logged("No connection to wss://")
+        assert "certificate" in line.lower()
+        assert not here.sandbox.sandbox.requests
+
+
+def test_https_proxy_carries_everything(tmp_path, authority):
+    path, context = authority
+    with ConnectProxy() as proxy:
+        env = {"HTTPS_PROXY": f"http://user:pa%40ss@127.0.0.1:{proxy.port}"}
+        with site(tmp_path, {"A": ""}, context=context, config=f'caFile = "{path}"\n', env=env) as here:
+            works(here)
+            target = f"127.0.0.1:{here.sandbox.sandbox.port}"
+            assert len(proxy.targets) >= 2 and set(proxy.targets) == {target}  # HTTPS and WSS
+            assert set(proxy.authorizations) == {"Basic dXNlcjpwYUBzcw=="}
+            assert "pa%40ss" not in here.agent.output() and "pa@ss" not in here.agent.output()
+
+
+def test_no_proxy_goes_around_it(tmp_path, authority):
+    path, context = authority
+    with ConnectProxy() as proxy:
+        env = {"HTTPS_PROXY": f"http://127.0.0.1:{proxy.port}", "NO_PROXY": "example.org,127.0.0.1"}
+        with site(tmp_path, {"A": ""}, context=context, config=f'caFile = "{path}"\n', env=env) as here:
+            works(here)
+            assert not proxy.targets
