@@ -107,8 +107,8 @@ STOP_SECS = 9.0  # the whole clean stop; service managers kill after 10 s
 
 COMMIT_MESSAGES = 4096  # messages in one transaction: bounds the latency of the one behind
 COMMIT_BYTES = 16 * MIB  # the same for large messages
-UNCOMMITTED_BYTES = 32 * MIB  # received but not yet on disk; above it devices are no longer read
-UNCOMMITTED_MESSAGES = 16_384  # the same for small messages
+UNCOMMITTED_BYTES = 16 * MIB  # received but not yet on disk; above it devices are no longer read
+UNCOMMITTED_MESSAGES = 8192  # the same for small messages
 LAZY_SECS = 0.1  # finished rows are marked with the next batch, or after this time
 COMPLAIN_SECS = 5.0  # failed tries of one queue are logged at most this often
 WINDOW_MESSAGES = 8192  # queued messages of a channel known in memory; the rest stays on disk
@@ -122,6 +122,7 @@ STORE_REMIND_SECS = 60.0  # a store that cannot be written is an error in the lo
 DISK_RESERVE_BYTES = 64 * MIB  # kept free so that settling and logging go on when the disk fills up
 SWEEP_ROWS = 1000  # rows deleted in one transaction: an ACK never waits for the sweeper
 
+RELOAD_START_SECS = 3.0  # a reload asked for while the agent starts waits this long; the server waits 5 s
 HTTP_TIMEOUT_SECS = 30.0  # one HTTP request; uploads of images set their own
 HTTP_ATTEMPTS = 3  # uplink contract 1: 429, 5xx and network errors
 TOKEN_MARGIN_SECS = 300.0  # refresh this long before the token expires
@@ -138,7 +139,7 @@ DEVICE_IDLE_SECS = 10.0  # without keepAlive an unused device connection is clos
 PING_SECS = 8.0  # a whole ping, whatever its count: below the server's 10 s
 PING_MAX = 100  # echo requests of one ping
 MAX_STATS_SAMPLES = 1000  # round trips kept per channel
-LOG_HELD_BYTES = 16 * MIB  # channel log lines in memory; more than this means a slow disk, and the writer must wait
+LOG_HELD_BYTES = 4 * MIB  # channel log lines in memory; more than this means a slow disk, and the writer must wait
 LOG_PAGE_MAX = 1000  # entries of one $fetch-logs
 LOG_BLOCK_BYTES = 64 * KIB  # log files are read backwards in blocks of this size
 
@@ -1089,10 +1090,12 @@ def _cursor(name: str, offset: int) -> str:
     return base64.urlsafe_b64encode(f"{name}:{offset}".encode()).decode()
 
 
-def _parse_cursor(text: str | None) -> tuple[str, int]:
+def _parse_cursor(text: object) -> tuple[str, int]:
     if text is None:
         return "", 0
     try:
+        if not isinstance(text, str):
+            raise ValueError(text)
         name, offset = base64.urlsafe_b64decode(text.encode()).decode().rsplit(":", 1)
         if not LOG_FILE.fullmatch(name) or not re.fullmatch(r"\d{1,15}", offset):
             raise ValueError(name)
@@ -3251,7 +3254,8 @@ class Hl7Connection(asyncio.Protocol):
         self._next_at = 0.0
         self._outbox: list[bytes] = []
         self._paused: set[str] = set()
-        self._closing = self._ended = False
+        self._closing = False
+        self.ended = False  # the device sends nothing more
         self._transport: asyncio.Transport
 
     # --- asyncio ---
@@ -3284,7 +3288,7 @@ class Hl7Connection(asyncio.Protocol):
 
     def eof_received(self) -> bool:
         """A device may end its side first and still wait for answers (RFC 9293 3.6)."""
-        self._ended = True
+        self.ended = True
         return self.pending > 0 or self.awaiting > 0 or bool(self._delayed)
 
     def pause_writing(self) -> None:
@@ -3342,8 +3346,8 @@ class Hl7Connection(asyncio.Protocol):
         self._close_if_done()
 
     def _close_if_done(self) -> None:
-        if (self._ended or self._closing) and not (self.pending or self._delayed or self._outbox):
-            if self._ended and self.awaiting and not self._closing:
+        if (self.ended or self._closing) and not (self.pending or self._delayed or self._outbox):
+            if self.ended and self.awaiting and not self._closing:
                 return
             self._transport.close()
 
@@ -3355,7 +3359,7 @@ class Hl7Connection(asyncio.Protocol):
     def stored(self) -> None:
         """A message is on disk or refused."""
         self.pending -= 1
-        if self._closing or self._ended:
+        if self._closing or self.ended:
             self._loop.call_soon(self._close_if_done)
 
     def close(self) -> None:
@@ -3637,13 +3641,14 @@ class Hl7Channel:
         A sender that repeats its message has claimed the answer. Else the only connection from the same address gets
         it; in original mode only while it has sent nothing, where the answer cannot be taken for that of another.
         """
-        if found := self.connections.get(message.remote):
+        found = self.connections.get(message.remote)
+        if found is not None and not found.ended:
             return found
         host = message.remote.rsplit(":", 1)[0]
-        candidates = [connection for connection in self.connections.values() if connection.host == host]
+        candidates = [c for c in self.connections.values() if c.host == host and not c.ended]
         if len(candidates) == 1 and (self.plan.settings.enhanced or not candidates[0].messages):
             return candidates[0]
-        return None
+        return found  # its sender ended its side only, or is gone: the write will tell
 
 
 class Listener:
@@ -4638,15 +4643,14 @@ class Agent:
             await self._warn_of_orphans(named | set(self.dispatcher.feeds))
 
     async def _warn_of_orphans(self, known: set[str]) -> None:
-        rows = await self.store.call(
-            lambda db: db.execute(
-                f"SELECT c.name, count(*) FROM message m JOIN channel c ON c.id = m.channel "
-                f"WHERE m.state < {PROCESSED} GROUP BY m.channel"
-            ).fetchall()
+        sql = (
+            "SELECT c.name, count(*) FROM message m JOIN channel c ON c.id = m.channel "
+            f"WHERE m.state < {PROCESSED} GROUP BY m.channel"
         )
-        for name, count in rows:
-            if count and name not in known and not name.startswith(PUSH_PREFIX):
-                self.log.warn(_orphans(name, count))
+        with contextlib.suppress(sqlite3.Error):  # the store itself reports a file that cannot be read
+            for name, count in await self.store.read(lambda db: db.execute(sql).fetchall()):
+                if name not in known and not name.startswith(PUSH_PREFIX):
+                    self.log.warn(_orphans(name, count))
 
     # --- requests of the server (uplink contract 4) ---
 
@@ -4727,8 +4731,10 @@ class Agent:
         return push
 
     async def _reload_config(self, message: Json) -> Json:
-        if not self.started.is_set():
-            raise LocalError("the agent is still starting; try again in a moment")
+        try:
+            await asyncio.wait_for(self.started.wait(), RELOAD_START_SECS)
+        except TimeoutError:
+            raise LocalError("the agent is still starting; try again in a moment") from None
         try:
             await self.reload()
         except ConfigError as error:
@@ -5557,7 +5563,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run_agent(options: argparse.Namespace) -> int:
     given = {"stateDir": options.state_dir} if options.state_dir else {}
-    config = resolve_process(options.arguments[:5], given, os.environ, options.config)
+    config = resolve_process(
+        [*options.arguments[:4], *filter(None, options.arguments[4:5])], given, os.environ, options.config
+    )
 
     async def serve() -> None:
         agent = Agent(config, sys.stdout)

@@ -141,6 +141,10 @@ class Device:
         self.send(text)
         return self.ack()
 
+    def heard(self, count: int) -> list[tuple[str, str]]:
+        """The next `count` acknowledgments, and whatever more comes at once."""
+        return [self.ack() for _ in range(count)] + self.drain(0.1)
+
     def drain(self, quiet: float = 0.25) -> list[tuple[str, str]]:
         """All acknowledgments until nothing came for `quiet` seconds."""
         found = []

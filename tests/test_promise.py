@@ -290,21 +290,22 @@ def test_the_queue_is_synced_to_disk_before_each_accept(tmp_path, query):
         str(trace),
     ]
     controls = [f"SYNC{n:04d}X" for n in range(60)]
+    code = "CA" if query.endswith("true") else "AA"
     with site(tmp_path, {"FEED": query}, wrapper=wrapper) as here:
         with here.device("FEED") as device:
             for control in controls[:30]:  # one at a time
-                device.ask(message(control, patient=control))
-                device.drain(0)
+                device.send(message(control, patient=control))
+                while device.ack() != (code, control):  # the Bot\'s answer to the one before may still come
+                    pass
         with here.device("FEED") as device:  # all at once
             device.send(*(message(control, patient=control) for control in controls[30:]))
             found: set[tuple[str, str]] = set()
-            while not {control for code, control in found if code in ("CA", "AA")} >= set(controls[30:]):
+            while not {control for answer, control in found if answer == code} >= set(controls[30:]):
                 found.add(device.ack())
         here.sandbox.wait_ids(*controls)
         here.agent.terminate()
         eventually(lambda: "exited with" in trace.read_text().splitlines()[-1], 10, "strace to end")
     calls = list(read_strace(trace.read_text()))
-    code = "CA" if query.endswith("true") else "AA"
     for control in controls:
         written = index(calls, 0, "pwrite64", f"|{control}|", "-wal")
         synced = index(calls, written, "fdatasync fsync", "", "-wal")
@@ -359,9 +360,11 @@ def test_full_disk_refuses_and_recovers(small_disk):
 
         def accepts_again():
             control = f"SPACE-{time.monotonic_ns()}"
-            code = device.ask(message(control, patient=control, size=60_000))[0]
+            device.send(message(control, patient=control, size=60_000))
+            code, answered = device.ack()
+            while answered != control:  # a Bot's late answer to an earlier message
+                code, answered = device.ack()
             accepted.extend([control] if code == "CA" else [])
-            device.drain(0.1)
             return code == "CA"
 
         eventually(accepts_again, 10, "room again")
@@ -450,19 +453,19 @@ def test_stop_while_sending_loses_nothing(tmp_path):
 
 
 def test_memory_stays_flat_while_a_backlog_grows(tmp_path):
-    """The short form of a million: 30,000 messages of 1 KB while the server is away."""
+    """The short form of a million: 60,000 messages of 1 KB while the server is away."""
     with site(tmp_path, {"FEED": "?enhanced=true"}) as here:
         here.sandbox.stop()
         with here.device("FEED", timeout=30) as device:
-            send_all(device, 10_000, 0)
+            send_all(device, 20_000, 0)
             early = memory_mb(here.agent)
-            send_all(device, 20_000, 10_000)
+            send_all(device, 40_000, 20_000)
             late = memory_mb(here.agent)
-        print(f"\n{early:.0f} MB with 10,000 messages queued, {late:.0f} MB with 30,000")
-        assert late < early + 25 and late < 150
+        print(f"\n{early:.0f} MB with 20,000 messages queued, {late:.0f} MB with 60,000")
+        assert late < early + 30 and late < 150
         here.sandbox.start()
-        here.sandbox.wait_for(lambda: len(here.sandbox.answered) >= 30_000, 60, "all drained")
-        assert len(set(here.sandbox.ids())) == 30_000
+        here.sandbox.wait_for(lambda: len(here.sandbox.answered) >= 60_000, 60, "all drained")
+        assert len(set(here.sandbox.ids())) == 60_000
         assert_order(here.sandbox.seen)
 
 

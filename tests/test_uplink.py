@@ -182,13 +182,13 @@ def wait_reconnected(here, before):
 
 def test_reconnects_after_each_cut(tmp_path):
     with site(tmp_path, {"A": ""}) as here:
-        for n in range(3):
+        for n in range(2):
             works(here, f"CUT-{n}")
             before = connects(here)
             here.sandbox.cut()
             wait_reconnected(here, before)
-        works(here, "CUT-3")
-        assert sorted(set(here.sandbox.ids())) == [f"CUT-{n}" for n in range(4)]
+        works(here, "CUT-2")
+        assert sorted(set(here.sandbox.ids())) == [f"CUT-{n}" for n in range(3)]
 
 
 # --- answers ---
@@ -251,7 +251,7 @@ def test_late_success_revives_a_dead_letter(tmp_path):
         assert device.ask(message("LATE-3")) == ("CA", "LATE-3")
         assert here.agent.wait_state("LATE-3", "failed")["error_code"] == "response-timeout"
         here.agent.wait_state("LATE-3", "processed")
-        assert device.drain() == [("AA", "LATE-3")]
+        assert device.heard(1) == [("AA", "LATE-3")]
         assert len(here.sandbox.of("LATE-3")) == 1
 
 
