@@ -1378,6 +1378,15 @@ def mllp_frame(content: bytes) -> bytes:
     return b"\x0b%b\x1c\r" % content
 
 
+def _find(source: bytes | bytearray, mark: bytes, start: int, stop: int) -> int:
+    """Where `mark` lies in source[start:stop], or -1. One byte is found ten times faster than several."""
+    first = mark[:1]
+    at = source.find(first, start, stop)
+    while at >= 0 and not source.startswith(mark, at, stop):
+        at = source.find(first, at + 1, stop)
+    return at
+
+
 class Mllp:
     """The receiving side of one connection. `limit`: largest content in bytes."""
 
@@ -1407,8 +1416,8 @@ class Mllp:
         while self._inside or (position := self._enter(source, position)) >= 0:
             at = position + self._scanned
             if end == -2 or -1 < end < at:
-                end = source.find(END, at)
-            restart = source.find(RESTART, at, len(source) if end < 0 else end)
+                end = _find(source, END, at, len(source))
+            restart = _find(source, RESTART, at, len(source) if end < 0 else end)
             if restart >= 0:
                 self._finish(bytes(source[position:restart]), events, whole=False)
                 position = restart + 1
@@ -5044,8 +5053,10 @@ class Sandbox:
             return False
         body = await self._body(reader, headers)
         status, answer = await self._respond(method, target, headers, body)
-        text = dump_json(answer)
-        head = f"HTTP/1.1 {status} X\r\nContent-Type: application/fhir+json\r\nContent-Length: {len(text)}\r\n\r\n"
+        kind, text = "application/fhir+json", dump_json(answer)
+        if answer.get("type") == "agent:transmit:response":  # of a $push: the device's own words
+            kind, text = f"{answer['contentType']}; charset=utf-8", str(answer["body"]).encode()
+        head = f"HTTP/1.1 {status} X\r\nContent-Type: {kind}\r\nContent-Length: {len(text)}\r\n\r\n"
         writer.write(head.encode() + text)
         await writer.drain()
         return True
@@ -5408,6 +5419,11 @@ DEMO_MESSAGES = {
     "PID|1||12345^^^HOSP^MR||EXAMPLE^ANNA||19700101|F\rOBR|1|||GLU^Glucose\rOBX|1|NM|GLU^Glucose||5.4|mmol/L\r",
 }
 
+DEMO_PUSH = (
+    "MSH|^~\\&|CLOUD|SITE|PUMP|WARD|20260101121000||RDS^O13^RDS_O13|DEMO-3|P|2.5.1\rPID|1||12345^^^HOSP^MR\r"
+    "RXD|1|GLUCOSE|20260101121000|5|mg\r"
+)
+
 
 def _free_port(preferred: int) -> int:
     for port in (preferred, 0):
@@ -5423,7 +5439,9 @@ class Demo:
         self._stay = stay
         self.ports = {name: _free_port(56000 + number) for number, name in enumerate(DEMO_CHANNELS)}
         addresses = {name: f"mllp://127.0.0.1:{self.ports[name]}{query}" for name, (query, _) in DEMO_CHANNELS.items()}
-        self.sandbox = Sandbox(sandbox_resources(DEMO_AGENT, addresses))
+        self.pump_port = _free_port(56100)
+        device = {"resourceType": "Device", "id": "pump", "url": f"mllp://127.0.0.1:{self.pump_port}"}
+        self.sandbox = Sandbox(sandbox_resources(DEMO_AGENT, addresses) | {"Device/pump": device})
         self.sandbox.on_transmit = self._show_transmit
         self.sandbox.bot = self._bot
         self._state_dir = state_dir
@@ -5452,6 +5470,34 @@ class Demo:
         for name, message in DEMO_MESSAGES.items():
             print(f"\n{name} channel, port {self.ports[name]}, {DEMO_CHANNELS[name][1]}")
             await self._device(name, message)
+        print(f"\nFrom the cloud to Device/pump, an infusion pump on port {self.pump_port}: $push")
+        await asyncio.start_server(self._pump, "127.0.0.1", self.pump_port)
+        await self._push()
+
+    async def _pump(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """A device that listens: it answers every message with AA."""
+        core = Mllp(MIB)
+        while received := await reader.read(READ_BYTES):
+            for frame in core.receive(received):
+                if isinstance(frame, bytes):
+                    self.say("pump", f"hears {_one_line(frame.decode())}; answers AA")
+                    writer.write(mllp_frame(build_ack(Header(frame.decode()), "AA").encode()))
+        writer.close()
+
+    async def _push(self) -> None:
+        """What a Bot or a person does: POST Agent/<id>/$push and wait for the device's answer."""
+        form = {"destination": "Device/pump", "contentType": HL7_TYPE, "body": DEMO_PUSH, "waitForResponse": True}
+        pool = urllib3.PoolManager()
+        login = {"grant_type": "client_credentials", "client_id": "sandbox-client", "client_secret": "sandbox-secret"}
+
+        def post() -> str:
+            token = pool.request("POST", f"{self.sandbox.url}oauth2/token", fields=login, encode_multipart=False).json()
+            headers = {"Authorization": f"Bearer {token['access_token']}"}
+            url = f"{self.sandbox.url}fhir/R4/Agent/{DEMO_AGENT}/$push"
+            return pool.request("POST", url, json=form, headers=headers).data.decode()
+
+        self.say("caller", f"pushes {_one_line(DEMO_PUSH)}")
+        self.say("caller", f"hears {_one_line(await asyncio.to_thread(post))}")
 
     async def _device(self, name: str, message: str) -> None:
         reader, writer = await asyncio.open_connection("127.0.0.1", self.ports[name])

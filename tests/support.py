@@ -20,7 +20,7 @@ import threading
 import time
 from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import medplum_agent
 from medplum_agent import Faults, Transmit, sandbox_resources
@@ -434,6 +434,9 @@ class Site:
     def device(self, channel: str, **options: Any) -> Device:
         return Device(self.ports[channel], **options)
 
+    def caller(self) -> "Caller":
+        return Caller(self.sandbox)
+
     def endpoint(self, channel: str) -> Any:
         return self.sandbox.resource(self.endpoints[channel])
 
@@ -465,6 +468,224 @@ def setting(name: str, value: bool | int | float | str) -> medplum_agent.Json:
     """One entry of Agent.setting[]."""
     kind = {bool: "Boolean", int: "Integer", float: "Decimal", str: "String"}[type(value)]
     return {"name": name, f"value{kind}": value}
+
+
+# --- devices that are pushed to, and who pushes ---
+
+
+def ack_text(code: str, control: str, text: str = "") -> str:
+    """What a device answers: MSH and MSA."""
+    return f"MSH|^~\\&|PUMP|WARD|CLOUD|SITE|20260101120000||ACK|A-{control}|P|2.5.1\rMSA|{code}|{control}|{text}\r"
+
+
+class Link:
+    """One connection that the agent made to a Receiver, as its thread and its `behaviour` see it."""
+
+    def __init__(self, receiver: "Receiver", accepted: socket.socket, number: int):
+        self.receiver, self.socket, self.number = receiver, accepted, number
+        self.frames = 0  # received on this connection
+        accepted.settimeout(60)
+        accepted.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+
+    def ack(self, code: str, control: str, text: str = "") -> None:
+        self.send(ack_text(code, control, text))
+
+    def send(self, text: str, encoding: str = "utf-8") -> None:
+        self.send_raw(b"\x0b" + text.encode(encoding) + b"\x1c\r")
+
+    def send_raw(self, raw: bytes) -> None:
+        with contextlib.suppress(OSError):  # the agent may have gone: it was killed, or gave up
+            self.socket.sendall(raw)
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):
+            self.socket.shutdown(socket.SHUT_RDWR)
+
+    def reset(self) -> None:
+        self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        self.socket.close()
+
+
+Behaviour = Callable[[Link, str], None]
+
+
+def accepts_all(link: Link, text: str) -> None:
+    link.ack("AA", control_id(text))
+
+
+class Receiver:
+    """A device that is pushed to: an MLLP server in threads, one per connection.
+
+    `behaviour(link, text)` is called for each frame and may be changed at any time. `heard` holds the frames in the
+    order of arrival; `links` all connections, `open` those that are open, `most` the most that were open at once.
+    """
+
+    def __init__(
+        self, behaviour: Behaviour = accepts_all, *, port: int = 0, context: ssl.SSLContext | None = None,
+        encoding: str = "utf-8",
+    ):  # fmt: skip
+        self.behaviour, self.port, self.encoding = behaviour, port, encoding
+        self.heard: list[str] = []
+        self.links: list[Link] = []
+        self.open: set[Link] = set()
+        self.most = 0
+        self.changed = threading.Condition()
+        self._context = context
+        self._threads: list[threading.Thread] = []
+        self._listener: socket.socket | None = None
+        self.start()
+
+    def __enter__(self) -> "Receiver":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+        for thread in self._threads:
+            thread.join(5)
+
+    def start(self) -> None:
+        """Listen; after `stop()` on the same port as before."""
+        self._listener = socket.create_server(("127.0.0.1", self.port), backlog=512)
+        self.port = self._listener.getsockname()[1]
+        self._thread(self._listen, self._listener)
+
+    def stop(self) -> None:
+        """Refuse connections, and cut those that are open."""
+        if self._listener is not None:
+            with contextlib.suppress(OSError):
+                self._listener.shutdown(socket.SHUT_RDWR)
+            self._listener.close()
+            self._listener = None
+        with self.changed:
+            links = list(self.open)
+        for link in links:
+            link.close()
+
+    def _thread(self, run: Callable[..., None], *arguments: Any) -> None:
+        thread = threading.Thread(target=run, args=arguments, daemon=True)
+        self._threads.append(thread)
+        thread.start()
+
+    def _listen(self, listener: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                accepted, _ = listener.accept()
+                self._thread(self._serve, accepted)
+
+    def _serve(self, accepted: socket.socket) -> None:
+        try:
+            if self._context is not None:
+                accepted = self._context.wrap_socket(accepted, server_side=True)
+        except OSError:  # the agent did not like the certificate, or we did not like its own
+            accepted.close()
+            return
+        with self.changed:
+            link = Link(self, accepted, len(self.links))
+            self.links.append(link)
+            self.open.add(link)
+            self.most = max(self.most, len(self.open))
+            self.changed.notify_all()
+        with accepted, contextlib.suppress(OSError, EOFError):
+            self._read(link)
+        with self.changed:
+            self.open.discard(link)
+            self.changed.notify_all()
+
+    def _read(self, link: Link) -> None:
+        received = b""
+        while chunk := link.socket.recv(65536):
+            received += chunk
+            while b"\x1c\r" in received:
+                content, received = received.split(b"\x1c\r", 1)
+                assert content.startswith(b"\x0b"), f"bytes outside of a frame: {content!r}"
+                text = content[1:].decode(self.encoding)
+                with self.changed:
+                    self.heard.append(text)
+                    link.frames += 1
+                    self.changed.notify_all()
+                self.behaviour(link, text)
+
+    def url(self, query: str = "", scheme: str = "mllp") -> str:
+        return f"{scheme}://127.0.0.1:{self.port}{query}"
+
+    def ids(self) -> list[str]:
+        """Control ids in the order of arrival."""
+        with self.changed:
+            return [control_id(text) for text in self.heard]
+
+    def wait_for(self, predicate: Callable[[], T], timeout: float = 10, what: str = "") -> T:
+        """The first true value of `predicate`, asked whenever something arrives, and now and then."""
+        until = time.monotonic() + timeout
+        with self.changed:
+            while not (value := predicate()):
+                assert time.monotonic() < until, f"not within {timeout} s: {what or predicate}; got {self.ids()[-20:]}"
+                self.changed.wait(0.02)
+        return value
+
+    def wait_ids(self, *wanted: str, timeout: float = 10) -> None:
+        """Wait until exactly these control ids have arrived, in this order."""
+        self.wait_for(lambda: len(self.heard) >= len(wanted), timeout, f"arrival of {wanted}")
+        assert self.ids() == list(wanted)
+
+
+class Pushed(NamedTuple):
+    """What the caller of $push hears: `text` is the body, or that of an OperationOutcome."""
+
+    status: int
+    content_type: str
+    text: str
+    seconds: float
+
+
+class Caller:
+    """Whoever calls $push: a token and one HTTP connection to the stand-in server."""
+
+    _devices = itertools.count(1)
+
+    def __init__(self, sandbox: SandboxThread):
+        self._sandbox = sandbox
+        self._http = http.client.HTTPConnection("127.0.0.1", sandbox.sandbox.port, timeout=30)
+        form = "grant_type=client_credentials&client_id=sandbox-client&client_secret=sandbox-secret"
+        self._http.request("POST", "/oauth2/token", form, {"Content-Type": "application/x-www-form-urlencoded"})
+        token = json.loads(self._http.getresponse().read())["access_token"]
+        self._headers = {"Authorization": f"Bearer {token}", "Content-Type": "application/fhir+json"}
+
+    def __enter__(self) -> "Caller":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._http.close()
+
+    def device(self, url: str) -> str:
+        """A Device resource with this url; its reference."""
+        reference = f"Device/{next(self._devices)}"
+        self._sandbox.sandbox.resources[reference] = {"resourceType": "Device", "url": url}
+        return reference
+
+    def call(self, **members: Any) -> Pushed:
+        """POST fhir/R4/Agent/<id>/$push."""
+        started = time.monotonic()
+        self._http.request("POST", f"/fhir/R4/Agent/{AGENT_ID}/$push", json.dumps(members), self._headers)
+        response = self._http.getresponse()
+        kind, text = response.headers.get("Content-Type", ""), response.read().decode()
+        if '"OperationOutcome"' in text:
+            text = json.loads(text)["issue"][0]["details"]["text"]
+        return Pushed(response.status, kind, text, time.monotonic() - started)
+
+    def push(self, url: str, body: str, **members: Any) -> Pushed:
+        """Push HL7 and wait for the device's answer."""
+        kind = members.pop("contentType", medplum_agent.HL7_TYPE)
+        return self.call(destination=self.device(url), contentType=kind, body=body, waitForResponse=True, **members)
+
+    def store(self, url: str, *bodies: str, **members: Any) -> None:
+        """Push HL7 without waiting for the device, in order."""
+        kind, device = members.pop("contentType", medplum_agent.HL7_TYPE), self.device(url)
+        for body in bodies:
+            answer = self.call(destination=device, contentType=kind, body=body, **members)
+            assert answer.status == 200, answer
+
+    def ping(self, host: str, body: str = "PING") -> Pushed:
+        return self.call(destination=host, contentType=medplum_agent.PING_TYPE, body=body, waitForResponse=True)
 
 
 # --- a proxy ---

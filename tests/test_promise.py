@@ -142,7 +142,7 @@ def test_kills_while_the_server_misbehaves(tmp_path, trouble):
     senders = [Sender(n) for n in range(SENDERS)]
     with site(tmp_path, {"FEED": f"?enhanced=true&responseTimeoutSecs=0.5&{FAST}"}) as here:
         trouble(here)
-        kill_while_sending(here, senders, 6, seed=3)
+        kill_while_sending(here, senders, 20, seed=3)
         here.sandbox.faults.silent = False
         here.sandbox.faults.delay = lambda: 0.0
         here.sandbox.answered.clear()  # what was answered 400 is not delivered
