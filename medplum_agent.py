@@ -335,20 +335,9 @@ class AgentSettings:
 
 
 @dataclasses.dataclass(frozen=True)
-class Hl7Settings:
-    """Query parameters of an `mllp://` Endpoint address."""
+class ChannelSettings:
+    """Query parameters of the address of any channel: delivery and connections."""
 
-    encoding: str = setting("utf-8", "Encoding", "character encoding of the device")
-    enhanced: str = setting("", "Enhanced mode",
-        "`true`: CA when stored, Bot's answer later; `aa`: AA when stored", choices=("true", "aa"))
-    appLevelAck: str = setting("AL", "Application ACK",
-        "which of the Bot's answers pass in enhanced mode", choices=("AL", "ER", "NE", "SU"))
-    assignSeqNo: bool = setting(False, "Sequence number", "write a running number into MSH-13")
-    messagesPerMin: int = setting(0, "Rate limit", "messages a minute read from one connection; 0: no limit")
-    duplicateBehavior: str = setting("idempotent", "Duplicates",
-        "a control id seen before: `idempotent` answers equal bytes as before and rejects others, `reject` "
-        "rejects both, `accept` treats every message as new",
-        choices=("idempotent", "reject", "accept"))
     retryMode: str = setting("", "Retry mode",
         "what is tried again; without it: as `guaranteed`, and a Bot's AE goes to the device",
         choices=RETRY_MODES, agent="channelRetryMode")
@@ -363,17 +352,8 @@ class Hl7Settings:
     deadLetterAfterHours: int = setting(72, "Dead-letter age",
         "hours of failed tries after which a message becomes a dead letter; 0: no limit",
         low=0, agent="deadLetterAfterHours")
-    logicalChannelKey: str = setting("", "Ordering key",
-        "fields such as `PID-3.1,MSH-4` whose equal values stay in order; default: the patient",
-        agent="channelLogicalChannelKey", check=parse_key)
     maxWorkers: int = setting(64, "Workers",
         "messages in flight at once; 1 keeps the whole channel in order", low=1, high=500, agent="channelMaxWorkers")
-    botErrorAck: str = setting("AE", "Answer to a Bot failure",
-        "MSA-1 sent in original mode when the Bot failed", choices=("AE", "AR", "none"), agent="botErrorAck")
-    botEmptyAck: str = setting("AA", "Answer of a silent Bot",
-        "MSA-1 sent in original mode when the Bot returned nothing", choices=("AA", "AE", "none"), agent="botEmptyAck")
-    ackFormat: str = setting("standard", "ACK bytes",
-        "`reference` leaves the last carriage return away", choices=("standard", "reference"))
     responseTimeoutSecs: float = setting(60.0, "Response time-out", "seconds to wait for the Bot's answer", low=0.1)
     maxMessageBytes: int = setting(16 * MIB, "Message size", "larger messages are rejected (bytes)", low=1024)
     maxConnections: int = setting(1000, "Connections", "device connections at once", low=1)
@@ -381,6 +361,32 @@ class Hl7Settings:
         "a silent connection is closed after so many seconds; 0: never", low=0)
     frameTimeoutSecs: float = setting(60.0, "Frame time-out",
         "a connection that stops inside a message is closed after so many seconds; 0: never", low=0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Hl7Settings(ChannelSettings):
+    """Query parameters of an `mllp://` Endpoint address."""
+
+    encoding: str = setting("utf-8", "Encoding", "character encoding of the device")
+    enhanced: str = setting("", "Enhanced mode",
+        "`true`: CA when stored, Bot's answer later; `aa`: AA when stored", choices=("true", "aa"))
+    appLevelAck: str = setting("AL", "Application ACK",
+        "which of the Bot's answers pass in enhanced mode", choices=("AL", "ER", "NE", "SU"))
+    assignSeqNo: bool = setting(False, "Sequence number", "write a running number into MSH-13")
+    messagesPerMin: int = setting(0, "Rate limit", "messages a minute read from one connection; 0: no limit")
+    duplicateBehavior: str = setting("idempotent", "Duplicates",
+        "a control id seen before: `idempotent` answers equal bytes as before and rejects others, `reject` "
+        "rejects both, `accept` treats every message as new",
+        choices=("idempotent", "reject", "accept"))
+    logicalChannelKey: str = setting("", "Ordering key",
+        "fields such as `PID-3.1,MSH-4` whose equal values stay in order; default: the patient",
+        agent="channelLogicalChannelKey", check=parse_key)
+    botErrorAck: str = setting("AE", "Answer to a Bot failure",
+        "MSA-1 sent in original mode when the Bot failed", choices=("AE", "AR", "none"), agent="botErrorAck")
+    botEmptyAck: str = setting("AA", "Answer of a silent Bot",
+        "MSA-1 sent in original mode when the Bot returned nothing", choices=("AA", "AE", "none"), agent="botEmptyAck")
+    ackFormat: str = setting("standard", "ACK bytes",
+        "`reference` leaves the last carriage return away", choices=("standard", "reference"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -663,7 +669,7 @@ class ChannelPlan:
     host: str
     port: int
     active: bool
-    settings: Hl7Settings
+    settings: ChannelSettings
     given: frozenset[str]
 
     @property
@@ -673,18 +679,22 @@ class ChannelPlan:
     @property
     def workers(self) -> int:
         """A sequence number means order, so assignSeqNo alone implies one message in flight."""
-        return 1 if self.settings.assignSeqNo and "maxWorkers" not in self.given else self.settings.maxWorkers
+        numbered = isinstance(self.settings, Hl7Settings) and self.settings.assignSeqNo
+        return 1 if numbered and "maxWorkers" not in self.given else self.settings.maxWorkers
 
     @property
     def key_spec(self) -> str:
-        """What orders the channel: `*` its whole feed, a logical channel key, or `` the patient."""
-        return "*" if self.workers == 1 else self.settings.logicalChannelKey
+        """What orders the channel: `*` its whole feed, `@` the device, a logical channel key, or `` the patient."""
+        if self.workers == 1:
+            return "*"
+        return self.settings.logicalChannelKey if isinstance(self.settings, Hl7Settings) else "@"
 
     @functools.cached_property
     def policy(self) -> Policy:
         """How the channel's messages are delivered; without retryMode the mode is `original` or `enhanced`."""
         s = self.settings
-        mode = s.retryMode or ("enhanced" if s.enhanced else "original")
+        waiting = isinstance(s, Hl7Settings) and not s.enhanced  # the device still owns its message
+        mode = s.retryMode or ("original" if waiting else "enhanced")
         attempts = 10 if mode == "normal" and "autoRetryMaxAttempts" not in self.given else s.autoRetryMaxAttempts
         delays = s.autoRetryBaseDelayMs, s.autoRetryMaxDelayMs, s.autoRetryBackoffMultiplier
         return Policy(
@@ -3219,7 +3229,7 @@ class Dispatcher:
         if matches:
             feed.answered(matches[0], matches[0].attempts, status, body)
         elif ack and feed.outlet is not None and status < 400:
-            stray = Message(feed.row.id, str(answer.get("remote")), b"", feed.plan.settings.encoding)
+            stray = Message(feed.row.id, str(answer.get("remote")), b"", "utf-8")
             stray.control_id = ack.control_id
             feed.outlet.deliver(stray, str(body))
 
@@ -3246,10 +3256,10 @@ class Exchange:
             self.answer.set_result(text)
 
 
-class Hl7Connection(asyncio.Protocol):
-    """One device connected to an HL7 channel. All that is written in one turn of the event loop leaves in one write."""
+class Connection(asyncio.Protocol):
+    """One device connected to a channel. All that is written in one turn of the event loop leaves in one write."""
 
-    def __init__(self, channel: Hl7Channel):
+    def __init__(self, channel: Channel):
         self.channel = channel
         self.remote = ""
         self.host = ""
@@ -3258,14 +3268,30 @@ class Hl7Connection(asyncio.Protocol):
         self.messages = 0
         self._loop = channel.loop
         self.active_at = self._loop.time()
-        self._core = Mllp(channel.plan.settings.maxMessageBytes)
-        self._delayed: collections.deque[bytes | PeerError] = collections.deque()
-        self._next_at = 0.0
         self._outbox: list[bytes] = []
         self._paused: set[str] = set()
         self._closing = False
         self.ended = False  # the device sends nothing more
         self._transport: asyncio.Transport
+
+    # --- what each protocol does in its own way ---
+
+    def take(self, received: bytes) -> None:
+        """Bytes from the device."""
+        raise NotImplementedError
+
+    @property
+    def inside(self) -> bool:
+        """In the middle of a message: the device owes us bytes."""
+        raise NotImplementedError
+
+    @property
+    def holding(self) -> bool:
+        """Messages are held back, read but not yet stored."""
+        return False
+
+    def forget(self) -> None:
+        """Drop what is held back: the connection is closing and the device was not told anything."""
 
     # --- asyncio ---
 
@@ -3284,13 +3310,7 @@ class Hl7Connection(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         self.active_at = self._loop.time()
-        events = self._core.receive(data)
-        if self.channel.plan.settings.messagesPerMin > 0:
-            self._delayed.extend(events)
-            self._next_delayed()
-        else:
-            for event in events:
-                self._take(event)
+        self.take(data)
         if self.channel.store.congested:
             self.pause("store")
             self.channel.store.on_resume.append(functools.partial(self.resume, "store"))
@@ -3298,7 +3318,7 @@ class Hl7Connection(asyncio.Protocol):
     def eof_received(self) -> bool:
         """A device may end its side first and still wait for answers (RFC 9293 3.6)."""
         self.ended = True
-        return self.pending > 0 or self.awaiting > 0 or bool(self._delayed)
+        return self.pending > 0 or self.awaiting > 0 or self.holding
 
     def pause_writing(self) -> None:
         self.pause("slow reader")
@@ -3318,35 +3338,11 @@ class Hl7Connection(asyncio.Protocol):
         if not self._paused and not self._closing:
             self._transport.resume_reading()
 
-    def _next_delayed(self) -> None:
-        """messagesPerMin: hold messages back, and the device with them."""
-        while self._delayed and self._loop.time() >= self._next_at:
-            self._next_at = (
-                max(self._next_at, self._loop.time() - 0.01) + 60 / self.channel.plan.settings.messagesPerMin
-            )
-            self._take(self._delayed.popleft())
-        if self._delayed and "rate" not in self._paused:
-            self.pause("rate")
-            self._loop.call_at(self._next_at, self._rate_elapsed)
-        self._close_if_done()
-
-    def _rate_elapsed(self) -> None:
-        self.resume("rate")
-        if not self._closing:
-            self._next_delayed()
-
-    def _take(self, event: bytes | PeerError) -> None:
-        self.messages += 1
-        if isinstance(event, PeerError):
-            self.channel.refuse_frame(self, event)
-        else:
-            self.channel.receive(self, event)
-
     def send(self, content: bytes) -> None:
-        """One frame to the device."""
+        """Bytes to the device."""
         if not self._outbox:
             self._loop.call_soon(self._flush)
-        self._outbox.append(mllp_frame(content))
+        self._outbox.append(content)
 
     def _flush(self) -> None:
         if not self._transport.is_closing():
@@ -3355,7 +3351,7 @@ class Hl7Connection(asyncio.Protocol):
         self._close_if_done()
 
     def _close_if_done(self) -> None:
-        if (self.ended or self._closing) and not (self.pending or self._delayed or self._outbox):
+        if (self.ended or self._closing) and not (self.pending or self.holding or self._outbox):
             if self.ended and self.awaiting and not self._closing:
                 return
             self._transport.close()
@@ -3376,7 +3372,7 @@ class Hl7Connection(asyncio.Protocol):
         if not self._closing:
             self.pause("closing")
             self._closing = True
-            self._delayed.clear()
+            self.forget()
             self._close_if_done()
             self._loop.call_later(GRACEFUL_CLOSE_SECS, self._transport.abort)
 
@@ -3385,16 +3381,65 @@ class Hl7Connection(asyncio.Protocol):
         silent = now - self.active_at
         if self._paused or self._closing:
             return ""
-        if inside and self._core.inside and silent > inside:
+        if inside and self.inside and silent > inside:
             return f"it stopped in the middle of a message {silent:.0f} s ago"
         if idle and silent > idle and not self.awaiting:
             return f"it was silent for {silent:.0f} s"
         return ""
 
+
+class Hl7Connection(Connection):
+    """A device that speaks MLLP."""
+
+    channel: Hl7Channel
+
+    def __init__(self, channel: Hl7Channel):
+        super().__init__(channel)
+        self.core = Mllp(channel.plan.settings.maxMessageBytes)
+        self._delayed: collections.deque[bytes | PeerError] = collections.deque()
+        self._next_at = 0.0
+
+    def take(self, received: bytes) -> None:
+        events = self.core.receive(received)
+        if self.channel.settings.messagesPerMin > 0:
+            self._delayed.extend(events)
+            self._next_delayed()
+        else:
+            for event in events:
+                self._take(event)
+
     @property
-    def skipped(self) -> int:
-        """Bytes that came outside of frames."""
-        return self._core.skipped
+    def inside(self) -> bool:
+        return self.core.inside
+
+    @property
+    def holding(self) -> bool:
+        return bool(self._delayed)
+
+    def forget(self) -> None:
+        self._delayed.clear()
+
+    def _next_delayed(self) -> None:
+        """messagesPerMin: hold messages back, and the device with them."""
+        while self._delayed and self._loop.time() >= self._next_at:
+            self._next_at = max(self._next_at, self._loop.time() - 0.01) + 60 / self.channel.settings.messagesPerMin
+            self._take(self._delayed.popleft())
+        if self._delayed and "rate" not in self._paused:
+            self.pause("rate")
+            self._loop.call_at(self._next_at, self._rate_elapsed)
+        self._close_if_done()
+
+    def _rate_elapsed(self) -> None:
+        self.resume("rate")
+        if not self._closing:
+            self._next_delayed()
+
+    def _take(self, event: bytes | PeerError) -> None:
+        self.messages += 1
+        if isinstance(event, PeerError):
+            self.channel.refuse_frame(self, event)
+        else:
+            self.channel.receive(self, event)
 
 
 def set_device_options(sock: socket.socket) -> None:
@@ -3406,23 +3451,38 @@ def set_device_options(sock: socket.socket) -> None:
             sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), seconds)
 
 
-class Hl7Channel:
-    """One HL7 channel: devices in, acknowledgments and answers out (channel contract 4)."""
+class Channel:
+    """One channel: its connections, and the feed that takes its messages to the server."""
 
     def __init__(self, plan: ChannelPlan, store: Store, log: Log, channel_log: Log):
         self.plan, self.store = plan, store
-        self.loop = asyncio.get_running_loop()
+        self.loop: asyncio.AbstractEventLoop = asyncio.get_running_loop()
         self.feed: Feed | None = None  # None until the store has a row for the channel
-        self.connections: dict[str, Hl7Connection] = {}
-        self.pushes: dict[str, Exchange] = {}  # by control id: sent to a connected device, its ACK is awaited
+        self.connections: dict[str, Connection] = {}
         self._log, self._channel_log = log, channel_log
-        self._watcher = asyncio.get_running_loop().call_later(1, self._watch)
+        self._watcher = self.loop.call_later(1, self._watch)
+
+    # --- what each protocol does in its own way ---
+
+    def connect(self) -> Connection:
+        """The protocol of a new connection."""
+        raise NotImplementedError
+
+    def deliver(self, message: Message, text: str) -> bool:
+        """The Bot's answer to the device; False when no device is there to take it."""
+        raise NotImplementedError
+
+    def refuse(self, message: Message, error_code: str) -> bool:
+        """The message is a dead letter; whether a waiting device was told."""
+        return False
+
+    def silent_bot(self, message: Message) -> bool:
+        """The Bot succeeded without an answer; whether nothing is owed to the device any more."""
+        return True
 
     def replan(self, plan: ChannelPlan) -> None:
         """New settings for the connections that stay open."""
         self.plan = plan
-        for connection in self.connections.values():
-            connection._core.limit = plan.settings.maxMessageBytes
 
     def stop(self) -> None:
         self._watcher.cancel()
@@ -3431,7 +3491,7 @@ class Hl7Channel:
 
     # --- connections ---
 
-    def opened(self, connection: Hl7Connection) -> None:
+    def opened(self, connection: Connection) -> None:
         if len(self.connections) >= self.plan.settings.maxConnections:
             self._warn(
                 f"{connection.host} was turned away: {len(self.connections)} connections are open (maxConnections)"
@@ -3441,21 +3501,19 @@ class Hl7Channel:
         self.connections[connection.remote] = connection
         self._log.debug(f"Channel '{self.plan.name}': {connection.remote} connected.")
 
-    def closed(self, connection: Hl7Connection) -> None:
+    def closed(self, connection: Connection) -> None:
         if self.connections.get(connection.remote) is connection:
             del self.connections[connection.remote]
-        if connection.skipped and not connection.messages:
-            self._warn(f"{connection.remote} sent {connection.skipped} bytes and no MLLP frame (0x0B ... 0x1C 0x0D)")
         self._log.debug(f"Channel '{self.plan.name}': {connection.remote} disconnected.")
 
     def _watch(self) -> None:
-        now = asyncio.get_running_loop().time()
+        now = self.loop.time()
         settings = self.plan.settings
         for connection in list(self.connections.values()):
             if reason := connection.check_time(now, settings.idleTimeoutSecs, settings.frameTimeoutSecs):
                 self._warn(f"{connection.remote} was disconnected: {reason}")
                 connection.close()
-        self._watcher = asyncio.get_running_loop().call_later(1, self._watch)
+        self._watcher = self.loop.call_later(1, self._watch)
 
     def _warn(self, text: str) -> None:
         self._log.warn(f"Channel '{self.plan.name}': {text}.")
@@ -3463,12 +3521,60 @@ class Hl7Channel:
     def _note(self, text: str) -> None:
         self._channel_log.info(f"[{self.plan.protocol}:{self.plan.name}] {text}")
 
+    def _connection_for(self, message: Message) -> Connection | None:
+        """The connection the message came from, or the one its sender made since."""
+        found = self.connections.get(message.remote)
+        if found is not None and not found.ended:
+            return found
+        host = message.remote.rsplit(":", 1)[0]
+        candidates = [c for c in self.connections.values() if c.host == host and not c.ended]
+        if len(candidates) == 1 and self.may_adopt(candidates[0]):
+            return candidates[0]
+        return found  # its sender ended its side only, or is gone: the write will tell
+
+    def may_adopt(self, connection: Connection) -> bool:
+        """Whether the only connection from the same address may get the answer to a message of an earlier one."""
+        return True
+
+
+class Hl7Channel(Channel):
+    """One HL7 channel: devices in, acknowledgments and answers out (channel contract 4)."""
+
+    def __init__(self, plan: ChannelPlan, store: Store, log: Log, channel_log: Log):
+        super().__init__(plan, store, log, channel_log)
+        self.pushes: dict[str, Exchange] = {}  # by control id: sent to a connected device, its ACK is awaited
+
+    def connect(self) -> Connection:
+        return Hl7Connection(self)
+
+    @property
+    def settings(self) -> Hl7Settings:
+        return typing.cast(Hl7Settings, self.plan.settings)
+
+    def replan(self, plan: ChannelPlan) -> None:
+        super().replan(plan)
+        for connection in self.connections.values():
+            typing.cast(Hl7Connection, connection).core.limit = plan.settings.maxMessageBytes
+
+    def closed(self, connection: Connection) -> None:
+        super().closed(connection)
+        skipped = typing.cast(Hl7Connection, connection).core.skipped
+        if skipped and not connection.messages:
+            self._warn(f"{connection.remote} sent {skipped} bytes and no MLLP frame (0x0B ... 0x1C 0x0D)")
+
+    def may_adopt(self, connection: Connection) -> bool:
+        """In original mode only while it has sent nothing: the answer cannot be taken for that of another message.
+
+        A sender that repeats its message has claimed the answer already.
+        """
+        return bool(self.settings.enhanced) or not connection.messages
+
     # --- intake ---
 
-    def receive(self, connection: Hl7Connection, content: bytes) -> None:
+    def receive(self, connection: Connection, content: bytes) -> None:
         """One frame: check it, and hand it to the store."""
         plan, feed = self.plan, self.feed
-        settings = plan.settings
+        settings = self.settings
         try:
             text = decode_hl7(content, settings.encoding)
         except PeerError as error:
@@ -3492,17 +3598,17 @@ class Hl7Channel:
         connection.pending += 1
         self.store.put(message)
 
-    def refuse_frame(self, connection: Hl7Connection, error: PeerError, content: bytes = b"") -> None:
+    def refuse_frame(self, connection: Connection, error: PeerError, content: bytes = b"") -> None:
         """A frame that is not a message: the sender is told, the connection goes on."""
         self._warn(f"{connection.remote}: {error}")
         self._note(f"[Refused]: {error}: {content[:200]!r}")
         self._answer(connection, Header("MSH|^~\\&|"), error.code, str(error))
 
-    def _answer(self, connection: Hl7Connection, header: Header, kind: str, text: str = "") -> None:
+    def _answer(self, connection: Connection, header: Header, kind: str, text: str = "") -> None:
         """An acknowledgment of ours: `kind` A, E or R becomes CA/CE/CR in enhanced mode, else AA/AE/AR."""
         if header.message_type.startswith("ACK"):
             return  # an acknowledgment is never acknowledged (HL7 v2.5.1 2.9.2)
-        code = ("C" if self.plan.settings.enhanced == "true" else "A") + kind
+        code = ("C" if self.settings.enhanced == "true" else "A") + kind
         self._write(
             connection,
             build_ack(
@@ -3512,12 +3618,12 @@ class Hl7Channel:
 
     @property
     def _closing(self) -> str:
-        return "\r" if self.plan.settings.ackFormat == "standard" else ""
+        return "\r" if self.settings.ackFormat == "standard" else ""
 
-    def _write(self, connection: Hl7Connection, text: str) -> None:
-        connection.send(text.encode(self.plan.settings.encoding, "replace"))
+    def _write(self, connection: Connection, text: str) -> None:
+        connection.send(mllp_frame(text.encode(self.settings.encoding, "replace")))
 
-    def _stored(self, connection: Hl7Connection, header: Header, message: Message) -> None:
+    def _stored(self, connection: Connection, header: Header, message: Message) -> None:
         """The store has spoken: on disk, a repetition, or refused."""
         connection.stored()
         assert self.feed is not None
@@ -3530,20 +3636,20 @@ class Hl7Channel:
             connection.awaiting += self._owes_answer()
             self.feed.stored(message)
 
-    def _commit_accept(self, connection: Hl7Connection, header: Header) -> None:
-        if self.plan.settings.enhanced:
+    def _commit_accept(self, connection: Connection, header: Header) -> None:
+        if self.settings.enhanced:
             self._answer(connection, header, "A")
 
     def _owes_answer(self) -> bool:
         """Whether the device waits for the Bot's answer."""
-        settings = self.plan.settings
+        settings = self.settings
         return not settings.enhanced or (settings.enhanced == "true" and settings.appLevelAck != "NE")
 
     # --- repetitions (channel contract 5.3) ---
 
-    def _repeated(self, connection: Hl7Connection, header: Header, message: Message, earlier: Earlier) -> None:
+    def _repeated(self, connection: Connection, header: Header, message: Message, earlier: Earlier) -> None:
         assert self.feed is not None
-        if not earlier.same or self.plan.settings.duplicateBehavior == "reject":
+        if not earlier.same or self.settings.duplicateBehavior == "reject":
             self._reject_repetition(connection, header, message, earlier.same)
             return
         row = self.feed.window.get(earlier.message.id, earlier.message)
@@ -3557,13 +3663,13 @@ class Hl7Channel:
             self._claim(row, connection)
             self._commit_accept(connection, header)
             self.feed.again(row)
-        elif self.plan.settings.enhanced:
+        elif self.settings.enhanced:
             self._commit_accept(connection, header)
         else:
             row.text = message.text
-            self.silent_bot(row, connection)
+            self._silent_ack(row, connection)
 
-    def _reject_repetition(self, connection: Hl7Connection, header: Header, message: Message, same: bool) -> None:
+    def _reject_repetition(self, connection: Connection, header: Header, message: Message, same: bool) -> None:
         reason = "duplicate control id" if same else "control id was used before with other content"
         self._warn(f"message from {connection.remote} rejected: {reason}; duplicateBehavior=accept takes it as new")
         self._answer(connection, header, "R", reason)
@@ -3574,7 +3680,7 @@ class Hl7Channel:
         audit.error_code, audit.error = "duplicate-rejected", reason
         self.store.put(audit)
 
-    def _claim(self, row: Message, connection: Hl7Connection) -> None:
+    def _claim(self, row: Message, connection: Connection) -> None:
         """The answer goes to the connection that asked last."""
         if row.remote != connection.remote:
             if old := self.connections.get(row.remote):
@@ -3583,12 +3689,12 @@ class Hl7Channel:
             row.remote = connection.remote
             self.store.update(row, row.state)
 
-    def _replay(self, connection: Hl7Connection, row: Message) -> bool:
+    def _replay(self, connection: Connection, row: Message) -> bool:
         """Give the Bot's earlier answer again, if there is one for the device."""
         if not row.response or not row.response.startswith("MSH"):
             return False
         ack = read_ack(row.response)
-        if ack and not passes_filter(self.plan.settings, ack.code):
+        if ack and not passes_filter(self.settings, ack.code):
             return False
         self._write(connection, row.response)
         return True
@@ -3601,7 +3707,7 @@ class Hl7Channel:
         if connection is not None and self._owes_answer():
             connection.answered()
         ack = read_ack(text)
-        if ack and not passes_filter(self.plan.settings, ack.code):
+        if ack and not passes_filter(self.settings, ack.code):
             return True
         if connection is None:
             self._warn(
@@ -3627,37 +3733,25 @@ class Hl7Channel:
 
     def refuse(self, message: Message, error_code: str) -> bool:
         """Original mode: the device waits, so a dead letter is answered by botErrorAck."""
-        return self._own_answer(message, self.plan.settings.botErrorAck, f"not processed: {error_code}")
+        return self._own_answer(message, self.settings.botErrorAck, f"not processed: {error_code}")
 
-    def silent_bot(self, message: Message, connection: Hl7Connection | None = None) -> bool:
+    def silent_bot(self, message: Message) -> bool:
+        return self._silent_ack(message, None)
+
+    def _silent_ack(self, message: Message, connection: Connection | None) -> bool:
         """Original mode: the Bot succeeded without an answer, so the device gets botEmptyAck."""
-        if self.plan.settings.enhanced:
-            return self.plan.settings.enhanced == "aa" or self.plan.settings.appLevelAck == "NE"
-        return self._own_answer(message, self.plan.settings.botEmptyAck, "", connection)
+        if self.settings.enhanced:
+            return self.settings.enhanced == "aa" or self.settings.appLevelAck == "NE"
+        return self._own_answer(message, self.settings.botEmptyAck, "", connection)
 
-    def _own_answer(self, message: Message, code: str, text: str, connection: Hl7Connection | None = None) -> bool:
+    def _own_answer(self, message: Message, code: str, text: str, connection: Connection | None = None) -> bool:
         connection = connection or self._connection_for(message)
         if connection is not None and self._owes_answer():
             connection.answered()
-        if self.plan.settings.enhanced or code == "none" or connection is None or message.text is None:
+        if self.settings.enhanced or code == "none" or connection is None or message.text is None:
             return False
         self._write(connection, build_ack(Header(message.text), code, text, closing=self._closing))
         return True
-
-    def _connection_for(self, message: Message) -> Hl7Connection | None:
-        """The connection the message came from, or the one its sender made since.
-
-        A sender that repeats its message has claimed the answer. Else the only connection from the same address gets
-        it; in original mode only while it has sent nothing, where the answer cannot be taken for that of another.
-        """
-        found = self.connections.get(message.remote)
-        if found is not None and not found.ended:
-            return found
-        host = message.remote.rsplit(":", 1)[0]
-        candidates = [c for c in self.connections.values() if c.host == host and not c.ended]
-        if len(candidates) == 1 and (self.plan.settings.enhanced or not candidates[0].messages):
-            return candidates[0]
-        return found  # its sender ended its side only, or is gone: the write will tell
 
 
 class Listener:
@@ -3665,7 +3759,7 @@ class Listener:
 
     def __init__(self, bind: tuple[str, int], log: Log):
         self.bind = bind
-        self.channel: Hl7Channel | None = None
+        self.channel: Channel | None = None
         self._sockets = bind_sockets(*bind, log)
         self._servers: list[asyncio.Server] = []
 
@@ -3675,7 +3769,7 @@ class Listener:
             self._servers.append(await loop.create_server(self._connection, sock=sock, backlog=SOCKET_BACKLOG))
 
     def _connection(self) -> asyncio.Protocol:
-        return Hl7Connection(self.channel) if self.channel is not None else _TurnAway()
+        return self.channel.connect() if self.channel is not None else _TurnAway()
 
     def close(self) -> None:
         for server in self._servers:
@@ -4080,7 +4174,7 @@ class DeviceQueue(Queue):
 class Devices:
     """All devices that were pushed to: their connections, and their stored pushes."""
 
-    def __init__(self, store: Store, log: Log, channel_log: Log, channels: Mapping[str, Hl7Channel]):
+    def __init__(self, store: Store, log: Log, channel_log: Log, channels: Mapping[str, Channel]):
         self.open = True
         self.settings = AgentSettings()
         self.limit_given = False
@@ -4141,8 +4235,8 @@ class Devices:
         """To a device that is connected to one of our channels: channel://name or channel://name/ip."""
         name, host = push.target.host, push.target.path.strip("/")
         channel = self._channels.get(name)
-        if channel is None:
-            raise DeviceError(f"there is no running channel named '{name}'", "device-unreachable")
+        if not isinstance(channel, Hl7Channel):
+            raise DeviceError(f"there is no running HL7 channel named '{name}'", "device-unreachable")
         exchange = Exchange(push.control_id, push.mode, asyncio.get_running_loop().create_future())
         try:
             channel.push(exchange, push.text, host)
@@ -4335,7 +4429,7 @@ class Agent:
         self._console = console
         self.started = asyncio.Event()
         self.plan: Plan | None = None
-        self.channels: dict[str, Hl7Channel] = {}
+        self.channels: dict[str, Channel] = {}
         self._listeners: dict[tuple[str, int], Listener] = {}
         self._stop = asyncio.Event()
         self._reloading = asyncio.Lock()
