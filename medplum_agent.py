@@ -135,6 +135,7 @@ UPLINK_FRAME_BYTES = 64 * MIB  # the largest frame we accept from the server
 UPLINK_BUFFER_BYTES = MIB  # unsent bytes in the socket above which no further message is handed to it
 PUSH_WAIT_SECS = 9.0  # a push that a caller waits for: below the server's default of 10 s, so that it hears why
 PUSH_STORED_SECS = 30.0  # one try of a stored push
+PUSHED_IDS = 256  # pushes to connected devices whose late ACKs are still known
 DEVICE_IDLE_SECS = 10.0  # without keepAlive an unused device connection is closed after this time
 PING_SECS = 8.0  # a whole ping, whatever its count: below the server's 10 s
 PING_MAX = 100  # echo requests of one ping
@@ -430,7 +431,7 @@ def parse_setting(row: dataclasses.Field[Any], value: Any) -> Any:
             raise ValueError("must be text in quotes")
         if meta["check"] and value:
             meta["check"](value)
-        return _parse_choice(value.strip(), meta["choices"])
+        return _parse_choice(value.strip(" "), meta["choices"])  # control characters may be what is meant
     number = _parse_number(kind, value)
     if meta["low"] is not None and number < meta["low"]:
         raise ValueError(f"must be at least {meta['low']:g}")
@@ -3542,7 +3543,8 @@ class Hl7Channel(Channel):
 
     def __init__(self, plan: ChannelPlan, store: Store, log: Log, channel_log: Log):
         super().__init__(plan, store, log, channel_log)
-        self.pushes: dict[str, Exchange] = {}  # by control id: sent to a connected device, its ACK is awaited
+        self.pushes: list[tuple[Exchange, Connection]] = []  # sent to a connected device, its ACK is awaited
+        self._pushed: collections.deque[str] = collections.deque(maxlen=PUSHED_IDS)  # control ids, the last ones
 
     def connect(self) -> Connection:
         return Hl7Connection(self)
@@ -3558,6 +3560,10 @@ class Hl7Channel(Channel):
 
     def closed(self, connection: Connection) -> None:
         super().closed(connection)
+        for exchange, device in self.pushes:
+            if device is connection and not exchange.answer.done():
+                text = f"channel '{self.plan.name}': Message was still pending when connection closed"
+                exchange.answer.set_exception(DeviceError(text, "device-silent"))
         skipped = typing.cast(Hl7Connection, connection).core.skipped
         if skipped and not connection.messages:
             self._warn(f"{connection.remote} sent {skipped} bytes and no MLLP frame (0x0B ... 0x1C 0x0D)")
@@ -3582,8 +3588,7 @@ class Hl7Channel(Channel):
             return
         header = Header(text)
         self._note(f"[Received -- ID: {header.control_id}]: {text}")
-        if self.pushes and (ack := read_ack(text)) and (exchange := self.pushes.get(ack.control_id)):
-            exchange.heard(ack, text)
+        if (self.pushes or self._pushed) and self._push_answered(text):
             return
         if feed is None:
             self._answer(connection, header, "E", self.store.trouble or "storage error: the channel is starting")
@@ -3727,9 +3732,20 @@ class Hl7Channel(Channel):
             advice = f"; name one as channel://{self.plan.name}/<ip>" if found and not host else ""
             text = f"{count} connected {which}to channel '{self.plan.name}'{advice}"
             raise DeviceError(text, "device-unreachable")
-        self.pushes[exchange.control_id] = exchange
+        self.pushes.append((exchange, found[0]))
+        self._pushed.append(exchange.control_id)
         self._note(f"[Sending -- ID: {exchange.control_id}]: {text}")
         self._write(found[0], text)
+
+    def _push_answered(self, text: str) -> bool:
+        """A message that acknowledges a push, also late or again, is no message for the server."""
+        ack = read_ack(text)
+        if ack is None or ack.control_id not in self._pushed:
+            return False
+        waiting = (e for e, _ in self.pushes if e.control_id == ack.control_id and not e.answer.done())
+        if exchange := next(waiting, None):
+            exchange.heard(ack, text)
+        return True
 
     def refuse(self, message: Message, error_code: str) -> bool:
         """Original mode: the device waits, so a dead letter is answered by botErrorAck."""
@@ -3850,9 +3866,13 @@ class Target:
     def key(self) -> str:
         return f"{self.scheme}://{self.host}:{self.port}" if self.port else f"{self.scheme}://{self.host}{self.path}"
 
-    @property
-    def stats_key(self) -> str:
-        return f"mllp://{self.host}:{self.port}?encoding={self.settings.encoding}"
+
+def is_host(name: str) -> bool:
+    """An IPv4 or IPv6 address, or a syntactically valid host name (RFC 1123 2.1, with underscores)."""
+    with contextlib.suppress(ValueError):
+        return bool(ipaddress.ip_address(name))
+    labels = r"(?!-)[A-Za-z0-9_-]{1,63}(\.(?!-)[A-Za-z0-9_-]{1,63})*\.?"
+    return len(name) < 254 and re.fullmatch(labels, name) is not None
 
 
 def parse_target(url: str) -> Target:
@@ -3872,8 +3892,15 @@ def parse_target(url: str) -> Target:
         values["tls"] = True
     if problem := encoding_problem(values.get("encoding", "utf-8")):
         raise PeerError(f"'{url}': {problem}")
+    if scheme != "channel" and not is_host(parts.hostname or ""):
+        raise PeerError(f"'{url}': '{parts.hostname}' is neither an IP address nor a host name")
     host = urllib.parse.unquote(parts.netloc) if scheme == "channel" else parts.hostname or ""
     return Target(url, scheme, host, port, urllib.parse.unquote(parts.path), DeviceSettings(**values))
+
+
+def security_of(settings: DeviceSettings) -> tuple[Any, ...]:
+    """What a connection was made under; it serves only pushes that ask for the same."""
+    return settings.tls, settings.checkHost, settings.caFile, settings.certFile, settings.keyFile
 
 
 @functools.lru_cache(maxsize=64)
@@ -3885,15 +3912,16 @@ def device_tls(settings: DeviceSettings) -> ssl.SSLContext:
         if settings.certFile:
             context.load_cert_chain(settings.certFile, settings.keyFile or None)
     except (ConfigError, OSError) as error:
-        raise DeviceError(f"TLS to the device cannot be set up: {error}", "device-unreachable") from None
+        raise LocalError(f"TLS cannot be set up: {error}") from None
     return context
 
 
 class DeviceConnection(asyncio.Protocol):
     """One MLLP connection to a device; `current` is the message in flight on it."""
 
-    def __init__(self, device: Device, encoding: str):
-        self.encoding = encoding
+    def __init__(self, device: Device, settings: DeviceSettings):
+        self.encoding = settings.encoding
+        self.security = security_of(settings)
         self.current: Exchange | None = None
         self.idle_since = 0.0
         self._device = device
@@ -3945,7 +3973,9 @@ class Device:
         self.on_late: Callable[[Acknowledgment, str], None] = lambda ack, text: None
         self.users = 0  # pushes under way
         self._idle: list[DeviceConnection] = []
+        self.encoding = "utf-8"  # of the last push
         self._opening = 0
+        self._loop = asyncio.get_running_loop()
         self._waiters: collections.deque[asyncio.Future[None]] = collections.deque()
         self._log, self._channel_log = log, channel_log
 
@@ -3954,6 +3984,7 @@ class Device:
         phase = f"all {self.limit} connections were busy"
         exchange = Exchange(control_id, mode, asyncio.get_running_loop().create_future())
         self.users += 1
+        self.encoding = target.settings.encoding
         started = now_ms()
         try:
             async with asyncio.timeout(seconds):
@@ -4001,26 +4032,35 @@ class Device:
     async def _connection(self, target: Target) -> DeviceConnection:
         while self._idle:
             connection = self._idle.pop()
-            if connection.open:
+            if connection.open and connection.security == security_of(target.settings):
                 connection.encoding = target.settings.encoding
                 return connection
+            connection.close()
         self._opening += 1
         try:
             return await self._open(target)
-        except OSError as error:
-            self._wake()
-            raise DeviceError(f"{self.name}: {_os_reason(error)}", "device-unreachable") from None
+        except BaseException:
+            self._loop.call_soon(self._wake)  # the place is free again
+            raise
         finally:
             self._opening -= 1
 
     async def _open(self, target: Target) -> DeviceConnection:
         settings = target.settings
-        context = device_tls(settings) if settings.tls else None
         loop = asyncio.get_running_loop()
-        async with asyncio.timeout(settings.connectTimeoutSecs):
-            _, connection = await loop.create_connection(
-                lambda: DeviceConnection(self, settings.encoding), target.host, target.port, ssl=context
-            )
+        try:
+            context = device_tls(settings) if settings.tls else None
+            async with asyncio.timeout(settings.connectTimeoutSecs):
+                _, connection = await loop.create_connection(
+                    lambda: DeviceConnection(self, settings), target.host, target.port, ssl=context
+                )
+        except TimeoutError:
+            text = f"{self.name}: no connection within {settings.connectTimeoutSecs:g} s"
+            raise DeviceError(text, "device-unreachable") from None
+        except OSError as error:
+            raise DeviceError(f"{self.name}: {_os_reason(error)}", "device-unreachable") from None
+        except LocalError as error:
+            raise DeviceError(f"{self.name}: {error}", "device-unreachable") from None
         return connection
 
     def _release(self, connection: DeviceConnection) -> None:
@@ -4065,7 +4105,7 @@ class Device:
         try:
             async with asyncio.timeout(seconds):
                 context = device_tls(target.settings) if target.settings.tls else None
-                reader, writer = await asyncio.open_connection(target.host, target.port, ssl=context)
+                reader, writer = await asyncio.open_connection(target.host, target.port, ssl=context, limit=16 * MIB)
                 phase = "no answer came"
                 try:
                     writer.write(content)
@@ -4076,8 +4116,14 @@ class Device:
         except TimeoutError:
             kind = "device-silent" if phase.startswith("no") else "device-unreachable"
             raise DeviceError(f"{self.name}: {phase} within {seconds:g} s", kind) from None
-        except (OSError, asyncio.IncompleteReadError, asyncio.LimitOverrunError) as error:
-            reason = _os_reason(error) if isinstance(error, OSError) else "closed the connection before it answered"
+        except (OSError, LocalError, asyncio.IncompleteReadError, asyncio.LimitOverrunError) as error:
+            reason = (
+                str(error)
+                if isinstance(error, LocalError)
+                else _os_reason(error)
+                if isinstance(error, OSError)
+                else "closed the connection before it answered"
+            )
             kind = "device-silent" if phase.startswith("no") else "device-unreachable"
             raise DeviceError(f"{self.name}: {reason}", kind) from None
         finally:
@@ -4085,7 +4131,9 @@ class Device:
 
 
 def _os_reason(error: OSError) -> str:
-    """`Connection refused` rather than asyncio's own words for it."""
+    """`Connection refused` rather than asyncio's own words for it; what is wrong with a certificate."""
+    if isinstance(error, ssl.SSLError):
+        return f"TLS failed: {getattr(error, 'verify_message', '') or error.reason or error}"
     return os.strerror(error.errno) if error.errno and error.errno > 0 else str(error) or type(error).__name__
 
 
@@ -4182,7 +4230,8 @@ class Devices:
         self._channels = channels
         self._devices: dict[str, Device] = {}
         self._queues: dict[str, DeviceQueue] = {}
-        self._making: dict[str, asyncio.Future[DeviceQueue]] = {}
+        self._early: dict[str, list[Push]] = {}  # by device: arrived while its queue is being made
+        self._tries: set[asyncio.Future[str]] = set()
 
     def configure(self, settings: AgentSettings, given: frozenset[str]) -> None:
         """New Agent settings; connections in use are left alone."""
@@ -4229,7 +4278,7 @@ class Devices:
             return await device.exchange(target, push.text, push.control_id, push.mode, seconds)
         hexadecimal = target.settings.bodyEncoding == "hex"
         answer = await device.send_bytes(target, _push_bytes(push), seconds)
-        return answer.hex() if hexadecimal else answer.decode("utf-8", "replace")
+        return answer.hex() if hexadecimal else answer.decode(target.settings.encoding, "replace")
 
     async def _send_to_channel(self, push: Push, seconds: float) -> str:
         """To a device that is connected to one of our channels: channel://name or channel://name/ip."""
@@ -4246,11 +4295,20 @@ class Devices:
             text = f"the device on channel '{name}' sent no acknowledgment within {seconds:g} s"
             raise DeviceError(text, "device-silent") from None
         finally:
-            channel.pushes.pop(push.control_id, None)
+            channel.pushes = [entry for entry in channel.pushes if entry[0] is not exchange]
 
-    async def store(self, push: Push) -> None:
-        """Keep a push that nobody waits for, and send it in its turn."""
-        queue = await self._queue(push.target.key)
+    def store(self, push: Push) -> None:
+        """Keep a push that nobody waits for, and send it in its turn: pushes are stored in the order of the calls."""
+        key = push.target.key
+        if (queue := self._queues.get(key)) is not None:
+            self._put(queue, push)
+            return
+        if key not in self._early:
+            self._early[key] = []
+            self._make_queue_soon(key)
+        self._early[key].append(push)
+
+    def _put(self, queue: DeviceQueue, push: Push) -> None:
         message = Message(queue.row.id, push.target.url, push.text.encode(), "utf-8")
         message.text, message.control_id, message.type = push.text, push.control_id, push.content_type
         message.return_ack = push.mode or None
@@ -4263,24 +4321,34 @@ class Devices:
         if not message.refusal:
             queue.stored(message)
             return
-        self._log.error(f"A push to {push.target.key} cannot be stored ({message.refusal}); it is tried once.")
+        self._try_once(push, message.refusal)
+
+    def _try_once(self, push: Push, reason: str) -> None:
+        self._log.error(f"A push to {push.target.key} cannot be stored ({reason}); it is tried once.")
         task = asyncio.ensure_future(self.send(push, PUSH_STORED_SECS))
-        queue._tasks.add(typing.cast(Any, task))
-        task.add_done_callback(lambda task: task.cancelled() or task.exception())
+        self._tries.add(task)
+        task.add_done_callback(self._tried)
 
-    async def _queue(self, key: str) -> DeviceQueue:
-        if key not in self._queues:
-            if key not in self._making:
-                self._making[key] = asyncio.ensure_future(self._make_queue(key))
-            await asyncio.shield(self._making[key])
-        return self._queues[key]
+    def _tried(self, task: asyncio.Future[str]) -> None:
+        self._tries.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            self._log.error(f"A push that could not be stored failed: {error}.")
 
-    async def _make_queue(self, key: str) -> DeviceQueue:
-        row = await self._store.channel(PUSH_PREFIX + key, "")
+    def _make_queue_soon(self, key: str) -> None:
+        making = asyncio.ensure_future(self._store.channel(PUSH_PREFIX + key, ""))
+        making.add_done_callback(functools.partial(self._queue_made, key))
+
+    def _queue_made(self, key: str, making: asyncio.Future[ChannelRow]) -> None:
+        early = self._early.pop(key, [])
+        if making.cancelled() or making.exception() is not None:
+            for push in early:
+                self._try_once(push, "the queue cannot be used")
+            return
+        row = making.result()
         queue = self._queues[key] = DeviceQueue(self._policy(key), row, self._store, self._log, self)
         queue.pump()
-        del self._making[key]
-        return queue
+        for push in early:
+            self._put(queue, push)
 
     async def resume(self) -> None:
         """After a start: go on with the pushes that are on disk."""
@@ -4291,7 +4359,10 @@ class Devices:
             ).fetchall()
         )
         for (name,) in names:
-            await self._queue(name.removeprefix(PUSH_PREFIX))
+            key = name.removeprefix(PUSH_PREFIX)
+            if key not in self._queues and key not in self._early:
+                self._early[key] = []
+                self._make_queue_soon(key)
 
     def tidy(self) -> None:
         """Close connections that are not needed, and forget devices without any."""
@@ -4314,7 +4385,9 @@ class Devices:
     def stats(self) -> Json:
         """Round trips per device (operations contract 8)."""
         return {
-            f"{key}?encoding=utf-8": {"rtt": percentiles(device.round_trips) | {"pendingCount": len(device.pending)}}
+            f"{key}?encoding={device.encoding}": {
+                "rtt": percentiles(device.round_trips) | {"pendingCount": len(device.pending)}
+            }
             for key, device in self._devices.items()
         }
 
@@ -4334,11 +4407,14 @@ async def ping(host: str, count: int) -> str:
     except OSError:
         raise PingError(f"Unable to ping {host}: the name is unknown") from None
     address = found[0][4][0]
-    interval = min(1.0, PING_SECS / 2 / count)
+    interval, timeout = min(1.0, PING_SECS / 2 / count), min(2.0, PING_SECS / 3 / count)
     for privileged in (False, True):  # a datagram socket where users may have one, else a raw one where we may
         try:
-            result = await icmplib.async_ping(address, count, interval, timeout=PING_SECS / 4, privileged=privileged)
+            pinging = icmplib.async_ping(address, count, interval, timeout, privileged=privileged)
+            result = await asyncio.wait_for(pinging, PING_SECS)
             break
+        except TimeoutError:
+            raise PingError(f"Command failed: ping -c {count} {host}: no answer within {PING_SECS:g} s") from None
         except icmplib.SocketPermissionError:
             continue
         except icmplib.ICMPLibError as error:
@@ -4387,10 +4463,8 @@ async def _system_ping(host: str, count: int) -> str:
 
 def parse_ping(host: object, body: object) -> tuple[str, int]:
     """Host and count of a ping request (uplink contract 4.9); raises PingError."""
-    name = str(host or "").strip()
-    with contextlib.suppress(ValueError):
-        name = str(ipaddress.ip_address(name.strip("[]")))
-    if ":" not in name and not re.fullmatch(r"(?!-)[A-Za-z0-9_-]{1,63}(\.[A-Za-z0-9_-]{1,63})*\.?", name):
+    name = str(host or "").strip().strip("[]")
+    if not is_host(name):
         raise PingError(f"Invalid IP address or host name: '{name[:80]}'")
     words = str(body or "").split()
     if not words or not words[0].startswith("PING") or len(words) < 2:
@@ -4806,6 +4880,8 @@ class Agent:
 
     async def _push(self, message: Json) -> Json | None:
         """A push or a ping (uplink contract 4.7 to 4.9); None when nobody waits for the result."""
+        if not self.started.is_set():
+            await self.started.wait()
         if self.plan is None or self.plan.status != "active":
             raise PeerError("Agent.status is currently set to off")
         is_ping = message.get("contentType") == PING_TYPE
@@ -4817,7 +4893,7 @@ class Agent:
                 return answer | {"contentType": PING_TYPE, "statusCode": 200, "body": body}
             push = self._checked_push(message)
             if not message.get("callback"):
-                await self.devices.store(push)
+                self.devices.store(push)
                 return None
             body = await self.devices.send(push, PUSH_WAIT_SECS)
             return answer | {"contentType": push.content_type, "statusCode": 200, "body": body}

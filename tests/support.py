@@ -20,7 +20,7 @@ import threading
 import time
 from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, Self, TypeVar
 
 import medplum_agent
 from medplum_agent import Faults, Transmit, sandbox_resources
@@ -393,9 +393,13 @@ class AgentProcess:
 
         return eventually(line, timeout, f"log line with {text!r} in {self.main_log().decode()[-3000:]}")
 
+    def database(self) -> sqlite3.Connection:
+        """The queue file, to be read."""
+        return sqlite3.connect(f"{self.queue_path.as_uri()}?mode=ro", uri=True, timeout=5)
+
     def rows(self, control: str) -> list[dict[str, Any]]:
         """The rows of the queue for a control id, as the view `queue` shows them."""
-        with contextlib.closing(sqlite3.connect(f"{self.queue_path.as_uri()}?mode=ro", uri=True, timeout=5)) as db:
+        with contextlib.closing(self.database()) as db:
             db.row_factory = sqlite3.Row
             return [dict(row) for row in db.execute("SELECT * FROM queue WHERE control_id = ? ORDER BY id", (control,))]
 
@@ -522,7 +526,7 @@ class Receiver:
 
     def __init__(
         self, behaviour: Behaviour = accepts_all, *, port: int = 0, context: ssl.SSLContext | None = None,
-        encoding: str = "utf-8",
+        encoding: str = "utf-8", host: str = "127.0.0.1",
     ):  # fmt: skip
         self.behaviour, self.port, self.encoding = behaviour, port, encoding
         self.heard: list[str] = []
@@ -530,12 +534,12 @@ class Receiver:
         self.open: set[Link] = set()
         self.most = 0
         self.changed = threading.Condition()
-        self._context = context
+        self._context, self._host = context, host
         self._threads: list[threading.Thread] = []
         self._listener: socket.socket | None = None
         self.start()
 
-    def __enter__(self) -> "Receiver":
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -545,7 +549,8 @@ class Receiver:
 
     def start(self) -> None:
         """Listen; after `stop()` on the same port as before."""
-        self._listener = socket.create_server(("127.0.0.1", self.port), backlog=512)
+        family = socket.AF_INET6 if ":" in self._host else socket.AF_INET
+        self._listener = socket.create_server((self._host, self.port), family=family, backlog=512)
         self.port = self._listener.getsockname()[1]
         self._thread(self._listen, self._listener)
 
