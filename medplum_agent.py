@@ -25,6 +25,7 @@ import collections
 import contextlib
 import dataclasses
 import datetime
+import errno
 import functools
 import gc
 import io
@@ -99,9 +100,11 @@ VERSION: Final = f"{__version__}-{BUILD}"
 
 KIB, MIB = 1024, 1024 * 1024
 READ_BYTES = 64 * KIB  # asyncio's 256 KiB costs a memory map per read: a factor of three in lockstep traffic
+RESOLVE_SECS = 2.0  # to look up the host of an Endpoint address
 SOCKET_BACKLOG = 512  # connections waiting for accept(): a whole site reconnecting at once
 BIND_RETRY_SECS = 0.25  # a port held by the agent that we replace is free within moments
 GRACEFUL_CLOSE_SECS = 5.0  # a device connection that is closed by us may finish what is being stored
+ENDED_SECS = 60.0  # a device that ended its side may wait so long for its answers
 STOP_ANSWER_SECS = 3.0  # at shutdown, wait this long for answers that devices are waiting for
 STOP_SECS = 9.0  # the whole clean stop; service managers kill after 10 s
 
@@ -111,6 +114,7 @@ UNCOMMITTED_BYTES = 16 * MIB  # received but not yet on disk; above it devices a
 UNCOMMITTED_MESSAGES = 8192  # the same for small messages
 LAZY_SECS = 0.1  # finished rows are marked with the next batch, or after this time
 COMPLAIN_SECS = 5.0  # failed tries of one queue are logged at most this often
+MAX_WARNINGS = 20  # warnings of one channel within that time
 WINDOW_MESSAGES = 8192  # queued messages of a channel known in memory; the rest stays on disk
 WINDOW_BYTES = 4 * MIB  # bodies among them that are kept in memory
 INFLIGHT_BYTES = 16 * MIB  # of one channel with the server at once
@@ -129,11 +133,13 @@ TOKEN_MARGIN_SECS = 300.0  # refresh this long before the token expires
 TOKEN_REFRESH_SPACING_SECS = 5.0  # a server that hands out nearly expired tokens must not be asked per message
 CONNECT_TIMEOUT_SECS = 10.0  # TCP, proxy, TLS and WebSocket handshake together
 RECONNECT_BASE_SECS, RECONNECT_MAX_SECS = 1.0, 10.0  # full jitter between 0 and base * 2^n, capped
+SUSPECT_LOSSES = 3  # connections lost in a row with messages in flight: one of these may be the cause
 STABLE_SECS = 5.0  # a connection that lived this long resets the back-off
 SERVER_FIRST_SECS = 5.0  # at start the server is asked for the configuration before the saved one is used
 UPLINK_FRAME_BYTES = 64 * MIB  # the largest frame we accept from the server
 UPLINK_BUFFER_BYTES = MIB  # unsent bytes in the socket above which no further message is handed to it
 PUSH_WAIT_SECS = 9.0  # a push that a caller waits for: below the server's default of 10 s, so that it hears why
+PUSH_ANSWER_BYTES = 1_000_000  # a device's answer; the server closes the connection at 1 MiB by default
 PUSH_STORED_SECS = 30.0  # one try of a stored push
 PUSHED_IDS = 256  # pushes to connected devices whose late ACKs are still known
 DEVICE_IDLE_SECS = 10.0  # without keepAlive an unused device connection is closed after this time
@@ -584,6 +590,14 @@ def _read_secret_file(sources: Sequence[Source], problems: dict[str, str]) -> li
     return read
 
 
+def _is_base_url(url: str) -> bool:
+    try:
+        parts = urllib.parse.urlsplit(url)
+        return parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        return False
+
+
 def _check_process(values: dict[str, Any], sources: Sequence[Source], problems: dict[str, str]) -> None:
     for position, name in enumerate(ARGUMENTS[:4], 1):
         if not values.get(name) and name not in problems:
@@ -592,7 +606,7 @@ def _check_process(values: dict[str, Any], sources: Sequence[Source], problems: 
             problems[name] = f"{name} is missing: {how}"
     url = values.get("baseUrl", "")
     where = next((s.name for s in sources if "baseUrl" in s.values), "")
-    if url and not re.match(r"https?://[^/]", url):
+    if url and not _is_base_url(url):
         problems["baseUrl"] = f"baseUrl '{url}' (from {where}) must start with http:// or https:// and name a host"
     if (agent_id := values.get("agentId")) and not re.fullmatch(r"[A-Za-z0-9\-.]{1,64}", agent_id):
         problems["agentId"] = f"agentId '{agent_id}' is not the id of a FHIR resource (letters, digits, - and .)"
@@ -654,10 +668,10 @@ class Policy(NamedTuple):
             delay = self.max_delay_ms
         return round(random.uniform(delay / 2, delay))
 
-    def spent(self, failures: int, first_failed_at: int) -> bool:
-        """Whether a message was tried often or long enough."""
+    def spent(self, failures: int, first_failed_at: int, tries: int = 3) -> bool:
+        """Whether a message was tried often enough, or long enough: a clock that jumps once buries nothing."""
         old = self.dead_letter_hours and now_ms() - first_failed_at > self.dead_letter_hours * 3_600_000
-        return bool(old or (self.attempts and failures >= self.attempts))
+        return bool((old and tries >= 3) or (self.attempts and failures >= self.attempts))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -805,6 +819,8 @@ def channel_plan(
     address = endpoint.get("address") or ""
     if not address:
         raise ConfigError([f"Invalid empty endpoint address for channel '{name}'"])
+    if address.startswith("mllps"):
+        raise ConfigError([f"channel '{name}': listening with TLS is not supported; use mllp:// on a safe network"])
     protocol = next((p for prefix, p in PROTOCOLS.items() if address.startswith(prefix)), None)
     if protocol is None:
         raise ConfigError(
@@ -844,7 +860,7 @@ def build_plan(agent: Json, endpoints: Mapping[str, Json | AgentError]) -> tuple
             problems += error.problems
     if settings.strictConfigValidation:
         problems += warnings
-    known = tuple(endpoint for endpoint in endpoints.values() if isinstance(endpoint, dict))
+    known = tuple({**e, "id": ref.rpartition("/")[2]} for ref, e in endpoints.items() if isinstance(e, dict))
     return Plan(status, settings, given, tuple(channels.values()), tuple(warnings), agent, known), problems
 
 
@@ -1342,7 +1358,8 @@ class Acknowledgment(NamedTuple):
 
 def read_ack(text: object) -> Acknowledgment | None:
     """The acknowledgment in a Bot's answer or a device's; None when it is not HL7 or has no MSA-1."""
-    if not isinstance(text, str) or not text.startswith("MSH") or len(text) < 4:
+    text = text.lstrip("\r\n") if isinstance(text, str) else ""
+    if not text.startswith("MSH") or len(text) < 4:
         return None
     text = _LINE_ENDS.sub("\r", text) if "\n" in text else text
     segment = next(segments_named(text, "MSA", text[3]), "")
@@ -1526,8 +1543,9 @@ CREATE VIEW queue AS SELECT m.id, c.name AS channel_name,
 PRAGMA application_id = {APPLICATION_ID};
 PRAGMA user_version = {SCHEMA_VERSION};
 """
-_INSERT = """INSERT OR IGNORE INTO message (id, channel, epoch, state, remote, control_id, checked, type, key, original,
-  encoding, finalized, seq_no, return_ack, received_at, outcome, error_code, last_error) VALUES {rows}"""
+_INSERT = """INSERT INTO message (id, channel, epoch, state, remote, control_id, checked, type, key, original,
+  encoding, finalized, seq_no, return_ack, received_at, outcome, error_code, last_error) VALUES {rows}
+  ON CONFLICT (channel, control_id) WHERE checked DO NOTHING"""
 _UPDATE = """UPDATE message SET state = column2, remote = column3, attempts = column4, failures = column5,
   next_attempt_at = column6, first_failed_at = column7, sent_at = column8, settled_at = column9, response = column10,
   status_code = column11, outcome = column12, error_code = column13, last_error = column14
@@ -1653,6 +1671,7 @@ class Store:
         self._read_connection: sqlite3.Connection | None = None
         self._failed_at = self._measure_at = 0.0
         self._inode = (0, 0)
+        self._lock_file: typing.BinaryIO | None = None
         self._channels: dict[str, tuple[int, str, int]] = {}  # id, key_spec and epoch by name
         self._writer = threading.Thread(target=self._write_loop, name="store-writer", daemon=True)
 
@@ -1722,6 +1741,10 @@ class Store:
         self._stopping = True
         self._bell.put(None)
         await asyncio.to_thread(self._writer.join, STOP_SECS)
+        if self._lock_file is not None:
+            with contextlib.suppress(OSError):
+                self._lock_path.unlink()
+            self._lock_file.close()
         self._reader.shutdown(wait=False)
 
     async def channel(self, name: str, key_spec: str) -> ChannelRow:
@@ -1767,8 +1790,8 @@ class Store:
         return await self.read(run)
 
     async def message(self, id_: int) -> Message | None:
-        """One message without its body."""
-        row = await self.read(lambda db: db.execute(f"SELECT {_COLUMNS} FROM message WHERE id = ?", (id_,)).fetchone())
+        """One message without its body, as it is after all updates that were asked for."""
+        row = await self.call(lambda db: db.execute(f"SELECT {_COLUMNS} FROM message WHERE id = ?", (id_,)).fetchone())
         return Message._from_row(row) if row else None
 
     # --- the reader thread ---
@@ -1975,6 +1998,7 @@ class Store:
         db: sqlite3.Connection | None = None
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._lock_queue()
             os.close(os.open(self.path, os.O_RDWR | os.O_CREAT, 0o600))
             db = sqlite3.connect(self.path, isolation_level=None, check_same_thread=False, timeout=5)
             self._prepare(db)
@@ -1990,6 +2014,19 @@ class Store:
             self._log.info(f"The queue {self.path} is open again.")
         self.trouble = ""
         return db
+
+    @property
+    def _lock_path(self) -> Path:
+        return self.path.with_name(self.path.name + ".lock")
+
+    def _lock_queue(self) -> None:
+        """Two agents must never share a queue: their row numbers would clash."""
+        if self._lock_file is None:
+            file = open(self._lock_path, "a+b", opener=lambda p, flags: os.open(p, flags, 0o600))  # noqa: SIM115
+            if not lock_file(file):
+                file.close()
+                raise StorageError("foreign file: another agent uses this queue (queueDbPath)")
+            self._lock_file = file
 
     def _prepare(self, db: sqlite3.Connection) -> None:
         new = not db.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]
@@ -2055,8 +2092,12 @@ class Store:
     def _released(self, messages: list[Message]) -> None:
         for message in messages:
             message.original = None
-            if message.source is not None:
+            if message.source is None:
+                continue
+            try:
                 message.source(message)
+            except Exception as error:  # one message must not cost the others of its batch their acknowledgments
+                self._log.error(f"Internal error: {type(error).__name__} after storing message {message.id}")
 
     # --- retention ---
 
@@ -2066,9 +2107,9 @@ class Store:
         old = now_ms() - settings.queueRetentionDays * day
         floor = now_ms() - settings.queueErroredRetentionDays * day
         limit = settings.queueRetentionMaxMb * MIB
-        answered = f"state = {PROCESSED} AND outcome <> {UNDELIVERED}"
-        dead = f"(state > {PROCESSED} OR (state = {PROCESSED} AND outcome = {UNDELIVERED}))"
-        processed = await self._delete(f"{answered} AND settled_at < {old}", lambda: True)
+        answered = f"((state = {PROCESSED} AND outcome <> {UNDELIVERED}) OR state = {NACKED})"
+        dead = f"(state IN ({REJECTED}, {FAILED}) OR (state = {PROCESSED} AND outcome = {UNDELIVERED}))"
+        processed = await self._delete(f"{answered} AND iif(settled_at, settled_at, received_at) < {old}", lambda: True)
         processed += await self._delete(answered, lambda: self.size_bytes > limit)
         errored = await self._delete(f"{dead} AND settled_at < {floor}", lambda: self.size_bytes > limit)
         return processed, errored
@@ -2115,6 +2156,25 @@ def _execute_many(db: sqlite3.Connection, template: str, rows: Sequence[tuple[An
         chunk = rows[at : at + size]
         db.execute(_statement(template, len(chunk[0]), size), list(itertools.chain.from_iterable(chunk)))
         at += size
+
+
+def lock_file(file: typing.BinaryIO) -> bool:
+    """Lock the file for this process, and write the process id into it; False when another holds it."""
+    try:
+        if sys.platform == "win32":
+            import msvcrt
+
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+        else:
+            import fcntl
+
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    file.truncate(0)
+    file.write(str(os.getpid()).encode())
+    file.flush()
+    return True
 
 
 def _with_body(row: Sequence[Any]) -> tuple[Message, bytes | None, str | None]:
@@ -2192,6 +2252,17 @@ def proxy_for(url: str) -> str | None:
     return proxy if not proxy or "://" in proxy else f"http://{proxy}"
 
 
+def _proxy_problem(proxy: str) -> str:
+    """The proxy without its password when it is no http proxy, else ``."""
+    shown = re.sub(r"//.*@", "//", proxy)
+    try:
+        parts = urllib.parse.urlsplit(proxy)
+        usable = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        usable = False
+    return "" if usable else shown
+
+
 def http_pool(url: str, context: ssl.SSLContext) -> urllib3.PoolManager:
     """A connection pool for the server of `url`, through its proxy if there is one."""
     retries = urllib3.Retry(
@@ -2202,6 +2273,8 @@ def http_pool(url: str, context: ssl.SSLContext) -> urllib3.PoolManager:
     proxy = proxy_for(url)
     if not proxy:
         return urllib3.PoolManager(**common)
+    if problem := _proxy_problem(proxy):
+        raise ConfigError([f"the proxy '{problem}' of HTTP_PROXY or HTTPS_PROXY cannot be used: give http://host:port"])
     user = urllib.parse.urlsplit(proxy)
     secret = f"{urllib.parse.unquote(user.username or '')}:{urllib.parse.unquote(user.password or '')}"
     headers = urllib3.make_headers(proxy_basic_auth=secret) if user.username else None
@@ -2254,7 +2327,7 @@ class Fhir:
         return token.text
 
     def reject_token(self) -> None:
-        """The server does not accept the token any more: the next use logs in again."""
+        """The server does not accept the token any more: the next use logs in again, but not once per message."""
         self._rejected = True
 
     async def fresh_token(self) -> str:
@@ -2286,7 +2359,8 @@ class Fhir:
         answer = _json_object(response.data)
         if response.status >= 300 or not isinstance(answer.get("access_token"), str):
             reason = answer.get("error_description") or answer.get("error") or f"HTTP status {response.status}"
-            raise ServerError(f"login refused: {reason}. Check clientId and clientSecret", response.status)
+            advice = ". Check clientId and clientSecret" if response.status in (400, 401) else ""
+            raise ServerError(f"login refused: {reason}{advice}", response.status)
         token = self._checked_token(answer)
         if isinstance(jwt_claims(token.text).get("login_id"), str):
             self._checked(self._http("GET", self.base + "auth/me", headers=self._headers(token.text)), "auth/me")
@@ -2298,7 +2372,9 @@ class Fhir:
         expires = claims.get("exp")
         if not isinstance(expires, int | float):
             lifetime = answer.get("expires_in")
-            return Token(text, time.time() + lifetime if isinstance(lifetime, int | float) else math.inf)
+            if not isinstance(lifetime, int | float) or lifetime < 2 * TOKEN_MARGIN_SECS:
+                lifetime = math.inf  # the contract ignores expires_in; a sensible one saves a refusal
+            return Token(text, time.time() + lifetime)
         if expires < time.time():
             raise ServerError("login failed: Token expired. Is the clock of this machine right?")
         audience = claims.get("cid") or claims.get("client_id")
@@ -2310,7 +2386,7 @@ class Fhir:
         """GET fhir/R4/<reference>; a 401 is tried once more with a new token."""
         response = await self._read(reference)
         if response.status == 401:
-            self.reject_token()
+            self.token = None
             response = await self._read(reference)
         return self._checked(response, reference)
 
@@ -2365,6 +2441,7 @@ class _Socket(ClientConnection):
         super().__init__(*args, **kwargs)
         self._uplink = uplink
         self._parts: list[bytes] = []
+        self._early: list[bytes] | None = []  # texts that came with the handshake, until `begin`
 
     def process_event(self, event: Any) -> None:
         if (
@@ -2374,12 +2451,24 @@ class _Socket(ClientConnection):
         ):
             super().process_event(event)
         elif event.fin and not self._parts:
-            self._uplink.received(event.data)
+            self._text(event.data)
         else:
             self._parts.append(bytes(event.data))
             if event.fin:
                 text, self._parts = b"".join(self._parts), []
-                self._uplink.received(text)
+                self._text(text)
+
+    def _text(self, text: bytes | bytearray | memoryview) -> None:
+        if self._early is not None:
+            self._early.append(bytes(text))
+        else:
+            self._uplink.received(text)
+
+    def begin(self) -> None:
+        """The uplink is ready for what has come, and for what comes."""
+        early, self._early = self._early or [], None
+        for text in early:
+            self._uplink.received(text)
 
     def resume_writing(self) -> None:
         super().resume_writing()
@@ -2408,6 +2497,7 @@ class Uplink:
         self._context = context if scheme == "wss" else None
         self._socket: _Socket | None = None
         self._outgoing: list[bytes] = []
+        self.largest = self.largest_id = 0  # bytes of the largest text on this connection, and the message it carried
         self._masks = b""
         self._loop = asyncio.get_running_loop()
         self._flushing = self._refreshing = False
@@ -2439,14 +2529,15 @@ class Uplink:
     def _refresh_done(self, task: asyncio.Future[str]) -> None:
         self._refreshing = False
         if task.cancelled() or task.exception() is None:
-            self._loop.call_soon(self.on_writable)
+            usable = self._fhir.usable_token() is not None
+            self._loop.call_later(0 if usable else RECONNECT_BASE_SECS, self.on_writable)
         else:
             self._log.error(f"The token cannot be refreshed: {task.exception()}")
             self._loop.call_later(random.uniform(0, RECONNECT_MAX_SECS), self.on_writable)
 
-    def transmit(self, channel: str, remote: str, content_type: str, body: str, callback: str) -> None:
-        """Send one agent:transmit:request; only when `ready()`."""
-        self._write({
+    def transmit(self, channel: str, remote: str, content_type: str, body: str, callback: str) -> int:
+        """Send one agent:transmit:request; only when `ready()`. Returns the bytes of its text."""
+        return self._write({
             "type": "agent:transmit:request", "accessToken": self._token, "channel": channel, "remote": remote,
             "contentType": content_type, "body": body, "callback": callback,
         })  # fmt: skip
@@ -2456,15 +2547,19 @@ class Uplink:
         if self.live:
             self._write(message)
 
-    def _write(self, message: Json) -> None:
+    def _write(self, message: Json) -> int:
         assert self._socket is not None
+        text = dump_json(message)
+        if len(text) > self.largest:
+            self.largest, self.largest_id = len(text), 0
         if self._settings.compression:
-            self._socket.protocol.send_text(dump_json(message))
+            self._socket.protocol.send_text(text)
         else:
-            self._outgoing.append(self._text_frame(dump_json(message)))
+            self._outgoing.append(self._text_frame(text))
         if not self._flushing:
             self._flushing = True
             self._loop.call_soon(self._flush)
+        return len(text)
 
     def _text_frame(self, payload: bytes) -> bytes:
         """A masked text frame (RFC 6455 5.2); a random number for each would cost a system call and the GIL."""
@@ -2576,11 +2671,14 @@ class Uplink:
             )  # fmt: skip
         except (ServerError, OSError, EOFError, WebSocketException) as error:
             return str(error) or type(error).__name__
+        except Exception as error:  # whatever a proxy or server makes of the handshake: the uplink tries again
+            return f"the connection failed with {type(error).__name__}"
         assert isinstance(sock, _Socket)
         self._socket = sock
         self._outgoing.clear()
-        self.outstanding = 0
+        self.largest = self.largest_id = self.outstanding = 0
         self._write({"type": "agent:connect:request", "accessToken": token, "agentId": self._settings.agentId})
+        sock.begin()
         beating = asyncio.create_task(self._heartbeats(sock))
         try:
             await sock.wait_closed()
@@ -2732,7 +2830,7 @@ _REJECTED = frozenset(
 def judge(mode: str, status: int, body: object) -> Judgment:
     """Classify a response by status code and, in guaranteed mode, by the MSA-1 of its body (channel contract 5.5)."""
     ack = read_ack(body) if mode == "guaranteed" else None
-    is_hl7 = isinstance(body, str) and body.startswith("MSH")
+    is_hl7 = isinstance(body, str) and body.lstrip("\r\n").startswith("MSH")
     if ack is not None:
         return Judgment(_UPSTREAM.get(ack.code, ""), is_hl7)
     if status == 429:
@@ -2798,6 +2896,10 @@ class Queue:
     def can_send(self) -> bool:
         raise NotImplementedError
 
+    def still_open(self) -> bool:
+        """The way is open for a message that is in flight already."""
+        return self.can_send()
+
     def transmit(self, message: Message) -> None:
         """Send the message; its answer ends in `settle` or `failed`."""
         raise NotImplementedError
@@ -2816,7 +2918,9 @@ class Queue:
         """A new message is on disk."""
         behind = self._loaded < self._newest
         self.depth += 1
-        self._newest = message.id
+        self._newest = max(self._newest, message.id)
+        if message.id <= self._loaded:
+            return  # a refill has read it already
         if behind or len(self.window) >= WINDOW_MESSAGES:
             message.text = None
         else:
@@ -2920,11 +3024,12 @@ class Queue:
         """Wait for the next try without a worker; a large backlog of retries keeps its bodies on disk."""
         if self._bytes > WINDOW_BYTES:
             self._drop_body(message)
-        delay = max(0, message.next_attempt_at - now_ms()) / 1000
+        delay = min(max(0, message.next_attempt_at - now_ms()), self.policy.max_delay_ms) / 1000  # clocks jump
         self._parked[message.id] = self._loop.call_later(delay, self._unpark, message)
 
     def _unpark(self, message: Message) -> None:
         del self._parked[message.id]
+        message.next_attempt_at = 0
         self._order.ready.appendleft(message)
         self.pump()
 
@@ -2937,14 +3042,12 @@ class Queue:
     async def _read_bodies(self, messages: list[Message]) -> None:
         try:
             found = await self._store.bodies([message.id for message in messages])
-        except sqlite3.Error:
+            for message in messages:
+                if message.id in found:
+                    message.text = self.text_of(message, *found[message.id])
+                    self._bytes += len(message.text)
+        finally:
             self._unsend(messages)
-            raise
-        for message in messages:
-            original, finalized = found[message.id]
-            message.text = self.text_of(message, original, finalized)
-            self._bytes += len(message.text)
-        self._unsend(messages)
 
     def _unsend(self, messages: Iterable[Message]) -> None:
         for message in sorted(messages, key=lambda message: message.id, reverse=True):
@@ -2961,7 +3064,7 @@ class Queue:
             self._start(message)
 
     def _start(self, message: Message) -> None:
-        if not self.can_send():
+        if not self.still_open():
             if message.state == SENT:
                 message.state = QUEUED
                 self._store.update(message, SENT)
@@ -2994,7 +3097,7 @@ class Queue:
         """
         message.failures += counts
         message.first_failed_at = message.first_failed_at or now_ms()
-        if error not in _RETRIED[self.policy.mode] or self.policy.spent(message.failures, message.first_failed_at):
+        if error not in _RETRIED[self.policy.mode] or self._spent(message):
             self.bury(message, error, status, relay=relay)
             return
         tries = message.failures if counts else message.attempts
@@ -3006,6 +3109,9 @@ class Queue:
         self._complain(f"message {message.id}, try {message.attempts} failed: {message.error}")
         self._park(message)
         self.pump()
+
+    def _spent(self, message: Message) -> bool:
+        return self.policy.spent(message.failures, message.first_failed_at, message.attempts)
 
     def _complain(self, text: str) -> None:
         """A feed that fails does so thousands of times: one line in a while says it."""
@@ -3054,6 +3160,7 @@ class Feed(Queue):
         super().__init__(plan.policy, row, store, log)
         self.plan = plan
         self.outlet: Outlet | None = None
+        self.may_send: Callable[[], bool] = lambda: True
         self._uplink = uplink
         self._prefix = prefix
 
@@ -3063,11 +3170,16 @@ class Feed(Queue):
         self.pump()
 
     def can_send(self) -> bool:
+        return self.may_send() and self._uplink.ready()
+
+    def still_open(self) -> bool:
         return self._uplink.ready()
 
     def transmit(self, message: Message) -> None:
         callback = f"{self._prefix}{message.id:012x}#{message.attempts}"
-        self._uplink.transmit(self.plan.name, message.remote, HL7_TYPE, message.text or "", callback)
+        size = self._uplink.transmit(self.plan.name, message.remote, HL7_TYPE, message.text or "", callback)
+        if size == self._uplink.largest:
+            self._uplink.largest_id = message.id
 
     def tell_dead(self, message: Message, error: str, relay: bool) -> bool:
         if self.outlet is None:
@@ -3082,7 +3194,7 @@ class Feed(Queue):
         sent = list(self.inflight.values())
         for message in sent:
             message.first_failed_at = message.first_failed_at or now_ms()
-            if self.policy.spent(0, message.first_failed_at):
+            if self.policy.spent(0, message.first_failed_at, message.attempts):
                 self.bury(message, "connection-lost")
         self._unsend(sent)
 
@@ -3127,6 +3239,7 @@ class Dispatcher:
         self._store, self._uplink, self._log = store, uplink, log
         self._agent_id = agent_id
         self._late_answers: set[asyncio.Future[None]] = set()
+        self._losses = 0  # connections in a row that were lost with messages in flight and none answered
         uplink.on_live = uplink.on_writable = self.pump
         uplink.on_lost = self._lost
 
@@ -3143,6 +3256,7 @@ class Dispatcher:
         if feed is None:
             await self._recover(plan, row)
             feed = self.feeds[plan.name] = Feed(plan, row, self._store, self._uplink, self.callback_prefix, self._log)
+        feed.may_send = self.may_send
         feed.replan(plan, row)
         return feed
 
@@ -3169,20 +3283,29 @@ class Dispatcher:
             feed.pump()
 
     def _lost(self, close_code: int) -> None:
+        sent = [(feed, message) for feed in self.feeds.values() for message in feed.inflight.values()]
         if close_code == 1009:
-            self._drop_largest()
+            self._bury_largest(sent)
+        elif len(sent) == 1 and self._losses >= SUSPECT_LOSSES:
+            feed, message = sent[0]
+            feed.failed(message, "connection-lost")
+        self._losses += bool(sent)
         for feed in self.feeds.values():
             feed.lost()
 
-    def _drop_largest(self) -> None:
-        """Close code 1009 (message too big) does not say which: it is the largest that was in flight."""
-        sent = [(message.size, message, feed) for feed in self.feeds.values() for message in feed.inflight.values()]
-        if sent:
-            _, message, feed = max(sent, key=lambda entry: entry[0])
-            feed.bury(message, "too-large", 1009)
+    def _bury_largest(self, sent: Sequence[tuple[Feed, Message]]) -> None:
+        """Close code 1009 (message too big) does not say which: it is the largest frame of the connection."""
+        for feed, message in sent:
+            if message.id == self._uplink.largest_id:
+                feed.bury(message, "too-large", 1009)
+
+    def may_send(self) -> bool:
+        """After several losses of the connection one of the messages may be their cause: then one at a time is sent."""
+        return self._losses < SUSPECT_LOSSES or not any(feed.inflight for feed in self.feeds.values())
 
     def response(self, answer: Json) -> None:
         """One agent:transmit:response (uplink contract 4.6)."""
+        self._losses = 0
         status = answer.get("statusCode")
         code = status if isinstance(status, int) and status else 200
         body = answer.get("body")
@@ -3360,7 +3483,7 @@ class Connection(asyncio.Protocol):
     def answered(self) -> None:
         """The last word on one of this device's messages was said."""
         self.awaiting = max(0, self.awaiting - 1)
-        self._close_if_done()
+        self._loop.call_soon(self._close_if_done)  # after what is being written now
 
     def stored(self) -> None:
         """A message is on disk or refused."""
@@ -3377,9 +3500,14 @@ class Connection(asyncio.Protocol):
             self._close_if_done()
             self._loop.call_later(GRACEFUL_CLOSE_SECS, self._transport.abort)
 
+    def abort(self) -> None:
+        self._transport.abort()
+
     def check_time(self, now: float, idle: float, inside: float) -> str:
         """Why this connection should be closed for its silence, or ``."""
         silent = now - self.active_at
+        if self.ended and silent > ENDED_SECS and not self.pending:
+            return "its sender ended it, and the answer takes long: it is kept for a repetition"
         if self._paused or self._closing:
             return ""
         if inside and self.inside and silent > inside:
@@ -3402,7 +3530,7 @@ class Hl7Connection(Connection):
 
     def take(self, received: bytes) -> None:
         events = self.core.receive(received)
-        if self.channel.settings.messagesPerMin > 0:
+        if self.channel.settings.messagesPerMin > 0 or self._delayed:
             self._delayed.extend(events)
             self._next_delayed()
         else:
@@ -3422,8 +3550,10 @@ class Hl7Connection(Connection):
 
     def _next_delayed(self) -> None:
         """messagesPerMin: hold messages back, and the device with them."""
-        while self._delayed and self._loop.time() >= self._next_at:
-            self._next_at = max(self._next_at, self._loop.time() - 0.01) + 60 / self.channel.settings.messagesPerMin
+        rate = self.channel.settings.messagesPerMin  # a reload may have changed it
+        while self._delayed and (rate <= 0 or self._loop.time() >= self._next_at):
+            if rate > 0:
+                self._next_at = max(self._next_at, self._loop.time() - 0.01) + 60 / rate
             self._take(self._delayed.popleft())
         if self._delayed and "rate" not in self._paused:
             self.pause("rate")
@@ -3461,6 +3591,7 @@ class Channel:
         self.feed: Feed | None = None  # None until the store has a row for the channel
         self.connections: dict[str, Connection] = {}
         self._log, self._channel_log = log, channel_log
+        self._warned_at, self._warnings = -math.inf, 0
         self._watcher = self.loop.call_later(1, self._watch)
 
     # --- what each protocol does in its own way ---
@@ -3494,10 +3625,14 @@ class Channel:
 
     def opened(self, connection: Connection) -> None:
         if len(self.connections) >= self.plan.settings.maxConnections:
+            for old in [c for c in self.connections.values() if c.ended][:1]:  # its answer waits for a repetition
+                self.connections.pop(old.remote)
+                old.abort()
+        if len(self.connections) >= self.plan.settings.maxConnections:
             self._warn(
                 f"{connection.host} was turned away: {len(self.connections)} connections are open (maxConnections)"
             )
-            connection._transport.abort()
+            connection.abort()
             return
         self.connections[connection.remote] = connection
         self._log.debug(f"Channel '{self.plan.name}': {connection.remote} connected.")
@@ -3517,7 +3652,16 @@ class Channel:
         self._watcher = self.loop.call_later(1, self._watch)
 
     def _warn(self, text: str) -> None:
-        self._log.warn(f"Channel '{self.plan.name}': {text}.")
+        """A warning in the main log; a device that errs a thousand times fills it with a few lines."""
+        now = self.loop.time()
+        if now - self._warned_at > COMPLAIN_SECS:
+            self._warned_at, self._warnings = now, 0
+        self._warnings += 1
+        if self._warnings <= MAX_WARNINGS:
+            more = (
+                "; further warnings of this channel are held back for a while" if self._warnings == MAX_WARNINGS else ""
+            )
+            self._log.warn(f"Channel '{self.plan.name}': {text}{more}.")
 
     def _note(self, text: str) -> None:
         self._channel_log.info(f"[{self.plan.protocol}:{self.plan.name}] {text}")
@@ -3652,13 +3796,20 @@ class Hl7Channel(Channel):
 
     # --- repetitions (channel contract 5.3) ---
 
-    def _repeated(self, connection: Connection, header: Header, message: Message, earlier: Earlier) -> None:
+    def _repeated(
+        self, connection: Connection, header: Header, message: Message, earlier: Earlier, *, fresh: bool = False
+    ) -> None:
+        """The same control id as before. `fresh`: the earlier row was read after everything was written."""
         assert self.feed is not None
         if not earlier.same or self.settings.duplicateBehavior == "reject":
             self._reject_repetition(connection, header, message, earlier.same)
             return
         row = self.feed.window.get(earlier.message.id, earlier.message)
-        if row.state < PROCESSED:
+        if row.state < PROCESSED and row is earlier.message and not fresh:  # on disk, or settled a moment ago
+            reading = asyncio.ensure_future(self.store.message(row.id))
+            connection.pending += 1
+            reading.add_done_callback(functools.partial(self._repeated_again, connection, header, message, earlier))
+        elif row.state < PROCESSED:
             self._claim(row, connection)
             self._commit_accept(connection, header)
         elif self._replay(connection, row):
@@ -3673,6 +3824,18 @@ class Hl7Channel(Channel):
         else:
             row.text = message.text
             self._silent_ack(row, connection)
+
+    def _repeated_again(
+        self,
+        connection: Connection,
+        header: Header,
+        message: Message,
+        earlier: Earlier,
+        reading: asyncio.Future[Message | None],
+    ) -> None:
+        connection.stored()
+        found = None if reading.cancelled() or reading.exception() else reading.result()
+        self._repeated(connection, header, message, Earlier(found or earlier.message, earlier.same), fresh=True)
 
     def _reject_repetition(self, connection: Connection, header: Header, message: Message, same: bool) -> None:
         reason = "duplicate control id" if same else "control id was used before with other content"
@@ -3711,6 +3874,7 @@ class Hl7Channel(Channel):
         connection = self._connection_for(message)
         if connection is not None and self._owes_answer():
             connection.answered()
+        text = text.lstrip("\r\n")
         ack = read_ack(text)
         if ack and not passes_filter(self.settings, ack.code):
             return True
@@ -3757,6 +3921,8 @@ class Hl7Channel(Channel):
     def _silent_ack(self, message: Message, connection: Connection | None) -> bool:
         """Original mode: the Bot succeeded without an answer, so the device gets botEmptyAck."""
         if self.settings.enhanced:
+            if self._owes_answer() and (device := connection or self._connection_for(message)) is not None:
+                device.answered()
             return self.settings.enhanced == "aa" or self.settings.appLevelAck == "NE"
         return self._own_answer(message, self.settings.botEmptyAck, "", connection)
 
@@ -3770,14 +3936,30 @@ class Hl7Channel(Channel):
         return True
 
 
+ANY_HOST = ("", "*", "0.0.0.0", "::", "[::]")
+
+
 class Listener:
     """A bound port and the channel that it serves. Raises OSError when the port cannot be bound."""
 
-    def __init__(self, bind: tuple[str, int], log: Log):
+    def __init__(self, bind: tuple[str, int], sockets: list[socket.socket]):
         self.bind = bind
         self.channel: Channel | None = None
-        self._sockets = bind_sockets(*bind, log)
+        self._sockets = sockets
         self._servers: list[asyncio.Server] = []
+
+    @classmethod
+    async def open(cls, bind: tuple[str, int], log: Log) -> Listener:
+        """Resolve and bind; the name of a host may take its time without holding up the devices."""
+        addresses: set[tuple[int, Any]] = set()
+        if bind[0] not in ANY_HOST:
+            with contextlib.suppress(OSError):
+                async with asyncio.timeout(RESOLVE_SECS):
+                    found = await asyncio.get_running_loop().getaddrinfo(
+                        *bind, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+                    )
+                    addresses = {(family, address) for family, _, _, _, address in found}
+        return cls(bind, bind_sockets(*bind, addresses, log))
 
     async def start(self) -> None:
         loop = asyncio.get_running_loop()
@@ -3802,33 +3984,23 @@ class _TurnAway(asyncio.Protocol):
         typing.cast(asyncio.Transport, transport).abort()
 
 
-ANY_HOST = ("", "*", "0.0.0.0", "::", "[::]")
-
-
-def bind_sockets(host: str, port: int, log: Log) -> list[socket.socket]:
+def bind_sockets(host: str, port: int, addresses: set[tuple[int, Any]], log: Log) -> list[socket.socket]:
     """Listening sockets for an Endpoint's host and port: dual stack for any address, else the addresses of the host.
 
     A host that is not an address of this machine (a public name, a translated address) means all interfaces, as with
     the reference agent, and a warning.
     """
-    if host not in ANY_HOST:
+    if addresses:
         try:
-            found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-            addresses = {(family, sockaddr) for family, _, _, _, sockaddr in found}
             return [s for family, address in addresses if (s := _bind_address(family, address, len(addresses)))]
         except OSError as error:
-            if error.errno is not None and not isinstance(error, socket.gaierror) and not _not_ours(error):
+            if error.errno != errno.EADDRNOTAVAIL:
                 raise
-            log.warn(f"'{host}' is not an address of this machine; port {port} listens on all interfaces.")
+    if host not in ANY_HOST:
+        log.warn(f"'{host}' is not an address of this machine; port {port} listens on all interfaces.")
     if socket.has_dualstack_ipv6():
         return [socket.create_server(("", port), family=socket.AF_INET6, dualstack_ipv6=True)]
     return [socket.create_server(("", port))]
-
-
-def _not_ours(error: OSError) -> bool:
-    import errno
-
-    return error.errno == errno.EADDRNOTAVAIL
 
 
 def _bind_address(family: int, address: Any, count: int) -> socket.socket | None:
@@ -3836,7 +4008,7 @@ def _bind_address(family: int, address: Any, count: int) -> socket.socket | None
     try:
         return socket.create_server(address[:2], family=family)
     except OSError as error:
-        if count > 1 and _not_ours(error) and family == socket.AF_INET6:
+        if count > 1 and error.errno == errno.EADDRNOTAVAIL and family == socket.AF_INET6:
             return None
         raise
 
@@ -3864,7 +4036,8 @@ class Target:
 
     @property
     def key(self) -> str:
-        return f"{self.scheme}://{self.host}:{self.port}" if self.port else f"{self.scheme}://{self.host}{self.path}"
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return f"{self.scheme}://{host}:{self.port}" if self.port else f"{self.scheme}://{host}{self.path}"
 
 
 def is_host(name: str) -> bool:
@@ -4059,7 +4232,7 @@ class Device:
             raise DeviceError(text, "device-unreachable") from None
         except OSError as error:
             raise DeviceError(f"{self.name}: {_os_reason(error)}", "device-unreachable") from None
-        except LocalError as error:
+        except (LocalError, UnicodeError) as error:
             raise DeviceError(f"{self.name}: {error}", "device-unreachable") from None
         return connection
 
@@ -4082,7 +4255,7 @@ class Device:
             exchange = self.pending.get(ack.control_id)
         if exchange is not None and not exchange.answer.done():
             exchange.heard(ack, text)
-        elif ack.code != "CA":
+        else:
             self.on_late(ack, text)
 
     def lost(self, connection: DeviceConnection) -> None:
@@ -4174,7 +4347,7 @@ class DeviceQueue(Queue):
         self._tasks: set[asyncio.Task[None]] = set()
 
     def can_send(self) -> bool:
-        return self._devices.open
+        return self._devices.open and self._devices.active
 
     def text_of(self, message: Message, original: bytes, finalized: str | None) -> str:
         return original.decode("utf-8", "replace")
@@ -4191,6 +4364,11 @@ class DeviceQueue(Queue):
         except DeviceError as error:
             if message.id in self.inflight:
                 self.failed(message, error.kind, counts=error.kind != "device-unreachable")
+            return
+        except Exception as error:  # a push that cannot even be tried must not hold those behind it for ever
+            self._log.error(f"{self.policy.name}: message {message.id} cannot be sent: {type(error).__name__}")
+            if message.id in self.inflight:
+                self.failed(message, "device-error")
             return
         self.answered(message, answer)
 
@@ -4214,16 +4392,17 @@ class DeviceQueue(Queue):
         """An ACK that came after its time: it settles the message if that is still here."""
         for message in self.window.values():
             if message.control_id == ack.control_id and message.attempts:
-                self.answered(message, text)
+                if message.return_ack != "application" or ack.code != "CA":
+                    self.answered(message, text)
                 return True
-        return False
+        return ack.code == "CA"  # nobody misses a CA
 
 
 class Devices:
     """All devices that were pushed to: their connections, and their stored pushes."""
 
     def __init__(self, store: Store, log: Log, channel_log: Log, channels: Mapping[str, Channel]):
-        self.open = True
+        self.open = self.active = True
         self.settings = AgentSettings()
         self.limit_given = False
         self._store, self._log, self._channel_log = store, log, channel_log
@@ -4233,14 +4412,15 @@ class Devices:
         self._early: dict[str, list[Push]] = {}  # by device: arrived while its queue is being made
         self._tries: set[asyncio.Future[str]] = set()
 
-    def configure(self, settings: AgentSettings, given: frozenset[str]) -> None:
+    def configure(self, plan: Plan) -> None:
         """New Agent settings; connections in use are left alone."""
-        self.settings = settings
-        self.limit_given = "maxClientsPerRemote" in given
+        self.settings, self.active = plan.settings, plan.status == "active"
+        self.limit_given = "maxClientsPerRemote" in plan.given
         for device in self._devices.values():
             device.limit = self._limit
         for key, pushes in self._queues.items():
             pushes.policy = self._policy(key)
+            pushes.pump()
 
     @property
     def _limit(self) -> int:
@@ -4373,8 +4553,14 @@ class Devices:
             del self._devices[key]
 
     def close(self) -> None:
-        """Send nothing more; what waits is on disk."""
+        """Send nothing more: what is stored is on disk, and who waits is told."""
         self.open = False
+        waiting = [exchange for device in self._devices.values() for exchange in device.pending.values()]
+        for channel in self._channels.values():
+            waiting += [exchange for exchange, _ in channel.pushes] if isinstance(channel, Hl7Channel) else []
+        for exchange in waiting:
+            if not exchange.answer.done():
+                exchange.answer.set_exception(DeviceError("the agent is stopping", "device-unreachable"))
         for device in self._devices.values():
             device.close_idle(math.inf)
 
@@ -4464,6 +4650,8 @@ async def _system_ping(host: str, count: int) -> str:
 def parse_ping(host: object, body: object) -> tuple[str, int]:
     """Host and count of a ping request (uplink contract 4.9); raises PingError."""
     name = str(host or "").strip().strip("[]")
+    with contextlib.suppress(ValueError):
+        name = str(ipaddress.ip_address(name))
     if not is_host(name):
         raise PingError(f"Invalid IP address or host name: '{name[:80]}'")
     words = str(body or "").split()
@@ -4506,7 +4694,7 @@ class Agent:
         self.channels: dict[str, Channel] = {}
         self._listeners: dict[tuple[str, int], Listener] = {}
         self._stop = asyncio.Event()
-        self._reloading = asyncio.Lock()
+        self._reloading, self._push_gate = asyncio.Lock(), asyncio.Lock()
         self._tasks: set[asyncio.Task[Any]] = set()
         self._lock_file: typing.BinaryIO | None = None
         self._last_sweep: tuple[int, int, int] = (-1, -1, -1)
@@ -4549,7 +4737,7 @@ class Agent:
             raise ConfigError(
                 [f"the state directory {self.state_dir} cannot be used: {error.strerror}. Use --state-dir"]
             ) from None
-        if not _lock(self._lock_file):
+        if not lock_file(self._lock_file):
             raise ConfigError(
                 [f"another agent runs with the state directory {self.state_dir}. Stop it or use --state-dir"]
             )
@@ -4600,9 +4788,10 @@ class Agent:
     async def _first_config(self) -> tuple[Json, Mapping[str, Json | AgentError], bool]:
         """The Agent and its Endpoints from the server; from disk when the server is away at start."""
         said = ""
+        limit = SERVER_FIRST_SECS if self._saved_config() is not None else None
         while True:
             try:
-                async with asyncio.timeout(SERVER_FIRST_SECS):
+                async with asyncio.timeout(limit):
                     agent, endpoints = await self._read_config()
                     return agent, endpoints, False
             except (ServerError, TimeoutError) as error:
@@ -4703,7 +4892,7 @@ class Agent:
             self.log.warn(f"Configuration: {warning}.")
         self.plan = plan
         self.store.max_bytes = plan.settings.queueMaxMb * MIB
-        self.devices.configure(plan.settings, plan.given)
+        self.devices.configure(plan)
         self._stop_channels(plan)
         for bind in [bind for bind in self._listeners if bind not in wanted]:
             self._listeners.pop(bind).close()
@@ -4728,7 +4917,7 @@ class Agent:
                 continue
             moved += self._close_same_port(bind)
             try:
-                opened[bind] = Listener(bind, self.log)
+                opened[bind] = await Listener.open(bind, self.log)
             except OSError as error:
                 reason = error.strerror or error
                 problems.append(f"channel '{channel.name}': port {channel.port} cannot be opened: {reason}")
@@ -4751,7 +4940,7 @@ class Agent:
         for listener in opened.values():
             listener.close()
         for old in moved:
-            listener = self._listeners[old.bind] = Listener(old.bind, self.log)
+            listener = self._listeners[old.bind] = await Listener.open(old.bind, self.log)
             listener.channel = old.channel
             await listener.start()
 
@@ -4762,7 +4951,7 @@ class Agent:
             if self.plan is None or plan.bind in self._listeners or plan not in self.plan.channels:
                 return
             try:
-                listener = Listener(plan.bind, self.log)
+                listener = await Listener.open(plan.bind, self.log)
             except OSError:
                 continue
             listener.channel = self.channels[plan.name]
@@ -4798,13 +4987,18 @@ class Agent:
         try:
             feed = await self.dispatcher.feed(plan)
         except StorageError:
-            asyncio.get_running_loop().call_later(STORE_REOPEN_SECS, lambda: self._spawn(self._attach(plan)))
+            asyncio.get_running_loop().call_later(STORE_REOPEN_SECS, self._attach_again, plan.name)
             return
         channel = self.channels.get(plan.name)
         if channel is not None:
             channel.replan(plan)
             channel.feed = feed
         feed.outlet = channel
+
+    def _attach_again(self, name: str) -> None:
+        plans = self.plan.channels if self.plan else ()
+        for plan in (plan for plan in plans if plan.name == name):
+            self._spawn(self._attach(plan))
 
     async def _feed_known(self, plan: Plan) -> None:
         """Messages of channels that are off go on to the server; those of channels that are gone wait."""
@@ -4813,10 +5007,10 @@ class Agent:
             feed.paused = name not in named
             if feed.paused:
                 feed.outlet = None
-                if feed.depth:
+                if feed.depth and plan.status != "off":
                     self.log.warn(_orphans(name, feed.depth))
         self.dispatcher.pump()
-        if self.store.healthy:
+        if self.store.healthy and plan.status != "off":
             await self._warn_of_orphans(named | set(self.dispatcher.feeds))
 
     async def _warn_of_orphans(self, known: set[str]) -> None:
@@ -4880,7 +5074,7 @@ class Agent:
 
     async def _push(self, message: Json) -> Json | None:
         """A push or a ping (uplink contract 4.7 to 4.9); None when nobody waits for the result."""
-        if not self.started.is_set():
+        async with self._push_gate:  # fair: those that wait for the start stay before those that come later
             await self.started.wait()
         if self.plan is None or self.plan.status != "active":
             raise PeerError("Agent.status is currently set to off")
@@ -4896,6 +5090,8 @@ class Agent:
                 self.devices.store(push)
                 return None
             body = await self.devices.send(push, PUSH_WAIT_SECS)
+            if len(body) > PUSH_ANSWER_BYTES:
+                raise DeviceError(f"{push.target.key}: its answer of {len(body)} bytes is too large", "device-error")
             return answer | {"contentType": push.content_type, "statusCode": 200, "body": body}
         except (DeviceError, PingError) as error:
             return answer | {"contentType": "text/plain", "statusCode": 400, "body": str(error)}
@@ -4950,19 +5146,19 @@ class Agent:
 
     async def stats(self) -> Json:
         """The stats object of operations contract 8."""
-        feeds = self.dispatcher.feeds if hasattr(self, "dispatcher") else {}
-        return {
+        feeds = dict(self.dispatcher.feeds) if self.started.is_set() else {}
+        found = {
             "hl7ConnectionsOpen": sum(len(channel.connections) for channel in self.channels.values()),
             "ping": self.uplink.ping_ms,
             "webSocketQueueDepth": sum(feed.depth - len(feed.inflight) for feed in feeds.values()),
             "hl7QueueDepth": 0,
-            "hl7ClientCount": self.devices.client_count,
+            "hl7ClientCount": self.devices.client_count if self.started.is_set() else 0,
             "live": self.uplink.live,
             "outstandingHeartbeats": self.uplink.outstanding,
             "channelStats": {name: {"rtt": feed.round_trip_stats()} for name, feed in feeds.items()},
-            "clientStats": self.devices.stats(),
-            "durableQueue": await self._queue_stats(feeds),
+            "clientStats": self.devices.stats() if self.started.is_set() else {},
         }
+        return found | ({"durableQueue": await self._queue_stats(feeds)} if self.started.is_set() else {})
 
     async def _queue_stats(self, feeds: Mapping[str, Feed]) -> Json:
         store = self.store
@@ -5013,10 +5209,13 @@ class Agent:
             settings = self.plan.settings
             if settings.logStatsFreqSecs > 0 and loop.time() >= next_stats:
                 next_stats = loop.time() + settings.logStatsFreqSecs
-                self.log.info("Agent stats", stats=await self.stats())
+                self._spawn(self._log_stats())
             if loop.time() >= next_sweep:
                 next_sweep = loop.time() + settings.queueSweepIntervalSecs
                 self._spawn(self._sweep(settings))
+
+    async def _log_stats(self) -> None:
+        self.log.info("Agent stats", stats=await self.stats())
 
     async def _sweep(self, settings: AgentSettings) -> None:
         try:
@@ -5046,11 +5245,11 @@ class Agent:
                 for channel in self.channels.values():
                     for connection in channel.connections.values():
                         connection.pause("stopping")
+                if hasattr(self, "devices"):
+                    self.devices.close()
                 await self._settle_devices()
                 for channel in list(self.channels.values()):
                     channel.stop()
-                if hasattr(self, "devices"):
-                    self.devices.close()
                 await self.uplink.goodbye()
                 for task in self._tasks - {asyncio.current_task(), uplink}:
                     task.cancel()
@@ -5065,6 +5264,7 @@ class Agent:
         """Wait until nothing is on its way to the disk, and a little for the answers that devices wait for."""
         loop = asyncio.get_running_loop()
         until = loop.time() + STOP_ANSWER_SECS
+        await asyncio.sleep(0.02)  # callers whose push ended just now are answered
         while connections := [c for channel in self.channels.values() for c in channel.connections.values()]:
             waiting = any(c.pending for c in connections)
             answers = self.uplink.live and loop.time() < until and any(c.awaiting for c in connections)
@@ -5082,25 +5282,6 @@ def _stack(error: BaseException) -> list[str]:
     import traceback
 
     return [f"{frame.name}:{frame.lineno}" for frame in traceback.extract_tb(error.__traceback__)]
-
-
-def _lock(file: typing.BinaryIO) -> bool:
-    """Lock the file for this process, and write the process id into it; False when another holds it."""
-    try:
-        if sys.platform == "win32":
-            import msvcrt
-
-            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
-        else:
-            import fcntl
-
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        return False
-    file.truncate(0)
-    file.write(str(os.getpid()).encode())
-    file.flush()
-    return True
 
 
 # =====================================================================================================================
@@ -5755,9 +5936,17 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _parse(argv: list[str]) -> argparse.Namespace:
+    """The reference's arguments come first and are taken as they are: a secret may begin with a dash."""
+    values = argv[:4] if len(argv) >= 4 and re.match(r"https?:", argv[0]) else []
+    options = _parser().parse_args(argv[len(values) :])
+    options.arguments = values + options.arguments
+    return options
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code: 0 after a clean stop, 1 when it cannot start."""
-    options = _parser().parse_args(argv)
+    options = _parse(list(sys.argv[1:] if argv is None else argv))
     if options.settings_schema:
         print(settings_markdown() if options.settings_schema == "markdown" else json.dumps(settings_schema(), indent=2))
         return 0
@@ -5769,7 +5958,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if options.arguments[:1] == ["demo"]:
             return _run_demo(options.state_dir, stay=not options.once)
-        return _run_agent(options)
+        _run_agent(options)
     except ConfigError as error:
         for problem in error.problems:
             print(f"{_parser().prog}: {problem}", file=sys.stderr)
@@ -5777,7 +5966,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
 
 
-def _run_agent(options: argparse.Namespace) -> int:
+def _run_agent(options: argparse.Namespace) -> NoReturn:
     given = {"stateDir": options.state_dir} if options.state_dir else {}
     config = resolve_process(
         [*options.arguments[:4], *filter(None, options.arguments[4:5])], given, os.environ, options.config
@@ -5788,8 +5977,10 @@ def _run_agent(options: argparse.Namespace) -> int:
         _stop_on_signals(agent)
         await agent.run()
 
-    asyncio.run(serve())
-    return 0
+    with asyncio.Runner() as runner:
+        runner.run(serve())
+        sys.stdout.flush()
+        os._exit(0)  # everything is written; a thread that hangs in a dead HTTP connection must not hold the process
 
 
 def _run_demo(state_dir: str | None, *, stay: bool) -> int:

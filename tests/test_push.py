@@ -868,7 +868,8 @@ def test_keep_alive_keeps_connections_that_are_not_used(monkeypatch, keep):
 
     async def main(receiver):
         devices = Devices(NO_STORE, QUIET, QUIET, {})
-        devices.configure(medplum_agent.AgentSettings(keepAlive=keep), frozenset())
+        agent = {"status": "active", "setting": [{"name": "keepAlive", "valueBoolean": keep}]}
+        devices.configure(medplum_agent.build_plan(agent, {})[0])
         for n in range(2):
             push = Push(parse_target(receiver.url()), message(f"KEEP-{n}"), f"KEEP-{n}", "first", "")
             assert acknowledgment(await devices.send(push, 5)) == ("AA", f"KEEP-{n}")
@@ -1164,31 +1165,35 @@ def test_ten_thousand_pushes_and_ten_kills(tmp_path):
 
 
 def test_store_that_failed_once_does_not_shut_a_device_out():
-    """The first push to a device meets a full disk; the second is stored."""
+    """The first push to a device meets a full disk and is tried once; the second is stored."""
 
     class Store:
-        failing = True
+        full = True
 
         def __init__(self):
-            self.kept: list[Any] = []
-            self.put = self.kept.append
+            self.kept: asyncio.Queue[Any] = asyncio.Queue()
+            self.put = self.kept.put_nowait
 
         async def channel(self, name, key_spec):
-            if self.failing:
+            if self.full:
                 raise medplum_agent.StorageError("the disk is full")
             return medplum_agent.ChannelRow(1, 0, 0, 0)
 
-    async def main():
+    async def main(receiver):
         store: Any = Store()
         devices = Devices(store, QUIET, QUIET, {})
-        push = Push(parse_target("mllp://127.0.0.1:9"), message("FULL-1"), "FULL-1", "first", medplum_agent.HL7_TYPE)
-        with contextlib.suppress(medplum_agent.StorageError):
-            await devices.store(push)
-        store.failing = False
-        await devices.store(push)
-        assert [stored.control_id for stored in store.kept][-1:] == ["FULL-1"]
+        target = parse_target(receiver.url())
+        devices.store(Push(target, message("FULL-1"), "FULL-1", "first", medplum_agent.HL7_TYPE))
+        await asyncio.to_thread(receiver.wait_ids, "FULL-1")
+        store.full = False
+        devices.store(Push(target, message("FULL-2"), "FULL-2", "first", medplum_agent.HL7_TYPE))
+        kept = await asyncio.wait_for(store.kept.get(), 5)
+        assert kept.control_id == "FULL-2"
+        receiver.links[0].close()
+        await asyncio.to_thread(receiver.wait_for, lambda: not receiver.open)
 
-    asyncio.run(main())
+    with Receiver() as receiver:
+        asyncio.run(main(receiver))
 
 
 def test_push_without_wait_while_the_queue_cannot_be_used(tmp_path):
@@ -1220,12 +1225,26 @@ def test_push_while_the_agent_starts(tmp_path, monkeypatch):
         here.agent.start(ready=False)
         here.agent.wait_connected()
         with here.caller() as caller, here.caller() as other, ThreadPoolExecutor(1) as pool:
-            caller.store(device.url(), message("EARLY-1"))
-            waiting = pool.submit(other.push, device.url(), message("EARLY-2"))
-            released.set()
-            device.wait_for(lambda: "EARLY-1" in device.ids(), 10, "the push that came early")
+            texts = [message(f"EARLY-{n}") for n in range(2000)]
+            caller.store(device.url(), texts[0])
+            waiting = pool.submit(other.push, device.url(), message("WAITS-1"))
+
+            async def flood():  # over the moment when the agent is ready
+                for n, text in enumerate(texts[1:]):
+                    request = {"type": "agent:transmit:request", "remote": device.url(), "body": text}
+                    server.agents[AGENT_ID].send(request | {"contentType": medplum_agent.HL7_TYPE})
+                    if n == 200:
+                        released.set()
+                    if n % 10 == 0:
+                        await asyncio.sleep(0.0005)
+
+            here.sandbox.call(flood())
+            device.wait_for(lambda: len(device.heard) >= len(texts), 10, "the pushes that came early")
             answer = waiting.result()
             assert answer.status == 200 or "start" in answer.text, answer
+            here.agent.wait_state("EARLY-1999", "processed")
+            stored = [control for control in device.ids() if control != "WAITS-1"]
+            assert stored == [control_id(text) for text in texts]
 
 
 # --- statistics ---

@@ -240,7 +240,7 @@ def test_files_are_private(path: Path) -> None:
         async with opened(path) as store:
             await put(store, new((await store.channel("ADT", "")).id, "1"))
             assert {file.name: file.stat().st_mode & 0o777 for file in path.parent.iterdir()} == {
-                "queue.sqlite": 0o600, "queue.sqlite-wal": 0o600, "queue.sqlite-shm": 0o600,
+                "queue.sqlite": 0o600, "queue.sqlite-wal": 0o600, "queue.sqlite-shm": 0o600, "queue.sqlite.lock": 0o600,
             }  # fmt: skip
 
     old = os.umask(0o022)
