@@ -48,6 +48,7 @@ class Tool(NamedTuple):
 
 DEBIAN_TOOLS = (
     Tool("strace", "strace", "shows that a commit reaches the disk before the acknowledgment leaves"),
+    Tool("socat", "socat", "pairs of pseudo-terminals stand for the serial ports of instruments"),
     Tool("nodejs", "node", "runs the Medplum command line, a foreign HL7 sender and receiver"),
     Tool("npm", "npm", "installs the Medplum command line"),
 )

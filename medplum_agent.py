@@ -12,8 +12,8 @@ or kept as a dead letter with its bytes and a reason a person can act on.
 
 The file is read top to bottom; sections look only upwards:
 
-    Version, limits · Errors · Settings · Logs · HL7 · MLLP · Store · FHIR · Uplink · Delivery · Channels ·
-    Devices · Agent · Sandbox · Command line
+    Version, limits · Errors · Settings · Logs · HL7 · MLLP · Byte stream · ASTM · Store · FHIR · Uplink ·
+    Delivery · Channels · Devices · Agent · Sandbox · Command line
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ import collections
 import contextlib
 import dataclasses
 import datetime
+import enum
 import errno
 import functools
 import gc
@@ -151,6 +152,7 @@ LOG_PAGE_MAX = 1000  # entries of one $fetch-logs
 LOG_BLOCK_BYTES = 64 * KIB  # log files are read backwards in blocks of this size
 
 T = TypeVar("T")
+S = TypeVar("S", bound="ChannelSettings")
 Json = dict[str, Any]
 
 
@@ -246,6 +248,49 @@ def parse_key(spec: str) -> tuple[FieldPath, ...]:
         segment, *indices = match.groups()
         paths.append(FieldPath(str(segment), *(int(index or 0) for index in indices)))
     return tuple(paths)
+
+
+def byte_sequence(text: str) -> bytes:
+    """The bytes of a decoded parameter, one per code point; ValueError for code points above 0xFF."""
+    try:
+        return text.encode("latin-1")
+    except UnicodeEncodeError:
+        raise ValueError("has a character above %C3%BF (0xFF), which is not one byte") from None
+
+
+def byte_sequences(text: str) -> list[bytes]:
+    """A comma-separated list of them."""
+    return [byte_sequence(part) for part in text.split(",") if part]
+
+
+def auto_responses(text: str) -> dict[bytes, bytes]:
+    """`<pattern>:<response>`, comma separated; of equal patterns the first counts."""
+    rules: dict[bytes, bytes] = {}
+    for rule in filter(None, text.split(",")):
+        pattern, colon, response = rule.partition(":")
+        if not pattern or not colon:
+            raise ValueError("needs the form <pattern>:<response>, such as %05:%06")
+        rules.setdefault(byte_sequence(pattern), byte_sequence(response))
+    return rules
+
+
+def encoding_problem(name: str) -> str:
+    """Why text in this encoding cannot be framed by MLLP, or ``: ASCII, with the marks, must stay as it is."""
+    ascii_text = "".join(map(chr, range(1, 127)))
+    try:
+        if ascii_text.encode(name, "replace") == ascii_text.encode():
+            return ""
+    except LookupError:
+        return f"encoding '{name}' is unknown; use a name such as utf-8, iso-8859-1 or windows-1252"
+    except (UnicodeError, ValueError):
+        pass
+    return f"encoding '{name}' cannot be framed by MLLP; use utf-8 or a single-byte encoding"
+
+
+def check_encoding(name: str) -> None:
+    """ValueError for an encoding that cannot be used."""
+    if problem := encoding_problem(name):
+        raise ValueError(problem)
 
 
 def setting(
@@ -397,6 +442,47 @@ class Hl7Settings(ChannelSettings):
 
 
 @dataclasses.dataclass(frozen=True)
+class StreamSettings(ChannelSettings):
+    """Query parameters of a `tcp://` or `serial:` Endpoint address; repeated list parameters are joined by commas."""
+
+    startChar: str = setting("", "Start", "raw: byte or bytes that start a message", check=byte_sequence)
+    endChar: str = setting("", "End", "raw: byte or bytes that end a message", check=byte_sequence)
+    mode: str = setting("raw", "Mode", "what the device speaks", choices=("raw", "astm"))
+    autoRespond: str = setting("", "Automatic answers",
+        "raw: `<pattern>:<response>`, repeatable; answered wherever the pattern is received", check=auto_responses)
+    stripSequence: str = setting("", "Strip sequences", "raw: byte sequences removed from the body, repeatable",
+        check=byte_sequences)
+    stripControlChars: bool = setting(False, "Strip control characters", "raw: remove bytes below 0x20 from the body")
+    keepControlChars: str = setting("", "Keep control characters", "raw: bytes that stripControlChars leaves",
+        check=byte_sequences)
+    bodyEncoding: str = setting("hex", "Body", "raw: how the body is written; ASTM bodies are always text",
+        choices=("hex", "utf-8", "utf8"))
+    ignoreResponse: bool = setting(False, "Ignore answers", "do not write the Bot's answer to the device")
+    maxMessageBytes: int = setting(8 * MIB, "Message size", "larger messages are refused (bytes)", low=1024)
+    checksum: str = setting("on", "Checksum", "ASTM: `off` for instruments without one", choices=("on", "off"))
+    strictFrameNumbers: bool = setting(False, "Strict frame numbers",
+        "ASTM: NAK a frame out of sequence instead of accepting it with a warning")
+    requireTerminator: bool = setting(False, "Require L record",
+        "ASTM: a session that ends without its L record counts as interrupted; for instruments that always send one")
+    ackEot: bool = setting(False, "ACK of EOT", "ASTM: acknowledge EOT, against the standard, for analyzers that wait")
+    maxFrame: int = setting(240, "Frame size", "ASTM: most characters of text in a frame that we send",
+        low=1, high=64_000)
+    encoding: str = setting("latin-1", "Encoding", "ASTM: character encoding of the records", check=check_encoding)
+    role: str = setting("server", "Role", "`client`: we connect to the device", choices=("server", "client"))
+    receiveTimeoutSecs: float = setting(30.0, "Receive time-out",
+        "ASTM: a session that is silent for so many seconds is interrupted", low=0.1)
+    replyTimeoutSecs: float = setting(15.0, "Reply time-out", "ASTM: seconds to wait for ACK or NAK", low=0.1)
+    contentionTimeoutSecs: float = setting(20.0, "Contention time-out",
+        "ASTM: seconds to wait after both sides asked to send", low=0.1)
+    nakDelaySecs: float = setting(10.0, "NAK delay", "ASTM: seconds to wait when the instrument is busy", low=0.1)
+    baudRate: int = setting(9600, "Baud rate", "serial: bits a second", low=50)
+    dataBits: int = setting(8, "Data bits", "serial: 5 to 8", low=5, high=8)
+    parity: str = setting("none", "Parity", "serial", choices=("none", "even", "odd", "mark", "space"))
+    stopBits: float = setting(1.0, "Stop bits", "serial: 1, 1.5 or 2", low=1, high=2)
+    flow: str = setting("none", "Flow control", "serial", choices=("none", "rtscts", "xonxoff"))
+
+
+@dataclasses.dataclass(frozen=True)
 class DeviceSettings:
     """Query parameters of a Device.url that is pushed to."""
 
@@ -411,6 +497,8 @@ class DeviceSettings:
     caFile: str = setting("", "CA file", "PEM file of further authorities for the device's certificate")
     certFile: str = setting("", "Client certificate", "PEM file of our certificate, if the device wants one")
     keyFile: str = setting("", "Client key", "PEM file of its key, when it is not in certFile")
+    mode: str = setting("raw", "Mode", "`tcp://` only: `astm` sends the body's records as an ASTM session",
+        choices=("raw", "astm"))
     bodyEncoding: str = setting("hex", "Body", "`tcp://` only: how body and answer are written",
         choices=("hex", "utf-8"))
     endChar: str = setting("", "End character", "`tcp://` only: wait for an answer up to this character")
@@ -631,20 +719,10 @@ def _logger_settings(which: str, found: Source | None, level: str, warnings: lis
 
 # --- the Agent and its Endpoints -> a frozen plan --------------------------------------------------------------------
 
-PROTOCOLS = {"mllp": "HL7"}  # by prefix of the address; byte streams and DICOM come with their own sections
-
-
-def encoding_problem(name: str) -> str:
-    """Why text in this encoding cannot be framed by MLLP, or ``: ASCII, with the marks, must stay as it is."""
-    ascii_text = "".join(map(chr, range(1, 127)))
-    try:
-        if ascii_text.encode(name, "replace") == ascii_text.encode():
-            return ""
-    except LookupError:
-        return f"encoding '{name}' is unknown; use a name such as utf-8, iso-8859-1 or windows-1252"
-    except (UnicodeError, ValueError):
-        pass
-    return f"encoding '{name}' cannot be framed by MLLP; use utf-8 or a single-byte encoding"
+HL7_TYPE, PING_TYPE, BYTES_TYPE = "x-application/hl7-v2+er7", "x-application/ping", "application/octet-stream"
+ASTM_TYPE = "x-application/astm-e1394"
+PROTOCOLS = {"mllp": "HL7", "tcp": "Byte Stream", "serial": "Byte Stream"}  # by prefix of the address
+LIST_PARAMETERS = ("autoRespond", "stripSequence", "keepControlChars")  # repeated ones are joined by commas
 
 
 class Policy(NamedTuple):
@@ -690,6 +768,19 @@ class ChannelPlan:
     @property
     def bind(self) -> tuple[str, int]:
         return self.host, self.port
+
+    @property
+    def dials(self) -> bool:
+        """We open the line: to an instrument that listens, or a serial port."""
+        return isinstance(self.settings, StreamSettings) and (self.settings.role == "client" or not self.port)
+
+    @property
+    def is_astm(self) -> bool:
+        return isinstance(self.settings, StreamSettings) and self.settings.mode == "astm"
+
+    @property
+    def content_type(self) -> str:
+        return ASTM_TYPE if self.is_astm else HL7_TYPE if self.protocol == "HL7" else BYTES_TYPE
 
     @property
     def workers(self) -> int:
@@ -767,22 +858,46 @@ def _clamped(row: dataclasses.Field[Any], value: Any, what: str, warn: Callable[
 
 
 def channel_settings(
-    query: str, where: str, defaults: AgentSettings, given: frozenset[str], warnings: list[str]
-) -> tuple[Hl7Settings, frozenset[str]]:
-    """The parameters of one mllp:// address over the Agent's settings; ConfigError for what cannot run."""
-    values = read_parameters(Hl7Settings, query, where, warnings.append)
+    cls: type[S], query: str, where: str, defaults: AgentSettings, given: frozenset[str], warnings: list[str]
+) -> tuple[S, frozenset[str]]:
+    """The parameters of one address over the Agent's settings, as a `cls`; ConfigError for what cannot run."""
+    values = read_parameters(cls, query, where, warnings.append)
     written = set(values)
-    for name, row in rows_of(Hl7Settings).items():
+    for name, row in rows_of(cls).items():
         if (fallback := row.metadata["agent"]) in given and name not in values:
             values[name] = getattr(defaults, fallback)
             written.add(name)
-    _check_hl7(values, where, warnings)
-    return Hl7Settings(**values), frozenset(written)
+    _check_retries(values, where, warnings)
+    if cls is Hl7Settings:
+        _check_hl7(values, where, warnings)
+    else:
+        _check_stream(values, where, warnings)
+    return cls(**values), frozenset(written)
+
+
+def _check_stream(values: dict[str, Any], where: str, warnings: list[str]) -> None:
+    raw_only = ("startChar", "endChar", "autoRespond", "stripSequence", "stripControlChars", "keepControlChars")
+    if values.get("mode") == "astm":
+        warnings += [f"{where}: {name} is ignored in ASTM mode" for name in raw_only if values.pop(name, None)]
+    elif not (values.get("startChar") and values.get("endChar")):
+        text = "Failed to parse startChar and/or endChar query param(s); give both, or mode=astm"
+        raise ConfigError([f"{where}: {text}"])
+
+
+def _check_retries(values: dict[str, Any], where: str, warnings: list[str]) -> None:
+    base, limit = values.get("autoRetryBaseDelayMs", 1000), values.get("autoRetryMaxDelayMs", 60_000)
+    if limit < base:
+        warnings.append(f"{where}: autoRetryMaxDelayMs {limit} is below the base delay and was set to {base}")
+        values["autoRetryMaxDelayMs"] = base
 
 
 def read_parameters(cls: type[Any], query: str, where: str, warn: Callable[[str], None]) -> dict[str, Any]:
     """The values that the query of an address sets; bad ones are warned about and left out."""
-    parameters = dict(reversed(urllib.parse.parse_qsl(query, keep_blank_values=True)))  # the first of a name counts
+    pairs = urllib.parse.parse_qsl(query, keep_blank_values=True)
+    parameters = dict(reversed(pairs))  # the first of a name counts
+    for name in LIST_PARAMETERS:
+        if name in parameters:
+            parameters[name] = ",".join(text for other, text in pairs if other == name)
     rows, values = rows_of(cls), dict[str, Any]()
     for name, text in parameters.items():
         if name not in rows:
@@ -804,10 +919,6 @@ def _leading_integer(text: str) -> str:
 def _check_hl7(values: dict[str, Any], where: str, warnings: list[str]) -> None:
     if problem := encoding_problem(values.get("encoding", "utf-8")):
         raise ConfigError([f"{where}: {problem}"])
-    base, limit = values.get("autoRetryBaseDelayMs", 1000), values.get("autoRetryMaxDelayMs", 60_000)
-    if limit < base:
-        warnings.append(f"{where}: autoRetryMaxDelayMs {limit} is below the base delay and was set to {base}")
-        values["autoRetryMaxDelayMs"] = base
     if values.get("assignSeqNo") and values.get("maxWorkers", 1) > 1:
         warnings.append(f"{where}: assignSeqNo with maxWorkers above 1: numbers may reach the server out of order")
 
@@ -823,20 +934,27 @@ def channel_plan(
         raise ConfigError([f"channel '{name}': listening with TLS is not supported; use mllp:// on a safe network"])
     protocol = next((p for prefix, p in PROTOCOLS.items() if address.startswith(prefix)), None)
     if protocol is None:
-        raise ConfigError(
-            [f"channel '{name}': unsupported endpoint type '{address.split(':')[0]}' in {address}; supported: mllp"]
-        )
+        scheme = address.split(":")[0]
+        supported = "supported: mllp, tcp, serial"
+        raise ConfigError([f"channel '{name}': unsupported endpoint type '{scheme}' in {address}; {supported}"])
     try:
         url = urllib.parse.urlsplit(address)
-        port = url.port
+        port = url.port if protocol == "HL7" or url.scheme == "tcp" else 0
     except ValueError as error:
         raise ConfigError([f"channel '{name}': invalid address {address}: {error}"]) from None
-    if not port:
+    host = url.hostname or ""
+    if url.scheme == "serial":
+        host = url.netloc or url.path  # serial://COM3 or serial:///dev/ttyUSB0
+    if not (host if port == 0 and url.scheme == "serial" else port):
         raise ConfigError([f"channel '{name}': the address {address} needs a port from 1 to 65535"])
     where = f"channel '{name}'"
-    parsed, written = channel_settings(url.query, where, settings, given, warnings)
+    parsed: ChannelSettings
+    if protocol == "HL7":
+        parsed, written = channel_settings(Hl7Settings, url.query, where, settings, given, warnings)
+    else:
+        parsed, written = channel_settings(StreamSettings, url.query, where, settings, given, warnings)
     active = endpoint.get("status") != "off"
-    return ChannelPlan(name, address, protocol, url.hostname or "", port, active, parsed, written)
+    return ChannelPlan(name, address, protocol, host, port or 0, active, parsed, written)
 
 
 def build_plan(agent: Json, endpoints: Mapping[str, Json | AgentError]) -> tuple[Plan, list[str]]:
@@ -879,7 +997,8 @@ def _resolve_channel(entry: Json, endpoints: Mapping[str, Json | AgentError], na
 
 
 def _check_port(plan: ChannelPlan, channels: Mapping[str, ChannelPlan]) -> None:
-    if clash := next((other for other in channels.values() if other.port == plan.port), None):
+    others = () if plan.dials else channels.values()
+    if clash := next((other for other in others if other.port == plan.port and not other.dials), None):
         raise ConfigError(
             [
                 f"Invalid agent config. Both '{clash.name}' ({clash.address}) and '{plan.name}' ({plan.address}) "
@@ -900,6 +1019,7 @@ SETTING_GROUPS: tuple[tuple[str, str, type[Any]], ...] = (
     ("logger", "Logs: `logger.main.*` and `logger.channel.*`", LoggerSettings),
     ("agent", "Agent settings: `Agent.setting[]`", AgentSettings),
     ("hl7", "HL7 channels: parameters of an `mllp://` address", Hl7Settings),
+    ("stream", "Byte-stream and ASTM channels: parameters of a `tcp://` or `serial:` address", StreamSettings),
     ("device", "Devices: parameters of a `Device.url` that is pushed to", DeviceSettings),
 )
 
@@ -1166,7 +1286,6 @@ def _lines_backwards(path: Path, end: int) -> Iterator[tuple[int, bytes]]:
 # `hl7.parse` is forty times slower and serves where speed does not matter. Text in, text out; touches nothing.
 # =====================================================================================================================
 
-HL7_TYPE, PING_TYPE, BYTES_TYPE = "x-application/hl7-v2+er7", "x-application/ping", "application/octet-stream"
 BARRIER: Final = None  # the ordering key of a message that waits for all before it and holds all behind it
 ACK_TEXT = {
     "AA": "OK",
@@ -1497,6 +1616,711 @@ class Mllp:
 
 
 # =====================================================================================================================
+# Byte stream
+#
+# Messages between a start and an end sequence of one or more bytes (channel contract 9). Bytes in, events out. Every
+# byte is judged when it arrives by what it completes, so cuts between reads make no difference.
+#
+# | state   | bytes                     | event                                   | next    |
+# | outside | up to the start sequence  | - (skipped, counted)                    | inside  |
+# | inside  | ... end sequence          | StreamMessage                           | outside |
+# | inside  | ... start sequence        | PeerError for the part before           | inside  |
+# | inside  | more than maxMessageBytes | PeerError                               | too big |
+# | too big | ... end sequence          | - (dropped; nothing of it is answered)  | outside |
+# | too big | ... start sequence        | -                                       | inside  |
+# | any     | a pattern of autoRespond  | Reply, after a message that ends there  | same    |
+#
+# When start and end are equal, the end wins inside. A byte of one mark is never part of the next.
+# =====================================================================================================================
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class StreamMessage:
+    """A message as received, with its framing."""
+
+    content: bytes
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Reply:
+    """An automatic answer; one that comes after a message may leave once that message is on disk."""
+
+    content: bytes
+
+
+StreamEvent = StreamMessage | Reply | PeerError
+
+
+class ByteStream:
+    """The receiving side of one connection in raw mode; ConfigError without start and end sequence."""
+
+    __slots__ = ("_end", "_from", "_inside", "_kept", "_marks", "_oversize", "_reach", "_rules", "_start", "_window",
+                 "limit", "skipped")  # fmt: skip
+
+    def __init__(self, settings: StreamSettings):
+        self._start, self._end = byte_sequence(settings.startChar), byte_sequence(settings.endChar)
+        if not self._start or not self._end:
+            raise ConfigError(["startChar and endChar are needed"])
+        self._rules = auto_responses(settings.autoRespond)
+        self.limit = settings.maxMessageBytes
+        self.skipped = 0  # bytes outside of messages
+        marks = [self._start, self._end, *self._rules]
+        self._marks = re.compile(b"[%b]" % b"".join(re.escape(mark[-1:]) for mark in marks))
+        self._reach = max(map(len, marks)) - 1  # bytes that can belong to a mark that is yet to be completed
+        self._kept = bytearray()  # the unfinished message, or the reach
+        self._from = 0  # in _kept: where the message starts, or where the last one ended
+        self._window = 0  # in _kept: patterns reach back to here; a start sequence resets it
+        self._inside = self._oversize = False
+
+    @property
+    def inside(self) -> bool:
+        """True in the middle of a message: the sender owes us bytes."""
+        return self._inside
+
+    def receive(self, chunk: bytes) -> list[StreamEvent]:
+        """What these bytes complete, in order."""
+        events: list[StreamEvent] = []
+        before = len(self._kept)
+        self._kept += chunk
+        for match in self._marks.finditer(chunk):
+            self._judge(before + match.end(), events)
+        self._check_size(len(self._kept), events)
+        self._trim()
+        return events
+
+    def _judge(self, stop: int, events: list[StreamEvent]) -> None:
+        """What is completed by the byte before `stop`."""
+        self._check_size(stop, events)
+        dropped = self._oversize
+        fresh = self._from + (len(self._start) if self._inside and not self._oversize else 0)
+        if self._inside and self._kept.endswith(self._end, fresh, stop):
+            if not dropped:
+                events.append(StreamMessage(bytes(self._kept[self._from : stop])))
+            self._inside, self._oversize, self._from = False, False, stop
+        elif self._kept.endswith(self._start, fresh, stop):
+            self._begin(stop - len(self._start), events)
+            dropped = False
+        if not dropped:
+            found = (r for pattern, r in self._rules.items() if self._kept.endswith(pattern, self._window, stop))
+            events.extend(Reply(response) for response in found if response)
+
+    def _begin(self, at: int, events: list[StreamEvent]) -> None:
+        if not self._inside:
+            self.skipped += at - self._from
+        elif not self._oversize:
+            events.append(PeerError("the message was cut off by the start of the next one"))
+        self._inside, self._oversize = True, False
+        self._from = self._window = at
+
+    def _check_size(self, stop: int, events: list[StreamEvent]) -> None:
+        if self._inside and not self._oversize and stop - self._from > self.limit:
+            self._oversize = True
+            events.append(PeerError(f"the message is larger than {self.limit} bytes (maxMessageBytes)"))
+
+    def _trim(self) -> None:
+        """Forget what no mark can reach back to."""
+        whole = self._inside and not self._oversize
+        cut = self._from if whole else max(0, len(self._kept) - self._reach)
+        if not self._inside:
+            self.skipped += max(0, cut - self._from)
+        del self._kept[:cut]
+        self._from, self._window = max(0, self._from - cut), max(0, self._window - cut)
+
+
+def stream_body(content: bytes, settings: StreamSettings) -> str:
+    """The body sent to the server: sequences stripped (longest first, no rescan), then control characters swept."""
+    strips = sorted(byte_sequences(settings.stripSequence), key=len, reverse=True)
+    if strips:
+        content = re.sub(b"|".join(map(re.escape, strips)), b"", content)
+    if settings.stripControlChars:
+        kept = b"".join(byte_sequences(settings.keepControlChars))
+        content = content.translate(None, delete=bytes(byte for byte in range(0x20) if byte not in kept))
+    return content.hex() if settings.bodyEncoding == "hex" else content.decode("utf-8", "replace")
+
+
+def stream_answer(body: str, settings: StreamSettings) -> bytes:
+    """The Bot's answer as it is written to the device, unframed; PeerError when it should be hex and is not."""
+    if settings.bodyEncoding != "hex":
+        return body.encode("utf-8", "replace")
+    try:
+        return bytes.fromhex(body)
+    except ValueError:
+        raise PeerError("the answer is not hexadecimal; bodyEncoding=utf-8 sends text", "E") from None
+
+
+# =====================================================================================================================
+# ASTM
+#
+# The link layer of laboratory instruments (ASTM E1381, CLSI LIS01-A2), both roles, and the little of the records
+# (E1394, LIS02-A2) that it needs. Bytes and times in, events out. The caller commits a frame to disk between
+# FrameAccepted and committed(), which gives the ACK to write; what arrives in between waits in order.
+#
+# The rules behind the table _LINK (clauses of E1381-02, the text that became LIS01-A2):
+# - 6.2 ENQ is answered by ACK. An ENQ inside a session ends that session first.
+# - 6.3 A frame is STX, number, text, ETB (more of this record follows) or ETX, checksum, CR, LF. It is answered after
+#   its checksum, as some instruments leave CR LF away, and pad with NULs. STX inside a frame begins it anew.
+# - 6.3.2 Numbers count 1..7, 0. A frame repeats the last one only if number and bytes are equal: then ACK, nothing
+#   appended. Any other number is accepted with a warning (strictFrameNumbers: NAK).
+# - 6.4 EOT ends the session and is not answered (ackEot). After ETB or after a frame that was refused, the sender gave
+#   up: interrupted. So does a sender that ends without EOT (30 s of silence, 6.5.2; ENQ; disconnect) before its L
+#   record: only with L is a message complete (LIS02-A2 14), and then a lost EOT does no harm.
+# - A line flips bits: `D` becomes EOT, `E` and CR become ENQ. So EOT inside a text, and EOT and ENQ where noise was
+#   just received, count only if nothing follows for DOUBT_SECS. A wrong ACK would acknowledge the frame after it.
+# - 6.2.1 We ask with ENQ. NAK: again after 10 s. ENQ in answer to ours is contention: the instrument wins, we do not
+#   answer, and ask again after 20 s or when its session ended. No answer within 15 s: EOT, and again.
+# - 6.3.4 A frame that is answered by anything but ACK or EOT (6.5.1), or by nothing in 15 s, is sent again; the sixth
+#   failure ends in EOT. (The standard gives up at the first silence; a receiver that waits 30 s hears the second try.)
+# - 6.3.5 EOT in place of ACK asks us to stop: we say EOT, wait 15 s or until the instrument's session ended, and send
+#   the whole message anew, as its second half would be no message.
+# =====================================================================================================================
+
+STX, ETX, EOT, ENQ, ACK, LF, CR, NAK, ETB = 0x02, 0x03, 0x04, 0x05, 0x06, 0x0A, 0x0D, 0x15, 0x17
+FRAME_TEXT_BYTES = 65_536  # the largest frame text we take: the standard says 64,000, the contract this
+FRAME_COST_BYTES = 64  # counted for each frame besides its text, so that empty frames are bounded too
+WAITING_BYTES = 128 * 1024  # received while a frame is on its way to disk; more than that is no half-duplex sender
+DOUBT_SECS = 1.0  # of silence that make an ENQ or EOT after noise believable: a sender's own time-out is 15
+TURN_SECS = 0.5  # after EOT before our next ENQ: stray answers pass, and the instrument can ask first
+INTERRUPT_SECS = 15.0  # E1381 6.3.5: no ENQ for so long after an interrupt
+SEND_TRIES = 6  # E1381 6.5.1: of one frame; we ask as often with ENQ
+_TEXT_END = re.compile(rb"[\x02\x03\x04\x17]")
+_RESTRICTED = bytes(byte for byte in range(0x20) if byte not in (0x09, CR))  # not allowed in a text (6.6)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Write:
+    """Bytes for the instrument."""
+
+    content: bytes
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class FrameAccepted:
+    """A good frame that waits for committed() or refused(). `number` as on the wire; `end` is ETB or ETX."""
+
+    number: str
+    content: bytes
+    end: int
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Session:
+    """A complete session: its texts, each joined from frames up to an ETX, as sent (normally one record and CR)."""
+
+    records: tuple[bytes, ...]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Interrupted:
+    """A session that must not be taken as a result; the last text may be the beginning of one."""
+
+    records: tuple[bytes, ...]
+    reason: str
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Sent:
+    """The instrument accepted the oldest message given to send()."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class SendFailed:
+    """The oldest message given to send() was not accepted."""
+
+    reason: str
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class LineWarning:
+    """The instrument deviates; no patient data in the text."""
+
+    text: str
+
+
+AstmEvent = Write | FrameAccepted | Session | Interrupted | Sent | SendFailed | LineWarning
+
+
+def astm_frame(number: int, text: bytes, end: int) -> bytes:
+    """One frame on the wire."""
+    body = b"%d%b%c" % (number % 8, text, end)
+    return b"\x02%b%02X\r\n" % (body, sum(body) % 256)
+
+
+def astm_frames(records: Sequence[bytes], size: int) -> list[bytes]:
+    """The frames of a message: every record begins a frame, at most `size` bytes of text in each."""
+    parts: list[tuple[bytes, int]] = []
+    for record in records:
+        text = record.translate(None, delete=_RESTRICTED)
+        cuts = [text[at : at + size] for at in range(0, len(text), size)] or [b""]
+        parts += [(cut, ETB) for cut in cuts[:-1]] + [(cuts[-1], ETX)]
+    return [astm_frame(number, text, end) for number, (text, end) in enumerate(parts, 1)]
+
+
+class Link(enum.Enum):
+    """The states of the line."""
+
+    IDLE = "neutral"
+    OPEN = "session open, between frames"
+    AFTER = "directly after a frame"
+    NOISE = "after bytes that are no frame"
+    NOISE_ENQ = "ENQ after noise"
+    NOISE_EOT = "EOT after noise"
+    NUMBER = "after STX"
+    TEXT = "in the text"
+    TEXT_EOT = "EOT in the text"
+    SUM = "in the checksum"
+    COMMIT = "a frame is on its way to disk"
+    ENQUIRE = "our ENQ waits for its answer"
+    SENDING = "our frame waits for its answer"
+
+
+class Astm:
+    """One connection to an instrument, both roles. `skipped` counts bytes that were no part of the protocol."""
+
+    def __init__(self, settings: StreamSettings):
+        self.settings = settings
+        self.skipped = 0
+        self._state = Link.IDLE
+        self._now = 0.0
+        self._due = 0.0  # when the state's time is over
+        self._events: list[AstmEvent] = []
+        self._waiting = bytearray()  # received, not yet looked at
+        self._queue: collections.deque[list[bytes]] = collections.deque()  # messages to send, as frames
+        self._rest = 0.0  # no ENQ of ours before this time
+        self._asked = self._index = self._tries = 0  # ENQs for the message; frame under way; how often it was sent
+        self._number = 0
+        self._text = bytearray()
+        self._sum = bytearray()  # ETB or ETX, and the checksum
+        self._pending: FrameAccepted | None = None
+        self._last: FrameAccepted | None = None
+        self._expected = 1
+        self._records: list[bytearray] = []
+        self._size = 0  # of the session, in bytes
+        self._partial = False  # the last text goes on in the next frame
+        self._refused = False  # the last frame got NAK
+
+    # --- what the caller does ---
+
+    @property
+    def state(self) -> Link:
+        return self._state
+
+    @property
+    def awaiting_commit(self) -> bool:
+        """A frame waits for committed() or refused(): a caller need not read on."""
+        return self._pending is not None
+
+    def receive(self, chunk: bytes, now: float) -> list[AstmEvent]:
+        """The events of these bytes; `now` in seconds of any steady clock."""
+        late = [] if self._state is Link.IDLE else self.expired(now)
+        self._now = now
+        if self._pending is None or len(self._waiting) + len(chunk) <= WAITING_BYTES:
+            self._waiting += chunk
+        else:
+            self.skipped += len(chunk)
+        return late + self._run()
+
+    def committed(self, now: float) -> list[AstmEvent]:
+        """The accepted frame is on disk: its ACK, and what waited behind it."""
+        frame, self._pending, self._now = self._pending, None, now
+        if frame is None:
+            return []
+        if not self._partial:
+            self._records.append(bytearray())
+        self._records[-1] += frame.content
+        self._partial = frame.end == ETB
+        self._size += len(frame.content) + FRAME_COST_BYTES
+        self._last, self._expected = frame, (ord(frame.number) + 1) % 8
+        self._answer(ACK)
+        return self._run()
+
+    def refused(self, now: float) -> list[AstmEvent]:
+        """The accepted frame could not be stored: NAK, so that the instrument sends it again."""
+        if self._pending is None:
+            return []
+        self._pending, self._now = None, now
+        self._answer(NAK)
+        return self._run()
+
+    def send(self, records: Sequence[bytes], now: float) -> list[AstmEvent]:
+        """Queue a message (records each ending in CR); every call ends in one Sent or SendFailed, in order."""
+        self._now = now
+        self._queue.append(astm_frames(records, self.settings.maxFrame))
+        if self._state is Link.IDLE and now >= self._rest:
+            self._step(_TIME)
+        return self._run()
+
+    def deadline(self) -> float | None:
+        """When expired() wants to be called."""
+        if self._state is Link.IDLE:
+            return self._rest if self._queue else None
+        return None if self._state is Link.COMMIT else self._due
+
+    def expired(self, now: float) -> list[AstmEvent]:
+        """What the passing of time brings."""
+        due = self.deadline()
+        if due is None or now < due:
+            return []
+        self._now = now
+        self._step(_TIME)
+        return self._run()
+
+    def closed(self) -> list[AstmEvent]:
+        """The connection is gone, and with it the session and everything that waits to be sent."""
+        self._waiting.clear()
+        self._pending = None
+        self._break("the connection was closed before EOT")
+        self._events += [SendFailed("the connection was closed") for _ in self._queue]
+        self._queue.clear()
+        self._asked = 0
+        self._state = Link.IDLE
+        return self._run()
+
+    # --- the engine ---
+
+    def _run(self) -> list[AstmEvent]:
+        at = 0
+        while at < len(self._waiting) and self._state is not Link.COMMIT:
+            if self._state is Link.TEXT:
+                at = self._take_text(at)
+            else:
+                self._step(self._waiting[at])
+                at += 1
+        del self._waiting[:at]
+        if self._state in _DOUBTS:
+            self._due = self._now + DOUBT_SECS
+        elif self._state not in (Link.ENQUIRE, Link.SENDING):
+            self._due = self._now + self.settings.receiveTimeoutSecs
+        events, self._events = self._events, []
+        return events
+
+    def _step(self, byte: int) -> None:
+        """One row of the table; an action may move on to another state than the row's."""
+        row = _LINK[self._state]
+        action, self._state = row.get(byte) or row[_OTHER]
+        action(self, byte)
+
+    def _take_text(self, at: int) -> int:
+        """Text up to the next byte that means something, in one go."""
+        match = _TEXT_END.search(self._waiting, at)
+        stop = match.start() if match else len(self._waiting)
+        del match  # it would keep _waiting from shrinking
+        room = FRAME_TEXT_BYTES - len(self._text)
+        self._text += self._waiting[at : min(stop, at + room)]
+        if stop - at > room:
+            self._warn(f"a frame has more than {FRAME_TEXT_BYTES} bytes of text")
+            self._text.clear()
+            self._answer(NAK)
+            return at + room + 1
+        if stop < len(self._waiting):
+            self._step(self._waiting[stop])
+            return stop + 1
+        return stop
+
+    def _write(self, byte: int) -> None:
+        self._events.append(Write(bytes((byte,))))
+
+    def _warn(self, text: str) -> None:
+        self._events.append(LineWarning(text))
+
+    # --- receiver: sessions ---
+
+    def _pass(self, byte: int) -> None:
+        """Nothing to do."""
+
+    def _skip(self, byte: int) -> None:
+        """A byte that is no part of the protocol; without verification a checksum is skipped after its frame."""
+        if self.settings.checksum == "off" and chr(byte) in "0123456789ABCDEFabcdef" and self._last:
+            self._state = Link.AFTER
+        else:
+            self.skipped += 1
+
+    def _begin_session(self, byte: int) -> None:
+        self._records, self._size, self._last, self._expected = [], 0, None, 1
+        self._partial = self._refused = False
+        self._text.clear()
+
+    def _open(self, byte: int) -> None:
+        self._begin_session(byte)
+        self._write(ACK)
+
+    def _open_bare(self, byte: int) -> None:
+        self._warn("a frame came without ENQ")
+        self._begin_session(byte)
+        self._begin(byte)
+
+    def _reopen(self, byte: int) -> None:
+        self._break("the instrument began a new session before EOT")
+        self._open(byte)
+
+    def _end(self, byte: int) -> None:
+        """EOT."""
+        if self._refused:
+            reason = "the instrument gave up after a frame that was not accepted"
+        elif self._partial:
+            reason = "EOT came in the middle of a record"
+        else:
+            missing = self.settings.requireTerminator and not self._terminated()
+            reason = "EOT came before the L record (requireTerminator)" if missing else ""
+        self._finish(reason)
+        self._ack_eot(byte)
+
+    def _ack_eot(self, byte: int) -> None:
+        if self.settings.ackEot:
+            self._write(ACK)
+
+    def _cut(self, byte: int) -> None:
+        """EOT came in the middle of a frame, and then nothing."""
+        self._refused = True
+        self._end(byte)
+
+    def _cut_and_open(self, byte: int) -> None:
+        self._cut(byte)
+        self._open(byte)
+
+    def _end_and_open(self, byte: int) -> None:
+        self._end(byte)
+        self._open(byte)
+
+    def _silent(self, byte: int) -> None:
+        self._break(f"the instrument was silent for {self.settings.receiveTimeoutSecs:g} s before EOT")
+
+    def _break(self, reason: str) -> None:
+        """A session without EOT: only its L record can tell that it is complete."""
+        self._finish("" if self._terminated() else reason)
+
+    def _terminated(self) -> bool:
+        last = bytes(self._records[-1]).strip(b"\r\n\0 ") if self._records and not self._partial else b""
+        return re.split(rb"[\r\n]", last)[-1].startswith(b"L")
+
+    def _finish(self, reason: str) -> None:
+        if self._records:
+            records = tuple(map(bytes, self._records))
+            self._events.append(Interrupted(records, reason) if reason else Session(records))
+        self._begin_session(0)
+        self._rest = self._now + TURN_SECS
+
+    # --- receiver: frames ---
+
+    def _begin(self, byte: int) -> None:
+        self._text.clear()
+        self._sum.clear()
+
+    def _restart(self, byte: int) -> None:
+        self._warn("a frame began inside a frame")
+        self._begin(byte)
+
+    def _take_number(self, byte: int) -> None:
+        self._number = byte
+
+    def _go_on(self, byte: int) -> None:
+        """The EOT was part of the text, which is for the checksum to judge."""
+        self._text.append(EOT)
+        if byte in (ETB, ETX):
+            self._state = Link.SUM
+            self._close(byte)
+        else:
+            self._text.append(byte)
+
+    def _close(self, byte: int) -> None:
+        self._sum.append(byte)
+        if self.settings.checksum == "off":
+            self._judge()
+
+    def _take_sum(self, byte: int) -> None:
+        self._sum.append(byte)
+        if len(self._sum) == 3:
+            self._judge()
+
+    def _judge(self) -> None:
+        """The frame is complete."""
+        frame = FrameAccepted(chr(self._number), bytes(self._text), self._sum[0])
+        wanted = b"%02X" % ((self._number + sum(self._text) + frame.end) % 256)
+        self._text.clear()
+        expected = ord(frame.number) == ord("0") + self._expected
+        if self.settings.checksum == "on" and self._sum[1:].upper() != wanted:
+            self._answer(NAK)
+        elif frame == self._last:
+            self._answer(ACK)
+        elif self._size + len(frame.content) + FRAME_COST_BYTES > self.settings.maxMessageBytes:
+            self._warn(f"the session is larger than {self.settings.maxMessageBytes} bytes (maxMessageBytes)")
+            self._answer(NAK)
+        elif not expected and self.settings.strictFrameNumbers:
+            self._warn(f"frame {frame.number!r} came where {self._expected} was due; it is refused")
+            self._answer(NAK)
+        else:
+            if not expected:
+                self._warn(f"frame {frame.number!r} came where {self._expected} was due; it is accepted")
+            self._state, self._pending = Link.COMMIT, frame
+            self._events.append(frame)
+
+    def _answer(self, byte: int) -> None:
+        """ACK or NAK of a frame."""
+        self._refused = byte == NAK
+        self._state = Link.NOISE if self._refused else Link.AFTER
+        self._write(byte)
+
+    # --- sender ---
+
+    def _enquire(self, byte: int) -> None:
+        """Ask for the line, if something is to be sent."""
+        if not self._queue[0]:
+            self._fail("there is no record to send")
+            return
+        self._asked += 1
+        self._state, self._due = Link.ENQUIRE, self._now + self.settings.replyTimeoutSecs
+        self._write(ENQ)
+
+    def _granted(self, byte: int) -> None:
+        self._index = self._tries = 0
+        self._transmit()
+
+    def _transmit(self) -> None:
+        self._tries += 1
+        self._due = self._now + self.settings.replyTimeoutSecs
+        self._events.append(Write(self._queue[0][self._index]))
+
+    def _advance(self, byte: int) -> None:
+        """ACK: the next frame, or the end."""
+        self._index, self._tries = self._index + 1, 0
+        if self._index < len(self._queue[0]):
+            self._transmit()
+        else:
+            self._write(EOT)
+            self._settle(Sent())
+
+    def _again(self, byte: int) -> None:
+        if self._tries < SEND_TRIES:
+            self._transmit()
+        else:
+            self._write(EOT)
+            self._fail(f"frame {self._index + 1} was not accepted in {SEND_TRIES} tries")
+
+    def _interrupt(self, byte: int) -> None:
+        """EOT for ACK. After the last frame the instrument has everything."""
+        if self._index + 1 == len(self._queue[0]):
+            self._advance(byte)
+            return
+        self._write(EOT)
+        self._put_off(INTERRUPT_SECS, "the instrument interrupted it")
+
+    def _busy(self, byte: int) -> None:
+        self._put_off(self.settings.nakDelaySecs, "the instrument is busy (NAK)")
+
+    def _contend(self, byte: int) -> None:
+        self._put_off(self.settings.contentionTimeoutSecs, "the instrument asked to send at the same time")
+
+    def _unanswered(self, byte: int) -> None:
+        self._write(EOT)
+        self._put_off(self.settings.nakDelaySecs, "the instrument does not answer")
+
+    def _put_off(self, seconds: float, reason: str) -> None:
+        self._state, self._rest = Link.IDLE, self._now + seconds
+        if self._asked >= SEND_TRIES:
+            self._fail(f"{reason}; gave up after {SEND_TRIES} tries")
+
+    def _fail(self, reason: str) -> None:
+        self._settle(SendFailed(reason))
+
+    def _settle(self, outcome: Sent | SendFailed) -> None:
+        self._queue.popleft()
+        self._asked = 0
+        self._state, self._rest = Link.IDLE, max(self._rest, self._now + TURN_SECS)
+        self._events.append(outcome)
+
+
+_TIME, _OTHER = -1, -2  # keys of the table beside bytes: the state's time is over; any byte not named
+_Row = dict[int, tuple[Callable[[Astm, int], None], Link]]
+_DOUBTS = (Link.NOISE_ENQ, Link.NOISE_EOT, Link.TEXT_EOT)
+
+
+def _padding(link: Link) -> _Row:
+    return dict.fromkeys((CR, LF, 0), (Astm._pass, link))
+
+
+# fmt: off
+_BETWEEN: _Row = {
+    STX: (Astm._begin, Link.NUMBER), EOT: (Astm._end, Link.IDLE), **_padding(Link.OPEN),
+    _OTHER: (Astm._skip, Link.NOISE), _TIME: (Astm._silent, Link.IDLE),
+}
+_NOISY: _Row = {
+    **_BETWEEN, **_padding(Link.NOISE), ENQ: (Astm._pass, Link.NOISE_ENQ), EOT: (Astm._pass, Link.NOISE_EOT),
+}
+_LINK: dict[Link, _Row] = {
+    Link.IDLE: {
+        ENQ: (Astm._open, Link.OPEN), STX: (Astm._open_bare, Link.NUMBER), EOT: (Astm._ack_eot, Link.IDLE),
+        **_padding(Link.IDLE), _OTHER: (Astm._skip, Link.IDLE), _TIME: (Astm._enquire, Link.IDLE),
+    },
+    # receiver
+    Link.OPEN: {**_BETWEEN, ENQ: (Astm._reopen, Link.OPEN)},
+    Link.AFTER: {**_BETWEEN, ENQ: (Astm._pass, Link.NOISE_ENQ)},  # a flipped CR, or no CR LF and a new session
+    Link.NOISE: _NOISY,
+    Link.NOISE_ENQ: {**_NOISY, _TIME: (Astm._reopen, Link.OPEN)},
+    Link.NOISE_EOT: {
+        **_NOISY, **_padding(Link.NOISE_EOT), ENQ: (Astm._end_and_open, Link.OPEN), _TIME: (Astm._end, Link.IDLE),
+    },
+    Link.NUMBER: {
+        STX: (Astm._begin, Link.NUMBER), ENQ: (Astm._reopen, Link.OPEN), EOT: (Astm._end, Link.IDLE),
+        _OTHER: (Astm._take_number, Link.TEXT), _TIME: (Astm._silent, Link.IDLE),
+    },
+    Link.TEXT: {  # all other bytes: _take_text
+        STX: (Astm._restart, Link.NUMBER), ETB: (Astm._close, Link.SUM), ETX: (Astm._close, Link.SUM),
+        EOT: (Astm._pass, Link.TEXT_EOT), _TIME: (Astm._silent, Link.IDLE),
+    },
+    Link.TEXT_EOT: {
+        STX: (Astm._restart, Link.NUMBER), ENQ: (Astm._cut_and_open, Link.OPEN),
+        _OTHER: (Astm._go_on, Link.TEXT), _TIME: (Astm._cut, Link.IDLE),
+    },
+    Link.SUM: {_OTHER: (Astm._take_sum, Link.SUM), _TIME: (Astm._silent, Link.IDLE)},
+    # sender
+    Link.ENQUIRE: {
+        ACK: (Astm._granted, Link.SENDING), ENQ: (Astm._contend, Link.IDLE), **_padding(Link.ENQUIRE),
+        _OTHER: (Astm._busy, Link.IDLE), _TIME: (Astm._unanswered, Link.IDLE),
+    },
+    Link.SENDING: {
+        ACK: (Astm._advance, Link.SENDING), EOT: (Astm._interrupt, Link.SENDING), **_padding(Link.SENDING),
+        _OTHER: (Astm._again, Link.SENDING), _TIME: (Astm._again, Link.SENDING),
+    },
+}
+# fmt: on
+
+
+class Delimiters(NamedTuple):
+    """How the records of a message are divided (LIS02-A2 6.4)."""
+
+    field: str
+    repeat: str
+    component: str
+    escape: str
+
+
+def delimiters(record: bytes) -> Delimiters:
+    """As the H record declares them; the standard's where it does not."""
+    usual = Delimiters("|", "\\", "^", "&")
+    text = record.lstrip(b"\r\n\0 ").split(b"\r")[0].decode("latin-1")
+    if not text.startswith("H") or len(text) < 2 or text[1].isalnum() or text[1].isspace():
+        return usual
+    declared = text[2:5].split(text[1])[0]
+    return Delimiters(text[1], *(declared + "".join(usual[1:])[len(declared) :]))
+
+
+def _records_of(text: str) -> list[str]:
+    lines = re.split(r"[\r\n]", text)
+    clean = ("".join(c for c in line if c >= " ") for line in lines)
+    return [line for line in clean if line.strip()]
+
+
+def records_text(records: Sequence[bytes], settings: StreamSettings) -> str:
+    """The body sent to the server: every record ends in LF, blank ones and other control characters are left out."""
+    text = "\n".join(record.decode(settings.encoding, "replace") for record in records)
+    return "".join(line + "\n" for line in _records_of(text))
+
+
+def text_records(body: str, settings: StreamSettings) -> list[bytes]:
+    """The records of an answer, each ending in CR as they are sent."""
+    return [line.encode(settings.encoding, "replace") + b"\r" for line in _records_of(body)]
+
+
+# =====================================================================================================================
 # Store
 #
 # Every message on disk before it is acknowledged: one SQLite file (WAL, synchronous=FULL), one writer thread with one
@@ -1514,6 +2338,7 @@ QUEUED, SENT, PROCESSED, REJECTED, FAILED, NACKED = range(6)
 STATES = ("queued", "inflight", "processed", "rejected", "failed", "nacked")
 PENDING, DELIVERED, UNDELIVERED, NOT_OWED = range(4)
 OUTCOMES = ("pending", "delivered", "undelivered", "not_owed")
+BOT_LOG = "Bot execution logs:"  # how the server begins the answer of a Bot that returned nothing
 PUSH_PREFIX = "push "  # names of channel rows that are devices: "push mllp://host:port"
 APPLICATION_ID, SCHEMA_VERSION = 0x4D504C41, 1  # "MPLA": tells our file from any other SQLite file
 
@@ -1531,6 +2356,8 @@ CREATE TABLE message (
   next_attempt_at INTEGER NOT NULL DEFAULT 0, first_failed_at INTEGER NOT NULL DEFAULT 0,
   sent_at INTEGER NOT NULL DEFAULT 0, settled_at INTEGER NOT NULL DEFAULT 0, response TEXT, status_code INTEGER,
   outcome INTEGER NOT NULL DEFAULT 0, error_code TEXT, last_error TEXT);
+CREATE TABLE partial (session TEXT, number INTEGER, channel INTEGER NOT NULL, remote TEXT NOT NULL,
+  frame BLOB NOT NULL, PRIMARY KEY (session, number)) WITHOUT ROWID;
 CREATE UNIQUE INDEX duplicate ON message (channel, control_id) WHERE checked;
 CREATE INDEX unsettled ON message (channel, id) WHERE state < {PROCESSED};
 CREATE INDEX dead ON message (id) WHERE state > {PROCESSED};
@@ -2866,6 +3693,8 @@ class Outlet(typing.Protocol):
 
     def silent_bot(self, message: Message) -> bool: ...
 
+    def relays(self, body: object) -> bool: ...
+
 
 class Queue:
     """Stored messages of one channel or one device on their way: window, order, retries, dead letters."""
@@ -3177,7 +4006,8 @@ class Feed(Queue):
 
     def transmit(self, message: Message) -> None:
         callback = f"{self._prefix}{message.id:012x}#{message.attempts}"
-        size = self._uplink.transmit(self.plan.name, message.remote, HL7_TYPE, message.text or "", callback)
+        kind, text = self.plan.content_type, message.text or ""
+        size = self._uplink.transmit(self.plan.name, message.remote, kind, text, callback)
         if size == self._uplink.largest:
             self._uplink.largest_id = message.id
 
@@ -3185,6 +4015,13 @@ class Feed(Queue):
         if self.outlet is None:
             return False
         return self.outlet.deliver(message, message.response or "") if relay else self.outlet.refuse(message, error)
+
+    def text_of(self, message: Message, original: bytes, finalized: str | None) -> str:
+        if self.plan.is_astm:
+            return original.decode()
+        if isinstance(self.plan.settings, StreamSettings):
+            return stream_body(original, self.plan.settings)
+        return super().text_of(message, original, finalized)
 
     def lost(self) -> None:
         """The connection ended: answers can no longer come. Whatever may be sent twice goes back to be sent again."""
@@ -3214,7 +4051,7 @@ class Feed(Queue):
         self.round_trips.append(now_ms() - message.received_at)
         if self.outlet is None:
             delivered = False
-        elif judgment.hl7:
+        elif self.outlet.relays(body):
             delivered = self.outlet.deliver(message, message.response)
         else:
             delivered = self.outlet.silent_bot(message)
@@ -3395,6 +4232,7 @@ class Connection(asyncio.Protocol):
         self._outbox: list[bytes] = []
         self._paused: set[str] = set()
         self._closing = False
+        self.lost = asyncio.Event()
         self.ended = False  # the device sends nothing more
         self._transport: asyncio.Transport
 
@@ -3423,13 +4261,17 @@ class Connection(asyncio.Protocol):
         self._transport = typing.cast(asyncio.Transport, transport)
         if hasattr(transport, "max_size"):
             transport.max_size = READ_BYTES
-        set_device_options(transport.get_extra_info("socket"))
-        peer = transport.get_extra_info("peername") or ("unknown", 0)
-        self.host, self.remote = peer[0], f"{peer[0]}:{peer[1]}"
+        if (sock := transport.get_extra_info("socket")) is not None:
+            set_device_options(sock)
+        if peer := transport.get_extra_info("peername"):
+            self.host, self.remote = peer[0], f"{peer[0]}:{peer[1]}"
+        else:  # a serial port
+            self.host = self.remote = self.channel.plan.host
         self.channel.opened(self)
 
     def connection_lost(self, error: Exception | None) -> None:
         self._closing = True
+        self.lost.set()
         self.channel.closed(self)
 
     def data_received(self, data: bytes) -> None:
@@ -3604,6 +4446,10 @@ class Channel:
         """The Bot's answer to the device; False when no device is there to take it."""
         raise NotImplementedError
 
+    def relays(self, body: object) -> bool:
+        """Whether a Bot's answer is something for the device."""
+        return isinstance(body, str) and body.lstrip("\r\n").startswith("MSH")
+
     def refuse(self, message: Message, error_code: str) -> bool:
         """The message is a dead letter; whether a waiting device was told."""
         return False
@@ -3676,6 +4522,17 @@ class Channel:
         if len(candidates) == 1 and self.may_adopt(candidates[0]):
             return candidates[0]
         return found  # its sender ended its side only, or is gone: the write will tell
+
+    def device(self, host: str) -> Connection:
+        """The connected device at `host`, or the only one for ``; DeviceError when there is none or several."""
+        found = [c for c in self.connections.values() if host in ("", c.host, c.host.removeprefix("::ffff:"))]
+        if len(found) == 1:
+            return found[0]
+        which = f"from {host} " if host else ""
+        count = f"{len(found)} devices are" if found else "no device is"
+        advice = f"; name one as channel://{self.plan.name}/<ip>" if found and not host else ""
+        text = f"{count} connected {which}to channel '{self.plan.name}'{advice}"
+        raise DeviceError(text, "device-unreachable")
 
     def may_adopt(self, connection: Connection) -> bool:
         """Whether the only connection from the same address may get the answer to a message of an earlier one."""
@@ -3889,17 +4746,11 @@ class Hl7Channel(Channel):
 
     def push(self, exchange: Exchange, text: str, host: str) -> None:
         """Send a message of the cloud to a connected device: the one at `host`, or the only one; DeviceError."""
-        found = [c for c in self.connections.values() if host in ("", c.host, c.host.removeprefix("::ffff:"))]
-        if len(found) != 1:
-            which = f"from {host} " if host else ""
-            count = f"{len(found)} devices are" if found else "no device is"
-            advice = f"; name one as channel://{self.plan.name}/<ip>" if found and not host else ""
-            text = f"{count} connected {which}to channel '{self.plan.name}'{advice}"
-            raise DeviceError(text, "device-unreachable")
-        self.pushes.append((exchange, found[0]))
+        device = self.device(host)
+        self.pushes.append((exchange, device))
         self._pushed.append(exchange.control_id)
         self._note(f"[Sending -- ID: {exchange.control_id}]: {text}")
-        self._write(found[0], text)
+        self._write(device, text)
 
     def _push_answered(self, text: str) -> bool:
         """A message that acknowledges a push, also late or again, is no message for the server."""
@@ -3934,6 +4785,353 @@ class Hl7Channel(Channel):
             return False
         self._write(connection, build_ack(Header(message.text), code, text, closing=self._closing))
         return True
+
+
+PUSH_WRITTEN = "OK"  # the answer to a push whose device has no words of its own
+
+
+def finish_send(sent: asyncio.Future[str], event: AstmEvent, name: str) -> None:
+    """Sent or SendFailed ends the oldest message given to an ASTM core."""
+    if sent.done():
+        return
+    if isinstance(event, SendFailed):
+        sent.set_exception(DeviceError(f"{name}: the instrument did not take it: {event.reason}", "device-silent"))
+    else:
+        sent.set_result(PUSH_WRITTEN)
+
+
+class StreamConnection(Connection):
+    """A device that sends a byte stream framed by a start and an end sequence."""
+
+    channel: StreamChannel
+
+    def __init__(self, channel: StreamChannel):
+        super().__init__(channel)
+        self.core = ByteStream(channel.settings)
+        self._replies: list[bytes] = []  # automatic answers that wait until what they acknowledge is on disk
+
+    def take(self, received: bytes) -> None:
+        for event in self.core.receive(received):
+            if isinstance(event, StreamMessage):
+                self.messages += 1
+                self.channel.receive(self, event.content)
+            elif isinstance(event, PeerError):
+                self.channel.complain(self, str(event))
+            elif self.pending:
+                self._replies.append(event.content)
+            else:
+                self.send(event.content)
+
+    @property
+    def inside(self) -> bool:
+        return self.core.inside
+
+    def settled(self, stored: bool) -> None:
+        """A message is on disk; or refused: then its automatic answer is not given, and the device sends again."""
+        self.stored()
+        replies = [] if self.pending else self._replies
+        for reply in replies if stored else []:
+            self.send(reply)
+        if not stored or not self.pending:
+            self._replies = []
+
+
+class StreamChannel(Channel):
+    """A channel for devices with a protocol of their own: framed bytes (channel contract 9)."""
+
+    @property
+    def settings(self) -> StreamSettings:
+        return typing.cast(StreamSettings, self.plan.settings)
+
+    def connect(self) -> Connection:
+        return StreamConnection(self)
+
+    def replan(self, plan: ChannelPlan) -> None:
+        """Other parameters mean another core: open connections are closed, and the devices come back."""
+        changed = plan.settings != self.plan.settings
+        super().replan(plan)
+        for connection in list(self.connections.values()) if changed else []:
+            connection.close()
+
+    def complain(self, connection: Connection, text: str) -> None:
+        self._warn(f"{connection.remote}: {text}")
+
+    def receive(self, connection: StreamConnection, content: bytes) -> None:
+        """One framed message: hand it to the store."""
+        text = stream_body(content, self.settings)
+        message = self.new_message(connection, content, text, "latin-1") if text else None
+        if message is None:
+            return
+        message.source = functools.partial(self._stored, connection)
+        connection.pending += 1
+        self.store.put(message)
+
+    def new_message(self, connection: Connection, original: bytes, text: str, encoding: str) -> Message | None:
+        """A message for the store; None while the channel has no row in it: then the device is told nothing."""
+        if self.feed is None:
+            self.complain(connection, f"{self.store.trouble or 'the channel is starting'}; the message is not taken")
+            return None
+        message = Message(self.feed.row.id, connection.remote, original, encoding)
+        message.epoch = self.feed.row.epoch
+        message.key = "" if self.plan.key_spec == "*" else connection.host
+        message.text = text
+        self._note(f"[Received]: {text}")
+        return message
+
+    def _stored(self, connection: StreamConnection, message: Message) -> None:
+        assert self.feed is not None
+        if message.refusal:
+            self.complain(connection, f"{message.refusal}; the message is not acknowledged")
+        else:
+            self.feed.stored(message)
+        connection.settled(not message.refusal)
+
+    def relays(self, body: object) -> bool:
+        """The log text of a Bot that returned nothing is not for the device."""
+        return isinstance(body, str) and bool(body) and not body.startswith(BOT_LOG)
+
+    def deliver(self, message: Message, text: str) -> bool:
+        if self.settings.ignoreResponse:
+            return True
+        connection = self._connection_for(message)
+        if connection is None:
+            self._warn(f"message {message.id}: the device is not connected any more; its answer is in the queue")
+            return False
+        self._note(f"[Sending]: {text}")
+        try:
+            self.answer(connection, text)
+        except PeerError as error:
+            self._warn(f"message {message.id}: the Bot's answer cannot be sent: {error}")
+            return False
+        return True
+
+    def answer(self, connection: Connection, text: str) -> None:
+        """The Bot's words on the wire; PeerError when they are not what the channel carries."""
+        connection.send(stream_answer(text, self.settings))
+
+    def submit(self, connection: Connection, text: str) -> asyncio.Future[str]:
+        """A push to a connected device: done when it is written, or when the device took it (ASTM)."""
+        self.answer(connection, text)
+        sent: asyncio.Future[str] = self.loop.create_future()
+        sent.set_result(PUSH_WRITTEN)
+        return sent
+
+
+class AstmConnection(Connection):
+    """An analyzer that speaks ASTM E1381 / LIS01-A2; accepted frames are on disk before their ACK."""
+
+    channel: AstmChannel
+
+    def __init__(self, channel: AstmChannel):
+        super().__init__(channel)
+        self.core = Astm(channel.settings)
+        self.session = ""  # names the frames on disk that belong to no message yet
+        self._frames = 0
+        self._sends: collections.deque[asyncio.Future[str]] = collections.deque()  # in the order of the core
+        self._timer: asyncio.TimerHandle | None = None
+
+    def submit(self, records: Sequence[bytes]) -> asyncio.Future[str]:
+        """Send records as a session; the future ends when the instrument took it, or in a DeviceError."""
+        sent: asyncio.Future[str] = self._loop.create_future()
+        self._sends.append(sent)
+        self.perform(self.core.send(records, self._loop.time()))
+        return sent
+
+    def take(self, received: bytes) -> None:
+        self.perform(self.core.receive(received, self._loop.time()))
+
+    @property
+    def inside(self) -> bool:
+        return False  # the core has time-outs of its own
+
+    def perform(self, events: Iterable[AstmEvent]) -> None:
+        """Do what the core says, and wait for its next deadline."""
+        for event in events:
+            self._perform(event)
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        deadline = self.core.deadline()
+        if deadline is not None and not self._closing:
+            self._timer = self._loop.call_at(deadline, self._expired)
+
+    def _expired(self) -> None:
+        self._timer = None
+        self.perform(self.core.expired(self._loop.time()))
+
+    def _perform(self, event: AstmEvent) -> None:
+        if isinstance(event, Write):
+            self.send(event.content)
+        elif isinstance(event, FrameAccepted):
+            self._keep_frame(event)
+        elif isinstance(event, Session | Interrupted):
+            self.messages += 1
+            session, self.session = self.session, ""
+            self.channel.take_session(self, session, event)
+        elif isinstance(event, LineWarning):
+            self.channel.complain(self, event.text)
+        else:
+            finish_send(self._sends.popleft(), event, self.remote)
+
+    def _keep_frame(self, frame: FrameAccepted) -> None:
+        """The frame is on disk before the core may acknowledge it."""
+        self.session = self.session or uuid.uuid4().hex
+        self._frames += 1
+        self.pending += 1
+        self.pause("frame")
+        self.channel.keep_frame(self, self._frames, frame).add_done_callback(self._frame_kept)
+
+    def _frame_kept(self, saving: asyncio.Future[None]) -> None:
+        self.stored()
+        self.resume("frame")
+        if saving.cancelled() or saving.exception() is not None:
+            self.channel.complain(self, "a frame could not be stored and is refused with NAK")
+            self.perform(self.core.refused(self._loop.time()))
+        else:
+            self.perform(self.core.committed(self._loop.time()))
+
+    def connection_lost(self, error: Exception | None) -> None:
+        super().connection_lost(error)
+        self.perform(self.core.closed())
+
+
+class AstmChannel(StreamChannel):
+    """A channel in ASTM mode (channel contract 10): sessions of records up, the Bot's records down."""
+
+    def connect(self) -> Connection:
+        return AstmConnection(self)
+
+    def keep_frame(self, connection: AstmConnection, number: int, frame: FrameAccepted) -> asyncio.Future[None]:
+        """Put an accepted frame on disk; StorageError through the future."""
+        if self.feed is None or not self.store.healthy:
+            failed: asyncio.Future[None] = self.loop.create_future()
+            failed.set_exception(StorageError(self.store.trouble or "the channel is starting"))
+            return failed
+        row = (connection.session, number, self.feed.row.id, connection.remote, frame.content)
+
+        def run(db: sqlite3.Connection) -> None:
+            db.execute("INSERT INTO partial VALUES (?, ?, ?, ?, ?)", row)
+
+        return self.store.call(run)
+
+    def take_session(self, connection: AstmConnection, session: str, event: Session | Interrupted) -> None:
+        """A whole session is a message; an interrupted one is kept as a dead letter with its records."""
+        text = records_text(event.records, self.settings)
+        message = self.new_message(connection, text.encode(), text, "utf-8") if text else None
+        if message is None:
+            return
+        message.control_id = session
+        if isinstance(event, Interrupted):
+            self.bury_session(message, event.reason)
+        message.source = functools.partial(self._session_stored, connection)
+        connection.pending += 1
+        self.store.put(message)
+
+    def bury_session(self, message: Message, reason: str) -> None:
+        message.state, message.outcome = FAILED, NOT_OWED
+        message.error_code, message.error = "interrupted-session", reason
+        self._warn(f"{message.remote}: a session was interrupted ({reason}); its records are kept as a dead letter")
+
+    def _session_stored(self, connection: AstmConnection, message: Message) -> None:
+        connection.stored()
+        if message.refusal:
+            self.complain(connection, f"{message.refusal}; the session becomes a dead letter at the next start")
+            return
+        self._forget(message)
+        if message.state == QUEUED and self.feed is not None:
+            self.feed.stored(message)
+
+    def _forget(self, message: Message) -> None:
+        """Its frames are part of a message now."""
+        if message.refusal:
+            return
+
+        def run(db: sqlite3.Connection) -> None:
+            db.execute("DELETE FROM partial WHERE session = ?", (message.control_id,))
+
+        self.store.call(run).add_done_callback(lambda future: future.cancelled() or future.exception())
+
+    async def recover(self) -> None:
+        """Frames that were acknowledged before a crash, and whose session never ended, become a dead letter."""
+        assert self.feed is not None
+        channel = self.feed.row.id
+        sessions = await self.store.call(
+            lambda db: db.execute(
+                "SELECT session, remote, group_concat(hex(frame), '') FROM (SELECT * FROM partial WHERE channel = ? "
+                "ORDER BY session, number) GROUP BY session",
+                (channel,),
+            ).fetchall()
+        )
+        live = {c.session for c in self.connections.values() if isinstance(c, AstmConnection)}
+        for session, remote, frames in sessions:
+            if session not in live:
+                text = records_text([bytes.fromhex(frames)], self.settings)
+                message = Message(channel, remote, text.encode(), "utf-8")
+                message.control_id, message.epoch = session, self.feed.row.epoch
+                self.bury_session(message, "the agent stopped before the session ended")
+                message.source = self._forget
+                self.store.put(message)
+
+    def answer(self, connection: Connection, text: str) -> None:
+        self.submit(connection, text).add_done_callback(functools.partial(self._answered, connection))
+
+    def submit(self, connection: Connection, text: str) -> asyncio.Future[str]:
+        return typing.cast(AstmConnection, connection).submit(text_records(text, self.settings))
+
+    def _answered(self, connection: Connection, sent: asyncio.Future[str]) -> None:
+        if not sent.cancelled() and (error := sent.exception()) is not None:
+            self.complain(connection, f"the Bot's answer was not taken: {error}")
+
+
+class Dialer:
+    """A channel whose line we open: an instrument that listens, or a serial port; opened again when it is lost."""
+
+    def __init__(self, channel: StreamChannel, log: Log):
+        self._channel, self._log = channel, log
+        self._task = asyncio.ensure_future(self._run())
+
+    def close(self) -> None:
+        self._task.cancel()
+
+    async def _run(self) -> None:
+        plan, failures, said = self._channel.plan, 0, ""
+        while True:
+            try:
+                connection = await self._open(plan)
+                self._log.info(f"Channel '{plan.name}': {plan.address.split('?')[0]} is open.")
+                failures, said = 0, ""
+                await connection.lost.wait()
+                reason = "the line was closed"
+            except (OSError, ValueError) as error:
+                failures, reason = failures + 1, str(error) or type(error).__name__
+            if reason != said:
+                said = reason
+                self._log.warn(f"Channel '{plan.name}': {plan.address.split('?')[0]}: {reason}; trying again.")
+            await asyncio.sleep(
+                random.uniform(0, min(RECONNECT_MAX_SECS, RECONNECT_BASE_SECS * 2 ** min(failures, 10)))
+            )
+
+    async def _open(self, plan: ChannelPlan) -> Connection:
+        loop = asyncio.get_running_loop()
+        if plan.port:
+            async with asyncio.timeout(CONNECT_TIMEOUT_SECS):
+                _, protocol = await loop.create_connection(self._channel.connect, plan.host, plan.port)
+            return protocol
+        import serialx  # only where a serial port is used
+
+        s = self._channel.settings
+        _, port = await serialx.create_serial_connection(
+            loop, self._channel.connect, plan.host, baudrate=s.baudRate, parity=serialx.Parity[s.parity.upper()],
+            stopbits=serialx.StopBits(s.stopBits), byte_size=s.dataBits, xonxoff=s.flow == "xonxoff",
+            rtscts=s.flow == "rtscts",
+        )  # fmt: skip
+        return typing.cast(Connection, port)
+
+
+def new_channel(plan: ChannelPlan, store: Store, log: Log, channel_log: Log) -> Channel:
+    """The channel class of a plan."""
+    kind = AstmChannel if plan.is_astm else StreamChannel if isinstance(plan.settings, StreamSettings) else Hl7Channel
+    return kind(plan, store, log, channel_log)
 
 
 ANY_HOST = ("", "*", "0.0.0.0", "::", "[::]")
@@ -4134,6 +5332,48 @@ class DeviceConnection(asyncio.Protocol):
         self._transport.close()
 
 
+class AstmCaller(asyncio.Protocol):
+    """One message to an instrument that listens; what it sends meanwhile is refused: a channel is there for that."""
+
+    def __init__(self, settings: StreamSettings, text: str, name: str):
+        self._loop = asyncio.get_running_loop()
+        self.sent: asyncio.Future[str] = self._loop.create_future()
+        self._core = Astm(settings)
+        self._records = text_records(text, settings)
+        self._name = name
+        self._timer: asyncio.TimerHandle | None = None
+        self._transport: asyncio.Transport
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = typing.cast(asyncio.Transport, transport)
+        self._perform(self._core.send(self._records, self._loop.time()))
+
+    def data_received(self, data: bytes) -> None:
+        self._perform(self._core.receive(data, self._loop.time()))
+
+    def connection_lost(self, error: Exception | None) -> None:
+        self._perform(self._core.closed())
+
+    def _expired(self) -> None:
+        self._perform(self._core.expired(self._loop.time()))
+
+    def _perform(self, events: Iterable[AstmEvent]) -> None:
+        for event in events:
+            if isinstance(event, Write):
+                self._transport.write(event.content)
+            elif isinstance(event, Sent | SendFailed):
+                finish_send(self.sent, event, self._name)
+            elif isinstance(event, FrameAccepted):
+                self._perform(self._core.refused(self._loop.time()))
+        if self._timer is not None:
+            self._timer.cancel()
+        deadline = None if self.sent.done() else self._core.deadline()
+        self._timer = None if deadline is None else self._loop.call_at(deadline, self._expired)
+
+    def close(self) -> None:
+        self._transport.close()
+
+
 class Device:
     """The connections to one device, at most `limit` of them, each with one message in flight."""
 
@@ -4270,6 +5510,27 @@ class Device:
             self._idle.remove(connection)
             connection.close()
 
+    async def send_records(self, target: Target, text: str, seconds: float) -> str:
+        """Records to an instrument that listens, as one ASTM session on a connection of its own."""
+        loop = asyncio.get_running_loop()
+        settings = StreamSettings(mode="astm", encoding=target.settings.encoding)
+        self.users += 1
+        try:
+            async with asyncio.timeout(seconds):
+                _, caller = await loop.create_connection(
+                    lambda: AstmCaller(settings, text, self.name), target.host, target.port
+                )
+                try:
+                    return await caller.sent
+                finally:
+                    caller.close()
+        except TimeoutError:
+            raise DeviceError(f"{self.name}: not taken within {seconds:g} s", "device-silent") from None
+        except OSError as error:
+            raise DeviceError(f"{self.name}: {_os_reason(error)}", "device-unreachable") from None
+        finally:
+            self.users -= 1
+
     async def send_bytes(self, target: Target, content: bytes, seconds: float) -> bytes:
         """Raw bytes to a device on a connection of their own; with endChar the answer up to it, else b``."""
         end = target.settings.endChar.encode("latin-1", "ignore")
@@ -4328,8 +5589,9 @@ def parse_push(request: Json) -> Push:
     if not body or not isinstance(body, str):
         raise PeerError(f"WebSocket error on incoming message: there is no body for {remote}")
     target = parse_target(remote)
-    if target.scheme == "tcp":
-        return Push(target, body, "", "", str(request.get("contentType") or BYTES_TYPE))
+    content_type = str(request.get("contentType") or BYTES_TYPE)
+    if target.scheme == "tcp" or (target.scheme == "channel" and content_type != HL7_TYPE):
+        return Push(target, body, "", "", content_type)
     try:
         text = decode_hl7(body.encode(), "utf-8")
     except PeerError as error:
@@ -4359,7 +5621,14 @@ class DeviceQueue(Queue):
 
     async def _deliver(self, message: Message) -> None:
         try:
-            push = parse_push({"remote": message.remote, "body": message.text, "returnAck": message.return_ack})
+            push = parse_push(
+                {
+                    "remote": message.remote,
+                    "body": message.text,
+                    "returnAck": message.return_ack,
+                    "contentType": message.type,
+                }
+            )
             answer = await self._devices.send(push, PUSH_STORED_SECS)
         except DeviceError as error:
             if message.id in self.inflight:
@@ -4456,6 +5725,8 @@ class Devices:
         device = self._device(target)
         if target.scheme != "tcp":
             return await device.exchange(target, push.text, push.control_id, push.mode, seconds)
+        if target.settings.mode == "astm":
+            return await device.send_records(target, push.text, seconds)
         hexadecimal = target.settings.bodyEncoding == "hex"
         answer = await device.send_bytes(target, _push_bytes(push), seconds)
         return answer.hex() if hexadecimal else answer.decode(target.settings.encoding, "replace")
@@ -4464,8 +5735,13 @@ class Devices:
         """To a device that is connected to one of our channels: channel://name or channel://name/ip."""
         name, host = push.target.host, push.target.path.strip("/")
         channel = self._channels.get(name)
-        if not isinstance(channel, Hl7Channel):
-            raise DeviceError(f"there is no running HL7 channel named '{name}'", "device-unreachable")
+        if channel is None:
+            raise DeviceError(f"there is no running channel named '{name}'", "device-unreachable")
+        if isinstance(channel, StreamChannel):
+            return await self._submit(channel, push, seconds)
+        assert isinstance(channel, Hl7Channel)
+        if not push.control_id:
+            raise DeviceError(f"channel '{name}' takes HL7 messages with MSH-10 only", "device-rejected")
         exchange = Exchange(push.control_id, push.mode, asyncio.get_running_loop().create_future())
         try:
             channel.push(exchange, push.text, host)
@@ -4476,6 +5752,17 @@ class Devices:
             raise DeviceError(text, "device-silent") from None
         finally:
             channel.pushes = [entry for entry in channel.pushes if entry[0] is not exchange]
+
+    async def _submit(self, channel: StreamChannel, push: Push, seconds: float) -> str:
+        try:
+            async with asyncio.timeout(seconds):
+                return await channel.submit(channel.device(push.target.path.strip("/")), push.text)
+        except TimeoutError:
+            raise DeviceError(f"{push.target.key}: not taken within {seconds:g} s", "device-silent") from None
+        except PeerError as error:
+            if isinstance(error, DeviceError):
+                raise
+            raise DeviceError(f"{push.target.key}: {error}", "device-rejected") from None
 
     def store(self, push: Push) -> None:
         """Keep a push that nobody waits for, and send it in its turn: pushes are stored in the order of the calls."""
@@ -4492,7 +5779,7 @@ class Devices:
         message = Message(queue.row.id, push.target.url, push.text.encode(), "utf-8")
         message.text, message.control_id, message.type = push.text, push.control_id, push.content_type
         message.return_ack = push.mode or None
-        if push.target.scheme != "tcp" and queue.policy.workers > 1:
+        if push.mode and queue.policy.workers > 1:
             message.key = patient_key(push.text, Header(push.text))
         message.source = functools.partial(self._stored, queue, push)
         self._store.put(message)
@@ -4693,6 +5980,7 @@ class Agent:
         self.plan: Plan | None = None
         self.channels: dict[str, Channel] = {}
         self._listeners: dict[tuple[str, int], Listener] = {}
+        self._dialers: dict[str, Dialer] = {}
         self._stop = asyncio.Event()
         self._reloading, self._push_gate = asyncio.Lock(), asyncio.Lock()
         self._tasks: set[asyncio.Task[Any]] = set()
@@ -4886,7 +6174,7 @@ class Agent:
 
     async def _apply(self, plan: Plan, *, first: bool = False) -> None:
         """Make the running channels those of the plan. New ports are bound before anything changes."""
-        wanted = {channel.bind: channel for channel in plan.channels if channel.active}
+        wanted = {channel.bind: channel for channel in plan.channels if channel.active and not channel.dials}
         opened = await self._bind_new(wanted, first=first)
         for warning in plan.warnings:
             self.log.warn(f"Configuration: {warning}.")
@@ -4965,22 +6253,36 @@ class Agent:
         staying = {channel.name: channel for channel in plan.channels if channel.active}
         for name, channel in list(self.channels.items()):
             new = staying.get(name)
-            if new is None or new.bind != channel.plan.bind:
+            if new is None or self._must_restart(new, channel.plan):
                 channel.stop()
                 del self.channels[name]
+                if (dialer := self._dialers.pop(name, None)) is not None:
+                    dialer.close()
+
+    @staticmethod
+    def _must_restart(new: ChannelPlan, old: ChannelPlan) -> bool:
+        """Another port, another protocol, or another line to open."""
+        kind = (new.bind, new.protocol, new.is_astm, new.dials) != (old.bind, old.protocol, old.is_astm, old.dials)
+        return kind or (new.dials and new.settings != old.settings)
 
     async def _apply_channel(self, plan: ChannelPlan) -> None:
         channel = self.channels.get(plan.name)
         if not plan.active:
             self.log.warn(f"Channel '{plan.name}' is off (Endpoint.status).")
         elif channel is None:
-            self.channels[plan.name] = Hl7Channel(plan, self.store, self.log, self.channel_log)
-            self.log.info(f"Channel '{plan.name}' listens on {plan.host or '*'}:{plan.port}.")
+            self.channels[plan.name] = new_channel(plan, self.store, self.log, self.channel_log)
+            self._announce(plan)
         elif channel.plan != plan:
             self.log.info(f"Channel '{plan.name}' has new settings.")
         attaching = self._spawn(self._attach(plan))
         if self.store.healthy:
             await attaching
+
+    def _announce(self, plan: ChannelPlan) -> None:
+        if plan.dials:
+            self._dialers[plan.name] = Dialer(typing.cast(StreamChannel, self.channels[plan.name]), self.log)
+        else:
+            self.log.info(f"Channel '{plan.name}' listens on {plan.host or '*'}:{plan.port}.")
 
     async def _attach(self, plan: ChannelPlan) -> None:
         """Give the channel its feed; waits while the store cannot be used, when devices get CE/AE."""
@@ -4992,7 +6294,10 @@ class Agent:
         channel = self.channels.get(plan.name)
         if channel is not None:
             channel.replan(plan)
+            recovering = channel.feed is None and isinstance(channel, AstmChannel)
             channel.feed = feed
+            if recovering:
+                self._spawn(typing.cast(AstmChannel, channel).recover())
         feed.outlet = channel
 
     def _attach_again(self, name: str) -> None:
@@ -5098,7 +6403,7 @@ class Agent:
 
     def _checked_push(self, message: Json) -> Push:
         push = parse_push(message)
-        if push.target.scheme != "tcp":
+        if push.mode:  # an HL7 message
             if push.mode not in ("first", "application"):
                 raise DeviceError(f"returnAck '{push.mode}' is unknown: use first or application", "device-rejected")
             if not push.control_id:
@@ -5242,6 +6547,8 @@ class Agent:
             async with asyncio.timeout(STOP_SECS):
                 for listener in self._listeners.values():
                     listener.close()
+                for dialer in self._dialers.values():
+                    dialer.close()
                 for channel in self.channels.values():
                     for connection in channel.connections.values():
                         connection.pause("stopping")

@@ -70,9 +70,10 @@ def settings(content: bytes) -> None:
         plan, problems = ma.build_plan(agent, {"E": endpoint})
         assert problems or plan.channels
         for channel in plan.channels:
-            assert 1 <= channel.settings.maxWorkers <= 500 and 1 <= channel.port <= 65535
+            assert 1 <= channel.settings.maxWorkers <= 500 and (channel.dials or 1 <= channel.port <= 65535)
             channel.policy.delay_ms(100)
-            ma.decode_hl7(b"MSH|\xff\x80" + content, channel.settings.encoding)
+            if isinstance(channel.settings, ma.Hl7Settings):
+                ma.decode_hl7(b"MSH|\xff\x80" + content, channel.settings.encoding)
 
 
 def _agent_setting(text: str) -> ma.Json:

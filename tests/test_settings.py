@@ -652,7 +652,7 @@ def test_retry_mode_of_the_plan(query: str, mode: str) -> None:
 
 
 def test_query_values_are_form_data() -> None:
-    assert channel("logicalChannelKey=PID%2D3%2CMSH-4")[0].settings.logicalChannelKey == "PID-3,MSH-4"
+    assert channel("logicalChannelKey=PID%2D3%2CMSH-4")[0].key_spec == "PID-3,MSH-4"
 
 
 def test_parse_key_reads_paths() -> None:
@@ -665,7 +665,9 @@ def test_an_encoding_that_is_accepted_can_carry_messages(encoding: str) -> None:
     plan, found = built(f"mllp://h:5?encoding={encoding}")
     if found:
         return
-    name = plan.channels[0].settings.encoding
+    settings = plan.channels[0].settings
+    assert isinstance(settings, ma.Hl7Settings)
+    name = settings.encoding
     for content in (bytes(range(256)), b"\xff\x80\x0e\x1b$", "MSH|é€漢".encode(name, "replace")):
         with contextlib.suppress(ma.PeerError):
             ma.decode_hl7(content, name)
