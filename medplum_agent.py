@@ -4142,7 +4142,9 @@ class Dispatcher:
 
     def response(self, answer: Json) -> None:
         """One agent:transmit:response (uplink contract 4.6)."""
-        self._losses = 0
+        if self._losses:
+            self._losses = 0
+            asyncio.get_running_loop().call_soon(self.pump)
         status = answer.get("statusCode")
         code = status if isinstance(status, int) and status else 200
         body = answer.get("body")
@@ -7067,9 +7069,15 @@ def sandbox_resources(agent_id: str, channels: Mapping[str, str], settings: Sequ
 
 DEMO_AGENT = "demo-agent"
 DEMO_CHANNELS = {
-    "ADT": ("", "original mode: the device waits for the Bot's answer"),
-    "LAB": ("?enhanced=true", "enhanced mode: CA when the message is on disk, the Bot's answer later"),
+    "ADT": ("mllp", "", "original mode: the device waits for the Bot's answer"),
+    "LAB": ("mllp", "?enhanced=true", "enhanced mode: CA when the message is on disk, the Bot's answer later"),
+    "CHEM": ("tcp", "?mode=astm", "an analyzer speaks ASTM: a result goes up, a query is answered with an order"),
 }
+DEMO_SESSIONS = {
+    "a result": "H|\\^&|||CHEM1\nP|1||12345\nO|1|TUBE7||^^^GLU\nR|1|^^^GLU|5.4|mmol/L\nL|1|N\n",
+    "a query": "H|\\^&|||CHEM1\nQ|1|^TUBE8||ALL\nL|1|N\n",
+}
+DEMO_ORDER = "H|\\^&|||HOST\nP|1||12345\nO|1|TUBE8||^^^NA\\^^^K\nL|1|N\n"
 DEMO_MESSAGES = {
     "ADT": "MSH|^~\\&|ADT1|WARD|AGENT|SITE|20260101120000||ADT^A01^ADT_A01|DEMO-1|P|2.5.1\rEVN||20260101120000\r"
     "PID|1||12345^^^HOSP^MR||EXAMPLE^ANNA||19700101|F\rPV1|1|I|WARD^1^2\r",
@@ -7096,7 +7104,10 @@ class Demo:
     def __init__(self, state_dir: Path, stay: bool):
         self._stay = stay
         self.ports = {name: _free_port(56000 + number) for number, name in enumerate(DEMO_CHANNELS)}
-        addresses = {name: f"mllp://127.0.0.1:{self.ports[name]}{query}" for name, (query, _) in DEMO_CHANNELS.items()}
+        addresses = {
+            name: f"{scheme}://127.0.0.1:{self.ports[name]}{query}"
+            for name, (scheme, query, _) in DEMO_CHANNELS.items()
+        }
         self.pump_port = _free_port(56100)
         device = {"resourceType": "Device", "id": "pump", "url": f"mllp://127.0.0.1:{self.pump_port}"}
         self.sandbox = Sandbox(sandbox_resources(DEMO_AGENT, addresses) | {"Device/pump": device})
@@ -7125,12 +7136,46 @@ class Demo:
         await self.sandbox.stop()
 
     async def _traffic(self) -> None:
-        for name, message in DEMO_MESSAGES.items():
-            print(f"\n{name} channel, port {self.ports[name]}, {DEMO_CHANNELS[name][1]}")
-            await self._device(name, message)
+        for name, (_, _, meaning) in DEMO_CHANNELS.items():
+            print(f"\n{name} channel, port {self.ports[name]}, {meaning}")
+            if name in DEMO_MESSAGES:
+                await self._device(name, DEMO_MESSAGES[name])
+            else:
+                await self._analyzer(self.ports[name])
         print(f"\nFrom the cloud to Device/pump, an infusion pump on port {self.pump_port}: $push")
         await asyncio.start_server(self._pump, "127.0.0.1", self.pump_port)
         await self._push()
+
+    async def _analyzer(self, port: int) -> None:
+        """An instrument: sends two sessions, and takes the order that answers the second."""
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        loop, settings = asyncio.get_running_loop(), StreamSettings(mode="astm")
+        core = Astm(settings)
+        orders: list[Session] = []
+
+        def perform(events: Iterable[AstmEvent]) -> None:
+            for event in events:
+                if isinstance(event, Write):
+                    writer.write(event.content)
+                elif isinstance(event, FrameAccepted):
+                    perform(core.committed(loop.time()))
+                elif isinstance(event, Sent):
+                    self.say("analyzer", "every frame was acknowledged")
+                elif isinstance(event, Session):
+                    orders.append(event)
+
+        for what, records in DEMO_SESSIONS.items():
+            self.say("analyzer", f"sends {what}: {_one_line(records.replace(chr(10), chr(13)))}")
+            perform(core.send(text_records(records, settings), loop.time()))
+        while not orders:
+            try:
+                wait = max(0.01, (core.deadline() or loop.time() + 10) - loop.time())
+                perform(core.receive(await asyncio.wait_for(reader.read(4096), wait), loop.time()))
+            except TimeoutError:
+                perform(core.expired(loop.time()))
+        records = records_text(orders[0].records, settings)
+        self.say("analyzer", f"takes the order {_one_line(records.replace(chr(10), chr(13)))}")
+        writer.close()
 
     async def _pump(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """A device that listens: it answers every message with AA."""
@@ -7174,10 +7219,18 @@ class Demo:
 
     def _bot(self, transmit: Transmit) -> BotResult:
         """A Bot as a Bot developer would write it: parse, look, acknowledge."""
+        if transmit.content_type == ASTM_TYPE:
+            return 200, self._laboratory_bot(transmit.body)
         message = hl7.parse(transmit.body if transmit.body.endswith("\r") else transmit.body + "\r")
         patient = str(message.segment("PID")[3]) if "\rPID" in transmit.body else "no patient"
         self.say("Bot", f"{message.segment('MSH')[9]} for {patient}: answers AA")
         return 200, str(message.create_ack("AA", application="SANDBOX", facility="BOT"))
+
+    def _laboratory_bot(self, body: str) -> str:
+        """Q records ask for work: the answer is the order. Results need no answer."""
+        asks = "\nQ|" in body
+        self.say("Bot", "got a query: answers with the order" if asks else "got the result of tube TUBE7")
+        return DEMO_ORDER if asks else ""
 
     def _invite(self, agent: Agent) -> None:
         if not self._stay:
