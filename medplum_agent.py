@@ -2387,7 +2387,7 @@ class Message:
 
     __slots__ = (
         "assign", "attempts", "channel", "checked", "control_id", "deadline", "earlier", "encoding", "epoch", "error",
-        "error_code", "failures", "first_failed_at", "id", "key", "next_attempt_at", "original", "outcome",
+        "error_code", "failures", "first_failed_at", "id", "key", "losses", "next_attempt_at", "original", "outcome",
         "received_at", "refusal", "remote", "response", "return_ack", "sent_at", "seq_no", "settled_at", "size",
         "source", "state", "status_code", "text", "type",
     )  # fmt: skip
@@ -2407,6 +2407,7 @@ class Message:
         self.received_at = now_ms()
         self.state, self.outcome = QUEUED, PENDING
         self.attempts = self.failures = self.next_attempt_at = self.first_failed_at = self.sent_at = self.settled_at = 0
+        self.losses = 0  # connections that worked for others and were lost while this message was in flight
         self.deadline = math.inf  # of the answer that is awaited; the event loop's clock
         self.response: str | None = None
         self.status_code: int | None = None
@@ -4077,6 +4078,7 @@ class Dispatcher:
         self._agent_id = agent_id
         self._late_answers: set[asyncio.Future[None]] = set()
         self._losses = 0  # connections in a row that were lost with messages in flight and none answered
+        self._answered = False  # this connection has brought an answer
         uplink.on_live = uplink.on_writable = self.pump
         uplink.on_lost = self._lost
 
@@ -4123,10 +4125,13 @@ class Dispatcher:
         sent = [(feed, message) for feed in self.feeds.values() for message in feed.inflight.values()]
         if close_code == 1009:
             self._bury_largest(sent)
-        elif len(sent) == 1 and self._losses >= SUSPECT_LOSSES:
-            feed, message = sent[0]
-            feed.failed(message, "connection-lost")
+        for feed, message in sent:
+            message.losses += self._answered
+            alone = len(sent) == 1 and self._losses >= SUSPECT_LOSSES
+            if close_code != 1009 and (alone or message.losses >= SUSPECT_LOSSES):
+                feed.failed(message, "connection-lost")
         self._losses += bool(sent)
+        self._answered = False
         for feed in self.feeds.values():
             feed.lost()
 
@@ -4142,6 +4147,7 @@ class Dispatcher:
 
     def response(self, answer: Json) -> None:
         """One agent:transmit:response (uplink contract 4.6)."""
+        self._answered = True
         if self._losses:
             self._losses = 0
             asyncio.get_running_loop().call_soon(self.pump)
