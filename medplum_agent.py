@@ -2371,7 +2371,7 @@ PRAGMA application_id = {APPLICATION_ID};
 PRAGMA user_version = {SCHEMA_VERSION};
 """
 _INSERT = """INSERT INTO message (id, channel, epoch, state, remote, control_id, checked, type, key, original,
-  encoding, finalized, seq_no, return_ack, received_at, outcome, error_code, last_error) VALUES {rows}
+  encoding, finalized, seq_no, return_ack, received_at, settled_at, outcome, error_code, last_error) VALUES {rows}
   ON CONFLICT (channel, control_id) WHERE checked DO NOTHING"""
 _UPDATE = """UPDATE message SET state = column2, remote = column3, attempts = column4, failures = column5,
   next_attempt_at = column6, first_failed_at = column7, sent_at = column8, settled_at = column9, response = column10,
@@ -2388,8 +2388,8 @@ class Message:
     __slots__ = (
         "assign", "attempts", "channel", "checked", "control_id", "deadline", "earlier", "encoding", "epoch", "error",
         "error_code", "failures", "first_failed_at", "id", "key", "losses", "next_attempt_at", "original", "outcome",
-        "received_at", "refusal", "remote", "response", "return_ack", "sent_at", "seq_no", "settled_at", "size",
-        "source", "state", "status_code", "text", "type",
+        "received_at", "refusal", "remote", "response", "return_ack", "sent_at", "seq_no", "session",
+        "settled_at", "size", "source", "state", "status_code", "text", "type",
     )  # fmt: skip
 
     def __init__(self, channel: int, remote: str, original: bytes, encoding: str):
@@ -2403,6 +2403,7 @@ class Message:
         self.checked = False  # the control id must be new
         self.assign = False  # MSH-13 is written at insertion
         self.seq_no: int | None = None
+        self.session: str | None = None  # of an ASTM message: its frames in `partial` are replaced by it
         self.return_ack: str | None = None  # of a push: the ACK that completes it
         self.received_at = now_ms()
         self.state, self.outcome = QUEUED, PENDING
@@ -2422,7 +2423,7 @@ class Message:
         return (
             self.id, self.channel, self.epoch, self.state, self.remote, self.control_id, self.checked or None,
             self.type, self.key, self.original, self.encoding, finalized, self.seq_no, self.return_ack,
-            self.received_at, self.outcome, self.error_code, self.error,
+            self.received_at, self.settled_at, self.outcome, self.error_code, self.error,
         )  # fmt: skip
 
     def _progress(self) -> tuple[Any, ...]:
@@ -2745,6 +2746,8 @@ class Store:
             for message in plain:
                 if not db.execute("SELECT 1 FROM message WHERE id = ?", (message.id,)).fetchone():
                     message.earlier = self._find_earlier(db, message)
+        for session in [message.session for message in messages if message.session]:
+            db.execute("DELETE FROM partial WHERE session = ?", (session,))
 
     def _insert_numbered(self, db: sqlite3.Connection, message: Message) -> None:
         """A number is taken only by a message that is really stored, in the same transaction."""
@@ -2937,7 +2940,7 @@ class Store:
         limit = settings.queueRetentionMaxMb * MIB
         answered = f"((state = {PROCESSED} AND outcome <> {UNDELIVERED}) OR state = {NACKED})"
         dead = f"(state IN ({REJECTED}, {FAILED}) OR (state = {PROCESSED} AND outcome = {UNDELIVERED}))"
-        processed = await self._delete(f"{answered} AND iif(settled_at, settled_at, received_at) < {old}", lambda: True)
+        processed = await self._delete(f"{answered} AND settled_at < {old}", lambda: True)
         processed += await self._delete(answered, lambda: self.size_bytes > limit)
         errored = await self._delete(f"{dead} AND settled_at < {floor}", lambda: self.size_bytes > limit)
         return processed, errored
@@ -4007,7 +4010,7 @@ class Feed(Queue):
 
     def transmit(self, message: Message) -> None:
         callback = f"{self._prefix}{message.id:012x}#{message.attempts}"
-        kind, text = self.plan.content_type, message.text or ""
+        kind, text = message.type if message.type in (ASTM_TYPE, BYTES_TYPE) else HL7_TYPE, message.text or ""
         size = self._uplink.transmit(self.plan.name, message.remote, kind, text, callback)
         if size == self._uplink.largest:
             self._uplink.largest_id = message.id
@@ -4018,10 +4021,11 @@ class Feed(Queue):
         return self.outlet.deliver(message, message.response or "") if relay else self.outlet.refuse(message, error)
 
     def text_of(self, message: Message, original: bytes, finalized: str | None) -> str:
-        if self.plan.is_astm:
+        if message.type == ASTM_TYPE:  # what it was received as, whatever the channel speaks by now
             return original.decode()
-        if isinstance(self.plan.settings, StreamSettings):
-            return stream_body(original, self.plan.settings)
+        if message.type == BYTES_TYPE:
+            settings = self.plan.settings
+            return stream_body(original, settings if isinstance(settings, StreamSettings) else StreamSettings())
         return super().text_of(message, original, finalized)
 
     def lost(self) -> None:
@@ -4710,7 +4714,7 @@ class Hl7Channel(Channel):
             message.channel, message.remote, (message.text or "").encode(message.encoding, "replace"), message.encoding
         )
         audit.control_id, audit.type, audit.state, audit.outcome = message.control_id, message.type, NACKED, NOT_OWED
-        audit.error_code, audit.error = "duplicate-rejected", reason
+        audit.error_code, audit.error, audit.settled_at = "duplicate-rejected", reason, audit.received_at
         self.store.put(audit)
 
     def _claim(self, row: Message, connection: Connection) -> None:
@@ -4819,10 +4823,13 @@ class StreamConnection(Connection):
         self._replies: list[bytes] = []  # automatic answers that wait until what they acknowledge is on disk
 
     def take(self, received: bytes) -> None:
+        taken = True
         for event in self.core.receive(received):
             if isinstance(event, StreamMessage):
                 self.messages += 1
-                self.channel.receive(self, event.content)
+                taken = self.channel.receive(self, event.content)
+            elif isinstance(event, Reply) and not taken:
+                continue  # it would acknowledge a message that was not taken
             elif isinstance(event, PeerError):
                 self.channel.complain(self, str(event))
             elif self.pending:
@@ -4864,15 +4871,16 @@ class StreamChannel(Channel):
     def complain(self, connection: Connection, text: str) -> None:
         self._warn(f"{connection.remote}: {text}")
 
-    def receive(self, connection: StreamConnection, content: bytes) -> None:
-        """One framed message: hand it to the store."""
+    def receive(self, connection: StreamConnection, content: bytes) -> bool:
+        """One framed message: hand it to the store; False when it cannot be taken now."""
         text = stream_body(content, self.settings)
         message = self.new_message(connection, content, text, "latin-1") if text else None
         if message is None:
-            return
+            return not text  # nothing is left of it after stripping: nothing to take
         message.source = functools.partial(self._stored, connection)
         connection.pending += 1
         self.store.put(message)
+        return True
 
     def new_message(self, connection: Connection, original: bytes, text: str, encoding: str) -> Message | None:
         """A message for the store; None while the channel has no row in it: then the device is told nothing."""
@@ -4880,7 +4888,7 @@ class StreamChannel(Channel):
             self.complain(connection, f"{self.store.trouble or 'the channel is starting'}; the message is not taken")
             return None
         message = Message(self.feed.row.id, connection.remote, original, encoding)
-        message.epoch = self.feed.row.epoch
+        message.epoch, message.type = self.feed.row.epoch, self.plan.content_type
         message.key = "" if self.plan.key_spec == "*" else connection.host
         message.text = text
         self._note(f"[Received]: {text}")
@@ -4907,13 +4915,13 @@ class StreamChannel(Channel):
             return False
         self._note(f"[Sending]: {text}")
         try:
-            self.answer(connection, text)
+            self.answer(connection, text, message)
         except PeerError as error:
             self._warn(f"message {message.id}: the Bot's answer cannot be sent: {error}")
             return False
         return True
 
-    def answer(self, connection: Connection, text: str) -> None:
+    def answer(self, connection: Connection, text: str, message: Message | None = None) -> None:
         """The Bot's words on the wire; PeerError when they are not what the channel carries."""
         connection.send(stream_answer(text, self.settings))
 
@@ -5028,7 +5036,7 @@ class AstmChannel(StreamChannel):
         message = self.new_message(connection, text.encode(), text, "utf-8") if text else None
         if message is None:
             return
-        message.control_id = session
+        message.control_id = message.session = session
         if isinstance(event, Interrupted):
             self.bury_session(message, event.reason)
         message.source = functools.partial(self._session_stored, connection)
@@ -5036,7 +5044,7 @@ class AstmChannel(StreamChannel):
         self.store.put(message)
 
     def bury_session(self, message: Message, reason: str) -> None:
-        message.state, message.outcome = FAILED, NOT_OWED
+        message.state, message.outcome, message.settled_at = FAILED, NOT_OWED, message.received_at
         message.error_code, message.error = "interrupted-session", reason
         self._warn(f"{message.remote}: a session was interrupted ({reason}); its records are kept as a dead letter")
 
@@ -5045,19 +5053,8 @@ class AstmChannel(StreamChannel):
         if message.refusal:
             self.complain(connection, f"{message.refusal}; the session becomes a dead letter at the next start")
             return
-        self._forget(message)
         if message.state == QUEUED and self.feed is not None:
             self.feed.stored(message)
-
-    def _forget(self, message: Message) -> None:
-        """Its frames are part of a message now."""
-        if message.refusal:
-            return
-
-        def run(db: sqlite3.Connection) -> None:
-            db.execute("DELETE FROM partial WHERE session = ?", (message.control_id,))
-
-        self.store.call(run).add_done_callback(lambda future: future.cancelled() or future.exception())
 
     async def recover(self) -> None:
         """Frames that were acknowledged before a crash, and whose session never ended, become a dead letter."""
@@ -5075,20 +5072,24 @@ class AstmChannel(StreamChannel):
             if session not in live:
                 text = records_text([bytes.fromhex(frames)], self.settings)
                 message = Message(channel, remote, text.encode(), "utf-8")
-                message.control_id, message.epoch = session, self.feed.row.epoch
+                message.control_id, message.session, message.epoch = session, session, self.feed.row.epoch
+                message.type = ASTM_TYPE
                 self.bury_session(message, "the agent stopped before the session ended")
-                message.source = self._forget
                 self.store.put(message)
 
-    def answer(self, connection: Connection, text: str) -> None:
-        self.submit(connection, text).add_done_callback(functools.partial(self._answered, connection))
+    def answer(self, connection: Connection, text: str, message: Message | None = None) -> None:
+        self.submit(connection, text).add_done_callback(functools.partial(self._answered, connection, message))
 
     def submit(self, connection: Connection, text: str) -> asyncio.Future[str]:
         return typing.cast(AstmConnection, connection).submit(text_records(text, self.settings))
 
-    def _answered(self, connection: Connection, sent: asyncio.Future[str]) -> None:
-        if not sent.cancelled() and (error := sent.exception()) is not None:
-            self.complain(connection, f"the Bot's answer was not taken: {error}")
+    def _answered(self, connection: Connection, message: Message | None, sent: asyncio.Future[str]) -> None:
+        if sent.cancelled() or (error := sent.exception()) is None:
+            return
+        self.complain(connection, f"the Bot's answer was not taken: {error}")
+        if message is not None:
+            message.outcome = UNDELIVERED
+            self.store.update(message, message.state)
 
 
 class Dialer:

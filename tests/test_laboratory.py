@@ -1,0 +1,907 @@
+"""Laboratory instruments over real sockets and serial lines: raw byte streams and ASTM (channel contract 9 and 10)."""
+
+import contextlib
+import functools
+import itertools
+import os
+import re
+import select
+import shutil
+import socket
+import struct
+import subprocess
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Self
+
+import pytest
+
+from medplum_agent import ASTM_TYPE, BYTES_TYPE, Transmit, astm_frame, astm_frames
+from tests.support import Site, eventually, site
+
+STX, ETX, EOT, ENQ, ACK, NAK, ETB = b"\x02", b"\x03", b"\x04", b"\x05", b"\x06", b"\x15", b"\x17"
+FRAMED = "tcp://127.0.0.1:{port}?startChar=%02&endChar=%03"
+ASTM = "tcp://127.0.0.1:{port}?mode=astm"
+QUICK = "&replyTimeoutSecs=1&nakDelaySecs=0.2&contentionTimeoutSecs=0.3"
+CHANNELS = {
+    "HEX": FRAMED,
+    "TEXT": f"{FRAMED}&bodyEncoding=utf-8",
+    "REPLY": f"{FRAMED}&autoRespond=%05:%06,%03:%06",
+    "STRIP": f"{FRAMED}&bodyEncoding=utf-8&stripSequence=%1B%5B,JUNK&stripControlChars=true&keepControlChars=%0D",
+    "IGNORE": f"{FRAMED}&ignoreResponse=true",
+    "LONG-MARKS": "tcp://127.0.0.1:{port}?startChar=%0B%0B&endChar=%1C%0D",
+    "SMALL": f"{FRAMED}&maxMessageBytes=1024&autoRespond=%03:%06",
+    "ASTM": ASTM + QUICK,
+    "SHORT": f"{ASTM}&maxFrame=10{QUICK}",
+    "EOT": f"{ASTM}&ackEot=true",
+    "SILENT": f"{ASTM}&receiveTimeoutSecs=0.3",
+    "CLIENT": f"{ASTM}&role=client{QUICK}",
+    "RAW-CLIENT": f"{FRAMED}&role=client&bodyEncoding=utf-8",
+}
+
+
+class Instrument:
+    """What sits on the other end of a line: a blocking socket or a serial port's file descriptor."""
+
+    def __init__(self, line: socket.socket | int):
+        self.line = line
+        self.number = line if isinstance(line, int) else line.fileno()
+        self.buffer = b""
+
+    @classmethod
+    def at(cls, port: int) -> Self:
+        line = socket.create_connection(("127.0.0.1", port), timeout=10)
+        line.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        return cls(line)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        if isinstance(self.line, int):
+            os.close(self.line)
+        else:
+            self.line.close()
+
+    def reset(self) -> None:
+        """Vanish with a RST."""
+        assert isinstance(self.line, socket.socket)
+        self.line.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        self.line.close()
+
+    def write(self, raw: bytes) -> None:
+        while raw:
+            raw = raw[os.write(self.number, raw) :]
+
+    def more(self, timeout: float) -> bool:
+        """Read what is there; False when nothing comes, EOFError when the agent closed."""
+        if not select.select([self.number], [], [], timeout)[0]:
+            return False
+        chunk = os.read(self.number, 65536)
+        if not chunk:
+            raise EOFError("the agent closed the line")
+        self.buffer += chunk
+        return True
+
+    def take(self, count: int, timeout: float = 10) -> bytes:
+        until = time.monotonic() + timeout
+        while len(self.buffer) < count:
+            assert self.more(max(0, until - time.monotonic())), f"{count} bytes wanted, {self.buffer!r} came"
+        found, self.buffer = self.buffer[:count], self.buffer[count:]
+        return found
+
+    def quiet(self, seconds: float = 0.25) -> bytes:
+        """What came when nothing came for `seconds`."""
+        while self.more(seconds):
+            pass
+        found, self.buffer = self.buffer, b""
+        return found
+
+    def ended(self, timeout: float = 5) -> bool:
+        """Whether the agent closes, saying nothing more."""
+        try:
+            return not self.more(timeout) and False
+        except (EOFError, ConnectionError):
+            return True
+
+    # --- ASTM ---
+
+    def ask(self, raw: bytes) -> bytes:
+        """Write, and return the one byte that answers."""
+        self.write(raw)
+        return self.take(1)
+
+    def session(self, *records: str, size: int = 240, eot: bool = True) -> None:
+        """Records as a session, each frame acknowledged."""
+        assert self.ask(ENQ) == ACK
+        for frame in frames_of(*records, size=size):
+            assert self.ask(frame) == ACK
+        if eot:
+            self.write(EOT)
+
+    def frame(self, timeout: float = 10) -> bytes:
+        """A frame of the agent, not yet answered; its checksum is right."""
+        until = time.monotonic() + timeout
+        while b"\r\n" not in self.buffer:
+            assert self.more(max(0, until - time.monotonic())), f"no frame: {self.buffer!r}"
+        frame, self.buffer = self.buffer.split(b"\n", 1)
+        frame += b"\n"
+        text = frame[2:-5]
+        assert frame == astm_frame(frame[1] - ord("0"), text, frame[-5])
+        return frame
+
+    def accept(self, timeout: float = 10) -> list[bytes]:
+        """A whole session of the agent, acknowledged; the records."""
+        assert self.take(1, timeout) == ENQ
+        self.write(ACK)
+        records, number = [b""], 0
+        while True:
+            if not self.buffer:
+                assert self.more(10)
+            if self.buffer.startswith(EOT):
+                self.take(1)
+                return records[:-1]
+            frame = self.frame()
+            number = (number + 1) % 8
+            assert frame[1:2] == b"%d" % number
+            records[-1] += frame[2:-5]
+            if frame[-5:-4] == ETX:
+                records.append(b"")
+            self.write(ACK)
+
+
+def frames_of(*records: str, size: int = 240) -> list[bytes]:
+    return astm_frames([record.encode("latin-1") + b"\r" for record in records], size)
+
+
+def bad(frame: bytes) -> bytes:
+    """With a checksum that is wrong."""
+    return frame[:-4] + (b"00" if frame[-4:-2] != b"00" else b"01") + frame[-2:]
+
+
+_names = itertools.count(1)
+
+
+def result(name: str = "") -> tuple[str, ...]:
+    """The records of a result; `name` tells it from others."""
+    name = name or f"S{next(_names)}"
+    return "H|\\^&|||ABC", "P|1", f"O|1|{name}|GLU", "R|1|^^^GLU|5.4|mg/dL", "L|1|N"
+
+
+def body_of(*records: str) -> str:
+    return "".join(f"{record}\n" for record in records)
+
+
+def of(here: Site, channel: str) -> list[Transmit]:
+    """What came from a channel, in order."""
+    with here.sandbox.changed:
+        return [transmit for _, transmit in here.sandbox.seen if transmit.channel == channel]
+
+
+def came(here: Site, channel: str, body: str) -> Transmit:
+    """The one transmit of a channel with this body, once it is there."""
+
+    def found() -> list[Transmit]:
+        return [transmit for transmit in of(here, channel) if transmit.body == body]
+
+    here.sandbox.wait_for(found, what=f"{body!r} from {channel}; got {of(here, channel)[-5:]}")
+    (transmit,) = found()
+    return transmit
+
+
+def rows(here: Site, channel: str) -> list[dict[str, Any]]:
+    """The rows of a channel in the queue file."""
+    with contextlib.closing(here.agent.database()) as db:
+        names = "id, state, ack_outcome, error_code, last_error, original, remote, response"
+        found = db.execute(f"SELECT {names} FROM queue WHERE channel_name = ? ORDER BY id", (channel,)).fetchall()
+    return [dict(zip(names.split(", "), row, strict=True)) for row in found]
+
+
+def row(here: Site, channel: str, original: bytes) -> dict[str, Any] | None:
+    return next((found for found in rows(here, channel) if found["original"] == original), None)
+
+
+def settled(here: Site, channel: str, original: bytes) -> dict[str, Any]:
+    """The row of a message once it is processed."""
+
+    def found() -> dict[str, Any] | None:
+        one = row(here, channel, original)
+        return one if one and one["state"] not in ("queued", "inflight") else None
+
+    found_row = eventually(found, what=f"{original!r} settled in {channel}")
+    assert found_row is not None
+    return found_row
+
+
+def partials(here: Site) -> int:
+    with contextlib.closing(here.agent.database()) as db:
+        return int(db.execute("SELECT count(*) FROM partial").fetchone()[0])
+
+
+def silent_bot(transmit: Transmit) -> tuple[int, Any]:
+    return 200, ""
+
+
+@pytest.fixture(scope="module")
+def shared_site(tmp_path_factory):
+    with site(tmp_path_factory.mktemp("laboratory"), CHANNELS, start=False) as running:
+        running.sandbox.bot = silent_bot
+        running.agent.start(ready=False)
+        running.agent.logged("Medplum service started")
+        running.agent.wait_connected()
+        yield running
+
+
+@pytest.fixture
+def here(shared_site):
+    yield shared_site
+    faults, fresh = shared_site.sandbox.faults, type(shared_site.sandbox.faults)()
+    for name in vars(fresh):
+        setattr(faults, name, getattr(fresh, name))
+    shared_site.sandbox.bot = silent_bot
+
+
+def instrument(here: Site, channel: str) -> Instrument:
+    return Instrument.at(here.ports[channel])
+
+
+# --- raw ---
+
+
+def test_raw_body_is_hex_with_its_framing_and_without_what_came_before(here):
+    with instrument(here, "HEX") as device:
+        device.write(b"\r\n\x02A\xffB\x03\r\n\x02C\x03")
+        transmit = came(here, "HEX", "0241ff4203")
+        assert transmit.content_type == BYTES_TYPE == "application/octet-stream"
+        assert re.fullmatch(r"127\.0\.0\.1:\d+", transmit.remote)
+        came(here, "HEX", "024303")
+    assert row(here, "HEX", b"\x02A\xffB\x03")
+
+
+def test_raw_body_as_text(here):
+    with instrument(here, "TEXT") as device:
+        device.write("\x02Grüße\x03".encode())
+        came(here, "TEXT", "\x02Grüße\x03")
+
+
+def test_marks_of_several_bytes_cut_between_them(here):
+    with instrument(here, "LONG-MARKS") as device:
+        for byte in b"\x0b\x0bM\x0bN\x1cO\x1c\r":
+            device.write(bytes((byte,)))
+        came(here, "LONG-MARKS", b"\x0b\x0bM\x0bN\x1cO\x1c\r".hex())
+
+
+def test_strip_options(here):
+    with instrument(here, "STRIP") as device:
+        device.write(b"\x02A\x1b[B\rC\nJUNKD\x03")
+        came(here, "STRIP", "AB\rCD")
+
+
+def test_auto_answers_come_when_the_message_is_in_the_queue_file(here):
+    with instrument(here, "REPLY") as device:
+        assert device.ask(ENQ) == ACK
+        for number in range(50):
+            content = b"\x02%d\x03" % number
+            assert device.ask(content) == ACK
+            assert row(here, "REPLY", content)
+        assert device.quiet() == b""
+
+
+def test_a_message_that_is_too_large_is_not_acknowledged_and_the_next_is_taken(here):
+    with instrument(here, "SMALL") as device:
+        device.write(b"\x02" + b"x" * 2000 + b"\x03")
+        assert device.quiet() == b""
+        assert device.ask(b"\x02good\x03") == ACK
+    came(here, "SMALL", b"\x02good\x03".hex())
+    assert len(of(here, "SMALL")) == 1
+
+
+@pytest.mark.parametrize(
+    ("channel", "answer", "written"), [("HEX", "02414b03", b"\x02AK\x03"), ("TEXT", "Grüße", "Grüße".encode())]
+)
+def test_the_bots_answer_is_written_back(here, channel, answer, written):
+    here.sandbox.bot = lambda transmit: (200, answer)
+    with instrument(here, channel) as device:
+        device.write(b"\x02answer me\x03")
+        assert device.take(len(written)) == written
+        assert device.quiet() == b""
+    assert settled(here, channel, b"\x02answer me\x03")["ack_outcome"] == "delivered"
+
+
+def test_an_answer_that_is_no_hex_is_complained_about(here):
+    here.sandbox.bot = lambda transmit: (200, "no hex")
+    with instrument(here, "HEX") as device:
+        device.write(b"\x02wrong\x03")
+        assert settled(here, "HEX", b"\x02wrong\x03")["state"] == "processed"
+        assert device.quiet() == b""
+    here.agent.logged("not hexadecimal")
+
+
+@pytest.mark.parametrize(("channel", "answer"), [("HEX", ""), ("TEXT", ""), ("IGNORE", "024103")])
+def test_what_is_not_written(here, channel, answer):
+    """The logs of a Bot that returned nothing; and anything with ignoreResponse."""
+    here.sandbox.bot = lambda transmit: (200, answer)
+    with instrument(here, channel) as device:
+        device.write(b"\x02hush\x03")
+        assert settled(here, channel, b"\x02hush\x03")["state"] == "processed"
+        assert device.quiet() == b""
+
+
+def test_a_device_that_vanishes_does_no_harm(here):
+    here.sandbox.bot = lambda transmit: (200, "06")
+    here.sandbox.faults.delay = lambda: 0.2
+    device = instrument(here, "HEX")
+    device.write(b"\x02before the reset\x03")
+    eventually(lambda: row(here, "HEX", b"\x02before the reset\x03"))
+    device.reset()
+    half = instrument(here, "HEX")
+    half.write(b"\x02half")
+    half.reset()
+    assert settled(here, "HEX", b"\x02before the reset\x03")["ack_outcome"] == "undelivered"
+    with instrument(here, "HEX") as device:
+        device.write(b"\x02after the reset\x03")
+        assert device.take(1) == ACK
+    assert not row(here, "HEX", b"\x02half")
+
+
+def test_messages_of_one_device_stay_in_order(here):
+    here.sandbox.faults.delay = lambda: 0.002
+    wanted = [b"\x02order %d\x03".replace(b"%d", b"%d" % n) for n in range(60)]
+    with instrument(here, "HEX") as device:
+        device.write(b"".join(wanted))
+
+        def bodies() -> list[str]:
+            return [b for t in of(here, "HEX") if (b := t.body).startswith(b"\x02order".hex())]
+
+        here.sandbox.wait_for(lambda: len(bodies()) >= 60)
+        assert bodies() == [content.hex() for content in wanted]
+
+
+def test_missing_start_char_is_refused_with_the_contracts_words(tmp_path):
+    with site(tmp_path, {"BAD": "tcp://127.0.0.1:{port}?endChar=%03"}, start=False) as lone:
+        lone.agent.start(ready=False)
+        lone.agent.logged("Failed to parse startChar and/or endChar query param(s)")
+
+
+# --- ASTM up ---
+
+
+def test_a_session_is_one_transmit(here):
+    records = result()
+    with instrument(here, "ASTM") as device:
+        device.session(*records)
+        transmit = came(here, "ASTM", body_of(*records))
+        assert transmit.content_type == ASTM_TYPE == "x-application/astm-e1394"
+        assert device.quiet() == b""
+    eventually(lambda: partials(here) == 0)
+
+
+def test_a_long_record_in_several_frames_and_a_frame_of_26000(here):
+    records = ("H|\\^&|||" + "x" * 900, "R|1|" + "y" * 26_000, "L|1|N")
+    with instrument(here, "ASTM") as device:
+        device.session(*records, size=240)
+        device.session(*records, size=26_004)
+
+        def both() -> bool:
+            return sum(transmit.body == body_of(*records) for transmit in of(here, "ASTM")) == 2
+
+        here.sandbox.wait_for(both)
+
+
+def test_nak_on_a_bad_checksum_then_good(here):
+    records = result()
+    frames = frames_of(*records)
+    with instrument(here, "ASTM") as device:
+        assert device.ask(ENQ) == ACK
+        for frame in frames:
+            assert device.ask(bad(frame)) == NAK
+            assert device.ask(frame) == ACK
+            assert device.ask(frame) == ACK  # the same again: taken once
+        device.write(EOT)
+        came(here, "ASTM", body_of(*records))
+
+
+def test_records_in_latin_1_and_eot_answered_for_those_who_want_it(here):
+    records = ("H@\\^&", "P@1@@@Müller", "L@1@N")
+    with instrument(here, "EOT") as device:
+        device.session(*records)
+        assert device.take(1) == ACK
+        came(here, "EOT", body_of(*records))
+
+
+def test_an_empty_session_is_answered_and_not_delivered(here):
+    before = len(rows(here, "EOT"))
+    records = result()
+    with instrument(here, "EOT") as device:
+        assert device.ask(ENQ) == ACK
+        assert device.ask(EOT) == ACK
+        device.session(*records)
+        assert device.take(1) == ACK
+        came(here, "EOT", body_of(*records))
+    assert len(rows(here, "EOT")) == before + 1
+
+
+def dead(here: Site, channel: str, original: str) -> dict[str, Any]:
+    found = eventually(lambda: row(here, channel, original.encode()), what=f"{original!r}: {rows(here, channel)}")
+    assert found is not None
+    assert (found["state"], found["error_code"]) == ("failed", "interrupted-session")
+    return found
+
+
+def test_an_interrupted_session_is_a_dead_letter_with_its_records(here):
+    name = f"INT{next(_names)}"
+    with instrument(here, "ASTM") as device:
+        assert device.ask(ENQ) == ACK
+        assert device.ask(astm_frame(1, b"H|\\^&|||ABC\r", ETX[0])) == ACK
+        assert device.ask(astm_frame(2, b"R|1|" + name.encode(), ETB[0])) == ACK
+    found = dead(here, "ASTM", body_of("H|\\^&|||ABC", f"R|1|{name}"))
+    assert "closed" in found["last_error"]
+    records = result()
+    with instrument(here, "ASTM") as device:
+        device.session(*records)
+        came(here, "ASTM", body_of(*records))
+    assert not any(name in transmit.body for transmit in of(here, "ASTM"))
+    eventually(lambda: partials(here) == 0)
+
+
+def test_silence_in_a_session_interrupts_it_and_the_line_goes_on(here):
+    with instrument(here, "SILENT") as device:
+        device.session("H|\\^&|||SILENT", eot=False)
+        assert "silent" in dead(here, "SILENT", body_of("H|\\^&|||SILENT"))["last_error"]
+        records = result()
+        device.session(*records)
+        came(here, "SILENT", body_of(*records))
+
+
+def test_reset_in_a_session_keeps_what_was_acknowledged(here):
+    device = instrument(here, "ASTM")
+    device.session("H|\\^&|||RESET", eot=False)
+    device.reset()
+    dead(here, "ASTM", body_of("H|\\^&|||RESET"))
+
+
+# --- ASTM down ---
+
+
+def test_a_host_query_is_answered_by_an_order(here):
+    order = ("H|\\^&|||HOST", "P|1", "O|1|E77||^^^GLU|R", "L|1|N")
+    query = ("H|\\^&|||ABC", "Q|1|^E77||ALL", "L|1|N")
+    here.sandbox.bot = lambda transmit: (200, body_of(*order)) if "\nQ|" in transmit.body else (200, "")
+    with instrument(here, "ASTM") as device:
+        device.session(*query)
+        assert device.accept() == [f"{record}\r".encode() for record in order]
+        assert device.quiet() == b""
+        device.session(*result())  # the line is free again
+
+
+def test_an_answer_in_small_frames_survives_a_nak(here):
+    here.sandbox.bot = lambda transmit: (200, "H|\\^&|||0123456789\nL|1|N\n")
+    with instrument(here, "SHORT") as device:
+        device.session(*result())
+        assert device.take(1) == ENQ
+        assert device.ask(NAK) == ENQ  # busy: asked again
+        device.write(ACK)
+        first = device.frame()
+        assert first[2:-5] == b"H|\\^&|||01" and first[-5:-4] == ETB
+        device.write(NAK)
+        assert device.frame() == first
+        device.write(ACK)
+        second = device.frame()
+        assert second[2:-5] == b"23456789\r" and second[-5:-4] == ETX
+        device.write(ACK)
+        assert device.frame()[2:-5] == b"L|1|N\r"
+        device.write(ACK)
+        assert device.take(1) == EOT
+
+
+def test_contention_the_instrument_wins(here):
+    here.sandbox.bot = lambda transmit: (200, "H|\\^&\nL|1|N\n") if "Q|" in transmit.body else (200, "")
+    records = result()
+    with instrument(here, "ASTM") as device:
+        device.session("H|\\^&", "Q|1|^E1", "L|1|N")
+        assert device.take(1) == ENQ
+        device.write(ENQ)
+        assert device.quiet(0.1) == b""
+        device.session(*records)
+        assert device.accept() == [b"H|\\^&\r", b"L|1|N\r"]
+    came(here, "ASTM", body_of(*records))
+
+
+@pytest.mark.parametrize("vanishes", [True, False])
+def test_an_answer_that_the_instrument_did_not_take_is_no_delivery(here, vanishes):
+    here.sandbox.bot = lambda transmit: (200, "H|\\^&\nL|1|N\n")
+    records = result()
+    with instrument(here, "ASTM") as device:
+        device.session(*records)
+        assert device.take(1) == ENQ
+        if not vanishes:
+            device.write(ACK)
+            for _ in range(6):
+                device.frame()
+                device.write(NAK)
+            assert device.take(1) == EOT
+    original = body_of(*records).encode()
+    eventually(
+        lambda: (row(here, "ASTM", original) or {})["ack_outcome"] == "undelivered", 3, str(row(here, "ASTM", original))
+    )
+
+
+def test_a_dead_letter_is_as_old_as_it_is(here):
+    """Retention counts from settled_at: 0 would make the newest dead letter the first to be deleted."""
+    with instrument(here, "ASTM") as device:
+        device.session("H|\\^&|||AGE", eot=False)
+    found = dead(here, "ASTM", body_of("H|\\^&|||AGE"))
+    with contextlib.closing(here.agent.database()) as db:
+        (at,) = db.execute("SELECT settled_at FROM message WHERE id = ?", (found["id"],)).fetchone()
+    assert abs(at / 1000 - time.time()) < 60
+
+
+# --- we connect ---
+
+
+@contextlib.contextmanager
+def listening(port: int) -> Iterator[socket.socket]:
+    with socket.create_server(("127.0.0.1", port)) as listener:
+        listener.settimeout(15)
+        yield listener
+
+
+def test_role_client_dials_and_dials_again(here):
+    with listening(here.ports["CLIENT"]) as listener:
+        for _ in range(2):
+            with Instrument(listener.accept()[0]) as device:
+                records = result()
+                here.sandbox.bot = lambda transmit: (200, "H|\\^&\nO|1|E1\nL|1|N\n")
+                device.session(*records)
+                came(here, "CLIENT", body_of(*records))
+                assert device.accept() == [b"H|\\^&\r", b"O|1|E1\r", b"L|1|N\r"]
+        with Instrument(listener.accept()[0]) as device:
+            device.reset()
+        with Instrument(listener.accept()[0]) as device:
+            records = result()
+            device.session(*records)
+            came(here, "CLIENT", body_of(*records))
+
+
+def test_role_client_raw(here):
+    here.sandbox.bot = lambda transmit: (200, "thanks")
+    with listening(here.ports["RAW-CLIENT"]) as listener, Instrument(listener.accept()[0]) as device:
+        device.write(b"\x02dialed\x03")
+        came(here, "RAW-CLIENT", "\x02dialed\x03")
+        assert device.take(6) == b"thanks"
+
+
+# --- kill -9 ---
+
+
+@pytest.mark.parametrize("times", [50])
+def test_kill_between_frames_loses_no_acknowledged_frame(tmp_path, times):
+    """After each restart everything acknowledged is delivered or in a dead letter, under exactly one of them."""
+    with site(tmp_path, {"ASTM": ASTM}, start=False) as lone:
+        lone.sandbox.bot = silent_bot
+        acked: list[str] = []
+        sizes = [n % 6 for n in range(times)]
+        for number, count in enumerate(sizes):
+            lone.agent.start(ready=False)
+            port = lone.ports["ASTM"]
+            eventually(functools.partial(_open, port), 20)
+            with instrument(lone, "ASTM") as device:
+                assert device.ask(ENQ) == ACK
+                name = f"K{number}"
+                records = [f"H|\\^&|||{name}-H", *(f"R|{n}|{name}-{n}" for n in range(4)), f"L|1|{name}-L"]
+                frames = frames_of(*records)
+                for record, frame in zip(records[:count], frames, strict=False):
+                    assert device.ask(frame) == ACK
+                    acked.append(record)
+                device.write(frames[count])  # under way
+                lone.agent.kill()
+        lone.agent.start(ready=False)
+        lone.agent.wait_connected()
+
+        def kept() -> str:
+            delivered = "".join(transmit.body for transmit in of(lone, "ASTM"))
+            dead_letters = b"".join(r["original"] for r in rows(lone, "ASTM") if r["state"] == "failed")
+            return delivered + dead_letters.decode()
+
+        eventually(lambda: all(record in kept() for record in acked), what=f"{acked} in {kept()}")
+        lines = kept().splitlines()
+        assert [record for record in acked if lines.count(record) != 1] == []
+        eventually(lambda: partials(lone) == 0)
+
+
+def _open(port: int) -> bool:
+    with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=1):
+        return True
+    return False
+
+
+def test_a_clean_stop_in_a_session_keeps_it(tmp_path):
+    with site(tmp_path, {"ASTM": ASTM}, start=False) as lone:
+        lone.agent.start(ready=False)
+        lone.agent.logged("Medplum service started")
+        with instrument(lone, "ASTM") as device:
+            device.session("H|\\^&|||STOPPED", eot=False)
+            code, seconds = lone.agent.terminate()
+            assert code == 0 and seconds < 8
+        lone.agent.start(ready=False)
+        dead(lone, "ASTM", body_of("H|\\^&|||STOPPED"))
+        assert len(rows(lone, "ASTM")) == 1
+
+
+def test_a_queued_body_keeps_its_form_over_a_change_of_mode_and_a_restart(tmp_path):
+    """What a device sent as raw bytes is no ASTM text, whatever the channel speaks when it is delivered."""
+    with site(tmp_path, {"X": FRAMED}, start=False) as lone:
+        lone.sandbox.bot = silent_bot
+        lone.agent.start(ready=False)
+        lone.agent.logged("Medplum service started")
+        lone.agent.wait_connected()
+        lone.sandbox.faults.silent = True
+        with instrument(lone, "X") as device:
+            device.write(b"\x02r\xffw\x03")
+            eventually(lambda: row(lone, "X", b"\x02r\xffw\x03"))
+        lone.agent.kill()
+        lone.endpoint("X")["address"] = ASTM.format(port=lone.ports["X"])
+        lone.sandbox.faults.silent = False
+        lone.agent.start(ready=False)
+        assert settled(lone, "X", b"\x02r\xffw\x03")["state"] == "processed"
+        records = result()
+        with instrument(lone, "X") as device:
+            device.session(*records)
+            came(lone, "X", body_of(*records))
+        assert {(t.body, t.content_type) for t in of(lone, "X")} == {
+            ("0272ff7703", BYTES_TYPE),
+            (body_of(*records), ASTM_TYPE),
+        }
+
+
+# --- reload ---
+
+
+def test_reload_that_changes_the_mode_on_the_same_port(tmp_path):
+    with site(tmp_path, {"X": FRAMED}, start=False) as lone:
+        lone.sandbox.bot = silent_bot
+        lone.agent.start(ready=False)
+        lone.agent.logged("Medplum service started")
+        lone.agent.wait_connected()
+        with instrument(lone, "X") as device:
+            device.write(b"\x02raw\x03")
+            came(lone, "X", b"\x02raw\x03".hex())
+            lone.endpoint("X")["address"] = ASTM.format(port=lone.ports["X"])
+            assert lone.sandbox.reload()["type"] != "agent:error"
+            assert device.ended()
+        with instrument(lone, "X") as device:
+            records = result()
+            device.session(*records)
+            came(lone, "X", body_of(*records))
+            device.session("H|\\^&|||RELOADED", eot=False)
+            lone.endpoint("X")["address"] = FRAMED.format(port=lone.ports["X"])
+            assert lone.sandbox.reload()["type"] != "agent:error"
+            assert device.ended()
+        dead(lone, "X", body_of("H|\\^&|||RELOADED"))
+        with instrument(lone, "X") as device:
+            device.write(b"\x02again\x03")
+            came(lone, "X", b"\x02again\x03".hex())
+        eventually(lambda: partials(lone) == 0)
+
+
+def test_reload_of_another_channel_leaves_a_session_alone(tmp_path):
+    with site(tmp_path, {"X": ASTM, "Y": FRAMED}, start=False) as lone:
+        lone.sandbox.bot = silent_bot
+        lone.agent.start(ready=False)
+        lone.agent.logged("Medplum service started")
+        lone.agent.wait_connected()
+        records = result()
+        with instrument(lone, "X") as device:
+            device.session(*records, eot=False)
+            lone.endpoint("Y")["address"] += "&bodyEncoding=utf-8"
+            lone.sandbox.reload()
+            device.write(EOT)
+            came(lone, "X", body_of(*records))
+
+
+# --- pushes ---
+
+ORDER = "H|\\^&|||HOST\nP|1\nO|1|E1||^^^GLU|R\nL|1|N\n"
+ORDER_RECORDS = [f"{record}\r".encode() for record in ORDER.splitlines()]
+
+
+class Waiting:
+    """A call of $push in a thread: the device has to answer meanwhile."""
+
+    def __init__(self, here: Site, url: str, body: str, kind: str = ASTM_TYPE, **members: Any):
+        self.answer: Any = None
+
+        def run() -> None:
+            with here.caller() as caller:
+                self.answer = caller.push(url, body, contentType=kind, **members)
+
+        self._thread = threading.Thread(target=run, daemon=True)
+        self._thread.start()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._thread.join(15)
+        assert not self._thread.is_alive()
+
+
+def test_push_to_an_instrument_that_listens(here):
+    with listening(0) as listener:
+        url = f"tcp://127.0.0.1:{listener.getsockname()[1]}?mode=astm"
+        with Waiting(here, url, ORDER) as push, Instrument(listener.accept()[0]) as device:
+            assert device.accept() == ORDER_RECORDS
+        assert (push.answer.status, push.answer.text) == (200, "OK")
+        with here.caller() as caller:
+            caller.store(url, ORDER, contentType=ASTM_TYPE)
+        with Instrument(listener.accept()[0]) as device:
+            assert device.accept() == ORDER_RECORDS
+
+
+def test_push_that_the_instrument_refuses(here):
+    with listening(0) as listener:
+        url = f"tcp://127.0.0.1:{listener.getsockname()[1]}?mode=astm"
+        with Waiting(here, url, ORDER) as push, Instrument(listener.accept()[0]) as device:
+            assert device.take(1) == ENQ
+            device.write(ACK)
+            for _ in range(6):
+                device.frame()
+                device.write(NAK)
+            assert device.take(1) == EOT
+        assert push.answer.status == 400 and "6 tries" in push.answer.text
+
+
+def test_push_to_a_connected_instrument(here):
+    with instrument(here, "ASTM") as device:
+        device.session(*result())
+        with Waiting(here, "channel://ASTM", ORDER) as push:
+            assert device.accept() == ORDER_RECORDS
+        assert (push.answer.status, push.answer.text) == (200, "OK")
+        with here.caller() as caller:
+            caller.store("channel://ASTM/127.0.0.1", ORDER, ORDER, contentType=ASTM_TYPE)
+        assert device.accept() == ORDER_RECORDS
+        assert device.accept() == ORDER_RECORDS
+
+
+@pytest.mark.parametrize(("channel", "body"), [("HEX", "02414203"), ("TEXT", "\x02AB\x03")])
+def test_push_to_a_connected_raw_device(here, channel, body):
+    with instrument(here, channel) as device, here.caller() as caller:
+        device.write(b"\x02here\x03")
+        eventually(lambda: row(here, channel, b"\x02here\x03"))
+        answer = caller.push(f"channel://{channel}", body, contentType=BYTES_TYPE)
+        assert (answer.status, answer.text) == (200, "OK")
+        assert device.take(4) == b"\x02AB\x03"
+        caller.store(f"channel://{channel}", body, body, contentType=BYTES_TYPE)
+        assert device.take(8) == b"\x02AB\x03" * 2
+
+
+def test_push_to_a_channel_without_a_device(here):
+    with here.caller() as caller:
+        answer = caller.push("channel://STRIP/127.0.0.9", "AB", contentType=BYTES_TYPE)
+        assert answer.status == 400 and "connected" in answer.text
+        answer = caller.push("channel://NONE", "AB", contentType=BYTES_TYPE)
+        assert answer.status == 400 and "NONE" in answer.text
+
+
+def test_a_push_that_the_raw_channel_cannot_carry(here):
+    with instrument(here, "HEX") as device, here.caller() as caller:
+        device.write(b"\x02I am\x03")
+        eventually(lambda: row(here, "HEX", b"\x02I am\x03"))
+        answer = caller.push("channel://HEX", "no hex", contentType=BYTES_TYPE)
+        assert answer.status == 400 and "hexadecimal" in answer.text
+        assert device.quiet() == b""
+
+
+# --- serial ---
+
+
+class Cable:
+    """A null-modem cable: two pseudo-terminals tied together by socat; `agent` and `device` are their names."""
+
+    def __init__(self, folder: Path):
+        self.agent, self.device = folder / "ttyAGENT", folder / "ttyDEVICE"
+        self._process: subprocess.Popen[bytes] | None = None
+        self.plug()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.unplug()
+
+    def plug(self) -> None:
+        ends = [f"pty,raw,echo=0,link={name}" for name in (self.agent, self.device)]
+        self._process = subprocess.Popen(["socat", *ends])
+        eventually(lambda: self.agent.exists() and self.device.exists(), what="socat's pseudo-terminals")
+
+    def unplug(self) -> None:
+        if self._process is not None:
+            self._process.terminate()
+            self._process.wait(5)
+            self._process = None
+
+    def open(self) -> Instrument:
+        return Instrument(os.open(self.device, os.O_RDWR | os.O_NOCTTY))
+
+
+@pytest.fixture(scope="module")
+def serial_site(tmp_path_factory):
+    if shutil.which("socat") is None:
+        pytest.skip("socat is not installed: SERIAL PORTS ARE NOT TESTED (apt-get install socat)")
+    folder = tmp_path_factory.mktemp("serial")
+    with Cable(folder) as astm, contextlib.ExitStack() as stack:
+        (folder / "raw").mkdir()
+        raw = stack.enter_context(Cable(folder / "raw"))
+        channels = {
+            "SERIAL": f"serial://{astm.agent}?mode=astm&baudRate=19200&parity=none&stopBits=1&flow=none{QUICK}",
+            "SERIAL-RAW": f"serial://{raw.agent}?startChar=%02&endChar=%03&autoRespond=%03:%06&bodyEncoding=utf-8",
+        }
+        with site(folder, channels, start=False) as running:
+            running.sandbox.bot = silent_bot
+            running.agent.start(ready=False)
+            running.agent.logged("'SERIAL': serial://")
+            running.agent.logged("'SERIAL-RAW': serial://")
+            running.agent.wait_connected()
+            yield running, astm, raw
+            running.sandbox.bot = silent_bot
+
+
+def test_serial_raw(serial_site):
+    here, _, cable = serial_site
+    here.sandbox.bot = lambda transmit: (200, "thanks") if transmit.channel == "SERIAL-RAW" else (200, "")
+    with cable.open() as device:
+        device.write(b"noise\x02over the wire\x03")
+        assert device.take(1) == ACK
+        assert row(here, "SERIAL-RAW", b"\x02over the wire\x03")
+        transmit = came(here, "SERIAL-RAW", "\x02over the wire\x03")
+        assert transmit.remote == str(cable.agent)
+        assert device.take(6) == b"thanks"
+
+
+def test_serial_session_query_and_push(serial_site):
+    here, cable, _ = serial_site
+    here.sandbox.bot = lambda transmit: (200, ORDER) if "\nQ|" in transmit.body else (200, "")
+    with cable.open() as device:
+        records = result()
+        assert device.ask(ENQ) == ACK
+        for frame in frames_of(*records):
+            assert device.ask(bad(frame)) == NAK
+            assert device.ask(frame) == ACK
+        device.write(EOT)
+        came(here, "SERIAL", body_of(*records))
+        device.session("H|\\^&", "Q|1|^E1||ALL", "L|1|N")
+        assert device.accept() == ORDER_RECORDS
+        with Waiting(here, "channel://SERIAL", ORDER) as push:
+            assert device.accept() == ORDER_RECORDS
+        assert push.answer.text == "OK"
+
+
+def test_a_serial_port_that_goes_and_comes_back(serial_site):
+    here, cable, _ = serial_site
+    for number in range(2):
+        with cable.open() as device:
+            device.session(f"H|\\^&|||PULLED{number}", eot=False)
+            cable.unplug()
+        dead(here, "SERIAL", body_of(f"H|\\^&|||PULLED{number}"))
+        opened = _opened(here)
+        cable.plug()
+        eventually(functools.partial(_reopened, here, opened), 15, "the port is open again")
+        with cable.open() as device:
+            records = result()
+            device.session(*records)
+            came(here, "SERIAL", body_of(*records))
+
+
+def _opened(here: Site) -> int:
+    return sum(
+        "'SERIAL': serial://" in line and "is open" in line for line in here.agent.main_log().decode().splitlines()
+    )
+
+
+def _reopened(here: Site, before: int) -> bool:
+    return _opened(here) > before
