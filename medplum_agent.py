@@ -5242,6 +5242,11 @@ class Target:
     settings: DeviceSettings
 
     @property
+    def on_channel(self) -> bool:
+        """The device is at one of our own channels: connected to it, or on its serial port."""
+        return self.scheme in ("channel", "serial")
+
+    @property
     def key(self) -> str:
         host = f"[{self.host}]" if ":" in self.host else self.host
         return f"{self.scheme}://{host}:{self.port}" if self.port else f"{self.scheme}://{host}{self.path}"
@@ -5263,18 +5268,20 @@ def parse_target(url: str) -> Target:
     except ValueError as error:
         raise PeerError(f"'{url}' is not a device address: {error}") from None
     scheme = parts.scheme
-    if scheme not in ("mllp", "mllps", "tcp", "channel"):
-        raise PeerError(f"'{url}' is not a device address that this agent can send to: use mllp, mllps, tcp or channel")
-    if scheme != "channel" and not (parts.hostname and port):
+    if scheme not in ("mllp", "mllps", "tcp", "channel", "serial"):
+        text = "use mllp, mllps, tcp, channel or serial"
+        raise PeerError(f"'{url}' is not a device address that this agent can send to: {text}")
+    ours = scheme in ("channel", "serial")  # a device on one of our own channels
+    if not ours and not (parts.hostname and port):
         raise PeerError(f"'{url}' needs a host and a port, such as mllp://192.168.50.10:56001")
     values = read_parameters(DeviceSettings, parts.query, url, lambda text: None)
     if scheme == "mllps":
         values["tls"] = True
     if problem := encoding_problem(values.get("encoding", "utf-8")):
         raise PeerError(f"'{url}': {problem}")
-    if scheme != "channel" and not is_host(parts.hostname or ""):
+    if not ours and not is_host(parts.hostname or ""):
         raise PeerError(f"'{url}': '{parts.hostname}' is neither an IP address nor a host name")
-    host = urllib.parse.unquote(parts.netloc) if scheme == "channel" else parts.hostname or ""
+    host = urllib.parse.unquote(parts.netloc) if ours else parts.hostname or ""
     return Target(url, scheme, host, port, urllib.parse.unquote(parts.path), DeviceSettings(**values))
 
 
@@ -5599,7 +5606,7 @@ def parse_push(request: Json) -> Push:
         raise PeerError(f"WebSocket error on incoming message: there is no body for {remote}")
     target = parse_target(remote)
     content_type = str(request.get("contentType") or BYTES_TYPE)
-    if target.scheme == "tcp" or (target.scheme == "channel" and content_type != HL7_TYPE):
+    if target.scheme == "tcp" or (target.on_channel and content_type != HL7_TYPE):
         return Push(target, body, "", "", content_type)
     try:
         text = decode_hl7(body.encode(), "utf-8")
@@ -5729,7 +5736,7 @@ class Devices:
         target = push.target
         seconds = target.settings.ackTimeoutSecs or seconds
         self._channel_log.info(f"[Device:{target.key}] [Sending -- ID: {push.control_id}]: {push.text}")
-        if target.scheme == "channel":
+        if target.on_channel:
             return await self._send_to_channel(push, seconds)
         device = self._device(target)
         if target.scheme != "tcp":
@@ -5744,10 +5751,13 @@ class Devices:
         """To a device that is connected to one of our channels: channel://name or channel://name/ip."""
         name, host = push.target.host, push.target.path.strip("/")
         channel = self._channels.get(name)
+        if push.target.scheme == "serial":
+            port, name, host = push.target.host or push.target.path, push.target.key, ""
+            channel = next((c for c in self._channels.values() if c.plan.host == port and not c.plan.port), None)
         if channel is None:
-            raise DeviceError(f"there is no running channel named '{name}'", "device-unreachable")
+            raise DeviceError(f"there is no running channel for '{name}'", "device-unreachable")
         if isinstance(channel, StreamChannel):
-            return await self._submit(channel, push, seconds)
+            return await self._submit(channel, push, host, seconds)
         assert isinstance(channel, Hl7Channel)
         if not push.control_id:
             raise DeviceError(f"channel '{name}' takes HL7 messages with MSH-10 only", "device-rejected")
@@ -5762,10 +5772,10 @@ class Devices:
         finally:
             channel.pushes = [entry for entry in channel.pushes if entry[0] is not exchange]
 
-    async def _submit(self, channel: StreamChannel, push: Push, seconds: float) -> str:
+    async def _submit(self, channel: StreamChannel, push: Push, host: str, seconds: float) -> str:
         try:
             async with asyncio.timeout(seconds):
-                return await channel.submit(channel.device(push.target.path.strip("/")), push.text)
+                return await channel.submit(channel.device(host), push.text)
         except TimeoutError:
             raise DeviceError(f"{push.target.key}: not taken within {seconds:g} s", "device-silent") from None
         except PeerError as error:

@@ -876,9 +876,10 @@ def test_serial_session_query_and_push(serial_site):
         came(here, "SERIAL", body_of(*records))
         device.session("H|\\^&", "Q|1|^E1||ALL", "L|1|N")
         assert device.accept() == ORDER_RECORDS
-        with Waiting(here, "channel://SERIAL", ORDER) as push:
-            assert device.accept() == ORDER_RECORDS
-        assert push.answer.text == "OK"
+        for url in ("channel://SERIAL", f"serial://{cable.agent}"):
+            with Waiting(here, url, ORDER) as push:
+                assert device.accept() == ORDER_RECORDS
+            assert push.answer.text == "OK"
 
 
 def test_a_serial_port_that_goes_and_comes_back(serial_site):
