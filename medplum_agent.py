@@ -57,8 +57,6 @@ from pathlib import Path
 from typing import Any, Final, NamedTuple, NoReturn, TypeVar
 
 import certifi
-import hl7
-import icmplib
 import tomli
 import truststore
 import urllib3
@@ -69,6 +67,9 @@ from websockets.frames import Frame, Opcode
 from websockets.http11 import Request
 from websockets.protocol import State as SocketState
 from websockets.server import ServerProtocol
+
+if typing.TYPE_CHECKING:
+    import icmplib
 
 try:
     from websockets.speedups import apply_mask
@@ -5894,6 +5895,8 @@ def _push_bytes(push: Push) -> bytes:
 
 async def ping(host: str, count: int) -> str:
     """Echo requests to an IPv4 or IPv6 address or a host name, as `ping` prints them; raises PingError."""
+    import icmplib  # 4 MB that only a ping needs
+
     try:
         found = await asyncio.get_running_loop().getaddrinfo(host, None, type=socket.SOCK_DGRAM)
     except OSError:
@@ -7238,6 +7241,8 @@ class Demo:
         """A Bot as a Bot developer would write it: parse, look, acknowledge."""
         if transmit.content_type == ASTM_TYPE:
             return 200, self._laboratory_bot(transmit.body)
+        import hl7  # as a Bot would; the agent itself never parses whole messages
+
         message = hl7.parse(transmit.body if transmit.body.endswith("\r") else transmit.body + "\r")
         patient = str(message.segment("PID")[3]) if "\rPID" in transmit.body else "no patient"
         self.say("Bot", f"{message.segment('MSH')[9]} for {patient}: answers AA")
