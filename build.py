@@ -49,6 +49,8 @@ class Tool(NamedTuple):
 DEBIAN_TOOLS = (
     Tool("strace", "strace", "shows that a commit reaches the disk before the acknowledgment leaves"),
     Tool("socat", "socat", "pairs of pseudo-terminals stand for the serial ports of instruments"),
+    Tool("dcmtk", "storescu", "foreign DICOM peers: echoscu, storescu, findscu, movescu, getscu, storescp"),
+    Tool("orthanc", "Orthanc", "a PACS that stores to us, asks us, and is asked by us"),
     Tool("nodejs", "node", "runs the Medplum command line, a foreign HL7 sender and receiver"),
     Tool("npm", "npm", "installs the Medplum command line"),
 )
