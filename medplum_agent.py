@@ -115,6 +115,7 @@ COMMIT_BYTES = 16 * MIB  # the same for large messages
 UNCOMMITTED_BYTES = 16 * MIB  # received but not yet on disk; above it devices are no longer read
 UNCOMMITTED_MESSAGES = 8192  # the same for small messages
 LAZY_SECS = 0.1  # finished rows are marked with the next batch, or after this time
+COMMITMENT_POLL_SECS = 1.0  # a storage commitment looks this often whether its objects have reached the server
 COMPLAIN_SECS = 5.0  # failed tries of one queue are logged at most this often
 MAX_WARNINGS = 20  # warnings of one channel within that time
 WINDOW_MESSAGES = 8192  # queued messages of a channel known in memory; the rest stays on disk
@@ -129,7 +130,10 @@ DISK_RESERVE_BYTES = 64 * MIB  # kept free so that settling and logging go on wh
 SWEEP_ROWS = 1000  # rows deleted in one transaction: an ACK never waits for the sweeper
 
 RELOAD_START_SECS = 3.0  # a reload asked for while the agent starts waits this long; the server waits 5 s
-HTTP_TIMEOUT_SECS = 30.0  # one HTTP request; uploads of images set their own
+HTTP_TIMEOUT_SECS = 30.0  # one HTTP request
+TRANSFER_TIMEOUT_SECS = 120.0  # of silence while a file is sent or fetched, however long it takes as a whole
+TRANSFERS = 4  # files under way to or from the server at once
+TRANSFER_BLOCK_BYTES = 256 * KIB  # read and written in one go
 HTTP_ATTEMPTS = 3  # uplink contract 1: 429, 5xx and network errors
 TOKEN_MARGIN_SECS = 300.0  # refresh this long before the token expires
 TOKEN_REFRESH_SPACING_SECS = 5.0  # a server that hands out nearly expired tokens must not be asked per message
@@ -238,6 +242,39 @@ class FieldPath(NamedTuple):
     subcomponent: int
 
 
+class Peer(NamedTuple):
+    """A DICOM application entity that we may connect to."""
+
+    host: str
+    port: int
+
+
+def ae_titles(text: str) -> list[str]:
+    """Comma-separated AE titles; ValueError for what is none (PS3.5 6.2: 1 to 16 printable characters)."""
+    titles = [part.strip() for part in text.split(",") if part.strip()]
+    for title in titles:
+        if len(title) > 16 or not title.isascii() or not title.isprintable() or "\\" in title:
+            raise ValueError(f"'{title}' is no AE title: 1 to 16 printable ASCII characters without backslash")
+    return titles
+
+
+def networks(text: str) -> list[ipaddress.IPv4Network | ipaddress.IPv6Network]:
+    """Comma-separated addresses and networks; ValueError names the bad one."""
+    return [ipaddress.ip_network(part.strip(), strict=False) for part in text.split(",") if part.strip()]
+
+
+def destinations(text: str) -> dict[str, Peer]:
+    """Comma-separated `AET@host:port` by AE title."""
+    found: dict[str, Peer] = {}
+    for part in filter(None, (part.strip() for part in text.split(","))):
+        title, at, address = part.rpartition("@")
+        url = urllib.parse.urlsplit(f"//{address}")
+        if not (at and ae_titles(title) and url.hostname and url.port):
+            raise ValueError(f"'{part}' needs the form AETITLE@host:port")
+        found[title] = Peer(url.hostname, url.port)
+    return found
+
+
 @functools.cache
 def parse_key(spec: str) -> tuple[FieldPath, ...]:
     """`SEG-field[.component[.subcomponent]]`, comma separated; ValueError names the bad part."""
@@ -305,8 +342,12 @@ def setting(
     agent: str = "",
     env: str = "",
     check: Callable[[str], object] | None = None,
+    guard: bool = False,
 ) -> T:
-    """One row of the table of settings: `agent` names the Agent setting a channel falls back to."""
+    """One row of the table of settings: `agent` names the Agent setting a channel falls back to.
+
+    `guard`: it keeps somebody out, so a bad value is an error and never left at its default.
+    """
     row: dict[str, Any] = {
         "label": label,
         "meaning": meaning,
@@ -315,6 +356,7 @@ def setting(
         "choices": choices,
         "agent": agent,
         "env": env,
+        "guard": guard,
     }
     row["check"] = check  # raises ValueError for text that cannot be used
     return typing.cast(T, dataclasses.field(default=typing.cast(Any, default), metadata=row))
@@ -484,6 +526,38 @@ class StreamSettings(ChannelSettings):
 
 
 @dataclasses.dataclass(frozen=True)
+class DicomSettings(ChannelSettings):
+    """Query parameters of a `dicom://` or `dicoms://` Endpoint address."""
+
+    maxMessageBytes: int = setting(0, "Object size",
+        "larger objects are refused (bytes); 0: as long as the disk and queueMaxMb have room", low=0)
+    maxConnections: int = setting(50, "Associations", "associations at once; further ones are rejected", low=1)
+    idleTimeoutSecs: float = setting(60.0, "Idle time-out",
+        "a silent association is aborted after so many seconds; 0: never", low=0)
+    frameTimeoutSecs: float = setting(60.0, "PDU time-out",
+        "a connection that stops inside a PDU is closed after so many seconds; 0: never", low=0)
+    associationTimeoutSecs: float = setting(30.0, "Association time-out",
+        "seconds for the TLS handshake, for the association request, and for its release", low=0.1)
+    calledAeTitle: str = setting("", "Called AE title",
+        "our AE title: associations that call another are rejected; default: any", check=ae_titles, guard=True)
+    callingAeTitles: str = setting("", "Calling AE titles",
+        "AE titles that may associate, comma separated; default: any", check=ae_titles, guard=True)
+    peers: str = setting("", "Peers",
+        "addresses and networks such as `10.1.0.0/16` that may connect, comma separated; default: any",
+        check=networks, guard=True)
+    maxPdu: int = setting(131_072, "PDU size", "largest PDU that we receive (bytes)", low=4096, high=MIB)
+    moveDestinations: str = setting("", "Move destinations",
+        "`AETITLE@host:port`, comma separated: where C-MOVE may send to, and storage commitment reports go",
+        check=destinations)
+    answerWaitSecs: float = setting(10.0, "Wait for the Bot",
+        "MPPS: seconds to wait for the Bot's answer before success is reported (the request is on disk)", low=0)
+    tls: bool = setting(False, "TLS", "listen with TLS; `dicoms://` implies it")
+    certFile: str = setting("", "Certificate", "PEM file of our certificate, for TLS")
+    keyFile: str = setting("", "Key", "PEM file of its key, when it is not in certFile")
+    clientCa: str = setting("", "Client CA", "PEM file of the authority that must have signed the device's certificate")
+
+
+@dataclasses.dataclass(frozen=True)
 class DeviceSettings:
     """Query parameters of a Device.url that is pushed to."""
 
@@ -503,6 +577,7 @@ class DeviceSettings:
     bodyEncoding: str = setting("hex", "Body", "`tcp://` only: how body and answer are written",
         choices=("hex", "utf-8"))
     endChar: str = setting("", "End character", "`tcp://` only: wait for an answer up to this character")
+    callingAeTitle: str = setting("MEDPLUM", "Calling AE title", "`dicom://` only: our AE title", check=ae_titles)
 # fmt: on
 
 
@@ -722,8 +797,25 @@ def _logger_settings(which: str, found: Source | None, level: str, warnings: lis
 
 HL7_TYPE, PING_TYPE, BYTES_TYPE = "x-application/hl7-v2+er7", "x-application/ping", "application/octet-stream"
 ASTM_TYPE = "x-application/astm-e1394"
-PROTOCOLS = {"mllp": "HL7", "tcp": "Byte Stream", "serial": "Byte Stream"}  # by prefix of the address
-LIST_PARAMETERS = ("autoRespond", "stripSequence", "keepControlChars")  # repeated ones are joined by commas
+JSON_TYPE, DICOM_TYPE = "application/json", "application/dicom"
+
+
+class Protocol(NamedTuple):
+    """What an address's scheme stands for: the name used in logs, and the settings of its parameters."""
+
+    name: str
+    settings: type[ChannelSettings]
+
+
+PROTOCOLS = {  # by prefix of the address
+    "mllp": Protocol("HL7", Hl7Settings),
+    "tcp": Protocol("Byte Stream", StreamSettings),
+    "serial": Protocol("Byte Stream", StreamSettings),
+    "dicom": Protocol("DICOM", DicomSettings),
+}
+LIST_PARAMETERS = (  # repeated ones are joined by commas
+    "autoRespond", "stripSequence", "keepControlChars", "callingAeTitles", "peers", "moveDestinations",
+)  # fmt: skip
 
 
 class Policy(NamedTuple):
@@ -781,7 +873,7 @@ class ChannelPlan:
 
     @property
     def content_type(self) -> str:
-        return ASTM_TYPE if self.is_astm else HL7_TYPE if self.protocol == "HL7" else BYTES_TYPE
+        return ASTM_TYPE if self.is_astm else BYTES_TYPE
 
     @property
     def workers(self) -> int:
@@ -791,10 +883,12 @@ class ChannelPlan:
 
     @property
     def key_spec(self) -> str:
-        """What orders the channel: `*` its whole feed, `@` the device, a logical channel key, or `` the patient."""
+        """What orders it: `*` the whole feed, `@` the device, `study`, a logical channel key, or `` the patient."""
         if self.workers == 1:
             return "*"
-        return self.settings.logicalChannelKey if isinstance(self.settings, Hl7Settings) else "@"
+        if isinstance(self.settings, Hl7Settings):
+            return self.settings.logicalChannelKey
+        return "study" if isinstance(self.settings, DicomSettings) else "@"
 
     @functools.cached_property
     def policy(self) -> Policy:
@@ -869,10 +963,7 @@ def channel_settings(
             values[name] = getattr(defaults, fallback)
             written.add(name)
     _check_retries(values, where, warnings)
-    if cls is Hl7Settings:
-        _check_hl7(values, where, warnings)
-    else:
-        _check_stream(values, where, warnings)
+    _CHECKS[cls](values, where, warnings)
     return cls(**values), frozenset(written)
 
 
@@ -908,6 +999,8 @@ def read_parameters(cls: type[Any], query: str, where: str, warn: Callable[[str]
             given = _leading_integer(text) if name == "messagesPerMin" else text
             values[name] = _clamped(rows[name], parse_setting(rows[name], given), f"{where}: {name}", warn)
         except ValueError as error:
+            if rows[name].metadata["guard"]:
+                raise ConfigError([f"{where}: {name} '{text}': {error}"]) from None
             warn(f"{where}: {name} '{text}' {error}; it is ignored")
     return values
 
@@ -924,6 +1017,21 @@ def _check_hl7(values: dict[str, Any], where: str, warnings: list[str]) -> None:
         warnings.append(f"{where}: assignSeqNo with maxWorkers above 1: numbers may reach the server out of order")
 
 
+def _check_dicom(values: dict[str, Any], where: str, warnings: list[str]) -> None:
+    if not values.get("tls"):
+        return
+    if not values.get("certFile"):
+        raise ConfigError([f"{where}: TLS needs certFile, a PEM file with our certificate"])
+    for name in ("certFile", "keyFile", "clientCa"):
+        if values.get(name) and not os.access(values[name], os.R_OK):
+            raise ConfigError([f"{where}: {name} {values[name]} cannot be read"])
+
+
+_CHECKS: dict[type[ChannelSettings], Callable[[dict[str, Any], str, list[str]], None]] = {
+    Hl7Settings: _check_hl7, StreamSettings: _check_stream, DicomSettings: _check_dicom,
+}  # fmt: skip
+
+
 def channel_plan(
     name: str, endpoint: Json, settings: AgentSettings, given: frozenset[str], warnings: list[str]
 ) -> ChannelPlan:
@@ -936,11 +1044,11 @@ def channel_plan(
     protocol = next((p for prefix, p in PROTOCOLS.items() if address.startswith(prefix)), None)
     if protocol is None:
         scheme = address.split(":")[0]
-        supported = "supported: mllp, tcp, serial"
+        supported = f"supported: {', '.join(PROTOCOLS)}"
         raise ConfigError([f"channel '{name}': unsupported endpoint type '{scheme}' in {address}; {supported}"])
     try:
         url = urllib.parse.urlsplit(address)
-        port = url.port if protocol == "HL7" or url.scheme == "tcp" else 0
+        port = 0 if url.scheme == "serial" else url.port
     except ValueError as error:
         raise ConfigError([f"channel '{name}': invalid address {address}: {error}"]) from None
     host = url.hostname or ""
@@ -948,14 +1056,10 @@ def channel_plan(
         host = url.netloc or url.path  # serial://COM3 or serial:///dev/ttyUSB0
     if not (host if port == 0 and url.scheme == "serial" else port):
         raise ConfigError([f"channel '{name}': the address {address} needs a port from 1 to 65535"])
-    where = f"channel '{name}'"
-    parsed: ChannelSettings
-    if protocol == "HL7":
-        parsed, written = channel_settings(Hl7Settings, url.query, where, settings, given, warnings)
-    else:
-        parsed, written = channel_settings(StreamSettings, url.query, where, settings, given, warnings)
+    query = ("tls=true&" if url.scheme == "dicoms" else "") + url.query
+    parsed, written = channel_settings(protocol.settings, query, f"channel '{name}'", settings, given, warnings)
     active = endpoint.get("status") != "off"
-    return ChannelPlan(name, address, protocol, host, port or 0, active, parsed, written)
+    return ChannelPlan(name, address, protocol.name, host, port or 0, active, parsed, written)
 
 
 def build_plan(agent: Json, endpoints: Mapping[str, Json | AgentError]) -> tuple[Plan, list[str]]:
@@ -1021,6 +1125,7 @@ SETTING_GROUPS: tuple[tuple[str, str, type[Any]], ...] = (
     ("agent", "Agent settings: `Agent.setting[]`", AgentSettings),
     ("hl7", "HL7 channels: parameters of an `mllp://` address", Hl7Settings),
     ("stream", "Byte-stream and ASTM channels: parameters of a `tcp://` or `serial:` address", StreamSettings),
+    ("dicom", "DICOM channels: parameters of a `dicom://` or `dicoms://` address", DicomSettings),
     ("device", "Devices: parameters of a `Device.url` that is pushed to", DeviceSettings),
 )
 
@@ -2341,7 +2446,7 @@ PENDING, DELIVERED, UNDELIVERED, NOT_OWED = range(4)
 OUTCOMES = ("pending", "delivered", "undelivered", "not_owed")
 BOT_LOG = "Bot execution logs:"  # how the server begins the answer of a Bot that returned nothing
 PUSH_PREFIX = "push "  # names of channel rows that are devices: "push mllp://host:port"
-APPLICATION_ID, SCHEMA_VERSION = 0x4D504C41, 1  # "MPLA": tells our file from any other SQLite file
+APPLICATION_ID, SCHEMA_VERSION = 0x4D504C41, 2  # "MPLA": tells our file from any other SQLite file
 
 _SCHEMA = f"""
 CREATE TABLE identity (seed TEXT NOT NULL, last_deleted_id INTEGER NOT NULL DEFAULT 0);
@@ -2356,12 +2461,13 @@ CREATE TABLE message (
   attempts INTEGER NOT NULL DEFAULT 0, failures INTEGER NOT NULL DEFAULT 0,
   next_attempt_at INTEGER NOT NULL DEFAULT 0, first_failed_at INTEGER NOT NULL DEFAULT 0,
   sent_at INTEGER NOT NULL DEFAULT 0, settled_at INTEGER NOT NULL DEFAULT 0, response TEXT, status_code INTEGER,
-  outcome INTEGER NOT NULL DEFAULT 0, error_code TEXT, last_error TEXT);
+  outcome INTEGER NOT NULL DEFAULT 0, error_code TEXT, last_error TEXT, spool TEXT);
 CREATE TABLE partial (session TEXT, number INTEGER, channel INTEGER NOT NULL, remote TEXT NOT NULL,
   frame BLOB NOT NULL, PRIMARY KEY (session, number)) WITHOUT ROWID;
 CREATE UNIQUE INDEX duplicate ON message (channel, control_id) WHERE checked;
 CREATE INDEX unsettled ON message (channel, id) WHERE state < {PROCESSED};
 CREATE INDEX dead ON message (id) WHERE state > {PROCESSED};
+CREATE INDEX spooled ON message (spool) WHERE spool IS NOT NULL;
 CREATE VIEW queue AS SELECT m.id, c.name AS channel_name,
   CASE m.state {" ".join(f"WHEN {n} THEN '{name}'" for n, name in enumerate(STATES))} END AS state,
   CASE m.outcome {" ".join(f"WHEN {n} THEN '{name}'" for n, name in enumerate(OUTCOMES))} END AS ack_outcome,
@@ -2371,8 +2477,12 @@ CREATE VIEW queue AS SELECT m.id, c.name AS channel_name,
 PRAGMA application_id = {APPLICATION_ID};
 PRAGMA user_version = {SCHEMA_VERSION};
 """
+_MIGRATIONS = {  # from each older version of the schema to the next
+    1: "ALTER TABLE message ADD COLUMN spool TEXT; CREATE INDEX spooled ON message (spool) WHERE spool IS NOT NULL"
+}
 _INSERT = """INSERT INTO message (id, channel, epoch, state, remote, control_id, checked, type, key, original,
-  encoding, finalized, seq_no, return_ack, received_at, settled_at, outcome, error_code, last_error) VALUES {rows}
+  encoding, finalized, seq_no, return_ack, received_at, settled_at, outcome, error_code, last_error, spool)
+  VALUES {rows}
   ON CONFLICT (channel, control_id) WHERE checked DO NOTHING"""
 _UPDATE = """UPDATE message SET state = column2, remote = column3, attempts = column4, failures = column5,
   next_attempt_at = column6, first_failed_at = column7, sent_at = column8, settled_at = column9, response = column10,
@@ -2380,7 +2490,7 @@ _UPDATE = """UPDATE message SET state = column2, remote = column3, attempts = co
   FROM (VALUES {rows}) WHERE id = column1"""
 _COLUMNS = """id, channel, epoch, state, remote, control_id, type, key, encoding, received_at, attempts, failures,
   next_attempt_at, first_failed_at, sent_at, settled_at, response, status_code, outcome, error_code, last_error,
-  return_ack"""
+  return_ack, spool"""
 
 
 class Message:
@@ -2390,7 +2500,7 @@ class Message:
         "assign", "attempts", "channel", "checked", "control_id", "deadline", "earlier", "encoding", "epoch", "error",
         "error_code", "failures", "first_failed_at", "id", "key", "losses", "next_attempt_at", "original", "outcome",
         "received_at", "refusal", "remote", "response", "return_ack", "sent_at", "seq_no", "session",
-        "settled_at", "size", "source", "state", "status_code", "text", "type",
+        "settled_at", "size", "source", "spool", "state", "status_code", "text", "type",
     )  # fmt: skip
 
     def __init__(self, channel: int, remote: str, original: bytes, encoding: str):
@@ -2406,6 +2516,7 @@ class Message:
         self.seq_no: int | None = None
         self.session: str | None = None  # of an ASTM message: its frames in `partial` are replaced by it
         self.return_ack: str | None = None  # of a push: the ACK that completes it
+        self.spool: str | None = None  # of an image: its file, which is uploaded before the message is sent
         self.received_at = now_ms()
         self.state, self.outcome = QUEUED, PENDING
         self.attempts = self.failures = self.next_attempt_at = self.first_failed_at = self.sent_at = self.settled_at = 0
@@ -2424,7 +2535,7 @@ class Message:
         return (
             self.id, self.channel, self.epoch, self.state, self.remote, self.control_id, self.checked or None,
             self.type, self.key, self.original, self.encoding, finalized, self.seq_no, self.return_ack,
-            self.received_at, self.settled_at, self.outcome, self.error_code, self.error,
+            self.received_at, self.settled_at, self.outcome, self.error_code, self.error, self.spool,
         )  # fmt: skip
 
     def _progress(self) -> tuple[Any, ...]:
@@ -2441,7 +2552,7 @@ class Message:
         message.key, message.received_at, message.attempts, message.failures = row[7], row[9], row[10], row[11]
         message.next_attempt_at, message.first_failed_at, message.sent_at, message.settled_at = row[12:16]
         message.response, message.status_code, message.outcome, message.error_code, message.error = row[16:21]
-        message.return_ack = row[21]
+        message.return_ack, message.spool = row[21:23]
         message.original = None
         return message
 
@@ -2473,6 +2584,92 @@ class ChannelRow(NamedTuple):
     last_id: int
 
 
+class SpoolFile(io.FileIO):
+    """A file that is being received. What goes wrong is kept in `error` and not raised: the sender hears it at the end.
+
+    It has the parts of a NamedTemporaryFile that pynetdicom writes to.
+    """
+
+    def __init__(self, spool: Spool):
+        self.spool, self.size, self.error = spool, 0, ""
+        path = spool.folder / f"{uuid.uuid4()}.part"
+        try:
+            spool.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+            super().__init__(path, "x", opener=lambda p, flags: os.open(p, flags, 0o600))
+        except OSError as error:
+            self.error = _storage_text(error)
+            super().__init__(os.devnull, "w")
+            self.name = str(path)  # whoever removes the file by its name must not remove the null device
+
+    @property
+    def file(self) -> SpoolFile:
+        return self
+
+    def write(self, content: Any) -> int:
+        self.size += len(content)
+        if not self.error:
+            try:
+                self.error = self.spool.refusal(self.size)
+                rest = memoryview(content)
+                while rest and not self.error:
+                    rest = rest[super().write(rest) :]
+            except OSError as error:
+                self.error = _storage_text(error)
+        return len(content)
+
+    def keep(self) -> str:
+        """Put the file on disk under its final name and return that; OSError."""
+        name = Path(self.name).stem
+        os.fsync(self)
+        self.close()
+        Path(self.name).rename(self.spool.path(name))
+        if os.name == "posix":
+            folder = os.open(self.spool.folder, os.O_RDONLY)
+            try:
+                os.fsync(folder)
+            finally:
+                os.close(folder)
+        self.spool.count(self.size)
+        return name
+
+    def discard(self) -> None:
+        """Close and remove what was not kept."""
+        self.close()
+        with contextlib.suppress(OSError):
+            Path(self.name).unlink()
+
+
+class Spool:
+    """Files that are too large for the queue file, beside it: images on their way. Every thread may use it."""
+
+    def __init__(self, folder: Path, refusal: Callable[[int], str]):
+        self.folder, self.refusal = folder, refusal
+        self.size_bytes = 0
+        self._lock = threading.Lock()
+
+    def path(self, name: str) -> Path:
+        return self.folder / f"{name}.dcm"
+
+    def count(self, size: int) -> None:
+        with self._lock:
+            self.size_bytes += size
+
+    def remove(self, name: str) -> None:
+        path = self.path(name)
+        with contextlib.suppress(OSError):
+            size = path.stat().st_size
+            path.unlink()
+            self.count(-size)
+
+    def tidy(self, known: set[str]) -> None:
+        """At start: measure, and remove what belongs to no message (it was never acknowledged)."""
+        for path in self.folder.glob("*.*") if self.folder.is_dir() else ():
+            if path.suffix == ".dcm" and path.stem in known:
+                self.count(path.stat().st_size)
+            else:
+                path.unlink()
+
+
 class Store:
     """The queue file. Public methods are called from the event loop's thread; the SQL runs in two others.
 
@@ -2486,6 +2683,7 @@ class Store:
         self.trouble = "the queue is not open yet"
         self.max_bytes = 0  # 0: no limit but the disk's
         self.size_bytes = 0
+        self.spool = Spool(path.with_suffix(".spool"), self._spool_refusal)
         self.tally = dict.fromkeys(range(len(STATES)), 0)
         self.on_resume: list[Callable[[], None]] = []  # called once when congestion ends
         self._log = log
@@ -2517,6 +2715,11 @@ class Store:
         return not self.trouble
 
     @property
+    def total_bytes(self) -> int:
+        """What is on disk: the queue file's content and the spool."""
+        return self.size_bytes + self.spool.size_bytes
+
+    @property
     def congested(self) -> bool:
         """More is received than is on disk: devices should not be read further until `on_resume`."""
         return self._uncommitted_bytes > UNCOMMITTED_BYTES or self._uncommitted > UNCOMMITTED_MESSAGES
@@ -2538,9 +2741,13 @@ class Store:
     def _refusal(self, size: int) -> str:
         if self.trouble:
             return self.trouble
-        if self.max_bytes and self.size_bytes + self._uncommitted_bytes + size > self.max_bytes:
+        if self.max_bytes and self.total_bytes + self._uncommitted_bytes + size > self.max_bytes:
             return f"storage error: the queue has reached its limit of {self.max_bytes // MIB} MiB"
         return ""
+
+    def _spool_refusal(self, size: int) -> str:
+        """Why a file of the spool may not grow to this size, or ``; called from any thread."""
+        return self._refusal(size) or (_storage_text(OSError("disk full")) if self._disk_full() else "")
 
     def update(self, message: Message, before: int, then: Callable[[], None] | None = None) -> None:
         """Write a message's progress with the next batch; with `then`, now, and call it once committed."""
@@ -2618,6 +2825,10 @@ class Store:
             return {id_: (original, finalized) for id_, original, finalized in rows}
 
         return await self.read(run)
+
+    async def finalize(self, message: Message, text: str) -> None:
+        """Keep what shall be sent instead of the original; StorageError."""
+        await self.call(lambda db: db.execute("UPDATE message SET finalized = ? WHERE id = ?", (text, message.id)))
 
     async def message(self, id_: int) -> Message | None:
         """One message without its body, as it is after all updates that were asked for."""
@@ -2801,11 +3012,12 @@ class Store:
 
     def _check_disk(self, messages: list[Message]) -> None:
         """Refuse while the disk is nearly full, so that what is stored can still be settled."""
-        if not messages:
-            return
-        usage = shutil.disk_usage(self.path.parent)
-        if usage.free < min(DISK_RESERVE_BYTES, usage.total // 50):
+        if messages and self._disk_full():
             raise StorageError("database or disk is full")
+
+    def _disk_full(self) -> bool:
+        usage = shutil.disk_usage(self.path.parent)
+        return usage.free < min(DISK_RESERVE_BYTES, usage.total // 50)
 
     def _check_file(self) -> None:
         """The file is still the one in the folder: what is written into a deleted file is lost."""
@@ -2861,7 +3073,7 @@ class Store:
             self._lock_file = file
 
     def _prepare(self, db: sqlite3.Connection) -> None:
-        new = not db.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]
+        new, version = not db.execute("SELECT count(*) FROM sqlite_master").fetchone()[0], 0
         if new:
             db.execute(f"PRAGMA page_size={PAGE_BYTES}")
             db.execute("PRAGMA auto_vacuum=INCREMENTAL")
@@ -2876,6 +3088,8 @@ class Store:
         if new:
             seed = uuid.uuid4().hex[:19]
             db.executescript(f"BEGIN; {_SCHEMA} INSERT INTO identity (seed) VALUES ('{seed}'); COMMIT;")
+        for older in range(SCHEMA_VERSION if new else version, SCHEMA_VERSION):
+            db.executescript(f"BEGIN; {_MIGRATIONS[older]}; PRAGMA user_version = {older + 1}; COMMIT;")
         self._inspect(db)
 
     def _inspect(self, db: sqlite3.Connection) -> None:
@@ -2889,6 +3103,8 @@ class Store:
         (last,) = db.execute("SELECT ifnull(max(id), 0) FROM message").fetchone()
         (deleted,) = db.execute("SELECT last_deleted_id FROM identity").fetchone()
         self._next_id = max(self._next_id, last + 1, deleted + 1)
+        if not self._opened.is_set():
+            self.spool.tidy({name for (name,) in db.execute("SELECT spool FROM message WHERE spool IS NOT NULL")})
         self._measure(db)
         db.execute("UPDATE identity SET seed = seed")  # a file that cannot be written is known now, not later
         found = self.path.stat()
@@ -2943,17 +3159,18 @@ class Store:
         dead = f"(state IN ({REJECTED}, {FAILED}) OR (state = {PROCESSED} AND outcome = {UNDELIVERED}))"
         processed = await self._delete(f"{answered} AND settled_at < {old}", lambda: True)
         processed += await self._delete(answered, lambda: self.size_bytes > limit)
-        errored = await self._delete(f"{dead} AND settled_at < {floor}", lambda: self.size_bytes > limit)
+        errored = await self._delete(f"{dead} AND settled_at < {floor}", lambda: self.total_bytes > limit)
         return processed, errored
 
     async def _delete(self, condition: str, needed: Callable[[], bool]) -> int:
         """Delete matching rows, oldest first, in small transactions while `needed`."""
         total = 0
 
-        def run(db: sqlite3.Connection) -> int:
-            ids = [
-                row[0] for row in db.execute(f"SELECT id FROM message WHERE {condition} ORDER BY id LIMIT {SWEEP_ROWS}")
-            ]
+        def run(db: sqlite3.Connection) -> tuple[int, list[str]]:
+            rows = db.execute(
+                f"SELECT id, spool FROM message WHERE {condition} ORDER BY id LIMIT {SWEEP_ROWS}"
+            ).fetchall()
+            ids = [id_ for id_, _ in rows]
             gone = dict(
                 db.execute(
                     f"SELECT state, count(*) FROM message WHERE id IN ({','.join(map(str, ids))}) GROUP BY state"
@@ -2965,10 +3182,12 @@ class Store:
                 self.tally[state] -= count
             db.executemany("INSERT OR REPLACE INTO tally VALUES (?, ?)", self.tally.items())
             db.execute(f"PRAGMA incremental_vacuum({SWEEP_ROWS})").fetchall()
-            return len(ids)
+            return len(ids), [spool for _, spool in rows if spool]
 
         while needed():
-            count = await self.call(run)
+            count, files = await self.call(run)
+            for name in files:
+                self.spool.remove(name)
             total += count
             if count < SWEEP_ROWS:
                 break
@@ -3102,6 +3321,7 @@ def http_pool(url: str, context: ssl.SSLContext) -> urllib3.PoolManager:
         raise_on_status=False, respect_retry_after_header=False,
     )  # fmt: skip
     common: Json = {"ssl_context": context, "retries": retries, "timeout": HTTP_TIMEOUT_SECS, "maxsize": 8}
+    common["blocksize"] = TRANSFER_BLOCK_BYTES
     proxy = proxy_for(url)
     if not proxy:
         return urllib3.PoolManager(**common)
@@ -3144,6 +3364,7 @@ class Fhir:
         self._refreshing: asyncio.Task[Token] | None = None
         self._refreshed_at = -math.inf
         self._rejected = False
+        self._transfers = ThreadPoolExecutor(TRANSFERS, "transfer")  # apart from the short requests
 
     def usable_token(self) -> str | None:
         """A token that can be sent now, or None; a refresh is started in good time."""
@@ -3215,16 +3436,52 @@ class Fhir:
         return Token(text, float(expires))
 
     async def read(self, reference: str) -> Json:
-        """GET fhir/R4/<reference>; a 401 is tried once more with a new token."""
-        response = await self._read(reference)
-        if response.status == 401:
-            self.token = None
-            response = await self._read(reference)
+        """GET fhir/R4/<reference>."""
+        url = f"{self.base}fhir/R4/{reference}"
+        response = await self._authorized(None, lambda headers: self._http("GET", url, headers=headers))
         return self._checked(response, reference)
 
-    async def _read(self, reference: str) -> urllib3.BaseHTTPResponse:
-        headers = self._headers(await self.fresh_token())
-        return await asyncio.to_thread(self._http, "GET", f"{self.base}fhir/R4/{reference}", headers=headers)
+    async def _authorized(
+        self, executor: ThreadPoolExecutor | None, request: Callable[[dict[str, str]], urllib3.BaseHTTPResponse]
+    ) -> urllib3.BaseHTTPResponse:
+        """A request with a token, in a thread; a 401 is tried once more with a new one."""
+        loop = asyncio.get_running_loop()
+        response = await loop.run_in_executor(executor, request, self._headers(await self.fresh_token()))
+        if response.status == 401:
+            self.token = None
+            response = await loop.run_in_executor(executor, request, self._headers(await self.fresh_token()))
+        return response
+
+    async def upload(self, path: Path, name: str, content_type: str) -> str:
+        """POST a file as a Binary, streamed from disk, and return its reference; OSError when it cannot be read."""
+        url = f"{self.base}fhir/R4/Binary?_filename={urllib.parse.quote(name)}"
+
+        def send(headers: dict[str, str]) -> urllib3.BaseHTTPResponse:
+            with open(path, "rb") as file:
+                length = os.fstat(file.fileno()).st_size
+                described = headers | {"Content-Type": content_type, "Content-Length": str(length)}
+                return self._http("POST", url, headers=described, body=file, timeout=TRANSFER_TIMEOUT_SECS)
+
+        created = self._checked(await self._authorized(self._transfers, send), "Binary")
+        return f"Binary/{created.get('id')}"
+
+    async def download(self, reference: str, file: typing.BinaryIO) -> None:
+        """GET the content of a Binary, streamed into `file`."""
+        url = f"{self.base}fhir/R4/{reference}"
+
+        def fetch(headers: dict[str, str]) -> urllib3.BaseHTTPResponse:
+            wanted = headers | {"Accept": f"{DICOM_TYPE}, application/octet-stream, */*; q=0.1"}
+            with self._http("GET", url, headers=wanted, timeout=TRANSFER_TIMEOUT_SECS, stream=True) as response:
+                if response.status >= 300 or "json" in response.headers.get("Content-Type", ""):
+                    response.read(cache_content=True)
+                else:
+                    for block in response.stream(TRANSFER_BLOCK_BYTES):
+                        file.write(block)
+                return response
+
+        response = await self._authorized(self._transfers, fetch)
+        if response.status >= 300 or "json" in response.headers.get("Content-Type", ""):
+            file.write(base64.b64decode(self._checked(response, reference).get("data", "")))
 
     def _headers(self, token: str) -> dict[str, str]:
         return {
@@ -3233,10 +3490,20 @@ class Fhir:
         }  # fmt: skip
 
     def _http(
-        self, method: str, url: str, *, headers: dict[str, str], body: str | None = None
+        self,
+        method: str,
+        url: str,
+        *,
+        headers: dict[str, str],
+        body: str | typing.BinaryIO | None = None,
+        timeout: float = HTTP_TIMEOUT_SECS,
+        stream: bool = False,
     ) -> urllib3.BaseHTTPResponse:
+        """`stream`: the body is left for the caller to read, and a redirect (to a store of files) is followed."""
         try:
-            return self._pool.request(method, url, body=body, headers=headers, redirect=False)
+            return self._pool.request(
+                method, url, body=body, headers=headers, redirect=stream, timeout=timeout, preload_content=not stream
+            )
         except urllib3.exceptions.HTTPError as error:
             reason = getattr(error, "reason", None) or error
             raise ServerError(f"{urllib.parse.urlsplit(url).netloc} cannot be reached: {reason}") from None
@@ -3655,7 +3922,7 @@ _RETRIED["guaranteed"] = _RETRIED["enhanced"] | {"upstream-error"}
 _RETRIED["device"] = frozenset({"device-unreachable", "device-silent", "device-error"})
 _UPSTREAM = {"AE": "upstream-error", "CE": "upstream-error", "AR": "upstream-rejected", "CR": "upstream-rejected"}
 _REJECTED = frozenset(
-    {"server-rejected", "upstream-rejected", "too-large", "device-rejected"}
+    {"server-rejected", "upstream-rejected", "too-large", "file-too-large", "device-rejected"}
 )  # final state `rejected`, else `failed`
 
 
@@ -3685,8 +3952,37 @@ _REASONS = {
     "response-timeout": "no answer from the server in time; see the server's log for this channel and its Bot",
     "connection-lost": "the connection was lost each time it was sent",
     "interrupted": "the agent stopped while the server worked on it, and retryMode does not allow to send it twice",
+    "file-too-large": "its file is larger than the server takes (status 413); raise the limit there and send it again",
+    "file-lost": "its file is missing in the spool folder beside the queue",
     "too-large": "it is larger than the server accepts (WebSocket close code 1009); raise maxJsonSize on the server",
 }
+
+
+DICOM_STORED = ("C-STORE", "N-ACTION", "N-CREATE", "N-SET")  # types of messages from DICOM devices
+_CONTENT_TYPES = {kind: kind for kind in (ASTM_TYPE, BYTES_TYPE)} | dict.fromkeys(DICOM_STORED, JSON_TYPE)
+
+
+def spool_reference(name: str) -> str:
+    """How a message names its file before that is a Binary: a FHIR reference to something that has no place yet."""
+    return f"urn:uuid:{name}"
+
+
+def referenced_objects(request: Json) -> list[tuple[str, str]]:
+    """(SOP Instance UID, SOP Class UID) of the Referenced SOP Sequence of a storage commitment request."""
+    found = []
+    for item in request.get("dataset", {}).get("00081199", {}).get("Value", []):
+        uids = [(item.get(tag, {}).get("Value") or [""])[0] for tag in ("00081155", "00081150")]
+        found.append((uids[0], uids[1]))
+    return found
+
+
+def _upload_error(error: Exception) -> str:
+    """Why a file could not be uploaded, as a key of _REASONS."""
+    if isinstance(error, OSError):
+        return "file-lost"
+    status = error.status if isinstance(error, ServerError) else 0
+    named = {0: "connection-lost", 413: "file-too-large", 429: "server-rate-limited"}
+    return named.get(status) or ("server-error" if status >= 500 else "server-rejected")
 
 
 class Outlet(typing.Protocol):
@@ -3912,13 +4208,14 @@ class Queue:
         self.transmit(message)
 
     def _expire(self) -> None:
-        """Time-outs: `inflight` is in the order of sending, so the first that still has time ends the search."""
+        """Time-outs. A message whose file is being uploaded has none until it is sent."""
         self._timer = None
-        for message in list(self.inflight.values()):
-            if message.deadline > self._loop.time():
-                self._timer = self._loop.call_at(min(message.deadline, self._loop.time() + 1), self._expire)
-                break
+        now = self._loop.time()
+        for message in [message for message in self.inflight.values() if message.deadline <= now]:
             self.failed(message, "response-timeout")
+        if self.inflight and self._timer is None:
+            first = min(message.deadline for message in self.inflight.values())
+            self._timer = self._loop.call_at(min(first, now + 1), self._expire)
 
     # --- answers ---
 
@@ -3990,13 +4287,16 @@ class Queue:
 class Feed(Queue):
     """One channel's way to the server. `outlet` may change with a reload."""
 
-    def __init__(self, plan: ChannelPlan, row: ChannelRow, store: Store, uplink: Uplink, prefix: str, log: Log):
+    def __init__(
+        self, plan: ChannelPlan, row: ChannelRow, store: Store, uplink: Uplink, fhir: Fhir, prefix: str, log: Log
+    ):
         super().__init__(plan.policy, row, store, log)
         self.plan = plan
         self.outlet: Outlet | None = None
         self.may_send: Callable[[], bool] = lambda: True
-        self._uplink = uplink
+        self._uplink, self._fhir = uplink, fhir
         self._prefix = prefix
+        self._preparing: dict[int, asyncio.Future[None]] = {}  # messages that need more than to be sent
 
     def replan(self, plan: ChannelPlan, row: ChannelRow) -> None:
         """New settings without losing what is under way; scheduled retries keep their time."""
@@ -4010,11 +4310,67 @@ class Feed(Queue):
         return self._uplink.ready()
 
     def transmit(self, message: Message) -> None:
+        text = message.text or ""
+        if message.type == "N-ACTION" or (message.spool and spool_reference(message.spool) in text):
+            self._prepare(message, text)
+        else:
+            self._transmit(message, text)
+
+    def _transmit(self, message: Message, text: str) -> None:
         callback = f"{self._prefix}{message.id:012x}#{message.attempts}"
-        kind, text = message.type if message.type in (ASTM_TYPE, BYTES_TYPE) else HL7_TYPE, message.text or ""
+        kind = _CONTENT_TYPES.get(message.type, HL7_TYPE)
         size = self._uplink.transmit(self.plan.name, message.remote, kind, text, callback)
         if size == self._uplink.largest:
             self._uplink.largest_id = message.id
+
+    def _prepare(self, message: Message, text: str) -> None:
+        """What a message needs before it is sent, which may take long: its time-out begins when it is sent."""
+        message.deadline = math.inf
+        if message.id not in self._preparing:
+            work = self._upload(message, text) if message.spool else self._after_objects(message, text)
+            self._preparing[message.id] = task = asyncio.ensure_future(work)
+            task.add_done_callback(lambda _: self._preparing.pop(message.id))
+
+    async def _upload(self, message: Message, text: str) -> None:
+        """The message's file becomes a Binary; from then on, also after a restart, the message names that."""
+        assert message.spool
+        try:
+            reference = await self._fhir.upload(self._store.spool.path(message.spool), "dicom.dcm", DICOM_TYPE)
+            text = text.replace(spool_reference(message.spool), reference)
+            await self._store.finalize(message, text)
+        except (ServerError, StorageError, OSError) as error:
+            status = error.status if isinstance(error, ServerError) else 0
+            if message.id in self.inflight:
+                self.failed(message, _upload_error(error), status, counts=status > 0)
+            return
+        if message.text is not None:
+            self._bytes += len(text) - len(message.text)
+            message.text = text
+        self._prepared(message, text)
+
+    def _prepared(self, message: Message, text: str) -> None:
+        if message.id in self.inflight and self.still_open():
+            message.deadline = self._loop.time() + self.policy.timeout_secs
+            self._transmit(message, text)
+        elif message.id in self.inflight:
+            self._unsend([message])
+
+    async def _after_objects(self, message: Message, text: str) -> None:
+        """A storage commitment is asked for when none of its objects waits here any more (PS3.4 J.3.2)."""
+        sql = f"""SELECT 1 FROM message WHERE channel = ? AND state < {PROCESSED} AND type = 'C-STORE'
+          AND control_id IN (SELECT value FROM json_each(?)) LIMIT 1"""
+        values = self.row.id, json.dumps([uid for uid, _ in referenced_objects(load_json(text))])
+        while message.id in self.inflight:
+            with contextlib.suppress(sqlite3.Error):
+                if not await self._store.read(lambda db: db.execute(sql, values).fetchone()):
+                    break
+            await asyncio.sleep(COMMITMENT_POLL_SECS)
+        self._prepared(message, text)
+
+    def settle(self, message: Message, state: int) -> None:
+        super().settle(message, state)
+        if message.spool and state == PROCESSED:
+            self._store.spool.remove(message.spool)
 
     def tell_dead(self, message: Message, error: str, relay: bool) -> bool:
         if self.outlet is None:
@@ -4022,8 +4378,8 @@ class Feed(Queue):
         return self.outlet.deliver(message, message.response or "") if relay else self.outlet.refuse(message, error)
 
     def text_of(self, message: Message, original: bytes, finalized: str | None) -> str:
-        if message.type == ASTM_TYPE:  # what it was received as, whatever the channel speaks by now
-            return original.decode()
+        if message.type == ASTM_TYPE or message.type in DICOM_STORED:  # what it was, whatever the channel speaks by now
+            return original.decode() if finalized is None else finalized
         if message.type == BYTES_TYPE:
             settings = self.plan.settings
             return stream_body(original, settings if isinstance(settings, StreamSettings) else StreamSettings())
@@ -4077,9 +4433,10 @@ def percentiles(samples: Iterable[int]) -> dict[str, float]:
 class Dispatcher:
     """All feeds, and the way from an answer back to its message."""
 
-    def __init__(self, agent_id: str, store: Store, uplink: Uplink, log: Log):
+    def __init__(self, agent_id: str, store: Store, uplink: Uplink, fhir: Fhir, log: Log):
         self.feeds: dict[str, Feed] = {}
-        self._store, self._uplink, self._log = store, uplink, log
+        self._store, self._uplink, self._fhir, self._log = store, uplink, fhir, log
+        self._asked: dict[str, asyncio.Future[Json]] = {}  # questions that are not stored, by callback
         self._agent_id = agent_id
         self._late_answers: set[asyncio.Future[None]] = set()
         self._losses = 0  # connections in a row that were lost with messages in flight and none answered
@@ -4099,7 +4456,8 @@ class Dispatcher:
         feed = self.feeds.get(plan.name)
         if feed is None:
             await self._recover(plan, row)
-            feed = self.feeds[plan.name] = Feed(plan, row, self._store, self._uplink, self.callback_prefix, self._log)
+            peers = self._store, self._uplink, self._fhir
+            feed = self.feeds[plan.name] = Feed(plan, row, *peers, self.callback_prefix, self._log)
         feed.may_send = self.may_send
         feed.replan(plan, row)
         return feed
@@ -4122,6 +4480,23 @@ class Dispatcher:
         if count := await self._store.call(run):
             self._log.warn(f"Channel '{plan.name}': {count} messages were with the server when the agent stopped.")
 
+    async def ask(self, channel: str, remote: str, body: str, seconds: float) -> Json:
+        """A device's question to the Bot that only an answer now is good for, so it is not stored.
+
+        Returns the agent:transmit:response; raises TimeoutError, and ServerError without a connection.
+        """
+        if not self._uplink.ready():
+            raise ServerError("the server is not connected")
+        callback = f"Agent/{self._agent_id}-{uuid.uuid4()}"
+        answer: asyncio.Future[Json] = asyncio.get_running_loop().create_future()
+        self._asked[callback] = answer
+        try:
+            async with asyncio.timeout(seconds):
+                self._uplink.transmit(channel, remote, JSON_TYPE, body, callback)
+                return await answer
+        finally:
+            del self._asked[callback]
+
     def pump(self) -> None:
         for feed in self.feeds.values():
             feed.pump()
@@ -4137,6 +4512,9 @@ class Dispatcher:
                 feed.failed(message, "connection-lost")
         self._losses += bool(sent)
         self._answered = False
+        for answer in self._asked.values():
+            if not answer.done():
+                answer.set_exception(ServerError("the connection to the server was lost"))
         for feed in self.feeds.values():
             feed.lost()
 
@@ -4162,6 +4540,10 @@ class Dispatcher:
         callback = answer.get("callback")
         if not callback:
             self._without_callback(answer, code, body)
+            return
+        if asked := self._asked.get(str(callback)):
+            if not asked.done():
+                asked.set_result(answer)
             return
         message_id, attempt = self._parse_callback(str(callback))
         if message_id is None:
@@ -6177,7 +6559,7 @@ class Agent:
         path = Path(plan.settings.queueDbPath or self.state_dir / QUEUE_FILE)
         self.store = Store(path, self.log)
         await self.store.open()
-        self.dispatcher = Dispatcher(self.config.settings.agentId, self.store, self.uplink, self.log)
+        self.dispatcher = Dispatcher(self.config.settings.agentId, self.store, self.uplink, self.fhir, self.log)
         self.devices = Devices(self.store, self.log, self.channel_log, self.channels)
 
     # --- plans ---
@@ -6631,7 +7013,7 @@ class Faults:
     token_lifetime: float = 3600  # seconds
     jwt: bool = False  # tokens are JWTs; else opaque
     login_id: bool = False  # with a login_id claim: the client must ask auth/me
-    read_failures: dict[str, int] = dataclasses.field(default_factory=dict)  # "Endpoint/x" -> HTTP status
+    read_failures: dict[str, int] = dataclasses.field(default_factory=dict)  # "Endpoint/x" or "Binary" -> HTTP status
     never_connect: bool = False  # connect requests stay unanswered
     refuse_connect: str = ""  # connect requests are answered with this agent:error
     mute_heartbeats: bool = False  # heartbeats of the agent stay unanswered, none are sent
@@ -6678,6 +7060,8 @@ class Sandbox:
         self.violations: list[str] = []  # what an agent did against the contract
         self.requests: list[str] = []  # HTTP requests, method and path
         self.keep_transmits = True
+        self.binaries: dict[str, bytes | Path] = {}  # what was uploaded, by reference
+        self.binary_dir: Path | None = None  # uploads are streamed to files in it; else they are held in memory
         self.on_transmit: Callable[[Transmit], None] = lambda transmit: None
         self.agents: dict[str, SandboxSocket] = {}
         self.port = 0
@@ -6732,6 +7116,13 @@ class Sandbox:
             await SandboxSocket(self, reader, writer).run(raw)
             return False
         body = await self._body(reader, headers)
+        if method == "GET" and (found := self._binary(target, headers)) is not None:
+            writer.write(
+                f"HTTP/1.1 200 X\r\nContent-Type: {DICOM_TYPE}\r\nContent-Length: {len(found)}\r\n\r\n".encode()
+            )
+            writer.write(found)
+            await writer.drain()
+            return True
         status, answer = await self._respond(method, target, headers, body)
         kind, text = "application/fhir+json", dump_json(answer)
         if answer.get("type") == "agent:transmit:response":  # of a $push: the device's own words
@@ -6741,9 +7132,12 @@ class Sandbox:
         await writer.drain()
         return True
 
-    async def _body(self, reader: asyncio.StreamReader, headers: Headers) -> bytes:
+    async def _body(self, reader: asyncio.StreamReader, headers: Headers) -> bytes | Path:
+        length = int(headers.get("Content-Length", "0"))
+        if self.binary_dir is not None and headers.get("Content-Type") == DICOM_TYPE:
+            return await self._stream(reader, length, self.binary_dir / str(uuid.uuid4()))
         if "chunked" not in headers.get("Transfer-Encoding", ""):
-            return await reader.readexactly(int(headers.get("Content-Length", "0")))
+            return await reader.readexactly(length)
         parts = []
         while size := int(await reader.readline(), 16):
             parts.append(await reader.readexactly(size))
@@ -6751,27 +7145,41 @@ class Sandbox:
         await reader.readline()
         return b"".join(parts)
 
-    async def _respond(self, method: str, target: str, headers: Headers, body: bytes) -> tuple[int, Json]:
+    @staticmethod
+    async def _stream(reader: asyncio.StreamReader, length: int, path: Path) -> Path:
+        with path.open("wb") as file:
+            while length and (block := await reader.read(min(length, MIB))):
+                file.write(block)
+                length -= len(block)
+        return path
+
+    def _binary(self, target: str, headers: Headers) -> bytes | None:
+        content = self.binaries.get(target.removeprefix("/fhir/R4/"))
+        if content is None or not self.token_valid(headers.get("Authorization", "").removeprefix("Bearer ")):
+            return None
+        return content.read_bytes() if isinstance(content, Path) else content
+
+    async def _respond(self, method: str, target: str, headers: Headers, body: bytes | Path) -> tuple[int, Json]:
         path = urllib.parse.urlsplit(target).path
         query = dict(urllib.parse.parse_qsl(urllib.parse.urlsplit(target).query))
-        if path == "/oauth2/token":
+        if isinstance(body, bytes) and path == "/oauth2/token":
             return self._login(dict(urllib.parse.parse_qsl(body.decode())))
         if self._tokens.get(headers.get("Authorization", "").removeprefix("Bearer "), 0) < time.time():
             return 401, _outcome("Unauthorized")
         if path == "/auth/me":
             return 200, {"profile": {"resourceType": "ClientApplication", "id": self._client[0]}, "project": {}}
         reference = path.removeprefix("/fhir/R4/")
-        if "$" in reference:
+        if isinstance(body, bytes) and "$" in reference:
             return await self._operation(reference, query, body)
-        if method == "POST":
-            return self._create(reference, body)
         if status := self.faults.read_failures.get(reference):
             return status, _outcome("Forbidden" if status == 403 else "Injected failure")
+        if method == "POST":
+            return self._create(reference, body)
         return (200, self.resources[reference]) if reference in self.resources else (404, _outcome("Not found"))
 
-    def _create(self, kind: str, body: bytes) -> tuple[int, Json]:
-        resource = {"resourceType": kind, "id": str(uuid.uuid4()), "size": len(body)}
-        self.resources[f"{kind}/{resource['id']}"] = resource
+    def _create(self, kind: str, body: bytes | Path) -> tuple[int, Json]:
+        resource = {"resourceType": kind, "id": body.name if isinstance(body, Path) else str(uuid.uuid4())}
+        self.binaries[f"{kind}/{resource['id']}"] = body
         return 201, resource
 
     def _login(self, form: Mapping[str, str]) -> tuple[int, Json]:
