@@ -13,7 +13,7 @@ or kept as a dead letter with its bytes and a reason a person can act on.
 The file is read top to bottom; sections look only upwards:
 
     Version, limits · Errors · Settings · Logs · HL7 · MLLP · Byte stream · ASTM · Store · FHIR · Uplink ·
-    Delivery · Channels · Devices · Agent · Sandbox · Command line
+    Delivery · Channels · Devices · DICOM · Agent · Sandbox · Command line
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import argparse
 import asyncio
 import base64
 import collections
+import concurrent.futures
 import contextlib
 import dataclasses
 import datetime
@@ -33,11 +34,13 @@ import io
 import ipaddress
 import itertools
 import json
+import logging
 import math
 import os
 import queue
 import random
 import re
+import select
 import shutil
 import signal
 import socket
@@ -47,10 +50,12 @@ import struct
 import sys
 import threading
 import time
+import types
 import typing
 import urllib.parse
 import urllib.request
 import uuid
+import warnings
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -70,6 +75,11 @@ from websockets.server import ServerProtocol
 
 if typing.TYPE_CHECKING:
     import icmplib
+    from pydicom import Dataset
+    from pynetdicom.ae import ApplicationEntity as AE
+    from pynetdicom.association import Association
+    from pynetdicom.events import Event
+    from pynetdicom.transport import AssociationSocket
 
 try:
     from websockets.speedups import apply_mask
@@ -149,6 +159,17 @@ PUSH_ANSWER_BYTES = 1_000_000  # a device's answer; the server closes the connec
 PUSH_STORED_SECS = 30.0  # one try of a stored push
 PUSHED_IDS = 256  # pushes to connected devices whose late ACKs are still known
 DEVICE_IDLE_SECS = 10.0  # without keepAlive an unused device connection is closed after this time
+DICOM_PUSH_SECS = 600.0  # one try of a stored push to an imaging device: large objects, slow archives
+DICOM_PUSHES = 8  # pushes to imaging devices under way at once
+DIMSE_SECS = 60.0  # to wait for the peer's answer to a DIMSE request of ours
+IDLE_POLL_SECS = 0.05  # threads of an association look for time-outs this often
+CANCEL_POLL_SECS = 0.1  # a device that waits for the Bot may cancel
+QUEUED_PDUS = 16  # encoded and not yet sent: 2 MiB
+STORE_WAIT_SECS = 60.0  # for a message of an association to be on disk
+INLINE_BYTES = 4096  # base64 of a binary value that may be part of the JSON
+LARGE_VALUE_BYTES = 64 * KIB  # a value above this is not read for the JSON
+BODY_BYTES = 900_000  # of a message's JSON inside its frame; the server closes the connection at 1 MiB by default
+COMMITMENT_REPORT_SECS = (0.0, 5.0, 30.0, 120.0, 600.0)  # before each try to report a storage commitment
 PING_SECS = 8.0  # a whole ping, whatever its count: below the server's 10 s
 PING_MAX = 100  # echo requests of one ping
 MAX_STATS_SAMPLES = 1000  # round trips kept per channel
@@ -1158,9 +1179,13 @@ def settings_schema() -> Json:
 def settings_markdown() -> str:
     """The same as README's tables."""
     lines: list[str] = []
-    for _, title, cls in SETTING_GROUPS:
+    common = {row.name: (row.default, row.metadata) for row in dataclasses.fields(ChannelSettings)}
+    for _, title, cls in (*SETTING_GROUPS[:3], ("", "Every channel: parameters of its address", ChannelSettings),
+                          *SETTING_GROUPS[3:]):  # fmt: skip
         lines += [f"### {title}", "", "| Name | Type | Default | Meaning |", "| --- | --- | --- | --- |"]
         for row in dataclasses.fields(cls):
+            if cls is not ChannelSettings and common.get(row.name) == (row.default, row.metadata):
+                continue
             choices = (
                 f" ({', '.join(f'`{choice}`' for choice in row.metadata['choices'])})"
                 if row.metadata["choices"]
@@ -4497,6 +4522,10 @@ class Dispatcher:
         finally:
             del self._asked[callback]
 
+    @property
+    def live(self) -> bool:
+        return self._uplink.live
+
     def pump(self) -> None:
         for feed in self.feeds.values():
             feed.pump()
@@ -4833,7 +4862,7 @@ class Channel:
 
     # --- what each protocol does in its own way ---
 
-    def connect(self) -> Connection:
+    def connect(self) -> asyncio.Protocol:
         """The protocol of a new connection."""
         raise NotImplementedError
 
@@ -5520,12 +5549,6 @@ class Dialer:
         return typing.cast(Connection, port)
 
 
-def new_channel(plan: ChannelPlan, store: Store, log: Log, channel_log: Log) -> Channel:
-    """The channel class of a plan."""
-    kind = AstmChannel if plan.is_astm else StreamChannel if isinstance(plan.settings, StreamSettings) else Hl7Channel
-    return kind(plan, store, log, channel_log)
-
-
 ANY_HOST = ("", "*", "0.0.0.0", "::", "[::]")
 
 
@@ -5632,7 +5655,14 @@ class Target:
     @property
     def key(self) -> str:
         host = f"[{self.host}]" if ":" in self.host else self.host
+        if self.is_dicom:
+            return f"{self.scheme}://{self.path}@{host}:{self.port}"
         return f"{self.scheme}://{host}:{self.port}" if self.port else f"{self.scheme}://{host}{self.path}"
+
+    @property
+    def is_dicom(self) -> bool:
+        """`path` is the AE title then."""
+        return self.scheme.startswith("dicom")
 
 
 def is_host(name: str) -> bool:
@@ -5651,21 +5681,26 @@ def parse_target(url: str) -> Target:
     except ValueError as error:
         raise PeerError(f"'{url}' is not a device address: {error}") from None
     scheme = parts.scheme
-    if scheme not in ("mllp", "mllps", "tcp", "channel", "serial"):
-        text = "use mllp, mllps, tcp, channel or serial"
+    if scheme not in ("mllp", "mllps", "tcp", "dicom", "dicoms", "channel", "serial"):
+        text = "use mllp, mllps, tcp, dicom, dicoms, channel or serial"
         raise PeerError(f"'{url}' is not a device address that this agent can send to: {text}")
     ours = scheme in ("channel", "serial")  # a device on one of our own channels
     if not ours and not (parts.hostname and port):
         raise PeerError(f"'{url}' needs a host and a port, such as mllp://192.168.50.10:56001")
     values = read_parameters(DeviceSettings, parts.query, url, lambda text: None)
-    if scheme == "mllps":
+    if scheme in ("mllps", "dicoms"):
         values["tls"] = True
     if problem := encoding_problem(values.get("encoding", "utf-8")):
         raise PeerError(f"'{url}': {problem}")
     if not ours and not is_host(parts.hostname or ""):
         raise PeerError(f"'{url}': '{parts.hostname}' is neither an IP address nor a host name")
     host = urllib.parse.unquote(parts.netloc) if ours else parts.hostname or ""
-    return Target(url, scheme, host, port, urllib.parse.unquote(parts.path), DeviceSettings(**values))
+    path = parts.path
+    if scheme.startswith("dicom"):
+        path = parts.username or ""
+        if not path or len(ae_titles(urllib.parse.unquote(path))) != 1:
+            raise PeerError(f"'{url}' needs the device's AE title, such as dicom://ARCHIVE@192.168.50.10:104")
+    return Target(url, scheme, host, port, urllib.parse.unquote(path), DeviceSettings(**values))
 
 
 def security_of(settings: DeviceSettings) -> tuple[Any, ...]:
@@ -5989,6 +6024,10 @@ def parse_push(request: Json) -> Push:
         raise PeerError(f"WebSocket error on incoming message: there is no body for {remote}")
     target = parse_target(remote)
     content_type = str(request.get("contentType") or BYTES_TYPE)
+    if target.is_dicom:
+        if content_type == DICOM_TYPE:
+            body = dump_json({"command": "C-STORE", "binary": {"reference": body.strip()}}).decode()
+        return Push(target, body, "", "", JSON_TYPE)
     if target.scheme == "tcp" or (target.on_channel and content_type != HL7_TYPE):
         return Push(target, body, "", "", content_type)
     try:
@@ -6079,6 +6118,7 @@ class Devices:
         self._queues: dict[str, DeviceQueue] = {}
         self._early: dict[str, list[Push]] = {}  # by device: arrived while its queue is being made
         self._tries: set[asyncio.Future[str]] = set()
+        self.imaging: Callable[[Push, float], Awaitable[str]]  # sends to dicom:// addresses
 
     def configure(self, plan: Plan) -> None:
         """New Agent settings; connections in use are left alone."""
@@ -6121,6 +6161,8 @@ class Devices:
         self._channel_log.info(f"[Device:{target.key}] [Sending -- ID: {push.control_id}]: {push.text}")
         if target.on_channel:
             return await self._send_to_channel(push, seconds)
+        if target.is_dicom:
+            return await self.imaging(push, DICOM_PUSH_SECS if seconds == PUSH_STORED_SECS else seconds)
         device = self._device(target)
         if target.scheme != "tcp":
             return await device.exchange(target, push.text, push.control_id, push.mode, seconds)
@@ -6357,6 +6399,1029 @@ def parse_ping(host: object, body: object) -> tuple[str, int]:
 
 
 # =====================================================================================================================
+# DICOM
+#
+# Imaging devices (DICOM PS3.4, PS3.7, PS3.8; channel contract 8). pynetdicom carries the associations, each in threads
+# of its own; it is loaded only where a channel or a push needs it. Handlers run in those threads: they write to the
+# spool and ask the event loop for everything else. An object is on disk, file and row, before it is answered 0x0000.
+# What a device asks (C-FIND, C-MOVE, C-GET) the Bot answers while the device waits. May touch: sockets, threads, spool.
+# =====================================================================================================================
+
+# PS3.4 B.2.3, C.4.1 to C.4.3 and PS3.7 annex C
+SUCCESS, PENDING_MATCH, CANCELLED = 0x0000, 0xFF00, 0xFE00
+PROCESSING_FAILURE, NO_SUCH_INSTANCE, NO_SUCH_ACTION, RESOURCE_LIMITATION = 0x0110, 0x0112, 0x0123, 0x0213
+OUT_OF_RESOURCES, SOP_MISMATCH, CANNOT_UNDERSTAND, UNABLE_TO_PROCESS = 0xA700, 0xA900, 0xC000, 0xC001
+
+COMMITMENT_CLASS, COMMITMENT_INSTANCE = "1.2.840.10008.1.20.1", "1.2.840.10008.1.20.1.1"  # PS3.4 J.3
+MPPS_CLASS = "1.2.840.10008.3.1.2.3.3"  # PS3.4 F.7
+WORKLIST_CLASS = "1.2.840.10008.5.1.4.31"  # PS3.4 K.6.1
+_QUERY_ROOTS = {"PATIENT": "1.2.840.10008.5.1.4.1.2.1", "STUDY": "1.2.840.10008.5.1.4.1.2.2"}  # PS3.4 C.6
+_QUERY_COMMANDS = {"C-FIND": 1, "C-MOVE": 2, "C-GET": 3}  # last part of the UID
+SERVICE_CLASSES = (
+    "1.2.840.10008.1.1", COMMITMENT_CLASS, MPPS_CLASS, WORKLIST_CLASS,
+    *(f"{root}.{last}" for root in _QUERY_ROOTS.values() for last in _QUERY_COMMANDS.values()),
+)  # fmt: skip
+IMPLICIT, EXPLICIT, BIG_ENDIAN = "1.2.840.10008.1.2", "1.2.840.10008.1.2.1", "1.2.840.10008.1.2.2"
+UNCOMPRESSED = (EXPLICIT, IMPLICIT, BIG_ENDIAN)
+_PIXEL_DATA = frozenset({"7FE00008", "7FE00009", "7FE00010"})
+
+
+class Refusal(PeerError):
+    """A DIMSE request that is not done: the status and comment of its answer."""
+
+    def __init__(self, status: int, text: str):
+        super().__init__(text)
+        self.status = status
+
+
+_IMAGING = threading.Lock()
+
+
+def imaging() -> types.SimpleNamespace:
+    """pynetdicom, set up for us, and our classes on top of it."""
+    with _IMAGING:
+        return _load_imaging()
+
+
+async def load_imaging() -> None:
+    """Load it in a thread: it takes longer than a device should wait for an ACK."""
+    if not _load_imaging.cache_info().currsize:
+        await asyncio.to_thread(imaging)
+
+
+@functools.cache
+def _load_imaging() -> types.SimpleNamespace:
+    """16 MB and 130 ms that only imaging needs."""
+    sys.modules.setdefault("pydicom.examples", types.ModuleType("pydicom.examples"))  # wants files a binary has not
+    import pydicom
+    import pydicom.config
+    import pynetdicom
+    from pynetdicom import _config, association, dimse_messages, evt, pdu_primitives, presentation, transport
+
+    for name in ("pydicom", "pynetdicom"):  # their words may quote a patient; what matters we log ourselves
+        logger = logging.getLogger(name)
+        logger.addHandler(logging.NullHandler())
+        logger.propagate, logger.level = False, logging.CRITICAL
+        warnings.filterwarnings("ignore", module=name)
+    pydicom.config.settings.reading_validation_mode = pydicom.config.IGNORE  # devices deviate: it goes up as it is
+    pydicom.config.settings.writing_validation_mode = pydicom.config.IGNORE
+    _config.LOG_HANDLER_LEVEL = "none"
+    _config.LOG_REQUEST_IDENTIFIERS = _config.LOG_RESPONSE_IDENTIFIERS = False
+    _config.STORE_RECV_CHUNKED_DATASET = _config.STORE_SEND_CHUNKED_DATASET = True
+    _config.UNRESTRICTED_STORAGE_SERVICE = True  # every storage SOP class, also private ones; first syntax proposed
+    _config.CODECS = ("ascii", "latin-1")
+    vars(dimse_messages)["NamedTemporaryFile"] = _received_object
+    sock = _socket_class(transport.AssociationSocket)
+    return types.SimpleNamespace(
+        pydicom=pydicom, evt=evt, Association=association.Association, Socket=sock,
+        Entity=_entity_class(pynetdicom.AE, sock), Address=transport.AddressInformation,
+        context=presentation.build_context, role=presentation.build_role, Dataset=pydicom.Dataset,
+        Release=pdu_primitives.A_RELEASE,
+    )  # fmt: skip
+
+
+def _received_object(**_: object) -> SpoolFile:
+    """Called by pynetdicom in the thread of an association, for what it receives an object into."""
+    reactor = typing.cast(Any, threading.current_thread())
+    return SpoolFile(reactor.assoc.ae.spool)
+
+
+def _socket_class(base: type[AssociationSocket]) -> type[AssociationSocket]:
+    class Socket(base):  # type: ignore[valid-type, misc]
+        """Reads in large pieces, and sleeps until there is something to do (pynetdicom looks 1,000 times a second)."""
+
+        def __init__(self, assoc: Any, **options: Any):
+            super().__init__(assoc, **options)
+            self._bell, self._ear = socket.socketpair()
+            self._bell.setblocking(False)
+            self._queued: Callable[[Any], None] = assoc.dul.send_pdu
+            vars(assoc.dul)["send_pdu"] = self._send_pdu
+
+        def _send_pdu(self, primitive: Any) -> None:
+            dul = self.assoc.dul
+            while dul.to_provider_queue.qsize() > QUEUED_PDUS and dul.is_alive():
+                time.sleep(0.001)  # a large object must not be in memory as a whole
+            self._queued(primitive)
+            with contextlib.suppress(OSError):
+                self._bell.send(b"!")
+
+        def recv(self, nr_bytes: int) -> bytearray:
+            content, at = bytearray(nr_bytes), 0
+            with memoryview(content) as view:
+                while at < nr_bytes and (count := self.socket.recv_into(view[at : at + READ_BYTES])):
+                    at += count
+            del content[at:]
+            return content
+
+        @property
+        def ready(self) -> bool:
+            sock = self.socket
+            if sock is None or not self._is_connected:
+                return False
+            if isinstance(sock, ssl.SSLSocket) and sock.pending():
+                return True
+            try:
+                found = _readable([sock, self._ear], IDLE_POLL_SECS)
+                if self._ear in found:
+                    self._ear.recv(4096)
+                return sock in found
+            except (OSError, ValueError):
+                self.event_queue.put("Evt17")  # PS3.8 9.2: transport connection closed
+                return False
+
+        def close(self) -> None:
+            super().close()
+            self._bell.close()
+            self._ear.close()
+
+    return Socket
+
+
+def _entity_class(base: type[AE], sock: type[AssociationSocket]) -> type[AE]:
+    class Entity(base):  # type: ignore[valid-type, misc]
+        """A local application entity; `spool` is where its associations receive objects."""
+
+        def __init__(self, title: str, spool: Spool):
+            super().__init__(title)
+            self.spool = spool
+            self.dimse_timeout = DIMSE_SECS
+
+        def _create_socket(self, assoc: Any, address: Any, tls_args: Any) -> AssociationSocket:
+            found = sock(assoc, address=address)
+            found.tls_args = tls_args
+            return found
+
+    return Entity
+
+
+def _readable(socks: Sequence[socket.socket], seconds: float) -> set[Any]:
+    """Those with something to read; select() cannot take descriptors above 1023, which a busy agent has."""
+    if not hasattr(select, "poll"):
+        return set(select.select(socks, [], [], seconds)[0])
+    poller = select.poll()
+    by_number = {sock.fileno(): sock for sock in socks}
+    for number in by_number:
+        poller.register(number, select.POLLIN)
+    return {by_number[number] for number, _ in poller.poll(seconds * 1000)}
+
+
+# --- data sets as JSON -----------------------------------------------------------------------------------------------
+
+
+def dicom_json(dataset: Dataset, omitted: list[str]) -> Json:
+    """The DICOM JSON Model (PS3.18 F.2) of a data set; tags that cannot be part of it are added to `omitted`.
+
+    Pixel data is never part of it; neither are values larger than INLINE_BYTES that are binary or were not read.
+    """
+    found: Json = {}
+    for tag in dataset.keys():  # noqa: SIM118 - iterating over the data set itself would read every value
+        key = f"{tag:08X}"
+        if key in _PIXEL_DATA:
+            continue
+        try:
+            if getattr(dataset.get_item(tag), "length", 0) in range(LARGE_VALUE_BYTES, 0xFFFFFFFF):
+                raise ValueError("too large")
+            value = _without_bulk(dataset[tag].to_json_dict(lambda element: "", INLINE_BYTES))
+            if value is None:
+                raise ValueError("binary")
+            found[key] = value
+        except Exception:  # whatever a device's value is that pydicom cannot read: the file has it
+            omitted.append(key)
+    return found
+
+
+def _without_bulk(element: Json) -> Json | None:
+    """An element of DICOM JSON without values too large to be inline; None when nothing is left of it."""
+    if "BulkDataURI" in element:
+        return None
+    if element.get("vr") != "SQ":
+        return element
+    items = [
+        {key: kept for key, inner in item.items() if key not in _PIXEL_DATA and (kept := _without_bulk(inner))}
+        for item in element.get("Value", [])
+    ]
+    return element | {"Value": items}
+
+
+def fitted(body: Json) -> str:
+    """The body as JSON text, without its largest elements if the server would not take the frame otherwise."""
+    text = dump_json(body).decode()
+    if len(text) < BODY_BYTES // 2 or len(dump_json(text)) <= BODY_BYTES:
+        return text
+    sizes = sorted(((len(dump_json(dump_json(value).decode())), key) for key, value in body["dataset"].items()))
+    excess = len(dump_json(text)) - BODY_BYTES
+    while excess > 0 and sizes:
+        size, key = sizes.pop()
+        del body["dataset"][key]
+        body.setdefault("omitted", []).append(key)
+        excess -= size
+    return dump_json(body).decode()
+
+
+def dataset_of(elements: object) -> Dataset:
+    """A data set from DICOM JSON; ValueError when it is none."""
+    if not isinstance(elements, dict):
+        raise ValueError("a data set in DICOM JSON is an object")
+    try:
+        dataset: Dataset = imaging().Dataset.from_json(elements)
+        if "00080005" not in elements and not dump_json(elements).isascii():
+            dataset.SpecificCharacterSet = "ISO_IR 192"
+        return dataset
+    except Exception as error:
+        raise ValueError(f"not a data set in DICOM JSON ({type(error).__name__})") from None
+
+
+def bot_words(text: object) -> Any:
+    """What a Bot answered to a device's request, from JSON; Refusal for nothing and for what is no JSON."""
+    if not isinstance(text, str) or not text or text.startswith(BOT_LOG):
+        raise Refusal(UNABLE_TO_PROCESS, "the Bot returned nothing")
+    try:
+        words = load_json(text)
+    except ValueError:
+        raise Refusal(UNABLE_TO_PROCESS, "the Bot's answer is not JSON") from None
+    if isinstance(words, dict) and (status := dimse_status(words.get("status", 0))):
+        raise Refusal(status, str(words.get("comment") or "the Bot refused the request"))
+    return words
+
+
+def dimse_status(value: object) -> int:
+    """A status as a Bot writes it: 49153 or "0xC001"; what is no status is a failure."""
+    try:
+        status = int(value, 0) if isinstance(value, str) else int(typing.cast(Any, value))
+        return status if 0 <= status <= 0xFFFF else UNABLE_TO_PROCESS
+    except (ValueError, TypeError):
+        return UNABLE_TO_PROCESS
+
+
+def reference_of(item: object) -> str:
+    """`Binary/<id>` from a reference or from an object with one; ValueError."""
+    if isinstance(item, dict):
+        item = item.get("reference") or (item.get("binary") or {}).get("reference")
+    if not isinstance(item, str) or not re.fullmatch(r"Binary/[A-Za-z0-9.-]{1,64}", item):
+        raise ValueError("a reference to a Binary is needed, such as Binary/123")
+    return item
+
+
+# --- objects from the server to an application entity ----------------------------------------------------------------
+
+
+def fetched(path: Path | None, sop_instance: str = "") -> Dataset:
+    """A stand-in that pynetdicom hands through to `send_object`; None for a file that could not be fetched."""
+    stand_in: Dataset = imaging().Dataset()
+    stand_in.SOPInstanceUID = sop_instance
+    if path is not None:
+        with contextlib.suppress(Exception):  # what is no DICOM file is found when it is sent
+            stand_in.SOPInstanceUID = imaging().pydicom.dcmread(path, specific_tags=["SOPInstanceUID"]).SOPInstanceUID
+    vars(stand_in)["path"] = path
+    return stand_in
+
+
+def send_object(association: Association, stand_in: Dataset, **options: Any) -> Dataset:
+    """C-STORE a fetched file, as it is where the peer takes its transfer syntax; returns the status data set."""
+    path: Path | None = vars(stand_in)["path"]
+    if path is None:
+        raise ValueError("it could not be fetched")
+    send = imaging().Association.send_c_store
+    try:
+        return typing.cast("Dataset", send(association, path, **options))
+    except ValueError:  # no presentation context for it as it is: in another uncompressed syntax
+        return typing.cast("Dataset", send(association, imaging().pydicom.dcmread(path), **options))
+    finally:
+        path.unlink(missing_ok=True)
+
+
+class Sender:
+    """Objects to one application entity, over associations made as the objects need them.
+
+    It takes the place of an association in pynetdicom's C-MOVE: what an object needs is known when it is there.
+    """
+
+    is_established = True
+
+    def __init__(self, entity: Any, peer: Peer, title: str, tls: tuple[ssl.SSLContext, str] | None = None):
+        self._associate = functools.partial(entity.associate, peer.host, peer.port, ae_title=title, tls_args=tls)
+        self._association: Association | None = None
+        self._contexts: dict[tuple[str, str], Any] = {}
+
+    def send_c_store(self, stand_in: Dataset, **options: Any) -> Dataset:
+        path: Path | None = vars(stand_in)["path"]
+        if path is not None:
+            meta = imaging().pydicom.filereader.read_file_meta_info(path)
+            self._prepare(meta.MediaStorageSOPClassUID, meta.TransferSyntaxUID)
+        assert self._association is not None
+        return send_object(self._association, stand_in, **options)
+
+    def _prepare(self, sop_class: str, syntax: str) -> None:
+        """An association with the contexts for this kind of object, besides those needed so far (at most 128)."""
+        if (sop_class, syntax) in self._contexts and self._association and self._association.is_established:
+            return
+        self.release()
+        if len(self._contexts) > 120:
+            self._contexts.clear()
+        for one in {syntax, IMPLICIT} if syntax in UNCOMPRESSED else {syntax}:
+            self._contexts[sop_class, one] = imaging().context(sop_class, one)
+        self._association = made = self._associate(contexts=list(self._contexts.values()))
+        if not made.is_established:
+            raise DeviceError(association_problem(made), _rejection_kind(made))
+
+    def release(self) -> None:
+        if self._association is not None:
+            self._association.release()
+
+
+def association_problem(association: Association) -> str:
+    """Why an association was not made."""
+    answer = typing.cast(Any, association.acceptor.primitive)
+    if answer is None:
+        return "it cannot be reached"
+    if association.is_rejected:
+        return f"the association was rejected: {answer.reason_str}"
+    if association.rejected_contexts and not association.accepted_contexts:
+        return "it does not accept what is needed: " + ", ".join(
+            sorted({context.abstract_syntax.name for context in association.rejected_contexts})  # type: ignore[union-attr]
+        )
+    return "the association was aborted"
+
+
+# --- the channel -----------------------------------------------------------------------------------------------------
+
+
+class _Handover(asyncio.Protocol):
+    """Takes a new connection out of the event loop: its association lives in threads."""
+
+    def __init__(self, channel: DicomChannel):
+        self._channel = channel
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        sock = transport.get_extra_info("socket").dup()
+        peer = transport.get_extra_info("peername")
+        typing.cast(asyncio.Transport, transport).abort()  # closes the event loop's own descriptor only
+        self._channel.accept(sock, peer)
+
+
+class DicomChannel(Channel):
+    """One DICOM channel: objects, queries, procedure steps and commitment requests of imaging devices."""
+
+    def __init__(self, plan: ChannelPlan, store: Store, log: Log, channel_log: Log, fhir: Fhir, dispatcher: Dispatcher):
+        super().__init__(plan, store, log, channel_log)
+        self._fhir, self._dispatcher = fhir, dispatcher
+        self._waiting: dict[int, concurrent.futures.Future[str]] = {}  # devices that wait for the Bot, by message
+        self._committing: dict[int, Association] = {}  # where a commitment was asked for, by message
+        self._reports: set[asyncio.Future[None]] = set()
+        self._threads = ThreadPoolExecutor(4, "commitment")
+        self.replan(plan)
+
+    @property
+    def settings(self) -> DicomSettings:
+        return typing.cast(DicomSettings, self.plan.settings)
+
+    def replan(self, plan: ChannelPlan) -> None:
+        """New associations get the new settings."""
+        super().replan(plan)
+        s, library = self.settings, imaging()
+        self._entity = entity = library.Entity(s.calledAeTitle or "MEDPLUM", self.store.spool)
+        entity.require_calling_aet, entity.require_called_aet = ae_titles(s.callingAeTitles), bool(s.calledAeTitle)
+        entity.maximum_associations, entity.maximum_pdu_size = s.maxConnections, s.maxPdu
+        entity.acse_timeout, entity.network_timeout = s.associationTimeoutSecs, s.idleTimeoutSecs or None
+        self._contexts = [library.context(uid, list(UNCOMPRESSED)) for uid in SERVICE_CLASSES]
+        self._peers, self._destinations = networks(s.peers), destinations(s.moveDestinations)
+        self._tls = self._tls_context() if s.tls else None
+        vars(entity)["associate"] = functools.partial(self._move_association, entity.associate)
+
+    def _tls_context(self) -> ssl.SSLContext:
+        """DICOM TLS (PS3.15 B.12: TLS 1.2 and later)."""
+        s = self.settings
+        context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+        try:
+            context.load_cert_chain(s.certFile, s.keyFile or None)
+            if s.clientCa:
+                context.load_verify_locations(s.clientCa)
+                context.verify_mode = ssl.CERT_REQUIRED
+        except OSError as error:
+            self._log.error(f"Channel '{self.plan.name}': TLS cannot be set up: {error}. No device can connect.")
+        return context
+
+    def stop(self) -> None:
+        super().stop()
+        for association in self._entity.active_associations:
+            association.abort(block=False)
+
+    # --- associations ---
+
+    def connect(self) -> asyncio.Protocol:
+        return _Handover(self)
+
+    def accept(self, sock: socket.socket, peer: tuple[Any, ...]) -> None:
+        """A device connected: its association runs in threads until it ends."""
+        host = ipaddress.ip_address(str(peer[0]).removeprefix("::ffff:").split("%")[0])
+        threads = len(self._entity.active_associations)
+        if self._peers and not any(host in network for network in self._peers):
+            self._warn(f"{host} was turned away: it is not among peers")
+        elif threads > 2 * self.settings.maxConnections + 10:
+            self._warn(f"{host} was turned away: {threads} connections are open (maxConnections)")
+        else:
+            self._association(sock, peer).start()
+            return
+        sock.close()
+
+    def _association(self, sock: socket.socket, peer: tuple[Any, ...]) -> Association:
+        library, entity = imaging(), self._entity
+        set_device_options(sock)
+        sock.settimeout(self.settings.associationTimeoutSecs)
+        association = library.Association(entity, "acceptor")
+        association.set_socket(library.Socket(association, client_socket=sock))
+        acceptor = association.acceptor
+        acceptor.maximum_length, acceptor.ae_title = self.settings.maxPdu, entity.ae_title
+        acceptor.implementation_class_uid = entity.implementation_class_uid
+        acceptor.implementation_version_name = entity.implementation_version_name
+        acceptor.supported_contexts = self._contexts
+        acceptor.address_info = library.Address.from_tuple(sock.getsockname())
+        association.requestor.address_info = library.Address.from_tuple(peer)
+        for event, handler in self._handlers:
+            association.bind(getattr(library.evt, event), handler)
+        vars(association)["send_c_store"] = functools.partial(send_object, association)  # for C-GET
+        vars(association)["run"] = functools.partial(self._run, association, sock)
+        self._sleep_when_idle(association)
+        return typing.cast("Association", association)
+
+    def _run(self, association: Association, sock: socket.socket) -> None:
+        """The thread of an association."""
+        wrapper = typing.cast(Any, association.dul.socket)
+        try:
+            if self._tls is not None:
+                wrapper.socket = sock = self._tls.wrap_socket(sock, server_side=True)
+            sock.settimeout(self.settings.frameTimeoutSecs or None)
+            threading.Thread.run(association)
+        except OSError as error:
+            self._tell(f"{association.requestor.address}: TLS failed: {getattr(error, 'reason', '') or error}")
+        finally:
+            wrapper.close()
+            sock.close()
+
+    @staticmethod
+    def _sleep_when_idle(association: Any) -> None:
+        """pynetdicom asks its queues 1,000 times a second; waiting for them instead makes idle devices free."""
+        dimse, dul = association.dimse, association.dul
+        blocking, to_user = dimse.get_msg, dul.to_user_queue.put
+
+        def get_msg(block: bool = False) -> Any:
+            if block:
+                return blocking(block=True)
+            try:
+                return dimse.msg_queue.get(timeout=IDLE_POLL_SECS)
+            except queue.Empty:
+                return None, None
+
+        def put(primitive: Any, *options: Any) -> None:
+            to_user(primitive, *options)
+            if isinstance(primitive, imaging().Release):
+                dimse.msg_queue.put((None, None))  # the reactor looks for it now
+
+        vars(dimse)["get_msg"] = get_msg
+        vars(dul.to_user_queue)["put"] = put
+
+    @functools.cached_property
+    def _handlers(self) -> Sequence[tuple[str, Callable[[Event], Any]]]:
+        return (
+            ("EVT_C_STORE", self._stored_object), ("EVT_C_FIND", self._find), ("EVT_C_MOVE", self._move),
+            ("EVT_C_GET", self._get), ("EVT_N_ACTION", self._action), ("EVT_N_CREATE", self._step),
+            ("EVT_N_SET", self._step), ("EVT_REJECTED", self._rejected), ("EVT_ABORTED", self._aborted),
+        )  # fmt: skip
+
+    def _rejected(self, event: Event) -> None:
+        request = typing.cast(Any, event.assoc.requestor.primitive)
+        calling, called, s = request.calling_ae_title, request.called_ae_title, self.settings
+        if s.calledAeTitle and called != s.calledAeTitle:
+            reason = f"it calls '{called}', and calledAeTitle is '{s.calledAeTitle}'"
+        elif s.callingAeTitles and calling not in ae_titles(s.callingAeTitles):
+            reason = "it is not among callingAeTitles"
+        else:
+            reason = f"{s.maxConnections} associations are open (maxConnections)"
+        self._tell(f"the association of '{calling}' at {event.assoc.requestor.address} was rejected: {reason}")
+
+    def _aborted(self, event: Event) -> None:
+        self._log.debug(f"Channel '{self.plan.name}': an association of {event.assoc.requestor.ae_title} was aborted.")
+
+    def _tell(self, text: str) -> None:
+        """A warning from the thread of an association."""
+        self.loop.call_soon_threadsafe(self._warn, text)
+
+    def _refused(self, event: Event, refusal: Refusal) -> Dataset:
+        """The status of the answer to a request that is not done."""
+        what = f"status 0x{refusal.status:04X}"
+        self._tell(f"a request of '{event.assoc.requestor.ae_title}' was answered with {what}; see the channel log")
+        self.loop.call_soon_threadsafe(self._note, f"[Refused]: {what}: {refusal}")
+        answer: Dataset = imaging().Dataset()
+        answer.Status, answer.ErrorComment = refusal.status, str(refusal)[:64]
+        return answer
+
+    # --- objects ---
+
+    def _stored_object(self, event: Event) -> Dataset | int:
+        """C-STORE (PS3.4 B.2.3)."""
+        request = typing.cast(Any, event.request)
+        file: SpoolFile | None = request._dataset_file
+        try:
+            message = self._image(event, request, file)
+            if refusal := self._keep(message):
+                self.store.spool.remove(message.spool or "")
+                raise Refusal(OUT_OF_RESOURCES, refusal)
+            return SUCCESS
+        except Refusal as refusal_:
+            return self._refused(event, refusal_)
+        except OSError as error:
+            return self._refused(event, Refusal(OUT_OF_RESOURCES, _storage_text(error)))
+        finally:
+            if file is not None:
+                file.discard()  # what was kept has another name by now
+
+    def _image(self, event: Event, request: Any, file: SpoolFile | None) -> Message:
+        """The message of a received object, whose file is on disk then."""
+        body: Json = {"association": association_json(event)}
+        study, name = "", None
+        if file is not None:
+            limit = self.settings.maxMessageBytes
+            if file.error or (limit and file.size > limit):
+                raise Refusal(OUT_OF_RESOURCES, file.error or f"larger than {limit} bytes (maxMessageBytes)")
+            study, omitted = self._describe(Path(file.name), request, body)
+            name = file.keep()
+            body["binary"] = {"reference": spool_reference(name)}
+            if omitted:
+                body["omitted"] = omitted
+        uid = str(request.AffectedSOPInstanceUID)
+        message = self._new_message(event, "C-STORE", uid, study or uid, body)
+        message.spool = name
+        return message
+
+    @staticmethod
+    def _describe(path: Path, request: Any, body: Json) -> tuple[str, list[str]]:
+        """Add the data set to the body; returns the Study Instance UID and what was left out."""
+        omitted: list[str] = []
+        try:
+            dataset = imaging().pydicom.dcmread(path, defer_size=LARGE_VALUE_BYTES, stop_before_pixels=True, force=True)
+            body["dataset"] = dicom_json(dataset.file_meta, []) | dicom_json(dataset, omitted)
+            uids = [str(dataset.get(key, "") or "") for key in ("SOPClassUID", "SOPInstanceUID", "StudyInstanceUID")]
+        except Exception:
+            raise Refusal(CANNOT_UNDERSTAND, "the data set cannot be read") from None
+        if not set(body["dataset"]) - set(omitted) - {key for key in body["dataset"] if key < "0003"}:
+            raise Refusal(CANNOT_UNDERSTAND, "the data set cannot be read")
+        commanded = request.AffectedSOPClassUID, request.AffectedSOPInstanceUID
+        for what, found, command in zip(("class", "instance"), uids, commanded, strict=False):
+            if found and found != command:
+                raise Refusal(SOP_MISMATCH, f"the SOP {what} UID of the data set is not that of the request")
+        return uids[2], omitted
+
+    def _new_message(self, event: Event, command: str, uid: str, key: str, body: Json) -> Message:
+        if self.feed is None:
+            raise Refusal(OUT_OF_RESOURCES, self.store.trouble or "the channel is starting")
+        text = fitted(body)
+        message = Message(self.feed.row.id, event.assoc.requestor.ae_title, text.encode(), "utf-8")
+        message.epoch, message.type, message.control_id = self.feed.row.epoch, command, uid
+        message.key = "" if self.plan.key_spec == "*" else key
+        message.text = text
+        return message
+
+    def _keep(self, message: Message, then: Callable[[], None] = lambda: None) -> str:
+        """Store a message, from the thread of an association; why it was refused, or ``.
+
+        `then` runs in the event loop when the message is on disk, before it may be sent.
+        """
+        done: concurrent.futures.Future[str] = concurrent.futures.Future()
+
+        def stored(message: Message) -> None:
+            if not message.refusal and self.feed is not None:
+                self._note(f"[Received {message.type}]: {message.control_id} from {message.remote}")
+                then()
+                self.feed.stored(message)
+            done.set_result(message.refusal or "")
+
+        def put() -> None:
+            message.source = stored
+            self.store.put(message)
+
+        self.loop.call_soon_threadsafe(put)
+        try:
+            return done.result(STORE_WAIT_SECS)
+        except TimeoutError:
+            return f"storage error: not on disk within {STORE_WAIT_SECS:g} s"
+
+    # --- questions ---
+
+    def _ask(self, event: Event, command: str, **more: str) -> Any:
+        """The Bot's answer to a query, as JSON; Refusal when there is none, also when the device cancels."""
+        try:
+            identifier = event.identifier
+            worklist = event.context.abstract_syntax == WORKLIST_CLASS
+            level = "WORKLIST" if worklist else identifier.get("QueryRetrieveLevel", "")
+            dataset = dicom_json(identifier, [])
+        except Exception:
+            raise Refusal(CANNOT_UNDERSTAND, "the identifier cannot be read") from None
+        request = typing.cast(Any, event.request)
+        body = {
+            "association": association_json(event), "command": command,
+            "sopClassUid": str(request.AffectedSOPClassUID), "level": str(level), "dataset": dataset, **more,
+        }  # fmt: skip
+        text, calling = dump_json(body).decode(), event.assoc.requestor.ae_title
+        self.loop.call_soon_threadsafe(self._note, f"[Received {command}]: {text}")
+        seconds = self.settings.responseTimeoutSecs
+        asking = self._dispatcher.ask(self.plan.name, calling, text, seconds)
+        answer = asyncio.run_coroutine_threadsafe(asking, self.loop)
+        while not concurrent.futures.wait([answer], CANCEL_POLL_SECS).done:
+            if event.is_cancelled or event.assoc.acse.is_aborted():
+                answer.cancel()
+                raise Refusal(CANCELLED, "cancelled by the device")
+        try:
+            return bot_words(_answer_body(answer.result()))
+        except TimeoutError:
+            raise Refusal(UNABLE_TO_PROCESS, f"the Bot did not answer within {seconds:g} s") from None
+        except ServerError as error:
+            raise Refusal(UNABLE_TO_PROCESS, str(error)) from None
+
+    def _find(self, event: Event) -> Iterator[tuple[Any, Any]]:
+        """C-FIND (PS3.4 C.4.1, K.4.1)."""
+        try:
+            words = self._ask(event, "C-FIND")
+            matches = words.get("datasets") if isinstance(words, dict) else words
+            if not isinstance(matches, list):
+                raise Refusal(UNABLE_TO_PROCESS, "the Bot's answer is no list of data sets")
+            for elements in matches:
+                dataset = dataset_of(elements)
+                if event.is_cancelled:
+                    raise Refusal(CANCELLED, "cancelled by the device")
+                if "QueryRetrieveLevel" in event.identifier and "QueryRetrieveLevel" not in dataset:
+                    dataset.QueryRetrieveLevel = event.identifier.QueryRetrieveLevel
+                yield PENDING_MATCH, dataset
+        except ValueError as error:
+            yield self._refused(event, Refusal(UNABLE_TO_PROCESS, f"the Bot's answer is {error}")), None
+        except Refusal as refusal:
+            yield self._unanswered(event, refusal), None
+
+    def _unanswered(self, event: Event, refusal: Refusal) -> Dataset | int:
+        return CANCELLED if refusal.status == CANCELLED else self._refused(event, refusal)
+
+    def _references(self, event: Event, command: str, **more: str) -> list[str]:
+        words = self._ask(event, command, **more)
+        try:
+            return [reference_of(item) for item in (words["binaries"] if isinstance(words, dict) else words)]
+        except (ValueError, TypeError, KeyError):
+            raise Refusal(UNABLE_TO_PROCESS, "the Bot's answer is no list of references to Binaries") from None
+
+    def _move(self, event: Event) -> Iterator[Any]:
+        """C-MOVE (PS3.4 C.4.2): the answers that pynetdicom wants are address, count, and then each object."""
+        title = event.move_destination or ""
+        peer = self._destinations.get(title)
+        if peer is None:
+            self._tell(f"'{event.assoc.requestor.ae_title}' asked to move to '{title}': not among moveDestinations")
+            yield None, None
+            return
+        yield peer.host, peer.port, {"originator": event.assoc.requestor.ae_title}
+        yield from self._retrieve(event, "C-MOVE", destination=title)
+
+    def _get(self, event: Event) -> Iterator[Any]:
+        """C-GET (PS3.4 C.4.3)."""
+        yield from self._retrieve(event, "C-GET")
+
+    def _retrieve(self, event: Event, command: str, **more: str) -> Iterator[Any]:
+        """The number of objects, then each as it comes from the server."""
+        try:
+            references = self._references(event, command, **more)
+        except Refusal as refusal:
+            yield 1  # pynetdicom takes a failure only where there is something to do
+            yield self._unanswered(event, refusal), None
+            return
+        yield len(references)
+        for reference in references:
+            if event.is_cancelled or event.assoc.acse.is_aborted():
+                yield CANCELLED, None
+                return
+            yield PENDING_MATCH, fetched(self._fetch(reference))
+
+    def _fetch(self, reference: str) -> Path | None:
+        """A Binary in a file of the spool; None, with a warning, when it cannot be fetched."""
+        file = SpoolFile(self.store.spool)
+        try:
+            asyncio.run_coroutine_threadsafe(self._fhir.download(reference, file), self.loop).result()
+            if not file.error:
+                file.close()
+                return Path(file.name)
+            self._tell(f"{reference} cannot be fetched: {file.error}")
+        except (ServerError, ValueError) as error:
+            self._tell(f"{reference} cannot be fetched: {error}")
+        file.discard()
+        return None
+
+    def _move_association(self, associate: Callable[..., Any], host: str, port: int, **options: Any) -> Any:
+        """What pynetdicom's C-MOVE takes for the association with the destination."""
+        if "originator" not in options:
+            return associate(host, port, **options)
+        originator = options.pop("originator")
+        sender = Sender(types.SimpleNamespace(associate=associate), Peer(host, port), options["ae_title"])
+        send = sender.send_c_store
+        vars(sender)["send_c_store"] = lambda item, **more: send(item, **more | {"originator_aet": originator})
+        return sender
+
+    # --- procedure steps and storage commitment ---
+
+    def _step(self, event: Event) -> tuple[Any, Any]:
+        """MPPS N-CREATE and N-SET (PS3.4 F.7.2): stored; the Bot's answer goes back if it comes in time."""
+        request = typing.cast(Any, event.request)
+        create = event.event.name == "EVT_N_CREATE"
+        given = request.AffectedSOPInstanceUID if create else request.RequestedSOPInstanceUID
+        uid = str(given or imaging().pydicom.uid.generate_uid())
+        heard: concurrent.futures.Future[str] = concurrent.futures.Future()
+        try:
+            attributes = event.attribute_list if create else event.modification_list
+            command = "N-CREATE" if create else "N-SET"
+            message = self._request(event, command, MPPS_CLASS, uid, attributes)
+            if refusal := self._keep(message, lambda: self._waiting.update({message.id: heard})):
+                raise Refusal(RESOURCE_LIMITATION, refusal)
+            answer = self._heard(heard)
+        except Refusal as refusal_:
+            return self._refused(event, refusal_), None
+        finally:
+            self.loop.call_soon_threadsafe(self._forget_waiting, heard)
+        if create and not given:
+            answer.AffectedSOPInstanceUID = uid
+        return SUCCESS, answer
+
+    def _request(self, event: Event, command: str, sop_class: str, uid: str, dataset: Dataset, **more: int) -> Message:
+        omitted: list[str] = []
+        try:
+            elements = dicom_json(dataset, omitted)
+        except Exception:
+            raise Refusal(PROCESSING_FAILURE, "the data set cannot be read") from None
+        body = {"association": association_json(event), "command": command, "sopClassUid": sop_class,
+                "sopInstanceUid": uid, **more, "dataset": elements}  # fmt: skip
+        return self._new_message(event, command, uid, uid, body)
+
+    def _heard(self, heard: concurrent.futures.Future[str]) -> Dataset:
+        """The data set of the Bot's answer; an empty one when it does not come in time, for the request is kept."""
+        try:
+            words = bot_words(heard.result(self.settings.answerWaitSecs if self._dispatcher.live else 0))
+            return dataset_of(words.get("dataset", {}) if isinstance(words, dict) else {})
+        except TimeoutError:
+            return dataset_of({})
+        except ValueError:
+            raise Refusal(PROCESSING_FAILURE, "the Bot's answer is no data set in DICOM JSON") from None
+
+    def _forget_waiting(self, heard: concurrent.futures.Future[str]) -> None:
+        for id_ in [id_ for id_, other in self._waiting.items() if other is heard]:
+            del self._waiting[id_]
+
+    def _action(self, event: Event) -> tuple[Any, Any]:
+        """Storage commitment N-ACTION (PS3.4 J.3.2): answered when stored; the report follows the Bot's answer."""
+        request = typing.cast(Any, event.request)
+        if request.RequestedSOPClassUID != COMMITMENT_CLASS or request.ActionTypeID != 1:
+            return NO_SUCH_ACTION, None
+        try:
+            dataset = event.action_information
+            uid = str(request.RequestedSOPInstanceUID)
+            message = self._request(event, "N-ACTION", COMMITMENT_CLASS, uid, dataset, actionTypeId=1)
+            message.key = "" if self.plan.key_spec == "*" else f"commitment {dataset.get('TransactionUID')}"
+            if refusal := self._keep(message, lambda: self._committing.update({message.id: event.assoc})):
+                raise Refusal(RESOURCE_LIMITATION, refusal)
+        except Refusal as refusal_:
+            return self._refused(event, refusal_), None
+        return SUCCESS, None
+
+    # --- answers of the Bot ---
+
+    def relays(self, body: object) -> bool:
+        return True
+
+    def deliver(self, message: Message, text: str) -> bool:
+        if (heard := self._waiting.pop(message.id, None)) is not None:
+            # a Bot that says nothing about a procedure step has nothing against it
+            heard.set_result("{}" if not text or text.startswith(BOT_LOG) else text)
+        if message.type == "N-ACTION":
+            self._commit(message, text)
+        return True
+
+    def refuse(self, message: Message, error_code: str) -> bool:
+        if (heard := self._waiting.pop(message.id, None)) is not None:
+            heard.set_result(f'{{"status": {PROCESSING_FAILURE}}}')
+        if message.type == "N-ACTION":
+            self._commit(message, "")
+        return heard is not None or message.type == "N-ACTION"
+
+    def _commit(self, message: Message, text: str) -> None:
+        """Report what the Bot says is safe; everything else has failed (PS3.4 J.3.3)."""
+        try:
+            words = bot_words(text)
+            committed = {str(uid) for uid in words["committed"]}
+        except (Refusal, KeyError, TypeError):
+            self._warn(f"message {message.id}: the Bot confirmed nothing; the device hears that the commitment failed")
+            committed = set()
+        reporting = asyncio.ensure_future(self._report(message, committed, self._committing.pop(message.id, None)))
+        self._reports.add(reporting)
+        reporting.add_done_callback(self._reports.discard)
+
+    async def _report(self, message: Message, committed: set[str], association: Association | None) -> None:
+        text = message.text or (await self.store.bodies([message.id]))[message.id][0].decode()
+        report, kind = commitment_report(load_json(text), committed)
+        for seconds in COMMITMENT_REPORT_SECS:
+            await asyncio.sleep(seconds)
+            sending = functools.partial(self._send_report, load_json(text)["association"], report, kind, association)
+            if problem := await self.loop.run_in_executor(self._threads, sending):
+                self._warn(f"message {message.id}: the storage commitment report was not taken: {problem}")
+            else:
+                return
+        message.outcome = UNDELIVERED
+        self.store.update(message, message.state)
+
+    def _send_report(self, titles: Json, report: Dataset, kind: int, association: Association | None) -> str:
+        """N-EVENT-REPORT, on an association of our own where the device's address is known; why not, or ``."""
+        calling = titles["callingAeTitle"]
+        own = None
+        try:
+            if (peer := self._destinations.get(calling)) is not None:
+                entity = imaging().Entity(titles["calledAeTitle"] or self._entity.ae_title, self.store.spool)
+                context, role = imaging().context(COMMITMENT_CLASS), imaging().role(COMMITMENT_CLASS, scp_role=True)
+                own = association = entity.associate(*peer, contexts=[context], ae_title=calling, ext_neg=[role])
+                if not own.is_established:
+                    return association_problem(own)
+            if association is None or not association.is_established:
+                return f"'{calling}' is not connected; name its address in moveDestinations"
+            answer, _ = association.send_n_event_report(report, kind, COMMITMENT_CLASS, COMMITMENT_INSTANCE)
+            status = answer.get("Status")
+            return "" if status == SUCCESS else f"status {status}"
+        except (ValueError, RuntimeError, OSError) as error:
+            return f"{type(error).__name__}"
+        finally:
+            if own is not None and own.is_established:
+                own.release()
+
+
+def commitment_report(request: Json, committed: set[str]) -> tuple[Dataset, int]:
+    """The data set of an N-EVENT-REPORT and its event type: 1 when all is committed, else 2 (PS3.4 J.3.3)."""
+    report = dataset_of({"00081195": request["dataset"].get("00081195", {"vr": "UI"})})
+    done, failed = [], []
+    for uid, sop_class in referenced_objects(request):
+        item: Json = {"00081150": {"vr": "UI", "Value": [sop_class]}, "00081155": {"vr": "UI", "Value": [uid]}}
+        if uid in committed:
+            done.append(dataset_of(item))
+        else:
+            failed.append(dataset_of(item | {"00081197": {"vr": "US", "Value": [NO_SUCH_INSTANCE]}}))
+    if done:
+        report.ReferencedSOPSequence = done
+    if failed:
+        report.FailedSOPSequence = failed
+    return report, 2 if failed else 1
+
+
+def association_json(event: Event) -> Json:
+    """Who asks whom, as in the body of channel contract 8."""
+    request = typing.cast(Any, event.assoc.requestor.primitive)
+    return {"callingAeTitle": request.calling_ae_title.strip(), "calledAeTitle": request.called_ae_title.strip()}
+
+
+def _answer_body(answer: Json) -> object:
+    status = answer.get("statusCode")
+    if isinstance(status, int) and status >= 400:
+        raise Refusal(UNABLE_TO_PROCESS, f"the server or the Bot failed (status {status})")
+    return answer.get("body")
+
+
+# --- requests of the cloud to application entities -------------------------------------------------------------------
+
+
+class ImagingCaller:
+    """Pushes to `dicom://AETITLE@host:port`: C-ECHO, C-STORE of a Binary, C-FIND, C-MOVE, one association each."""
+
+    COMMANDS = ("C-ECHO", "C-STORE", "C-FIND", "C-MOVE")
+
+    def __init__(self, spool: Spool, fhir: Fhir, channel_log: Log):
+        self._spool, self._fhir, self._channel_log = spool, fhir, channel_log
+        self._threads = ThreadPoolExecutor(DICOM_PUSHES, "dicom-push")
+
+    @classmethod
+    def check(cls, push: Push) -> Json:
+        """The request of a push; DeviceError says what is wrong with it."""
+        try:
+            request = load_json(push.text)
+            command = request["command"]
+            if command not in cls.COMMANDS:
+                raise ValueError(f"command '{command}' is unknown: use one of {', '.join(cls.COMMANDS)}")
+            if command == "C-STORE":
+                reference_of(request.get("binary"))
+            if command in ("C-FIND", "C-MOVE"):
+                cls._model(request)
+                dataset_of(request.get("dataset", {}))
+            if command == "C-MOVE" and not ae_titles(str(request.get("destination") or "")):
+                raise ValueError("C-MOVE needs a destination, the AE title that the objects shall go to")
+            return typing.cast(Json, request)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            text = str(error) if isinstance(error, ValueError) else 'it needs the form {"command": "C-ECHO"}'
+            raise DeviceError(f"the body of a push to {push.target.key}: {text}", "device-rejected") from None
+
+    @staticmethod
+    def _model(request: Json) -> str:
+        """The SOP class of a query: by `model`, else study root, or the worklist for that level."""
+        if "WORKLIST" in (request.get("model"), request.get("level")):
+            return WORKLIST_CLASS
+        if (root := _QUERY_ROOTS.get(request.get("model", "STUDY"))) is None:
+            raise ValueError(f"model '{request.get('model')}' is unknown: use {', '.join(_QUERY_ROOTS)} or WORKLIST")
+        return f"{root}.{_QUERY_COMMANDS[request['command']]}"
+
+    async def __call__(self, push: Push, seconds: float) -> str:
+        """Perform the request; its answer as JSON, or DeviceError, within `seconds`."""
+        await load_imaging()
+        request, path = self.check(push), None
+        loop = asyncio.get_running_loop()
+        try:
+            async with asyncio.timeout(seconds):
+                if request["command"] == "C-STORE":
+                    path = await self._fetch(reference_of(request["binary"]))
+                answer = await loop.run_in_executor(self._threads, self._perform, push.target, request, path, seconds)
+                return dump_json({"command": request["command"], **answer}).decode()
+        except TimeoutError:
+            raise DeviceError(f"{push.target.key}: not done within {seconds:g} s", "device-silent") from None
+        except OSError as error:
+            raise DeviceError(f"{push.target.key}: {_os_reason(error)}", "device-unreachable") from None
+        finally:
+            if path is not None:
+                path.unlink(missing_ok=True)
+
+    async def _fetch(self, reference: str) -> Path:
+        file = SpoolFile(self._spool)
+        try:
+            await self._fhir.download(reference, file)
+            if file.error:
+                raise DeviceError(f"{reference}: {file.error}", "device-error")
+            return Path(file.name)
+        except ServerError as error:
+            Path(file.name).unlink(missing_ok=True)
+            kind = "device-error" if error.status in (0, 429) or error.status >= 500 else "device-rejected"
+            raise DeviceError(f"{reference} cannot be fetched: {error}", kind) from None
+        finally:
+            file.close()
+
+    def _perform(self, target: Target, request: Json, path: Path | None, seconds: float) -> Json:
+        """In a thread: the association and the request."""
+        s, library = target.settings, imaging()
+        entity = library.Entity(s.callingAeTitle, self._spool)
+        entity.connection_timeout, entity.acse_timeout = s.connectTimeoutSecs, min(seconds, DIMSE_SECS)
+        entity.dimse_timeout = entity.network_timeout = seconds
+        tls = (device_tls(s), target.host) if s.tls else None
+        peer, title = Peer(target.host, target.port), target.path
+        if request["command"] == "C-STORE":
+            return self._store(target, Sender(entity, peer, title, tls), fetched(path))
+        sop_class = "1.2.840.10008.1.1" if request["command"] == "C-ECHO" else self._model(request)
+        context = library.context(sop_class, list(UNCOMPRESSED))
+        association = entity.associate(*peer, contexts=[context], ae_title=title, tls_args=tls)
+        if not association.is_established:
+            raise DeviceError(f"{target.key}: {association_problem(association)}", _rejection_kind(association))
+        try:
+            return self._query(target, association, sop_class, request)
+        finally:
+            association.release()
+
+    @staticmethod
+    def _store(target: Target, sender: Sender, stand_in: Dataset) -> Json:
+        try:
+            return {"status": _checked_status(target, sender.send_c_store(stand_in))}
+        except DeviceError as error:
+            raise DeviceError(f"{target.key}: {error}", error.kind) from None
+        except Exception as error:  # no DICOM file, or no presentation context that takes it
+            raise DeviceError(f"{target.key}: the object cannot be sent: {error}", "device-rejected") from None
+        finally:
+            sender.release()
+
+    @staticmethod
+    def _query(target: Target, association: Any, sop_class: str, request: Json) -> Json:
+        if request["command"] == "C-ECHO":
+            return {"status": _checked_status(target, association.send_c_echo())}
+        identifier = dataset_of(request.get("dataset", {}))
+        if sop_class != WORKLIST_CLASS:
+            identifier.QueryRetrieveLevel = request.get("level") or identifier.get("QueryRetrieveLevel") or "STUDY"
+        if request["command"] == "C-FIND":
+            answers = list(association.send_c_find(identifier, sop_class))
+            found = [dicom_json(dataset, []) for status, dataset in answers if dataset is not None]
+            return {"status": _checked_status(target, answers[-1][0]), "datasets": found}
+        last, _ = list(association.send_c_move(identifier, request["destination"], sop_class))[-1]
+        names = ("Completed", "Failed", "Warning")
+        counts = {name.lower(): int(last.get(f"NumberOf{name}Suboperations") or 0) for name in names}
+        return {"status": _checked_status(target, last), **counts}
+
+
+def _rejection_kind(association: Association) -> str:
+    """A device that answers, even with a rejection, may still be mended by a person: that is tried again."""
+    return "device-error" if association.acceptor.primitive else "device-unreachable"
+
+
+def _checked_status(target: Target, answer: Dataset) -> int:
+    """The status of an answer if it is success or a warning; DeviceError for failures and silence."""
+    status = answer.get("Status")
+    if status is None:
+        raise DeviceError(f"{target.key}: no answer came", "device-silent")
+    if status == SUCCESS or status >> 12 == 0xB or status in (0x0001, 0x0107, 0x0116):  # PS3.7 C.3 and C.4
+        return int(status)
+    comment = f" ({answer.ErrorComment})" if answer.get("ErrorComment") else ""
+    kind = "device-error" if status >> 8 == 0xA7 else "device-rejected"
+    raise DeviceError(f"{target.key}: status 0x{status:04X}{comment}", kind)
+
+
+# =====================================================================================================================
 # Agent
 #
 # Plans become running channels. A reload reads everything, lists every problem, and changes nothing if there is one;
@@ -6561,6 +7626,7 @@ class Agent:
         await self.store.open()
         self.dispatcher = Dispatcher(self.config.settings.agentId, self.store, self.uplink, self.fhir, self.log)
         self.devices = Devices(self.store, self.log, self.channel_log, self.channels)
+        self.devices.imaging = ImagingCaller(self.store.spool, self.fhir, self.channel_log)
 
     # --- plans ---
 
@@ -6674,13 +7740,22 @@ class Agent:
         if not plan.active:
             self.log.warn(f"Channel '{plan.name}' is off (Endpoint.status).")
         elif channel is None:
-            self.channels[plan.name] = new_channel(plan, self.store, self.log, self.channel_log)
+            self.channels[plan.name] = await self._new_channel(plan)
             self._announce(plan)
         elif channel.plan != plan:
             self.log.info(f"Channel '{plan.name}' has new settings.")
         attaching = self._spawn(self._attach(plan))
         if self.store.healthy:
             await attaching
+
+    async def _new_channel(self, plan: ChannelPlan) -> Channel:
+        parts = plan, self.store, self.log, self.channel_log
+        if isinstance(plan.settings, DicomSettings):
+            await load_imaging()
+            return DicomChannel(*parts, self.fhir, self.dispatcher)
+        if isinstance(plan.settings, StreamSettings):
+            return AstmChannel(*parts) if plan.is_astm else StreamChannel(*parts)
+        return Hl7Channel(*parts)
 
     def _announce(self, plan: ChannelPlan) -> None:
         if plan.dials:
@@ -6785,6 +7860,8 @@ class Agent:
         """A push or a ping (uplink contract 4.7 to 4.9); None when nobody waits for the result."""
         async with self._push_gate:  # fair: those that wait for the start stay before those that come later
             await self.started.wait()
+            if str(message.get("remote")).startswith("dicom"):
+                await load_imaging()
         if self.plan is None or self.plan.status != "active":
             raise PeerError("Agent.status is currently set to off")
         is_ping = message.get("contentType") == PING_TYPE
@@ -6807,6 +7884,8 @@ class Agent:
 
     def _checked_push(self, message: Json) -> Push:
         push = parse_push(message)
+        if push.target.is_dicom:
+            ImagingCaller.check(push)
         if push.mode:  # an HL7 message
             if push.mode not in ("first", "application"):
                 raise DeviceError(f"returnAck '{push.mode}' is unknown: use first or application", "device-rejected")
@@ -7500,6 +8579,7 @@ DEMO_CHANNELS = {
     "ADT": ("mllp", "", "original mode: the device waits for the Bot's answer"),
     "LAB": ("mllp", "?enhanced=true", "enhanced mode: CA when the message is on disk, the Bot's answer later"),
     "CHEM": ("tcp", "?mode=astm", "an analyzer speaks ASTM: a result goes up, a query is answered with an order"),
+    "PACS": ("dicom", "", "a CT scanner speaks DICOM: an image goes up, the worklist comes down"),
 }
 DEMO_SESSIONS = {
     "a result": "H|\\^&|||CHEM1\nP|1||12345\nO|1|TUBE7||^^^GLU\nR|1|^^^GLU|5.4|mmol/L\nL|1|N\n",
@@ -7512,6 +8592,20 @@ DEMO_MESSAGES = {
     "LAB": "MSH|^~\\&|LAB1|LAB|AGENT|SITE|20260101120500||ORU^R01^ORU_R01|DEMO-2|P|2.5.1\r"
     "PID|1||12345^^^HOSP^MR||EXAMPLE^ANNA||19700101|F\rOBR|1|||GLU^Glucose\rOBX|1|NM|GLU^Glucose||5.4|mmol/L\r",
 }
+
+DEMO_IMAGE: Json = {
+    "00080016": {"vr": "UI", "Value": ["1.2.840.10008.5.1.4.1.1.7"]}, "00080018": {"vr": "UI", "Value": ["2.25.7"]},
+    "00080060": {"vr": "CS", "Value": ["CT"]}, "00100010": {"vr": "PN", "Value": [{"Alphabetic": "EXAMPLE^ANNA"}]},
+    "00100020": {"vr": "LO", "Value": ["12345"]}, "0020000D": {"vr": "UI", "Value": ["2.25.5"]},
+    "00280010": {"vr": "US", "Value": [64]}, "00280011": {"vr": "US", "Value": [64]},
+    "7FE00010": {"vr": "OW", "InlineBinary": base64.b64encode(bytes(8192)).decode()},
+}  # fmt: skip
+DEMO_WORKLIST: Json = {
+    "00080050": {"vr": "SH", "Value": ["ACC-9"]}, "00100010": {"vr": "PN", "Value": [{"Alphabetic": "EXAMPLE^ANNA"}]},
+    "00100020": {"vr": "LO", "Value": ["12345"]},
+    "00400100": {"vr": "SQ", "Value": [{"00400002": {"vr": "DA", "Value": ["20260101"]},
+                                        "00400007": {"vr": "LO", "Value": ["CT of the head"]}}]},
+}  # fmt: skip
 
 DEMO_PUSH = (
     "MSH|^~\\&|CLOUD|SITE|PUMP|WARD|20260101121000||RDS^O13^RDS_O13|DEMO-3|P|2.5.1\rPID|1||12345^^^HOSP^MR\r"
@@ -7568,8 +8662,10 @@ class Demo:
             print(f"\n{name} channel, port {self.ports[name]}, {meaning}")
             if name in DEMO_MESSAGES:
                 await self._device(name, DEMO_MESSAGES[name])
-            else:
+            elif name == "CHEM":
                 await self._analyzer(self.ports[name])
+            else:
+                await asyncio.to_thread(self._scanner, self.ports[name])
         print(f"\nFrom the cloud to Device/pump, an infusion pump on port {self.pump_port}: $push")
         await asyncio.start_server(self._pump, "127.0.0.1", self.pump_port)
         await self._push()
@@ -7604,6 +8700,25 @@ class Demo:
         records = records_text(orders[0].records, settings)
         self.say("analyzer", f"takes the order {_one_line(records.replace(chr(10), chr(13)))}")
         writer.close()
+
+    def _scanner(self, port: int) -> None:
+        """A CT scanner, in a thread: stores an image and asks for its worklist."""
+        library = imaging()
+        image = dataset_of(DEMO_IMAGE)
+        query = dataset_of({key: {"vr": value["vr"]} for key, value in DEMO_WORKLIST.items()})
+        image.file_meta = library.pydicom.dataset.FileMetaDataset()
+        image.file_meta.TransferSyntaxUID = library.pydicom.uid.UID(EXPLICIT)
+        entity = library.Entity("CT01", Spool(self._state_dir, lambda size: ""))
+        contexts = [library.context(uid, EXPLICIT) for uid in (image.SOPClassUID, WORKLIST_CLASS)]
+        association = entity.associate("127.0.0.1", port, contexts=contexts, ae_title="AGENT")
+        self.say("scanner", f"stores an image of {image.PatientName}")
+        self.say("scanner", f"hears status 0x{association.send_c_store(image).Status:04X}: it is on disk")
+        self.say("scanner", "asks for its worklist")
+        for _, item in association.send_c_find(query, WORKLIST_CLASS):
+            if item is not None:
+                step = item.ScheduledProcedureStepSequence[0]
+                self.say("scanner", f"hears {item.PatientName}: {step.ScheduledProcedureStepDescription}")
+        association.release()
 
     async def _pump(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """A device that listens: it answers every message with AA."""
@@ -7649,6 +8764,8 @@ class Demo:
         """A Bot as a Bot developer would write it: parse, look, acknowledge."""
         if transmit.content_type == ASTM_TYPE:
             return 200, self._laboratory_bot(transmit.body)
+        if transmit.content_type == JSON_TYPE:
+            return 200, self._imaging_bot(load_json(transmit.body))
         import hl7  # as a Bot would; the agent itself never parses whole messages
 
         message = hl7.parse(transmit.body if transmit.body.endswith("\r") else transmit.body + "\r")
@@ -7661,6 +8778,14 @@ class Demo:
         asks = "\nQ|" in body
         self.say("Bot", "got a query: answers with the order" if asks else "got the result of tube TUBE7")
         return DEMO_ORDER if asks else ""
+
+    def _imaging_bot(self, request: Json) -> str:
+        """A question is answered with data sets in DICOM JSON; an image is a Binary by now, and needs no answer."""
+        if request.get("command") == "C-FIND":
+            self.say("Bot", f"got a {request['level']} query: answers with one procedure")
+            return dump_json([DEMO_WORKLIST]).decode()
+        self.say("Bot", f"got the image as {request['binary']['reference']}")
+        return ""
 
     def _invite(self, agent: Agent) -> None:
         if not self._stay:
