@@ -1180,8 +1180,8 @@ def settings_markdown() -> str:
     """The same as README's tables."""
     lines: list[str] = []
     common = {row.name: (row.default, row.metadata) for row in dataclasses.fields(ChannelSettings)}
-    for _, title, cls in (*SETTING_GROUPS[:3], ("", "Every channel: parameters of its address", ChannelSettings),
-                          *SETTING_GROUPS[3:]):  # fmt: skip
+    every: tuple[str, str, type[Any]] = ("", "Every channel: parameters of its address", ChannelSettings)
+    for _, title, cls in (*SETTING_GROUPS[:3], every, *SETTING_GROUPS[3:]):
         lines += [f"### {title}", "", "| Name | Type | Default | Meaning |", "| --- | --- | --- | --- |"]
         for row in dataclasses.fields(cls):
             if cls is not ChannelSettings and common.get(row.name) == (row.default, row.metadata):
