@@ -167,7 +167,7 @@ CANCEL_POLL_SECS = 0.1  # a device that waits for the Bot may cancel
 QUEUED_PDUS = 16  # encoded and not yet sent: 2 MiB
 STORE_WAIT_SECS = 60.0  # for a message of an association to be on disk
 INLINE_BYTES = 4096  # base64 of a binary value that may be part of the JSON
-LARGE_VALUE_BYTES = 64 * KIB  # a value above this is not read for the JSON
+LARGE_VALUE_BYTES = 512 * KIB  # a value above this is not read for the JSON
 BODY_BYTES = 900_000  # of a message's JSON inside its frame; the server closes the connection at 1 MiB by default
 COMMITMENT_REPORT_SECS = (0.0, 5.0, 30.0, 120.0, 600.0)  # before each try to report a storage commitment
 PING_SECS = 8.0  # a whole ping, whatever its count: below the server's 10 s
@@ -2525,7 +2525,7 @@ class Message:
         "assign", "attempts", "channel", "checked", "control_id", "deadline", "earlier", "encoding", "epoch", "error",
         "error_code", "failures", "first_failed_at", "id", "key", "losses", "next_attempt_at", "original", "outcome",
         "received_at", "refusal", "remote", "response", "return_ack", "sent_at", "seq_no", "session",
-        "settled_at", "size", "source", "spool", "state", "status_code", "text", "type",
+        "settled_at", "size", "source", "spool", "state", "status_code", "text", "type", "uploaded",
     )  # fmt: skip
 
     def __init__(self, channel: int, remote: str, original: bytes, encoding: str):
@@ -2542,6 +2542,7 @@ class Message:
         self.session: str | None = None  # of an ASTM message: its frames in `partial` are replaced by it
         self.return_ack: str | None = None  # of a push: the ACK that completes it
         self.spool: str | None = None  # of an image: its file, which is uploaded before the message is sent
+        self.uploaded = False
         self.received_at = now_ms()
         self.state, self.outcome = QUEUED, PENDING
         self.attempts = self.failures = self.next_attempt_at = self.first_failed_at = self.sent_at = self.settled_at = 0
@@ -2851,9 +2852,10 @@ class Store:
 
         return await self.read(run)
 
-    async def finalize(self, message: Message, text: str) -> None:
-        """Keep what shall be sent instead of the original; StorageError."""
-        await self.call(lambda db: db.execute("UPDATE message SET finalized = ? WHERE id = ?", (text, message.id)))
+    async def finalize(self, message: Message, old: str, new: str) -> None:
+        """Keep, beside the original, what shall be sent: the same with `old` replaced; StorageError."""
+        sql = "UPDATE message SET finalized = replace(CAST(original AS TEXT), ?, ?) WHERE id = ?"
+        await self.call(lambda db: db.execute(sql, (old, new, message.id)))
 
     async def message(self, id_: int) -> Message | None:
         """One message without its body, as it is after all updates that were asked for."""
@@ -3255,7 +3257,7 @@ def lock_file(file: typing.BinaryIO) -> bool:
 
 def _with_body(row: Sequence[Any]) -> tuple[Message, bytes | None, str | None]:
     message = Message._from_row(row)
-    message.size = row[-3]
+    message.size, message.uploaded = row[-3], row[-1] is not None
     return message, row[-2], row[-1]
 
 
@@ -4322,6 +4324,8 @@ class Feed(Queue):
         self._uplink, self._fhir = uplink, fhir
         self._prefix = prefix
         self._preparing: dict[int, asyncio.Future[None]] = {}  # messages that need more than to be sent
+        self._ahead: collections.deque[Message] = collections.deque()  # with files to upload before it is their turn
+        self._ahead_at = 0.0  # after an upload failed, the next is tried ahead of its turn then
 
     def replan(self, plan: ChannelPlan, row: ChannelRow) -> None:
         """New settings without losing what is under way; scheduled retries keep their time."""
@@ -4335,62 +4339,92 @@ class Feed(Queue):
         return self._uplink.ready()
 
     def transmit(self, message: Message) -> None:
-        text = message.text or ""
-        if message.type == "N-ACTION" or (message.spool and spool_reference(message.spool) in text):
-            self._prepare(message, text)
+        if message.type == "N-ACTION" or (message.spool and not message.uploaded):
+            message.deadline = math.inf  # its time-out begins when it is sent
+            self._prepare(message)
+        elif self._complete(message):
+            self._transmit(message)
         else:
-            self._transmit(message, text)
+            self._unsend([message])
+            self._loop.call_soon(self.pump)
 
-    def _transmit(self, message: Message, text: str) -> None:
+    def _transmit(self, message: Message) -> None:
         callback = f"{self._prefix}{message.id:012x}#{message.attempts}"
         kind = _CONTENT_TYPES.get(message.type, HL7_TYPE)
-        size = self._uplink.transmit(self.plan.name, message.remote, kind, text, callback)
+        size = self._uplink.transmit(self.plan.name, message.remote, kind, message.text or "", callback)
         if size == self._uplink.largest:
             self._uplink.largest_id = message.id
 
-    def _prepare(self, message: Message, text: str) -> None:
-        """What a message needs before it is sent, which may take long: its time-out begins when it is sent."""
-        message.deadline = math.inf
+    def _prepare(self, message: Message) -> None:
+        """What a message needs before it is sent, which may take long."""
         if message.id not in self._preparing:
-            work = self._upload(message, text) if message.spool else self._after_objects(message, text)
+            work = self._upload(message) if message.spool else self._after_objects(message)
             self._preparing[message.id] = task = asyncio.ensure_future(work)
-            task.add_done_callback(lambda _: self._preparing.pop(message.id))
+            task.add_done_callback(functools.partial(self._prepared, message))
 
-    async def _upload(self, message: Message, text: str) -> None:
+    def _prepared(self, message: Message, task: asyncio.Future[None]) -> None:
+        del self._preparing[message.id]
+        if not task.cancelled() and (error := task.exception()) is not None:
+            self._log.error(f"Internal error: {type(error).__name__} before sending message {message.id}")
+            if message.id in self.inflight:
+                self.failed(message, "server-error")
+        elif message.id in self.inflight and message.deadline == math.inf:
+            if self.still_open() and self._complete(message):
+                message.deadline = self._loop.time() + self.policy.timeout_secs
+                self._transmit(message)
+            else:
+                self._unsend([message])
+        self._loop.call_soon(self.pump)
+
+    def _complete(self, message: Message) -> bool:
+        """Its body is in memory, and names the Binary: not a body that was read before the upload ended."""
+        if message.spool and message.text is not None and spool_reference(message.spool) in message.text:
+            self._drop_body(message)
+        return message.text is not None
+
+    async def _upload(self, message: Message) -> None:
         """The message's file becomes a Binary; from then on, also after a restart, the message names that."""
         assert message.spool
+        name = spool_reference(message.spool)
         try:
             reference = await self._fhir.upload(self._store.spool.path(message.spool), "dicom.dcm", DICOM_TYPE)
-            text = text.replace(spool_reference(message.spool), reference)
-            await self._store.finalize(message, text)
+            await self._store.finalize(message, name, reference)
         except (ServerError, StorageError, OSError) as error:
             status = error.status if isinstance(error, ServerError) else 0
+            self._ahead_at = self._loop.time() + COMPLAIN_SECS
             if message.id in self.inflight:
                 self.failed(message, _upload_error(error), status, counts=status > 0)
             return
+        message.uploaded = True
         if message.text is not None:
-            self._bytes += len(text) - len(message.text)
-            message.text = text
-        self._prepared(message, text)
+            self._bytes -= len(message.text)
+            message.text = message.text.replace(name, reference)
+            self._bytes += len(message.text)
 
-    def _prepared(self, message: Message, text: str) -> None:
-        if message.id in self.inflight and self.still_open():
-            message.deadline = self._loop.time() + self.policy.timeout_secs
-            self._transmit(message, text)
-        elif message.id in self.inflight:
-            self._unsend([message])
+    def _enter(self, message: Message) -> None:
+        super()._enter(message)
+        if message.spool and not message.uploaded:
+            self._ahead.append(message)
 
-    async def _after_objects(self, message: Message, text: str) -> None:
+    def pump(self) -> None:
+        super().pump()
+        while self._ahead and len(self._preparing) < TRANSFERS and self._loop.time() >= self._ahead_at:
+            if not self.can_send() or self.paused:
+                break
+            message = self._ahead.popleft()  # order matters for what the Bot hears, not for its files
+            if message.state < PROCESSED and not message.uploaded:
+                self._prepare(message)
+
+    async def _after_objects(self, message: Message) -> None:
         """A storage commitment is asked for when none of its objects waits here any more (PS3.4 J.3.2)."""
         sql = f"""SELECT 1 FROM message WHERE channel = ? AND state < {PROCESSED} AND type = 'C-STORE'
           AND control_id IN (SELECT value FROM json_each(?)) LIMIT 1"""
-        values = self.row.id, json.dumps([uid for uid, _ in referenced_objects(load_json(text))])
+        values = self.row.id, json.dumps([uid for uid, _ in referenced_objects(load_json(message.text or "{}"))])
         while message.id in self.inflight:
             with contextlib.suppress(sqlite3.Error):
                 if not await self._store.read(lambda db: db.execute(sql, values).fetchone()):
                     break
             await asyncio.sleep(COMMITMENT_POLL_SECS)
-        self._prepared(message, text)
 
     def settle(self, message: Message, state: int) -> None:
         super().settle(message, state)
@@ -6769,6 +6803,7 @@ class DicomChannel(Channel):
         self._committing: dict[int, Association] = {}  # where a commitment was asked for, by message
         self._reports: set[asyncio.Future[None]] = set()
         self._threads = ThreadPoolExecutor(4, "commitment")
+        self.associations: set[Association] = set()
         self.replan(plan)
 
     @property
@@ -6803,8 +6838,9 @@ class DicomChannel(Channel):
 
     def stop(self) -> None:
         super().stop()
-        for association in self._entity.active_associations:
-            association.abort(block=False)
+        for association in self.associations:
+            with contextlib.suppress(Exception):  # one that ends just now
+                association.abort(block=False)
 
     # --- associations ---
 
@@ -6814,13 +6850,15 @@ class DicomChannel(Channel):
     def accept(self, sock: socket.socket, peer: tuple[Any, ...]) -> None:
         """A device connected: its association runs in threads until it ends."""
         host = ipaddress.ip_address(str(peer[0]).removeprefix("::ffff:").split("%")[0])
-        threads = len(self._entity.active_associations)
+        open_ = len(self.associations)
         if self._peers and not any(host in network for network in self._peers):
             self._warn(f"{host} was turned away: it is not among peers")
-        elif threads > 2 * self.settings.maxConnections + 10:
-            self._warn(f"{host} was turned away: {threads} connections are open (maxConnections)")
+        elif open_ > 2 * self.settings.maxConnections + 10:  # those within get a proper rejection
+            self._warn(f"{host} was turned away: {open_} connections are open (maxConnections)")
         else:
-            self._association(sock, peer).start()
+            association = self._association(sock, peer)
+            self.associations.add(association)
+            association.start()
             return
         sock.close()
 
@@ -6851,12 +6889,14 @@ class DicomChannel(Channel):
             if self._tls is not None:
                 wrapper.socket = sock = self._tls.wrap_socket(sock, server_side=True)
             sock.settimeout(self.settings.frameTimeoutSecs or None)
-            threading.Thread.run(association)
         except OSError as error:
             self._tell(f"{association.requestor.address}: TLS failed: {getattr(error, 'reason', '') or error}")
+        else:
+            threading.Thread.run(association)
         finally:
             wrapper.close()
             sock.close()
+            self.loop.call_soon_threadsafe(self.associations.discard, association)
 
     @staticmethod
     def _sleep_when_idle(association: Any) -> None:
@@ -7939,6 +7979,9 @@ class Agent:
             "hl7ConnectionsOpen": sum(len(channel.connections) for channel in self.channels.values()),
             "ping": self.uplink.ping_ms,
             "webSocketQueueDepth": sum(feed.depth - len(feed.inflight) for feed in feeds.values()),
+            "dicomAssociationsOpen": sum(
+                len(channel.associations) for channel in self.channels.values() if isinstance(channel, DicomChannel)
+            ),
             "hl7QueueDepth": 0,
             "hl7ClientCount": self.devices.client_count if self.started.is_set() else 0,
             "live": self.uplink.live,
