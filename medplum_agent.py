@@ -4342,7 +4342,7 @@ class Feed(Queue):
         if message.type == "N-ACTION" or (message.spool and not message.uploaded):
             message.deadline = math.inf  # its time-out begins when it is sent
             self._prepare(message)
-        elif self._complete(message):
+        elif not message.spool or self._complete(message):
             self._transmit(message)
         else:
             self._unsend([message])

@@ -135,10 +135,10 @@ def encoded(dataset: Dataset, syntax: str = EXPLICIT) -> bytes:
 
 
 def made_dataset(pixels: bytes = b"", **elements: Any) -> Dataset:
-    """A Secondary Capture of a new UID; `elements` by keyword."""
+    """A Secondary Capture with UIDs of its own; `elements` by keyword."""
     dataset = Dataset()
     values = {
-        "SOPClassUID": SECONDARY, "SOPInstanceUID": new_uid(), "StudyInstanceUID": f"{ROOT_UID}.2",
+        "SOPClassUID": SECONDARY, "SOPInstanceUID": new_uid(), "StudyInstanceUID": new_uid(),
         "SeriesInstanceUID": f"{ROOT_UID}.3", "Modality": "OT", "PatientName": "Testperson^Paula",
         "PatientID": "PAT-1", "StudyDate": "20260101",
     }  # fmt: skip
