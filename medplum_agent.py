@@ -164,6 +164,7 @@ DICOM_PUSHES = 8  # pushes to imaging devices under way at once
 DIMSE_SECS = 60.0  # to wait for the peer's answer to a DIMSE request of ours
 IDLE_POLL_SECS = 0.05  # threads of an association look for time-outs this often
 CANCEL_POLL_SECS = 0.1  # a device that waits for the Bot may cancel
+PDU_BYTES = MIB + KIB  # a longer PDU is not read: more than maxPdu can be, and than association requests are
 QUEUED_PDUS = 16  # encoded and not yet sent: 2 MiB
 STORE_WAIT_SECS = 60.0  # for a message of an association to be on disk
 INLINE_BYTES = 4096  # base64 of a binary value that may be part of the JSON
@@ -6490,7 +6491,7 @@ def _load_imaging() -> types.SimpleNamespace:
     import pydicom
     import pydicom.config
     import pynetdicom
-    from pynetdicom import _config, association, dimse_messages, evt, pdu_primitives, presentation, transport
+    from pynetdicom import _config, association, dimse_messages, evt, pdu_primitives, presentation, sop_class, transport
 
     for name in ("pydicom", "pynetdicom"):  # their words may quote a patient; what matters we log ourselves
         logger = logging.getLogger(name)
@@ -6511,13 +6512,23 @@ def _load_imaging() -> types.SimpleNamespace:
         Entity=_entity_class(pynetdicom.AE, sock), Address=transport.AddressInformation,
         context=presentation.build_context, role=presentation.build_role, Dataset=pydicom.Dataset,
         Release=pdu_primitives.A_RELEASE,
+        # storage without a patient (palettes, protocols: PS3.4 GG), which pynetdicom does not count as storage
+        other_storage=[
+            presentation.build_context(uid, pynetdicom.ALL_TRANSFER_SYNTAXES)
+            for uid in sop_class._NON_PATIENT_OBJECT_CLASSES.values()
+        ],
     )  # fmt: skip
 
 
 def _received_object(**_: object) -> SpoolFile:
     """Called by pynetdicom in the thread of an association, for what it receives an object into."""
-    reactor = typing.cast(Any, threading.current_thread())
-    return SpoolFile(reactor.assoc.ae.spool)
+    association = typing.cast(Any, threading.current_thread()).assoc
+    file = SpoolFile(association.ae.spool)
+    vars(association)["files"] = [other for other in vars(association).get("files", ()) if not other.closed] + [file]
+    return file
+
+
+_INVALID_PDU = bytes((7, 0, 0, 0, 0, 4, 0, 0, 2, 6))  # A-ABORT by the provider, invalid PDU parameter (PS3.8 9.3.8)
 
 
 def _socket_class(base: type[AssociationSocket]) -> type[AssociationSocket]:
@@ -6540,6 +6551,9 @@ def _socket_class(base: type[AssociationSocket]) -> type[AssociationSocket]:
                 self._bell.send(b"!")
 
         def recv(self, nr_bytes: int) -> bytearray:
+            if nr_bytes > PDU_BYTES:
+                self.socket.sendall(_INVALID_PDU)
+                raise OSError("the PDU is too large")
             content, at = bytearray(nr_bytes), 0
             with memoryview(content) as view:
                 while at < nr_bytes and (count := self.socket.recv_into(view[at : at + READ_BYTES])):
@@ -6552,13 +6566,8 @@ def _socket_class(base: type[AssociationSocket]) -> type[AssociationSocket]:
             sock = self.socket
             if sock is None or not self._is_connected:
                 return False
-            if isinstance(sock, ssl.SSLSocket) and sock.pending():
-                return True
             try:
-                found = _readable([sock, self._ear], IDLE_POLL_SECS)
-                if self._ear in found:
-                    self._ear.recv(4096)
-                return sock in found
+                return _wait_for(sock, self._ear)
             except (OSError, ValueError):
                 self.event_queue.put("Evt17")  # PS3.8 9.2: transport connection closed
                 return False
@@ -6586,6 +6595,16 @@ def _entity_class(base: type[AE], sock: type[AssociationSocket]) -> type[AE]:
             return found
 
     return Entity
+
+
+def _wait_for(sock: socket.socket, ear: socket.socket) -> bool:
+    """Whether there is something to read on `sock`; waits a moment, unless `ear` hears the bell."""
+    if isinstance(sock, ssl.SSLSocket) and sock.pending():
+        return True
+    found = _readable([sock, ear], IDLE_POLL_SECS)
+    if ear in found:
+        ear.recv(4096)
+    return sock in found
 
 
 def _readable(socks: Sequence[socket.socket], seconds: float) -> set[Any]:
@@ -6818,7 +6837,7 @@ class DicomChannel(Channel):
         entity.require_calling_aet, entity.require_called_aet = ae_titles(s.callingAeTitles), bool(s.calledAeTitle)
         entity.maximum_associations, entity.maximum_pdu_size = s.maxConnections, s.maxPdu
         entity.acse_timeout, entity.network_timeout = s.associationTimeoutSecs, s.idleTimeoutSecs or None
-        self._contexts = [library.context(uid, list(UNCOMPRESSED)) for uid in SERVICE_CLASSES]
+        self._contexts = [library.context(uid, list(UNCOMPRESSED)) for uid in SERVICE_CLASSES] + library.other_storage
         self._peers, self._destinations = networks(s.peers), destinations(s.moveDestinations)
         self._tls = self._tls_context() if s.tls else None
         vars(entity)["associate"] = functools.partial(self._move_association, entity.associate)
@@ -6896,13 +6915,18 @@ class DicomChannel(Channel):
         finally:
             wrapper.close()
             sock.close()
+            for file in vars(association).get("files", ()):
+                file.discard()  # what came of an object whose sender went away
             self.loop.call_soon_threadsafe(self.associations.discard, association)
 
     @staticmethod
     def _sleep_when_idle(association: Any) -> None:
-        """pynetdicom asks its queues 1,000 times a second; waiting for them instead makes idle devices free."""
+        """pynetdicom asks its queues 1,000 times a second; waiting for them instead makes idle devices free.
+
+        What it cannot decode ends the association, as what it cannot parse does.
+        """
         dimse, dul = association.dimse, association.dul
-        blocking, to_user = dimse.get_msg, dul.to_user_queue.put
+        blocking, received, to_user = dimse.get_msg, dimse.receive_primitive, dul.to_user_queue.put
 
         def get_msg(block: bool = False) -> Any:
             if block:
@@ -6917,7 +6941,19 @@ class DicomChannel(Channel):
             if isinstance(primitive, imaging().Release):
                 dimse.msg_queue.put((None, None))  # the reactor looks for it now
 
-        vars(dimse)["get_msg"] = get_msg
+        def receive_primitive(primitive: Any) -> None:
+            try:
+                for context, _ in primitive.presentation_data_value_list:
+                    if (
+                        context != getattr(dimse.message, "context_id", context)
+                        or context not in association._accepted_cx
+                    ):
+                        raise ValueError("a fragment of another message or of no accepted context")
+                received(primitive)
+            except Exception:
+                dul.event_queue.put("Evt19")  # PS3.8 9.2: abort
+
+        vars(dimse)["get_msg"], vars(dimse)["receive_primitive"] = get_msg, receive_primitive
         vars(dul.to_user_queue)["put"] = put
 
     @functools.cached_property
@@ -6999,6 +7035,7 @@ class DicomChannel(Channel):
         omitted: list[str] = []
         try:
             dataset = imaging().pydicom.dcmread(path, defer_size=LARGE_VALUE_BYTES, stop_before_pixels=True, force=True)
+            cut = _is_cut(dataset)
             body["dataset"] = dicom_json(dataset.file_meta, []) | dicom_json(dataset, omitted)
             uids = [str(dataset.get(key, "") or "") for key in ("SOPClassUID", "SOPInstanceUID", "StudyInstanceUID")]
         except Exception:
@@ -7008,6 +7045,8 @@ class DicomChannel(Channel):
         commanded = request.AffectedSOPClassUID, request.AffectedSOPInstanceUID
         for what, found, command in zip(("class", "instance"), uids, commanded, strict=False):
             if found and found != command:
+                if cut:
+                    raise Refusal(CANNOT_UNDERSTAND, "the data set is cut off")
                 raise Refusal(SOP_MISMATCH, f"the SOP {what} UID of the data set is not that of the request")
         return uids[2], omitted
 
@@ -7290,6 +7329,13 @@ class DicomChannel(Channel):
         finally:
             if own is not None and own.is_established:
                 own.release()
+
+
+def _is_cut(dataset: Dataset) -> bool:
+    """It ends in the middle of a value, which pydicom takes for a short one."""
+    last = dataset.get_item(max(dataset.keys())) if len(dataset) else None
+    value = getattr(last, "value", None)
+    return isinstance(value, bytes) and len(value) < getattr(last, "length", 0) < 0xFFFFFFFF
 
 
 def commitment_report(request: Json, committed: set[str]) -> tuple[Dataset, int]:
