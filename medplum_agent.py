@@ -6944,10 +6944,8 @@ class DicomChannel(Channel):
         def receive_primitive(primitive: Any) -> None:
             try:
                 for context, _ in primitive.presentation_data_value_list:
-                    if (
-                        context != getattr(dimse.message, "context_id", context)
-                        or context not in association._accepted_cx
-                    ):
+                    current = getattr(dimse.message, "context_id", None)  # known when its command is complete
+                    if current not in (None, context) or context not in association._accepted_cx:
                         raise ValueError("a fragment of another message or of no accepted context")
                 received(primitive)
             except Exception:
