@@ -2672,6 +2672,7 @@ class Spool:
     def __init__(self, folder: Path, refusal: Callable[[int], str]):
         self.folder, self.refusal = folder, refusal
         self.size_bytes = 0
+        self.tidied = False
         self._lock = threading.Lock()
 
     def path(self, name: str) -> Path:
@@ -2690,6 +2691,7 @@ class Spool:
 
     def tidy(self, known: set[str]) -> None:
         """At start: measure, and remove what belongs to no message (it was never acknowledged)."""
+        self.tidied = True
         for path in self.folder.glob("*.*") if self.folder.is_dir() else ():
             if path.suffix == ".dcm" and path.stem in known:
                 self.count(path.stat().st_size)
@@ -3131,7 +3133,7 @@ class Store:
         (last,) = db.execute("SELECT ifnull(max(id), 0) FROM message").fetchone()
         (deleted,) = db.execute("SELECT last_deleted_id FROM identity").fetchone()
         self._next_id = max(self._next_id, last + 1, deleted + 1)
-        if not self._opened.is_set():
+        if not self.spool.tidied:
             self.spool.tidy({name for (name,) in db.execute("SELECT spool FROM message WHERE spool IS NOT NULL")})
         self._measure(db)
         db.execute("UPDATE identity SET seed = seed")  # a file that cannot be written is known now, not later
@@ -4418,9 +4420,10 @@ class Feed(Queue):
 
     async def _after_objects(self, message: Message) -> None:
         """A storage commitment is asked for when none of its objects waits here any more (PS3.4 J.3.2)."""
-        sql = f"""SELECT 1 FROM message WHERE channel = ? AND state < {PROCESSED} AND type = 'C-STORE'
+        sql = f"""SELECT 1 FROM message WHERE channel = ? AND state < {PROCESSED} AND id < ? AND type = 'C-STORE'
           AND control_id IN (SELECT value FROM json_each(?)) LIMIT 1"""
-        values = self.row.id, json.dumps([uid for uid, _ in referenced_objects(load_json(message.text or "{}"))])
+        objects = [uid for uid, _ in referenced_objects(load_json(message.text or "{}"))]
+        values = self.row.id, message.id, json.dumps(objects)
         while message.id in self.inflight:
             with contextlib.suppress(sqlite3.Error):
                 if not await self._store.read(lambda db: db.execute(sql, values).fetchone()):
@@ -6898,7 +6901,7 @@ class DicomChannel(Channel):
             association.bind(getattr(library.evt, event), handler)
         vars(association)["send_c_store"] = functools.partial(send_object, association)  # for C-GET
         vars(association)["run"] = functools.partial(self._run, association, sock)
-        self._sleep_when_idle(association)
+        self._adapt(association)
         return typing.cast("Association", association)
 
     def _run(self, association: Association, sock: socket.socket) -> None:
@@ -6920,10 +6923,10 @@ class DicomChannel(Channel):
             self.loop.call_soon_threadsafe(self.associations.discard, association)
 
     @staticmethod
-    def _sleep_when_idle(association: Any) -> None:
-        """pynetdicom asks its queues 1,000 times a second; waiting for them instead makes idle devices free.
+    def _adapt(association: Any) -> None:
+        """Wait for queues, which pynetdicom asks 1,000 times a second: idle devices cost nothing then.
 
-        What it cannot decode ends the association, as what it cannot parse does.
+        And what it cannot decode ends the association, as what it cannot parse does.
         """
         dimse, dul = association.dimse, association.dul
         blocking, received, to_user = dimse.get_msg, dimse.receive_primitive, dul.to_user_queue.put
