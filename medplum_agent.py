@@ -56,6 +56,7 @@ import urllib.parse
 import urllib.request
 import uuid
 import warnings
+from asyncio.sslproto import SSLProtocol
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -478,6 +479,11 @@ class ChannelSettings:
         "a silent connection is closed after so many seconds; 0: never", low=0)
     frameTimeoutSecs: float = setting(60.0, "Frame time-out",
         "a connection that stops inside a message is closed after so many seconds; 0: never", low=0)
+    tls: bool = setting(False, "TLS", "listen with TLS; `mllps://` and `dicoms://` imply it")
+    certFile: str = setting("", "Certificate", "PEM file of our certificate, for TLS")
+    keyFile: str = setting("", "Key", "PEM file of its key, when it is not in certFile")
+    clientCa: str = setting("", "Client CA", "PEM file of the authority that must have signed the device's certificate")
+    handshakeTimeoutSecs: float = setting(10.0, "Handshake time-out", "seconds for the TLS handshake", low=0.1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -559,7 +565,7 @@ class DicomSettings(ChannelSettings):
     frameTimeoutSecs: float = setting(60.0, "PDU time-out",
         "a connection that stops inside a PDU is closed after so many seconds; 0: never", low=0)
     associationTimeoutSecs: float = setting(30.0, "Association time-out",
-        "seconds for the TLS handshake, for the association request, and for its release", low=0.1)
+        "seconds for the association request, and for the release", low=0.1)
     calledAeTitle: str = setting("", "Called AE title",
         "our AE title: associations that call another are rejected; default: any", check=ae_titles, guard=True)
     callingAeTitles: str = setting("", "Calling AE titles",
@@ -573,10 +579,6 @@ class DicomSettings(ChannelSettings):
         check=destinations)
     answerWaitSecs: float = setting(10.0, "Wait for the Bot",
         "MPPS: seconds to wait for the Bot's answer before success is reported (the request is on disk)", low=0)
-    tls: bool = setting(False, "TLS", "listen with TLS; `dicoms://` implies it")
-    certFile: str = setting("", "Certificate", "PEM file of our certificate, for TLS")
-    keyFile: str = setting("", "Key", "PEM file of its key, when it is not in certFile")
-    clientCa: str = setting("", "Client CA", "PEM file of the authority that must have signed the device's certificate")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -985,6 +987,7 @@ def channel_settings(
             values[name] = getattr(defaults, fallback)
             written.add(name)
     _check_retries(values, where, warnings)
+    _check_tls(values, where, warnings)
     _CHECKS[cls](values, where, warnings)
     return cls(**values), frozenset(written)
 
@@ -1039,18 +1042,30 @@ def _check_hl7(values: dict[str, Any], where: str, warnings: list[str]) -> None:
         warnings.append(f"{where}: assignSeqNo with maxWorkers above 1: numbers may reach the server out of order")
 
 
-def _check_dicom(values: dict[str, Any], where: str, warnings: list[str]) -> None:
+def _check_tls(values: dict[str, Any], where: str, warnings: list[str]) -> None:
+    """A channel that shall be safe does not start without its certificate."""
     if not values.get("tls"):
         return
+    if values.get("role") == "client":
+        raise ConfigError([f"{where}: tls is for listening; a channel that connects to its device cannot use it"])
     if not values.get("certFile"):
         raise ConfigError([f"{where}: TLS needs certFile, a PEM file with our certificate"])
-    for name in ("certFile", "keyFile", "clientCa"):
-        if values.get(name) and not os.access(values[name], os.R_OK):
-            raise ConfigError([f"{where}: {name} {values[name]} cannot be read"])
+    try:
+        load_identity(ssl.create_default_context(ssl.Purpose.CLIENT_AUTH), values)
+    except OSError as error:
+        raise ConfigError([f"{where}: TLS cannot be set up with certFile, keyFile and clientCa: {error}"]) from None
+
+
+def load_identity(context: ssl.SSLContext, values: Mapping[str, Any]) -> None:
+    """Our certificate, and who may connect, as the files say now; OSError."""
+    context.load_cert_chain(values["certFile"], values.get("keyFile") or None)
+    if values.get("clientCa"):
+        context.load_verify_locations(values["clientCa"])
+        context.verify_mode = ssl.CERT_REQUIRED
 
 
 _CHECKS: dict[type[ChannelSettings], Callable[[dict[str, Any], str, list[str]], None]] = {
-    Hl7Settings: _check_hl7, StreamSettings: _check_stream, DicomSettings: _check_dicom,
+    Hl7Settings: _check_hl7, StreamSettings: _check_stream, DicomSettings: lambda *_: None,
 }  # fmt: skip
 
 
@@ -1061,8 +1076,6 @@ def channel_plan(
     address = endpoint.get("address") or ""
     if not address:
         raise ConfigError([f"Invalid empty endpoint address for channel '{name}'"])
-    if address.startswith("mllps"):
-        raise ConfigError([f"channel '{name}': listening with TLS is not supported; use mllp:// on a safe network"])
     protocol = next((p for prefix, p in PROTOCOLS.items() if address.startswith(prefix)), None)
     if protocol is None:
         scheme = address.split(":")[0]
@@ -1078,7 +1091,7 @@ def channel_plan(
         host = url.netloc or url.path  # serial://COM3 or serial:///dev/ttyUSB0
     if not (host if port == 0 and url.scheme == "serial" else port):
         raise ConfigError([f"channel '{name}': the address {address} needs a port from 1 to 65535"])
-    query = ("tls=true&" if url.scheme == "dicoms" else "") + url.query
+    query = ("tls=true&" if url.scheme in ("mllps", "dicoms") else "") + url.query
     parsed, written = channel_settings(protocol.settings, query, f"channel '{name}'", settings, given, warnings)
     active = endpoint.get("status") != "off"
     return ChannelPlan(name, address, protocol.name, host, port or 0, active, parsed, written)
@@ -4886,6 +4899,22 @@ def set_device_options(sock: socket.socket) -> None:
             sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), seconds)
 
 
+def handshake_class(tell: Callable[[str], None]) -> type[ssl.SSLObject]:
+    """asyncio says nothing of a handshake that fails; who looks after the channel wants to know."""
+
+    class Handshake(ssl.SSLObject):
+        def do_handshake(self) -> None:
+            try:
+                super().do_handshake()
+            except (ssl.SSLWantReadError, ssl.SSLWantWriteError):
+                raise
+            except ssl.SSLError as error:
+                tell(f"a device could not connect: TLS failed: {getattr(error, 'verify_message', '') or error.reason}")
+                raise
+
+    return Handshake
+
+
 class Channel:
     """One channel: its connections, and the feed that takes its messages to the server."""
 
@@ -4897,12 +4926,21 @@ class Channel:
         self._log, self._channel_log = log, channel_log
         self._warned_at, self._warnings = -math.inf, 0
         self._watcher = self.loop.call_later(1, self._watch)
+        self.tls: ssl.SSLContext | None = None
+        self.renew_identity()
 
     # --- what each protocol does in its own way ---
 
     def connect(self) -> asyncio.Protocol:
         """The protocol of a new connection."""
         raise NotImplementedError
+
+    def incoming(self) -> asyncio.BaseProtocol:
+        """The same below TLS where the channel wants that; a reload may change it without binding the port anew."""
+        if self.tls is None:
+            return self.connect()
+        options: Any = {"server_side": True, "ssl_handshake_timeout": self.plan.settings.handshakeTimeoutSecs}
+        return SSLProtocol(self.loop, self.connect(), self.tls, typing.cast(Any, None), **options)
 
     def deliver(self, message: Message, text: str) -> bool:
         """The Bot's answer to the device; False when no device is there to take it."""
@@ -4923,6 +4961,24 @@ class Channel:
     def replan(self, plan: ChannelPlan) -> None:
         """New settings for the connections that stay open."""
         self.plan = plan
+        self.renew_identity()
+
+    def renew_identity(self) -> None:
+        """Read the certificate files, which may have been renewed: at the start, and at every reload."""
+        if not self.plan.settings.tls:
+            self.tls = None
+            return
+        if self.tls is None:
+            self.tls = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)  # TLS 1.2 and later (PS3.15 B.12)
+            self.tls.sslobject_class = handshake_class(self._tell)
+        try:
+            load_identity(self.tls, dataclasses.asdict(self.plan.settings))
+        except OSError as error:
+            self._log.error(f"Channel '{self.plan.name}': its certificate cannot be read: {error}.")
+
+    def _tell(self, text: str) -> None:
+        """A warning from any thread."""
+        self.loop.call_soon_threadsafe(self._warn, text)
 
     def stop(self) -> None:
         self._watcher.cancel()
@@ -5617,8 +5673,8 @@ class Listener:
         for sock in self._sockets:
             self._servers.append(await loop.create_server(self._connection, sock=sock, backlog=SOCKET_BACKLOG))
 
-    def _connection(self) -> asyncio.Protocol:
-        return self.channel.connect() if self.channel is not None else _TurnAway()
+    def _connection(self) -> asyncio.BaseProtocol:
+        return self.channel.incoming() if self.channel is not None else _TurnAway()
 
     def close(self) -> None:
         for server in self._servers:
@@ -6842,21 +6898,7 @@ class DicomChannel(Channel):
         entity.acse_timeout, entity.network_timeout = s.associationTimeoutSecs, s.idleTimeoutSecs or None
         self._contexts = [library.context(uid, list(UNCOMPRESSED)) for uid in SERVICE_CLASSES] + library.other_storage
         self._peers, self._destinations = networks(s.peers), destinations(s.moveDestinations)
-        self._tls = self._tls_context() if s.tls else None
         vars(entity)["associate"] = functools.partial(self._move_association, entity.associate)
-
-    def _tls_context(self) -> ssl.SSLContext:
-        """DICOM TLS (PS3.15 B.12: TLS 1.2 and later)."""
-        s = self.settings
-        context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
-        try:
-            context.load_cert_chain(s.certFile, s.keyFile or None)
-            if s.clientCa:
-                context.load_verify_locations(s.clientCa)
-                context.verify_mode = ssl.CERT_REQUIRED
-        except OSError as error:
-            self._log.error(f"Channel '{self.plan.name}': TLS cannot be set up: {error}. No device can connect.")
-        return context
 
     def stop(self) -> None:
         super().stop()
@@ -6868,6 +6910,9 @@ class DicomChannel(Channel):
 
     def connect(self) -> asyncio.Protocol:
         return _Handover(self)
+
+    def incoming(self) -> asyncio.BaseProtocol:
+        return self.connect()  # TLS is the matter of the association's thread
 
     def accept(self, sock: socket.socket, peer: tuple[Any, ...]) -> None:
         """A device connected: its association runs in threads until it ends."""
@@ -6887,7 +6932,7 @@ class DicomChannel(Channel):
     def _association(self, sock: socket.socket, peer: tuple[Any, ...]) -> Association:
         library, entity = imaging(), self._entity
         set_device_options(sock)
-        sock.settimeout(self.settings.associationTimeoutSecs)
+        sock.settimeout(self.settings.handshakeTimeoutSecs)
         association = library.Association(entity, "acceptor")
         association.set_socket(library.Socket(association, client_socket=sock))
         acceptor = association.acceptor
@@ -6908,8 +6953,8 @@ class DicomChannel(Channel):
         """The thread of an association."""
         wrapper = typing.cast(Any, association.dul.socket)
         try:
-            if self._tls is not None:
-                wrapper.socket = sock = self._tls.wrap_socket(sock, server_side=True)
+            if self.tls is not None:
+                wrapper.socket = sock = self.tls.wrap_socket(sock, server_side=True)
             sock.settimeout(self.settings.frameTimeoutSecs or None)
         except OSError as error:
             self._tell(f"{association.requestor.address}: TLS failed: {getattr(error, 'reason', '') or error}")
@@ -6978,10 +7023,6 @@ class DicomChannel(Channel):
 
     def _aborted(self, event: Event) -> None:
         self._log.debug(f"Channel '{self.plan.name}': an association of {event.assoc.requestor.ae_title} was aborted.")
-
-    def _tell(self, text: str) -> None:
-        """A warning from the thread of an association."""
-        self.loop.call_soon_threadsafe(self._warn, text)
 
     def _refused(self, event: Event, refusal: Refusal) -> Dataset:
         """The status of the answer to a request that is not done."""
