@@ -6777,10 +6777,10 @@ def reference_of(item: object) -> str:
 # --- objects from the server to an application entity ----------------------------------------------------------------
 
 
-def fetched(path: Path | None, sop_instance: str = "") -> Dataset:
+def fetched(path: Path | None) -> Dataset:
     """A stand-in that pynetdicom hands through to `send_object`; None for a file that could not be fetched."""
     stand_in: Dataset = imaging().Dataset()
-    stand_in.SOPInstanceUID = sop_instance
+    stand_in.SOPInstanceUID = ""
     if path is not None:
         with contextlib.suppress(Exception):  # what is no DICOM file is found when it is sent
             stand_in.SOPInstanceUID = imaging().pydicom.dcmread(path, specific_tags=["SOPInstanceUID"]).SOPInstanceUID
@@ -6810,31 +6810,44 @@ class Sender:
 
     is_established = True
 
-    def __init__(self, entity: Any, peer: Peer, title: str, tls: tuple[ssl.SSLContext, str] | None = None):
-        self._associate = functools.partial(entity.associate, peer.host, peer.port, ae_title=title, tls_args=tls)
+    def __init__(
+        self, associate: Callable[..., Any], peer: Peer, title: str,
+        tls: tuple[ssl.SSLContext, str] | None = None, originator: str | None = None,
+    ):  # fmt: skip
+        self._associate = functools.partial(associate, peer.host, peer.port, ae_title=title, tls_args=tls)
         self._association: Association | None = None
         self._contexts: dict[tuple[str, str], Any] = {}
+        self._originator = originator  # of a C-MOVE: who asked for it
+        self.problem: DeviceError | None = None  # the peer cannot be associated with: nothing more is tried
 
     def send_c_store(self, stand_in: Dataset, **options: Any) -> Dataset:
+        """The status data set of the peer's answer; DeviceError, or ValueError for what cannot be sent to it."""
         path: Path | None = vars(stand_in)["path"]
-        if path is not None:
+        if self._originator:
+            options["originator_aet"] = self._originator
+        try:
+            if path is None or self.problem is not None:
+                raise self.problem or ValueError("it could not be fetched")
             meta = imaging().pydicom.filereader.read_file_meta_info(path)
-            self._prepare(meta.MediaStorageSOPClassUID, meta.TransferSyntaxUID)
-        assert self._association is not None
-        return send_object(self._association, stand_in, **options)
+            return send_object(self._with(meta.MediaStorageSOPClassUID, meta.TransferSyntaxUID), stand_in, **options)
+        finally:
+            if path is not None:
+                path.unlink(missing_ok=True)
 
-    def _prepare(self, sop_class: str, syntax: str) -> None:
+    def _with(self, sop_class: str, syntax: str) -> Association:
         """An association with the contexts for this kind of object, besides those needed so far (at most 128)."""
-        if (sop_class, syntax) in self._contexts and self._association and self._association.is_established:
-            return
+        if self._association and (sop_class, syntax) in self._contexts and self._association.is_established:
+            return self._association
         self.release()
         if len(self._contexts) > 120:
             self._contexts.clear()
         for one in {syntax, IMPLICIT} if syntax in UNCOMPRESSED else {syntax}:
             self._contexts[sop_class, one] = imaging().context(sop_class, one)
-        self._association = made = self._associate(contexts=list(self._contexts.values()))
+        self._association = made = typing.cast("Association", self._associate(contexts=list(self._contexts.values())))
         if not made.is_established:
-            raise DeviceError(association_problem(made), _rejection_kind(made))
+            self.problem = DeviceError(association_problem(made), _rejection_kind(made))
+            raise self.problem
+        return made
 
     def release(self) -> None:
         if self._association is not None:
@@ -6898,7 +6911,8 @@ class DicomChannel(Channel):
         entity.acse_timeout, entity.network_timeout = s.associationTimeoutSecs, s.idleTimeoutSecs or None
         self._contexts = [library.context(uid, list(UNCOMPRESSED)) for uid in SERVICE_CLASSES] + library.other_storage
         self._peers, self._destinations = networks(s.peers), destinations(s.moveDestinations)
-        vars(entity)["associate"] = functools.partial(self._move_association, entity.associate)
+        self._associate = entity.associate
+        vars(entity)["associate"] = lambda *_, sender, **__: sender  # what C-MOVE takes for its association
 
     def stop(self) -> None:
         super().stop()
@@ -7195,14 +7209,17 @@ class DicomChannel(Channel):
             self._tell(f"'{event.assoc.requestor.ae_title}' asked to move to '{title}': not among moveDestinations")
             yield None, None
             return
-        yield peer.host, peer.port, {"originator": event.assoc.requestor.ae_title}
-        yield from self._retrieve(event, "C-MOVE", destination=title)
+        sender = Sender(self._associate, peer, title, originator=event.assoc.requestor.ae_title)
+        yield peer.host, peer.port, {"sender": sender}
+        yield from self._retrieve(event, "C-MOVE", lambda: sender.problem is None, destination=title)
+        if sender.problem is not None:
+            self._tell(f"objects could not be moved to '{title}': {sender.problem}")
 
     def _get(self, event: Event) -> Iterator[Any]:
         """C-GET (PS3.4 C.4.3)."""
-        yield from self._retrieve(event, "C-GET")
+        yield from self._retrieve(event, "C-GET", lambda: True)
 
-    def _retrieve(self, event: Event, command: str, **more: str) -> Iterator[Any]:
+    def _retrieve(self, event: Event, command: str, worthwhile: Callable[[], bool], **more: str) -> Iterator[Any]:
         """The number of objects, then each as it comes from the server."""
         try:
             references = self._references(event, command, **more)
@@ -7215,7 +7232,7 @@ class DicomChannel(Channel):
             if event.is_cancelled or event.assoc.acse.is_aborted():
                 yield CANCELLED, None
                 return
-            yield PENDING_MATCH, fetched(self._fetch(reference))
+            yield PENDING_MATCH, fetched(self._fetch(reference) if worthwhile() else None)
 
     def _fetch(self, reference: str) -> Path | None:
         """A Binary in a file of the spool; None, with a warning, when it cannot be fetched."""
@@ -7230,16 +7247,6 @@ class DicomChannel(Channel):
             self._tell(f"{reference} cannot be fetched: {error}")
         file.discard()
         return None
-
-    def _move_association(self, associate: Callable[..., Any], host: str, port: int, **options: Any) -> Any:
-        """What pynetdicom's C-MOVE takes for the association with the destination."""
-        if "originator" not in options:
-            return associate(host, port, **options)
-        originator = options.pop("originator")
-        sender = Sender(types.SimpleNamespace(associate=associate), Peer(host, port), options["ae_title"])
-        send = sender.send_c_store
-        vars(sender)["send_c_store"] = lambda item, **more: send(item, **more | {"originator_aet": originator})
-        return sender
 
     # --- procedure steps and storage commitment ---
 
@@ -7493,7 +7500,7 @@ class ImagingCaller:
         tls = (device_tls(s), target.host) if s.tls else None
         peer, title = Peer(target.host, target.port), target.path
         if request["command"] == "C-STORE":
-            return self._store(target, Sender(entity, peer, title, tls), fetched(path))
+            return self._store(target, Sender(entity.associate, peer, title, tls), fetched(path))
         sop_class = "1.2.840.10008.1.1" if request["command"] == "C-ECHO" else self._model(request)
         context = library.context(sop_class, list(UNCOMPRESSED))
         association = entity.associate(*peer, contexts=[context], ae_title=title, tls_args=tls)
