@@ -6845,8 +6845,10 @@ class Sender:
             self._contexts[sop_class, one] = imaging().context(sop_class, one)
         self._association = made = typing.cast("Association", self._associate(contexts=list(self._contexts.values())))
         if not made.is_established:
-            self.problem = DeviceError(association_problem(made), _rejection_kind(made))
-            raise self.problem
+            problem = DeviceError(association_problem(made), _rejection_kind(made))
+            if made.is_rejected or not made.acceptor.primitive:
+                self.problem = problem
+            raise problem
         return made
 
     def release(self) -> None:
