@@ -4803,16 +4803,6 @@ class Hl7Channel(Channel):
 PUSH_WRITTEN = "OK"  # the answer to a push whose device has no words of its own
 
 
-def finish_send(sent: asyncio.Future[str], event: AstmEvent, name: str) -> None:
-    """Sent or SendFailed ends the oldest message given to an ASTM core."""
-    if sent.done():
-        return
-    if isinstance(event, SendFailed):
-        sent.set_exception(DeviceError(f"{name}: the instrument did not take it: {event.reason}", "device-silent"))
-    else:
-        sent.set_result(PUSH_WRITTEN)
-
-
 class StreamConnection(Connection):
     """A device that sends a byte stream framed by a start and an end sequence."""
 
@@ -4934,16 +4924,18 @@ class StreamChannel(Channel):
         return sent
 
 
-class AstmConnection(Connection):
-    """An analyzer that speaks ASTM E1381 / LIS01-A2; accepted frames are on disk before their ACK."""
+class AstmDriver:
+    """Runs an Astm core on a line: its deadlines, what it writes, and the futures of what it sends.
 
-    channel: AstmChannel
+    The other events go to `heard`, which answers a FrameAccepted by do(core.committed) or do(core.refused).
+    """
 
-    def __init__(self, channel: AstmChannel):
-        super().__init__(channel)
-        self.core = Astm(channel.settings)
-        self.session = ""  # names the frames on disk that belong to no message yet
-        self._frames = 0
+    def __init__(
+        self, settings: StreamSettings, name: str, write: Callable[[bytes], None], heard: Callable[[AstmEvent], None]
+    ):
+        self.core = Astm(settings)
+        self._name, self._write, self._heard = name, write, heard
+        self._loop = asyncio.get_running_loop()
         self._sends: collections.deque[asyncio.Future[str]] = collections.deque()  # in the order of the core
         self._timer: asyncio.TimerHandle | None = None
 
@@ -4951,35 +4943,61 @@ class AstmConnection(Connection):
         """Send records as a session; the future ends when the instrument took it, or in a DeviceError."""
         sent: asyncio.Future[str] = self._loop.create_future()
         self._sends.append(sent)
-        self.perform(self.core.send(records, self._loop.time()))
+        self.do(self.core.send, records)
         return sent
 
+    def do(self, call: Callable[..., list[AstmEvent]], *given: object) -> None:
+        """Call the core with the time."""
+        self._perform(call(*given, self._loop.time()))
+
+    def closed(self) -> None:
+        self._perform(self.core.closed())
+
+    def _perform(self, events: list[AstmEvent]) -> None:
+        """Do what the core says, and wait for its next deadline."""
+        for event in events:
+            if isinstance(event, Write):
+                self._write(event.content)
+            elif isinstance(event, Sent | SendFailed):
+                self._settle(self._sends.popleft(), event)
+            else:
+                self._heard(event)
+        if self._timer is not None:
+            self._timer.cancel()
+        deadline = self.core.deadline()
+        self._timer = None if deadline is None else self._loop.call_at(deadline, self.do, self.core.expired)
+
+    def _settle(self, sent: asyncio.Future[str], event: Sent | SendFailed) -> None:
+        if sent.done():
+            return
+        if isinstance(event, SendFailed):
+            text = f"{self._name}: the instrument did not take it: {event.reason}"
+            sent.set_exception(DeviceError(text, "device-silent"))
+        else:
+            sent.set_result(PUSH_WRITTEN)
+
+
+class AstmConnection(Connection):
+    """An analyzer that speaks ASTM E1381 / LIS01-A2; accepted frames are on disk before their ACK."""
+
+    channel: AstmChannel
+    driver: AstmDriver
+    session = ""  # names the frames on disk that belong to no message yet
+    _frames = 0
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        super().connection_made(transport)
+        self.driver = AstmDriver(self.channel.settings, self.remote, self.send, self._heard)
+
     def take(self, received: bytes) -> None:
-        self.perform(self.core.receive(received, self._loop.time()))
+        self.driver.do(self.driver.core.receive, received)
 
     @property
     def inside(self) -> bool:
         return False  # the core has time-outs of its own
 
-    def perform(self, events: Iterable[AstmEvent]) -> None:
-        """Do what the core says, and wait for its next deadline."""
-        for event in events:
-            self._perform(event)
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
-        deadline = self.core.deadline()
-        if deadline is not None and not self._closing:
-            self._timer = self._loop.call_at(deadline, self._expired)
-
-    def _expired(self) -> None:
-        self._timer = None
-        self.perform(self.core.expired(self._loop.time()))
-
-    def _perform(self, event: AstmEvent) -> None:
-        if isinstance(event, Write):
-            self.send(event.content)
-        elif isinstance(event, FrameAccepted):
+    def _heard(self, event: AstmEvent) -> None:
+        if isinstance(event, FrameAccepted):
             self._keep_frame(event)
         elif isinstance(event, Session | Interrupted):
             self.messages += 1
@@ -4987,8 +5005,6 @@ class AstmConnection(Connection):
             self.channel.take_session(self, session, event)
         elif isinstance(event, LineWarning):
             self.channel.complain(self, event.text)
-        else:
-            finish_send(self._sends.popleft(), event, self.remote)
 
     def _keep_frame(self, frame: FrameAccepted) -> None:
         """The frame is on disk before the core may acknowledge it."""
@@ -5003,13 +5019,13 @@ class AstmConnection(Connection):
         self.resume("frame")
         if saving.cancelled() or saving.exception() is not None:
             self.channel.complain(self, "a frame could not be stored and is refused with NAK")
-            self.perform(self.core.refused(self._loop.time()))
+            self.driver.do(self.driver.core.refused)
         else:
-            self.perform(self.core.committed(self._loop.time()))
+            self.driver.do(self.driver.core.committed)
 
     def connection_lost(self, error: Exception | None) -> None:
         super().connection_lost(error)
-        self.perform(self.core.closed())
+        self.driver.closed()
 
 
 class AstmChannel(StreamChannel):
@@ -5082,7 +5098,7 @@ class AstmChannel(StreamChannel):
         self.submit(connection, text).add_done_callback(functools.partial(self._answered, connection, message))
 
     def submit(self, connection: Connection, text: str) -> asyncio.Future[str]:
-        return typing.cast(AstmConnection, connection).submit(text_records(text, self.settings))
+        return typing.cast(AstmConnection, connection).driver.submit(text_records(text, self.settings))
 
     def _answered(self, connection: Connection, message: Message | None, sent: asyncio.Future[str]) -> None:
         if sent.cancelled() or (error := sent.exception()) is None:
@@ -5353,42 +5369,24 @@ class AstmCaller(asyncio.Protocol):
     """One message to an instrument that listens; what it sends meanwhile is refused: a channel is there for that."""
 
     def __init__(self, settings: StreamSettings, text: str, name: str):
-        self._loop = asyncio.get_running_loop()
-        self.sent: asyncio.Future[str] = self._loop.create_future()
-        self._core = Astm(settings)
-        self._records = text_records(text, settings)
-        self._name = name
-        self._timer: asyncio.TimerHandle | None = None
-        self._transport: asyncio.Transport
+        self._settings, self._text, self._name = settings, text, name
+        self._driver: AstmDriver
+        self.sent: asyncio.Future[str]
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self._transport = typing.cast(asyncio.Transport, transport)
-        self._perform(self._core.send(self._records, self._loop.time()))
+        write = typing.cast(asyncio.Transport, transport).write
+        self._driver = AstmDriver(self._settings, self._name, write, self._heard)
+        self.sent = self._driver.submit(text_records(self._text, self._settings))
 
     def data_received(self, data: bytes) -> None:
-        self._perform(self._core.receive(data, self._loop.time()))
+        self._driver.do(self._driver.core.receive, data)
 
     def connection_lost(self, error: Exception | None) -> None:
-        self._perform(self._core.closed())
+        self._driver.closed()
 
-    def _expired(self) -> None:
-        self._perform(self._core.expired(self._loop.time()))
-
-    def _perform(self, events: Iterable[AstmEvent]) -> None:
-        for event in events:
-            if isinstance(event, Write):
-                self._transport.write(event.content)
-            elif isinstance(event, Sent | SendFailed):
-                finish_send(self.sent, event, self._name)
-            elif isinstance(event, FrameAccepted):
-                self._perform(self._core.refused(self._loop.time()))
-        if self._timer is not None:
-            self._timer.cancel()
-        deadline = None if self.sent.done() else self._core.deadline()
-        self._timer = None if deadline is None else self._loop.call_at(deadline, self._expired)
-
-    def close(self) -> None:
-        self._transport.close()
+    def _heard(self, event: AstmEvent) -> None:
+        if isinstance(event, FrameAccepted):
+            self._driver.do(self._driver.core.refused)
 
 
 class Device:
@@ -5534,13 +5532,13 @@ class Device:
         self.users += 1
         try:
             async with asyncio.timeout(seconds):
-                _, caller = await loop.create_connection(
+                transport, caller = await loop.create_connection(
                     lambda: AstmCaller(settings, text, self.name), target.host, target.port
                 )
                 try:
                     return await caller.sent
                 finally:
-                    caller.close()
+                    transport.close()
         except TimeoutError:
             raise DeviceError(f"{self.name}: not taken within {seconds:g} s", "device-silent") from None
         except OSError as error:
