@@ -24,6 +24,7 @@ from tests.support import Site, eventually, site
 STX, ETX, EOT, ENQ, ACK, NAK, ETB = b"\x02", b"\x03", b"\x04", b"\x05", b"\x06", b"\x15", b"\x17"
 FRAMED = "tcp://127.0.0.1:{port}?startChar=%02&endChar=%03"
 ASTM = "tcp://127.0.0.1:{port}?mode=astm"
+SERIAL = "-SERIAL"
 QUICK = "&replyTimeoutSecs=1&nakDelaySecs=0.2&contentionTimeoutSecs=0.3"
 CHANNELS = {
     "HEX": FRAMED,
@@ -39,7 +40,13 @@ CHANNELS = {
     "SILENT": f"{ASTM}&receiveTimeoutSecs=0.3",
     "CLIENT": f"{ASTM}&role=client{QUICK}",
     "RAW-CLIENT": f"{FRAMED}&role=client&bodyEncoding=utf-8",
+    "HASTY": f"{ASTM}&replyTimeoutSecs=0.4&nakDelaySecs=0.1",
+    "NOISY": f"{ASTM}{QUICK}&requireTerminator=true&maxFrame=60",
+    "MANY": ASTM,
 }
+CLIENTS = ("CLIENT", "RAW-CLIENT", "MANY")  # channels without a twin on a serial port
+CABLES: dict[str, "Cable"] = {}  # by channel
+LISTENING: dict[str, socket.socket] = {}  # instruments that the agent dials, by channel: there before it asks
 
 
 class Instrument:
@@ -51,8 +58,8 @@ class Instrument:
         self.buffer = b""
 
     @classmethod
-    def at(cls, port: int) -> Self:
-        line = socket.create_connection(("127.0.0.1", port), timeout=10)
+    def at(cls, port: int, source: str = "127.0.0.1") -> Self:
+        line = socket.create_connection(("127.0.0.1", port), timeout=10, source_address=(source, 0))
         line.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         return cls(line)
 
@@ -202,6 +209,13 @@ def rows(here: Site, channel: str) -> list[dict[str, Any]]:
     return [dict(zip(names.split(", "), row, strict=True)) for row in found]
 
 
+def unsettled(here: Site, channel: str) -> bool:
+    """Whether messages of a channel wait; pushes are in the channel `push <url>`."""
+    with contextlib.closing(here.agent.database()) as db:
+        query = "SELECT 1 FROM queue WHERE channel_name = ? AND state IN ('queued', 'inflight')"
+        return bool(db.execute(query, (channel,)).fetchall())
+
+
 def row(here: Site, channel: str, original: bytes) -> dict[str, Any] | None:
     return next((found for found in rows(here, channel) if found["original"] == original), None)
 
@@ -227,19 +241,83 @@ def silent_bot(transmit: Transmit) -> tuple[int, Any]:
     return 200, ""
 
 
+class Cable:
+    """A null-modem cable: two pseudo-terminals tied together by socat; `agent` and `device` are their names."""
+
+    def __init__(self, folder: Path):
+        self.agent, self.device = folder / "ttyAGENT", folder / "ttyDEVICE"
+        self._process: subprocess.Popen[bytes] | None = None
+        self.plug()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.unplug()
+
+    def plug(self) -> None:
+        ends = [f"pty,raw,echo=0,link={name}" for name in (self.agent, self.device)]
+        self._process = subprocess.Popen(["socat", *ends])
+        eventually(lambda: self.agent.exists() and self.device.exists(), what="socat's pseudo-terminals")
+
+    def address(self, tcp: str) -> str:
+        """The address of a channel with the parameters of a TCP one."""
+        return f"serial://{self.agent}?baudRate=19200&parity=none&stopBits=1&flow=none&{tcp.partition('?')[2]}"
+
+    def unplug(self) -> None:
+        if self._process is not None:
+            self._process.terminate()
+            self._process.wait(5)
+            self._process = None
+
+    def open(self) -> Instrument:
+        return Instrument(os.open(self.device, os.O_RDWR | os.O_NOCTTY))
+
+
+@contextlib.contextmanager
+def listening(port: int) -> Iterator[socket.socket]:
+    with socket.create_server(("127.0.0.1", port)) as listener:
+        listener.settimeout(15)
+        yield listener
+
+
 @pytest.fixture(scope="module")
 def shared_site(tmp_path_factory):
-    with site(tmp_path_factory.mktemp("laboratory"), CHANNELS, start=False) as running:
+    """One agent with each channel on a TCP port and, where there is socat, on a serial port with parity and all."""
+    folder = tmp_path_factory.mktemp("laboratory")
+    channels = dict(CHANNELS)
+    with contextlib.ExitStack() as stack:
+        for name in [name for name in CHANNELS if name not in CLIENTS and shutil.which("socat")]:
+            (folder / name).mkdir()
+            cable = CABLES[name + SERIAL] = stack.enter_context(Cable(folder / name))
+            channels[name + SERIAL] = cable.address(CHANNELS[name])
+        stack.callback(CABLES.clear)
+        running = stack.enter_context(site(folder, channels, start=False))
+        for name in ("CLIENT", "RAW-CLIENT"):
+            LISTENING[name] = stack.enter_context(listening(running.ports[name]))
         running.sandbox.bot = silent_bot
         running.agent.start(ready=False)
         running.agent.logged("Medplum service started")
+        for name in CABLES:
+            running.agent.logged(f"'{name}': serial://")
         running.agent.wait_connected()
         yield running
+
+
+@pytest.fixture(params=["", SERIAL], ids=["tcp", "serial"])
+def over(request, shared_site):
+    """The suffix of the channels' names: the same test over TCP and over a serial port."""
+    if request.param and not CABLES:
+        pytest.skip("socat is not installed: SERIAL PORTS ARE NOT TESTED (apt-get install socat)")
+    return request.param
 
 
 @pytest.fixture
 def here(shared_site):
     yield shared_site
+    eventually(lambda: partials(shared_site) == 0, what="the end of all sessions")
+    for channel in CABLES:  # the next test finds the line as this one leaves it
+        eventually(lambda channel=channel: not unsettled(shared_site, channel), what=f"{channel} at rest")
     faults, fresh = shared_site.sandbox.faults, type(shared_site.sandbox.faults)()
     for name in vars(fresh):
         setattr(faults, name, getattr(fresh, name))
@@ -247,88 +325,89 @@ def here(shared_site):
 
 
 def instrument(here: Site, channel: str) -> Instrument:
-    return Instrument.at(here.ports[channel])
+    return CABLES[channel].open() if channel in CABLES else Instrument.at(here.ports[channel])
 
 
 # --- raw ---
 
 
-def test_raw_body_is_hex_with_its_framing_and_without_what_came_before(here):
-    with instrument(here, "HEX") as device:
+def test_raw_body_is_hex_with_its_framing_and_without_what_came_before(here, over):
+    with instrument(here, "HEX" + over) as device:
         device.write(b"\r\n\x02A\xffB\x03\r\n\x02C\x03")
-        transmit = came(here, "HEX", "0241ff4203")
+        transmit = came(here, "HEX" + over, "0241ff4203")
         assert transmit.content_type == BYTES_TYPE == "application/octet-stream"
-        assert re.fullmatch(r"127\.0\.0\.1:\d+", transmit.remote)
-        came(here, "HEX", "024303")
-    assert row(here, "HEX", b"\x02A\xffB\x03")
+        remote = str(CABLES["HEX" + over].agent) if over else r"127\.0\.0\.1:\d+"
+        assert re.fullmatch(remote, transmit.remote)
+        came(here, "HEX" + over, "024303")
+    assert row(here, "HEX" + over, b"\x02A\xffB\x03")
 
 
-def test_raw_body_as_text(here):
-    with instrument(here, "TEXT") as device:
+def test_raw_body_as_text(here, over):
+    with instrument(here, "TEXT" + over) as device:
         device.write("\x02Grüße\x03".encode())
-        came(here, "TEXT", "\x02Grüße\x03")
+        came(here, "TEXT" + over, "\x02Grüße\x03")
 
 
-def test_marks_of_several_bytes_cut_between_them(here):
-    with instrument(here, "LONG-MARKS") as device:
+def test_marks_of_several_bytes_cut_between_them(here, over):
+    with instrument(here, "LONG-MARKS" + over) as device:
         for byte in b"\x0b\x0bM\x0bN\x1cO\x1c\r":
             device.write(bytes((byte,)))
-        came(here, "LONG-MARKS", b"\x0b\x0bM\x0bN\x1cO\x1c\r".hex())
+        came(here, "LONG-MARKS" + over, b"\x0b\x0bM\x0bN\x1cO\x1c\r".hex())
 
 
-def test_strip_options(here):
-    with instrument(here, "STRIP") as device:
+def test_strip_options(here, over):
+    with instrument(here, "STRIP" + over) as device:
         device.write(b"\x02A\x1b[B\rC\nJUNKD\x03")
-        came(here, "STRIP", "AB\rCD")
+        came(here, "STRIP" + over, "AB\rCD")
 
 
-def test_auto_answers_come_when_the_message_is_in_the_queue_file(here):
-    with instrument(here, "REPLY") as device:
+def test_auto_answers_come_when_the_message_is_in_the_queue_file(here, over):
+    with instrument(here, "REPLY" + over) as device:
         assert device.ask(ENQ) == ACK
         for number in range(50):
             content = b"\x02%d\x03" % number
             assert device.ask(content) == ACK
-            assert row(here, "REPLY", content)
+            assert row(here, "REPLY" + over, content)
         assert device.quiet() == b""
 
 
-def test_a_message_that_is_too_large_is_not_acknowledged_and_the_next_is_taken(here):
-    with instrument(here, "SMALL") as device:
+def test_a_message_that_is_too_large_is_not_acknowledged_and_the_next_is_taken(here, over):
+    with instrument(here, "SMALL" + over) as device:
         device.write(b"\x02" + b"x" * 2000 + b"\x03")
         assert device.quiet() == b""
         assert device.ask(b"\x02good\x03") == ACK
-    came(here, "SMALL", b"\x02good\x03".hex())
-    assert len(of(here, "SMALL")) == 1
+    came(here, "SMALL" + over, b"\x02good\x03".hex())
+    assert len(of(here, "SMALL" + over)) == 1
 
 
 @pytest.mark.parametrize(
     ("channel", "answer", "written"), [("HEX", "02414b03", b"\x02AK\x03"), ("TEXT", "Grüße", "Grüße".encode())]
 )
-def test_the_bots_answer_is_written_back(here, channel, answer, written):
+def test_the_bots_answer_is_written_back(here, over, channel, answer, written):
     here.sandbox.bot = lambda transmit: (200, answer)
-    with instrument(here, channel) as device:
+    with instrument(here, channel + over) as device:
         device.write(b"\x02answer me\x03")
         assert device.take(len(written)) == written
         assert device.quiet() == b""
-    assert settled(here, channel, b"\x02answer me\x03")["ack_outcome"] == "delivered"
+    assert settled(here, channel + over, b"\x02answer me\x03")["ack_outcome"] == "delivered"
 
 
-def test_an_answer_that_is_no_hex_is_complained_about(here):
+def test_an_answer_that_is_no_hex_is_complained_about(here, over):
     here.sandbox.bot = lambda transmit: (200, "no hex")
-    with instrument(here, "HEX") as device:
+    with instrument(here, "HEX" + over) as device:
         device.write(b"\x02wrong\x03")
-        assert settled(here, "HEX", b"\x02wrong\x03")["state"] == "processed"
+        assert settled(here, "HEX" + over, b"\x02wrong\x03")["state"] == "processed"
         assert device.quiet() == b""
     here.agent.logged("not hexadecimal")
 
 
 @pytest.mark.parametrize(("channel", "answer"), [("HEX", ""), ("TEXT", ""), ("IGNORE", "024103")])
-def test_what_is_not_written(here, channel, answer):
+def test_what_is_not_written(here, over, channel, answer):
     """The logs of a Bot that returned nothing; and anything with ignoreResponse."""
     here.sandbox.bot = lambda transmit: (200, answer)
-    with instrument(here, channel) as device:
+    with instrument(here, channel + over) as device:
         device.write(b"\x02hush\x03")
-        assert settled(here, channel, b"\x02hush\x03")["state"] == "processed"
+        assert settled(here, channel + over, b"\x02hush\x03")["state"] == "processed"
         assert device.quiet() == b""
 
 
@@ -349,14 +428,14 @@ def test_a_device_that_vanishes_does_no_harm(here):
     assert not row(here, "HEX", b"\x02half")
 
 
-def test_messages_of_one_device_stay_in_order(here):
+def test_messages_of_one_device_stay_in_order(here, over):
     here.sandbox.faults.delay = lambda: 0.002
     wanted = [b"\x02order %d\x03".replace(b"%d", b"%d" % n) for n in range(60)]
-    with instrument(here, "HEX") as device:
+    with instrument(here, "HEX" + over) as device:
         device.write(b"".join(wanted))
 
         def bodies() -> list[str]:
-            return [b for t in of(here, "HEX") if (b := t.body).startswith(b"\x02order".hex())]
+            return [b for t in of(here, "HEX" + over) if (b := t.body).startswith(b"\x02order".hex())]
 
         here.sandbox.wait_for(lambda: len(bodies()) >= 60)
         assert bodies() == [content.hex() for content in wanted]
@@ -371,59 +450,97 @@ def test_missing_start_char_is_refused_with_the_contracts_words(tmp_path):
 # --- ASTM up ---
 
 
-def test_a_session_is_one_transmit(here):
+def test_a_session_is_one_transmit(here, over):
     records = result()
-    with instrument(here, "ASTM") as device:
+    with instrument(here, "ASTM" + over) as device:
         device.session(*records)
-        transmit = came(here, "ASTM", body_of(*records))
+        transmit = came(here, "ASTM" + over, body_of(*records))
         assert transmit.content_type == ASTM_TYPE == "x-application/astm-e1394"
         assert device.quiet() == b""
     eventually(lambda: partials(here) == 0)
 
 
-def test_a_long_record_in_several_frames_and_a_frame_of_26000(here):
+def test_a_long_record_in_several_frames_and_a_frame_of_26000(here, over):
     records = ("H|\\^&|||" + "x" * 900, "R|1|" + "y" * 26_000, "L|1|N")
-    with instrument(here, "ASTM") as device:
+    with instrument(here, "ASTM" + over) as device:
         device.session(*records, size=240)
         device.session(*records, size=26_004)
 
         def both() -> bool:
-            return sum(transmit.body == body_of(*records) for transmit in of(here, "ASTM")) == 2
+            return sum(transmit.body == body_of(*records) for transmit in of(here, "ASTM" + over)) == 2
 
         here.sandbox.wait_for(both)
 
 
-def test_nak_on_a_bad_checksum_then_good(here):
+def test_nak_on_a_bad_checksum_then_good(here, over):
     records = result()
     frames = frames_of(*records)
-    with instrument(here, "ASTM") as device:
+    with instrument(here, "ASTM" + over) as device:
         assert device.ask(ENQ) == ACK
         for frame in frames:
             assert device.ask(bad(frame)) == NAK
             assert device.ask(frame) == ACK
             assert device.ask(frame) == ACK  # the same again: taken once
         device.write(EOT)
-        came(here, "ASTM", body_of(*records))
+        came(here, "ASTM" + over, body_of(*records))
 
 
-def test_records_in_latin_1_and_eot_answered_for_those_who_want_it(here):
+def test_records_in_latin_1_and_eot_answered_for_those_who_want_it(here, over):
     records = ("H@\\^&", "P@1@@@Müller", "L@1@N")
-    with instrument(here, "EOT") as device:
+    with instrument(here, "EOT" + over) as device:
         device.session(*records)
         assert device.take(1) == ACK
-        came(here, "EOT", body_of(*records))
+        came(here, "EOT" + over, body_of(*records))
 
 
-def test_an_empty_session_is_answered_and_not_delivered(here):
-    before = len(rows(here, "EOT"))
+def test_an_empty_session_is_answered_and_not_delivered(here, over):
+    before = len(rows(here, "EOT" + over))
     records = result()
-    with instrument(here, "EOT") as device:
+    with instrument(here, "EOT" + over) as device:
         assert device.ask(ENQ) == ACK
         assert device.ask(EOT) == ACK
         device.session(*records)
         assert device.take(1) == ACK
-        came(here, "EOT", body_of(*records))
-    assert len(rows(here, "EOT")) == before + 1
+        came(here, "EOT" + over, body_of(*records))
+    assert len(rows(here, "EOT" + over)) == before + 1
+
+
+BIG = ("H|\\^&|||" + "x" * 900, "R|1|" + "y" * 26_000, "L|1|N")
+AT = ("H@\\^&", "P@1", "R@1@^^^GLU@5.4", "L@1@N")
+USUAL = ("H|\\^&|||ABC", "P|1", "R|1|^^^GLU|5.4|mg/dL", "L|1|N")
+DEVIATIONS = {
+    "frames of 26,000 characters": (BIG, frames_of(*BIG, size=26_004)),
+    "@ as delimiter": (AT, frames_of(*AT)),
+    "no CR LF": (USUAL, [frame[:-2] for frame in frames_of(*USUAL)]),
+    "NULs before and after": (USUAL, [b"\0\0" + frame + b"\0\0\0" for frame in frames_of(*USUAL)]),
+    "the same number with new content": (USUAL, [astm_frame(1, f"{record}\r".encode(), ETX[0]) for record in USUAL]),
+    "numbers from 0": (USUAL, [astm_frame(n, f"{record}\r".encode(), ETX[0]) for n, record in enumerate(USUAL)]),
+    "all records in one frame": (USUAL, [astm_frame(1, "".join(f"{r}\r" for r in USUAL).encode(), ETX[0])]),
+    "no CR after a record": (USUAL, [astm_frame(n, r.encode(), ETX[0]) for n, r in enumerate(USUAL, 1)]),
+    "no L record": (USUAL[:-1], frames_of(*USUAL[:-1])),
+    "lower-case checksums": (USUAL, [f[:-4] + f[-4:].lower() for f in frames_of(*USUAL)]),
+}
+
+
+@pytest.mark.parametrize(("records", "frames"), DEVIATIONS.values(), ids=DEVIATIONS)
+def test_real_instruments_deviate(here, over, records, frames):
+    """Each asks as soon as it is connected, and each goes on as usual afterwards."""
+    channel = "ASTM" + over
+
+    def count() -> int:
+        return sum(transmit.body == body_of(*records) for transmit in of(here, channel))
+
+    before = count()
+    with instrument(here, channel) as device:
+        assert device.ask(ENQ) == ACK
+        for frame in frames:
+            assert device.ask(frame) == ACK
+        device.write(EOT)
+        here.sandbox.wait_for(lambda: count() == before + 1, what=f"{records}; got {of(here, channel)[-2:]}")
+        after = result()
+        device.session(*after)
+        came(here, channel, body_of(*after))
+    assert count() == before + 1
 
 
 def dead(here: Site, channel: str, original: str) -> dict[str, Any]:
@@ -449,13 +566,13 @@ def test_an_interrupted_session_is_a_dead_letter_with_its_records(here):
     eventually(lambda: partials(here) == 0)
 
 
-def test_silence_in_a_session_interrupts_it_and_the_line_goes_on(here):
-    with instrument(here, "SILENT") as device:
+def test_silence_in_a_session_interrupts_it_and_the_line_goes_on(here, over):
+    with instrument(here, "SILENT" + over) as device:
         device.session("H|\\^&|||SILENT", eot=False)
-        assert "silent" in dead(here, "SILENT", body_of("H|\\^&|||SILENT"))["last_error"]
+        assert "silent" in dead(here, "SILENT" + over, body_of("H|\\^&|||SILENT"))["last_error"]
         records = result()
         device.session(*records)
-        came(here, "SILENT", body_of(*records))
+        came(here, "SILENT" + over, body_of(*records))
 
 
 def test_reset_in_a_session_keeps_what_was_acknowledged(here):
@@ -468,20 +585,20 @@ def test_reset_in_a_session_keeps_what_was_acknowledged(here):
 # --- ASTM down ---
 
 
-def test_a_host_query_is_answered_by_an_order(here):
+def test_a_host_query_is_answered_by_an_order(here, over):
     order = ("H|\\^&|||HOST", "P|1", "O|1|E77||^^^GLU|R", "L|1|N")
     query = ("H|\\^&|||ABC", "Q|1|^E77||ALL", "L|1|N")
     here.sandbox.bot = lambda transmit: (200, body_of(*order)) if "\nQ|" in transmit.body else (200, "")
-    with instrument(here, "ASTM") as device:
+    with instrument(here, "ASTM" + over) as device:
         device.session(*query)
         assert device.accept() == [f"{record}\r".encode() for record in order]
         assert device.quiet() == b""
         device.session(*result())  # the line is free again
 
 
-def test_an_answer_in_small_frames_survives_a_nak(here):
+def test_an_answer_in_small_frames_survives_a_nak(here, over):
     here.sandbox.bot = lambda transmit: (200, "H|\\^&|||0123456789\nL|1|N\n")
-    with instrument(here, "SHORT") as device:
+    with instrument(here, "SHORT" + over) as device:
         device.session(*result())
         assert device.take(1) == ENQ
         assert device.ask(NAK) == ENQ  # busy: asked again
@@ -499,24 +616,78 @@ def test_an_answer_in_small_frames_survives_a_nak(here):
         assert device.take(1) == EOT
 
 
-def test_contention_the_instrument_wins(here):
-    here.sandbox.bot = lambda transmit: (200, "H|\\^&\nL|1|N\n") if "Q|" in transmit.body else (200, "")
+def test_contention_when_we_asked_first(here, over):
+    """The instrument wins, and we ask again when its session is over, or when it never comes."""
+    here.sandbox.bot = lambda transmit: (200, ORDER) if "Q|" in transmit.body else (200, "")
     records = result()
-    with instrument(here, "ASTM") as device:
+    with instrument(here, "ASTM" + over) as device:
         device.session("H|\\^&", "Q|1|^E1", "L|1|N")
         assert device.take(1) == ENQ
+        contended = time.monotonic()
+        device.write(ENQ)
+        assert device.take(1) == ENQ
+        assert time.monotonic() - contended >= 0.3  # contentionTimeoutSecs
         device.write(ENQ)
         assert device.quiet(0.1) == b""
         device.session(*records)
-        assert device.accept() == [b"H|\\^&\r", b"L|1|N\r"]
-    came(here, "ASTM", body_of(*records))
+        assert device.accept() == ORDER_RECORDS
+    came(here, "ASTM" + over, body_of(*records))
 
 
-@pytest.mark.parametrize("vanishes", [True, False])
-def test_an_answer_that_the_instrument_did_not_take_is_no_delivery(here, vanishes):
+def test_contention_when_the_instrument_asked_first(here, over):
+    """An order that comes in its session waits for the end, and for the instrument's next session if it has one."""
+    records = result()
+    with instrument(here, "ASTM" + over) as device:
+        assert device.ask(ENQ) == ACK
+        with here.caller() as caller:
+            caller.store("channel://ASTM" + over, ORDER, contentType=ASTM_TYPE)
+        eventually(lambda: unsettled(here, "push channel://ASTM" + over))
+        for frame in frames_of(*records):
+            assert device.ask(frame) == ACK
+        assert device.quiet(0.1) == b""
+        device.write(EOT)
+        device.session(*records)
+        assert device.accept() == ORDER_RECORDS
+    eventually(lambda: len([t for t in of(here, "ASTM" + over) if t.body == body_of(*records)]) == 2)
+
+
+def test_reply_time_outs_of_ours(here, over):
+    """An ENQ that is not answered ends in EOT and another ENQ; a frame that is not answered is sent again."""
+    here.sandbox.bot = lambda transmit: (200, "H|\\^&\nL|1|N\n")
+    with instrument(here, "HASTY" + over) as device:
+        device.session(*result())
+        assert device.take(1) == ENQ
+        asked = time.monotonic()
+        assert device.take(2) == EOT + ENQ
+        assert time.monotonic() - asked >= 0.4  # replyTimeoutSecs
+        device.write(ACK)
+        first = device.frame()
+        assert device.frame() == first
+        device.write(ACK)
+        assert device.frame()[2:-5] == b"L|1|N\r"
+        assert device.ask(ACK) == EOT
+
+
+def test_an_instrument_interrupts_us_with_eot(here, over):
+    """It has something more urgent: we stop, hear it, and send the whole message again."""
+    here.sandbox.bot = lambda transmit: (200, ORDER) if "Q|" in transmit.body else (200, "")
+    urgent = result()
+    with instrument(here, "ASTM" + over) as device:
+        device.session("H|\\^&", "Q|1|^E1", "L|1|N")
+        assert device.take(1) == ENQ
+        device.write(ACK)
+        assert device.frame()[2:-5] == ORDER_RECORDS[0]
+        assert device.ask(EOT) == EOT
+        device.session(*urgent)
+        assert device.accept() == ORDER_RECORDS
+    came(here, "ASTM" + over, body_of(*urgent))
+
+
+@pytest.mark.parametrize(("channel", "vanishes"), [("ASTM", True), ("ASTM", False), ("ASTM" + SERIAL, False)])
+def test_an_answer_that_the_instrument_did_not_take_is_no_delivery(here, channel, vanishes):
     here.sandbox.bot = lambda transmit: (200, "H|\\^&\nL|1|N\n")
     records = result()
-    with instrument(here, "ASTM") as device:
+    with instrument(here, channel) as device:
         device.session(*records)
         assert device.take(1) == ENQ
         if not vanishes:
@@ -526,9 +697,7 @@ def test_an_answer_that_the_instrument_did_not_take_is_no_delivery(here, vanishe
                 device.write(NAK)
             assert device.take(1) == EOT
     original = body_of(*records).encode()
-    eventually(
-        lambda: (row(here, "ASTM", original) or {})["ack_outcome"] == "undelivered", 3, str(row(here, "ASTM", original))
-    )
+    eventually(lambda: (row(here, channel, original) or {})["ack_outcome"] == "undelivered", 3)
 
 
 def test_a_dead_letter_is_as_old_as_it_is(here):
@@ -544,33 +713,25 @@ def test_a_dead_letter_is_as_old_as_it_is(here):
 # --- we connect ---
 
 
-@contextlib.contextmanager
-def listening(port: int) -> Iterator[socket.socket]:
-    with socket.create_server(("127.0.0.1", port)) as listener:
-        listener.settimeout(15)
-        yield listener
-
-
 def test_role_client_dials_and_dials_again(here):
-    with listening(here.ports["CLIENT"]) as listener:
-        for _ in range(2):
-            with Instrument(listener.accept()[0]) as device:
-                records = result()
-                here.sandbox.bot = lambda transmit: (200, "H|\\^&\nO|1|E1\nL|1|N\n")
-                device.session(*records)
-                came(here, "CLIENT", body_of(*records))
-                assert device.accept() == [b"H|\\^&\r", b"O|1|E1\r", b"L|1|N\r"]
-        with Instrument(listener.accept()[0]) as device:
-            device.reset()
+    listener = LISTENING["CLIENT"]
+    for _ in range(2):
         with Instrument(listener.accept()[0]) as device:
             records = result()
+            here.sandbox.bot = lambda transmit: (200, "H|\\^&\nO|1|E1\nL|1|N\n")
             device.session(*records)
             came(here, "CLIENT", body_of(*records))
+            assert device.accept() == [b"H|\\^&\r", b"O|1|E1\r", b"L|1|N\r"]
+    Instrument(listener.accept()[0]).reset()
+    with Instrument(listener.accept()[0]) as device:
+        records = result()
+        device.session(*records)
+        came(here, "CLIENT", body_of(*records))
 
 
 def test_role_client_raw(here):
     here.sandbox.bot = lambda transmit: (200, "thanks")
-    with listening(here.ports["RAW-CLIENT"]) as listener, Instrument(listener.accept()[0]) as device:
+    with Instrument(LISTENING["RAW-CLIENT"].accept()[0]) as device:
         device.write(b"\x02dialed\x03")
         came(here, "RAW-CLIENT", "\x02dialed\x03")
         assert device.take(6) == b"thanks"
@@ -756,27 +917,28 @@ def test_push_that_the_instrument_refuses(here):
         assert push.answer.status == 400 and "6 tries" in push.answer.text
 
 
-def test_push_to_a_connected_instrument(here):
-    with instrument(here, "ASTM") as device:
+def test_push_to_a_connected_instrument(here, over):
+    by_name = f"serial://{CABLES['ASTM' + over].agent}" if over else "channel://ASTM/127.0.0.1"
+    with instrument(here, "ASTM" + over) as device:
         device.session(*result())
-        with Waiting(here, "channel://ASTM", ORDER) as push:
+        with Waiting(here, "channel://ASTM" + over, ORDER) as push:
             assert device.accept() == ORDER_RECORDS
         assert (push.answer.status, push.answer.text) == (200, "OK")
         with here.caller() as caller:
-            caller.store("channel://ASTM/127.0.0.1", ORDER, ORDER, contentType=ASTM_TYPE)
+            caller.store(by_name, ORDER, ORDER, contentType=ASTM_TYPE)
         assert device.accept() == ORDER_RECORDS
         assert device.accept() == ORDER_RECORDS
 
 
 @pytest.mark.parametrize(("channel", "body"), [("HEX", "02414203"), ("TEXT", "\x02AB\x03")])
-def test_push_to_a_connected_raw_device(here, channel, body):
-    with instrument(here, channel) as device, here.caller() as caller:
+def test_push_to_a_connected_raw_device(here, over, channel, body):
+    with instrument(here, channel + over) as device, here.caller() as caller:
         device.write(b"\x02here\x03")
-        eventually(lambda: row(here, channel, b"\x02here\x03"))
-        answer = caller.push(f"channel://{channel}", body, contentType=BYTES_TYPE)
+        eventually(lambda: row(here, channel + over, b"\x02here\x03"))
+        answer = caller.push(f"channel://{channel}{over}", body, contentType=BYTES_TYPE)
         assert (answer.status, answer.text) == (200, "OK")
         assert device.take(4) == b"\x02AB\x03"
-        caller.store(f"channel://{channel}", body, body, contentType=BYTES_TYPE)
+        caller.store(f"channel://{channel}{over}", body, body, contentType=BYTES_TYPE)
         assert device.take(8) == b"\x02AB\x03" * 2
 
 
@@ -788,11 +950,11 @@ def test_push_to_a_channel_without_a_device(here):
         assert answer.status == 400 and "NONE" in answer.text
 
 
-def test_a_push_that_the_raw_channel_cannot_carry(here):
-    with instrument(here, "HEX") as device, here.caller() as caller:
+def test_a_push_that_the_raw_channel_cannot_carry(here, over):
+    with instrument(here, "HEX" + over) as device, here.caller() as caller:
         device.write(b"\x02I am\x03")
-        eventually(lambda: row(here, "HEX", b"\x02I am\x03"))
-        answer = caller.push("channel://HEX", "no hex", contentType=BYTES_TYPE)
+        eventually(lambda: row(here, "HEX" + over, b"\x02I am\x03"))
+        answer = caller.push("channel://HEX" + over, "no hex", contentType=BYTES_TYPE)
         assert answer.status == 400 and "hexadecimal" in answer.text
         assert device.quiet() == b""
 
@@ -800,109 +962,29 @@ def test_a_push_that_the_raw_channel_cannot_carry(here):
 # --- serial ---
 
 
-class Cable:
-    """A null-modem cable: two pseudo-terminals tied together by socat; `agent` and `device` are their names."""
-
-    def __init__(self, folder: Path):
-        self.agent, self.device = folder / "ttyAGENT", folder / "ttyDEVICE"
-        self._process: subprocess.Popen[bytes] | None = None
-        self.plug()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.unplug()
-
-    def plug(self) -> None:
-        ends = [f"pty,raw,echo=0,link={name}" for name in (self.agent, self.device)]
-        self._process = subprocess.Popen(["socat", *ends])
-        eventually(lambda: self.agent.exists() and self.device.exists(), what="socat's pseudo-terminals")
-
-    def unplug(self) -> None:
-        if self._process is not None:
-            self._process.terminate()
-            self._process.wait(5)
-            self._process = None
-
-    def open(self) -> Instrument:
-        return Instrument(os.open(self.device, os.O_RDWR | os.O_NOCTTY))
-
-
-@pytest.fixture(scope="module")
-def serial_site(tmp_path_factory):
-    if shutil.which("socat") is None:
-        pytest.skip("socat is not installed: SERIAL PORTS ARE NOT TESTED (apt-get install socat)")
-    folder = tmp_path_factory.mktemp("serial")
-    with Cable(folder) as astm, contextlib.ExitStack() as stack:
-        (folder / "raw").mkdir()
-        raw = stack.enter_context(Cable(folder / "raw"))
-        channels = {
-            "SERIAL": f"serial://{astm.agent}?mode=astm&baudRate=19200&parity=none&stopBits=1&flow=none{QUICK}",
-            "SERIAL-RAW": f"serial://{raw.agent}?startChar=%02&endChar=%03&autoRespond=%03:%06&bodyEncoding=utf-8",
-        }
-        with site(folder, channels, start=False) as running:
-            running.sandbox.bot = silent_bot
-            running.agent.start(ready=False)
-            running.agent.logged("'SERIAL': serial://")
-            running.agent.logged("'SERIAL-RAW': serial://")
-            running.agent.wait_connected()
-            yield running, astm, raw
-            running.sandbox.bot = silent_bot
-
-
-def test_serial_raw(serial_site):
-    here, _, cable = serial_site
-    here.sandbox.bot = lambda transmit: (200, "thanks") if transmit.channel == "SERIAL-RAW" else (200, "")
-    with cable.open() as device:
-        device.write(b"noise\x02over the wire\x03")
-        assert device.take(1) == ACK
-        assert row(here, "SERIAL-RAW", b"\x02over the wire\x03")
-        transmit = came(here, "SERIAL-RAW", "\x02over the wire\x03")
-        assert transmit.remote == str(cable.agent)
-        assert device.take(6) == b"thanks"
-
-
-def test_serial_session_query_and_push(serial_site):
-    here, cable, _ = serial_site
-    here.sandbox.bot = lambda transmit: (200, ORDER) if "\nQ|" in transmit.body else (200, "")
-    with cable.open() as device:
-        records = result()
-        assert device.ask(ENQ) == ACK
-        for frame in frames_of(*records):
-            assert device.ask(bad(frame)) == NAK
-            assert device.ask(frame) == ACK
-        device.write(EOT)
-        came(here, "SERIAL", body_of(*records))
-        device.session("H|\\^&", "Q|1|^E1||ALL", "L|1|N")
-        assert device.accept() == ORDER_RECORDS
-        for url in ("channel://SERIAL", f"serial://{cable.agent}"):
-            with Waiting(here, url, ORDER) as push:
-                assert device.accept() == ORDER_RECORDS
-            assert push.answer.text == "OK"
-
-
-def test_a_serial_port_that_goes_and_comes_back(serial_site):
-    here, cable, _ = serial_site
+def test_a_serial_port_that_goes_and_comes_back(here):
+    channel = "ASTM" + SERIAL
+    if channel not in CABLES:
+        pytest.skip("socat is not installed")
+    cable = CABLES[channel]
     for number in range(2):
         with cable.open() as device:
             device.session(f"H|\\^&|||PULLED{number}", eot=False)
             cable.unplug()
-        dead(here, "SERIAL", body_of(f"H|\\^&|||PULLED{number}"))
-        opened = _opened(here)
+        dead(here, channel, body_of(f"H|\\^&|||PULLED{number}"))
+        opened = _opened(here, channel)
         cable.plug()
-        eventually(functools.partial(_reopened, here, opened), 15, "the port is open again")
+        eventually(functools.partial(_reopened, here, channel, opened), 15, "the port is open again")
         with cable.open() as device:
             records = result()
             device.session(*records)
-            came(here, "SERIAL", body_of(*records))
+            came(here, channel, body_of(*records))
 
 
-def _opened(here: Site) -> int:
-    return sum(
-        "'SERIAL': serial://" in line and "is open" in line for line in here.agent.main_log().decode().splitlines()
-    )
+def _opened(here: Site, channel: str) -> int:
+    lines = here.agent.main_log().decode().splitlines()
+    return sum(f"'{channel}': serial://" in line and "is open" in line for line in lines)
 
 
-def _reopened(here: Site, before: int) -> bool:
-    return _opened(here) > before
+def _reopened(here: Site, channel: str, before: int) -> bool:
+    return _opened(here, channel) > before
