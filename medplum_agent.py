@@ -1767,6 +1767,7 @@ def stream_answer(body: str, settings: StreamSettings) -> bytes:
 #   record: only with L is a message complete (LIS02-A2 14), and then a lost EOT does no harm.
 # - A line flips bits: `D` becomes EOT, `E` and CR become ENQ. So EOT inside a text, and EOT and ENQ where noise was
 #   just received, count only if nothing follows for DOUBT_SECS. A wrong ACK would acknowledge the frame after it.
+#   EOT and ENQ are one bit apart: of two ENQs in a row the second is answered only if nothing follows.
 # - 6.2.1 We ask with ENQ. NAK: again after 10 s. ENQ in answer to ours is contention: the instrument wins, we do not
 #   answer, and ask again after 20 s or when its session ended. No answer within 15 s: EOT, and again.
 # - 6.3.4 A frame that is answered by anything but ACK or EOT (6.5.1), or by nothing in 15 s, is sent again; the sixth
@@ -1860,6 +1861,7 @@ class Link(enum.Enum):
     """The states of the line."""
 
     IDLE = "neutral"
+    FRESH = "ENQ was answered"
     OPEN = "session open, between frames"
     AFTER = "directly after a frame"
     NOISE = "after bytes that are no frame"
@@ -2248,19 +2250,20 @@ _NOISY: _Row = {
 }
 _LINK: dict[Link, _Row] = {
     Link.IDLE: {
-        ENQ: (Astm._open, Link.OPEN), STX: (Astm._open_bare, Link.NUMBER), EOT: (Astm._ack_eot, Link.IDLE),
+        ENQ: (Astm._open, Link.FRESH), STX: (Astm._open_bare, Link.NUMBER), EOT: (Astm._ack_eot, Link.IDLE),
         **_padding(Link.IDLE), _OTHER: (Astm._skip, Link.IDLE), _TIME: (Astm._enquire, Link.IDLE),
     },
     # receiver
-    Link.OPEN: {**_BETWEEN, ENQ: (Astm._reopen, Link.OPEN)},
+    Link.FRESH: {**_BETWEEN, **_padding(Link.FRESH), ENQ: (Astm._pass, Link.NOISE_ENQ)},
+    Link.OPEN: {**_BETWEEN, ENQ: (Astm._reopen, Link.FRESH)},
     Link.AFTER: {**_BETWEEN, ENQ: (Astm._pass, Link.NOISE_ENQ)},  # a flipped CR, or no CR LF and a new session
     Link.NOISE: _NOISY,
-    Link.NOISE_ENQ: {**_NOISY, _TIME: (Astm._reopen, Link.OPEN)},
+    Link.NOISE_ENQ: {**_NOISY, _TIME: (Astm._reopen, Link.FRESH)},
     Link.NOISE_EOT: {
-        **_NOISY, **_padding(Link.NOISE_EOT), ENQ: (Astm._end_and_open, Link.OPEN), _TIME: (Astm._end, Link.IDLE),
+        **_NOISY, **_padding(Link.NOISE_EOT), ENQ: (Astm._end_and_open, Link.FRESH), _TIME: (Astm._end, Link.IDLE),
     },
     Link.NUMBER: {
-        STX: (Astm._begin, Link.NUMBER), ENQ: (Astm._reopen, Link.OPEN), EOT: (Astm._end, Link.IDLE),
+        STX: (Astm._begin, Link.NUMBER), ENQ: (Astm._reopen, Link.FRESH), EOT: (Astm._end, Link.IDLE),
         _OTHER: (Astm._take_number, Link.TEXT), _TIME: (Astm._silent, Link.IDLE),
     },
     Link.TEXT: {  # all other bytes: _take_text
@@ -2268,7 +2271,7 @@ _LINK: dict[Link, _Row] = {
         EOT: (Astm._pass, Link.TEXT_EOT), _TIME: (Astm._silent, Link.IDLE),
     },
     Link.TEXT_EOT: {
-        STX: (Astm._restart, Link.NUMBER), ENQ: (Astm._cut_and_open, Link.OPEN),
+        STX: (Astm._restart, Link.NUMBER), ENQ: (Astm._cut_and_open, Link.FRESH),
         _OTHER: (Astm._go_on, Link.TEXT), _TIME: (Astm._cut, Link.IDLE),
     },
     Link.SUM: {_OTHER: (Astm._take_sum, Link.SUM), _TIME: (Astm._silent, Link.IDLE)},

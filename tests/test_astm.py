@@ -114,7 +114,7 @@ TABLE = {
         b"\0\0" + ENQ + b"\0" + A + b"\0\0\r\n" + B + b"\0" + EOT + b"\0",
         [ACKED] * 3 + [Session((b"H|a\r", b"R|b\r"))],
     ),
-    "ENQ twice": (ENQ + ENQ + A + EOT, [ACKED] * 3 + [Session((b"H|a\r",))]),
+    "ENQ twice": (ENQ + ENQ + A + EOT, [ACKED] * 2 + [Session((b"H|a\r",))]),
     "ENQ after L": (ENQ + A + L + ENQ + EOT, [ACKED] * 3 + [Session((b"H|a\r", b"L|1\r")), ACKED]),
     "ENQ before L": (
         ENQ + A + ENQ + EOT,
@@ -180,6 +180,25 @@ def test_a_new_session_directly_after_a_frame_without_trailer() -> None:
     line = Line()
     assert line.hear(ENQ + A[:-2] + ENQ) == [ACKED, ACKED]
     assert [type(event) for event in line.wait(DOUBT_SECS)] == [Interrupted, Write]
+
+
+def test_an_eot_that_became_enq_is_answered_once_with_the_enq_behind_it() -> None:
+    """One bit apart. A second ACK would be taken for that of the next frame, and a damaged frame would be missing."""
+    line = Line()
+    records = (b"H|a\r", b"R|b\r", b"L|1\r")
+    assert line.hear(ENQ + A + B + L) == [ACKED] * 4
+    assert line.hear(ENQ, b"\r\n", ENQ) == [Session(records), ACKED]
+    assert line.hear(A[:-4] + b"00\r\n") == [NAKED]
+    assert line.hear(A + B + L + EOT) == [ACKED] * 3 + [Session(records)]
+
+
+def test_an_enq_whose_ack_was_lost_is_answered_again() -> None:
+    line = Line()
+    assert line.hear(ENQ) == [ACKED]
+    assert line.wait(15) == []
+    assert line.hear(ENQ) == []
+    assert line.wait(DOUBT_SECS) == [ACKED]
+    assert line.hear(A + EOT) == [ACKED, Session((b"H|a\r",))]
 
 
 @pytest.mark.parametrize("strict", [False, True])
