@@ -3,25 +3,20 @@
 import contextlib
 import functools
 import itertools
-import os
 import re
-import select
 import shutil
 import socket
-import struct
-import subprocess
 import threading
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any, Self
 
 import pytest
 
-from medplum_agent import ASTM_TYPE, BYTES_TYPE, Transmit, astm_frame, astm_frames
+from medplum_agent import ASTM_TYPE, BYTES_TYPE, Transmit, astm_frame
+from tests.instruments import ACK, ENQ, EOT, ETB, ETX, NAK, Cable, Instrument, bad, body_of, frames_of, of, rows
 from tests.support import Site, eventually, site
 
-STX, ETX, EOT, ENQ, ACK, NAK, ETB = b"\x02", b"\x03", b"\x04", b"\x05", b"\x06", b"\x15", b"\x17"
 FRAMED = "tcp://127.0.0.1:{port}?startChar=%02&endChar=%03"
 ASTM = "tcp://127.0.0.1:{port}?mode=astm"
 SERIAL = "-SERIAL"
@@ -41,136 +36,11 @@ CHANNELS = {
     "CLIENT": f"{ASTM}&role=client{QUICK}",
     "RAW-CLIENT": f"{FRAMED}&role=client&bodyEncoding=utf-8",
     "HASTY": f"{ASTM}&replyTimeoutSecs=0.4&nakDelaySecs=0.1",
-    "NOISY": f"{ASTM}{QUICK}&requireTerminator=true&maxFrame=60",
     "MANY": ASTM,
 }
 CLIENTS = ("CLIENT", "RAW-CLIENT", "MANY")  # channels without a twin on a serial port
-CABLES: dict[str, "Cable"] = {}  # by channel
+CABLES: dict[str, Cable] = {}  # by channel
 LISTENING: dict[str, socket.socket] = {}  # instruments that the agent dials, by channel: there before it asks
-
-
-class Instrument:
-    """What sits on the other end of a line: a blocking socket or a serial port's file descriptor."""
-
-    def __init__(self, line: socket.socket | int):
-        self.line = line
-        self.number = line if isinstance(line, int) else line.fileno()
-        self.buffer = b""
-
-    @classmethod
-    def at(cls, port: int, source: str = "127.0.0.1") -> Self:
-        line = socket.create_connection(("127.0.0.1", port), timeout=10, source_address=(source, 0))
-        line.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        return cls(line)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def close(self) -> None:
-        if isinstance(self.line, int):
-            os.close(self.line)
-        else:
-            self.line.close()
-
-    def reset(self) -> None:
-        """Vanish with a RST."""
-        assert isinstance(self.line, socket.socket)
-        self.line.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-        self.line.close()
-
-    def write(self, raw: bytes) -> None:
-        while raw:
-            raw = raw[os.write(self.number, raw) :]
-
-    def more(self, timeout: float) -> bool:
-        """Read what is there; False when nothing comes, EOFError when the agent closed."""
-        if not select.select([self.number], [], [], timeout)[0]:
-            return False
-        chunk = os.read(self.number, 65536)
-        if not chunk:
-            raise EOFError("the agent closed the line")
-        self.buffer += chunk
-        return True
-
-    def take(self, count: int, timeout: float = 10) -> bytes:
-        until = time.monotonic() + timeout
-        while len(self.buffer) < count:
-            assert self.more(max(0, until - time.monotonic())), f"{count} bytes wanted, {self.buffer!r} came"
-        found, self.buffer = self.buffer[:count], self.buffer[count:]
-        return found
-
-    def quiet(self, seconds: float = 0.25) -> bytes:
-        """What came when nothing came for `seconds`."""
-        while self.more(seconds):
-            pass
-        found, self.buffer = self.buffer, b""
-        return found
-
-    def ended(self, timeout: float = 5) -> bool:
-        """Whether the agent closes, saying nothing more."""
-        try:
-            return not self.more(timeout) and False
-        except (EOFError, ConnectionError):
-            return True
-
-    # --- ASTM ---
-
-    def ask(self, raw: bytes) -> bytes:
-        """Write, and return the one byte that answers."""
-        self.write(raw)
-        return self.take(1)
-
-    def session(self, *records: str, size: int = 240, eot: bool = True) -> None:
-        """Records as a session, each frame acknowledged."""
-        assert self.ask(ENQ) == ACK
-        for frame in frames_of(*records, size=size):
-            assert self.ask(frame) == ACK
-        if eot:
-            self.write(EOT)
-
-    def frame(self, timeout: float = 10) -> bytes:
-        """A frame of the agent, not yet answered; its checksum is right."""
-        until = time.monotonic() + timeout
-        while b"\r\n" not in self.buffer:
-            assert self.more(max(0, until - time.monotonic())), f"no frame: {self.buffer!r}"
-        frame, self.buffer = self.buffer.split(b"\n", 1)
-        frame += b"\n"
-        text = frame[2:-5]
-        assert frame == astm_frame(frame[1] - ord("0"), text, frame[-5])
-        return frame
-
-    def accept(self, timeout: float = 10) -> list[bytes]:
-        """A whole session of the agent, acknowledged; the records."""
-        assert self.take(1, timeout) == ENQ
-        self.write(ACK)
-        records, number = [b""], 0
-        while True:
-            if not self.buffer:
-                assert self.more(10)
-            if self.buffer.startswith(EOT):
-                self.take(1)
-                return records[:-1]
-            frame = self.frame()
-            number = (number + 1) % 8
-            assert frame[1:2] == b"%d" % number
-            records[-1] += frame[2:-5]
-            if frame[-5:-4] == ETX:
-                records.append(b"")
-            self.write(ACK)
-
-
-def frames_of(*records: str, size: int = 240) -> list[bytes]:
-    return astm_frames([record.encode("latin-1") + b"\r" for record in records], size)
-
-
-def bad(frame: bytes) -> bytes:
-    """With a checksum that is wrong."""
-    return frame[:-4] + (b"00" if frame[-4:-2] != b"00" else b"01") + frame[-2:]
-
-
 _names = itertools.count(1)
 
 
@@ -178,16 +48,6 @@ def result(name: str = "") -> tuple[str, ...]:
     """The records of a result; `name` tells it from others."""
     name = name or f"S{next(_names)}"
     return "H|\\^&|||ABC", "P|1", f"O|1|{name}|GLU", "R|1|^^^GLU|5.4|mg/dL", "L|1|N"
-
-
-def body_of(*records: str) -> str:
-    return "".join(f"{record}\n" for record in records)
-
-
-def of(here: Site, channel: str) -> list[Transmit]:
-    """What came from a channel, in order."""
-    with here.sandbox.changed:
-        return [transmit for _, transmit in here.sandbox.seen if transmit.channel == channel]
 
 
 def came(here: Site, channel: str, body: str) -> Transmit:
@@ -201,19 +61,9 @@ def came(here: Site, channel: str, body: str) -> Transmit:
     return transmit
 
 
-def rows(here: Site, channel: str) -> list[dict[str, Any]]:
-    """The rows of a channel in the queue file."""
-    with contextlib.closing(here.agent.database()) as db:
-        names = "id, state, ack_outcome, error_code, last_error, original, remote, response"
-        found = db.execute(f"SELECT {names} FROM queue WHERE channel_name = ? ORDER BY id", (channel,)).fetchall()
-    return [dict(zip(names.split(", "), row, strict=True)) for row in found]
-
-
-def unsettled(here: Site, channel: str) -> bool:
-    """Whether messages of a channel wait; pushes are in the channel `push <url>`."""
-    with contextlib.closing(here.agent.database()) as db:
-        query = "SELECT 1 FROM queue WHERE channel_name = ? AND state IN ('queued', 'inflight')"
-        return bool(db.execute(query, (channel,)).fetchall())
+def settled_all(here: Site, channel: str) -> bool:
+    """Whether no message of a channel waits; pushes are in the channel `push <url>`."""
+    return not any(found["state"] in ("queued", "inflight") for found in rows(here, channel))
 
 
 def row(here: Site, channel: str, original: bytes) -> dict[str, Any] | None:
@@ -239,39 +89,6 @@ def partials(here: Site) -> int:
 
 def silent_bot(transmit: Transmit) -> tuple[int, Any]:
     return 200, ""
-
-
-class Cable:
-    """A null-modem cable: two pseudo-terminals tied together by socat; `agent` and `device` are their names."""
-
-    def __init__(self, folder: Path):
-        self.agent, self.device = folder / "ttyAGENT", folder / "ttyDEVICE"
-        self._process: subprocess.Popen[bytes] | None = None
-        self.plug()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.unplug()
-
-    def plug(self) -> None:
-        ends = [f"pty,raw,echo=0,link={name}" for name in (self.agent, self.device)]
-        self._process = subprocess.Popen(["socat", *ends])
-        eventually(lambda: self.agent.exists() and self.device.exists(), what="socat's pseudo-terminals")
-
-    def address(self, tcp: str) -> str:
-        """The address of a channel with the parameters of a TCP one."""
-        return f"serial://{self.agent}?baudRate=19200&parity=none&stopBits=1&flow=none&{tcp.partition('?')[2]}"
-
-    def unplug(self) -> None:
-        if self._process is not None:
-            self._process.terminate()
-            self._process.wait(5)
-            self._process = None
-
-    def open(self) -> Instrument:
-        return Instrument(os.open(self.device, os.O_RDWR | os.O_NOCTTY))
 
 
 @contextlib.contextmanager
@@ -317,7 +134,7 @@ def here(shared_site):
     yield shared_site
     eventually(lambda: partials(shared_site) == 0, what="the end of all sessions")
     for channel in CABLES:  # the next test finds the line as this one leaves it
-        eventually(lambda channel=channel: not unsettled(shared_site, channel), what=f"{channel} at rest")
+        eventually(functools.partial(settled_all, shared_site, channel), what=f"{channel} at rest")
     faults, fresh = shared_site.sandbox.faults, type(shared_site.sandbox.faults)()
     for name in vars(fresh):
         setattr(faults, name, getattr(fresh, name))
@@ -641,7 +458,7 @@ def test_contention_when_the_instrument_asked_first(here, over):
         assert device.ask(ENQ) == ACK
         with here.caller() as caller:
             caller.store("channel://ASTM" + over, ORDER, contentType=ASTM_TYPE)
-        eventually(lambda: unsettled(here, "push channel://ASTM" + over))
+        eventually(lambda: not settled_all(here, "push channel://ASTM" + over))
         for frame in frames_of(*records):
             assert device.ask(frame) == ACK
         assert device.quiet(0.1) == b""
