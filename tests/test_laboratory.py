@@ -9,13 +9,14 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, Self
 
 import pytest
 
 from medplum_agent import ASTM_TYPE, BYTES_TYPE, Transmit, astm_frame
 from tests.instruments import ACK, ENQ, EOT, ETB, ETX, NAK, Cable, Instrument, bad, body_of, frames_of, of, rows
-from tests.support import Site, eventually, site
+from tests.support import Site, accepts, eventually, site
 
 FRAMED = "tcp://127.0.0.1:{port}?startChar=%02&endChar=%03"
 ASTM = "tcp://127.0.0.1:{port}?mode=astm"
@@ -399,6 +400,35 @@ def test_reset_in_a_session_keeps_what_was_acknowledged(here):
     dead(here, "ASTM", body_of("H|\\^&|||RESET"))
 
 
+def test_instruments_of_one_channel_keep_their_order_and_do_not_wait_for_each_other(here):
+    """Four at four addresses send at the same time; with no answer from the server each has one on its way."""
+    hosts = [f"127.0.0.{number}" for number in range(2, 6)]
+    here.sandbox.faults.silent = True
+
+    def send(host: str) -> None:
+        with Instrument.at(here.ports["MANY"], host) as device:
+            for number in range(10):
+                device.session(*result(f"{host}-{number}"))
+
+    def seen() -> list[str]:
+        return [transmit.body.split("O|1|")[1].split("|")[0] for transmit in of(here, "MANY")]
+
+    senders = [threading.Thread(target=send, args=(host,)) for host in hosts]
+    for sender in senders:
+        sender.start()
+    for sender in senders:
+        sender.join(20)
+    eventually(lambda: len(rows(here, "MANY")) == 40, what="everything stored")
+    here.sandbox.wait_for(lambda: len(seen()) >= 4)
+    assert sorted(seen()) == [f"{host}-0" for host in hosts]
+    here.sandbox.faults.silent = False
+    here.sandbox.cut()  # what was not answered is sent again
+    eventually(lambda: settled_all(here, "MANY"), what="everything processed")
+    for host in hosts:
+        mine = [name for name in seen()[4:] if name.startswith(f"{host}-")]
+        assert mine == [f"{host}-{number}" for number in range(10)]
+
+
 # --- ASTM down ---
 
 
@@ -557,18 +587,16 @@ def test_role_client_raw(here):
 # --- kill -9 ---
 
 
-@pytest.mark.parametrize("times", [50])
-def test_kill_between_frames_loses_no_acknowledged_frame(tmp_path, times):
+@pytest.mark.parametrize(("transport", "times"), [("tcp", 50), ("serial", 5)])
+def test_kill_between_frames_loses_no_acknowledged_frame(tmp_path, transport, times):
     """After each restart everything acknowledged is delivered or in a dead letter, under exactly one of them."""
-    with site(tmp_path, {"ASTM": ASTM}, start=False) as lone:
+    with lone_site(tmp_path, transport) as (lone, cable):
         lone.sandbox.bot = silent_bot
         acked: list[str] = []
         sizes = [n % 6 for n in range(times)]
         for number, count in enumerate(sizes):
             lone.agent.start(ready=False)
-            port = lone.ports["ASTM"]
-            eventually(functools.partial(_open, port), 20)
-            with instrument(lone, "ASTM") as device:
+            with opened(lone, cable, number) as device:
                 assert device.ask(ENQ) == ACK
                 name = f"K{number}"
                 records = [f"H|\\^&|||{name}-H", *(f"R|{n}|{name}-{n}" for n in range(4)), f"L|1|{name}-L"]
@@ -578,6 +606,9 @@ def test_kill_between_frames_loses_no_acknowledged_frame(tmp_path, times):
                     acked.append(record)
                 device.write(frames[count])  # under way
                 lone.agent.kill()
+                if cable is not None:  # or the next agent would hear the rest of this session
+                    cable.unplug()
+                    cable.plug()
         lone.agent.start(ready=False)
         lone.agent.wait_connected()
 
@@ -592,17 +623,43 @@ def test_kill_between_frames_loses_no_acknowledged_frame(tmp_path, times):
         eventually(lambda: partials(lone) == 0)
 
 
-def _open(port: int) -> bool:
-    with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=1):
-        return True
-    return False
+@contextlib.contextmanager
+def lone_site(folder: Path, transport: str) -> Iterator[tuple[Site, Cable | None]]:
+    """A site with the channel `ASTM`, not started, and the cable of its serial port."""
+    with contextlib.ExitStack() as stack:
+        cable, address = None, ASTM
+        if transport == "serial":
+            if shutil.which("socat") is None:
+                pytest.skip("socat is not installed: SERIAL PORTS ARE NOT TESTED (apt-get install socat)")
+            cable = stack.enter_context(Cable(folder))
+            address = cable.address(ASTM)
+        yield stack.enter_context(site(folder, {"ASTM": address}, start=False)), cable
 
 
-def test_a_clean_stop_in_a_session_keeps_it(tmp_path):
-    with site(tmp_path, {"ASTM": ASTM}, start=False) as lone:
+def opened(here: Site, cable: Cable | None, times: int = 0) -> Instrument:
+    """The line to an agent that has just been started, for the time after `times` times."""
+    if cable is None:
+        eventually(lambda: accepts(("127.0.0.1", here.ports["ASTM"])), 20)
+        return instrument(here, "ASTM")
+    eventually(functools.partial(opened_since, here, "ASTM", times), 20, "the serial port is open")
+    return cable.open()
+
+
+def opened_since(here: Site, channel: str, times: int) -> bool:
+    return opens(here, channel) > times
+
+
+def opens(here: Site, channel: str) -> int:
+    """How often the agent opened the serial port of a channel."""
+    lines = here.agent.main_log().decode().splitlines()
+    return sum(f"'{channel}': serial://" in line and "is open" in line for line in lines)
+
+
+@pytest.mark.parametrize("transport", ["tcp", "serial"])
+def test_a_clean_stop_in_a_session_keeps_it(tmp_path, transport):
+    with lone_site(tmp_path, transport) as (lone, cable):
         lone.agent.start(ready=False)
-        lone.agent.logged("Medplum service started")
-        with instrument(lone, "ASTM") as device:
+        with opened(lone, cable) as device:
             device.session("H|\\^&|||STOPPED", eot=False)
             code, seconds = lone.agent.terminate()
             assert code == 0 and seconds < 8
@@ -640,30 +697,39 @@ def test_a_queued_body_keeps_its_form_over_a_change_of_mode_and_a_restart(tmp_pa
 # --- reload ---
 
 
-def test_reload_that_changes_the_mode_on_the_same_port(tmp_path):
-    with site(tmp_path, {"X": FRAMED}, start=False) as lone:
+@pytest.mark.parametrize("transport", ["tcp", "serial"])
+def test_reload_that_changes_the_mode_on_the_same_port(tmp_path, transport):
+    with lone_site(tmp_path, transport) as (lone, cable):
         lone.sandbox.bot = silent_bot
-        lone.agent.start(ready=False)
-        lone.agent.logged("Medplum service started")
-        lone.agent.wait_connected()
-        with instrument(lone, "X") as device:
-            device.write(b"\x02raw\x03")
-            came(lone, "X", b"\x02raw\x03".hex())
-            lone.endpoint("X")["address"] = ASTM.format(port=lone.ports["X"])
+        astm = lone.endpoint("ASTM")["address"]
+        raw = astm.replace("mode=astm", "startChar=%02&endChar=%03")
+
+        def reload(address: str, device: Instrument) -> None:
+            before = opens(lone, "ASTM")
+            lone.endpoint("ASTM")["address"] = address
             assert lone.sandbox.reload()["type"] != "agent:error"
-            assert device.ended()
-        with instrument(lone, "X") as device:
+            if cable is None:
+                assert device.ended()
+            else:
+                eventually(lambda: opens(lone, "ASTM") > before, what="the serial port is open again")
+
+        lone.endpoint("ASTM")["address"] = raw
+        lone.agent.start(ready=False)
+        lone.agent.wait_connected()
+        with opened(lone, cable) as device:
+            device.write(b"\x02raw\x03")
+            came(lone, "ASTM", b"\x02raw\x03".hex())
+            reload(astm, device)
+        with opened(lone, cable) as device:
             records = result()
             device.session(*records)
-            came(lone, "X", body_of(*records))
+            came(lone, "ASTM", body_of(*records))
             device.session("H|\\^&|||RELOADED", eot=False)
-            lone.endpoint("X")["address"] = FRAMED.format(port=lone.ports["X"])
-            assert lone.sandbox.reload()["type"] != "agent:error"
-            assert device.ended()
-        dead(lone, "X", body_of("H|\\^&|||RELOADED"))
-        with instrument(lone, "X") as device:
+            reload(raw, device)
+        dead(lone, "ASTM", body_of("H|\\^&|||RELOADED"))
+        with opened(lone, cable) as device:
             device.write(b"\x02again\x03")
-            came(lone, "X", b"\x02again\x03".hex())
+            came(lone, "ASTM", b"\x02again\x03".hex())
         eventually(lambda: partials(lone) == 0)
 
 
@@ -789,19 +855,10 @@ def test_a_serial_port_that_goes_and_comes_back(here):
             device.session(f"H|\\^&|||PULLED{number}", eot=False)
             cable.unplug()
         dead(here, channel, body_of(f"H|\\^&|||PULLED{number}"))
-        opened = _opened(here, channel)
+        before = opens(here, channel)
         cable.plug()
-        eventually(functools.partial(_reopened, here, channel, opened), 15, "the port is open again")
+        eventually(functools.partial(opened_since, here, channel, before), 15, "the port is open again")
         with cable.open() as device:
             records = result()
             device.session(*records)
             came(here, channel, body_of(*records))
-
-
-def _opened(here: Site, channel: str) -> int:
-    lines = here.agent.main_log().decode().splitlines()
-    return sum(f"'{channel}': serial://" in line and "is open" in line for line in lines)
-
-
-def _reopened(here: Site, channel: str, before: int) -> bool:
-    return _opened(here, channel) > before
