@@ -5392,6 +5392,9 @@ class AstmCaller(asyncio.Protocol):
             self._driver.do(self._driver.core.refused)
 
 
+P = TypeVar("P", bound=asyncio.Protocol)
+
+
 class Device:
     """The connections to one device, at most `limit` of them, each with one message in flight."""
 
@@ -5469,22 +5472,19 @@ class Device:
             connection.close()
         self._opening += 1
         try:
-            return await self._open(target)
+            return (await self._open(target, lambda: DeviceConnection(self, target.settings)))[1]
         except BaseException:
             self._loop.call_soon(self._wake)  # the place is free again
             raise
         finally:
             self._opening -= 1
 
-    async def _open(self, target: Target) -> DeviceConnection:
+    async def _open(self, target: Target, protocol: Callable[[], P]) -> tuple[asyncio.Transport, P]:
         settings = target.settings
-        loop = asyncio.get_running_loop()
         try:
             context = device_tls(settings) if settings.tls else None
             async with asyncio.timeout(settings.connectTimeoutSecs):
-                _, connection = await loop.create_connection(
-                    lambda: DeviceConnection(self, settings), target.host, target.port, ssl=context
-                )
+                return await self._loop.create_connection(protocol, target.host, target.port, ssl=context)
         except TimeoutError:
             text = f"{self.name}: no connection within {settings.connectTimeoutSecs:g} s"
             raise DeviceError(text, "device-unreachable") from None
@@ -5492,7 +5492,6 @@ class Device:
             raise DeviceError(f"{self.name}: {_os_reason(error)}", "device-unreachable") from None
         except (LocalError, UnicodeError) as error:
             raise DeviceError(f"{self.name}: {error}", "device-unreachable") from None
-        return connection
 
     def _release(self, connection: DeviceConnection) -> None:
         if connection.open:
@@ -5530,22 +5529,19 @@ class Device:
 
     async def send_records(self, target: Target, text: str, seconds: float) -> str:
         """Records to an instrument that listens, as one ASTM session on a connection of its own."""
-        loop = asyncio.get_running_loop()
         settings = StreamSettings(mode="astm", encoding=target.settings.encoding)
+        caller: AstmCaller | None = None
         self.users += 1
         try:
             async with asyncio.timeout(seconds):
-                transport, caller = await loop.create_connection(
-                    lambda: AstmCaller(settings, text, self.name), target.host, target.port
-                )
+                transport, caller = await self._open(target, lambda: AstmCaller(settings, text, self.name))
                 try:
                     return await caller.sent
                 finally:
                     transport.close()
         except TimeoutError:
-            raise DeviceError(f"{self.name}: not taken within {seconds:g} s", "device-silent") from None
-        except OSError as error:
-            raise DeviceError(f"{self.name}: {_os_reason(error)}", "device-unreachable") from None
+            kind = "device-silent" if caller else "device-unreachable"
+            raise DeviceError(f"{self.name}: not taken within {seconds:g} s", kind) from None
         finally:
             self.users -= 1
 

@@ -6,6 +6,7 @@ import itertools
 import re
 import shutil
 import socket
+import ssl
 import threading
 import time
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any, Self
 
 import pytest
+import trustme
 
 from medplum_agent import ASTM_TYPE, BYTES_TYPE, Transmit, astm_frame
 from tests.instruments import ACK, ENQ, EOT, ETB, ETX, NAK, Cable, Instrument, bad, body_of, frames_of, of, rows
@@ -798,6 +800,43 @@ def test_push_that_the_instrument_refuses(here):
                 device.write(NAK)
             assert device.take(1) == EOT
         assert push.answer.status == 400 and "6 tries" in push.answer.text
+
+
+def test_push_with_tls_is_never_sent_without(here, tmp_path):
+    authority, server = trustme.CA(), ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    authority.cert_pem.write_to_path(tmp_path / "ca.pem")
+    authority.issue_cert("127.0.0.1").configure_cert(server)
+    with listening(0) as listener:
+        url = f"tcp://127.0.0.1:{listener.getsockname()[1]}?mode=astm&tls=true"
+        with Waiting(here, f"{url}&caFile={tmp_path / 'ca.pem'}", ORDER) as push, listener.accept()[0] as line:
+            secured = server.wrap_socket(line, server_side=True)
+            with secured:
+                for said, answer in ((ENQ, ACK), *[(frame, ACK) for frame in frames_of(*ORDER.splitlines())]):
+                    assert secured.recv(4096) == said
+                    secured.sendall(answer)
+                assert secured.recv(4096) == EOT
+        assert push.answer.text == "OK"
+        with Waiting(here, url, ORDER) as push, listener.accept()[0] as line, pytest.raises(ssl.SSLError):
+            server.wrap_socket(line, server_side=True)
+        assert "certificate" in push.answer.text
+
+
+def test_push_to_an_instrument_that_is_switched_off_is_unreachable(here):
+    """Not silent: a stored push waits for it, and the tries are not counted."""
+    with socket.create_server(("127.0.0.1", 0), backlog=0) as full, contextlib.ExitStack() as stack:
+        for _ in range(3):  # a queue that is full drops a SYN, as a host does that is not there
+            waiting = stack.enter_context(socket.socket())
+            waiting.setblocking(False)
+            waiting.connect_ex(full.getsockname())
+        url = f"tcp://127.0.0.1:{full.getsockname()[1]}?mode=astm"
+        with here.caller() as caller:
+            answer = caller.push(f"{url}&connectTimeoutSecs=0.2", ORDER, contentType=ASTM_TYPE)
+            assert (answer.status, "no connection within 0.2 s" in answer.text) == (400, True), answer
+            caller.store(f"{url}&ackTimeoutSecs=0.2", ORDER, contentType=ASTM_TYPE)
+        name = f"push {url.partition('?')[0]}"
+        assert eventually(lambda: [r["error_code"] for r in rows(here, name) if r["error_code"]]) == [
+            "device-unreachable"
+        ]
 
 
 def test_push_to_a_connected_instrument(here, over):
