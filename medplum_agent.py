@@ -1762,6 +1762,8 @@ def stream_answer(body: str, settings: StreamSettings) -> bytes:
 #   its checksum, as some instruments leave CR LF away, and pad with NULs. STX inside a frame begins it anew.
 # - 6.3.2 Numbers count 1..7, 0. A frame repeats the last one only if number and bytes are equal: then ACK, nothing
 #   appended. Any other number is accepted with a warning (strictFrameNumbers: NAK).
+# - 6.5.2 A sender that hears nothing for 15 s gives up. When a frame takes longer to store and something came after it,
+#   its ACK is not given: the sender would take it for the answer to that.
 # - 6.4 EOT ends the session and is not answered (ackEot). After ETB or after a frame that was refused, the sender gave
 #   up: interrupted. So does a sender that ends without EOT (30 s of silence, 6.5.2; ENQ; disconnect) before its L
 #   record: only with L is a message complete (LIS02-A2 14), and then a lost EOT does no harm.
@@ -1933,7 +1935,10 @@ class Astm:
         self._partial = frame.end == ETB
         self._size += len(frame.content) + FRAME_COST_BYTES
         self._last, self._expected = frame, (ord(frame.number) + 1) % 8
-        self._answer(ACK)
+        if self._waiting.strip(b"\r\n\0") and now >= self._due:
+            self._refused, self._state = True, Link.NOISE
+        else:
+            self._answer(ACK)
         return self._run()
 
     def refused(self, now: float) -> list[AstmEvent]:
@@ -1991,7 +1996,7 @@ class Astm:
         del self._waiting[:at]
         if self._state in _DOUBTS:
             self._due = self._now + DOUBT_SECS
-        elif self._state not in (Link.ENQUIRE, Link.SENDING):
+        elif self._state not in (Link.ENQUIRE, Link.SENDING, Link.COMMIT):
             self._due = self._now + self.settings.receiveTimeoutSecs
         events, self._events = self._events, []
         return events
@@ -2154,6 +2159,7 @@ class Astm:
             if not expected:
                 self._warn(f"frame {frame.number!r} came where {self._expected} was due; it is accepted")
             self._state, self._pending = Link.COMMIT, frame
+            self._due = self._now + self.settings.replyTimeoutSecs
             self._events.append(frame)
 
     def _answer(self, byte: int) -> None:

@@ -161,6 +161,22 @@ def test_a_frame_that_cannot_be_stored_is_refused() -> None:
     assert line.hear(A + EOT) == [ACKED, Session((b"H|a\r",))]
 
 
+@pytest.mark.parametrize(
+    ("meanwhile", "said"),
+    [
+        (EOT + ENQ, [Interrupted((b"H|a\r",), "the instrument gave up after a frame that was not accepted"), ACKED]),
+        (A, [ACKED]),
+        (b"", [ACKED]),
+    ],
+)
+def test_a_frame_that_takes_longer_to_store_than_its_sender_waits(meanwhile: bytes, said: list) -> None:
+    """The sender takes an ACK for that of its ENQ, and the ENQ's for that of a frame; and its message is unfinished."""
+    line = Line()
+    line.core.receive(ENQ + A, line.now)
+    assert line.core.receive(meanwhile, line.now + 15.1) == []
+    assert line.core.committed(line.now + 20) == said
+
+
 def test_a_sender_that_gives_up_is_interrupted() -> None:
     line = Line()
     bad = B[:-4] + b"00\r\n"
