@@ -5059,7 +5059,10 @@ class AstmChannel(StreamChannel):
     def take_session(self, connection: AstmConnection, session: str, event: Session | Interrupted) -> None:
         """A whole session is a message; an interrupted one is kept as a dead letter with its records."""
         text = records_text(event.records, self.settings)
-        message = self.new_message(connection, text.encode(), text, "utf-8") if text else None
+        if not text:  # nothing but blanks: its frames shall not become a dead letter at the next start
+            self.store.call(lambda db: db.execute("DELETE FROM partial WHERE session = ?", (session,)))
+            return
+        message = self.new_message(connection, text.encode(), text, "utf-8")
         if message is None:
             return
         message.control_id = message.session = session

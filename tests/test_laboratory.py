@@ -363,6 +363,16 @@ def test_real_instruments_deviate(here, over, records, frames):
     assert count() == before + 1
 
 
+def test_a_session_of_blank_records_leaves_nothing_behind(here):
+    before = len(rows(here, "EOT"))
+    with instrument(here, "EOT") as device:
+        assert device.ask(ENQ) == ACK
+        assert device.ask(astm_frame(1, b" \r\0", ETX[0])) == ACK
+        assert device.ask(EOT) == ACK
+    eventually(lambda: partials(here) == 0, 3, "no frame of it is left on disk")
+    assert len(rows(here, "EOT")) == before
+
+
 def dead(here: Site, channel: str, original: str) -> dict[str, Any]:
     found = eventually(lambda: row(here, channel, original.encode()), what=f"{original!r}: {rows(here, channel)}")
     assert found is not None
