@@ -1957,6 +1957,17 @@ class Astm:
             self._step(_TIME)
         return self._run()
 
+    def withdraw(self, position: int, now: float) -> list[AstmEvent]:
+        """Take back a message that was given to send(); one under way ends in EOT, and so without its L record."""
+        self._now = now
+        if position == 0:
+            self._asked = 0
+            if self._state in (Link.ENQUIRE, Link.SENDING):
+                self._write(EOT)
+                self._state, self._rest = Link.IDLE, now + TURN_SECS
+        del self._queue[position]
+        return self._run()
+
     def deadline(self) -> float | None:
         """When expired() wants to be called."""
         if self._state is Link.IDLE:
@@ -4949,8 +4960,12 @@ class AstmDriver:
         self._timer: asyncio.TimerHandle | None = None
 
     def submit(self, records: Sequence[bytes]) -> asyncio.Future[str]:
-        """Send records as a session; the future ends when the instrument took it, or in a DeviceError."""
+        """Send records as a session; the future ends when the instrument took it, or in a DeviceError.
+
+        When it is cancelled the session is not sent: who waited was told so, and may try again.
+        """
         sent: asyncio.Future[str] = self._loop.create_future()
+        sent.add_done_callback(self._withdraw)
         self._sends.append(sent)
         self.do(self.core.send, records)
         return sent
@@ -4961,6 +4976,12 @@ class AstmDriver:
 
     def closed(self) -> None:
         self._perform(self.core.closed())
+
+    def _withdraw(self, sent: asyncio.Future[str]) -> None:
+        if sent in self._sends:
+            position = self._sends.index(sent)
+            del self._sends[position]
+            self.do(self.core.withdraw, position)
 
     def _perform(self, events: list[AstmEvent]) -> None:
         """Do what the core says, and wait for its next deadline."""

@@ -530,6 +530,28 @@ def test_messages_are_sent_in_order() -> None:
     assert line.hear(ACK) == [Write(frame(1, b"H|2\r"))]
 
 
+def test_withdrawn_before_it_is_asked_for() -> None:
+    line = Line()
+    line.hear(ENQ)
+    assert line.say(b"H|1\r") == line.say(b"H|2\r") == []
+    assert line.core.withdraw(0, line.now) == []
+    assert line.hear(EOT) == []
+    assert line.wait(TURN_SECS) == [ASKED]
+    assert line.hear(ACK) == [Write(frame(1, b"H|2\r"))]
+
+
+def test_withdrawn_under_way() -> None:
+    """It ends without its L record, and the next one is sent."""
+    for steps in (b"", ACK, ACK + ACK):
+        line = Line()
+        assert line.say(*RECORDS) == [ASKED]
+        line.hear(*one_by_one(steps))
+        assert line.core.withdraw(0, line.now) == [ENDED]
+        assert line.core.state is Link.IDLE and line.core.deadline() is None
+        line.say(b"H|2\r")
+        assert line.wait(TURN_SECS) == [ASKED]
+
+
 # --- both, over a line that damages what it carries ---
 
 
@@ -667,7 +689,7 @@ def test_every_cut_gives_the_same_events(options, sends, stream, draw) -> None:
     assert said(options, sends, *[stream[a:b] for a, b in itertools.pairwise([0, *cuts, len(stream)])]) == whole
 
 
-@given(st.lists(st.tuples(st.sampled_from("rrrrcnsxw"), STREAMS, st.floats(0, 25)), max_size=30))
+@given(st.lists(st.tuples(st.sampled_from("rrrrcnsxwt"), STREAMS, st.floats(0, 25)), max_size=30))
 @settings(max_examples=300, deadline=None)
 def test_whatever_is_called_in_whatever_order_gives_events(calls) -> None:
     core, now = Astm(USUAL), 0.0
@@ -684,6 +706,8 @@ def test_whatever_is_called_in_whatever_order_gives_events(calls) -> None:
                 events = core.send(RECORDS, now)
             case "w":
                 events = core.expired(now)
+            case "t":
+                events = core.withdraw(0, now) if core._queue else []
             case _:
                 events = core.closed()
         assert all(dataclasses.is_dataclass(event) for event in events)

@@ -862,6 +862,20 @@ def test_push_to_a_connected_instrument(here, over):
         assert device.accept() == ORDER_RECORDS
 
 
+def test_a_push_that_was_given_up_is_not_sent_later(here, over):
+    """The instrument is busy with a session of its own. The caller was told; and a stored push comes once, not once
+    for each of its tries."""
+    with instrument(here, "ASTM" + over) as device:
+        assert device.ask(ENQ) == ACK
+        with here.caller() as caller:
+            answer = caller.push(f"channel://ASTM{over}?ackTimeoutSecs=0.2", ORDER, contentType=ASTM_TYPE)
+        assert (answer.status, "not taken within 0.2 s" in answer.text) == (400, True), answer
+        for frame in frames_of(*result()):
+            assert device.ask(frame) == ACK
+        device.write(EOT)
+        assert device.quiet(0.7) == b""  # longer than the pause before our next ENQ
+
+
 @pytest.mark.parametrize(("channel", "body"), [("HEX", "02414203"), ("TEXT", "\x02AB\x03")])
 def test_push_to_a_connected_raw_device(here, over, channel, body):
     with instrument(here, channel + over) as device, here.caller() as caller:
