@@ -6842,7 +6842,8 @@ def fetched(path: Path | None) -> Dataset:
     stand_in.SOPInstanceUID = ""
     if path is not None:
         with contextlib.suppress(Exception):  # what is no DICOM file is found when it is sent
-            stand_in.SOPInstanceUID = imaging().pydicom.dcmread(path, specific_tags=["SOPInstanceUID"]).SOPInstanceUID
+            read = imaging().pydicom.dcmread(path, specific_tags=["SOPInstanceUID"], stop_before_pixels=True)
+            stand_in.SOPInstanceUID = read.SOPInstanceUID
     vars(stand_in)["path"] = path
     return stand_in
 

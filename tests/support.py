@@ -30,14 +30,19 @@ CORPUS = ROOT.parent / "shared/corpora/hl7"
 AGENT_ID = "agent-1"
 T = TypeVar("T")
 
-_ports = itertools.count(random.randrange(18_000, 31_000))  # below the range that the system gives to clients
+# Below the range that the system gives to clients; each of several test processes has a part of it.
+_WORKER, _WORKERS = (int(os.environ.get(name, default)[-1]) for name, default in (
+    ("PYTEST_XDIST_WORKER", "0"), ("PYTEST_XDIST_WORKER_COUNT", "1")))  # fmt: skip
+_SHARE = 13_000 // _WORKERS
+_FIRST = 18_000 + _SHARE * _WORKER
+_ports = itertools.count(random.randrange(_SHARE))
 
 
 def free_ports(count: int) -> list[int]:
     """Ports that nobody listens on, and that no outgoing connection is given by the system."""
     found: list[int] = []
     while len(found) < count:
-        port = 18_000 + (next(_ports) - 18_000) % 13_000
+        port = _FIRST + next(_ports) % _SHARE
         with (
             contextlib.suppress(OSError),
             socket.create_server(("", port), family=socket.AF_INET6, dualstack_ipv6=True),

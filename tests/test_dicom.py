@@ -67,7 +67,7 @@ from tests.dicom_peers import (
     uid_of,
     uploaded,
 )
-from tests.support import Site, control_id, eventually, message, setting, site
+from tests.support import Site, control_id, eventually, message, setting
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:pydicom.*")
 
@@ -85,7 +85,7 @@ def tls(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def shared_site(tmp_path_factory, tls):
-    secure = f"dicoms://127.0.0.1:{{port}}?certFile={tls.agent_file}"
+    secure = f"dicoms://127.0.0.1:{{port}}?certFile={tls.agent_file}&handshakeTimeoutSecs=1"
     channels = {
         "PACS": LOCAL,
         "LOCKED": f"{LOCAL}calledAeTitle=AGENT&callingAeTitles=CT1,MR 2",
@@ -639,6 +639,15 @@ def test_a_device_that_stops_inside_a_pdu(here):
     assert_works(here, "IMPATIENT")
 
 
+def test_a_device_that_does_not_finish_the_tls_handshake(here, tls):
+    """It is closed in time, and meanwhile others come in."""
+    with raw(here.ports["TLS"]) as silent:
+        assert_works(here, "TLS", context=tls.context())
+        assert closes(silent)
+    with pytest.raises((Aborted, OSError)):
+        Scu(here.ports["TLS"])
+
+
 def vanish(scu: Scu) -> None:
     scu.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     scu.socket.close()
@@ -756,7 +765,7 @@ def uploads(here: Site) -> int:
     return sum(request.startswith("POST /fhir/R4/Binary") for request in here.sandbox.sandbox.requests)
 
 
-@pytest.mark.parametrize("status", [500, 503, 429])
+@pytest.mark.parametrize("status", [500, 429])
 def test_an_upload_that_fails_is_tried_again(retrying, status):
     retrying.sandbox.faults.read_failures["Binary"] = status
     instance, before = made(10_000), uploads(retrying)
@@ -812,6 +821,10 @@ def test_an_upload_is_not_repeated_for_a_bot_that_is_tried_again(retrying):
     assert len({json.loads(t.body)["binary"]["reference"] for t in transmits(retrying, instance.uid)}) == 1
 
 
+def has_new(here: Site, seen: int, files: set[Path]) -> bool:
+    return len(here.sandbox.seen) > seen or bool(set(spooled(here)) - files)
+
+
 @needs_dcmtk
 def test_kills_while_four_storescu_send(tmp_path):
     """Every object that storescu was answered 0x0000 for reaches the server, whole, whenever the agent is killed."""
@@ -823,9 +836,11 @@ def test_kills_while_four_storescu_send(tmp_path):
             for folder, batch in zip(folders, batches, strict=True):
                 write(folder, *batch)
             send = functools.partial(dcmtk, "storescu", "-v", "-to", 5, "+sd", "127.0.0.1", here.ports["PACS"])
+            before = len(here.sandbox.seen), set(spooled(here))
             with ThreadPoolExecutor(4) as pool:
                 running = [pool.submit(send, folder) for folder in folders]
-                time.sleep(moments.uniform(0.1, 0.5))
+                here.sandbox.wait_for(functools.partial(has_new, here, *before), what="the first object of this round")
+                time.sleep(moments.uniform(0, 0.4))
                 here.agent.kill()
                 outputs = [future.result().output for future in running]
             for batch, output in zip(batches, outputs, strict=True):
@@ -843,7 +858,7 @@ def test_kills_while_four_storescu_send(tmp_path):
                 assert uploaded(here, json.loads(transmit.body))[1] == instance.content
         assert_no_spool(here)
         print(f"\n{len(accepted)} objects accepted, {len(here.sandbox.seen)} announcements, {KILLS} kills")
-    assert len(accepted) > 10 * KILLS
+    assert len(accepted) > 3 * KILLS
 
 
 @pytest.fixture
@@ -1004,32 +1019,24 @@ def test_changed_settings_hold_from_the_reload_on(tmp_path):
         assert_works(here, called="ME")
 
 
-@pytest.mark.parametrize(
-    ("query", "complaint"),
-    [
-        ("calledAeTitle=SEVENTEEN-LETTERS", "AE title"),
-        ("peers=10.0.0.0/40", "peers"),
-        ("moveDestinations=PACS", "AETITLE@host:port"),
-        ("tls=true", "certFile"),
-        ("tls=true&certFile=/nowhere/agent.pem", "TLS cannot be set up"),
-    ],
-)
-def test_settings_that_make_no_sense_are_said(tmp_path, query, complaint):
-    with site(tmp_path, {"PACS": f"{LOCAL}{query}"}, start=False) as here:
-        here.agent.start(ready=False)
-        here.agent.logged(complaint)
-
-
-@pytest.mark.parametrize(
-    "query", ["peers=10.0.0.0/40", "callingAeTitles=SEVENTEEN-LETTERS", "calledAeTitle=SEVENTEEN-LETTERS", "tls=true"]
-)
-def test_a_mistake_in_who_may_come_in_opens_nothing(tmp_path, query):
-    """An access list that cannot be read lets nobody in, instead of everybody."""
-    with site(tmp_path, {"PACS": f"{LOCAL}{query}", "FEED": "?enhanced=true"}, start=False) as here:
-        here.agent.start(ready=False)
-        here.agent.logged("Medplum service started")
-        with pytest.raises((Rejected, Aborted, OSError)):
-            Scu(here.ports["PACS"])
+def test_settings_that_make_no_sense_are_said_and_open_nothing(tmp_path):
+    """Above all: an access list that cannot be read lets nobody in, instead of everybody."""
+    complaints = {
+        "calledAeTitle=SEVENTEEN-LETTERS": "no AE title",
+        "callingAeTitles=GOOD,SEVENTEEN-LETTERS": "no AE title",
+        "peers=10.0.0.0/40": "peers",
+        "tls=true": "certFile",
+        "tls=true&certFile=/nowhere/agent.pem": "TLS cannot be set up",
+        "moveDestinations=PACS": "AETITLE@host:port",
+    }
+    channels = {f"BAD{number}": f"{LOCAL}{query}" for number, query in enumerate(complaints)}
+    with imaging_site(tmp_path, channels | {"FEED": "?enhanced=true"}) as here:
+        for name, complaint in zip(channels, complaints.values(), strict=True):
+            lines = [line for line in here.agent.main_log().decode().splitlines() if f"'{name}'" in line]
+            assert any(complaint in line for line in lines), (complaint, lines)
+            if complaint != "AETITLE@host:port":
+                with pytest.raises((Rejected, Aborted, OSError)):
+                    Scu(here.ports[name])
         with here.device("FEED") as device:
             assert device.ask(message("BESIDE-1")) == ("CA", "BESIDE-1")
 
