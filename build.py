@@ -31,6 +31,16 @@ VENV = ROOT / ".venv"
 PYTHON = VENV / ("Scripts/python.exe" if WINDOWS else "bin/python")
 STAMPS = VENV / "build-stamps"  # one file per installed group of dependencies, holding its fingerprint
 
+PACKAGING = ROOT / "packaging"
+LOCK = PACKAGING / "binary.lock"  # what the binary is made of and with, with hashes, for every system and Python
+WORK = ROOT / "build"  # between source and result; its caches make the second build quick
+DIST = ROOT / "dist"
+COMPILING = WORK / "venv"  # holds what the lock names and nothing else
+COMPILING_PYTHON = COMPILING / PYTHON.relative_to(VENV)
+BINARY = DIST / ("medplum-agent-" + {"linux": "linux", "darwin": "macos"}.get(sys.platform, "windows.exe"))
+STANDALONE = DIST / "medplum-agent" / ("medplum-agent.exe" if WINDOWS else "medplum-agent")
+END_TO_END = ("end_to_end", "laboratory", "promise", "order", "push", "operations", "regressions", "binary")
+
 PEERS = ROOT / ".peers"
 MEDPLUM_CLI = PEERS / "node_modules/.bin" / ("medplum.cmd" if WINDOWS else "medplum")
 MEDPLUM_CLI_VERSION = "5.0.10"  # the newest there is
@@ -244,6 +254,43 @@ def readme_is_current() -> bool:
     return False
 
 
+# --- The binary ------------------------------------------------------------------------------------------------------
+
+
+def ensure_compiling() -> None:
+    """Bring build/venv to the lock; nothing is installed whose hash it does not name."""
+    stamp = COMPILING / "build-stamp"
+    wanted = hashlib.sha256(LOCK.read_bytes() + sys.version.encode()).hexdigest()
+    if stamp.exists() and stamp.read_text("utf-8") == wanted:
+        return
+    say("making build/venv from packaging/binary.lock")
+    if importlib.util.find_spec("ensurepip") is None:
+        install_ensurepip()
+    quiet(sys.executable, "-m", "venv", "--clear", COMPILING)
+    pip = (COMPILING_PYTHON, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-input")
+    first = WORK / "setuptools.lock"  # builds Nuitka, which comes as source, without fetching what no hash protects
+    first.write_text(locked("setuptools"), "utf-8")
+    quiet(*pip, "--require-hashes", "--requirement", first)
+    quiet(*pip, "--require-hashes", "--no-build-isolation", "--requirement", LOCK)
+    stamp.write_text(wanted, "utf-8")
+
+
+def locked(name: str) -> str:
+    """The lines of one distribution in the lock."""
+    lines = LOCK.read_text("utf-8").splitlines()
+    start = next(number for number, line in enumerate(lines) if line.startswith(f"{name}=="))
+    end = next((n for n in range(start + 1, len(lines)) if lines[n].startswith((" " * 4 + "#", "#"))), len(lines))
+    return "\n".join(lines[start:end]) + "\n"
+
+
+def build_binary() -> None:
+    if not LOCK.exists():
+        raise BuildError("packaging/binary.lock is missing; run: python3 build.py lock")
+    ensure_compiling()
+    if not succeeds(COMPILING_PYTHON, PACKAGING / "binary.py", WORK, DIST):
+        raise BuildError("the binary was not made; the reason is above")
+
+
 # --- Verbs -----------------------------------------------------------------------------------------------------------
 
 
@@ -259,11 +306,43 @@ def demo(*arguments: str) -> None:
 
 
 def test(*arguments: str) -> None:
-    """lint, then run the tests; arguments go to pytest"""
+    """lint, then run the tests (--binary: those that start the agent, against dist/); arguments go to pytest"""
     ensure("runtime", "test")
     ensure_peers()
+    if arguments[:1] == ("--binary",):
+        test_binary(*arguments[1:])
     lint()
     become(PYTHON, "-m", "pytest", *arguments)
+
+
+def test_binary(*arguments: str) -> NoReturn:
+    """The folder, which packages install, stands for both: a hundred kills of the one file would fill /tmp."""
+    if not BINARY.exists() or not STANDALONE.exists():
+        build_binary()
+    os.environ |= {"MEDPLUM_AGENT_BINARY": str(STANDALONE), "MEDPLUM_AGENT_ONE_FILE": str(BINARY)}
+    files = [ROOT / f"tests/test_{name}.py" for name in END_TO_END]
+    become(PYTHON, "-m", "pytest", "-m", "not module", *files, *arguments)
+
+
+def binary() -> None:
+    """compile one file and a folder into dist/, with checksums, licences and a bill of materials"""
+    build_binary()
+
+
+def package() -> None:
+    """make the packages of this system from dist/medplum-agent (compiled first where missing)"""
+    if not STANDALONE.exists():
+        build_binary()
+    script = {"linux": "linux/package.py", "darwin": "macos/package.py"}.get(sys.platform, "windows/package.py")
+    if not succeeds(sys.executable, PACKAGING / script, STANDALONE.parent, DIST):
+        raise BuildError("the packages were not made; the reason is above")
+
+
+def lock() -> None:
+    """write packaging/binary.lock from the pins in pyproject.toml"""
+    ensure("lock")
+    options = ("--universal", "--python-version", "3.11", "--group", "binary", "--generate-hashes")
+    quiet(PYTHON, "-m", "uv", "pip", "compile", *options, "--no-header", "--quiet", "pyproject.toml", "-o", LOCK)
 
 
 def lint() -> None:
@@ -272,7 +351,7 @@ def lint() -> None:
     checks = (
         succeeds(PYTHON, "-m", "ruff", "check", "--quiet", "."),
         succeeds(PYTHON, "-m", "ruff", "format", "--quiet", "--check", "."),
-        succeeds(PYTHON, "-m", "mypy", "--strict", "medplum_agent.py", "build.py", "tests"),
+        succeeds(PYTHON, "-m", "mypy", "--strict", "medplum_agent.py", "build.py", "tests", "packaging"),
         readme_is_current(),
     )
     if not all(checks):
@@ -330,6 +409,9 @@ VERBS = {
     "format": Verb(reformat),
     "readme": Verb(readme, "[--check]"),
     "bench": Verb(bench, "[ARGUMENTS]"),
+    "binary": Verb(binary),
+    "package": Verb(package),
+    "lock": Verb(lock),
     "fuzz": Verb(fuzz, "[TARGET] [--seconds N]"),
     "clean": Verb(clean),
 }
