@@ -334,8 +334,7 @@ def package() -> None:
     """make the packages of this system from dist/medplum-agent (compiled first where missing)"""
     if not STANDALONE.exists():
         build_binary()
-    script = {"linux": "linux/package.py", "darwin": "macos/package.py"}.get(sys.platform, "windows/package.py")
-    if not succeeds(sys.executable, PACKAGING / script, STANDALONE.parent, DIST):
+    if not succeeds(sys.executable, PACKAGING / "packages.py", STANDALONE.parent, DIST):
         raise BuildError("the packages were not made; the reason is above")
 
 
