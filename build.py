@@ -59,6 +59,11 @@ class Tool(NamedTuple):
 DEBIAN_TOOLS = (
     Tool("strace", "strace", "shows that a commit reaches the disk before the acknowledgment leaves"),
     Tool("socat", "socat", "pairs of pseudo-terminals stand for the serial ports of instruments"),
+    Tool("lintian", "lintian", "checks the .deb"),
+    Tool("rpm", "rpmbuild", "makes the .rpm"),
+    Tool("nsis", "makensis", "makes the installer for Windows"),
+    Tool("systemd", "systemd-analyze", "checks the service and how hardened it is"),
+    Tool("shellcheck", "shellcheck", "checks the scripts of packages and workflows"),
     Tool("nodejs", "node", "runs the Medplum command line, a foreign HL7 sender and receiver"),
     Tool("npm", "npm", "installs the Medplum command line"),
 )

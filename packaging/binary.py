@@ -131,7 +131,7 @@ def collect(work: Path, dist: Path) -> list[Path]:
     folder, one_file = dist / "medplum-agent", dist / f"medplum-agent-{SYSTEM}"
     shutil.rmtree(folder, ignore_errors=True)
     shutil.copytree(work / "medplum_agent.dist", folder, symlinks=True)
-    if sys.platform != "win32":
+    if not (folder / PROGRAM).exists():  # Nuitka's name for it beside a one file
         (folder / f"{PROGRAM}.bin").rename(folder / PROGRAM)
     shutil.copy2(work / PROGRAM, one_file)
     if sys.platform == "linux":

@@ -4,7 +4,7 @@ All of them carry the compiled folder, which is never unpacked at start.
 
     Linux     .deb and .rpm: /usr/lib/medplum-agent, a link in /usr/bin, a systemd unit; settings in /etc/medplum-agent,
               state in /var/lib/medplum-agent, logs in /var/log/medplum-agent
-    macOS     .pkg: /usr/local/lib/medplum-agent, a launchd job; signed where INSTALLER_IDENTITY names a certificate
+    macOS     .pkg: /usr/local/lib/medplum-agent, a launchd job
     Windows   installer .exe with makensis; SHAWL names the service wrapper, which the release fetches by its hash
 """
 
@@ -155,10 +155,8 @@ def macos(program: Path, dist: Path, work: Path) -> Path:
     for script in ("preinstall", "postinstall"):
         put(MACOS / "scripts" / script, scripts / script, 0o755)
     target = dist / f"medplum-agent-{version()}-macos-{platform.machine()}.pkg"
-    identity = os.environ.get("INSTALLER_IDENTITY")
-    signing = ("--sign", identity, "--timestamp") if identity else ()
     what = ("--identifier", "medplum-agent", "--version", version(), "--ownership", "recommended")
-    run("pkgbuild", "--root", tree, "--scripts", scripts, *what, *signing, target)
+    run("pkgbuild", "--root", tree, "--scripts", scripts, *what, target)
     return target
 
 

@@ -2,10 +2,11 @@
 # Sign with the keys that the environment names, and say so where there are none: sign.sh linux|macos|windows FILE...
 #
 #   linux     GPG_PRIVATE_KEY (armoured): a detached signature beside each file
-#   macos     MACOS_CERTIFICATE (.p12 in base64), MACOS_CERTIFICATE_PASSWORD, MACOS_IDENTITY; with APPLE_ID,
-#             APPLE_PASSWORD and APPLE_TEAM packages are notarised as well
+#   macos     MACOS_CERTIFICATE (.p12 in base64), MACOS_CERTIFICATE_PASSWORD, MACOS_IDENTITY for programs,
+#             MACOS_INSTALLER_IDENTITY for packages; with APPLE_ID, APPLE_PASSWORD, APPLE_TEAM these are notarised
 #   windows   WINDOWS_CERTIFICATE (.pfx in base64), WINDOWS_CERTIFICATE_PASSWORD
 set -euo pipefail
+here=$(cd "$(dirname "$0")" && pwd)
 system=$1
 shift
 work=$(mktemp -d)
@@ -31,13 +32,20 @@ macos() {
     base64 --decode <<<"$MACOS_CERTIFICATE" >"$work/certificate.p12"
     security create-keychain -p "" "$keychain"
     security unlock-keychain -p "" "$keychain"
-    security import "$work/certificate.p12" -k "$keychain" -P "$MACOS_CERTIFICATE_PASSWORD" -T /usr/bin/codesign
+    security import "$work/certificate.p12" -k "$keychain" -P "$MACOS_CERTIFICATE_PASSWORD" -T /usr/bin/codesign -T /usr/bin/productsign
     security set-key-partition-list -S apple-tool:,apple: -k "" "$keychain"
     security list-keychains -d user -s "$keychain" login.keychain-db
     for file in "$@"; do
         case $file in
-            *.pkg) notarise "$file" ;;
-            *) codesign --force --timestamp --options runtime --keychain "$keychain" --sign "$MACOS_IDENTITY" "$file" ;;
+            *.pkg)
+                productsign --keychain "$keychain" --sign "$MACOS_INSTALLER_IDENTITY" "$file" "$work/signed.pkg"
+                mv "$work/signed.pkg" "$file"
+                notarise "$file"
+                ;;
+            *)
+                codesign --force --timestamp --options runtime --entitlements "$here/macos/entitlements.plist" \
+                    --keychain "$keychain" --sign "$MACOS_IDENTITY" "$file"
+                ;;
         esac
     done
 }

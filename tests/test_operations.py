@@ -382,7 +382,7 @@ def test_changes_made_while_away_are_applied_when_the_server_is_back(tmp_path):
         here.endpoint("A")["address"] = f"mllp://127.0.0.1:{port}"
         here.sandbox.start()
         eventually(lambda: accepts(("127.0.0.1", port)), 20)
-            eventually(lambda: not accepts(("127.0.0.1", here.ports["A"])), 5, "the old port is closed")
+        eventually(lambda: not accepts(("127.0.0.1", here.ports["A"])), 5, "the old port is closed")
 
 
 def test_start_with_a_bad_endpoint_uses_the_last_good_configuration(tmp_path):
