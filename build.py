@@ -382,8 +382,10 @@ def readme(*arguments: str) -> None:
 
 
 def bench(*arguments: str) -> None:
-    """measure; arguments go to tests/bench/bench.py"""
+    """measure; --programs: size, start and memory of dist/; other arguments go to tests/bench/bench.py"""
     ensure("runtime", "test")
+    if arguments == ("--programs",):
+        become(PYTHON, ROOT / "tests/bench/programs.py")
     become(PYTHON, ROOT / "tests/bench/bench.py", *arguments)
 
 
