@@ -75,7 +75,9 @@ def options(work: Path) -> list[str]:
         "--mode=onefile", "--deployment", "--assume-yes-for-downloads", "--python-flag=no_docstrings",
         "--python-flag=isolated", "--python-flag=no_site",
         f"--user-plugin={Path(__file__).with_name('nuitka_plugin.py')}",
-        *named, *metadata, "--include-package-data=pydicom.data", f"--nofollow-import-to={','.join(LEFT_OUT)}",
+        *named, *metadata, "--include-package-data=pydicom.data",
+        "--noinclude-data-files=pydicom/data/test_files/*", "--noinclude-data-files=pydicom/data/charset_files/*",
+        f"--nofollow-import-to={','.join(LEFT_OUT)}",
         "--onefile-child-grace-time=infinity",  # default: killed after 5 s of a clean stop
         *(["--onefile-tempdir-spec={TEMP}/program"] if sys.platform == "linux" else []),  # see linux/onefile_boot.c
         *(["--onefile-no-dll"] if sys.platform == "win32" else []),  # the folder shall have a program, too
