@@ -64,6 +64,8 @@ DEBIAN_TOOLS = (
     Tool("nsis", "makensis", "makes the installer for Windows"),
     Tool("systemd", "systemd-analyze", "checks the service and how hardened it is"),
     Tool("shellcheck", "shellcheck", "checks the scripts of packages and workflows"),
+    Tool("dcmtk", "storescu", "foreign DICOM peers: echoscu, storescu, findscu, movescu, getscu, storescp"),
+    Tool("orthanc", "Orthanc", "a PACS that stores to us, asks us, and is asked by us"),
     Tool("nodejs", "node", "runs the Medplum command line, a foreign HL7 sender and receiver"),
     Tool("npm", "npm", "installs the Medplum command line"),
 )

@@ -13,7 +13,7 @@ or kept as a dead letter with its bytes and a reason a person can act on.
 The file is read top to bottom; sections look only upwards:
 
     Version, limits · Errors · Settings · Logs · HL7 · MLLP · Byte stream · ASTM · Store · FHIR · Uplink ·
-    Delivery · Channels · Devices · Agent · Sandbox · Command line
+    Delivery · Channels · Devices · DICOM · Agent · Sandbox · Command line
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import argparse
 import asyncio
 import base64
 import collections
+import concurrent.futures
 import contextlib
 import dataclasses
 import datetime
@@ -33,11 +34,13 @@ import io
 import ipaddress
 import itertools
 import json
+import logging
 import math
 import os
 import queue
 import random
 import re
+import select
 import shutil
 import signal
 import socket
@@ -47,10 +50,12 @@ import struct
 import sys
 import threading
 import time
+import types
 import typing
 import urllib.parse
 import urllib.request
 import uuid
+import warnings
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -70,6 +75,11 @@ from websockets.server import ServerProtocol
 
 if typing.TYPE_CHECKING:
     import icmplib
+    from pydicom import Dataset
+    from pynetdicom.ae import ApplicationEntity as AE
+    from pynetdicom.association import Association
+    from pynetdicom.events import Event
+    from pynetdicom.transport import AssociationSocket
 
 try:
     from websockets.speedups import apply_mask
@@ -115,6 +125,7 @@ COMMIT_BYTES = 16 * MIB  # the same for large messages
 UNCOMMITTED_BYTES = 16 * MIB  # received but not yet on disk; above it devices are no longer read
 UNCOMMITTED_MESSAGES = 8192  # the same for small messages
 LAZY_SECS = 0.1  # finished rows are marked with the next batch, or after this time
+COMMITMENT_POLL_SECS = 1.0  # a storage commitment looks this often whether its objects have reached the server
 COMPLAIN_SECS = 5.0  # failed tries of one queue are logged at most this often
 MAX_WARNINGS = 20  # warnings of one channel within that time
 WINDOW_MESSAGES = 8192  # queued messages of a channel known in memory; the rest stays on disk
@@ -131,7 +142,10 @@ DISK_RESERVE_BYTES = 64 * MIB  # kept free so that settling and logging go on wh
 SWEEP_ROWS = 1000  # rows deleted in one transaction: an ACK never waits for the sweeper
 
 RELOAD_START_SECS = 3.0  # a reload asked for while the agent starts waits this long; the server waits 5 s
-HTTP_TIMEOUT_SECS = 30.0  # one HTTP request; uploads of images set their own
+HTTP_TIMEOUT_SECS = 30.0  # one HTTP request
+TRANSFER_TIMEOUT_SECS = 120.0  # of silence while a file is sent or fetched, however long it takes as a whole
+TRANSFERS = 4  # files under way to or from the server at once
+TRANSFER_BLOCK_BYTES = 256 * KIB  # read and written in one go
 HTTP_ATTEMPTS = 3  # uplink contract 1: 429, 5xx and network errors
 TOKEN_MARGIN_SECS = 300.0  # refresh this long before the token expires
 TOKEN_REFRESH_SPACING_SECS = 5.0  # a server that hands out nearly expired tokens must not be asked per message
@@ -147,6 +161,18 @@ PUSH_ANSWER_BYTES = 1_000_000  # a device's answer; the server closes the connec
 PUSH_STORED_SECS = 30.0  # one try of a stored push
 PUSHED_IDS = 256  # pushes to connected devices whose late ACKs are still known
 DEVICE_IDLE_SECS = 10.0  # without keepAlive an unused device connection is closed after this time
+DICOM_PUSH_SECS = 600.0  # one try of a stored push to an imaging device: large objects, slow archives
+DICOM_PUSHES = 8  # pushes to imaging devices under way at once
+DIMSE_SECS = 60.0  # to wait for the peer's answer to a DIMSE request of ours
+IDLE_POLL_SECS = 0.05  # threads of an association look for time-outs this often
+CANCEL_POLL_SECS = 0.1  # a device that waits for the Bot may cancel
+PDU_BYTES = MIB + KIB  # a longer PDU is not read: more than maxPdu can be, and than association requests are
+QUEUED_PDUS = 16  # encoded and not yet sent: 2 MiB
+STORE_WAIT_SECS = 60.0  # for a message of an association to be on disk
+INLINE_BYTES = 4096  # base64 of a binary value that may be part of the JSON
+LARGE_VALUE_BYTES = 512 * KIB  # a value above this is not read for the JSON
+BODY_BYTES = 900_000  # of a message's JSON inside its frame; the server closes the connection at 1 MiB by default
+COMMITMENT_REPORT_SECS = (0.0, 5.0, 30.0, 120.0, 600.0)  # before each try to report a storage commitment
 PING_SECS = 8.0  # a whole ping, whatever its count: below the server's 10 s
 PING_MAX = 100  # echo requests of one ping
 MAX_STATS_SAMPLES = 1000  # round trips kept per channel
@@ -240,6 +266,39 @@ class FieldPath(NamedTuple):
     subcomponent: int
 
 
+class Peer(NamedTuple):
+    """A DICOM application entity that we may connect to."""
+
+    host: str
+    port: int
+
+
+def ae_titles(text: str) -> list[str]:
+    """Comma-separated AE titles; ValueError for what is none (PS3.5 6.2: 1 to 16 printable characters)."""
+    titles = [part.strip() for part in text.split(",") if part.strip()]
+    for title in titles:
+        if len(title) > 16 or not title.isascii() or not title.isprintable() or "\\" in title:
+            raise ValueError(f"'{title}' is no AE title: 1 to 16 printable ASCII characters without backslash")
+    return titles
+
+
+def networks(text: str) -> list[ipaddress.IPv4Network | ipaddress.IPv6Network]:
+    """Comma-separated addresses and networks; ValueError names the bad one."""
+    return [ipaddress.ip_network(part.strip(), strict=False) for part in text.split(",") if part.strip()]
+
+
+def destinations(text: str) -> dict[str, Peer]:
+    """Comma-separated `AET@host:port` by AE title."""
+    found: dict[str, Peer] = {}
+    for part in filter(None, (part.strip() for part in text.split(","))):
+        title, at, address = part.rpartition("@")
+        url = urllib.parse.urlsplit(f"//{address}")
+        if not (at and ae_titles(title) and url.hostname and url.port):
+            raise ValueError(f"'{part}' needs the form AETITLE@host:port")
+        found[title] = Peer(url.hostname, url.port)
+    return found
+
+
 @functools.cache
 def parse_key(spec: str) -> tuple[FieldPath, ...]:
     """`SEG-field[.component[.subcomponent]]`, comma separated; ValueError names the bad part."""
@@ -307,8 +366,12 @@ def setting(
     agent: str = "",
     env: str = "",
     check: Callable[[str], object] | None = None,
+    guard: bool = False,
 ) -> T:
-    """One row of the table of settings: `agent` names the Agent setting a channel falls back to."""
+    """One row of the table of settings: `agent` names the Agent setting a channel falls back to.
+
+    `guard`: it keeps somebody out, so a bad value is an error and never left at its default.
+    """
     row: dict[str, Any] = {
         "label": label,
         "meaning": meaning,
@@ -317,6 +380,7 @@ def setting(
         "choices": choices,
         "agent": agent,
         "env": env,
+        "guard": guard,
     }
     row["check"] = check  # raises ValueError for text that cannot be used
     return typing.cast(T, dataclasses.field(default=typing.cast(Any, default), metadata=row))
@@ -486,6 +550,38 @@ class StreamSettings(ChannelSettings):
 
 
 @dataclasses.dataclass(frozen=True)
+class DicomSettings(ChannelSettings):
+    """Query parameters of a `dicom://` or `dicoms://` Endpoint address."""
+
+    maxMessageBytes: int = setting(0, "Object size",
+        "larger objects are refused (bytes); 0: as long as the disk and queueMaxMb have room", low=0)
+    maxConnections: int = setting(50, "Associations", "associations at once; further ones are rejected", low=1)
+    idleTimeoutSecs: float = setting(60.0, "Idle time-out",
+        "a silent association is aborted after so many seconds; 0: never", low=0)
+    frameTimeoutSecs: float = setting(60.0, "PDU time-out",
+        "a connection that stops inside a PDU is closed after so many seconds; 0: never", low=0)
+    associationTimeoutSecs: float = setting(30.0, "Association time-out",
+        "seconds for the TLS handshake, for the association request, and for its release", low=0.1)
+    calledAeTitle: str = setting("", "Called AE title",
+        "our AE title: associations that call another are rejected; default: any", check=ae_titles, guard=True)
+    callingAeTitles: str = setting("", "Calling AE titles",
+        "AE titles that may associate, comma separated; default: any", check=ae_titles, guard=True)
+    peers: str = setting("", "Peers",
+        "addresses and networks such as `10.1.0.0/16` that may connect, comma separated; default: any",
+        check=networks, guard=True)
+    maxPdu: int = setting(131_072, "PDU size", "largest PDU that we receive (bytes)", low=4096, high=MIB)
+    moveDestinations: str = setting("", "Move destinations",
+        "`AETITLE@host:port`, comma separated: where C-MOVE may send to, and storage commitment reports go",
+        check=destinations)
+    answerWaitSecs: float = setting(10.0, "Wait for the Bot",
+        "MPPS: seconds to wait for the Bot's answer before success is reported (the request is on disk)", low=0)
+    tls: bool = setting(False, "TLS", "listen with TLS; `dicoms://` implies it")
+    certFile: str = setting("", "Certificate", "PEM file of our certificate, for TLS")
+    keyFile: str = setting("", "Key", "PEM file of its key, when it is not in certFile")
+    clientCa: str = setting("", "Client CA", "PEM file of the authority that must have signed the device's certificate")
+
+
+@dataclasses.dataclass(frozen=True)
 class DeviceSettings:
     """Query parameters of a Device.url that is pushed to."""
 
@@ -505,6 +601,7 @@ class DeviceSettings:
     bodyEncoding: str = setting("hex", "Body", "`tcp://` only: how body and answer are written",
         choices=("hex", "utf-8"))
     endChar: str = setting("", "End character", "`tcp://` only: wait for an answer up to this character")
+    callingAeTitle: str = setting("MEDPLUM", "Calling AE title", "`dicom://` only: our AE title", check=ae_titles)
 # fmt: on
 
 
@@ -735,8 +832,25 @@ def _logger_settings(which: str, found: Source | None, level: str, warnings: lis
 
 HL7_TYPE, PING_TYPE, BYTES_TYPE = "x-application/hl7-v2+er7", "x-application/ping", "application/octet-stream"
 ASTM_TYPE = "x-application/astm-e1394"
-PROTOCOLS = {"mllp": "HL7", "tcp": "Byte Stream", "serial": "Byte Stream"}  # by prefix of the address
-LIST_PARAMETERS = ("autoRespond", "stripSequence", "keepControlChars")  # repeated ones are joined by commas
+JSON_TYPE, DICOM_TYPE = "application/json", "application/dicom"
+
+
+class Protocol(NamedTuple):
+    """What an address's scheme stands for: the name used in logs, and the settings of its parameters."""
+
+    name: str
+    settings: type[ChannelSettings]
+
+
+PROTOCOLS = {  # by prefix of the address
+    "mllp": Protocol("HL7", Hl7Settings),
+    "tcp": Protocol("Byte Stream", StreamSettings),
+    "serial": Protocol("Byte Stream", StreamSettings),
+    "dicom": Protocol("DICOM", DicomSettings),
+}
+LIST_PARAMETERS = (  # repeated ones are joined by commas
+    "autoRespond", "stripSequence", "keepControlChars", "callingAeTitles", "peers", "moveDestinations",
+)  # fmt: skip
 
 
 class Policy(NamedTuple):
@@ -794,7 +908,7 @@ class ChannelPlan:
 
     @property
     def content_type(self) -> str:
-        return ASTM_TYPE if self.is_astm else HL7_TYPE if self.protocol == "HL7" else BYTES_TYPE
+        return ASTM_TYPE if self.is_astm else BYTES_TYPE
 
     @property
     def workers(self) -> int:
@@ -804,10 +918,12 @@ class ChannelPlan:
 
     @property
     def key_spec(self) -> str:
-        """What orders the channel: `*` its whole feed, `@` the device, a logical channel key, or `` the patient."""
+        """What orders it: `*` the whole feed, `@` the device, `study`, a logical channel key, or `` the patient."""
         if self.workers == 1:
             return "*"
-        return self.settings.logicalChannelKey if isinstance(self.settings, Hl7Settings) else "@"
+        if isinstance(self.settings, Hl7Settings):
+            return self.settings.logicalChannelKey
+        return "study" if isinstance(self.settings, DicomSettings) else "@"
 
     @functools.cached_property
     def policy(self) -> Policy:
@@ -882,10 +998,7 @@ def channel_settings(
             values[name] = getattr(defaults, fallback)
             written.add(name)
     _check_retries(values, where, warnings)
-    if cls is Hl7Settings:
-        _check_hl7(values, where, warnings)
-    else:
-        _check_stream(values, where, warnings)
+    _CHECKS[cls](values, where, warnings)
     return cls(**values), frozenset(written)
 
 
@@ -921,6 +1034,8 @@ def read_parameters(cls: type[Any], query: str, where: str, warn: Callable[[str]
             given = _leading_integer(text) if name == "messagesPerMin" else text
             values[name] = _clamped(rows[name], parse_setting(rows[name], given), f"{where}: {name}", warn)
         except ValueError as error:
+            if rows[name].metadata["guard"]:
+                raise ConfigError([f"{where}: {name} '{text}': {error}"]) from None
             warn(f"{where}: {name} '{text}' {error}; it is ignored")
     return values
 
@@ -937,6 +1052,21 @@ def _check_hl7(values: dict[str, Any], where: str, warnings: list[str]) -> None:
         warnings.append(f"{where}: assignSeqNo with maxWorkers above 1: numbers may reach the server out of order")
 
 
+def _check_dicom(values: dict[str, Any], where: str, warnings: list[str]) -> None:
+    if not values.get("tls"):
+        return
+    if not values.get("certFile"):
+        raise ConfigError([f"{where}: TLS needs certFile, a PEM file with our certificate"])
+    for name in ("certFile", "keyFile", "clientCa"):
+        if values.get(name) and not os.access(values[name], os.R_OK):
+            raise ConfigError([f"{where}: {name} {values[name]} cannot be read"])
+
+
+_CHECKS: dict[type[ChannelSettings], Callable[[dict[str, Any], str, list[str]], None]] = {
+    Hl7Settings: _check_hl7, StreamSettings: _check_stream, DicomSettings: _check_dicom,
+}  # fmt: skip
+
+
 def channel_plan(
     name: str, endpoint: Json, settings: AgentSettings, given: frozenset[str], warnings: list[str]
 ) -> ChannelPlan:
@@ -949,11 +1079,11 @@ def channel_plan(
     protocol = next((p for prefix, p in PROTOCOLS.items() if address.startswith(prefix)), None)
     if protocol is None:
         scheme = address.split(":")[0]
-        supported = "supported: mllp, tcp, serial"
+        supported = f"supported: {', '.join(PROTOCOLS)}"
         raise ConfigError([f"channel '{name}': unsupported endpoint type '{scheme}' in {address}; {supported}"])
     try:
         url = urllib.parse.urlsplit(address)
-        port = url.port if protocol == "HL7" or url.scheme == "tcp" else 0
+        port = 0 if url.scheme == "serial" else url.port
     except ValueError as error:
         raise ConfigError([f"channel '{name}': invalid address {address}: {error}"]) from None
     host = url.hostname or ""
@@ -961,14 +1091,10 @@ def channel_plan(
         host = url.netloc or url.path  # serial://COM3 or serial:///dev/ttyUSB0
     if not (host if port == 0 and url.scheme == "serial" else port):
         raise ConfigError([f"channel '{name}': the address {address} needs a port from 1 to 65535"])
-    where = f"channel '{name}'"
-    parsed: ChannelSettings
-    if protocol == "HL7":
-        parsed, written = channel_settings(Hl7Settings, url.query, where, settings, given, warnings)
-    else:
-        parsed, written = channel_settings(StreamSettings, url.query, where, settings, given, warnings)
+    query = ("tls=true&" if url.scheme == "dicoms" else "") + url.query
+    parsed, written = channel_settings(protocol.settings, query, f"channel '{name}'", settings, given, warnings)
     active = endpoint.get("status") != "off"
-    return ChannelPlan(name, address, protocol, host, port or 0, active, parsed, written)
+    return ChannelPlan(name, address, protocol.name, host, port or 0, active, parsed, written)
 
 
 def build_plan(agent: Json, endpoints: Mapping[str, Json | AgentError]) -> tuple[Plan, list[str]]:
@@ -1034,6 +1160,7 @@ SETTING_GROUPS: tuple[tuple[str, str, type[Any]], ...] = (
     ("agent", "Agent settings: `Agent.setting[]`", AgentSettings),
     ("hl7", "HL7 channels: parameters of an `mllp://` address", Hl7Settings),
     ("stream", "Byte-stream and ASTM channels: parameters of a `tcp://` or `serial:` address", StreamSettings),
+    ("dicom", "DICOM channels: parameters of a `dicom://` or `dicoms://` address", DicomSettings),
     ("device", "Devices: parameters of a `Device.url` that is pushed to", DeviceSettings),
 )
 
@@ -1066,9 +1193,13 @@ def settings_schema() -> Json:
 def settings_markdown() -> str:
     """The same as README's tables."""
     lines: list[str] = []
-    for _, title, cls in SETTING_GROUPS:
+    common = {row.name: (row.default, row.metadata) for row in dataclasses.fields(ChannelSettings)}
+    every: tuple[str, str, type[Any]] = ("", "Every channel: parameters of its address", ChannelSettings)
+    for _, title, cls in (*SETTING_GROUPS[:3], every, *SETTING_GROUPS[3:]):
         lines += [f"### {title}", "", "| Name | Type | Default | Meaning |", "| --- | --- | --- | --- |"]
         for row in dataclasses.fields(cls):
+            if cls is not ChannelSettings and common.get(row.name) == (row.default, row.metadata):
+                continue
             choices = (
                 f" ({', '.join(f'`{choice}`' for choice in row.metadata['choices'])})"
                 if row.metadata["choices"]
@@ -2354,7 +2485,7 @@ PENDING, DELIVERED, UNDELIVERED, NOT_OWED = range(4)
 OUTCOMES = ("pending", "delivered", "undelivered", "not_owed")
 BOT_LOG = "Bot execution logs:"  # how the server begins the answer of a Bot that returned nothing
 PUSH_PREFIX = "push "  # names of channel rows that are devices: "push mllp://host:port"
-APPLICATION_ID, SCHEMA_VERSION = 0x4D504C41, 1  # "MPLA": tells our file from any other SQLite file
+APPLICATION_ID, SCHEMA_VERSION = 0x4D504C41, 2  # "MPLA": tells our file from any other SQLite file
 
 _SCHEMA = f"""
 CREATE TABLE identity (seed TEXT NOT NULL, last_deleted_id INTEGER NOT NULL DEFAULT 0);
@@ -2369,12 +2500,13 @@ CREATE TABLE message (
   attempts INTEGER NOT NULL DEFAULT 0, failures INTEGER NOT NULL DEFAULT 0,
   next_attempt_at INTEGER NOT NULL DEFAULT 0, first_failed_at INTEGER NOT NULL DEFAULT 0,
   sent_at INTEGER NOT NULL DEFAULT 0, settled_at INTEGER NOT NULL DEFAULT 0, response TEXT, status_code INTEGER,
-  outcome INTEGER NOT NULL DEFAULT 0, error_code TEXT, last_error TEXT);
+  outcome INTEGER NOT NULL DEFAULT 0, error_code TEXT, last_error TEXT, spool TEXT);
 CREATE TABLE partial (session TEXT, number INTEGER, channel INTEGER NOT NULL, remote TEXT NOT NULL,
   frame BLOB NOT NULL, PRIMARY KEY (session, number)) WITHOUT ROWID;
 CREATE UNIQUE INDEX duplicate ON message (channel, control_id) WHERE checked;
 CREATE INDEX unsettled ON message (channel, id) WHERE state < {PROCESSED};
 CREATE INDEX dead ON message (id) WHERE state > {PROCESSED};
+CREATE INDEX spooled ON message (spool) WHERE spool IS NOT NULL;
 CREATE VIEW queue AS SELECT m.id, c.name AS channel_name,
   CASE m.state {" ".join(f"WHEN {n} THEN '{name}'" for n, name in enumerate(STATES))} END AS state,
   CASE m.outcome {" ".join(f"WHEN {n} THEN '{name}'" for n, name in enumerate(OUTCOMES))} END AS ack_outcome,
@@ -2384,8 +2516,12 @@ CREATE VIEW queue AS SELECT m.id, c.name AS channel_name,
 PRAGMA application_id = {APPLICATION_ID};
 PRAGMA user_version = {SCHEMA_VERSION};
 """
+_MIGRATIONS = {  # from each older version of the schema to the next
+    1: "ALTER TABLE message ADD COLUMN spool TEXT; CREATE INDEX spooled ON message (spool) WHERE spool IS NOT NULL"
+}
 _INSERT = """INSERT INTO message (id, channel, epoch, state, remote, control_id, checked, type, key, original,
-  encoding, finalized, seq_no, return_ack, received_at, settled_at, outcome, error_code, last_error) VALUES {rows}
+  encoding, finalized, seq_no, return_ack, received_at, settled_at, outcome, error_code, last_error, spool)
+  VALUES {rows}
   ON CONFLICT (channel, control_id) WHERE checked DO NOTHING"""
 _UPDATE = """UPDATE message SET state = column2, remote = column3, attempts = column4, failures = column5,
   next_attempt_at = column6, first_failed_at = column7, sent_at = column8, settled_at = column9, response = column10,
@@ -2393,7 +2529,7 @@ _UPDATE = """UPDATE message SET state = column2, remote = column3, attempts = co
   FROM (VALUES {rows}) WHERE id = column1"""
 _COLUMNS = """id, channel, epoch, state, remote, control_id, type, key, encoding, received_at, attempts, failures,
   next_attempt_at, first_failed_at, sent_at, settled_at, response, status_code, outcome, error_code, last_error,
-  return_ack"""
+  return_ack, spool"""
 
 
 class Message:
@@ -2403,7 +2539,7 @@ class Message:
         "assign", "attempts", "channel", "checked", "control_id", "deadline", "earlier", "encoding", "epoch", "error",
         "error_code", "failures", "first_failed_at", "id", "key", "losses", "next_attempt_at", "original", "outcome",
         "received_at", "refusal", "remote", "response", "return_ack", "sent_at", "seq_no", "session",
-        "settled_at", "size", "source", "state", "status_code", "text", "type",
+        "settled_at", "size", "source", "spool", "state", "status_code", "text", "type", "uploaded",
     )  # fmt: skip
 
     def __init__(self, channel: int, remote: str, original: bytes, encoding: str):
@@ -2419,6 +2555,8 @@ class Message:
         self.seq_no: int | None = None
         self.session: str | None = None  # of an ASTM message: its frames in `partial` are replaced by it
         self.return_ack: str | None = None  # of a push: the ACK that completes it
+        self.spool: str | None = None  # of an image: its file, which is uploaded before the message is sent
+        self.uploaded = False
         self.received_at = now_ms()
         self.state, self.outcome = QUEUED, PENDING
         self.attempts = self.failures = self.next_attempt_at = self.first_failed_at = self.sent_at = self.settled_at = 0
@@ -2437,7 +2575,7 @@ class Message:
         return (
             self.id, self.channel, self.epoch, self.state, self.remote, self.control_id, self.checked or None,
             self.type, self.key, self.original, self.encoding, finalized, self.seq_no, self.return_ack,
-            self.received_at, self.settled_at, self.outcome, self.error_code, self.error,
+            self.received_at, self.settled_at, self.outcome, self.error_code, self.error, self.spool,
         )  # fmt: skip
 
     def _progress(self) -> tuple[Any, ...]:
@@ -2454,7 +2592,7 @@ class Message:
         message.key, message.received_at, message.attempts, message.failures = row[7], row[9], row[10], row[11]
         message.next_attempt_at, message.first_failed_at, message.sent_at, message.settled_at = row[12:16]
         message.response, message.status_code, message.outcome, message.error_code, message.error = row[16:21]
-        message.return_ack = row[21]
+        message.return_ack, message.spool = row[21:23]
         message.original = None
         return message
 
@@ -2486,6 +2624,92 @@ class ChannelRow(NamedTuple):
     last_id: int
 
 
+class SpoolFile(io.FileIO):
+    """A file that is being received. What goes wrong is kept in `error` and not raised: the sender hears it at the end.
+
+    It has the parts of a NamedTemporaryFile that pynetdicom writes to.
+    """
+
+    def __init__(self, spool: Spool):
+        self.spool, self.size, self.error = spool, 0, ""
+        path = spool.folder / f"{uuid.uuid4()}.part"
+        try:
+            spool.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+            super().__init__(path, "x", opener=lambda p, flags: os.open(p, flags, 0o600))
+        except OSError as error:
+            self.error = _storage_text(error)
+            super().__init__(os.devnull, "w")
+            self.name = str(path)  # whoever removes the file by its name must not remove the null device
+
+    @property
+    def file(self) -> SpoolFile:
+        return self
+
+    def write(self, content: Any) -> int:
+        self.size += len(content)
+        if not self.error:
+            try:
+                self.error = self.spool.refusal(self.size)
+                rest = memoryview(content)
+                while rest and not self.error:
+                    rest = rest[super().write(rest) :]
+            except OSError as error:
+                self.error = _storage_text(error)
+        return len(content)
+
+    def keep(self) -> str:
+        """Put the file on disk under its final name and return that; OSError."""
+        name = Path(self.name).stem
+        os.fsync(self)
+        self.close()
+        Path(self.name).rename(self.spool.path(name))
+        if os.name == "posix":
+            folder = os.open(self.spool.folder, os.O_RDONLY)
+            try:
+                os.fsync(folder)
+            finally:
+                os.close(folder)
+        self.spool.count(self.size)
+        return name
+
+    def discard(self) -> None:
+        """Close and remove what was not kept."""
+        self.close()
+        with contextlib.suppress(OSError):
+            Path(self.name).unlink()
+
+
+class Spool:
+    """Files that are too large for the queue file, beside it: images on their way. Every thread may use it."""
+
+    def __init__(self, folder: Path, refusal: Callable[[int], str]):
+        self.folder, self.refusal = folder, refusal
+        self.size_bytes = 0
+        self._lock = threading.Lock()
+
+    def path(self, name: str) -> Path:
+        return self.folder / f"{name}.dcm"
+
+    def count(self, size: int) -> None:
+        with self._lock:
+            self.size_bytes += size
+
+    def remove(self, name: str) -> None:
+        path = self.path(name)
+        with contextlib.suppress(OSError):
+            size = path.stat().st_size
+            path.unlink()
+            self.count(-size)
+
+    def tidy(self, known: set[str]) -> None:
+        """At start: measure, and remove what belongs to no message (it was never acknowledged)."""
+        for path in self.folder.glob("*.*") if self.folder.is_dir() else ():
+            if path.suffix == ".dcm" and path.stem in known:
+                self.count(path.stat().st_size)
+            else:
+                path.unlink()
+
+
 class Store:
     """The queue file. Public methods are called from the event loop's thread; the SQL runs in two others.
 
@@ -2499,6 +2723,7 @@ class Store:
         self.trouble = "the queue is not open yet"
         self.max_bytes = 0  # 0: no limit but the disk's
         self.size_bytes = 0
+        self.spool = Spool(path.with_suffix(".spool"), self._spool_refusal)
         self.tally = dict.fromkeys(range(len(STATES)), 0)
         self.on_resume: list[Callable[[], None]] = []  # called once when congestion ends
         self._log = log
@@ -2530,6 +2755,11 @@ class Store:
         return not self.trouble
 
     @property
+    def total_bytes(self) -> int:
+        """What is on disk: the queue file's content and the spool."""
+        return self.size_bytes + self.spool.size_bytes
+
+    @property
     def congested(self) -> bool:
         """More is received than is on disk: devices should not be read further until `on_resume`."""
         return self._uncommitted_bytes > UNCOMMITTED_BYTES or self._uncommitted > UNCOMMITTED_MESSAGES
@@ -2551,9 +2781,13 @@ class Store:
     def _refusal(self, size: int) -> str:
         if self.trouble:
             return self.trouble
-        if self.max_bytes and self.size_bytes + self._uncommitted_bytes + size > self.max_bytes:
+        if self.max_bytes and self.total_bytes + self._uncommitted_bytes + size > self.max_bytes:
             return f"storage error: the queue has reached its limit of {self.max_bytes // MIB} MiB"
         return ""
+
+    def _spool_refusal(self, size: int) -> str:
+        """Why a file of the spool may not grow to this size, or ``; called from any thread."""
+        return self._refusal(size) or (_storage_text(OSError("disk full")) if self._disk_full() else "")
 
     def update(self, message: Message, before: int, then: Callable[[], None] | None = None) -> None:
         """Write a message's progress with the next batch; with `then`, now, and call it once committed."""
@@ -2631,6 +2865,11 @@ class Store:
             return {id_: (original, finalized) for id_, original, finalized in rows}
 
         return await self.read(run)
+
+    async def finalize(self, message: Message, old: str, new: str) -> None:
+        """Keep, beside the original, what shall be sent: the same with `old` replaced; StorageError."""
+        sql = "UPDATE message SET finalized = replace(CAST(original AS TEXT), ?, ?) WHERE id = ?"
+        await self.call(lambda db: db.execute(sql, (old, new, message.id)))
 
     async def message(self, id_: int) -> Message | None:
         """One message without its body, as it is after all updates that were asked for."""
@@ -2814,11 +3053,12 @@ class Store:
 
     def _check_disk(self, messages: list[Message]) -> None:
         """Refuse while the disk is nearly full, so that what is stored can still be settled."""
-        if not messages:
-            return
-        usage = shutil.disk_usage(self.path.parent)
-        if usage.free < min(DISK_RESERVE_BYTES, usage.total // 50):
+        if messages and self._disk_full():
             raise StorageError("database or disk is full")
+
+    def _disk_full(self) -> bool:
+        usage = shutil.disk_usage(self.path.parent)
+        return usage.free < min(DISK_RESERVE_BYTES, usage.total // 50)
 
     def _check_file(self) -> None:
         """The file is still the one in the folder: what is written into a deleted file is lost."""
@@ -2874,7 +3114,7 @@ class Store:
             self._lock_file = file
 
     def _prepare(self, db: sqlite3.Connection) -> None:
-        new = not db.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]
+        new, version = not db.execute("SELECT count(*) FROM sqlite_master").fetchone()[0], 0
         if new:
             db.execute(f"PRAGMA page_size={PAGE_BYTES}")
             db.execute("PRAGMA auto_vacuum=INCREMENTAL")
@@ -2889,6 +3129,8 @@ class Store:
         if new:
             seed = uuid.uuid4().hex[:19]
             db.executescript(f"BEGIN; {_SCHEMA} INSERT INTO identity (seed) VALUES ('{seed}'); COMMIT;")
+        for older in range(SCHEMA_VERSION if new else version, SCHEMA_VERSION):
+            db.executescript(f"BEGIN; {_MIGRATIONS[older]}; PRAGMA user_version = {older + 1}; COMMIT;")
         self._inspect(db)
 
     def _inspect(self, db: sqlite3.Connection) -> None:
@@ -2902,6 +3144,8 @@ class Store:
         (last,) = db.execute("SELECT ifnull(max(id), 0) FROM message").fetchone()
         (deleted,) = db.execute("SELECT last_deleted_id FROM identity").fetchone()
         self._next_id = max(self._next_id, last + 1, deleted + 1)
+        if not self._opened.is_set():
+            self.spool.tidy({name for (name,) in db.execute("SELECT spool FROM message WHERE spool IS NOT NULL")})
         self._measure(db)
         db.execute("UPDATE identity SET seed = seed")  # a file that cannot be written is known now, not later
         found = self.path.stat()
@@ -2956,17 +3200,18 @@ class Store:
         dead = f"(state IN ({REJECTED}, {FAILED}) OR (state = {PROCESSED} AND outcome = {UNDELIVERED}))"
         processed = await self._delete(f"{answered} AND settled_at < {old}", lambda: True)
         processed += await self._delete(answered, lambda: self.size_bytes > limit)
-        errored = await self._delete(f"{dead} AND settled_at < {floor}", lambda: self.size_bytes > limit)
+        errored = await self._delete(f"{dead} AND settled_at < {floor}", lambda: self.total_bytes > limit)
         return processed, errored
 
     async def _delete(self, condition: str, needed: Callable[[], bool]) -> int:
         """Delete matching rows, oldest first, in small transactions while `needed`."""
         total = 0
 
-        def run(db: sqlite3.Connection) -> int:
-            ids = [
-                row[0] for row in db.execute(f"SELECT id FROM message WHERE {condition} ORDER BY id LIMIT {SWEEP_ROWS}")
-            ]
+        def run(db: sqlite3.Connection) -> tuple[int, list[str]]:
+            rows = db.execute(
+                f"SELECT id, spool FROM message WHERE {condition} ORDER BY id LIMIT {SWEEP_ROWS}"
+            ).fetchall()
+            ids = [id_ for id_, _ in rows]
             gone = dict(
                 db.execute(
                     f"SELECT state, count(*) FROM message WHERE id IN ({','.join(map(str, ids))}) GROUP BY state"
@@ -2978,10 +3223,12 @@ class Store:
                 self.tally[state] -= count
             db.executemany("INSERT OR REPLACE INTO tally VALUES (?, ?)", self.tally.items())
             db.execute(f"PRAGMA incremental_vacuum({SWEEP_ROWS})").fetchall()
-            return len(ids)
+            return len(ids), [spool for _, spool in rows if spool]
 
         while needed():
-            count = await self.call(run)
+            count, files = await self.call(run)
+            for name in files:
+                self.spool.remove(name)
             total += count
             if count < SWEEP_ROWS:
                 break
@@ -3024,7 +3271,7 @@ def lock_file(file: typing.BinaryIO) -> bool:
 
 def _with_body(row: Sequence[Any]) -> tuple[Message, bytes | None, str | None]:
     message = Message._from_row(row)
-    message.size = row[-3]
+    message.size, message.uploaded = row[-3], row[-1] is not None
     return message, row[-2], row[-1]
 
 
@@ -3115,6 +3362,7 @@ def http_pool(url: str, context: ssl.SSLContext) -> urllib3.PoolManager:
         raise_on_status=False, respect_retry_after_header=False,
     )  # fmt: skip
     common: Json = {"ssl_context": context, "retries": retries, "timeout": HTTP_TIMEOUT_SECS, "maxsize": 8}
+    common["blocksize"] = TRANSFER_BLOCK_BYTES
     proxy = proxy_for(url)
     if not proxy:
         return urllib3.PoolManager(**common)
@@ -3157,6 +3405,7 @@ class Fhir:
         self._refreshing: asyncio.Task[Token] | None = None
         self._refreshed_at = -math.inf
         self._rejected = False
+        self._transfers = ThreadPoolExecutor(TRANSFERS, "transfer")  # apart from the short requests
 
     def usable_token(self) -> str | None:
         """A token that can be sent now, or None; a refresh is started in good time."""
@@ -3228,16 +3477,52 @@ class Fhir:
         return Token(text, float(expires))
 
     async def read(self, reference: str) -> Json:
-        """GET fhir/R4/<reference>; a 401 is tried once more with a new token."""
-        response = await self._read(reference)
-        if response.status == 401:
-            self.token = None
-            response = await self._read(reference)
+        """GET fhir/R4/<reference>."""
+        url = f"{self.base}fhir/R4/{reference}"
+        response = await self._authorized(None, lambda headers: self._http("GET", url, headers=headers))
         return self._checked(response, reference)
 
-    async def _read(self, reference: str) -> urllib3.BaseHTTPResponse:
-        headers = self._headers(await self.fresh_token())
-        return await asyncio.to_thread(self._http, "GET", f"{self.base}fhir/R4/{reference}", headers=headers)
+    async def _authorized(
+        self, executor: ThreadPoolExecutor | None, request: Callable[[dict[str, str]], urllib3.BaseHTTPResponse]
+    ) -> urllib3.BaseHTTPResponse:
+        """A request with a token, in a thread; a 401 is tried once more with a new one."""
+        loop = asyncio.get_running_loop()
+        response = await loop.run_in_executor(executor, request, self._headers(await self.fresh_token()))
+        if response.status == 401:
+            self.token = None
+            response = await loop.run_in_executor(executor, request, self._headers(await self.fresh_token()))
+        return response
+
+    async def upload(self, path: Path, name: str, content_type: str) -> str:
+        """POST a file as a Binary, streamed from disk, and return its reference; OSError when it cannot be read."""
+        url = f"{self.base}fhir/R4/Binary?_filename={urllib.parse.quote(name)}"
+
+        def send(headers: dict[str, str]) -> urllib3.BaseHTTPResponse:
+            with open(path, "rb") as file:
+                length = os.fstat(file.fileno()).st_size
+                described = headers | {"Content-Type": content_type, "Content-Length": str(length)}
+                return self._http("POST", url, headers=described, body=file, timeout=TRANSFER_TIMEOUT_SECS)
+
+        created = self._checked(await self._authorized(self._transfers, send), "Binary")
+        return f"Binary/{created.get('id')}"
+
+    async def download(self, reference: str, file: typing.BinaryIO) -> None:
+        """GET the content of a Binary, streamed into `file`."""
+        url = f"{self.base}fhir/R4/{reference}"
+
+        def fetch(headers: dict[str, str]) -> urllib3.BaseHTTPResponse:
+            wanted = headers | {"Accept": f"{DICOM_TYPE}, application/octet-stream, */*; q=0.1"}
+            with self._http("GET", url, headers=wanted, timeout=TRANSFER_TIMEOUT_SECS, stream=True) as response:
+                if response.status >= 300 or "json" in response.headers.get("Content-Type", ""):
+                    response.read(cache_content=True)
+                else:
+                    for block in response.stream(TRANSFER_BLOCK_BYTES):
+                        file.write(block)
+                return response
+
+        response = await self._authorized(self._transfers, fetch)
+        if response.status >= 300 or "json" in response.headers.get("Content-Type", ""):
+            file.write(base64.b64decode(self._checked(response, reference).get("data", "")))
 
     def _headers(self, token: str) -> dict[str, str]:
         return {
@@ -3246,10 +3531,20 @@ class Fhir:
         }  # fmt: skip
 
     def _http(
-        self, method: str, url: str, *, headers: dict[str, str], body: str | None = None
+        self,
+        method: str,
+        url: str,
+        *,
+        headers: dict[str, str],
+        body: str | typing.BinaryIO | None = None,
+        timeout: float = HTTP_TIMEOUT_SECS,
+        stream: bool = False,
     ) -> urllib3.BaseHTTPResponse:
+        """`stream`: the body is left for the caller to read, and a redirect (to a store of files) is followed."""
         try:
-            return self._pool.request(method, url, body=body, headers=headers, redirect=False)
+            return self._pool.request(
+                method, url, body=body, headers=headers, redirect=stream, timeout=timeout, preload_content=not stream
+            )
         except urllib3.exceptions.HTTPError as error:
             reason = getattr(error, "reason", None) or error
             raise ServerError(f"{urllib.parse.urlsplit(url).netloc} cannot be reached: {reason}") from None
@@ -3668,7 +3963,7 @@ _RETRIED["guaranteed"] = _RETRIED["enhanced"] | {"upstream-error"}
 _RETRIED["device"] = frozenset({"device-unreachable", "device-silent", "device-error"})
 _UPSTREAM = {"AE": "upstream-error", "CE": "upstream-error", "AR": "upstream-rejected", "CR": "upstream-rejected"}
 _REJECTED = frozenset(
-    {"server-rejected", "upstream-rejected", "too-large", "device-rejected"}
+    {"server-rejected", "upstream-rejected", "too-large", "file-too-large", "device-rejected"}
 )  # final state `rejected`, else `failed`
 
 
@@ -3698,8 +3993,37 @@ _REASONS = {
     "response-timeout": "no answer from the server in time; see the server's log for this channel and its Bot",
     "connection-lost": "the connection was lost each time it was sent",
     "interrupted": "the agent stopped while the server worked on it, and retryMode does not allow to send it twice",
+    "file-too-large": "its file is larger than the server takes (status 413); raise the limit there and send it again",
+    "file-lost": "its file is missing in the spool folder beside the queue",
     "too-large": "it is larger than the server accepts (WebSocket close code 1009); raise maxJsonSize on the server",
 }
+
+
+DICOM_STORED = ("C-STORE", "N-ACTION", "N-CREATE", "N-SET")  # types of messages from DICOM devices
+_CONTENT_TYPES = {kind: kind for kind in (ASTM_TYPE, BYTES_TYPE)} | dict.fromkeys(DICOM_STORED, JSON_TYPE)
+
+
+def spool_reference(name: str) -> str:
+    """How a message names its file before that is a Binary: a FHIR reference to something that has no place yet."""
+    return f"urn:uuid:{name}"
+
+
+def referenced_objects(request: Json) -> list[tuple[str, str]]:
+    """(SOP Instance UID, SOP Class UID) of the Referenced SOP Sequence of a storage commitment request."""
+    found = []
+    for item in request.get("dataset", {}).get("00081199", {}).get("Value", []):
+        uids = [(item.get(tag, {}).get("Value") or [""])[0] for tag in ("00081155", "00081150")]
+        found.append((uids[0], uids[1]))
+    return found
+
+
+def _upload_error(error: Exception) -> str:
+    """Why a file could not be uploaded, as a key of _REASONS."""
+    if isinstance(error, OSError):
+        return "file-lost"
+    status = error.status if isinstance(error, ServerError) else 0
+    named = {0: "connection-lost", 413: "file-too-large", 429: "server-rate-limited"}
+    return named.get(status) or ("server-error" if status >= 500 else "server-rejected")
 
 
 class Outlet(typing.Protocol):
@@ -3925,13 +4249,14 @@ class Queue:
         self.transmit(message)
 
     def _expire(self) -> None:
-        """Time-outs: `inflight` is in the order of sending, so the first that still has time ends the search."""
+        """Time-outs. A message whose file is being uploaded has none until it is sent."""
         self._timer = None
-        for message in list(self.inflight.values()):
-            if message.deadline > self._loop.time():
-                self._timer = self._loop.call_at(min(message.deadline, self._loop.time() + 1), self._expire)
-                break
+        now = self._loop.time()
+        for message in [message for message in self.inflight.values() if message.deadline <= now]:
             self.failed(message, "response-timeout")
+        if self.inflight and self._timer is None:
+            first = min(message.deadline for message in self.inflight.values())
+            self._timer = self._loop.call_at(min(first, now + 1), self._expire)
 
     # --- answers ---
 
@@ -4003,13 +4328,18 @@ class Queue:
 class Feed(Queue):
     """One channel's way to the server. `outlet` may change with a reload."""
 
-    def __init__(self, plan: ChannelPlan, row: ChannelRow, store: Store, uplink: Uplink, prefix: str, log: Log):
+    def __init__(
+        self, plan: ChannelPlan, row: ChannelRow, store: Store, uplink: Uplink, fhir: Fhir, prefix: str, log: Log
+    ):
         super().__init__(plan.policy, row, store, log)
         self.plan = plan
         self.outlet: Outlet | None = None
         self.may_send: Callable[[], bool] = lambda: True
-        self._uplink = uplink
+        self._uplink, self._fhir = uplink, fhir
         self._prefix = prefix
+        self._preparing: dict[int, asyncio.Future[None]] = {}  # messages that need more than to be sent
+        self._ahead: collections.deque[Message] = collections.deque()  # with files to upload before it is their turn
+        self._ahead_at = 0.0  # after an upload failed, the next is tried ahead of its turn then
 
     def replan(self, plan: ChannelPlan, row: ChannelRow) -> None:
         """New settings without losing what is under way; scheduled retries keep their time."""
@@ -4023,11 +4353,97 @@ class Feed(Queue):
         return self._uplink.ready()
 
     def transmit(self, message: Message) -> None:
+        if message.type == "N-ACTION" or (message.spool and not message.uploaded):
+            message.deadline = math.inf  # its time-out begins when it is sent
+            self._prepare(message)
+        elif not message.spool or self._complete(message):
+            self._transmit(message)
+        else:
+            self._unsend([message])
+            self._loop.call_soon(self.pump)
+
+    def _transmit(self, message: Message) -> None:
         callback = f"{self._prefix}{message.id:012x}#{message.attempts}"
-        kind, text = message.type if message.type in (ASTM_TYPE, BYTES_TYPE) else HL7_TYPE, message.text or ""
-        size = self._uplink.transmit(self.plan.name, message.remote, kind, text, callback)
+        kind = _CONTENT_TYPES.get(message.type, HL7_TYPE)
+        size = self._uplink.transmit(self.plan.name, message.remote, kind, message.text or "", callback)
         if size == self._uplink.largest:
             self._uplink.largest_id = message.id
+
+    def _prepare(self, message: Message) -> None:
+        """What a message needs before it is sent, which may take long."""
+        if message.id not in self._preparing:
+            work = self._upload(message) if message.spool else self._after_objects(message)
+            self._preparing[message.id] = task = asyncio.ensure_future(work)
+            task.add_done_callback(functools.partial(self._prepared, message))
+
+    def _prepared(self, message: Message, task: asyncio.Future[None]) -> None:
+        del self._preparing[message.id]
+        if not task.cancelled() and (error := task.exception()) is not None:
+            self._log.error(f"Internal error: {type(error).__name__} before sending message {message.id}")
+            if message.id in self.inflight:
+                self.failed(message, "server-error")
+        elif message.id in self.inflight and message.deadline == math.inf:
+            if self.still_open() and self._complete(message):
+                message.deadline = self._loop.time() + self.policy.timeout_secs
+                self._transmit(message)
+            else:
+                self._unsend([message])
+        self._loop.call_soon(self.pump)
+
+    def _complete(self, message: Message) -> bool:
+        """Its body is in memory, and names the Binary: not a body that was read before the upload ended."""
+        if message.spool and message.text is not None and spool_reference(message.spool) in message.text:
+            self._drop_body(message)
+        return message.text is not None
+
+    async def _upload(self, message: Message) -> None:
+        """The message's file becomes a Binary; from then on, also after a restart, the message names that."""
+        assert message.spool
+        name = spool_reference(message.spool)
+        try:
+            reference = await self._fhir.upload(self._store.spool.path(message.spool), "dicom.dcm", DICOM_TYPE)
+            await self._store.finalize(message, name, reference)
+        except (ServerError, StorageError, OSError) as error:
+            status = error.status if isinstance(error, ServerError) else 0
+            self._ahead_at = self._loop.time() + COMPLAIN_SECS
+            if message.id in self.inflight:
+                self.failed(message, _upload_error(error), status, counts=status > 0)
+            return
+        message.uploaded = True
+        if message.text is not None:
+            self._bytes -= len(message.text)
+            message.text = message.text.replace(name, reference)
+            self._bytes += len(message.text)
+
+    def _enter(self, message: Message) -> None:
+        super()._enter(message)
+        if message.spool and not message.uploaded:
+            self._ahead.append(message)
+
+    def pump(self) -> None:
+        super().pump()
+        while self._ahead and len(self._preparing) < TRANSFERS and self._loop.time() >= self._ahead_at:
+            if not self.can_send() or self.paused:
+                break
+            message = self._ahead.popleft()  # order matters for what the Bot hears, not for its files
+            if message.state < PROCESSED and not message.uploaded:
+                self._prepare(message)
+
+    async def _after_objects(self, message: Message) -> None:
+        """A storage commitment is asked for when none of its objects waits here any more (PS3.4 J.3.2)."""
+        sql = f"""SELECT 1 FROM message WHERE channel = ? AND state < {PROCESSED} AND type = 'C-STORE'
+          AND control_id IN (SELECT value FROM json_each(?)) LIMIT 1"""
+        values = self.row.id, json.dumps([uid for uid, _ in referenced_objects(load_json(message.text or "{}"))])
+        while message.id in self.inflight:
+            with contextlib.suppress(sqlite3.Error):
+                if not await self._store.read(lambda db: db.execute(sql, values).fetchone()):
+                    break
+            await asyncio.sleep(COMMITMENT_POLL_SECS)
+
+    def settle(self, message: Message, state: int) -> None:
+        super().settle(message, state)
+        if message.spool and state == PROCESSED:
+            self._store.spool.remove(message.spool)
 
     def tell_dead(self, message: Message, error: str, relay: bool) -> bool:
         if self.outlet is None:
@@ -4035,8 +4451,8 @@ class Feed(Queue):
         return self.outlet.deliver(message, message.response or "") if relay else self.outlet.refuse(message, error)
 
     def text_of(self, message: Message, original: bytes, finalized: str | None) -> str:
-        if message.type == ASTM_TYPE:  # what it was received as, whatever the channel speaks by now
-            return original.decode()
+        if message.type == ASTM_TYPE or message.type in DICOM_STORED:  # what it was, whatever the channel speaks by now
+            return original.decode() if finalized is None else finalized
         if message.type == BYTES_TYPE:
             settings = self.plan.settings
             return stream_body(original, settings if isinstance(settings, StreamSettings) else StreamSettings())
@@ -4090,9 +4506,10 @@ def percentiles(samples: Iterable[int]) -> dict[str, float]:
 class Dispatcher:
     """All feeds, and the way from an answer back to its message."""
 
-    def __init__(self, agent_id: str, store: Store, uplink: Uplink, log: Log):
+    def __init__(self, agent_id: str, store: Store, uplink: Uplink, fhir: Fhir, log: Log):
         self.feeds: dict[str, Feed] = {}
-        self._store, self._uplink, self._log = store, uplink, log
+        self._store, self._uplink, self._fhir, self._log = store, uplink, fhir, log
+        self._asked: dict[str, asyncio.Future[Json]] = {}  # questions that are not stored, by callback
         self._agent_id = agent_id
         self._late_answers: set[asyncio.Future[None]] = set()
         self._losses = 0  # connections in a row that were lost with messages in flight and none answered
@@ -4112,7 +4529,8 @@ class Dispatcher:
         feed = self.feeds.get(plan.name)
         if feed is None:
             await self._recover(plan, row)
-            feed = self.feeds[plan.name] = Feed(plan, row, self._store, self._uplink, self.callback_prefix, self._log)
+            peers = self._store, self._uplink, self._fhir
+            feed = self.feeds[plan.name] = Feed(plan, row, *peers, self.callback_prefix, self._log)
         feed.may_send = self.may_send
         feed.replan(plan, row)
         return feed
@@ -4135,6 +4553,27 @@ class Dispatcher:
         if count := await self._store.call(run):
             self._log.warn(f"Channel '{plan.name}': {count} messages were with the server when the agent stopped.")
 
+    async def ask(self, channel: str, remote: str, body: str, seconds: float) -> Json:
+        """A device's question to the Bot that only an answer now is good for, so it is not stored.
+
+        Returns the agent:transmit:response; raises TimeoutError, and ServerError without a connection.
+        """
+        if not self._uplink.ready():
+            raise ServerError("the server is not connected")
+        callback = f"Agent/{self._agent_id}-{uuid.uuid4()}"
+        answer: asyncio.Future[Json] = asyncio.get_running_loop().create_future()
+        self._asked[callback] = answer
+        try:
+            async with asyncio.timeout(seconds):
+                self._uplink.transmit(channel, remote, JSON_TYPE, body, callback)
+                return await answer
+        finally:
+            del self._asked[callback]
+
+    @property
+    def live(self) -> bool:
+        return self._uplink.live
+
     def pump(self) -> None:
         for feed in self.feeds.values():
             feed.pump()
@@ -4150,6 +4589,9 @@ class Dispatcher:
                 feed.failed(message, "connection-lost")
         self._losses += bool(sent)
         self._answered = False
+        for answer in self._asked.values():
+            if not answer.done():
+                answer.set_exception(ServerError("the connection to the server was lost"))
         for feed in self.feeds.values():
             feed.lost()
 
@@ -4175,6 +4617,10 @@ class Dispatcher:
         callback = answer.get("callback")
         if not callback:
             self._without_callback(answer, code, body)
+            return
+        if asked := self._asked.get(str(callback)):
+            if not asked.done():
+                asked.set_result(answer)
             return
         message_id, attempt = self._parse_callback(str(callback))
         if message_id is None:
@@ -4464,7 +4910,7 @@ class Channel:
 
     # --- what each protocol does in its own way ---
 
-    def connect(self) -> Connection:
+    def connect(self) -> asyncio.Protocol:
         """The protocol of a new connection."""
         raise NotImplementedError
 
@@ -5151,12 +5597,6 @@ class Dialer:
         return typing.cast(Connection, port)
 
 
-def new_channel(plan: ChannelPlan, store: Store, log: Log, channel_log: Log) -> Channel:
-    """The channel class of a plan."""
-    kind = AstmChannel if plan.is_astm else StreamChannel if isinstance(plan.settings, StreamSettings) else Hl7Channel
-    return kind(plan, store, log, channel_log)
-
-
 ANY_HOST = ("", "*", "0.0.0.0", "::", "[::]")
 
 
@@ -5263,7 +5703,14 @@ class Target:
     @property
     def key(self) -> str:
         host = f"[{self.host}]" if ":" in self.host else self.host
+        if self.is_dicom:
+            return f"{self.scheme}://{self.path}@{host}:{self.port}"
         return f"{self.scheme}://{host}:{self.port}" if self.port else f"{self.scheme}://{host}{self.path}"
+
+    @property
+    def is_dicom(self) -> bool:
+        """`path` is the AE title then."""
+        return self.scheme.startswith("dicom")
 
 
 def is_host(name: str) -> bool:
@@ -5282,21 +5729,26 @@ def parse_target(url: str) -> Target:
     except ValueError as error:
         raise PeerError(f"'{url}' is not a device address: {error}") from None
     scheme = parts.scheme
-    if scheme not in ("mllp", "mllps", "tcp", "channel", "serial"):
-        text = "use mllp, mllps, tcp, channel or serial"
+    if scheme not in ("mllp", "mllps", "tcp", "dicom", "dicoms", "channel", "serial"):
+        text = "use mllp, mllps, tcp, dicom, dicoms, channel or serial"
         raise PeerError(f"'{url}' is not a device address that this agent can send to: {text}")
     ours = scheme in ("channel", "serial")  # a device on one of our own channels
     if not ours and not (parts.hostname and port):
         raise PeerError(f"'{url}' needs a host and a port, such as mllp://192.168.50.10:56001")
     values = read_parameters(DeviceSettings, parts.query, url, lambda text: None)
-    if scheme == "mllps":
+    if scheme in ("mllps", "dicoms"):
         values["tls"] = True
     if problem := encoding_problem(values.get("encoding", "utf-8")):
         raise PeerError(f"'{url}': {problem}")
     if not ours and not is_host(parts.hostname or ""):
         raise PeerError(f"'{url}': '{parts.hostname}' is neither an IP address nor a host name")
     host = urllib.parse.unquote(parts.netloc) if ours else parts.hostname or ""
-    return Target(url, scheme, host, port, urllib.parse.unquote(parts.path), DeviceSettings(**values))
+    path = parts.path
+    if scheme.startswith("dicom"):
+        path = parts.username or ""
+        if not path or len(ae_titles(urllib.parse.unquote(path))) != 1:
+            raise PeerError(f"'{url}' needs the device's AE title, such as dicom://ARCHIVE@192.168.50.10:104")
+    return Target(url, scheme, host, port, urllib.parse.unquote(path), DeviceSettings(**values))
 
 
 def security_of(settings: DeviceSettings) -> tuple[Any, ...]:
@@ -5620,6 +6072,10 @@ def parse_push(request: Json) -> Push:
         raise PeerError(f"WebSocket error on incoming message: there is no body for {remote}")
     target = parse_target(remote)
     content_type = str(request.get("contentType") or BYTES_TYPE)
+    if target.is_dicom:
+        if content_type == DICOM_TYPE:
+            body = dump_json({"command": "C-STORE", "binary": {"reference": body.strip()}}).decode()
+        return Push(target, body, "", "", JSON_TYPE)
     if target.scheme == "tcp" or (target.on_channel and content_type != HL7_TYPE):
         return Push(target, body, "", "", content_type)
     try:
@@ -5710,6 +6166,7 @@ class Devices:
         self._queues: dict[str, DeviceQueue] = {}
         self._early: dict[str, list[Push]] = {}  # by device: arrived while its queue is being made
         self._tries: set[asyncio.Future[str]] = set()
+        self.imaging: Callable[[Push, float], Awaitable[str]]  # sends to dicom:// addresses
 
     def configure(self, plan: Plan) -> None:
         """New Agent settings; connections in use are left alone."""
@@ -5752,6 +6209,8 @@ class Devices:
         self._channel_log.info(f"[Device:{target.key}] [Sending -- ID: {push.control_id}]: {push.text}")
         if target.on_channel:
             return await self._send_to_channel(push, seconds)
+        if target.is_dicom:
+            return await self.imaging(push, DICOM_PUSH_SECS if seconds == PUSH_STORED_SECS else seconds)
         device = self._device(target)
         if target.scheme != "tcp":
             return await device.exchange(target, push.text, push.control_id, push.mode, seconds)
@@ -5988,6 +6447,1078 @@ def parse_ping(host: object, body: object) -> tuple[str, int]:
 
 
 # =====================================================================================================================
+# DICOM
+#
+# Imaging devices (DICOM PS3.4, PS3.7, PS3.8; channel contract 8). pynetdicom carries the associations, each in threads
+# of its own; it is loaded only where a channel or a push needs it. Handlers run in those threads: they write to the
+# spool and ask the event loop for everything else. An object is on disk, file and row, before it is answered 0x0000.
+# What a device asks (C-FIND, C-MOVE, C-GET) the Bot answers while the device waits. May touch: sockets, threads, spool.
+# =====================================================================================================================
+
+# PS3.4 B.2.3, C.4.1 to C.4.3 and PS3.7 annex C
+SUCCESS, PENDING_MATCH, CANCELLED = 0x0000, 0xFF00, 0xFE00
+PROCESSING_FAILURE, NO_SUCH_INSTANCE, NO_SUCH_ACTION, RESOURCE_LIMITATION = 0x0110, 0x0112, 0x0123, 0x0213
+OUT_OF_RESOURCES, SOP_MISMATCH, CANNOT_UNDERSTAND, UNABLE_TO_PROCESS = 0xA700, 0xA900, 0xC000, 0xC001
+
+COMMITMENT_CLASS, COMMITMENT_INSTANCE = "1.2.840.10008.1.20.1", "1.2.840.10008.1.20.1.1"  # PS3.4 J.3
+MPPS_CLASS = "1.2.840.10008.3.1.2.3.3"  # PS3.4 F.7
+WORKLIST_CLASS = "1.2.840.10008.5.1.4.31"  # PS3.4 K.6.1
+_QUERY_ROOTS = {"PATIENT": "1.2.840.10008.5.1.4.1.2.1", "STUDY": "1.2.840.10008.5.1.4.1.2.2"}  # PS3.4 C.6
+_QUERY_COMMANDS = {"C-FIND": 1, "C-MOVE": 2, "C-GET": 3}  # last part of the UID
+SERVICE_CLASSES = (
+    "1.2.840.10008.1.1", COMMITMENT_CLASS, MPPS_CLASS, WORKLIST_CLASS,
+    *(f"{root}.{last}" for root in _QUERY_ROOTS.values() for last in _QUERY_COMMANDS.values()),
+)  # fmt: skip
+IMPLICIT, EXPLICIT, BIG_ENDIAN = "1.2.840.10008.1.2", "1.2.840.10008.1.2.1", "1.2.840.10008.1.2.2"
+UNCOMPRESSED = (EXPLICIT, IMPLICIT, BIG_ENDIAN)
+_PIXEL_DATA = frozenset({"7FE00008", "7FE00009", "7FE00010"})
+
+
+class Refusal(PeerError):
+    """A DIMSE request that is not done: the status and comment of its answer."""
+
+    def __init__(self, status: int, text: str):
+        super().__init__(text)
+        self.status = status
+
+
+_IMAGING = threading.Lock()
+
+
+def imaging() -> types.SimpleNamespace:
+    """pynetdicom, set up for us, and our classes on top of it."""
+    with _IMAGING:
+        return _load_imaging()
+
+
+async def load_imaging() -> None:
+    """Load it in a thread: it takes longer than a device should wait for an ACK."""
+    if not _load_imaging.cache_info().currsize:
+        await asyncio.to_thread(imaging)
+
+
+@functools.cache
+def _load_imaging() -> types.SimpleNamespace:
+    """16 MB and 130 ms that only imaging needs."""
+    sys.modules.setdefault("pydicom.examples", types.ModuleType("pydicom.examples"))  # wants files a binary has not
+    import pydicom
+    import pydicom.config
+    import pynetdicom
+    from pynetdicom import _config, association, dimse_messages, evt, pdu_primitives, presentation, sop_class, transport
+
+    for name in ("pydicom", "pynetdicom"):  # their words may quote a patient; what matters we log ourselves
+        logger = logging.getLogger(name)
+        logger.addHandler(logging.NullHandler())
+        logger.propagate, logger.level = False, logging.CRITICAL
+        warnings.filterwarnings("ignore", module=name)
+    pydicom.config.settings.reading_validation_mode = pydicom.config.IGNORE  # devices deviate: it goes up as it is
+    pydicom.config.settings.writing_validation_mode = pydicom.config.IGNORE
+    _config.LOG_HANDLER_LEVEL = "none"
+    _config.LOG_REQUEST_IDENTIFIERS = _config.LOG_RESPONSE_IDENTIFIERS = False
+    _config.STORE_RECV_CHUNKED_DATASET = _config.STORE_SEND_CHUNKED_DATASET = True
+    _config.UNRESTRICTED_STORAGE_SERVICE = True  # every storage SOP class, also private ones; first syntax proposed
+    _config.CODECS = ("ascii", "latin-1")
+    vars(dimse_messages)["NamedTemporaryFile"] = _received_object
+    sock = _socket_class(transport.AssociationSocket)
+    return types.SimpleNamespace(
+        pydicom=pydicom, evt=evt, Association=association.Association, Socket=sock,
+        Entity=_entity_class(pynetdicom.AE, sock), Address=transport.AddressInformation,
+        context=presentation.build_context, role=presentation.build_role, Dataset=pydicom.Dataset,
+        Release=pdu_primitives.A_RELEASE,
+        # storage without a patient (palettes, protocols: PS3.4 GG), which pynetdicom does not count as storage
+        other_storage=[
+            presentation.build_context(uid, pynetdicom.ALL_TRANSFER_SYNTAXES)
+            for uid in sop_class._NON_PATIENT_OBJECT_CLASSES.values()
+        ],
+    )  # fmt: skip
+
+
+def _received_object(**_: object) -> SpoolFile:
+    """Called by pynetdicom in the thread of an association, for what it receives an object into."""
+    association = typing.cast(Any, threading.current_thread()).assoc
+    file = SpoolFile(association.ae.spool)
+    vars(association)["files"] = [other for other in vars(association).get("files", ()) if not other.closed] + [file]
+    return file
+
+
+_INVALID_PDU = bytes((7, 0, 0, 0, 0, 4, 0, 0, 2, 6))  # A-ABORT by the provider, invalid PDU parameter (PS3.8 9.3.8)
+
+
+def _socket_class(base: type[AssociationSocket]) -> type[AssociationSocket]:
+    class Socket(base):  # type: ignore[valid-type, misc]
+        """Reads in large pieces, and sleeps until there is something to do (pynetdicom looks 1,000 times a second)."""
+
+        def __init__(self, assoc: Any, **options: Any):
+            super().__init__(assoc, **options)
+            self._bell, self._ear = socket.socketpair()
+            self._bell.setblocking(False)
+            self._queued: Callable[[Any], None] = assoc.dul.send_pdu
+            vars(assoc.dul)["send_pdu"] = self._send_pdu
+
+        def _send_pdu(self, primitive: Any) -> None:
+            dul = self.assoc.dul
+            while dul.to_provider_queue.qsize() > QUEUED_PDUS and dul.is_alive():
+                time.sleep(0.001)  # a large object must not be in memory as a whole
+            self._queued(primitive)
+            with contextlib.suppress(OSError):
+                self._bell.send(b"!")
+
+        def recv(self, nr_bytes: int) -> bytearray:
+            if nr_bytes > PDU_BYTES:
+                self.socket.sendall(_INVALID_PDU)
+                raise OSError("the PDU is too large")
+            content, at = bytearray(nr_bytes), 0
+            with memoryview(content) as view:
+                while at < nr_bytes and (count := self.socket.recv_into(view[at : at + READ_BYTES])):
+                    at += count
+            del content[at:]
+            return content
+
+        @property
+        def ready(self) -> bool:
+            sock = self.socket
+            if sock is None or not self._is_connected:
+                return False
+            try:
+                return _wait_for(sock, self._ear)
+            except (OSError, ValueError):
+                self.event_queue.put("Evt17")  # PS3.8 9.2: transport connection closed
+                return False
+
+        def close(self) -> None:
+            super().close()
+            self._bell.close()
+            self._ear.close()
+
+    return Socket
+
+
+def _entity_class(base: type[AE], sock: type[AssociationSocket]) -> type[AE]:
+    class Entity(base):  # type: ignore[valid-type, misc]
+        """A local application entity; `spool` is where its associations receive objects."""
+
+        def __init__(self, title: str, spool: Spool):
+            super().__init__(title)
+            self.spool = spool
+            self.dimse_timeout = DIMSE_SECS
+
+        def _create_socket(self, assoc: Any, address: Any, tls_args: Any) -> AssociationSocket:
+            found = sock(assoc, address=address)
+            found.tls_args = tls_args
+            return found
+
+    return Entity
+
+
+def _wait_for(sock: socket.socket, ear: socket.socket) -> bool:
+    """Whether there is something to read on `sock`; waits a moment, unless `ear` hears the bell."""
+    if isinstance(sock, ssl.SSLSocket) and sock.pending():
+        return True
+    found = _readable([sock, ear], IDLE_POLL_SECS)
+    if ear in found:
+        ear.recv(4096)
+    return sock in found
+
+
+def _readable(socks: Sequence[socket.socket], seconds: float) -> set[Any]:
+    """Those with something to read; select() cannot take descriptors above 1023, which a busy agent has."""
+    if not hasattr(select, "poll"):
+        return set(select.select(socks, [], [], seconds)[0])
+    poller = select.poll()
+    by_number = {sock.fileno(): sock for sock in socks}
+    for number in by_number:
+        poller.register(number, select.POLLIN)
+    return {by_number[number] for number, _ in poller.poll(seconds * 1000)}
+
+
+# --- data sets as JSON -----------------------------------------------------------------------------------------------
+
+
+def dicom_json(dataset: Dataset, omitted: list[str]) -> Json:
+    """The DICOM JSON Model (PS3.18 F.2) of a data set; tags that cannot be part of it are added to `omitted`.
+
+    Pixel data is never part of it; neither are values larger than INLINE_BYTES that are binary or were not read.
+    """
+    found: Json = {}
+    for tag in dataset.keys():  # noqa: SIM118 - iterating over the data set itself would read every value
+        key = f"{tag:08X}"
+        if key in _PIXEL_DATA:
+            continue
+        try:
+            if getattr(dataset.get_item(tag), "length", 0) in range(LARGE_VALUE_BYTES, 0xFFFFFFFF):
+                raise ValueError("too large")
+            value = _without_bulk(dataset[tag].to_json_dict(lambda element: "", INLINE_BYTES))
+            if value is None:
+                raise ValueError("binary")
+            found[key] = value
+        except Exception:  # whatever a device's value is that pydicom cannot read: the file has it
+            omitted.append(key)
+    return found
+
+
+def _without_bulk(element: Json) -> Json | None:
+    """An element of DICOM JSON without values too large to be inline; None when nothing is left of it."""
+    if "BulkDataURI" in element:
+        return None
+    if element.get("vr") != "SQ":
+        return element
+    items = [
+        {key: kept for key, inner in item.items() if key not in _PIXEL_DATA and (kept := _without_bulk(inner))}
+        for item in element.get("Value", [])
+    ]
+    return element | {"Value": items}
+
+
+def fitted(body: Json) -> str:
+    """The body as JSON text, without its largest elements if the server would not take the frame otherwise."""
+    text = dump_json(body).decode()
+    if len(text) < BODY_BYTES // 2 or len(dump_json(text)) <= BODY_BYTES:
+        return text
+    sizes = sorted(((len(dump_json(dump_json(value).decode())), key) for key, value in body["dataset"].items()))
+    excess = len(dump_json(text)) - BODY_BYTES
+    while excess > 0 and sizes:
+        size, key = sizes.pop()
+        del body["dataset"][key]
+        body.setdefault("omitted", []).append(key)
+        excess -= size
+    return dump_json(body).decode()
+
+
+def dataset_of(elements: object) -> Dataset:
+    """A data set from DICOM JSON; ValueError when it is none."""
+    if not isinstance(elements, dict):
+        raise ValueError("a data set in DICOM JSON is an object")
+    try:
+        dataset: Dataset = imaging().Dataset.from_json(elements)
+        if "00080005" not in elements and not dump_json(elements).isascii():
+            dataset.SpecificCharacterSet = "ISO_IR 192"
+        return dataset
+    except Exception as error:
+        raise ValueError(f"not a data set in DICOM JSON ({type(error).__name__})") from None
+
+
+def bot_words(text: object) -> Any:
+    """What a Bot answered to a device's request, from JSON; Refusal for nothing and for what is no JSON."""
+    if not isinstance(text, str) or not text or text.startswith(BOT_LOG):
+        raise Refusal(UNABLE_TO_PROCESS, "the Bot returned nothing")
+    try:
+        words = load_json(text)
+    except ValueError:
+        raise Refusal(UNABLE_TO_PROCESS, "the Bot's answer is not JSON") from None
+    if isinstance(words, dict) and (status := dimse_status(words.get("status", 0))):
+        raise Refusal(status, str(words.get("comment") or "the Bot refused the request"))
+    return words
+
+
+def dimse_status(value: object) -> int:
+    """A status as a Bot writes it: 49153 or "0xC001"; what is no status is a failure."""
+    try:
+        status = int(value, 0) if isinstance(value, str) else int(typing.cast(Any, value))
+        return status if 0 <= status <= 0xFFFF else UNABLE_TO_PROCESS
+    except (ValueError, TypeError):
+        return UNABLE_TO_PROCESS
+
+
+def reference_of(item: object) -> str:
+    """`Binary/<id>` from a reference or from an object with one; ValueError."""
+    if isinstance(item, dict):
+        item = item.get("reference") or (item.get("binary") or {}).get("reference")
+    if not isinstance(item, str) or not re.fullmatch(r"Binary/[A-Za-z0-9.-]{1,64}", item):
+        raise ValueError("a reference to a Binary is needed, such as Binary/123")
+    return item
+
+
+# --- objects from the server to an application entity ----------------------------------------------------------------
+
+
+def fetched(path: Path | None, sop_instance: str = "") -> Dataset:
+    """A stand-in that pynetdicom hands through to `send_object`; None for a file that could not be fetched."""
+    stand_in: Dataset = imaging().Dataset()
+    stand_in.SOPInstanceUID = sop_instance
+    if path is not None:
+        with contextlib.suppress(Exception):  # what is no DICOM file is found when it is sent
+            stand_in.SOPInstanceUID = imaging().pydicom.dcmread(path, specific_tags=["SOPInstanceUID"]).SOPInstanceUID
+    vars(stand_in)["path"] = path
+    return stand_in
+
+
+def send_object(association: Association, stand_in: Dataset, **options: Any) -> Dataset:
+    """C-STORE a fetched file, as it is where the peer takes its transfer syntax; returns the status data set."""
+    path: Path | None = vars(stand_in)["path"]
+    if path is None:
+        raise ValueError("it could not be fetched")
+    send = imaging().Association.send_c_store
+    try:
+        return typing.cast("Dataset", send(association, path, **options))
+    except ValueError:  # no presentation context for it as it is: in another uncompressed syntax
+        return typing.cast("Dataset", send(association, imaging().pydicom.dcmread(path), **options))
+    finally:
+        path.unlink(missing_ok=True)
+
+
+class Sender:
+    """Objects to one application entity, over associations made as the objects need them.
+
+    It takes the place of an association in pynetdicom's C-MOVE: what an object needs is known when it is there.
+    """
+
+    is_established = True
+
+    def __init__(self, entity: Any, peer: Peer, title: str, tls: tuple[ssl.SSLContext, str] | None = None):
+        self._associate = functools.partial(entity.associate, peer.host, peer.port, ae_title=title, tls_args=tls)
+        self._association: Association | None = None
+        self._contexts: dict[tuple[str, str], Any] = {}
+
+    def send_c_store(self, stand_in: Dataset, **options: Any) -> Dataset:
+        path: Path | None = vars(stand_in)["path"]
+        if path is not None:
+            meta = imaging().pydicom.filereader.read_file_meta_info(path)
+            self._prepare(meta.MediaStorageSOPClassUID, meta.TransferSyntaxUID)
+        assert self._association is not None
+        return send_object(self._association, stand_in, **options)
+
+    def _prepare(self, sop_class: str, syntax: str) -> None:
+        """An association with the contexts for this kind of object, besides those needed so far (at most 128)."""
+        if (sop_class, syntax) in self._contexts and self._association and self._association.is_established:
+            return
+        self.release()
+        if len(self._contexts) > 120:
+            self._contexts.clear()
+        for one in {syntax, IMPLICIT} if syntax in UNCOMPRESSED else {syntax}:
+            self._contexts[sop_class, one] = imaging().context(sop_class, one)
+        self._association = made = self._associate(contexts=list(self._contexts.values()))
+        if not made.is_established:
+            raise DeviceError(association_problem(made), _rejection_kind(made))
+
+    def release(self) -> None:
+        if self._association is not None:
+            self._association.release()
+
+
+def association_problem(association: Association) -> str:
+    """Why an association was not made."""
+    answer = typing.cast(Any, association.acceptor.primitive)
+    if answer is None:
+        return "it cannot be reached"
+    if association.is_rejected:
+        return f"the association was rejected: {answer.reason_str}"
+    if association.rejected_contexts and not association.accepted_contexts:
+        return "it does not accept what is needed: " + ", ".join(
+            sorted({context.abstract_syntax.name for context in association.rejected_contexts})  # type: ignore[union-attr]
+        )
+    return "the association was aborted"
+
+
+# --- the channel -----------------------------------------------------------------------------------------------------
+
+
+class _Handover(asyncio.Protocol):
+    """Takes a new connection out of the event loop: its association lives in threads."""
+
+    def __init__(self, channel: DicomChannel):
+        self._channel = channel
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        sock = transport.get_extra_info("socket").dup()
+        peer = transport.get_extra_info("peername")
+        typing.cast(asyncio.Transport, transport).abort()  # closes the event loop's own descriptor only
+        self._channel.accept(sock, peer)
+
+
+class DicomChannel(Channel):
+    """One DICOM channel: objects, queries, procedure steps and commitment requests of imaging devices."""
+
+    def __init__(self, plan: ChannelPlan, store: Store, log: Log, channel_log: Log, fhir: Fhir, dispatcher: Dispatcher):
+        super().__init__(plan, store, log, channel_log)
+        self._fhir, self._dispatcher = fhir, dispatcher
+        self._waiting: dict[int, concurrent.futures.Future[str]] = {}  # devices that wait for the Bot, by message
+        self._committing: dict[int, Association] = {}  # where a commitment was asked for, by message
+        self._reports: set[asyncio.Future[None]] = set()
+        self._threads = ThreadPoolExecutor(4, "commitment")
+        self.associations: set[Association] = set()
+        self.replan(plan)
+
+    @property
+    def settings(self) -> DicomSettings:
+        return typing.cast(DicomSettings, self.plan.settings)
+
+    def replan(self, plan: ChannelPlan) -> None:
+        """New associations get the new settings."""
+        super().replan(plan)
+        s, library = self.settings, imaging()
+        self._entity = entity = library.Entity(s.calledAeTitle or "MEDPLUM", self.store.spool)
+        entity.require_calling_aet, entity.require_called_aet = ae_titles(s.callingAeTitles), bool(s.calledAeTitle)
+        entity.maximum_associations, entity.maximum_pdu_size = s.maxConnections, s.maxPdu
+        entity.acse_timeout, entity.network_timeout = s.associationTimeoutSecs, s.idleTimeoutSecs or None
+        self._contexts = [library.context(uid, list(UNCOMPRESSED)) for uid in SERVICE_CLASSES] + library.other_storage
+        self._peers, self._destinations = networks(s.peers), destinations(s.moveDestinations)
+        self._tls = self._tls_context() if s.tls else None
+        vars(entity)["associate"] = functools.partial(self._move_association, entity.associate)
+
+    def _tls_context(self) -> ssl.SSLContext:
+        """DICOM TLS (PS3.15 B.12: TLS 1.2 and later)."""
+        s = self.settings
+        context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+        try:
+            context.load_cert_chain(s.certFile, s.keyFile or None)
+            if s.clientCa:
+                context.load_verify_locations(s.clientCa)
+                context.verify_mode = ssl.CERT_REQUIRED
+        except OSError as error:
+            self._log.error(f"Channel '{self.plan.name}': TLS cannot be set up: {error}. No device can connect.")
+        return context
+
+    def stop(self) -> None:
+        super().stop()
+        for association in self.associations:
+            with contextlib.suppress(Exception):  # one that ends just now
+                association.abort(block=False)
+
+    # --- associations ---
+
+    def connect(self) -> asyncio.Protocol:
+        return _Handover(self)
+
+    def accept(self, sock: socket.socket, peer: tuple[Any, ...]) -> None:
+        """A device connected: its association runs in threads until it ends."""
+        host = ipaddress.ip_address(str(peer[0]).removeprefix("::ffff:").split("%")[0])
+        open_ = len(self.associations)
+        if self._peers and not any(host in network for network in self._peers):
+            self._warn(f"{host} was turned away: it is not among peers")
+        elif open_ > 2 * self.settings.maxConnections + 10:  # those within get a proper rejection
+            self._warn(f"{host} was turned away: {open_} connections are open (maxConnections)")
+        else:
+            association = self._association(sock, peer)
+            self.associations.add(association)
+            association.start()
+            return
+        sock.close()
+
+    def _association(self, sock: socket.socket, peer: tuple[Any, ...]) -> Association:
+        library, entity = imaging(), self._entity
+        set_device_options(sock)
+        sock.settimeout(self.settings.associationTimeoutSecs)
+        association = library.Association(entity, "acceptor")
+        association.set_socket(library.Socket(association, client_socket=sock))
+        acceptor = association.acceptor
+        acceptor.maximum_length, acceptor.ae_title = self.settings.maxPdu, entity.ae_title
+        acceptor.implementation_class_uid = entity.implementation_class_uid
+        acceptor.implementation_version_name = entity.implementation_version_name
+        acceptor.supported_contexts = self._contexts
+        acceptor.address_info = library.Address.from_tuple(sock.getsockname())
+        association.requestor.address_info = library.Address.from_tuple(peer)
+        for event, handler in self._handlers:
+            association.bind(getattr(library.evt, event), handler)
+        vars(association)["send_c_store"] = functools.partial(send_object, association)  # for C-GET
+        vars(association)["run"] = functools.partial(self._run, association, sock)
+        self._sleep_when_idle(association)
+        return typing.cast("Association", association)
+
+    def _run(self, association: Association, sock: socket.socket) -> None:
+        """The thread of an association."""
+        wrapper = typing.cast(Any, association.dul.socket)
+        try:
+            if self._tls is not None:
+                wrapper.socket = sock = self._tls.wrap_socket(sock, server_side=True)
+            sock.settimeout(self.settings.frameTimeoutSecs or None)
+        except OSError as error:
+            self._tell(f"{association.requestor.address}: TLS failed: {getattr(error, 'reason', '') or error}")
+        else:
+            threading.Thread.run(association)
+        finally:
+            wrapper.close()
+            sock.close()
+            for file in vars(association).get("files", ()):
+                file.discard()  # what came of an object whose sender went away
+            self.loop.call_soon_threadsafe(self.associations.discard, association)
+
+    @staticmethod
+    def _sleep_when_idle(association: Any) -> None:
+        """pynetdicom asks its queues 1,000 times a second; waiting for them instead makes idle devices free.
+
+        What it cannot decode ends the association, as what it cannot parse does.
+        """
+        dimse, dul = association.dimse, association.dul
+        blocking, received, to_user = dimse.get_msg, dimse.receive_primitive, dul.to_user_queue.put
+
+        def get_msg(block: bool = False) -> Any:
+            if block:
+                return blocking(block=True)
+            try:
+                return dimse.msg_queue.get(timeout=IDLE_POLL_SECS)
+            except queue.Empty:
+                return None, None
+
+        def put(primitive: Any, *options: Any) -> None:
+            to_user(primitive, *options)
+            if isinstance(primitive, imaging().Release):
+                dimse.msg_queue.put((None, None))  # the reactor looks for it now
+
+        def receive_primitive(primitive: Any) -> None:
+            try:
+                for context, _ in primitive.presentation_data_value_list:
+                    current = getattr(dimse.message, "context_id", None)  # known when its command is complete
+                    if current not in (None, context) or context not in association._accepted_cx:
+                        raise ValueError("a fragment of another message or of no accepted context")
+                received(primitive)
+            except Exception:
+                dul.event_queue.put("Evt19")  # PS3.8 9.2: abort
+
+        vars(dimse)["get_msg"], vars(dimse)["receive_primitive"] = get_msg, receive_primitive
+        vars(dul.to_user_queue)["put"] = put
+
+    @functools.cached_property
+    def _handlers(self) -> Sequence[tuple[str, Callable[[Event], Any]]]:
+        return (
+            ("EVT_C_STORE", self._stored_object), ("EVT_C_FIND", self._find), ("EVT_C_MOVE", self._move),
+            ("EVT_C_GET", self._get), ("EVT_N_ACTION", self._action), ("EVT_N_CREATE", self._step),
+            ("EVT_N_SET", self._step), ("EVT_REJECTED", self._rejected), ("EVT_ABORTED", self._aborted),
+        )  # fmt: skip
+
+    def _rejected(self, event: Event) -> None:
+        request = typing.cast(Any, event.assoc.requestor.primitive)
+        calling, called, s = request.calling_ae_title, request.called_ae_title, self.settings
+        if s.calledAeTitle and called != s.calledAeTitle:
+            reason = f"it calls '{called}', and calledAeTitle is '{s.calledAeTitle}'"
+        elif s.callingAeTitles and calling not in ae_titles(s.callingAeTitles):
+            reason = "it is not among callingAeTitles"
+        else:
+            reason = f"{s.maxConnections} associations are open (maxConnections)"
+        self._tell(f"the association of '{calling}' at {event.assoc.requestor.address} was rejected: {reason}")
+
+    def _aborted(self, event: Event) -> None:
+        self._log.debug(f"Channel '{self.plan.name}': an association of {event.assoc.requestor.ae_title} was aborted.")
+
+    def _tell(self, text: str) -> None:
+        """A warning from the thread of an association."""
+        self.loop.call_soon_threadsafe(self._warn, text)
+
+    def _refused(self, event: Event, refusal: Refusal) -> Dataset:
+        """The status of the answer to a request that is not done."""
+        what = f"status 0x{refusal.status:04X}"
+        self._tell(f"a request of '{event.assoc.requestor.ae_title}' was answered with {what}; see the channel log")
+        self.loop.call_soon_threadsafe(self._note, f"[Refused]: {what}: {refusal}")
+        answer: Dataset = imaging().Dataset()
+        answer.Status, answer.ErrorComment = refusal.status, str(refusal)[:64]
+        return answer
+
+    # --- objects ---
+
+    def _stored_object(self, event: Event) -> Dataset | int:
+        """C-STORE (PS3.4 B.2.3)."""
+        request = typing.cast(Any, event.request)
+        file: SpoolFile | None = request._dataset_file
+        try:
+            message = self._image(event, request, file)
+            if refusal := self._keep(message):
+                self.store.spool.remove(message.spool or "")
+                raise Refusal(OUT_OF_RESOURCES, refusal)
+            return SUCCESS
+        except Refusal as refusal_:
+            return self._refused(event, refusal_)
+        except OSError as error:
+            return self._refused(event, Refusal(OUT_OF_RESOURCES, _storage_text(error)))
+        finally:
+            if file is not None:
+                file.discard()  # what was kept has another name by now
+
+    def _image(self, event: Event, request: Any, file: SpoolFile | None) -> Message:
+        """The message of a received object, whose file is on disk then."""
+        body: Json = {"association": association_json(event)}
+        study, name = "", None
+        if file is not None:
+            limit = self.settings.maxMessageBytes
+            if file.error or (limit and file.size > limit):
+                raise Refusal(OUT_OF_RESOURCES, file.error or f"larger than {limit} bytes (maxMessageBytes)")
+            study, omitted = self._describe(Path(file.name), request, body)
+            name = file.keep()
+            body["binary"] = {"reference": spool_reference(name)}
+            if omitted:
+                body["omitted"] = omitted
+        uid = str(request.AffectedSOPInstanceUID)
+        message = self._new_message(event, "C-STORE", uid, study or uid, body)
+        message.spool = name
+        return message
+
+    @staticmethod
+    def _describe(path: Path, request: Any, body: Json) -> tuple[str, list[str]]:
+        """Add the data set to the body; returns the Study Instance UID and what was left out."""
+        omitted: list[str] = []
+        try:
+            dataset = imaging().pydicom.dcmread(path, defer_size=LARGE_VALUE_BYTES, stop_before_pixels=True, force=True)
+            cut = _is_cut(dataset)
+            body["dataset"] = dicom_json(dataset.file_meta, []) | dicom_json(dataset, omitted)
+            uids = [str(dataset.get(key, "") or "") for key in ("SOPClassUID", "SOPInstanceUID", "StudyInstanceUID")]
+        except Exception:
+            raise Refusal(CANNOT_UNDERSTAND, "the data set cannot be read") from None
+        if not set(body["dataset"]) - set(omitted) - {key for key in body["dataset"] if key < "0003"}:
+            raise Refusal(CANNOT_UNDERSTAND, "the data set cannot be read")
+        commanded = request.AffectedSOPClassUID, request.AffectedSOPInstanceUID
+        for what, found, command in zip(("class", "instance"), uids, commanded, strict=False):
+            if found and found != command:
+                if cut:
+                    raise Refusal(CANNOT_UNDERSTAND, "the data set is cut off")
+                raise Refusal(SOP_MISMATCH, f"the SOP {what} UID of the data set is not that of the request")
+        return uids[2], omitted
+
+    def _new_message(self, event: Event, command: str, uid: str, key: str, body: Json) -> Message:
+        if self.feed is None:
+            raise Refusal(OUT_OF_RESOURCES, self.store.trouble or "the channel is starting")
+        text = fitted(body)
+        message = Message(self.feed.row.id, event.assoc.requestor.ae_title, text.encode(), "utf-8")
+        message.epoch, message.type, message.control_id = self.feed.row.epoch, command, uid
+        message.key = "" if self.plan.key_spec == "*" else key
+        message.text = text
+        return message
+
+    def _keep(self, message: Message, then: Callable[[], None] = lambda: None) -> str:
+        """Store a message, from the thread of an association; why it was refused, or ``.
+
+        `then` runs in the event loop when the message is on disk, before it may be sent.
+        """
+        done: concurrent.futures.Future[str] = concurrent.futures.Future()
+
+        def stored(message: Message) -> None:
+            if not message.refusal and self.feed is not None:
+                self._note(f"[Received {message.type}]: {message.control_id} from {message.remote}")
+                then()
+                self.feed.stored(message)
+            done.set_result(message.refusal or "")
+
+        def put() -> None:
+            message.source = stored
+            self.store.put(message)
+
+        self.loop.call_soon_threadsafe(put)
+        try:
+            return done.result(STORE_WAIT_SECS)
+        except TimeoutError:
+            return f"storage error: not on disk within {STORE_WAIT_SECS:g} s"
+
+    # --- questions ---
+
+    def _ask(self, event: Event, command: str, **more: str) -> Any:
+        """The Bot's answer to a query, as JSON; Refusal when there is none, also when the device cancels."""
+        try:
+            identifier = event.identifier
+            worklist = event.context.abstract_syntax == WORKLIST_CLASS
+            level = "WORKLIST" if worklist else identifier.get("QueryRetrieveLevel", "")
+            dataset = dicom_json(identifier, [])
+        except Exception:
+            raise Refusal(CANNOT_UNDERSTAND, "the identifier cannot be read") from None
+        request = typing.cast(Any, event.request)
+        body = {
+            "association": association_json(event), "command": command,
+            "sopClassUid": str(request.AffectedSOPClassUID), "level": str(level), "dataset": dataset, **more,
+        }  # fmt: skip
+        text, calling = dump_json(body).decode(), event.assoc.requestor.ae_title
+        self.loop.call_soon_threadsafe(self._note, f"[Received {command}]: {text}")
+        seconds = self.settings.responseTimeoutSecs
+        asking = self._dispatcher.ask(self.plan.name, calling, text, seconds)
+        answer = asyncio.run_coroutine_threadsafe(asking, self.loop)
+        while not concurrent.futures.wait([answer], CANCEL_POLL_SECS).done:
+            if event.is_cancelled or event.assoc.acse.is_aborted():
+                answer.cancel()
+                raise Refusal(CANCELLED, "cancelled by the device")
+        try:
+            return bot_words(_answer_body(answer.result()))
+        except TimeoutError:
+            raise Refusal(UNABLE_TO_PROCESS, f"the Bot did not answer within {seconds:g} s") from None
+        except ServerError as error:
+            raise Refusal(UNABLE_TO_PROCESS, str(error)) from None
+
+    def _find(self, event: Event) -> Iterator[tuple[Any, Any]]:
+        """C-FIND (PS3.4 C.4.1, K.4.1)."""
+        try:
+            words = self._ask(event, "C-FIND")
+            matches = words.get("datasets") if isinstance(words, dict) else words
+            if not isinstance(matches, list):
+                raise Refusal(UNABLE_TO_PROCESS, "the Bot's answer is no list of data sets")
+            for elements in matches:
+                dataset = dataset_of(elements)
+                if event.is_cancelled:
+                    raise Refusal(CANCELLED, "cancelled by the device")
+                if "QueryRetrieveLevel" in event.identifier and "QueryRetrieveLevel" not in dataset:
+                    dataset.QueryRetrieveLevel = event.identifier.QueryRetrieveLevel
+                yield PENDING_MATCH, dataset
+        except ValueError as error:
+            yield self._refused(event, Refusal(UNABLE_TO_PROCESS, f"the Bot's answer is {error}")), None
+        except Refusal as refusal:
+            yield self._unanswered(event, refusal), None
+
+    def _unanswered(self, event: Event, refusal: Refusal) -> Dataset | int:
+        return CANCELLED if refusal.status == CANCELLED else self._refused(event, refusal)
+
+    def _references(self, event: Event, command: str, **more: str) -> list[str]:
+        words = self._ask(event, command, **more)
+        try:
+            return [reference_of(item) for item in (words["binaries"] if isinstance(words, dict) else words)]
+        except (ValueError, TypeError, KeyError):
+            raise Refusal(UNABLE_TO_PROCESS, "the Bot's answer is no list of references to Binaries") from None
+
+    def _move(self, event: Event) -> Iterator[Any]:
+        """C-MOVE (PS3.4 C.4.2): the answers that pynetdicom wants are address, count, and then each object."""
+        title = event.move_destination or ""
+        peer = self._destinations.get(title)
+        if peer is None:
+            self._tell(f"'{event.assoc.requestor.ae_title}' asked to move to '{title}': not among moveDestinations")
+            yield None, None
+            return
+        yield peer.host, peer.port, {"originator": event.assoc.requestor.ae_title}
+        yield from self._retrieve(event, "C-MOVE", destination=title)
+
+    def _get(self, event: Event) -> Iterator[Any]:
+        """C-GET (PS3.4 C.4.3)."""
+        yield from self._retrieve(event, "C-GET")
+
+    def _retrieve(self, event: Event, command: str, **more: str) -> Iterator[Any]:
+        """The number of objects, then each as it comes from the server."""
+        try:
+            references = self._references(event, command, **more)
+        except Refusal as refusal:
+            yield 1  # pynetdicom takes a failure only where there is something to do
+            yield self._unanswered(event, refusal), None
+            return
+        yield len(references)
+        for reference in references:
+            if event.is_cancelled or event.assoc.acse.is_aborted():
+                yield CANCELLED, None
+                return
+            yield PENDING_MATCH, fetched(self._fetch(reference))
+
+    def _fetch(self, reference: str) -> Path | None:
+        """A Binary in a file of the spool; None, with a warning, when it cannot be fetched."""
+        file = SpoolFile(self.store.spool)
+        try:
+            asyncio.run_coroutine_threadsafe(self._fhir.download(reference, file), self.loop).result()
+            if not file.error:
+                file.close()
+                return Path(file.name)
+            self._tell(f"{reference} cannot be fetched: {file.error}")
+        except (ServerError, ValueError) as error:
+            self._tell(f"{reference} cannot be fetched: {error}")
+        file.discard()
+        return None
+
+    def _move_association(self, associate: Callable[..., Any], host: str, port: int, **options: Any) -> Any:
+        """What pynetdicom's C-MOVE takes for the association with the destination."""
+        if "originator" not in options:
+            return associate(host, port, **options)
+        originator = options.pop("originator")
+        sender = Sender(types.SimpleNamespace(associate=associate), Peer(host, port), options["ae_title"])
+        send = sender.send_c_store
+        vars(sender)["send_c_store"] = lambda item, **more: send(item, **more | {"originator_aet": originator})
+        return sender
+
+    # --- procedure steps and storage commitment ---
+
+    def _step(self, event: Event) -> tuple[Any, Any]:
+        """MPPS N-CREATE and N-SET (PS3.4 F.7.2): stored; the Bot's answer goes back if it comes in time."""
+        request = typing.cast(Any, event.request)
+        create = event.event.name == "EVT_N_CREATE"
+        given = request.AffectedSOPInstanceUID if create else request.RequestedSOPInstanceUID
+        uid = str(given or imaging().pydicom.uid.generate_uid())
+        heard: concurrent.futures.Future[str] = concurrent.futures.Future()
+        try:
+            attributes = event.attribute_list if create else event.modification_list
+            command = "N-CREATE" if create else "N-SET"
+            message = self._request(event, command, MPPS_CLASS, uid, attributes)
+            if refusal := self._keep(message, lambda: self._waiting.update({message.id: heard})):
+                raise Refusal(RESOURCE_LIMITATION, refusal)
+            answer = self._heard(heard)
+        except Refusal as refusal_:
+            return self._refused(event, refusal_), None
+        finally:
+            self.loop.call_soon_threadsafe(self._forget_waiting, heard)
+        if create and not given:
+            answer.AffectedSOPInstanceUID = uid
+        return SUCCESS, answer
+
+    def _request(self, event: Event, command: str, sop_class: str, uid: str, dataset: Dataset, **more: int) -> Message:
+        omitted: list[str] = []
+        try:
+            elements = dicom_json(dataset, omitted)
+        except Exception:
+            raise Refusal(PROCESSING_FAILURE, "the data set cannot be read") from None
+        body = {"association": association_json(event), "command": command, "sopClassUid": sop_class,
+                "sopInstanceUid": uid, **more, "dataset": elements}  # fmt: skip
+        return self._new_message(event, command, uid, uid, body)
+
+    def _heard(self, heard: concurrent.futures.Future[str]) -> Dataset:
+        """The data set of the Bot's answer; an empty one when it does not come in time, for the request is kept."""
+        try:
+            words = bot_words(heard.result(self.settings.answerWaitSecs if self._dispatcher.live else 0))
+            return dataset_of(words.get("dataset", {}) if isinstance(words, dict) else {})
+        except TimeoutError:
+            return dataset_of({})
+        except ValueError:
+            raise Refusal(PROCESSING_FAILURE, "the Bot's answer is no data set in DICOM JSON") from None
+
+    def _forget_waiting(self, heard: concurrent.futures.Future[str]) -> None:
+        for id_ in [id_ for id_, other in self._waiting.items() if other is heard]:
+            del self._waiting[id_]
+
+    def _action(self, event: Event) -> tuple[Any, Any]:
+        """Storage commitment N-ACTION (PS3.4 J.3.2): answered when stored; the report follows the Bot's answer."""
+        request = typing.cast(Any, event.request)
+        if request.RequestedSOPClassUID != COMMITMENT_CLASS or request.ActionTypeID != 1:
+            return NO_SUCH_ACTION, None
+        try:
+            dataset = event.action_information
+            uid = str(request.RequestedSOPInstanceUID)
+            message = self._request(event, "N-ACTION", COMMITMENT_CLASS, uid, dataset, actionTypeId=1)
+            message.key = "" if self.plan.key_spec == "*" else f"commitment {dataset.get('TransactionUID')}"
+            if refusal := self._keep(message, lambda: self._committing.update({message.id: event.assoc})):
+                raise Refusal(RESOURCE_LIMITATION, refusal)
+        except Refusal as refusal_:
+            return self._refused(event, refusal_), None
+        return SUCCESS, None
+
+    # --- answers of the Bot ---
+
+    def relays(self, body: object) -> bool:
+        return True
+
+    def deliver(self, message: Message, text: str) -> bool:
+        if (heard := self._waiting.pop(message.id, None)) is not None:
+            # a Bot that says nothing about a procedure step has nothing against it
+            heard.set_result("{}" if not text or text.startswith(BOT_LOG) else text)
+        if message.type == "N-ACTION":
+            self._commit(message, text)
+        return True
+
+    def refuse(self, message: Message, error_code: str) -> bool:
+        if (heard := self._waiting.pop(message.id, None)) is not None:
+            heard.set_result(f'{{"status": {PROCESSING_FAILURE}}}')
+        if message.type == "N-ACTION":
+            self._commit(message, "")
+        return heard is not None or message.type == "N-ACTION"
+
+    def _commit(self, message: Message, text: str) -> None:
+        """Report what the Bot says is safe; everything else has failed (PS3.4 J.3.3)."""
+        try:
+            words = bot_words(text)
+            committed = {str(uid) for uid in words["committed"]}
+        except (Refusal, KeyError, TypeError):
+            self._warn(f"message {message.id}: the Bot confirmed nothing; the device hears that the commitment failed")
+            committed = set()
+        reporting = asyncio.ensure_future(self._report(message, committed, self._committing.pop(message.id, None)))
+        self._reports.add(reporting)
+        reporting.add_done_callback(self._reports.discard)
+
+    async def _report(self, message: Message, committed: set[str], association: Association | None) -> None:
+        text = message.text or (await self.store.bodies([message.id]))[message.id][0].decode()
+        report, kind = commitment_report(load_json(text), committed)
+        for seconds in COMMITMENT_REPORT_SECS:
+            await asyncio.sleep(seconds)
+            sending = functools.partial(self._send_report, load_json(text)["association"], report, kind, association)
+            if problem := await self.loop.run_in_executor(self._threads, sending):
+                self._warn(f"message {message.id}: the storage commitment report was not taken: {problem}")
+            else:
+                return
+        message.outcome = UNDELIVERED
+        self.store.update(message, message.state)
+
+    def _send_report(self, titles: Json, report: Dataset, kind: int, association: Association | None) -> str:
+        """N-EVENT-REPORT, on an association of our own where the device's address is known; why not, or ``."""
+        calling = titles["callingAeTitle"]
+        own = None
+        try:
+            if (peer := self._destinations.get(calling)) is not None:
+                entity = imaging().Entity(titles["calledAeTitle"] or self._entity.ae_title, self.store.spool)
+                context, role = imaging().context(COMMITMENT_CLASS), imaging().role(COMMITMENT_CLASS, scp_role=True)
+                own = association = entity.associate(*peer, contexts=[context], ae_title=calling, ext_neg=[role])
+                if not own.is_established:
+                    return association_problem(own)
+            if association is None or not association.is_established:
+                return f"'{calling}' is not connected; name its address in moveDestinations"
+            answer, _ = association.send_n_event_report(report, kind, COMMITMENT_CLASS, COMMITMENT_INSTANCE)
+            status = answer.get("Status")
+            return "" if status == SUCCESS else f"status {status}"
+        except (ValueError, RuntimeError, OSError) as error:
+            return f"{type(error).__name__}"
+        finally:
+            if own is not None and own.is_established:
+                own.release()
+
+
+def _is_cut(dataset: Dataset) -> bool:
+    """It ends in the middle of a value, which pydicom takes for a short one."""
+    last = dataset.get_item(max(dataset.keys())) if len(dataset) else None
+    value = getattr(last, "value", None)
+    return isinstance(value, bytes) and len(value) < getattr(last, "length", 0) < 0xFFFFFFFF
+
+
+def commitment_report(request: Json, committed: set[str]) -> tuple[Dataset, int]:
+    """The data set of an N-EVENT-REPORT and its event type: 1 when all is committed, else 2 (PS3.4 J.3.3)."""
+    report = dataset_of({"00081195": request["dataset"].get("00081195", {"vr": "UI"})})
+    done, failed = [], []
+    for uid, sop_class in referenced_objects(request):
+        item: Json = {"00081150": {"vr": "UI", "Value": [sop_class]}, "00081155": {"vr": "UI", "Value": [uid]}}
+        if uid in committed:
+            done.append(dataset_of(item))
+        else:
+            failed.append(dataset_of(item | {"00081197": {"vr": "US", "Value": [NO_SUCH_INSTANCE]}}))
+    if done:
+        report.ReferencedSOPSequence = done
+    if failed:
+        report.FailedSOPSequence = failed
+    return report, 2 if failed else 1
+
+
+def association_json(event: Event) -> Json:
+    """Who asks whom, as in the body of channel contract 8."""
+    request = typing.cast(Any, event.assoc.requestor.primitive)
+    return {"callingAeTitle": request.calling_ae_title.strip(), "calledAeTitle": request.called_ae_title.strip()}
+
+
+def _answer_body(answer: Json) -> object:
+    status = answer.get("statusCode")
+    if isinstance(status, int) and status >= 400:
+        raise Refusal(UNABLE_TO_PROCESS, f"the server or the Bot failed (status {status})")
+    return answer.get("body")
+
+
+# --- requests of the cloud to application entities -------------------------------------------------------------------
+
+
+class ImagingCaller:
+    """Pushes to `dicom://AETITLE@host:port`: C-ECHO, C-STORE of a Binary, C-FIND, C-MOVE, one association each."""
+
+    COMMANDS = ("C-ECHO", "C-STORE", "C-FIND", "C-MOVE")
+
+    def __init__(self, spool: Spool, fhir: Fhir, channel_log: Log):
+        self._spool, self._fhir, self._channel_log = spool, fhir, channel_log
+        self._threads = ThreadPoolExecutor(DICOM_PUSHES, "dicom-push")
+
+    @classmethod
+    def check(cls, push: Push) -> Json:
+        """The request of a push; DeviceError says what is wrong with it."""
+        try:
+            request = load_json(push.text)
+            command = request["command"]
+            if command not in cls.COMMANDS:
+                raise ValueError(f"command '{command}' is unknown: use one of {', '.join(cls.COMMANDS)}")
+            if command == "C-STORE":
+                reference_of(request.get("binary"))
+            if command in ("C-FIND", "C-MOVE"):
+                cls._model(request)
+                dataset_of(request.get("dataset", {}))
+            if command == "C-MOVE" and not ae_titles(str(request.get("destination") or "")):
+                raise ValueError("C-MOVE needs a destination, the AE title that the objects shall go to")
+            return typing.cast(Json, request)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            text = str(error) if isinstance(error, ValueError) else 'it needs the form {"command": "C-ECHO"}'
+            raise DeviceError(f"the body of a push to {push.target.key}: {text}", "device-rejected") from None
+
+    @staticmethod
+    def _model(request: Json) -> str:
+        """The SOP class of a query: by `model`, else study root, or the worklist for that level."""
+        if "WORKLIST" in (request.get("model"), request.get("level")):
+            return WORKLIST_CLASS
+        if (root := _QUERY_ROOTS.get(request.get("model", "STUDY"))) is None:
+            raise ValueError(f"model '{request.get('model')}' is unknown: use {', '.join(_QUERY_ROOTS)} or WORKLIST")
+        return f"{root}.{_QUERY_COMMANDS[request['command']]}"
+
+    async def __call__(self, push: Push, seconds: float) -> str:
+        """Perform the request; its answer as JSON, or DeviceError, within `seconds`."""
+        await load_imaging()
+        request, path = self.check(push), None
+        loop = asyncio.get_running_loop()
+        try:
+            async with asyncio.timeout(seconds):
+                if request["command"] == "C-STORE":
+                    path = await self._fetch(reference_of(request["binary"]))
+                answer = await loop.run_in_executor(self._threads, self._perform, push.target, request, path, seconds)
+                return dump_json({"command": request["command"], **answer}).decode()
+        except TimeoutError:
+            raise DeviceError(f"{push.target.key}: not done within {seconds:g} s", "device-silent") from None
+        except OSError as error:
+            raise DeviceError(f"{push.target.key}: {_os_reason(error)}", "device-unreachable") from None
+        finally:
+            if path is not None:
+                path.unlink(missing_ok=True)
+
+    async def _fetch(self, reference: str) -> Path:
+        file = SpoolFile(self._spool)
+        try:
+            await self._fhir.download(reference, file)
+            if file.error:
+                raise DeviceError(f"{reference}: {file.error}", "device-error")
+            return Path(file.name)
+        except ServerError as error:
+            Path(file.name).unlink(missing_ok=True)
+            kind = "device-error" if error.status in (0, 429) or error.status >= 500 else "device-rejected"
+            raise DeviceError(f"{reference} cannot be fetched: {error}", kind) from None
+        finally:
+            file.close()
+
+    def _perform(self, target: Target, request: Json, path: Path | None, seconds: float) -> Json:
+        """In a thread: the association and the request."""
+        s, library = target.settings, imaging()
+        entity = library.Entity(s.callingAeTitle, self._spool)
+        entity.connection_timeout, entity.acse_timeout = s.connectTimeoutSecs, min(seconds, DIMSE_SECS)
+        entity.dimse_timeout = entity.network_timeout = seconds
+        tls = (device_tls(s), target.host) if s.tls else None
+        peer, title = Peer(target.host, target.port), target.path
+        if request["command"] == "C-STORE":
+            return self._store(target, Sender(entity, peer, title, tls), fetched(path))
+        sop_class = "1.2.840.10008.1.1" if request["command"] == "C-ECHO" else self._model(request)
+        context = library.context(sop_class, list(UNCOMPRESSED))
+        association = entity.associate(*peer, contexts=[context], ae_title=title, tls_args=tls)
+        if not association.is_established:
+            raise DeviceError(f"{target.key}: {association_problem(association)}", _rejection_kind(association))
+        try:
+            return self._query(target, association, sop_class, request)
+        finally:
+            association.release()
+
+    @staticmethod
+    def _store(target: Target, sender: Sender, stand_in: Dataset) -> Json:
+        try:
+            return {"status": _checked_status(target, sender.send_c_store(stand_in))}
+        except DeviceError as error:
+            raise DeviceError(f"{target.key}: {error}", error.kind) from None
+        except Exception as error:  # no DICOM file, or no presentation context that takes it
+            raise DeviceError(f"{target.key}: the object cannot be sent: {error}", "device-rejected") from None
+        finally:
+            sender.release()
+
+    @staticmethod
+    def _query(target: Target, association: Any, sop_class: str, request: Json) -> Json:
+        if request["command"] == "C-ECHO":
+            return {"status": _checked_status(target, association.send_c_echo())}
+        identifier = dataset_of(request.get("dataset", {}))
+        if sop_class != WORKLIST_CLASS:
+            identifier.QueryRetrieveLevel = request.get("level") or identifier.get("QueryRetrieveLevel") or "STUDY"
+        if request["command"] == "C-FIND":
+            answers = list(association.send_c_find(identifier, sop_class))
+            found = [dicom_json(dataset, []) for status, dataset in answers if dataset is not None]
+            return {"status": _checked_status(target, answers[-1][0]), "datasets": found}
+        last, _ = list(association.send_c_move(identifier, request["destination"], sop_class))[-1]
+        names = ("Completed", "Failed", "Warning")
+        counts = {name.lower(): int(last.get(f"NumberOf{name}Suboperations") or 0) for name in names}
+        return {"status": _checked_status(target, last), **counts}
+
+
+def _rejection_kind(association: Association) -> str:
+    """A device that answers, even with a rejection, may still be mended by a person: that is tried again."""
+    return "device-error" if association.acceptor.primitive else "device-unreachable"
+
+
+def _checked_status(target: Target, answer: Dataset) -> int:
+    """The status of an answer if it is success or a warning; DeviceError for failures and silence."""
+    status = answer.get("Status")
+    if status is None:
+        raise DeviceError(f"{target.key}: no answer came", "device-silent")
+    if status == SUCCESS or status >> 12 == 0xB or status in (0x0001, 0x0107, 0x0116):  # PS3.7 C.3 and C.4
+        return int(status)
+    comment = f" ({answer.ErrorComment})" if answer.get("ErrorComment") else ""
+    kind = "device-error" if status >> 8 == 0xA7 else "device-rejected"
+    raise DeviceError(f"{target.key}: status 0x{status:04X}{comment}", kind)
+
+
+# =====================================================================================================================
 # Agent
 #
 # Plans become running channels. A reload reads everything, lists every problem, and changes nothing if there is one;
@@ -6193,8 +7724,9 @@ class Agent:
         path = Path(plan.settings.queueDbPath or self.state_dir / QUEUE_FILE)
         self.store = Store(path, self.log)
         await self.store.open()
-        self.dispatcher = Dispatcher(self.config.settings.agentId, self.store, self.uplink, self.log)
+        self.dispatcher = Dispatcher(self.config.settings.agentId, self.store, self.uplink, self.fhir, self.log)
         self.devices = Devices(self.store, self.log, self.channel_log, self.channels)
+        self.devices.imaging = ImagingCaller(self.store.spool, self.fhir, self.channel_log)
 
     # --- plans ---
 
@@ -6308,13 +7840,22 @@ class Agent:
         if not plan.active:
             self.log.warn(f"Channel '{plan.name}' is off (Endpoint.status).")
         elif channel is None:
-            self.channels[plan.name] = new_channel(plan, self.store, self.log, self.channel_log)
+            self.channels[plan.name] = await self._new_channel(plan)
             self._announce(plan)
         elif channel.plan != plan:
             self.log.info(f"Channel '{plan.name}' has new settings.")
         attaching = self._spawn(self._attach(plan))
         if self.store.healthy:
             await attaching
+
+    async def _new_channel(self, plan: ChannelPlan) -> Channel:
+        parts = plan, self.store, self.log, self.channel_log
+        if isinstance(plan.settings, DicomSettings):
+            await load_imaging()
+            return DicomChannel(*parts, self.fhir, self.dispatcher)
+        if isinstance(plan.settings, StreamSettings):
+            return AstmChannel(*parts) if plan.is_astm else StreamChannel(*parts)
+        return Hl7Channel(*parts)
 
     def _announce(self, plan: ChannelPlan) -> None:
         if plan.dials:
@@ -6419,6 +7960,8 @@ class Agent:
         """A push or a ping (uplink contract 4.7 to 4.9); None when nobody waits for the result."""
         async with self._push_gate:  # fair: those that wait for the start stay before those that come later
             await self.started.wait()
+            if str(message.get("remote")).startswith("dicom"):
+                await load_imaging()
         if self.plan is None or self.plan.status != "active":
             raise PeerError("Agent.status is currently set to off")
         is_ping = message.get("contentType") == PING_TYPE
@@ -6441,6 +7984,8 @@ class Agent:
 
     def _checked_push(self, message: Json) -> Push:
         push = parse_push(message)
+        if push.target.is_dicom:
+            ImagingCaller.check(push)
         if push.mode:  # an HL7 message
             if push.mode not in ("first", "application"):
                 raise DeviceError(f"returnAck '{push.mode}' is unknown: use first or application", "device-rejected")
@@ -6494,6 +8039,9 @@ class Agent:
             "hl7ConnectionsOpen": sum(len(channel.connections) for channel in self.channels.values()),
             "ping": self.uplink.ping_ms,
             "webSocketQueueDepth": sum(feed.depth - len(feed.inflight) for feed in feeds.values()),
+            "dicomAssociationsOpen": sum(
+                len(channel.associations) for channel in self.channels.values() if isinstance(channel, DicomChannel)
+            ),
             "hl7QueueDepth": 0,
             "hl7ClientCount": self.devices.client_count if self.started.is_set() else 0,
             "live": self.uplink.live,
@@ -6651,7 +8199,7 @@ class Faults:
     token_lifetime: float = 3600  # seconds
     jwt: bool = False  # tokens are JWTs; else opaque
     login_id: bool = False  # with a login_id claim: the client must ask auth/me
-    read_failures: dict[str, int] = dataclasses.field(default_factory=dict)  # "Endpoint/x" -> HTTP status
+    read_failures: dict[str, int] = dataclasses.field(default_factory=dict)  # "Endpoint/x" or "Binary" -> HTTP status
     never_connect: bool = False  # connect requests stay unanswered
     refuse_connect: str = ""  # connect requests are answered with this agent:error
     mute_heartbeats: bool = False  # heartbeats of the agent stay unanswered, none are sent
@@ -6698,6 +8246,8 @@ class Sandbox:
         self.violations: list[str] = []  # what an agent did against the contract
         self.requests: list[str] = []  # HTTP requests, method and path
         self.keep_transmits = True
+        self.binaries: dict[str, bytes | Path] = {}  # what was uploaded, by reference
+        self.binary_dir: Path | None = None  # uploads are streamed to files in it; else they are held in memory
         self.on_transmit: Callable[[Transmit], None] = lambda transmit: None
         self.agents: dict[str, SandboxSocket] = {}
         self.port = 0
@@ -6752,6 +8302,13 @@ class Sandbox:
             await SandboxSocket(self, reader, writer).run(raw)
             return False
         body = await self._body(reader, headers)
+        if method == "GET" and (found := self._binary(target, headers)) is not None:
+            writer.write(
+                f"HTTP/1.1 200 X\r\nContent-Type: {DICOM_TYPE}\r\nContent-Length: {len(found)}\r\n\r\n".encode()
+            )
+            writer.write(found)
+            await writer.drain()
+            return True
         status, answer = await self._respond(method, target, headers, body)
         kind, text = "application/fhir+json", dump_json(answer)
         if answer.get("type") == "agent:transmit:response":  # of a $push: the device's own words
@@ -6761,9 +8318,12 @@ class Sandbox:
         await writer.drain()
         return True
 
-    async def _body(self, reader: asyncio.StreamReader, headers: Headers) -> bytes:
+    async def _body(self, reader: asyncio.StreamReader, headers: Headers) -> bytes | Path:
+        length = int(headers.get("Content-Length", "0"))
+        if self.binary_dir is not None and headers.get("Content-Type") == DICOM_TYPE:
+            return await self._stream(reader, length, self.binary_dir / str(uuid.uuid4()))
         if "chunked" not in headers.get("Transfer-Encoding", ""):
-            return await reader.readexactly(int(headers.get("Content-Length", "0")))
+            return await reader.readexactly(length)
         parts = []
         while size := int(await reader.readline(), 16):
             parts.append(await reader.readexactly(size))
@@ -6771,27 +8331,41 @@ class Sandbox:
         await reader.readline()
         return b"".join(parts)
 
-    async def _respond(self, method: str, target: str, headers: Headers, body: bytes) -> tuple[int, Json]:
+    @staticmethod
+    async def _stream(reader: asyncio.StreamReader, length: int, path: Path) -> Path:
+        with path.open("wb") as file:
+            while length and (block := await reader.read(min(length, MIB))):
+                file.write(block)
+                length -= len(block)
+        return path
+
+    def _binary(self, target: str, headers: Headers) -> bytes | None:
+        content = self.binaries.get(target.removeprefix("/fhir/R4/"))
+        if content is None or not self.token_valid(headers.get("Authorization", "").removeprefix("Bearer ")):
+            return None
+        return content.read_bytes() if isinstance(content, Path) else content
+
+    async def _respond(self, method: str, target: str, headers: Headers, body: bytes | Path) -> tuple[int, Json]:
         path = urllib.parse.urlsplit(target).path
         query = dict(urllib.parse.parse_qsl(urllib.parse.urlsplit(target).query))
-        if path == "/oauth2/token":
+        if isinstance(body, bytes) and path == "/oauth2/token":
             return self._login(dict(urllib.parse.parse_qsl(body.decode())))
         if self._tokens.get(headers.get("Authorization", "").removeprefix("Bearer "), 0) < time.time():
             return 401, _outcome("Unauthorized")
         if path == "/auth/me":
             return 200, {"profile": {"resourceType": "ClientApplication", "id": self._client[0]}, "project": {}}
         reference = path.removeprefix("/fhir/R4/")
-        if "$" in reference:
+        if isinstance(body, bytes) and "$" in reference:
             return await self._operation(reference, query, body)
-        if method == "POST":
-            return self._create(reference, body)
         if status := self.faults.read_failures.get(reference):
             return status, _outcome("Forbidden" if status == 403 else "Injected failure")
+        if method == "POST":
+            return self._create(reference, body)
         return (200, self.resources[reference]) if reference in self.resources else (404, _outcome("Not found"))
 
-    def _create(self, kind: str, body: bytes) -> tuple[int, Json]:
-        resource = {"resourceType": kind, "id": str(uuid.uuid4()), "size": len(body)}
-        self.resources[f"{kind}/{resource['id']}"] = resource
+    def _create(self, kind: str, body: bytes | Path) -> tuple[int, Json]:
+        resource = {"resourceType": kind, "id": body.name if isinstance(body, Path) else str(uuid.uuid4())}
+        self.binaries[f"{kind}/{resource['id']}"] = body
         return 201, resource
 
     def _login(self, form: Mapping[str, str]) -> tuple[int, Json]:
@@ -7112,6 +8686,7 @@ DEMO_CHANNELS = {
     "ADT": ("mllp", "", "original mode: the device waits for the Bot's answer"),
     "LAB": ("mllp", "?enhanced=true", "enhanced mode: CA when the message is on disk, the Bot's answer later"),
     "CHEM": ("tcp", "?mode=astm", "an analyzer speaks ASTM: a result goes up, a query is answered with an order"),
+    "PACS": ("dicom", "", "a CT scanner speaks DICOM: an image goes up, the worklist comes down"),
 }
 DEMO_SESSIONS = {
     "a result": "H|\\^&|||CHEM1\nP|1||12345\nO|1|TUBE7||^^^GLU\nR|1|^^^GLU|5.4|mmol/L\nL|1|N\n",
@@ -7124,6 +8699,20 @@ DEMO_MESSAGES = {
     "LAB": "MSH|^~\\&|LAB1|LAB|AGENT|SITE|20260101120500||ORU^R01^ORU_R01|DEMO-2|P|2.5.1\r"
     "PID|1||12345^^^HOSP^MR||EXAMPLE^ANNA||19700101|F\rOBR|1|||GLU^Glucose\rOBX|1|NM|GLU^Glucose||5.4|mmol/L\r",
 }
+
+DEMO_IMAGE: Json = {
+    "00080016": {"vr": "UI", "Value": ["1.2.840.10008.5.1.4.1.1.7"]}, "00080018": {"vr": "UI", "Value": ["2.25.7"]},
+    "00080060": {"vr": "CS", "Value": ["CT"]}, "00100010": {"vr": "PN", "Value": [{"Alphabetic": "EXAMPLE^ANNA"}]},
+    "00100020": {"vr": "LO", "Value": ["12345"]}, "0020000D": {"vr": "UI", "Value": ["2.25.5"]},
+    "00280010": {"vr": "US", "Value": [64]}, "00280011": {"vr": "US", "Value": [64]},
+    "7FE00010": {"vr": "OW", "InlineBinary": base64.b64encode(bytes(8192)).decode()},
+}  # fmt: skip
+DEMO_WORKLIST: Json = {
+    "00080050": {"vr": "SH", "Value": ["ACC-9"]}, "00100010": {"vr": "PN", "Value": [{"Alphabetic": "EXAMPLE^ANNA"}]},
+    "00100020": {"vr": "LO", "Value": ["12345"]},
+    "00400100": {"vr": "SQ", "Value": [{"00400002": {"vr": "DA", "Value": ["20260101"]},
+                                        "00400007": {"vr": "LO", "Value": ["CT of the head"]}}]},
+}  # fmt: skip
 
 DEMO_PUSH = (
     "MSH|^~\\&|CLOUD|SITE|PUMP|WARD|20260101121000||RDS^O13^RDS_O13|DEMO-3|P|2.5.1\rPID|1||12345^^^HOSP^MR\r"
@@ -7180,8 +8769,10 @@ class Demo:
             print(f"\n{name} channel, port {self.ports[name]}, {meaning}")
             if name in DEMO_MESSAGES:
                 await self._device(name, DEMO_MESSAGES[name])
-            else:
+            elif name == "CHEM":
                 await self._analyzer(self.ports[name])
+            else:
+                await asyncio.to_thread(self._scanner, self.ports[name])
         print(f"\nFrom the cloud to Device/pump, an infusion pump on port {self.pump_port}: $push")
         await asyncio.start_server(self._pump, "127.0.0.1", self.pump_port)
         await self._push()
@@ -7216,6 +8807,25 @@ class Demo:
         records = records_text(orders[0].records, settings)
         self.say("analyzer", f"takes the order {_one_line(records.replace(chr(10), chr(13)))}")
         writer.close()
+
+    def _scanner(self, port: int) -> None:
+        """A CT scanner, in a thread: stores an image and asks for its worklist."""
+        library = imaging()
+        image = dataset_of(DEMO_IMAGE)
+        query = dataset_of({key: {"vr": value["vr"]} for key, value in DEMO_WORKLIST.items()})
+        image.file_meta = library.pydicom.dataset.FileMetaDataset()
+        image.file_meta.TransferSyntaxUID = library.pydicom.uid.UID(EXPLICIT)
+        entity = library.Entity("CT01", Spool(self._state_dir, lambda size: ""))
+        contexts = [library.context(uid, EXPLICIT) for uid in (image.SOPClassUID, WORKLIST_CLASS)]
+        association = entity.associate("127.0.0.1", port, contexts=contexts, ae_title="AGENT")
+        self.say("scanner", f"stores an image of {image.PatientName}")
+        self.say("scanner", f"hears status 0x{association.send_c_store(image).Status:04X}: it is on disk")
+        self.say("scanner", "asks for its worklist")
+        for _, item in association.send_c_find(query, WORKLIST_CLASS):
+            if item is not None:
+                step = item.ScheduledProcedureStepSequence[0]
+                self.say("scanner", f"hears {item.PatientName}: {step.ScheduledProcedureStepDescription}")
+        association.release()
 
     async def _pump(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """A device that listens: it answers every message with AA."""
@@ -7261,6 +8871,8 @@ class Demo:
         """A Bot as a Bot developer would write it: parse, look, acknowledge."""
         if transmit.content_type == ASTM_TYPE:
             return 200, self._laboratory_bot(transmit.body)
+        if transmit.content_type == JSON_TYPE:
+            return 200, self._imaging_bot(load_json(transmit.body))
         import hl7  # as a Bot would; the agent itself never parses whole messages
 
         message = hl7.parse(transmit.body if transmit.body.endswith("\r") else transmit.body + "\r")
@@ -7273,6 +8885,14 @@ class Demo:
         asks = "\nQ|" in body
         self.say("Bot", "got a query: answers with the order" if asks else "got the result of tube TUBE7")
         return DEMO_ORDER if asks else ""
+
+    def _imaging_bot(self, request: Json) -> str:
+        """A question is answered with data sets in DICOM JSON; an image is a Binary by now, and needs no answer."""
+        if request.get("command") == "C-FIND":
+            self.say("Bot", f"got a {request['level']} query: answers with one procedure")
+            return dump_json([DEMO_WORKLIST]).decode()
+        self.say("Bot", f"got the image as {request['binary']['reference']}")
+        return ""
 
     def _invite(self, agent: Agent) -> None:
         if not self._stay:

@@ -367,7 +367,7 @@ class Line:
 def feed_of(store, line, queued=0, **settings):
     plan = ChannelPlan("A", "mllp://h:1", "HL7", "", 1, True, Hl7Settings(**settings), frozenset())
     log: Any = medplum_agent.Log("main", medplum_agent.LoggerSettings(logLevel="NONE"), None, None)
-    return Feed(plan, ChannelRow(1, 0, queued, queued), store, line, "", log)
+    return Feed(plan, ChannelRow(1, 0, queued, queued), store, line, line, "", log)
 
 
 def stored_message(number):
