@@ -280,8 +280,17 @@ FunctionEnd
 
 ; Windows starts it again with a growing delay, also when it ends by itself with an error (failureflag).
 Function MakeService
-    nsExec::Exec '"$INSTDIR\shawl.exe" add --name ${SERVICE} --cwd "$INSTDIR" --log-dir "$StateDir" --no-log-cmd --no-restart --stop-timeout 20000 -- "$INSTDIR\program\medplum-agent.exe"'
-    Pop $0
+    StrCpy $1 0
+    ${Do} ; the deleted service lives until the last window that shows it is closed
+        nsExec::Exec '"$INSTDIR\shawl.exe" add --name ${SERVICE} --cwd "$INSTDIR" --log-dir "$StateDir" --no-log-cmd --no-restart --stop-timeout 20000 -- "$INSTDIR\program\medplum-agent.exe"'
+        Pop $0
+        IntOp $1 $1 + 1
+        ${If} $0 == 0
+        ${OrIf} $1 == 20
+            ${Break}
+        ${EndIf}
+        Sleep 1000
+    ${Loop}
     ${If} $0 != 0
         SetErrorLevel 2
         MessageBox MB_OK|MB_ICONSTOP "The service could not be made (shawl ended with $0)." /SD IDOK
