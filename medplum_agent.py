@@ -56,6 +56,7 @@ import urllib.parse
 import urllib.request
 import uuid
 import warnings
+from asyncio.sslproto import SSLProtocol
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -480,6 +481,11 @@ class ChannelSettings:
         "a silent connection is closed after so many seconds; 0: never", low=0)
     frameTimeoutSecs: float = setting(60.0, "Frame time-out",
         "a connection that stops inside a message is closed after so many seconds; 0: never", low=0)
+    tls: bool = setting(False, "TLS", "listen with TLS; `mllps://` and `dicoms://` imply it")
+    certFile: str = setting("", "Certificate", "PEM file of our certificate, for TLS")
+    keyFile: str = setting("", "Key", "PEM file of its key, when it is not in certFile")
+    clientCa: str = setting("", "Client CA", "PEM file of the authority that must have signed the device's certificate")
+    handshakeTimeoutSecs: float = setting(10.0, "Handshake time-out", "seconds for the TLS handshake", low=0.1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -561,7 +567,7 @@ class DicomSettings(ChannelSettings):
     frameTimeoutSecs: float = setting(60.0, "PDU time-out",
         "a connection that stops inside a PDU is closed after so many seconds; 0: never", low=0)
     associationTimeoutSecs: float = setting(30.0, "Association time-out",
-        "seconds for the TLS handshake, for the association request, and for its release", low=0.1)
+        "seconds for the association request, and for the release", low=0.1)
     calledAeTitle: str = setting("", "Called AE title",
         "our AE title: associations that call another are rejected; default: any", check=ae_titles, guard=True)
     callingAeTitles: str = setting("", "Calling AE titles",
@@ -575,10 +581,6 @@ class DicomSettings(ChannelSettings):
         check=destinations)
     answerWaitSecs: float = setting(10.0, "Wait for the Bot",
         "MPPS: seconds to wait for the Bot's answer before success is reported (the request is on disk)", low=0)
-    tls: bool = setting(False, "TLS", "listen with TLS; `dicoms://` implies it")
-    certFile: str = setting("", "Certificate", "PEM file of our certificate, for TLS")
-    keyFile: str = setting("", "Key", "PEM file of its key, when it is not in certFile")
-    clientCa: str = setting("", "Client CA", "PEM file of the authority that must have signed the device's certificate")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -998,6 +1000,7 @@ def channel_settings(
             values[name] = getattr(defaults, fallback)
             written.add(name)
     _check_retries(values, where, warnings)
+    _check_tls(values, where, warnings)
     _CHECKS[cls](values, where, warnings)
     return cls(**values), frozenset(written)
 
@@ -1052,18 +1055,30 @@ def _check_hl7(values: dict[str, Any], where: str, warnings: list[str]) -> None:
         warnings.append(f"{where}: assignSeqNo with maxWorkers above 1: numbers may reach the server out of order")
 
 
-def _check_dicom(values: dict[str, Any], where: str, warnings: list[str]) -> None:
+def _check_tls(values: dict[str, Any], where: str, warnings: list[str]) -> None:
+    """A channel that shall be safe does not start without its certificate."""
     if not values.get("tls"):
         return
+    if values.get("role") == "client":
+        raise ConfigError([f"{where}: tls is for listening; a channel that connects to its device cannot use it"])
     if not values.get("certFile"):
         raise ConfigError([f"{where}: TLS needs certFile, a PEM file with our certificate"])
-    for name in ("certFile", "keyFile", "clientCa"):
-        if values.get(name) and not os.access(values[name], os.R_OK):
-            raise ConfigError([f"{where}: {name} {values[name]} cannot be read"])
+    try:
+        load_identity(ssl.create_default_context(ssl.Purpose.CLIENT_AUTH), values)
+    except OSError as error:
+        raise ConfigError([f"{where}: TLS cannot be set up with certFile, keyFile and clientCa: {error}"]) from None
+
+
+def load_identity(context: ssl.SSLContext, values: Mapping[str, Any]) -> None:
+    """Our certificate, and who may connect, as the files say now; OSError."""
+    context.load_cert_chain(values["certFile"], values.get("keyFile") or None)
+    if values.get("clientCa"):
+        context.load_verify_locations(values["clientCa"])
+        context.verify_mode = ssl.CERT_REQUIRED
 
 
 _CHECKS: dict[type[ChannelSettings], Callable[[dict[str, Any], str, list[str]], None]] = {
-    Hl7Settings: _check_hl7, StreamSettings: _check_stream, DicomSettings: _check_dicom,
+    Hl7Settings: _check_hl7, StreamSettings: _check_stream, DicomSettings: lambda *_: None,
 }  # fmt: skip
 
 
@@ -1074,8 +1089,6 @@ def channel_plan(
     address = endpoint.get("address") or ""
     if not address:
         raise ConfigError([f"Invalid empty endpoint address for channel '{name}'"])
-    if address.startswith("mllps"):
-        raise ConfigError([f"channel '{name}': listening with TLS is not supported; use mllp:// on a safe network"])
     protocol = next((p for prefix, p in PROTOCOLS.items() if address.startswith(prefix)), None)
     if protocol is None:
         scheme = address.split(":")[0]
@@ -1091,7 +1104,7 @@ def channel_plan(
         host = url.netloc or url.path  # serial://COM3 or serial:///dev/ttyUSB0
     if not (host if port == 0 and url.scheme == "serial" else port):
         raise ConfigError([f"channel '{name}': the address {address} needs a port from 1 to 65535"])
-    query = ("tls=true&" if url.scheme == "dicoms" else "") + url.query
+    query = ("tls=true&" if url.scheme in ("mllps", "dicoms") else "") + url.query
     parsed, written = channel_settings(protocol.settings, query, f"channel '{name}'", settings, given, warnings)
     active = endpoint.get("status") != "off"
     return ChannelPlan(name, address, protocol.name, host, port or 0, active, parsed, written)
@@ -2685,6 +2698,7 @@ class Spool:
     def __init__(self, folder: Path, refusal: Callable[[int], str]):
         self.folder, self.refusal = folder, refusal
         self.size_bytes = 0
+        self.tidied = False
         self._lock = threading.Lock()
 
     def path(self, name: str) -> Path:
@@ -2703,6 +2717,7 @@ class Spool:
 
     def tidy(self, known: set[str]) -> None:
         """At start: measure, and remove what belongs to no message (it was never acknowledged)."""
+        self.tidied = True
         for path in self.folder.glob("*.*") if self.folder.is_dir() else ():
             if path.suffix == ".dcm" and path.stem in known:
                 self.count(path.stat().st_size)
@@ -3144,7 +3159,7 @@ class Store:
         (last,) = db.execute("SELECT ifnull(max(id), 0) FROM message").fetchone()
         (deleted,) = db.execute("SELECT last_deleted_id FROM identity").fetchone()
         self._next_id = max(self._next_id, last + 1, deleted + 1)
-        if not self._opened.is_set():
+        if not self.spool.tidied:
             self.spool.tidy({name for (name,) in db.execute("SELECT spool FROM message WHERE spool IS NOT NULL")})
         self._measure(db)
         db.execute("UPDATE identity SET seed = seed")  # a file that cannot be written is known now, not later
@@ -4431,9 +4446,10 @@ class Feed(Queue):
 
     async def _after_objects(self, message: Message) -> None:
         """A storage commitment is asked for when none of its objects waits here any more (PS3.4 J.3.2)."""
-        sql = f"""SELECT 1 FROM message WHERE channel = ? AND state < {PROCESSED} AND type = 'C-STORE'
+        sql = f"""SELECT 1 FROM message WHERE channel = ? AND state < {PROCESSED} AND id < ? AND type = 'C-STORE'
           AND control_id IN (SELECT value FROM json_each(?)) LIMIT 1"""
-        values = self.row.id, json.dumps([uid for uid, _ in referenced_objects(load_json(message.text or "{}"))])
+        objects = [uid for uid, _ in referenced_objects(load_json(message.text or "{}"))]
+        values = self.row.id, message.id, json.dumps(objects)
         while message.id in self.inflight:
             with contextlib.suppress(sqlite3.Error):
                 if not await self._store.read(lambda db: db.execute(sql, values).fetchone()):
@@ -4896,6 +4912,22 @@ def set_device_options(sock: socket.socket) -> None:
             sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), seconds)
 
 
+def handshake_class(tell: Callable[[str], None]) -> type[ssl.SSLObject]:
+    """asyncio says nothing of a handshake that fails; who looks after the channel wants to know."""
+
+    class Handshake(ssl.SSLObject):
+        def do_handshake(self) -> None:
+            try:
+                super().do_handshake()
+            except (ssl.SSLWantReadError, ssl.SSLWantWriteError):
+                raise
+            except ssl.SSLError as error:
+                tell(f"a device could not connect: TLS failed: {getattr(error, 'verify_message', '') or error.reason}")
+                raise
+
+    return Handshake
+
+
 class Channel:
     """One channel: its connections, and the feed that takes its messages to the server."""
 
@@ -4907,12 +4939,21 @@ class Channel:
         self._log, self._channel_log = log, channel_log
         self._warned_at, self._warnings = -math.inf, 0
         self._watcher = self.loop.call_later(1, self._watch)
+        self.tls: ssl.SSLContext | None = None
+        self.renew_identity()
 
     # --- what each protocol does in its own way ---
 
     def connect(self) -> asyncio.Protocol:
         """The protocol of a new connection."""
         raise NotImplementedError
+
+    def incoming(self) -> asyncio.BaseProtocol:
+        """The same below TLS where the channel wants that; a reload may change it without binding the port anew."""
+        if self.tls is None:
+            return self.connect()
+        options: Any = {"server_side": True, "ssl_handshake_timeout": self.plan.settings.handshakeTimeoutSecs}
+        return SSLProtocol(self.loop, self.connect(), self.tls, typing.cast(Any, None), **options)
 
     def deliver(self, message: Message, text: str) -> bool:
         """The Bot's answer to the device; False when no device is there to take it."""
@@ -4933,6 +4974,24 @@ class Channel:
     def replan(self, plan: ChannelPlan) -> None:
         """New settings for the connections that stay open."""
         self.plan = plan
+        self.renew_identity()
+
+    def renew_identity(self) -> None:
+        """Read the certificate files, which may have been renewed: at the start, and at every reload."""
+        if not self.plan.settings.tls:
+            self.tls = None
+            return
+        if self.tls is None:
+            self.tls = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)  # TLS 1.2 and later (PS3.15 B.12)
+            self.tls.sslobject_class = handshake_class(self._tell)
+        try:
+            load_identity(self.tls, dataclasses.asdict(self.plan.settings))
+        except OSError as error:
+            self._log.error(f"Channel '{self.plan.name}': its certificate cannot be read: {error}.")
+
+    def _tell(self, text: str) -> None:
+        """A warning from any thread."""
+        self.loop.call_soon_threadsafe(self._warn, text)
 
     def stop(self) -> None:
         self._watcher.cancel()
@@ -5627,8 +5686,8 @@ class Listener:
         for sock in self._sockets:
             self._servers.append(await loop.create_server(self._connection, sock=sock, backlog=SOCKET_BACKLOG))
 
-    def _connection(self) -> asyncio.Protocol:
-        return self.channel.connect() if self.channel is not None else _TurnAway()
+    def _connection(self) -> asyncio.BaseProtocol:
+        return self.channel.incoming() if self.channel is not None else _TurnAway()
 
     def close(self) -> None:
         for server in self._servers:
@@ -6731,10 +6790,10 @@ def reference_of(item: object) -> str:
 # --- objects from the server to an application entity ----------------------------------------------------------------
 
 
-def fetched(path: Path | None, sop_instance: str = "") -> Dataset:
+def fetched(path: Path | None) -> Dataset:
     """A stand-in that pynetdicom hands through to `send_object`; None for a file that could not be fetched."""
     stand_in: Dataset = imaging().Dataset()
-    stand_in.SOPInstanceUID = sop_instance
+    stand_in.SOPInstanceUID = ""
     if path is not None:
         with contextlib.suppress(Exception):  # what is no DICOM file is found when it is sent
             stand_in.SOPInstanceUID = imaging().pydicom.dcmread(path, specific_tags=["SOPInstanceUID"]).SOPInstanceUID
@@ -6764,31 +6823,46 @@ class Sender:
 
     is_established = True
 
-    def __init__(self, entity: Any, peer: Peer, title: str, tls: tuple[ssl.SSLContext, str] | None = None):
-        self._associate = functools.partial(entity.associate, peer.host, peer.port, ae_title=title, tls_args=tls)
+    def __init__(
+        self, associate: Callable[..., Any], peer: Peer, title: str,
+        tls: tuple[ssl.SSLContext, str] | None = None, originator: str | None = None,
+    ):  # fmt: skip
+        self._associate = functools.partial(associate, peer.host, peer.port, ae_title=title, tls_args=tls)
         self._association: Association | None = None
         self._contexts: dict[tuple[str, str], Any] = {}
+        self._originator = originator  # of a C-MOVE: who asked for it
+        self.problem: DeviceError | None = None  # the peer cannot be associated with: nothing more is tried
 
     def send_c_store(self, stand_in: Dataset, **options: Any) -> Dataset:
+        """The status data set of the peer's answer; DeviceError, or ValueError for what cannot be sent to it."""
         path: Path | None = vars(stand_in)["path"]
-        if path is not None:
+        if self._originator:
+            options["originator_aet"] = self._originator
+        try:
+            if path is None or self.problem is not None:
+                raise self.problem or ValueError("it could not be fetched")
             meta = imaging().pydicom.filereader.read_file_meta_info(path)
-            self._prepare(meta.MediaStorageSOPClassUID, meta.TransferSyntaxUID)
-        assert self._association is not None
-        return send_object(self._association, stand_in, **options)
+            return send_object(self._with(meta.MediaStorageSOPClassUID, meta.TransferSyntaxUID), stand_in, **options)
+        finally:
+            if path is not None:
+                path.unlink(missing_ok=True)
 
-    def _prepare(self, sop_class: str, syntax: str) -> None:
+    def _with(self, sop_class: str, syntax: str) -> Association:
         """An association with the contexts for this kind of object, besides those needed so far (at most 128)."""
-        if (sop_class, syntax) in self._contexts and self._association and self._association.is_established:
-            return
+        if self._association and (sop_class, syntax) in self._contexts and self._association.is_established:
+            return self._association
         self.release()
         if len(self._contexts) > 120:
             self._contexts.clear()
         for one in {syntax, IMPLICIT} if syntax in UNCOMPRESSED else {syntax}:
             self._contexts[sop_class, one] = imaging().context(sop_class, one)
-        self._association = made = self._associate(contexts=list(self._contexts.values()))
+        self._association = made = typing.cast("Association", self._associate(contexts=list(self._contexts.values())))
         if not made.is_established:
-            raise DeviceError(association_problem(made), _rejection_kind(made))
+            problem = DeviceError(association_problem(made), _rejection_kind(made))
+            if made.is_rejected or not made.acceptor.primitive:
+                self.problem = problem
+            raise problem
+        return made
 
     def release(self) -> None:
         if self._association is not None:
@@ -6852,21 +6926,8 @@ class DicomChannel(Channel):
         entity.acse_timeout, entity.network_timeout = s.associationTimeoutSecs, s.idleTimeoutSecs or None
         self._contexts = [library.context(uid, list(UNCOMPRESSED)) for uid in SERVICE_CLASSES] + library.other_storage
         self._peers, self._destinations = networks(s.peers), destinations(s.moveDestinations)
-        self._tls = self._tls_context() if s.tls else None
-        vars(entity)["associate"] = functools.partial(self._move_association, entity.associate)
-
-    def _tls_context(self) -> ssl.SSLContext:
-        """DICOM TLS (PS3.15 B.12: TLS 1.2 and later)."""
-        s = self.settings
-        context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
-        try:
-            context.load_cert_chain(s.certFile, s.keyFile or None)
-            if s.clientCa:
-                context.load_verify_locations(s.clientCa)
-                context.verify_mode = ssl.CERT_REQUIRED
-        except OSError as error:
-            self._log.error(f"Channel '{self.plan.name}': TLS cannot be set up: {error}. No device can connect.")
-        return context
+        self._associate = entity.associate
+        vars(entity)["associate"] = lambda *_, sender, **__: sender  # what C-MOVE takes for its association
 
     def stop(self) -> None:
         super().stop()
@@ -6878,6 +6939,9 @@ class DicomChannel(Channel):
 
     def connect(self) -> asyncio.Protocol:
         return _Handover(self)
+
+    def incoming(self) -> asyncio.BaseProtocol:
+        return self.connect()  # TLS is the matter of the association's thread
 
     def accept(self, sock: socket.socket, peer: tuple[Any, ...]) -> None:
         """A device connected: its association runs in threads until it ends."""
@@ -6897,7 +6961,7 @@ class DicomChannel(Channel):
     def _association(self, sock: socket.socket, peer: tuple[Any, ...]) -> Association:
         library, entity = imaging(), self._entity
         set_device_options(sock)
-        sock.settimeout(self.settings.associationTimeoutSecs)
+        sock.settimeout(self.settings.handshakeTimeoutSecs)
         association = library.Association(entity, "acceptor")
         association.set_socket(library.Socket(association, client_socket=sock))
         acceptor = association.acceptor
@@ -6911,15 +6975,15 @@ class DicomChannel(Channel):
             association.bind(getattr(library.evt, event), handler)
         vars(association)["send_c_store"] = functools.partial(send_object, association)  # for C-GET
         vars(association)["run"] = functools.partial(self._run, association, sock)
-        self._sleep_when_idle(association)
+        self._adapt(association)
         return typing.cast("Association", association)
 
     def _run(self, association: Association, sock: socket.socket) -> None:
         """The thread of an association."""
         wrapper = typing.cast(Any, association.dul.socket)
         try:
-            if self._tls is not None:
-                wrapper.socket = sock = self._tls.wrap_socket(sock, server_side=True)
+            if self.tls is not None:
+                wrapper.socket = sock = self.tls.wrap_socket(sock, server_side=True)
             sock.settimeout(self.settings.frameTimeoutSecs or None)
         except OSError as error:
             self._tell(f"{association.requestor.address}: TLS failed: {getattr(error, 'reason', '') or error}")
@@ -6933,10 +6997,10 @@ class DicomChannel(Channel):
             self.loop.call_soon_threadsafe(self.associations.discard, association)
 
     @staticmethod
-    def _sleep_when_idle(association: Any) -> None:
-        """pynetdicom asks its queues 1,000 times a second; waiting for them instead makes idle devices free.
+    def _adapt(association: Any) -> None:
+        """Wait for queues, which pynetdicom asks 1,000 times a second: idle devices cost nothing then.
 
-        What it cannot decode ends the association, as what it cannot parse does.
+        And what it cannot decode ends the association, as what it cannot parse does.
         """
         dimse, dul = association.dimse, association.dul
         blocking, received, to_user = dimse.get_msg, dimse.receive_primitive, dul.to_user_queue.put
@@ -6988,10 +7052,6 @@ class DicomChannel(Channel):
 
     def _aborted(self, event: Event) -> None:
         self._log.debug(f"Channel '{self.plan.name}': an association of {event.assoc.requestor.ae_title} was aborted.")
-
-    def _tell(self, text: str) -> None:
-        """A warning from the thread of an association."""
-        self.loop.call_soon_threadsafe(self._warn, text)
 
     def _refused(self, event: Event, refusal: Refusal) -> Dataset:
         """The status of the answer to a request that is not done."""
@@ -7164,14 +7224,17 @@ class DicomChannel(Channel):
             self._tell(f"'{event.assoc.requestor.ae_title}' asked to move to '{title}': not among moveDestinations")
             yield None, None
             return
-        yield peer.host, peer.port, {"originator": event.assoc.requestor.ae_title}
-        yield from self._retrieve(event, "C-MOVE", destination=title)
+        sender = Sender(self._associate, peer, title, originator=event.assoc.requestor.ae_title)
+        yield peer.host, peer.port, {"sender": sender}
+        yield from self._retrieve(event, "C-MOVE", lambda: sender.problem is None, destination=title)
+        if sender.problem is not None:
+            self._tell(f"objects could not be moved to '{title}': {sender.problem}")
 
     def _get(self, event: Event) -> Iterator[Any]:
         """C-GET (PS3.4 C.4.3)."""
-        yield from self._retrieve(event, "C-GET")
+        yield from self._retrieve(event, "C-GET", lambda: True)
 
-    def _retrieve(self, event: Event, command: str, **more: str) -> Iterator[Any]:
+    def _retrieve(self, event: Event, command: str, worthwhile: Callable[[], bool], **more: str) -> Iterator[Any]:
         """The number of objects, then each as it comes from the server."""
         try:
             references = self._references(event, command, **more)
@@ -7184,7 +7247,7 @@ class DicomChannel(Channel):
             if event.is_cancelled or event.assoc.acse.is_aborted():
                 yield CANCELLED, None
                 return
-            yield PENDING_MATCH, fetched(self._fetch(reference))
+            yield PENDING_MATCH, fetched(self._fetch(reference) if worthwhile() else None)
 
     def _fetch(self, reference: str) -> Path | None:
         """A Binary in a file of the spool; None, with a warning, when it cannot be fetched."""
@@ -7199,16 +7262,6 @@ class DicomChannel(Channel):
             self._tell(f"{reference} cannot be fetched: {error}")
         file.discard()
         return None
-
-    def _move_association(self, associate: Callable[..., Any], host: str, port: int, **options: Any) -> Any:
-        """What pynetdicom's C-MOVE takes for the association with the destination."""
-        if "originator" not in options:
-            return associate(host, port, **options)
-        originator = options.pop("originator")
-        sender = Sender(types.SimpleNamespace(associate=associate), Peer(host, port), options["ae_title"])
-        send = sender.send_c_store
-        vars(sender)["send_c_store"] = lambda item, **more: send(item, **more | {"originator_aet": originator})
-        return sender
 
     # --- procedure steps and storage commitment ---
 
@@ -7462,7 +7515,7 @@ class ImagingCaller:
         tls = (device_tls(s), target.host) if s.tls else None
         peer, title = Peer(target.host, target.port), target.path
         if request["command"] == "C-STORE":
-            return self._store(target, Sender(entity, peer, title, tls), fetched(path))
+            return self._store(target, Sender(entity.associate, peer, title, tls), fetched(path))
         sop_class = "1.2.840.10008.1.1" if request["command"] == "C-ECHO" else self._model(request)
         context = library.context(sop_class, list(UNCOMPRESSED))
         association = entity.associate(*peer, contexts=[context], ae_title=title, tls_args=tls)

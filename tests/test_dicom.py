@@ -21,10 +21,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import pydicom
 import pytest
 from pydicom.dataset import Dataset
-from pydicom.filebase import DicomBytesIO
 
 from medplum_agent import HL7_TYPE
 from tests.dicom_peers import (
@@ -46,10 +44,12 @@ from tests.dicom_peers import (
     announced,
     assert_arrived,
     assert_no_spool,
+    assert_same_elements,
     assert_works,
     command_set,
     dcmtk,
     encoded,
+    forget_strays,
     imaging_site,
     made,
     made_dataset,
@@ -104,6 +104,7 @@ def shared_site(tmp_path_factory, tls):
 
 @pytest.fixture
 def here(shared_site):
+    forget_strays(shared_site)
     yield shared_site
     faults, fresh = shared_site.sandbox.faults, type(shared_site.sandbox.faults)()
     for name in vars(fresh):
@@ -169,19 +170,6 @@ def test_storescu(here, tmp_path, option, name):
     original = read_instance(FILES[name])
     assert uid_of(meta[0x10]) == original.syntax
     assert_same_elements(original, content)
-
-
-def assert_same_elements(original: Instance, content: bytes) -> None:
-    """dcmtk may leave out group lengths and padding, and writes lengths of sequences its own way."""
-    ours, theirs = (
-        pydicom.dcmread(DicomBytesIO(part10(original._replace(content=raw)))) for raw in (original.content, content)
-    )
-    assert ours.get("PixelData") == theirs.get("PixelData")
-    drop = [e.tag for e in ours if e.tag.elem == 0 or e.tag == 0xFFFCFFFC]
-    for tag in drop:
-        del ours[tag]
-    assert [e.tag for e in ours] == [e.tag for e in theirs]
-    assert all(a.value == b.value for a, b in zip(ours, theirs, strict=True) if a.VR != "SQ")
 
 
 @needs_dcmtk
@@ -356,7 +344,7 @@ def test_images_of_a_study_go_in_order(here):
     [
         (lambda i: i._replace(uid=new_uid()), MISMATCH),
         (lambda i: i._replace(sop_class=CT), MISMATCH),
-        (lambda i: i._replace(content=i.content[:30]), NOT_UNDERSTOOD),
+        (lambda i: i._replace(content=i.content[:5]), NOT_UNDERSTOOD),
         (lambda i: i._replace(content=b"\xff\xff\xff\xff" * 100), NOT_UNDERSTOOD),
         (lambda i: i._replace(content=b""), NOT_UNDERSTOOD),
         (lambda i: i._replace(syntax=DEFLATED), NOT_UNDERSTOOD),
@@ -630,12 +618,12 @@ def test_who_asks_for_no_association_is_closed(here, said):
     ids=["http", "hl7", "zeros", "ones", "p-data", "short request", "empty request", "4 GB request"],
 )
 def test_garbage_instead_of_an_association_request(here, garbage):
-    before = memory_kb(here, "VmRSS")
+    before = memory_kb(here, "VmHWM")
     sock = raw(here.ports["IMPATIENT"])
     sock.sendall(garbage)
     assert closes(sock)
     assert_works(here, "IMPATIENT")
-    assert memory_kb(here, "VmRSS") < before + 20_000
+    assert memory_kb(here, "VmHWM") < before + 20_000
 
 
 def test_a_device_that_stops_inside_a_pdu(here):

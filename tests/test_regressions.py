@@ -24,6 +24,7 @@ from tests.support import (
     AgentProcess,
     Receiver,
     SandboxThread,
+    accepts,
     acknowledgment,
     bot,
     eventually,
@@ -539,11 +540,13 @@ def test_a_secret_may_begin_with_a_dash(tmp_path):
         here.agent.start()
 
 
-def test_listening_with_tls_is_a_problem_not_a_plain_port(tmp_path):
-    with site(tmp_path, {"PLAIN": "", "TLS": "mllps://127.0.0.1:{port}"}) as here:
-        assert "PLAIN" not in here.agent.logged("TLS is not supported")
+def test_listening_with_tls_without_a_certificate_is_a_problem_not_a_plain_port(tmp_path):
+    with site(tmp_path, {"PLAIN": "", "TLS": "mllps://127.0.0.1:{port}"}, start=False) as here:
+        here.agent.start(ready=False)
+        assert "PLAIN" not in here.agent.logged("needs certFile")
+        eventually(lambda: accepts(("127.0.0.1", here.ports["PLAIN"])))
         with here.device("PLAIN") as device:
             assert device.ask(message("PLAIN-1")) == ("AA", "PLAIN-1")
         with pytest.raises(ConnectionRefusedError):
             here.device("TLS")
-        assert "TLS is not supported" in json.dumps(here.sandbox.reload())
+        assert "needs certFile" in json.dumps(here.sandbox.reload())
