@@ -90,12 +90,15 @@ def compiler(work: Path) -> dict[str, str]:
     glibc = os.environ.get(LOWER_GLIBC)
     if not glibc:
         return {}
-    machine = os.uname().machine
-    wrapper = work / "zig-cc" / "zig"
+    # Named clang, which it is, because Nuitka treats a zig of its own differently. Without -mcpu it compiles for the
+    # processor of this machine; -dumpversion does not understand the target.
+    wrapper = work / "old-glibc" / "clang"
     wrapper.parent.mkdir(parents=True, exist_ok=True)
-    wrapper.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m ziglang cc -target {machine}-linux-gnu.{glibc} "$@"\n')
+    zig, target = f'"{sys.executable}" -m ziglang cc', f"-target {os.uname().machine}-linux-gnu.{glibc} -mcpu=baseline"
+    wrapper.write_text(f'#!/bin/sh\n[ "$1" = -dumpversion ] && exec {zig} --version\nexec {zig} {target} "$@"\n')
     wrapper.chmod(0o755)
-    return {"CC": str(wrapper)}
+    cache = str(work / "cache/zig")
+    return {"CC": str(wrapper), "ZIG_GLOBAL_CACHE_DIR": cache, "ZIG_LOCAL_CACHE_DIR": cache}
 
 
 def compile_module(work: Path) -> None:
