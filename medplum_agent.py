@@ -1919,11 +1919,14 @@ def stream_answer(body: str, settings: StreamSettings) -> bytes:
 #   its checksum, as some instruments leave CR LF away, and pad with NULs. STX inside a frame begins it anew.
 # - 6.3.2 Numbers count 1..7, 0. A frame repeats the last one only if number and bytes are equal: then ACK, nothing
 #   appended. Any other number is accepted with a warning (strictFrameNumbers: NAK).
+# - 6.5.2 A sender that hears nothing for 15 s gives up. When a frame takes longer to store and something came after it,
+#   its ACK is not given: the sender would take it for the answer to that.
 # - 6.4 EOT ends the session and is not answered (ackEot). After ETB or after a frame that was refused, the sender gave
 #   up: interrupted. So does a sender that ends without EOT (30 s of silence, 6.5.2; ENQ; disconnect) before its L
 #   record: only with L is a message complete (LIS02-A2 14), and then a lost EOT does no harm.
 # - A line flips bits: `D` becomes EOT, `E` and CR become ENQ. So EOT inside a text, and EOT and ENQ where noise was
 #   just received, count only if nothing follows for DOUBT_SECS. A wrong ACK would acknowledge the frame after it.
+#   EOT and ENQ are one bit apart: of two ENQs in a row the second is answered only if nothing follows.
 # - 6.2.1 We ask with ENQ. NAK: again after 10 s. ENQ in answer to ours is contention: the instrument wins, we do not
 #   answer, and ask again after 20 s or when its session ended. No answer within 15 s: EOT, and again.
 # - 6.3.4 A frame that is answered by anything but ACK or EOT (6.5.1), or by nothing in 15 s, is sent again; the sixth
@@ -2017,6 +2020,7 @@ class Link(enum.Enum):
     """The states of the line."""
 
     IDLE = "neutral"
+    FRESH = "ENQ was answered"
     OPEN = "session open, between frames"
     AFTER = "directly after a frame"
     NOISE = "after bytes that are no frame"
@@ -2088,7 +2092,10 @@ class Astm:
         self._partial = frame.end == ETB
         self._size += len(frame.content) + FRAME_COST_BYTES
         self._last, self._expected = frame, (ord(frame.number) + 1) % 8
-        self._answer(ACK)
+        if self._waiting.strip(b"\r\n\0") and now >= self._due:
+            self._refused, self._state = True, Link.NOISE
+        else:
+            self._answer(ACK)
         return self._run()
 
     def refused(self, now: float) -> list[AstmEvent]:
@@ -2105,6 +2112,17 @@ class Astm:
         self._queue.append(astm_frames(records, self.settings.maxFrame))
         if self._state is Link.IDLE and now >= self._rest:
             self._step(_TIME)
+        return self._run()
+
+    def withdraw(self, position: int, now: float) -> list[AstmEvent]:
+        """Take back a message that was given to send(); one under way ends in EOT, and so without its L record."""
+        self._now = now
+        if position == 0:
+            self._asked = 0
+            if self._state in (Link.ENQUIRE, Link.SENDING):
+                self._write(EOT)
+                self._state, self._rest = Link.IDLE, now + TURN_SECS
+        del self._queue[position]
         return self._run()
 
     def deadline(self) -> float | None:
@@ -2146,7 +2164,7 @@ class Astm:
         del self._waiting[:at]
         if self._state in _DOUBTS:
             self._due = self._now + DOUBT_SECS
-        elif self._state not in (Link.ENQUIRE, Link.SENDING):
+        elif self._state not in (Link.ENQUIRE, Link.SENDING, Link.COMMIT):
             self._due = self._now + self.settings.receiveTimeoutSecs
         events, self._events = self._events, []
         return events
@@ -2309,6 +2327,7 @@ class Astm:
             if not expected:
                 self._warn(f"frame {frame.number!r} came where {self._expected} was due; it is accepted")
             self._state, self._pending = Link.COMMIT, frame
+            self._due = self._now + self.settings.replyTimeoutSecs
             self._events.append(frame)
 
     def _answer(self, byte: int) -> None:
@@ -2405,19 +2424,20 @@ _NOISY: _Row = {
 }
 _LINK: dict[Link, _Row] = {
     Link.IDLE: {
-        ENQ: (Astm._open, Link.OPEN), STX: (Astm._open_bare, Link.NUMBER), EOT: (Astm._ack_eot, Link.IDLE),
+        ENQ: (Astm._open, Link.FRESH), STX: (Astm._open_bare, Link.NUMBER), EOT: (Astm._ack_eot, Link.IDLE),
         **_padding(Link.IDLE), _OTHER: (Astm._skip, Link.IDLE), _TIME: (Astm._enquire, Link.IDLE),
     },
     # receiver
-    Link.OPEN: {**_BETWEEN, ENQ: (Astm._reopen, Link.OPEN)},
+    Link.FRESH: {**_BETWEEN, **_padding(Link.FRESH), ENQ: (Astm._pass, Link.NOISE_ENQ)},
+    Link.OPEN: {**_BETWEEN, ENQ: (Astm._reopen, Link.FRESH)},
     Link.AFTER: {**_BETWEEN, ENQ: (Astm._pass, Link.NOISE_ENQ)},  # a flipped CR, or no CR LF and a new session
     Link.NOISE: _NOISY,
-    Link.NOISE_ENQ: {**_NOISY, _TIME: (Astm._reopen, Link.OPEN)},
+    Link.NOISE_ENQ: {**_NOISY, _TIME: (Astm._reopen, Link.FRESH)},
     Link.NOISE_EOT: {
-        **_NOISY, **_padding(Link.NOISE_EOT), ENQ: (Astm._end_and_open, Link.OPEN), _TIME: (Astm._end, Link.IDLE),
+        **_NOISY, **_padding(Link.NOISE_EOT), ENQ: (Astm._end_and_open, Link.FRESH), _TIME: (Astm._end, Link.IDLE),
     },
     Link.NUMBER: {
-        STX: (Astm._begin, Link.NUMBER), ENQ: (Astm._reopen, Link.OPEN), EOT: (Astm._end, Link.IDLE),
+        STX: (Astm._begin, Link.NUMBER), ENQ: (Astm._reopen, Link.FRESH), EOT: (Astm._end, Link.IDLE),
         _OTHER: (Astm._take_number, Link.TEXT), _TIME: (Astm._silent, Link.IDLE),
     },
     Link.TEXT: {  # all other bytes: _take_text
@@ -2425,7 +2445,7 @@ _LINK: dict[Link, _Row] = {
         EOT: (Astm._pass, Link.TEXT_EOT), _TIME: (Astm._silent, Link.IDLE),
     },
     Link.TEXT_EOT: {
-        STX: (Astm._restart, Link.NUMBER), ENQ: (Astm._cut_and_open, Link.OPEN),
+        STX: (Astm._restart, Link.NUMBER), ENQ: (Astm._cut_and_open, Link.FRESH),
         _OTHER: (Astm._go_on, Link.TEXT), _TIME: (Astm._cut, Link.IDLE),
     },
     Link.SUM: {_OTHER: (Astm._take_sum, Link.SUM), _TIME: (Astm._silent, Link.IDLE)},
@@ -5321,16 +5341,6 @@ class Hl7Channel(Channel):
 PUSH_WRITTEN = "OK"  # the answer to a push whose device has no words of its own
 
 
-def finish_send(sent: asyncio.Future[str], event: AstmEvent, name: str) -> None:
-    """Sent or SendFailed ends the oldest message given to an ASTM core."""
-    if sent.done():
-        return
-    if isinstance(event, SendFailed):
-        sent.set_exception(DeviceError(f"{name}: the instrument did not take it: {event.reason}", "device-silent"))
-    else:
-        sent.set_result(PUSH_WRITTEN)
-
-
 class StreamConnection(Connection):
     """A device that sends a byte stream framed by a start and an end sequence."""
 
@@ -5452,52 +5462,90 @@ class StreamChannel(Channel):
         return sent
 
 
-class AstmConnection(Connection):
-    """An analyzer that speaks ASTM E1381 / LIS01-A2; accepted frames are on disk before their ACK."""
+class AstmDriver:
+    """Runs an Astm core on a line: its deadlines, what it writes, and the futures of what it sends.
 
-    channel: AstmChannel
+    The other events go to `heard`, which answers a FrameAccepted by do(core.committed) or do(core.refused).
+    """
 
-    def __init__(self, channel: AstmChannel):
-        super().__init__(channel)
-        self.core = Astm(channel.settings)
-        self.session = ""  # names the frames on disk that belong to no message yet
-        self._frames = 0
+    def __init__(
+        self, settings: StreamSettings, name: str, write: Callable[[bytes], None], heard: Callable[[AstmEvent], None]
+    ):
+        self.core = Astm(settings)
+        self._name, self._write, self._heard = name, write, heard
+        self._loop = asyncio.get_running_loop()
         self._sends: collections.deque[asyncio.Future[str]] = collections.deque()  # in the order of the core
         self._timer: asyncio.TimerHandle | None = None
 
     def submit(self, records: Sequence[bytes]) -> asyncio.Future[str]:
-        """Send records as a session; the future ends when the instrument took it, or in a DeviceError."""
+        """Send records as a session; the future ends when the instrument took it, or in a DeviceError.
+
+        When it is cancelled the session is not sent: who waited was told so, and may try again.
+        """
         sent: asyncio.Future[str] = self._loop.create_future()
+        sent.add_done_callback(self._withdraw)
         self._sends.append(sent)
-        self.perform(self.core.send(records, self._loop.time()))
+        self.do(self.core.send, records)
         return sent
 
+    def do(self, call: Callable[..., list[AstmEvent]], *given: object) -> None:
+        """Call the core with the time."""
+        self._perform(call(*given, self._loop.time()))
+
+    def closed(self) -> None:
+        self._perform(self.core.closed())
+
+    def _withdraw(self, sent: asyncio.Future[str]) -> None:
+        if sent in self._sends:
+            position = self._sends.index(sent)
+            del self._sends[position]
+            self.do(self.core.withdraw, position)
+
+    def _perform(self, events: list[AstmEvent]) -> None:
+        """Do what the core says, and wait for its next deadline."""
+        for event in events:
+            if isinstance(event, Write):
+                self._write(event.content)
+            elif isinstance(event, Sent | SendFailed):
+                self._settle(self._sends.popleft(), event)
+            else:
+                self._heard(event)
+        if self._timer is not None:
+            self._timer.cancel()
+        deadline = self.core.deadline()
+        self._timer = None if deadline is None else self._loop.call_at(deadline, self.do, self.core.expired)
+
+    def _settle(self, sent: asyncio.Future[str], event: Sent | SendFailed) -> None:
+        if sent.done():
+            return
+        if isinstance(event, SendFailed):
+            text = f"{self._name}: the instrument did not take it: {event.reason}"
+            sent.set_exception(DeviceError(text, "device-silent"))
+        else:
+            sent.set_result(PUSH_WRITTEN)
+
+
+class AstmConnection(Connection):
+    """An analyzer that speaks ASTM E1381 / LIS01-A2; accepted frames are on disk before their ACK."""
+
+    channel: AstmChannel
+    driver: AstmDriver
+    session = ""  # names the frames on disk that belong to no message yet
+    _frames = 0
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        super().connection_made(transport)
+        self.driver = AstmDriver(self.channel.settings, self.remote, self.send, self._heard)
+
     def take(self, received: bytes) -> None:
-        self.perform(self.core.receive(received, self._loop.time()))
+        self.driver.do(self.driver.core.receive, received)
 
     @property
     def inside(self) -> bool:
         return False  # the core has time-outs of its own
 
-    def perform(self, events: Iterable[AstmEvent]) -> None:
-        """Do what the core says, and wait for its next deadline."""
-        for event in events:
-            self._perform(event)
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
-        deadline = self.core.deadline()
-        if deadline is not None and not self._closing:
-            self._timer = self._loop.call_at(deadline, self._expired)
-
-    def _expired(self) -> None:
-        self._timer = None
-        self.perform(self.core.expired(self._loop.time()))
-
-    def _perform(self, event: AstmEvent) -> None:
-        if isinstance(event, Write):
-            self.send(event.content)
-        elif isinstance(event, FrameAccepted):
+    def _heard(self, event: AstmEvent) -> None:
+        if isinstance(event, FrameAccepted):
             self._keep_frame(event)
         elif isinstance(event, Session | Interrupted):
             self.messages += 1
@@ -5505,8 +5553,6 @@ class AstmConnection(Connection):
             self.channel.take_session(self, session, event)
         elif isinstance(event, LineWarning):
             self.channel.complain(self, event.text)
-        else:
-            finish_send(self._sends.popleft(), event, self.remote)
 
     def _keep_frame(self, frame: FrameAccepted) -> None:
         """The frame is on disk before the core may acknowledge it."""
@@ -5521,13 +5567,13 @@ class AstmConnection(Connection):
         self.resume("frame")
         if saving.cancelled() or saving.exception() is not None:
             self.channel.complain(self, "a frame could not be stored and is refused with NAK")
-            self.perform(self.core.refused(self._loop.time()))
+            self.driver.do(self.driver.core.refused)
         else:
-            self.perform(self.core.committed(self._loop.time()))
+            self.driver.do(self.driver.core.committed)
 
     def connection_lost(self, error: Exception | None) -> None:
         super().connection_lost(error)
-        self.perform(self.core.closed())
+        self.driver.closed()
 
 
 class AstmChannel(StreamChannel):
@@ -5552,7 +5598,10 @@ class AstmChannel(StreamChannel):
     def take_session(self, connection: AstmConnection, session: str, event: Session | Interrupted) -> None:
         """A whole session is a message; an interrupted one is kept as a dead letter with its records."""
         text = records_text(event.records, self.settings)
-        message = self.new_message(connection, text.encode(), text, "utf-8") if text else None
+        if not text:  # nothing but blanks: its frames shall not become a dead letter at the next start
+            self.store.call(lambda db: db.execute("DELETE FROM partial WHERE session = ?", (session,)))
+            return
+        message = self.new_message(connection, text.encode(), text, "utf-8")
         if message is None:
             return
         message.control_id = message.session = session
@@ -5600,7 +5649,7 @@ class AstmChannel(StreamChannel):
         self.submit(connection, text).add_done_callback(functools.partial(self._answered, connection, message))
 
     def submit(self, connection: Connection, text: str) -> asyncio.Future[str]:
-        return typing.cast(AstmConnection, connection).submit(text_records(text, self.settings))
+        return typing.cast(AstmConnection, connection).driver.submit(text_records(text, self.settings))
 
     def _answered(self, connection: Connection, message: Message | None, sent: asyncio.Future[str]) -> None:
         if sent.cancelled() or (error := sent.exception()) is None:
@@ -5877,42 +5926,27 @@ class AstmCaller(asyncio.Protocol):
     """One message to an instrument that listens; what it sends meanwhile is refused: a channel is there for that."""
 
     def __init__(self, settings: StreamSettings, text: str, name: str):
-        self._loop = asyncio.get_running_loop()
-        self.sent: asyncio.Future[str] = self._loop.create_future()
-        self._core = Astm(settings)
-        self._records = text_records(text, settings)
-        self._name = name
-        self._timer: asyncio.TimerHandle | None = None
-        self._transport: asyncio.Transport
+        self._settings, self._text, self._name = settings, text, name
+        self._driver: AstmDriver
+        self.sent: asyncio.Future[str]
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self._transport = typing.cast(asyncio.Transport, transport)
-        self._perform(self._core.send(self._records, self._loop.time()))
+        write = typing.cast(asyncio.Transport, transport).write
+        self._driver = AstmDriver(self._settings, self._name, write, self._heard)
+        self.sent = self._driver.submit(text_records(self._text, self._settings))
 
     def data_received(self, data: bytes) -> None:
-        self._perform(self._core.receive(data, self._loop.time()))
+        self._driver.do(self._driver.core.receive, data)
 
     def connection_lost(self, error: Exception | None) -> None:
-        self._perform(self._core.closed())
+        self._driver.closed()
 
-    def _expired(self) -> None:
-        self._perform(self._core.expired(self._loop.time()))
+    def _heard(self, event: AstmEvent) -> None:
+        if isinstance(event, FrameAccepted):
+            self._driver.do(self._driver.core.refused)
 
-    def _perform(self, events: Iterable[AstmEvent]) -> None:
-        for event in events:
-            if isinstance(event, Write):
-                self._transport.write(event.content)
-            elif isinstance(event, Sent | SendFailed):
-                finish_send(self.sent, event, self._name)
-            elif isinstance(event, FrameAccepted):
-                self._perform(self._core.refused(self._loop.time()))
-        if self._timer is not None:
-            self._timer.cancel()
-        deadline = None if self.sent.done() else self._core.deadline()
-        self._timer = None if deadline is None else self._loop.call_at(deadline, self._expired)
 
-    def close(self) -> None:
-        self._transport.close()
+P = TypeVar("P", bound=asyncio.Protocol)
 
 
 class Device:
@@ -5992,22 +6026,19 @@ class Device:
             connection.close()
         self._opening += 1
         try:
-            return await self._open(target)
+            return (await self._open(target, lambda: DeviceConnection(self, target.settings)))[1]
         except BaseException:
             self._loop.call_soon(self._wake)  # the place is free again
             raise
         finally:
             self._opening -= 1
 
-    async def _open(self, target: Target) -> DeviceConnection:
+    async def _open(self, target: Target, protocol: Callable[[], P]) -> tuple[asyncio.Transport, P]:
         settings = target.settings
-        loop = asyncio.get_running_loop()
         try:
             context = device_tls(settings) if settings.tls else None
             async with asyncio.timeout(settings.connectTimeoutSecs):
-                _, connection = await loop.create_connection(
-                    lambda: DeviceConnection(self, settings), target.host, target.port, ssl=context
-                )
+                return await self._loop.create_connection(protocol, target.host, target.port, ssl=context)
         except TimeoutError:
             text = f"{self.name}: no connection within {settings.connectTimeoutSecs:g} s"
             raise DeviceError(text, "device-unreachable") from None
@@ -6015,7 +6046,6 @@ class Device:
             raise DeviceError(f"{self.name}: {_os_reason(error)}", "device-unreachable") from None
         except (LocalError, UnicodeError) as error:
             raise DeviceError(f"{self.name}: {error}", "device-unreachable") from None
-        return connection
 
     def _release(self, connection: DeviceConnection) -> None:
         if connection.open:
@@ -6053,22 +6083,19 @@ class Device:
 
     async def send_records(self, target: Target, text: str, seconds: float) -> str:
         """Records to an instrument that listens, as one ASTM session on a connection of its own."""
-        loop = asyncio.get_running_loop()
         settings = StreamSettings(mode="astm", encoding=target.settings.encoding)
+        caller: AstmCaller | None = None
         self.users += 1
         try:
             async with asyncio.timeout(seconds):
-                _, caller = await loop.create_connection(
-                    lambda: AstmCaller(settings, text, self.name), target.host, target.port
-                )
+                transport, caller = await self._open(target, lambda: AstmCaller(settings, text, self.name))
                 try:
                     return await caller.sent
                 finally:
-                    caller.close()
+                    transport.close()
         except TimeoutError:
-            raise DeviceError(f"{self.name}: not taken within {seconds:g} s", "device-silent") from None
-        except OSError as error:
-            raise DeviceError(f"{self.name}: {_os_reason(error)}", "device-unreachable") from None
+            kind = "device-silent" if caller else "device-unreachable"
+            raise DeviceError(f"{self.name}: not taken within {seconds:g} s", kind) from None
         finally:
             self.users -= 1
 

@@ -29,7 +29,27 @@ import medplum_agent as ma
 
 MESSAGE = b"MSH|^~\\&|LAB|HOSP|EHR|CLINIC|20260101||ADT^A01^ADT_A01|MSG1|P|2.5.1\rPID|1||123^^^HOSP^MR\rMRG|1\r"
 ACK = b"MSH|^~\\&|BOT|S|||20260101||ACK|1|P|2.5.1\rMSA|AA|MSG1|OK\r"
-LIMIT = 64  # bytes of an MLLP frame
+SESSION = b"\x05" + b"".join(ma.astm_frames((b"H|\\^&|||A\r", b"R|1|^^^GLU|5.4\r", b"L|1|N\r"), 12)) + b"\x04"
+LIMIT = 64  # bytes of an MLLP frame or a raw message
+STREAMS = tuple(
+    ma.StreamSettings(maxMessageBytes=LIMIT, **options)
+    for options in (
+        {"startChar": "\x02", "endChar": "\x03", "autoRespond": "\x05:\x06,\x03:\x06,b\x03:B,x\x02:S"},
+        {"startChar": "\x0b", "endChar": "\x1c\r", "bodyEncoding": "utf-8", "stripSequence": "ab,abc,\x0b"},
+        {"startChar": "==", "endChar": "==", "stripControlChars": True},
+        {"startChar": "\x05", "endChar": "\x04", "autoRespond": "\x05:\x06,\x17:\x06"},
+    )
+)
+PAUSE = b"\xfe"
+ASTM_SETTINGS = tuple(
+    ma.StreamSettings(mode="astm", **options)
+    for options in (
+        {},
+        {"strictFrameNumbers": True, "requireTerminator": True, "ackEot": True},
+        {"checksum": "off"},
+        {"maxMessageBytes": 150, "maxFrame": 3},
+    )
+)
 INPUT_SECS = 0.5  # processor time for one input of at most 4 kB; more is an endless loop or a quadratic one
 
 
@@ -41,6 +61,74 @@ def mllp(content: bytes) -> None:
     assert found == expected, f"{found} != {expected}"
     assert (single.inside, single.skipped) == (whole.inside, whole.skipped)
     assert max(len(whole._buffer), len(single._buffer)) <= LIMIT + len(ma.RESTART)
+
+
+def bytestream(content: bytes) -> None:
+    """The first byte chooses the settings; whole and byte by byte give the same events, in bounded memory."""
+    settings, stream = STREAMS[content[0] % len(STREAMS) if content else 0], content[1:]
+    whole, single = ma.ByteStream(settings), ma.ByteStream(settings)
+    expected, found = [repr(event) for event in whole.receive(stream)], []
+    for at in range(len(stream)):
+        found += [repr(event) for event in single.receive(stream[at : at + 1])]
+        assert len(single._kept) <= LIMIT
+    assert found == expected, f"{found} != {expected}"
+    assert (single.inside, single.skipped) == (whole.inside, whole.skipped)
+    for message in re.findall(rb"\x02[^\x02\x03]*\x03", stream):
+        ma.stream_body(message, settings)
+        with contextlib.suppress(ma.PeerError):
+            ma.stream_answer(message.decode("latin-1"), settings)
+
+
+def astm(content: bytes) -> None:
+    """The first byte chooses the settings; whole, byte by byte, and with late commits the events are the same.
+
+    A byte PAUSE stands for silence until the next time-out.
+    """
+    kind, stream = (content[0], content[1:]) if content else (0, b"")
+    pieces = stream.split(PAUSE)
+    ways = (
+        ("whole", [[piece] for piece in pieces], False),
+        ("single", [_singly(piece) for piece in pieces], False),
+        ("late", [_singly(piece) for piece in pieces], True),
+    )
+    expected = None
+    for name, chunks, late in ways:
+        found = _astm_events(kind, chunks, late)
+        expected = expected or found
+        assert found == expected, f"{name}: {found} != {expected}"
+
+
+def _singly(piece: bytes) -> list[bytes]:
+    return [piece[at : at + 1] for at in range(len(piece))]
+
+
+def _astm_events(kind: int, pieces: list[list[bytes]], late: bool) -> list[str]:
+    """All that a core says; with `late` an accepted frame is on disk only when the line goes silent."""
+    settings = ASTM_SETTINGS[kind % len(ASTM_SETTINGS)]
+    core, now = ma.Astm(settings), 0.0
+    heard: list[ma.AstmEvent] = list(core.send((b"H|\\^&\r", b"L|1\r"), now) if kind & 0x80 else [])
+
+    def commit() -> None:
+        while core.awaiting_commit:
+            heard.extend(core.refused(now) if kind & 0x40 and not now % 2 else core.committed(now))
+
+    for chunks in pieces:
+        for chunk in chunks:
+            heard.extend(core.receive(chunk, now))
+            if not late:
+                commit()
+            assert len(core._text) <= ma.FRAME_TEXT_BYTES and core._size <= settings.maxMessageBytes
+        commit()
+        if (due := core.deadline()) is not None:
+            now = float(int(max(now, due)) + 1)
+            heard.extend(core.expired(now))
+    heard.extend(core.closed())
+    for event in heard:
+        assert isinstance(event, ma.AstmEvent), event
+        if isinstance(event, ma.Session | ma.Interrupted):
+            ma.delimiters(event.records[0])
+            ma.text_records(ma.records_text(event.records, settings), settings)
+    return [*map(repr, heard), str(core.skipped)]
 
 
 def hl7(content: bytes) -> None:
@@ -121,6 +209,22 @@ def cursor(content: bytes) -> None:
 
 TARGETS: dict[str, tuple[Callable[[bytes], None], tuple[bytes, ...]]] = {
     "mllp": (mllp, (b"\x0bMSH|1\x1c\r", b"\x0bMSH|1\x0bMSH|2\x1c\r", b"x\x0b" + b"y" * LIMIT + b"\x1c\x0bMSH|\x1c\r")),
+    "bytestream": (
+        bytestream,
+        (
+            b"\x00\x05\r\n\x02ab\x03x\x02c\x02d\x03", b"\x01\x0bM\x1c\r\x0b" + b"y" * LIMIT + b"\x1c\r\x0bz\x1c\r",
+            b"\x02===a====b==", b"\x03\x05\x021H|a\x17\x05\x04",
+        ),
+    ),
+    "astm": (
+        astm,
+        (
+            b"\x00" + SESSION, b"\x01" + SESSION + SESSION.replace(b"\r\n", b""), b"\x02" + SESSION + PAUSE,
+            b"\x03" + SESSION.replace(b"\x03", b"\x17"), b"\x80\x06\x06\x15\x06" + SESSION, b"\x83" + b"\x06" * 9,
+            b"\x80\x05" + SESSION + PAUSE + b"\x06\x04" + PAUSE + b"\x06",
+            b"\xc1\x06\x04" + SESSION + PAUSE + b"\x06\x06",
+        ),
+    ),
     "hl7": (hl7, (MESSAGE, ACK, MESSAGE.replace(b"\r", b"\r\n"), b"\xef\xbb\xbfMSH#*!%$#a", b"MSH|")),
     "settings": (
         settings,
@@ -151,7 +255,7 @@ TARGETS: dict[str, tuple[Callable[[bytes], None], tuple[bytes, ...]]] = {
 TOKENS = (
     b"\x0b", b"\x1c\r", b"\x0bMSH", b"\r", b"\n", b"MSH", b"|", b"^", b"~", b"\\", b"&", b"=", b"%", b"\xff", b"\x00",
     b'""', b"-1", b"0", b"9" * 30, b"9" * 400, b"1e999", b"nan", b"utf-16", b"'", b"[", b"]", b":",
-    b"\xe2\x82\xac", b"A40",
+    b"\xe2\x82\xac", b"A40", b"\x02", b"\x03", b"\x04", b"\x05", b"\x06", b"\x15", b"\x17", b"\xfe",
 )  # fmt: skip
 
 

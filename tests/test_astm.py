@@ -114,7 +114,7 @@ TABLE = {
         b"\0\0" + ENQ + b"\0" + A + b"\0\0\r\n" + B + b"\0" + EOT + b"\0",
         [ACKED] * 3 + [Session((b"H|a\r", b"R|b\r"))],
     ),
-    "ENQ twice": (ENQ + ENQ + A + EOT, [ACKED] * 3 + [Session((b"H|a\r",))]),
+    "ENQ twice": (ENQ + ENQ + A + EOT, [ACKED] * 2 + [Session((b"H|a\r",))]),
     "ENQ after L": (ENQ + A + L + ENQ + EOT, [ACKED] * 3 + [Session((b"H|a\r", b"L|1\r")), ACKED]),
     "ENQ before L": (
         ENQ + A + ENQ + EOT,
@@ -161,6 +161,22 @@ def test_a_frame_that_cannot_be_stored_is_refused() -> None:
     assert line.hear(A + EOT) == [ACKED, Session((b"H|a\r",))]
 
 
+@pytest.mark.parametrize(
+    ("meanwhile", "said"),
+    [
+        (EOT + ENQ, [Interrupted((b"H|a\r",), "the instrument gave up after a frame that was not accepted"), ACKED]),
+        (A, [ACKED]),
+        (b"", [ACKED]),
+    ],
+)
+def test_a_frame_that_takes_longer_to_store_than_its_sender_waits(meanwhile: bytes, said: list) -> None:
+    """The sender takes an ACK for that of its ENQ, and the ENQ's for that of a frame; and its message is unfinished."""
+    line = Line()
+    line.core.receive(ENQ + A, line.now)
+    assert line.core.receive(meanwhile, line.now + 15.1) == []
+    assert line.core.committed(line.now + 20) == said
+
+
 def test_a_sender_that_gives_up_is_interrupted() -> None:
     line = Line()
     bad = B[:-4] + b"00\r\n"
@@ -180,6 +196,25 @@ def test_a_new_session_directly_after_a_frame_without_trailer() -> None:
     line = Line()
     assert line.hear(ENQ + A[:-2] + ENQ) == [ACKED, ACKED]
     assert [type(event) for event in line.wait(DOUBT_SECS)] == [Interrupted, Write]
+
+
+def test_an_eot_that_became_enq_is_answered_once_with_the_enq_behind_it() -> None:
+    """One bit apart. A second ACK would be taken for that of the next frame, and a damaged frame would be missing."""
+    line = Line()
+    records = (b"H|a\r", b"R|b\r", b"L|1\r")
+    assert line.hear(ENQ + A + B + L) == [ACKED] * 4
+    assert line.hear(ENQ, b"\r\n", ENQ) == [Session(records), ACKED]
+    assert line.hear(A[:-4] + b"00\r\n") == [NAKED]
+    assert line.hear(A + B + L + EOT) == [ACKED] * 3 + [Session(records)]
+
+
+def test_an_enq_whose_ack_was_lost_is_answered_again() -> None:
+    line = Line()
+    assert line.hear(ENQ) == [ACKED]
+    assert line.wait(15) == []
+    assert line.hear(ENQ) == []
+    assert line.wait(DOUBT_SECS) == [ACKED]
+    assert line.hear(A + EOT) == [ACKED, Session((b"H|a\r",))]
 
 
 @pytest.mark.parametrize("strict", [False, True])
@@ -495,6 +530,28 @@ def test_messages_are_sent_in_order() -> None:
     assert line.hear(ACK) == [Write(frame(1, b"H|2\r"))]
 
 
+def test_withdrawn_before_it_is_asked_for() -> None:
+    line = Line()
+    line.hear(ENQ)
+    assert line.say(b"H|1\r") == line.say(b"H|2\r") == []
+    assert line.core.withdraw(0, line.now) == []
+    assert line.hear(EOT) == []
+    assert line.wait(TURN_SECS) == [ASKED]
+    assert line.hear(ACK) == [Write(frame(1, b"H|2\r"))]
+
+
+def test_withdrawn_under_way() -> None:
+    """It ends without its L record, and the next one is sent."""
+    for steps in (b"", ACK, ACK + ACK):
+        line = Line()
+        assert line.say(*RECORDS) == [ASKED]
+        line.hear(*one_by_one(steps))
+        assert line.core.withdraw(0, line.now) == [ENDED]
+        assert line.core.state is Link.IDLE and line.core.deadline() is None
+        line.say(b"H|2\r")
+        assert line.wait(TURN_SECS) == [ASKED]
+
+
 # --- both, over a line that damages what it carries ---
 
 
@@ -632,7 +689,7 @@ def test_every_cut_gives_the_same_events(options, sends, stream, draw) -> None:
     assert said(options, sends, *[stream[a:b] for a, b in itertools.pairwise([0, *cuts, len(stream)])]) == whole
 
 
-@given(st.lists(st.tuples(st.sampled_from("rrrrcnsxw"), STREAMS, st.floats(0, 25)), max_size=30))
+@given(st.lists(st.tuples(st.sampled_from("rrrrcnsxwt"), STREAMS, st.floats(0, 25)), max_size=30))
 @settings(max_examples=300, deadline=None)
 def test_whatever_is_called_in_whatever_order_gives_events(calls) -> None:
     core, now = Astm(USUAL), 0.0
@@ -649,6 +706,8 @@ def test_whatever_is_called_in_whatever_order_gives_events(calls) -> None:
                 events = core.send(RECORDS, now)
             case "w":
                 events = core.expired(now)
+            case "t":
+                events = core.withdraw(0, now) if core._queue else []
             case _:
                 events = core.closed()
         assert all(dataclasses.is_dataclass(event) for event in events)

@@ -3,13 +3,10 @@
 import contextlib
 import functools
 import itertools
-import os
 import re
-import select
 import shutil
 import socket
-import struct
-import subprocess
+import ssl
 import threading
 import time
 from collections.abc import Iterator
@@ -17,13 +14,15 @@ from pathlib import Path
 from typing import Any, Self
 
 import pytest
+import trustme
 
-from medplum_agent import ASTM_TYPE, BYTES_TYPE, Transmit, astm_frame, astm_frames
-from tests.support import Site, eventually, site
+from medplum_agent import ASTM_TYPE, BYTES_TYPE, Transmit, astm_frame
+from tests.instruments import ACK, ENQ, EOT, ETB, ETX, NAK, Cable, Instrument, bad, body_of, frames_of, of, rows
+from tests.support import Site, accepts, eventually, site
 
-STX, ETX, EOT, ENQ, ACK, NAK, ETB = b"\x02", b"\x03", b"\x04", b"\x05", b"\x06", b"\x15", b"\x17"
 FRAMED = "tcp://127.0.0.1:{port}?startChar=%02&endChar=%03"
 ASTM = "tcp://127.0.0.1:{port}?mode=astm"
+SERIAL = "-SERIAL"
 QUICK = "&replyTimeoutSecs=1&nakDelaySecs=0.2&contentionTimeoutSecs=0.3"
 CHANNELS = {
     "HEX": FRAMED,
@@ -39,131 +38,12 @@ CHANNELS = {
     "SILENT": f"{ASTM}&receiveTimeoutSecs=0.3",
     "CLIENT": f"{ASTM}&role=client{QUICK}",
     "RAW-CLIENT": f"{FRAMED}&role=client&bodyEncoding=utf-8",
+    "HASTY": f"{ASTM}&replyTimeoutSecs=0.4&nakDelaySecs=0.1",
+    "MANY": ASTM,
 }
-
-
-class Instrument:
-    """What sits on the other end of a line: a blocking socket or a serial port's file descriptor."""
-
-    def __init__(self, line: socket.socket | int):
-        self.line = line
-        self.number = line if isinstance(line, int) else line.fileno()
-        self.buffer = b""
-
-    @classmethod
-    def at(cls, port: int) -> Self:
-        line = socket.create_connection(("127.0.0.1", port), timeout=10)
-        line.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        return cls(line)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def close(self) -> None:
-        if isinstance(self.line, int):
-            os.close(self.line)
-        else:
-            self.line.close()
-
-    def reset(self) -> None:
-        """Vanish with a RST."""
-        assert isinstance(self.line, socket.socket)
-        self.line.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-        self.line.close()
-
-    def write(self, raw: bytes) -> None:
-        while raw:
-            raw = raw[os.write(self.number, raw) :]
-
-    def more(self, timeout: float) -> bool:
-        """Read what is there; False when nothing comes, EOFError when the agent closed."""
-        if not select.select([self.number], [], [], timeout)[0]:
-            return False
-        chunk = os.read(self.number, 65536)
-        if not chunk:
-            raise EOFError("the agent closed the line")
-        self.buffer += chunk
-        return True
-
-    def take(self, count: int, timeout: float = 10) -> bytes:
-        until = time.monotonic() + timeout
-        while len(self.buffer) < count:
-            assert self.more(max(0, until - time.monotonic())), f"{count} bytes wanted, {self.buffer!r} came"
-        found, self.buffer = self.buffer[:count], self.buffer[count:]
-        return found
-
-    def quiet(self, seconds: float = 0.25) -> bytes:
-        """What came when nothing came for `seconds`."""
-        while self.more(seconds):
-            pass
-        found, self.buffer = self.buffer, b""
-        return found
-
-    def ended(self, timeout: float = 5) -> bool:
-        """Whether the agent closes, saying nothing more."""
-        try:
-            return not self.more(timeout) and False
-        except (EOFError, ConnectionError):
-            return True
-
-    # --- ASTM ---
-
-    def ask(self, raw: bytes) -> bytes:
-        """Write, and return the one byte that answers."""
-        self.write(raw)
-        return self.take(1)
-
-    def session(self, *records: str, size: int = 240, eot: bool = True) -> None:
-        """Records as a session, each frame acknowledged."""
-        assert self.ask(ENQ) == ACK
-        for frame in frames_of(*records, size=size):
-            assert self.ask(frame) == ACK
-        if eot:
-            self.write(EOT)
-
-    def frame(self, timeout: float = 10) -> bytes:
-        """A frame of the agent, not yet answered; its checksum is right."""
-        until = time.monotonic() + timeout
-        while b"\r\n" not in self.buffer:
-            assert self.more(max(0, until - time.monotonic())), f"no frame: {self.buffer!r}"
-        frame, self.buffer = self.buffer.split(b"\n", 1)
-        frame += b"\n"
-        text = frame[2:-5]
-        assert frame == astm_frame(frame[1] - ord("0"), text, frame[-5])
-        return frame
-
-    def accept(self, timeout: float = 10) -> list[bytes]:
-        """A whole session of the agent, acknowledged; the records."""
-        assert self.take(1, timeout) == ENQ
-        self.write(ACK)
-        records, number = [b""], 0
-        while True:
-            if not self.buffer:
-                assert self.more(10)
-            if self.buffer.startswith(EOT):
-                self.take(1)
-                return records[:-1]
-            frame = self.frame()
-            number = (number + 1) % 8
-            assert frame[1:2] == b"%d" % number
-            records[-1] += frame[2:-5]
-            if frame[-5:-4] == ETX:
-                records.append(b"")
-            self.write(ACK)
-
-
-def frames_of(*records: str, size: int = 240) -> list[bytes]:
-    return astm_frames([record.encode("latin-1") + b"\r" for record in records], size)
-
-
-def bad(frame: bytes) -> bytes:
-    """With a checksum that is wrong."""
-    return frame[:-4] + (b"00" if frame[-4:-2] != b"00" else b"01") + frame[-2:]
-
-
+CLIENTS = ("CLIENT", "RAW-CLIENT", "MANY")  # channels without a twin on a serial port
+CABLES: dict[str, Cable] = {}  # by channel
+LISTENING: dict[str, socket.socket] = {}  # instruments that the agent dials, by channel: there before it asks
 _names = itertools.count(1)
 
 
@@ -171,16 +51,6 @@ def result(name: str = "") -> tuple[str, ...]:
     """The records of a result; `name` tells it from others."""
     name = name or f"S{next(_names)}"
     return "H|\\^&|||ABC", "P|1", f"O|1|{name}|GLU", "R|1|^^^GLU|5.4|mg/dL", "L|1|N"
-
-
-def body_of(*records: str) -> str:
-    return "".join(f"{record}\n" for record in records)
-
-
-def of(here: Site, channel: str) -> list[Transmit]:
-    """What came from a channel, in order."""
-    with here.sandbox.changed:
-        return [transmit for _, transmit in here.sandbox.seen if transmit.channel == channel]
 
 
 def came(here: Site, channel: str, body: str) -> Transmit:
@@ -194,12 +64,9 @@ def came(here: Site, channel: str, body: str) -> Transmit:
     return transmit
 
 
-def rows(here: Site, channel: str) -> list[dict[str, Any]]:
-    """The rows of a channel in the queue file."""
-    with contextlib.closing(here.agent.database()) as db:
-        names = "id, state, ack_outcome, error_code, last_error, original, remote, response"
-        found = db.execute(f"SELECT {names} FROM queue WHERE channel_name = ? ORDER BY id", (channel,)).fetchall()
-    return [dict(zip(names.split(", "), row, strict=True)) for row in found]
+def settled_all(here: Site, channel: str) -> bool:
+    """Whether no message of a channel waits; pushes are in the channel `push <url>`."""
+    return not any(found["state"] in ("queued", "inflight") for found in rows(here, channel))
 
 
 def row(here: Site, channel: str, original: bytes) -> dict[str, Any] | None:
@@ -227,19 +94,50 @@ def silent_bot(transmit: Transmit) -> tuple[int, Any]:
     return 200, ""
 
 
+@contextlib.contextmanager
+def listening(port: int) -> Iterator[socket.socket]:
+    with socket.create_server(("127.0.0.1", port)) as listener:
+        listener.settimeout(15)
+        yield listener
+
+
 @pytest.fixture(scope="module")
 def shared_site(tmp_path_factory):
-    with site(tmp_path_factory.mktemp("laboratory"), CHANNELS, start=False) as running:
+    """One agent with each channel on a TCP port and, where there is socat, on a serial port with parity and all."""
+    folder = tmp_path_factory.mktemp("laboratory")
+    channels = dict(CHANNELS)
+    with contextlib.ExitStack() as stack:
+        for name in [name for name in CHANNELS if name not in CLIENTS and shutil.which("socat")]:
+            (folder / name).mkdir()
+            cable = CABLES[name + SERIAL] = stack.enter_context(Cable(folder / name))
+            channels[name + SERIAL] = cable.address(CHANNELS[name])
+        stack.callback(CABLES.clear)
+        running = stack.enter_context(site(folder, channels, start=False))
+        for name in ("CLIENT", "RAW-CLIENT"):
+            LISTENING[name] = stack.enter_context(listening(running.ports[name]))
         running.sandbox.bot = silent_bot
         running.agent.start(ready=False)
         running.agent.logged("Medplum service started")
+        for name in CABLES:
+            running.agent.logged(f"'{name}': serial://")
         running.agent.wait_connected()
         yield running
+
+
+@pytest.fixture(params=["", SERIAL], ids=["tcp", "serial"])
+def over(request, shared_site):
+    """The suffix of the channels' names: the same test over TCP and over a serial port."""
+    if request.param and not CABLES:
+        pytest.skip("socat is not installed: SERIAL PORTS ARE NOT TESTED (apt-get install socat)")
+    return request.param
 
 
 @pytest.fixture
 def here(shared_site):
     yield shared_site
+    eventually(lambda: partials(shared_site) == 0, what="the end of all sessions")
+    for channel in CABLES:  # the next test finds the line as this one leaves it
+        eventually(functools.partial(settled_all, shared_site, channel), what=f"{channel} at rest")
     faults, fresh = shared_site.sandbox.faults, type(shared_site.sandbox.faults)()
     for name in vars(fresh):
         setattr(faults, name, getattr(fresh, name))
@@ -247,88 +145,89 @@ def here(shared_site):
 
 
 def instrument(here: Site, channel: str) -> Instrument:
-    return Instrument.at(here.ports[channel])
+    return CABLES[channel].open() if channel in CABLES else Instrument.at(here.ports[channel])
 
 
 # --- raw ---
 
 
-def test_raw_body_is_hex_with_its_framing_and_without_what_came_before(here):
-    with instrument(here, "HEX") as device:
+def test_raw_body_is_hex_with_its_framing_and_without_what_came_before(here, over):
+    with instrument(here, "HEX" + over) as device:
         device.write(b"\r\n\x02A\xffB\x03\r\n\x02C\x03")
-        transmit = came(here, "HEX", "0241ff4203")
+        transmit = came(here, "HEX" + over, "0241ff4203")
         assert transmit.content_type == BYTES_TYPE == "application/octet-stream"
-        assert re.fullmatch(r"127\.0\.0\.1:\d+", transmit.remote)
-        came(here, "HEX", "024303")
-    assert row(here, "HEX", b"\x02A\xffB\x03")
+        remote = str(CABLES["HEX" + over].agent) if over else r"127\.0\.0\.1:\d+"
+        assert re.fullmatch(remote, transmit.remote)
+        came(here, "HEX" + over, "024303")
+    assert row(here, "HEX" + over, b"\x02A\xffB\x03")
 
 
-def test_raw_body_as_text(here):
-    with instrument(here, "TEXT") as device:
+def test_raw_body_as_text(here, over):
+    with instrument(here, "TEXT" + over) as device:
         device.write("\x02Grüße\x03".encode())
-        came(here, "TEXT", "\x02Grüße\x03")
+        came(here, "TEXT" + over, "\x02Grüße\x03")
 
 
-def test_marks_of_several_bytes_cut_between_them(here):
-    with instrument(here, "LONG-MARKS") as device:
+def test_marks_of_several_bytes_cut_between_them(here, over):
+    with instrument(here, "LONG-MARKS" + over) as device:
         for byte in b"\x0b\x0bM\x0bN\x1cO\x1c\r":
             device.write(bytes((byte,)))
-        came(here, "LONG-MARKS", b"\x0b\x0bM\x0bN\x1cO\x1c\r".hex())
+        came(here, "LONG-MARKS" + over, b"\x0b\x0bM\x0bN\x1cO\x1c\r".hex())
 
 
-def test_strip_options(here):
-    with instrument(here, "STRIP") as device:
+def test_strip_options(here, over):
+    with instrument(here, "STRIP" + over) as device:
         device.write(b"\x02A\x1b[B\rC\nJUNKD\x03")
-        came(here, "STRIP", "AB\rCD")
+        came(here, "STRIP" + over, "AB\rCD")
 
 
-def test_auto_answers_come_when_the_message_is_in_the_queue_file(here):
-    with instrument(here, "REPLY") as device:
+def test_auto_answers_come_when_the_message_is_in_the_queue_file(here, over):
+    with instrument(here, "REPLY" + over) as device:
         assert device.ask(ENQ) == ACK
         for number in range(50):
             content = b"\x02%d\x03" % number
             assert device.ask(content) == ACK
-            assert row(here, "REPLY", content)
+            assert row(here, "REPLY" + over, content)
         assert device.quiet() == b""
 
 
-def test_a_message_that_is_too_large_is_not_acknowledged_and_the_next_is_taken(here):
-    with instrument(here, "SMALL") as device:
+def test_a_message_that_is_too_large_is_not_acknowledged_and_the_next_is_taken(here, over):
+    with instrument(here, "SMALL" + over) as device:
         device.write(b"\x02" + b"x" * 2000 + b"\x03")
         assert device.quiet() == b""
         assert device.ask(b"\x02good\x03") == ACK
-    came(here, "SMALL", b"\x02good\x03".hex())
-    assert len(of(here, "SMALL")) == 1
+    came(here, "SMALL" + over, b"\x02good\x03".hex())
+    assert len(of(here, "SMALL" + over)) == 1
 
 
 @pytest.mark.parametrize(
     ("channel", "answer", "written"), [("HEX", "02414b03", b"\x02AK\x03"), ("TEXT", "Grüße", "Grüße".encode())]
 )
-def test_the_bots_answer_is_written_back(here, channel, answer, written):
+def test_the_bots_answer_is_written_back(here, over, channel, answer, written):
     here.sandbox.bot = lambda transmit: (200, answer)
-    with instrument(here, channel) as device:
+    with instrument(here, channel + over) as device:
         device.write(b"\x02answer me\x03")
         assert device.take(len(written)) == written
         assert device.quiet() == b""
-    assert settled(here, channel, b"\x02answer me\x03")["ack_outcome"] == "delivered"
+    assert settled(here, channel + over, b"\x02answer me\x03")["ack_outcome"] == "delivered"
 
 
-def test_an_answer_that_is_no_hex_is_complained_about(here):
+def test_an_answer_that_is_no_hex_is_complained_about(here, over):
     here.sandbox.bot = lambda transmit: (200, "no hex")
-    with instrument(here, "HEX") as device:
+    with instrument(here, "HEX" + over) as device:
         device.write(b"\x02wrong\x03")
-        assert settled(here, "HEX", b"\x02wrong\x03")["state"] == "processed"
+        assert settled(here, "HEX" + over, b"\x02wrong\x03")["state"] == "processed"
         assert device.quiet() == b""
     here.agent.logged("not hexadecimal")
 
 
 @pytest.mark.parametrize(("channel", "answer"), [("HEX", ""), ("TEXT", ""), ("IGNORE", "024103")])
-def test_what_is_not_written(here, channel, answer):
+def test_what_is_not_written(here, over, channel, answer):
     """The logs of a Bot that returned nothing; and anything with ignoreResponse."""
     here.sandbox.bot = lambda transmit: (200, answer)
-    with instrument(here, channel) as device:
+    with instrument(here, channel + over) as device:
         device.write(b"\x02hush\x03")
-        assert settled(here, channel, b"\x02hush\x03")["state"] == "processed"
+        assert settled(here, channel + over, b"\x02hush\x03")["state"] == "processed"
         assert device.quiet() == b""
 
 
@@ -349,14 +248,14 @@ def test_a_device_that_vanishes_does_no_harm(here):
     assert not row(here, "HEX", b"\x02half")
 
 
-def test_messages_of_one_device_stay_in_order(here):
+def test_messages_of_one_device_stay_in_order(here, over):
     here.sandbox.faults.delay = lambda: 0.002
     wanted = [b"\x02order %d\x03".replace(b"%d", b"%d" % n) for n in range(60)]
-    with instrument(here, "HEX") as device:
+    with instrument(here, "HEX" + over) as device:
         device.write(b"".join(wanted))
 
         def bodies() -> list[str]:
-            return [b for t in of(here, "HEX") if (b := t.body).startswith(b"\x02order".hex())]
+            return [b for t in of(here, "HEX" + over) if (b := t.body).startswith(b"\x02order".hex())]
 
         here.sandbox.wait_for(lambda: len(bodies()) >= 60)
         assert bodies() == [content.hex() for content in wanted]
@@ -371,59 +270,107 @@ def test_missing_start_char_is_refused_with_the_contracts_words(tmp_path):
 # --- ASTM up ---
 
 
-def test_a_session_is_one_transmit(here):
+def test_a_session_is_one_transmit(here, over):
     records = result()
-    with instrument(here, "ASTM") as device:
+    with instrument(here, "ASTM" + over) as device:
         device.session(*records)
-        transmit = came(here, "ASTM", body_of(*records))
+        transmit = came(here, "ASTM" + over, body_of(*records))
         assert transmit.content_type == ASTM_TYPE == "x-application/astm-e1394"
         assert device.quiet() == b""
     eventually(lambda: partials(here) == 0)
 
 
-def test_a_long_record_in_several_frames_and_a_frame_of_26000(here):
+def test_a_long_record_in_several_frames_and_a_frame_of_26000(here, over):
     records = ("H|\\^&|||" + "x" * 900, "R|1|" + "y" * 26_000, "L|1|N")
-    with instrument(here, "ASTM") as device:
+    with instrument(here, "ASTM" + over) as device:
         device.session(*records, size=240)
         device.session(*records, size=26_004)
 
         def both() -> bool:
-            return sum(transmit.body == body_of(*records) for transmit in of(here, "ASTM")) == 2
+            return sum(transmit.body == body_of(*records) for transmit in of(here, "ASTM" + over)) == 2
 
         here.sandbox.wait_for(both)
 
 
-def test_nak_on_a_bad_checksum_then_good(here):
+def test_nak_on_a_bad_checksum_then_good(here, over):
     records = result()
     frames = frames_of(*records)
-    with instrument(here, "ASTM") as device:
+    with instrument(here, "ASTM" + over) as device:
         assert device.ask(ENQ) == ACK
         for frame in frames:
             assert device.ask(bad(frame)) == NAK
             assert device.ask(frame) == ACK
             assert device.ask(frame) == ACK  # the same again: taken once
         device.write(EOT)
-        came(here, "ASTM", body_of(*records))
+        came(here, "ASTM" + over, body_of(*records))
 
 
-def test_records_in_latin_1_and_eot_answered_for_those_who_want_it(here):
+def test_records_in_latin_1_and_eot_answered_for_those_who_want_it(here, over):
     records = ("H@\\^&", "P@1@@@Müller", "L@1@N")
-    with instrument(here, "EOT") as device:
+    with instrument(here, "EOT" + over) as device:
         device.session(*records)
         assert device.take(1) == ACK
-        came(here, "EOT", body_of(*records))
+        came(here, "EOT" + over, body_of(*records))
 
 
-def test_an_empty_session_is_answered_and_not_delivered(here):
-    before = len(rows(here, "EOT"))
+def test_an_empty_session_is_answered_and_not_delivered(here, over):
+    before = len(rows(here, "EOT" + over))
     records = result()
-    with instrument(here, "EOT") as device:
+    with instrument(here, "EOT" + over) as device:
         assert device.ask(ENQ) == ACK
         assert device.ask(EOT) == ACK
         device.session(*records)
         assert device.take(1) == ACK
-        came(here, "EOT", body_of(*records))
-    assert len(rows(here, "EOT")) == before + 1
+        came(here, "EOT" + over, body_of(*records))
+    assert len(rows(here, "EOT" + over)) == before + 1
+
+
+BIG = ("H|\\^&|||" + "x" * 900, "R|1|" + "y" * 26_000, "L|1|N")
+AT = ("H@\\^&", "P@1", "R@1@^^^GLU@5.4", "L@1@N")
+USUAL = ("H|\\^&|||ABC", "P|1", "R|1|^^^GLU|5.4|mg/dL", "L|1|N")
+DEVIATIONS = {
+    "frames of 26,000 characters": (BIG, frames_of(*BIG, size=26_004)),
+    "@ as delimiter": (AT, frames_of(*AT)),
+    "no CR LF": (USUAL, [frame[:-2] for frame in frames_of(*USUAL)]),
+    "NULs before and after": (USUAL, [b"\0\0" + frame + b"\0\0\0" for frame in frames_of(*USUAL)]),
+    "the same number with new content": (USUAL, [astm_frame(1, f"{record}\r".encode(), ETX[0]) for record in USUAL]),
+    "numbers from 0": (USUAL, [astm_frame(n, f"{record}\r".encode(), ETX[0]) for n, record in enumerate(USUAL)]),
+    "all records in one frame": (USUAL, [astm_frame(1, "".join(f"{r}\r" for r in USUAL).encode(), ETX[0])]),
+    "no CR after a record": (USUAL, [astm_frame(n, r.encode(), ETX[0]) for n, r in enumerate(USUAL, 1)]),
+    "no L record": (USUAL[:-1], frames_of(*USUAL[:-1])),
+    "lower-case checksums": (USUAL, [f[:-4] + f[-4:].lower() for f in frames_of(*USUAL)]),
+}
+
+
+@pytest.mark.parametrize(("records", "frames"), DEVIATIONS.values(), ids=DEVIATIONS)
+def test_real_instruments_deviate(here, over, records, frames):
+    """Each asks as soon as it is connected, and each goes on as usual afterwards."""
+    channel = "ASTM" + over
+
+    def count() -> int:
+        return sum(transmit.body == body_of(*records) for transmit in of(here, channel))
+
+    before = count()
+    with instrument(here, channel) as device:
+        assert device.ask(ENQ) == ACK
+        for frame in frames:
+            assert device.ask(frame) == ACK
+        device.write(EOT)
+        here.sandbox.wait_for(lambda: count() == before + 1, what=f"{records}; got {of(here, channel)[-2:]}")
+        after = result()
+        device.session(*after)
+        came(here, channel, body_of(*after))
+    assert count() == before + 1
+
+
+def test_a_session_of_blank_records_leaves_nothing_behind(here):
+    before = len(rows(here, "EOT"))
+    with instrument(here, "EOT") as device:
+        assert device.ask(ENQ) == ACK
+        assert device.ask(astm_frame(1, b" \r\0", ETX[0])) == ACK
+        assert device.ask(EOT) == ACK
+    eventually(lambda: partials(here) == 0, 3, "no frame of it is left on disk")
+    assert len(rows(here, "EOT")) == before
 
 
 def dead(here: Site, channel: str, original: str) -> dict[str, Any]:
@@ -449,13 +396,13 @@ def test_an_interrupted_session_is_a_dead_letter_with_its_records(here):
     eventually(lambda: partials(here) == 0)
 
 
-def test_silence_in_a_session_interrupts_it_and_the_line_goes_on(here):
-    with instrument(here, "SILENT") as device:
+def test_silence_in_a_session_interrupts_it_and_the_line_goes_on(here, over):
+    with instrument(here, "SILENT" + over) as device:
         device.session("H|\\^&|||SILENT", eot=False)
-        assert "silent" in dead(here, "SILENT", body_of("H|\\^&|||SILENT"))["last_error"]
+        assert "silent" in dead(here, "SILENT" + over, body_of("H|\\^&|||SILENT"))["last_error"]
         records = result()
         device.session(*records)
-        came(here, "SILENT", body_of(*records))
+        came(here, "SILENT" + over, body_of(*records))
 
 
 def test_reset_in_a_session_keeps_what_was_acknowledged(here):
@@ -465,23 +412,52 @@ def test_reset_in_a_session_keeps_what_was_acknowledged(here):
     dead(here, "ASTM", body_of("H|\\^&|||RESET"))
 
 
+def test_instruments_of_one_channel_keep_their_order_and_do_not_wait_for_each_other(here):
+    """Four at four addresses send at the same time; with no answer from the server each has one on its way."""
+    hosts = [f"127.0.0.{number}" for number in range(2, 6)]
+    here.sandbox.faults.silent = True
+
+    def send(host: str) -> None:
+        with Instrument.at(here.ports["MANY"], host) as device:
+            for number in range(10):
+                device.session(*result(f"{host}-{number}"))
+
+    def seen() -> list[str]:
+        return [transmit.body.split("O|1|")[1].split("|")[0] for transmit in of(here, "MANY")]
+
+    senders = [threading.Thread(target=send, args=(host,)) for host in hosts]
+    for sender in senders:
+        sender.start()
+    for sender in senders:
+        sender.join(20)
+    eventually(lambda: len(rows(here, "MANY")) == 40, what="everything stored")
+    here.sandbox.wait_for(lambda: len(seen()) >= 4)
+    assert sorted(seen()) == [f"{host}-0" for host in hosts]
+    here.sandbox.faults.silent = False
+    here.sandbox.cut()  # what was not answered is sent again
+    eventually(lambda: settled_all(here, "MANY"), what="everything processed")
+    for host in hosts:
+        mine = [name for name in seen()[4:] if name.startswith(f"{host}-")]
+        assert mine == [f"{host}-{number}" for number in range(10)]
+
+
 # --- ASTM down ---
 
 
-def test_a_host_query_is_answered_by_an_order(here):
+def test_a_host_query_is_answered_by_an_order(here, over):
     order = ("H|\\^&|||HOST", "P|1", "O|1|E77||^^^GLU|R", "L|1|N")
     query = ("H|\\^&|||ABC", "Q|1|^E77||ALL", "L|1|N")
     here.sandbox.bot = lambda transmit: (200, body_of(*order)) if "\nQ|" in transmit.body else (200, "")
-    with instrument(here, "ASTM") as device:
+    with instrument(here, "ASTM" + over) as device:
         device.session(*query)
         assert device.accept() == [f"{record}\r".encode() for record in order]
         assert device.quiet() == b""
         device.session(*result())  # the line is free again
 
 
-def test_an_answer_in_small_frames_survives_a_nak(here):
+def test_an_answer_in_small_frames_survives_a_nak(here, over):
     here.sandbox.bot = lambda transmit: (200, "H|\\^&|||0123456789\nL|1|N\n")
-    with instrument(here, "SHORT") as device:
+    with instrument(here, "SHORT" + over) as device:
         device.session(*result())
         assert device.take(1) == ENQ
         assert device.ask(NAK) == ENQ  # busy: asked again
@@ -499,24 +475,78 @@ def test_an_answer_in_small_frames_survives_a_nak(here):
         assert device.take(1) == EOT
 
 
-def test_contention_the_instrument_wins(here):
-    here.sandbox.bot = lambda transmit: (200, "H|\\^&\nL|1|N\n") if "Q|" in transmit.body else (200, "")
+def test_contention_when_we_asked_first(here, over):
+    """The instrument wins, and we ask again when its session is over, or when it never comes."""
+    here.sandbox.bot = lambda transmit: (200, ORDER) if "Q|" in transmit.body else (200, "")
     records = result()
-    with instrument(here, "ASTM") as device:
+    with instrument(here, "ASTM" + over) as device:
         device.session("H|\\^&", "Q|1|^E1", "L|1|N")
         assert device.take(1) == ENQ
+        contended = time.monotonic()
+        device.write(ENQ)
+        assert device.take(1) == ENQ
+        assert time.monotonic() - contended >= 0.3  # contentionTimeoutSecs
         device.write(ENQ)
         assert device.quiet(0.1) == b""
         device.session(*records)
-        assert device.accept() == [b"H|\\^&\r", b"L|1|N\r"]
-    came(here, "ASTM", body_of(*records))
+        assert device.accept() == ORDER_RECORDS
+    came(here, "ASTM" + over, body_of(*records))
 
 
-@pytest.mark.parametrize("vanishes", [True, False])
-def test_an_answer_that_the_instrument_did_not_take_is_no_delivery(here, vanishes):
+def test_contention_when_the_instrument_asked_first(here, over):
+    """An order that comes in its session waits for the end, and for the instrument's next session if it has one."""
+    records = result()
+    with instrument(here, "ASTM" + over) as device:
+        assert device.ask(ENQ) == ACK
+        with here.caller() as caller:
+            caller.store("channel://ASTM" + over, ORDER, contentType=ASTM_TYPE)
+        eventually(lambda: not settled_all(here, "push channel://ASTM" + over))
+        for frame in frames_of(*records):
+            assert device.ask(frame) == ACK
+        assert device.quiet(0.1) == b""
+        device.write(EOT)
+        device.session(*records)
+        assert device.accept() == ORDER_RECORDS
+    eventually(lambda: len([t for t in of(here, "ASTM" + over) if t.body == body_of(*records)]) == 2)
+
+
+def test_reply_time_outs_of_ours(here, over):
+    """An ENQ that is not answered ends in EOT and another ENQ; a frame that is not answered is sent again."""
+    here.sandbox.bot = lambda transmit: (200, "H|\\^&\nL|1|N\n")
+    with instrument(here, "HASTY" + over) as device:
+        device.session(*result())
+        assert device.take(1) == ENQ
+        asked = time.monotonic()
+        assert device.take(2) == EOT + ENQ
+        assert time.monotonic() - asked >= 0.4  # replyTimeoutSecs
+        device.write(ACK)
+        first = device.frame()
+        assert device.frame() == first
+        device.write(ACK)
+        assert device.frame()[2:-5] == b"L|1|N\r"
+        assert device.ask(ACK) == EOT
+
+
+def test_an_instrument_interrupts_us_with_eot(here, over):
+    """It has something more urgent: we stop, hear it, and send the whole message again."""
+    here.sandbox.bot = lambda transmit: (200, ORDER) if "Q|" in transmit.body else (200, "")
+    urgent = result()
+    with instrument(here, "ASTM" + over) as device:
+        device.session("H|\\^&", "Q|1|^E1", "L|1|N")
+        assert device.take(1) == ENQ
+        device.write(ACK)
+        assert device.frame()[2:-5] == ORDER_RECORDS[0]
+        assert device.ask(EOT) == EOT
+        device.session(*urgent)
+        assert device.accept() == ORDER_RECORDS
+    came(here, "ASTM" + over, body_of(*urgent))
+
+
+@pytest.mark.parametrize(("channel", "vanishes"), [("ASTM", True), ("ASTM", False), ("ASTM" + SERIAL, False)])
+def test_an_answer_that_the_instrument_did_not_take_is_no_delivery(here, channel, vanishes):
     here.sandbox.bot = lambda transmit: (200, "H|\\^&\nL|1|N\n")
     records = result()
-    with instrument(here, "ASTM") as device:
+    with instrument(here, channel) as device:
         device.session(*records)
         assert device.take(1) == ENQ
         if not vanishes:
@@ -526,9 +556,7 @@ def test_an_answer_that_the_instrument_did_not_take_is_no_delivery(here, vanishe
                 device.write(NAK)
             assert device.take(1) == EOT
     original = body_of(*records).encode()
-    eventually(
-        lambda: (row(here, "ASTM", original) or {})["ack_outcome"] == "undelivered", 3, str(row(here, "ASTM", original))
-    )
+    eventually(lambda: (row(here, channel, original) or {})["ack_outcome"] == "undelivered", 3)
 
 
 def test_a_dead_letter_is_as_old_as_it_is(here):
@@ -544,33 +572,25 @@ def test_a_dead_letter_is_as_old_as_it_is(here):
 # --- we connect ---
 
 
-@contextlib.contextmanager
-def listening(port: int) -> Iterator[socket.socket]:
-    with socket.create_server(("127.0.0.1", port)) as listener:
-        listener.settimeout(15)
-        yield listener
-
-
 def test_role_client_dials_and_dials_again(here):
-    with listening(here.ports["CLIENT"]) as listener:
-        for _ in range(2):
-            with Instrument(listener.accept()[0]) as device:
-                records = result()
-                here.sandbox.bot = lambda transmit: (200, "H|\\^&\nO|1|E1\nL|1|N\n")
-                device.session(*records)
-                came(here, "CLIENT", body_of(*records))
-                assert device.accept() == [b"H|\\^&\r", b"O|1|E1\r", b"L|1|N\r"]
-        with Instrument(listener.accept()[0]) as device:
-            device.reset()
+    listener = LISTENING["CLIENT"]
+    for _ in range(2):
         with Instrument(listener.accept()[0]) as device:
             records = result()
+            here.sandbox.bot = lambda transmit: (200, "H|\\^&\nO|1|E1\nL|1|N\n")
             device.session(*records)
             came(here, "CLIENT", body_of(*records))
+            assert device.accept() == [b"H|\\^&\r", b"O|1|E1\r", b"L|1|N\r"]
+    Instrument(listener.accept()[0]).reset()
+    with Instrument(listener.accept()[0]) as device:
+        records = result()
+        device.session(*records)
+        came(here, "CLIENT", body_of(*records))
 
 
 def test_role_client_raw(here):
     here.sandbox.bot = lambda transmit: (200, "thanks")
-    with listening(here.ports["RAW-CLIENT"]) as listener, Instrument(listener.accept()[0]) as device:
+    with Instrument(LISTENING["RAW-CLIENT"].accept()[0]) as device:
         device.write(b"\x02dialed\x03")
         came(here, "RAW-CLIENT", "\x02dialed\x03")
         assert device.take(6) == b"thanks"
@@ -579,18 +599,16 @@ def test_role_client_raw(here):
 # --- kill -9 ---
 
 
-@pytest.mark.parametrize("times", [50])
-def test_kill_between_frames_loses_no_acknowledged_frame(tmp_path, times):
+@pytest.mark.parametrize(("transport", "times"), [("tcp", 50), ("serial", 5)])
+def test_kill_between_frames_loses_no_acknowledged_frame(tmp_path, transport, times):
     """After each restart everything acknowledged is delivered or in a dead letter, under exactly one of them."""
-    with site(tmp_path, {"ASTM": ASTM}, start=False) as lone:
+    with lone_site(tmp_path, transport) as (lone, cable):
         lone.sandbox.bot = silent_bot
         acked: list[str] = []
         sizes = [n % 6 for n in range(times)]
         for number, count in enumerate(sizes):
             lone.agent.start(ready=False)
-            port = lone.ports["ASTM"]
-            eventually(functools.partial(_open, port), 20)
-            with instrument(lone, "ASTM") as device:
+            with opened(lone, cable, number) as device:
                 assert device.ask(ENQ) == ACK
                 name = f"K{number}"
                 records = [f"H|\\^&|||{name}-H", *(f"R|{n}|{name}-{n}" for n in range(4)), f"L|1|{name}-L"]
@@ -600,6 +618,9 @@ def test_kill_between_frames_loses_no_acknowledged_frame(tmp_path, times):
                     acked.append(record)
                 device.write(frames[count])  # under way
                 lone.agent.kill()
+                if cable is not None:  # or the next agent would hear the rest of this session
+                    cable.unplug()
+                    cable.plug()
         lone.agent.start(ready=False)
         lone.agent.wait_connected()
 
@@ -614,17 +635,43 @@ def test_kill_between_frames_loses_no_acknowledged_frame(tmp_path, times):
         eventually(lambda: partials(lone) == 0)
 
 
-def _open(port: int) -> bool:
-    with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=1):
-        return True
-    return False
+@contextlib.contextmanager
+def lone_site(folder: Path, transport: str) -> Iterator[tuple[Site, Cable | None]]:
+    """A site with the channel `ASTM`, not started, and the cable of its serial port."""
+    with contextlib.ExitStack() as stack:
+        cable, address = None, ASTM
+        if transport == "serial":
+            if shutil.which("socat") is None:
+                pytest.skip("socat is not installed: SERIAL PORTS ARE NOT TESTED (apt-get install socat)")
+            cable = stack.enter_context(Cable(folder))
+            address = cable.address(ASTM)
+        yield stack.enter_context(site(folder, {"ASTM": address}, start=False)), cable
 
 
-def test_a_clean_stop_in_a_session_keeps_it(tmp_path):
-    with site(tmp_path, {"ASTM": ASTM}, start=False) as lone:
+def opened(here: Site, cable: Cable | None, times: int = 0) -> Instrument:
+    """The line to an agent that has just been started, for the time after `times` times."""
+    if cable is None:
+        eventually(lambda: accepts(("127.0.0.1", here.ports["ASTM"])), 20)
+        return instrument(here, "ASTM")
+    eventually(functools.partial(opened_since, here, "ASTM", times), 20, "the serial port is open")
+    return cable.open()
+
+
+def opened_since(here: Site, channel: str, times: int) -> bool:
+    return opens(here, channel) > times
+
+
+def opens(here: Site, channel: str) -> int:
+    """How often the agent opened the serial port of a channel."""
+    lines = here.agent.main_log().decode().splitlines()
+    return sum(f"'{channel}': serial://" in line and "is open" in line for line in lines)
+
+
+@pytest.mark.parametrize("transport", ["tcp", "serial"])
+def test_a_clean_stop_in_a_session_keeps_it(tmp_path, transport):
+    with lone_site(tmp_path, transport) as (lone, cable):
         lone.agent.start(ready=False)
-        lone.agent.logged("Medplum service started")
-        with instrument(lone, "ASTM") as device:
+        with opened(lone, cable) as device:
             device.session("H|\\^&|||STOPPED", eot=False)
             code, seconds = lone.agent.terminate()
             assert code == 0 and seconds < 8
@@ -662,30 +709,39 @@ def test_a_queued_body_keeps_its_form_over_a_change_of_mode_and_a_restart(tmp_pa
 # --- reload ---
 
 
-def test_reload_that_changes_the_mode_on_the_same_port(tmp_path):
-    with site(tmp_path, {"X": FRAMED}, start=False) as lone:
+@pytest.mark.parametrize("transport", ["tcp", "serial"])
+def test_reload_that_changes_the_mode_on_the_same_port(tmp_path, transport):
+    with lone_site(tmp_path, transport) as (lone, cable):
         lone.sandbox.bot = silent_bot
-        lone.agent.start(ready=False)
-        lone.agent.logged("Medplum service started")
-        lone.agent.wait_connected()
-        with instrument(lone, "X") as device:
-            device.write(b"\x02raw\x03")
-            came(lone, "X", b"\x02raw\x03".hex())
-            lone.endpoint("X")["address"] = ASTM.format(port=lone.ports["X"])
+        astm = lone.endpoint("ASTM")["address"]
+        raw = astm.replace("mode=astm", "startChar=%02&endChar=%03")
+
+        def reload(address: str, device: Instrument) -> None:
+            before = opens(lone, "ASTM")
+            lone.endpoint("ASTM")["address"] = address
             assert lone.sandbox.reload()["type"] != "agent:error"
-            assert device.ended()
-        with instrument(lone, "X") as device:
+            if cable is None:
+                assert device.ended()
+            else:
+                eventually(lambda: opens(lone, "ASTM") > before, what="the serial port is open again")
+
+        lone.endpoint("ASTM")["address"] = raw
+        lone.agent.start(ready=False)
+        lone.agent.wait_connected()
+        with opened(lone, cable) as device:
+            device.write(b"\x02raw\x03")
+            came(lone, "ASTM", b"\x02raw\x03".hex())
+            reload(astm, device)
+        with opened(lone, cable) as device:
             records = result()
             device.session(*records)
-            came(lone, "X", body_of(*records))
+            came(lone, "ASTM", body_of(*records))
             device.session("H|\\^&|||RELOADED", eot=False)
-            lone.endpoint("X")["address"] = FRAMED.format(port=lone.ports["X"])
-            assert lone.sandbox.reload()["type"] != "agent:error"
-            assert device.ended()
-        dead(lone, "X", body_of("H|\\^&|||RELOADED"))
-        with instrument(lone, "X") as device:
+            reload(raw, device)
+        dead(lone, "ASTM", body_of("H|\\^&|||RELOADED"))
+        with opened(lone, cable) as device:
             device.write(b"\x02again\x03")
-            came(lone, "X", b"\x02again\x03".hex())
+            came(lone, "ASTM", b"\x02again\x03".hex())
         eventually(lambda: partials(lone) == 0)
 
 
@@ -756,27 +812,79 @@ def test_push_that_the_instrument_refuses(here):
         assert push.answer.status == 400 and "6 tries" in push.answer.text
 
 
-def test_push_to_a_connected_instrument(here):
-    with instrument(here, "ASTM") as device:
+def test_push_with_tls_is_never_sent_without(here, tmp_path):
+    authority, server = trustme.CA(), ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    authority.cert_pem.write_to_path(tmp_path / "ca.pem")
+    authority.issue_cert("127.0.0.1").configure_cert(server)
+    with listening(0) as listener:
+        url = f"tcp://127.0.0.1:{listener.getsockname()[1]}?mode=astm&tls=true"
+        with Waiting(here, f"{url}&caFile={tmp_path / 'ca.pem'}", ORDER) as push, listener.accept()[0] as line:
+            secured = server.wrap_socket(line, server_side=True)
+            with secured:
+                for said, answer in ((ENQ, ACK), *[(frame, ACK) for frame in frames_of(*ORDER.splitlines())]):
+                    assert secured.recv(4096) == said
+                    secured.sendall(answer)
+                assert secured.recv(4096) == EOT
+        assert push.answer.text == "OK"
+        with Waiting(here, url, ORDER) as push, listener.accept()[0] as line, pytest.raises(ssl.SSLError):
+            server.wrap_socket(line, server_side=True)
+        assert "certificate" in push.answer.text
+
+
+def test_push_to_an_instrument_that_is_switched_off_is_unreachable(here):
+    """Not silent: a stored push waits for it, and the tries are not counted."""
+    with socket.create_server(("127.0.0.1", 0), backlog=0) as full, contextlib.ExitStack() as stack:
+        for _ in range(3):  # a queue that is full drops a SYN, as a host does that is not there
+            waiting = stack.enter_context(socket.socket())
+            waiting.setblocking(False)
+            waiting.connect_ex(full.getsockname())
+        url = f"tcp://127.0.0.1:{full.getsockname()[1]}?mode=astm"
+        with here.caller() as caller:
+            answer = caller.push(f"{url}&connectTimeoutSecs=0.2", ORDER, contentType=ASTM_TYPE)
+            assert (answer.status, "no connection within 0.2 s" in answer.text) == (400, True), answer
+            caller.store(f"{url}&ackTimeoutSecs=0.2", ORDER, contentType=ASTM_TYPE)
+        name = f"push {url.partition('?')[0]}"
+        assert eventually(lambda: [r["error_code"] for r in rows(here, name) if r["error_code"]]) == [
+            "device-unreachable"
+        ]
+
+
+def test_push_to_a_connected_instrument(here, over):
+    by_name = f"serial://{CABLES['ASTM' + over].agent}" if over else "channel://ASTM/127.0.0.1"
+    with instrument(here, "ASTM" + over) as device:
         device.session(*result())
-        with Waiting(here, "channel://ASTM", ORDER) as push:
+        with Waiting(here, "channel://ASTM" + over, ORDER) as push:
             assert device.accept() == ORDER_RECORDS
         assert (push.answer.status, push.answer.text) == (200, "OK")
         with here.caller() as caller:
-            caller.store("channel://ASTM/127.0.0.1", ORDER, ORDER, contentType=ASTM_TYPE)
+            caller.store(by_name, ORDER, ORDER, contentType=ASTM_TYPE)
         assert device.accept() == ORDER_RECORDS
         assert device.accept() == ORDER_RECORDS
+
+
+def test_a_push_that_was_given_up_is_not_sent_later(here, over):
+    """The instrument is busy with a session of its own. The caller was told; and a stored push comes once, not once
+    for each of its tries."""
+    with instrument(here, "ASTM" + over) as device:
+        assert device.ask(ENQ) == ACK
+        with here.caller() as caller:
+            answer = caller.push(f"channel://ASTM{over}?ackTimeoutSecs=0.2", ORDER, contentType=ASTM_TYPE)
+        assert (answer.status, "not taken within 0.2 s" in answer.text) == (400, True), answer
+        for frame in frames_of(*result()):
+            assert device.ask(frame) == ACK
+        device.write(EOT)
+        assert device.quiet(0.7) == b""  # longer than the pause before our next ENQ
 
 
 @pytest.mark.parametrize(("channel", "body"), [("HEX", "02414203"), ("TEXT", "\x02AB\x03")])
-def test_push_to_a_connected_raw_device(here, channel, body):
-    with instrument(here, channel) as device, here.caller() as caller:
+def test_push_to_a_connected_raw_device(here, over, channel, body):
+    with instrument(here, channel + over) as device, here.caller() as caller:
         device.write(b"\x02here\x03")
-        eventually(lambda: row(here, channel, b"\x02here\x03"))
-        answer = caller.push(f"channel://{channel}", body, contentType=BYTES_TYPE)
+        eventually(lambda: row(here, channel + over, b"\x02here\x03"))
+        answer = caller.push(f"channel://{channel}{over}", body, contentType=BYTES_TYPE)
         assert (answer.status, answer.text) == (200, "OK")
         assert device.take(4) == b"\x02AB\x03"
-        caller.store(f"channel://{channel}", body, body, contentType=BYTES_TYPE)
+        caller.store(f"channel://{channel}{over}", body, body, contentType=BYTES_TYPE)
         assert device.take(8) == b"\x02AB\x03" * 2
 
 
@@ -788,11 +896,11 @@ def test_push_to_a_channel_without_a_device(here):
         assert answer.status == 400 and "NONE" in answer.text
 
 
-def test_a_push_that_the_raw_channel_cannot_carry(here):
-    with instrument(here, "HEX") as device, here.caller() as caller:
+def test_a_push_that_the_raw_channel_cannot_carry(here, over):
+    with instrument(here, "HEX" + over) as device, here.caller() as caller:
         device.write(b"\x02I am\x03")
-        eventually(lambda: row(here, "HEX", b"\x02I am\x03"))
-        answer = caller.push("channel://HEX", "no hex", contentType=BYTES_TYPE)
+        eventually(lambda: row(here, "HEX" + over, b"\x02I am\x03"))
+        answer = caller.push("channel://HEX" + over, "no hex", contentType=BYTES_TYPE)
         assert answer.status == 400 and "hexadecimal" in answer.text
         assert device.quiet() == b""
 
@@ -800,109 +908,20 @@ def test_a_push_that_the_raw_channel_cannot_carry(here):
 # --- serial ---
 
 
-class Cable:
-    """A null-modem cable: two pseudo-terminals tied together by socat; `agent` and `device` are their names."""
-
-    def __init__(self, folder: Path):
-        self.agent, self.device = folder / "ttyAGENT", folder / "ttyDEVICE"
-        self._process: subprocess.Popen[bytes] | None = None
-        self.plug()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.unplug()
-
-    def plug(self) -> None:
-        ends = [f"pty,raw,echo=0,link={name}" for name in (self.agent, self.device)]
-        self._process = subprocess.Popen(["socat", *ends])
-        eventually(lambda: self.agent.exists() and self.device.exists(), what="socat's pseudo-terminals")
-
-    def unplug(self) -> None:
-        if self._process is not None:
-            self._process.terminate()
-            self._process.wait(5)
-            self._process = None
-
-    def open(self) -> Instrument:
-        return Instrument(os.open(self.device, os.O_RDWR | os.O_NOCTTY))
-
-
-@pytest.fixture(scope="module")
-def serial_site(tmp_path_factory):
-    if shutil.which("socat") is None:
-        pytest.skip("socat is not installed: SERIAL PORTS ARE NOT TESTED (apt-get install socat)")
-    folder = tmp_path_factory.mktemp("serial")
-    with Cable(folder) as astm, contextlib.ExitStack() as stack:
-        (folder / "raw").mkdir()
-        raw = stack.enter_context(Cable(folder / "raw"))
-        channels = {
-            "SERIAL": f"serial://{astm.agent}?mode=astm&baudRate=19200&parity=none&stopBits=1&flow=none{QUICK}",
-            "SERIAL-RAW": f"serial://{raw.agent}?startChar=%02&endChar=%03&autoRespond=%03:%06&bodyEncoding=utf-8",
-        }
-        with site(folder, channels, start=False) as running:
-            running.sandbox.bot = silent_bot
-            running.agent.start(ready=False)
-            running.agent.logged("'SERIAL': serial://")
-            running.agent.logged("'SERIAL-RAW': serial://")
-            running.agent.wait_connected()
-            yield running, astm, raw
-            running.sandbox.bot = silent_bot
-
-
-def test_serial_raw(serial_site):
-    here, _, cable = serial_site
-    here.sandbox.bot = lambda transmit: (200, "thanks") if transmit.channel == "SERIAL-RAW" else (200, "")
-    with cable.open() as device:
-        device.write(b"noise\x02over the wire\x03")
-        assert device.take(1) == ACK
-        assert row(here, "SERIAL-RAW", b"\x02over the wire\x03")
-        transmit = came(here, "SERIAL-RAW", "\x02over the wire\x03")
-        assert transmit.remote == str(cable.agent)
-        assert device.take(6) == b"thanks"
-
-
-def test_serial_session_query_and_push(serial_site):
-    here, cable, _ = serial_site
-    here.sandbox.bot = lambda transmit: (200, ORDER) if "\nQ|" in transmit.body else (200, "")
-    with cable.open() as device:
-        records = result()
-        assert device.ask(ENQ) == ACK
-        for frame in frames_of(*records):
-            assert device.ask(bad(frame)) == NAK
-            assert device.ask(frame) == ACK
-        device.write(EOT)
-        came(here, "SERIAL", body_of(*records))
-        device.session("H|\\^&", "Q|1|^E1||ALL", "L|1|N")
-        assert device.accept() == ORDER_RECORDS
-        for url in ("channel://SERIAL", f"serial://{cable.agent}"):
-            with Waiting(here, url, ORDER) as push:
-                assert device.accept() == ORDER_RECORDS
-            assert push.answer.text == "OK"
-
-
-def test_a_serial_port_that_goes_and_comes_back(serial_site):
-    here, cable, _ = serial_site
+def test_a_serial_port_that_goes_and_comes_back(here):
+    channel = "ASTM" + SERIAL
+    if channel not in CABLES:
+        pytest.skip("socat is not installed")
+    cable = CABLES[channel]
     for number in range(2):
         with cable.open() as device:
             device.session(f"H|\\^&|||PULLED{number}", eot=False)
             cable.unplug()
-        dead(here, "SERIAL", body_of(f"H|\\^&|||PULLED{number}"))
-        opened = _opened(here)
+        dead(here, channel, body_of(f"H|\\^&|||PULLED{number}"))
+        before = opens(here, channel)
         cable.plug()
-        eventually(functools.partial(_reopened, here, opened), 15, "the port is open again")
+        eventually(functools.partial(opened_since, here, channel, before), 15, "the port is open again")
         with cable.open() as device:
             records = result()
             device.session(*records)
-            came(here, "SERIAL", body_of(*records))
-
-
-def _opened(here: Site) -> int:
-    return sum(
-        "'SERIAL': serial://" in line and "is open" in line for line in here.agent.main_log().decode().splitlines()
-    )
-
-
-def _reopened(here: Site, before: int) -> bool:
-    return _opened(here) > before
+            came(here, channel, body_of(*records))
