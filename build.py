@@ -1,8 +1,9 @@
 #!/usr/bin/env python3
 """Set up, try, check and measure Medplum Agent: python3 build.py VERB [ARGUMENTS].
 
-Needs a stock Python 3.11 or newer and nothing else. Everything it makes stays in the folders .venv and .peers beside
-this file; the one exception is Debian packages that the tests need, which it installs where it may (root, apt-get).
+Needs a stock Python 3.11 or newer and nothing else; `binary` needs a C compiler as well. Everything it makes stays in the
+folders .venv, .peers, build and dist beside this file; the one exception is Debian packages that the tests need, which it
+installs where it may (root, apt-get).
 """
 
 import hashlib
@@ -290,12 +291,25 @@ def locked(name: str) -> str:
     return "\n".join(lines[start:end]) + "\n"
 
 
+def binary_sources() -> str:
+    """Changes when something does that the binary is made of."""
+    sources = (AGENT, LOCK, *sorted(PACKAGING.glob("*.py")), PACKAGING / "linux/onefile_boot.c")
+    return hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()
+
+
+def ensure_binary() -> None:
+    stamp = WORK / "binary-sources"
+    if not (BINARY.exists() and STANDALONE.exists() and stamp.exists() and stamp.read_text() == binary_sources()):
+        build_binary()
+
+
 def build_binary() -> None:
     if not LOCK.exists():
         raise BuildError("packaging/binary.lock is missing; run: python3 build.py lock")
     ensure_compiling()
     if not succeeds(COMPILING_PYTHON, PACKAGING / "binary.py", WORK, DIST):
         raise BuildError("the binary was not made; the reason is above")
+    (WORK / "binary-sources").write_text(binary_sources())
 
 
 # --- Verbs -----------------------------------------------------------------------------------------------------------
@@ -324,8 +338,7 @@ def test(*arguments: str) -> None:
 
 def test_binary(*arguments: str) -> NoReturn:
     """The folder, which packages install, runs every test that starts an agent; the one file has checks of its own."""
-    if not BINARY.exists() or not STANDALONE.exists():
-        build_binary()
+    ensure_binary()
     os.environ |= {"MEDPLUM_AGENT_BINARY": str(STANDALONE), "MEDPLUM_AGENT_ONE_FILE": str(BINARY)}
     starts = re.compile(r"AgentProcess|\bsite\(")
     files = [path for path in sorted(ROOT.glob("tests/test_*.py")) if starts.search(path.read_text("utf-8"))]
@@ -338,9 +351,8 @@ def binary() -> None:
 
 
 def package() -> None:
-    """make the packages of this system from dist/medplum-agent (compiled first where missing)"""
-    if not STANDALONE.exists():
-        build_binary()
+    """make the packages of this system from dist/medplum-agent, compiled anew where it is not current"""
+    ensure_binary()
     if not succeeds(sys.executable, PACKAGING / "packages.py", STANDALONE.parent, DIST):
         raise BuildError("the packages were not made; the reason is above")
 
@@ -399,7 +411,7 @@ def fuzz(*arguments: str) -> None:
 
 def clean() -> None:
     """remove what this script, the checkers and the tests made (never the agent's own data)"""
-    made = (".venv", ".peers", "build", "dist", ".hypothesis", ".mypy_cache", ".pytest_cache", ".ruff_cache")
+    made = (".venv", ".peers", "build", "dist", "assets", ".hypothesis", ".mypy_cache", ".pytest_cache", ".ruff_cache")
     for folder in (*map(ROOT.joinpath, made), *ROOT.glob("*.egg-info"), *ROOT.glob("[!.]*/**/__pycache__")):
         shutil.rmtree(folder, ignore_errors=True)
     shutil.rmtree(ROOT / "__pycache__", ignore_errors=True)
