@@ -103,6 +103,11 @@ def test_demo_where_tmp_is_mounted_noexec() -> None:
 
 
 @as_root
+def test_demo_where_tmp_is_full() -> None:
+    demo(*with_mounts(SHOWN, "mount -t tmpfs -o size=8m tmpfs /tmp"), program=SHOWN_PROGRAM, env=PATH, cwd="/")
+
+
+@as_root
 @pytest.mark.parametrize("writable", ["/dev/shm", "/run"])
 def test_demo_with_a_read_only_root(writable: str) -> None:
     read_only = (SHOWN, "mount --rbind / /", "mount -o remount,bind,ro /")

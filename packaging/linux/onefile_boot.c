@@ -21,6 +21,7 @@
 #include <unistd.h>
 
 #define PREFIX "medplum-agent-"
+#define NEEDED_BYTES (64 << 20) /* the program takes 35 MB; a folder that it fills would stop others, too */
 
 static char folder[PATH_MAX];
 static pid_t boot;
@@ -54,6 +55,7 @@ static int taken(const char *parent, const char *below) {
     if (length <= 0 || length + 32 > (int)sizeof folder || folder[0] != '/') return 0;
     if (statvfs(folder, &system) || system.f_flag & (ST_NOEXEC | ST_RDONLY)) return 0;
     remove_abandoned(folder);
+    if (statvfs(folder, &system) || (unsigned long long)system.f_bavail * system.f_frsize < NEEDED_BYTES) return 0;
     strcat(folder, "/" PREFIX "XXXXXX");
     if (!mkdtemp(folder)) return 0;
     int lock = open(folder, O_RDONLY | O_DIRECTORY); /* inherited by the program on purpose */
