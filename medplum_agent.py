@@ -603,6 +603,13 @@ class DeviceSettings:
     bodyEncoding: str = setting("hex", "Body", "`tcp://` only: how body and answer are written",
         choices=("hex", "utf-8"))
     endChar: str = setting("", "End character", "`tcp://` only: wait for an answer up to this character")
+    checksum: str = setting("on", "Checksum", "ASTM: `off` for instruments without one", choices=("on", "off"))
+    maxFrame: int = setting(240, "Frame size", "ASTM: most characters of text in a frame", low=1, high=64_000)
+    replyTimeoutSecs: float = setting(15.0, "Reply time-out", "ASTM: seconds to wait for ACK or NAK", low=0.1)
+    contentionTimeoutSecs: float = setting(20.0, "Contention time-out",
+        "ASTM: seconds to wait after both sides asked to send", low=0.1)
+    nakDelaySecs: float = setting(10.0, "NAK delay",
+        "ASTM: seconds to wait when the instrument is busy; a push that is waited for has 9 s in all", low=0.1)
     callingAeTitle: str = setting("MEDPLUM", "Calling AE title", "`dicom://` only: our AE title", check=ae_titles)
 # fmt: on
 
@@ -6083,7 +6090,9 @@ class Device:
 
     async def send_records(self, target: Target, text: str, seconds: float) -> str:
         """Records to an instrument that listens, as one ASTM session on a connection of its own."""
-        settings = StreamSettings(mode="astm", encoding=target.settings.encoding)
+        shared = rows_of(StreamSettings).keys() & rows_of(DeviceSettings).keys()
+        given = {name: getattr(target.settings, name) for name in shared - {"mode", "bodyEncoding", "endChar"}}
+        settings = StreamSettings(mode="astm", **given)
         caller: AstmCaller | None = None
         self.users += 1
         try:

@@ -319,6 +319,7 @@ class Scu:
         """The elements of the next command set; its data set, if any, is passed over."""
         message: dict[int, bytes] = {}
         collected, flags = b"", 0
+        self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_QUICKACK, 1)  # dcmtk answers in two writes
         while flags & 3 != 3:
             kind, content = self.read_pdu()
             assert kind == P_DATA, f"PDU {kind} instead of a response"

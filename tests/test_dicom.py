@@ -1011,13 +1011,27 @@ def test_changed_settings_hold_from_the_reload_on(tmp_path):
         ("peers=10.0.0.0/40", "peers"),
         ("moveDestinations=PACS", "AETITLE@host:port"),
         ("tls=true", "certFile"),
-        ("tls=true&certFile=/nowhere/agent.pem", "cannot be read"),
+        ("tls=true&certFile=/nowhere/agent.pem", "TLS cannot be set up"),
     ],
 )
 def test_settings_that_make_no_sense_are_said(tmp_path, query, complaint):
     with site(tmp_path, {"PACS": f"{LOCAL}{query}"}, start=False) as here:
         here.agent.start(ready=False)
         here.agent.logged(complaint)
+
+
+@pytest.mark.parametrize(
+    "query", ["peers=10.0.0.0/40", "callingAeTitles=SEVENTEEN-LETTERS", "calledAeTitle=SEVENTEEN-LETTERS", "tls=true"]
+)
+def test_a_mistake_in_who_may_come_in_opens_nothing(tmp_path, query):
+    """An access list that cannot be read lets nobody in, instead of everybody."""
+    with site(tmp_path, {"PACS": f"{LOCAL}{query}", "FEED": "?enhanced=true"}, start=False) as here:
+        here.agent.start(ready=False)
+        here.agent.logged("Medplum service started")
+        with pytest.raises((Rejected, Aborted, OSError)):
+            Scu(here.ports["PACS"])
+        with here.device("FEED") as device:
+            assert device.ask(message("BESIDE-1")) == ("CA", "BESIDE-1")
 
 
 def test_a_stop_ends_associations_and_loses_nothing(tmp_path):

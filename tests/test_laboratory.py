@@ -812,6 +812,16 @@ def test_push_that_the_instrument_refuses(here):
         assert push.answer.status == 400 and "6 tries" in push.answer.text
 
 
+def test_push_to_a_busy_instrument_waits_as_long_as_its_url_says(here):
+    with listening(0) as listener:
+        url = f"tcp://127.0.0.1:{listener.getsockname()[1]}?mode=astm&nakDelaySecs=0.2&maxFrame=7"
+        with Waiting(here, url, ORDER) as push, Instrument(listener.accept()[0]) as device:
+            assert device.take(1) == ENQ
+            device.write(NAK)
+            assert device.accept() == ORDER_RECORDS
+        assert push.answer.status == 200
+
+
 def test_push_with_tls_is_never_sent_without(here, tmp_path):
     authority, server = trustme.CA(), ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     authority.cert_pem.write_to_path(tmp_path / "ca.pem")
