@@ -21,7 +21,7 @@
 #include <unistd.h>
 
 #define PREFIX "medplum-agent-"
-#define NEEDED_BYTES (64 << 20) /* the program takes 35 MB; a folder that it fills would stop others, too */
+#define NEEDED_BYTES (48 << 20) /* the program takes 35 MB; a folder that it fills would stop others, too */
 
 static char folder[PATH_MAX];
 static pid_t boot;
