@@ -170,6 +170,8 @@ CANCEL_POLL_SECS = 0.1  # a device that waits for the Bot may cancel
 PDU_BYTES = MIB + KIB  # a longer PDU is not read: more than maxPdu can be, and than association requests are
 QUEUED_PDUS = 16  # encoded and not yet sent: 2 MiB
 STORE_WAIT_SECS = 60.0  # for a message of an association to be on disk
+GIVE_WAY_SECS = 0.002  # for so long after bytes from a device, threads of associations leave the interpreter to it
+GIVE_WAY_MAX_SECS = 0.005  # at most so long at a time: a site that is always busy still wants its images
 INLINE_BYTES = 4096  # base64 of a binary value that may be part of the JSON
 LARGE_VALUE_BYTES = 512 * KIB  # a value above this is not read for the JSON
 BODY_BYTES = 900_000  # of a message's JSON inside its frame; the server closes the connection at 1 MiB by default
@@ -3187,7 +3189,8 @@ class Store:
         (deleted,) = db.execute("SELECT last_deleted_id FROM identity").fetchone()
         self._next_id = max(self._next_id, last + 1, deleted + 1)
         if not self.spool.tidied:
-            self.spool.tidy({name for (name,) in db.execute("SELECT spool FROM message WHERE spool IS NOT NULL")})
+            sql = f"SELECT spool FROM message WHERE spool IS NOT NULL AND state <> {PROCESSED}"
+            self.spool.tidy({name for (name,) in db.execute(sql)})
         self._measure(db)
         db.execute("UPDATE identity SET seed = seed")  # a file that cannot be written is known now, not later
         found = self.path.stat()
@@ -4485,8 +4488,8 @@ class Feed(Queue):
 
     def settle(self, message: Message, state: int) -> None:
         super().settle(message, state)
-        if message.spool and state == PROCESSED:
-            self._store.spool.remove(message.spool)
+        if message.spool and state == PROCESSED:  # in a thread: a disk may take its time over a large file
+            self._loop.run_in_executor(None, self._store.spool.remove, message.spool)
 
     def tell_dead(self, message: Message, error: str, relay: bool) -> bool:
         if self.outlet is None:
@@ -4732,6 +4735,23 @@ class Exchange:
             self.answer.set_result(text)
 
 
+class Precedence:
+    """Messages before images: one interpreter runs one thread at a time, and an image takes long anyway."""
+
+    until = 0.0  # on the event loop's clock
+
+    def give_way(self) -> None:
+        """Called by threads of associations wherever they have worked for a while."""
+        now = time.monotonic()
+        limit = min(self.until, now + GIVE_WAY_MAX_SECS)
+        while now < limit:
+            time.sleep(limit - now)
+            now = time.monotonic()
+
+
+PRECEDENCE = Precedence()
+
+
 class Connection(asyncio.Protocol):
     """One device connected to a channel. All that is written in one turn of the event loop leaves in one write."""
 
@@ -4791,6 +4811,7 @@ class Connection(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         self.active_at = self._loop.time()
+        PRECEDENCE.until = self.active_at + GIVE_WAY_SECS
         self.take(data)
         if self.channel.store.congested:
             self.pause("store")
@@ -6662,6 +6683,7 @@ def _socket_class(base: type[AssociationSocket]) -> type[AssociationSocket]:
             if nr_bytes > PDU_BYTES:
                 self.socket.sendall(_INVALID_PDU)
                 raise OSError("the PDU is too large")
+            PRECEDENCE.give_way()
             content, at = bytearray(nr_bytes), 0
             with memoryview(content) as view:
                 while at < nr_bytes and (count := self.socket.recv_into(view[at : at + READ_BYTES])):
@@ -6739,6 +6761,7 @@ def dicom_json(dataset: Dataset, omitted: list[str]) -> Json:
         key = f"{tag:08X}"
         if key in _PIXEL_DATA:
             continue
+        PRECEDENCE.give_way()
         try:
             if getattr(dataset.get_item(tag), "length", 0) in range(LARGE_VALUE_BYTES, 0xFFFFFFFF):
                 raise ValueError("too large")
