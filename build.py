@@ -1,8 +1,9 @@
 #!/usr/bin/env python3
 """Set up, try, check and measure Medplum Agent: python3 build.py VERB [ARGUMENTS].
 
-Needs a stock Python 3.11 or newer and nothing else. Everything it makes stays in the folders .venv and .peers beside
-this file; the one exception is Debian packages that the tests need, which it installs where it may (root, apt-get).
+Needs a stock Python 3.11 or newer and nothing else; `binary` needs a C compiler, too. Everything it makes stays in the
+folders .venv, .peers, build and dist beside this file; the one exception is Debian packages that the tests need, which
+it installs where it may (root, apt-get).
 """
 
 import hashlib
@@ -10,6 +11,7 @@ import importlib.util
 import json
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -31,6 +33,15 @@ VENV = ROOT / ".venv"
 PYTHON = VENV / ("Scripts/python.exe" if WINDOWS else "bin/python")
 STAMPS = VENV / "build-stamps"  # one file per installed group of dependencies, holding its fingerprint
 
+PACKAGING = ROOT / "packaging"
+LOCK = PACKAGING / "binary.lock"  # what the binary is made of and with, with hashes, for every system and Python
+WORK = ROOT / "build"  # between source and result; its caches make the second build quick
+DIST = ROOT / "dist"
+COMPILING = WORK / "venv"  # holds what the lock names and nothing else
+COMPILING_PYTHON = COMPILING / PYTHON.relative_to(VENV)
+BINARY = DIST / ("medplum-agent-" + {"linux": "linux", "darwin": "macos"}.get(sys.platform, "windows.exe"))
+STANDALONE = DIST / "medplum-agent" / ("medplum-agent.exe" if WINDOWS else "medplum-agent")
+
 PEERS = ROOT / ".peers"
 MEDPLUM_CLI = PEERS / "node_modules/.bin" / ("medplum.cmd" if WINDOWS else "medplum")
 MEDPLUM_CLI_VERSION = "5.0.10"  # the newest there is
@@ -49,6 +60,11 @@ class Tool(NamedTuple):
 DEBIAN_TOOLS = (
     Tool("strace", "strace", "shows that a commit reaches the disk before the acknowledgment leaves"),
     Tool("socat", "socat", "pairs of pseudo-terminals stand for the serial ports of instruments"),
+    Tool("lintian", "lintian", "checks the .deb"),
+    Tool("rpm", "rpmbuild", "makes the .rpm"),
+    Tool("nsis", "makensis", "makes the installer for Windows"),
+    Tool("systemd", "systemd-analyze", "checks the service and how hardened it is"),
+    Tool("shellcheck", "shellcheck", "checks the scripts of packages and workflows"),
     Tool("dcmtk", "storescu", "foreign DICOM peers: echoscu, storescu, findscu, movescu, getscu, storescp"),
     Tool("orthanc", "Orthanc", "a PACS that stores to us, asks us, and is asked by us"),
     Tool("nodejs", "node", "runs the Medplum command line, a foreign HL7 sender and receiver"),
@@ -246,6 +262,56 @@ def readme_is_current() -> bool:
     return False
 
 
+# --- The binary ------------------------------------------------------------------------------------------------------
+
+
+def ensure_compiling() -> None:
+    """Bring build/venv to the lock; nothing is installed whose hash it does not name."""
+    stamp = COMPILING / "build-stamp"
+    wanted = hashlib.sha256(LOCK.read_bytes() + sys.version.encode()).hexdigest()
+    if stamp.exists() and stamp.read_text("utf-8") == wanted:
+        return
+    say("making build/venv from packaging/binary.lock")
+    if importlib.util.find_spec("ensurepip") is None:
+        install_ensurepip()
+    quiet(sys.executable, "-m", "venv", "--clear", COMPILING)
+    pip = (COMPILING_PYTHON, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-input")
+    first = WORK / "setuptools.lock"  # builds Nuitka, which comes as source, without fetching what no hash protects
+    first.write_text(locked("setuptools"), "utf-8")
+    quiet(*pip, "--require-hashes", "--requirement", first)
+    quiet(*pip, "--require-hashes", "--no-build-isolation", "--requirement", LOCK)
+    stamp.write_text(wanted, "utf-8")
+
+
+def locked(name: str) -> str:
+    """The lines of one distribution in the lock."""
+    lines = LOCK.read_text("utf-8").splitlines()
+    start = next(number for number, line in enumerate(lines) if line.startswith(f"{name}=="))
+    end = next((n for n in range(start + 1, len(lines)) if lines[n].startswith((" " * 4 + "#", "#"))), len(lines))
+    return "\n".join(lines[start:end]) + "\n"
+
+
+def binary_sources() -> str:
+    """Changes when something does that the binary is made of."""
+    sources = (AGENT, LOCK, *sorted(PACKAGING.glob("*.py")), PACKAGING / "linux/onefile_boot.c")
+    return hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()
+
+
+def ensure_binary() -> None:
+    stamp = WORK / "binary-sources"
+    if not (BINARY.exists() and STANDALONE.exists() and stamp.exists() and stamp.read_text() == binary_sources()):
+        build_binary()
+
+
+def build_binary() -> None:
+    if not LOCK.exists():
+        raise BuildError("packaging/binary.lock is missing; run: python3 build.py lock")
+    ensure_compiling()
+    if not succeeds(COMPILING_PYTHON, PACKAGING / "binary.py", WORK, DIST):
+        raise BuildError("the binary was not made; the reason is above")
+    (WORK / "binary-sources").write_text(binary_sources())
+
+
 # --- Verbs -----------------------------------------------------------------------------------------------------------
 
 
@@ -261,11 +327,41 @@ def demo(*arguments: str) -> None:
 
 
 def test(*arguments: str) -> None:
-    """lint, then run the tests; arguments go to pytest"""
+    """lint, then run the tests (--binary: those that start the agent, against dist/); arguments go to pytest"""
     ensure("runtime", "test")
     ensure_peers()
+    if arguments[:1] == ("--binary",):
+        test_binary(*arguments[1:])
     lint()
     become(PYTHON, "-m", "pytest", *arguments)
+
+
+def test_binary(*arguments: str) -> NoReturn:
+    """The folder, which packages install, runs every test that starts an agent; the one file has checks of its own."""
+    ensure_binary()
+    os.environ |= {"MEDPLUM_AGENT_BINARY": str(STANDALONE), "MEDPLUM_AGENT_ONE_FILE": str(BINARY)}
+    starts = re.compile(r"AgentProcess|\bsite\(")
+    files = [path for path in sorted(ROOT.glob("tests/test_*.py")) if starts.search(path.read_text("utf-8"))]
+    become(PYTHON, "-m", "pytest", ROOT / "tests/check_binary.py", *files, *arguments)
+
+
+def binary() -> None:
+    """compile one file and a folder into dist/, with checksums, licences and a bill of materials"""
+    build_binary()
+
+
+def package() -> None:
+    """make the packages of this system from dist/medplum-agent, compiled anew where it is not current"""
+    ensure_binary()
+    if not succeeds(sys.executable, PACKAGING / "packages.py", STANDALONE.parent, DIST):
+        raise BuildError("the packages were not made; the reason is above")
+
+
+def lock() -> None:
+    """write packaging/binary.lock from the pins in pyproject.toml"""
+    ensure("lock")
+    options = ("--universal", "--python-version", "3.11", "--group", "binary", "--generate-hashes")
+    quiet(PYTHON, "-m", "uv", "pip", "compile", *options, "--no-header", "--quiet", "pyproject.toml", "-o", LOCK)
 
 
 def lint() -> None:
@@ -274,7 +370,7 @@ def lint() -> None:
     checks = (
         succeeds(PYTHON, "-m", "ruff", "check", "--quiet", "."),
         succeeds(PYTHON, "-m", "ruff", "format", "--quiet", "--check", "."),
-        succeeds(PYTHON, "-m", "mypy", "--strict", "medplum_agent.py", "build.py", "tests"),
+        succeeds(PYTHON, "-m", "mypy", "--strict", "medplum_agent.py", "build.py", "tests", "packaging"),
         readme_is_current(),
     )
     if not all(checks):
@@ -300,8 +396,10 @@ def readme(*arguments: str) -> None:
 
 
 def bench(*arguments: str) -> None:
-    """measure; arguments go to tests/bench/bench.py"""
+    """measure; --programs: size, start and memory of dist/; other arguments go to tests/bench/bench.py"""
     ensure("runtime", "test")
+    if arguments == ("--programs",):
+        become(PYTHON, ROOT / "tests/bench/programs.py")
     become(PYTHON, ROOT / "tests/bench/bench.py", *arguments)
 
 
@@ -313,7 +411,7 @@ def fuzz(*arguments: str) -> None:
 
 def clean() -> None:
     """remove what this script, the checkers and the tests made (never the agent's own data)"""
-    made = (".venv", ".peers", "build", "dist", ".hypothesis", ".mypy_cache", ".pytest_cache", ".ruff_cache")
+    made = (".venv", ".peers", "build", "dist", "assets", ".hypothesis", ".mypy_cache", ".pytest_cache", ".ruff_cache")
     for folder in (*map(ROOT.joinpath, made), *ROOT.glob("*.egg-info"), *ROOT.glob("[!.]*/**/__pycache__")):
         shutil.rmtree(folder, ignore_errors=True)
     shutil.rmtree(ROOT / "__pycache__", ignore_errors=True)
@@ -332,6 +430,9 @@ VERBS = {
     "format": Verb(reformat),
     "readme": Verb(readme, "[--check]"),
     "bench": Verb(bench, "[ARGUMENTS]"),
+    "binary": Verb(binary),
+    "package": Verb(package),
+    "lock": Verb(lock),
     "fuzz": Verb(fuzz, "[TARGET] [--seconds N]"),
     "clean": Verb(clean),
 }

@@ -136,6 +136,8 @@ REFILL_MESSAGES = 1024  # rows read from disk in one go: a few ms of the interpr
 PAGE_BYTES = 8192  # SQLite page: large messages want large pages, random control ids small ones
 CHECKPOINT_PAGES = 2000  # 16 MiB of WAL: more gives stalls of 30-100 ms
 STORE_REOPEN_SECS = 5.0  # a store that cannot be opened is tried again
+ALIVE_SECS = 5.0  # a running agent says so this often, for `health`
+DEAD_SECS = 30.0  # one that has not said so for so long hangs or is gone
 STORE_REMIND_SECS = 60.0  # a store that cannot be written is an error in the log this often
 DISK_RESERVE_BYTES = 64 * MIB  # kept free so that settling and logging go on when the disk fills up
 SWEEP_ROWS = 1000  # rows deleted in one transaction: an ACK never waits for the sweeper
@@ -725,11 +727,22 @@ def read_config_file(path: Path) -> Source:
     return Source(str(path), values)
 
 
+def installed_config_file() -> Path:
+    """Where packages put the settings."""
+    if sys.platform == "win32":
+        return default_state_root() / "agent.toml"
+    folder = "/Library/Application Support/MedplumAgent" if sys.platform == "darwin" else "/etc/medplum-agent"
+    return Path(folder, "agent.toml")
+
+
 def find_config_file(given: str | None) -> Source | None:
-    """--config, else agent.toml, else agent.properties in the working directory."""
+    """--config, else agent.toml, else agent.properties in the working directory, else what a package installed."""
     if given:
         return read_config_file(Path(given))
-    return next((read_config_file(p) for n in ("agent.toml", "agent.properties") if (p := Path(n)).is_file()), None)
+    here = next((p for n in ("agent.toml", "agent.properties") if (p := Path(n)).is_file()), None)
+    if here is None and os.access(installed_config_file(), os.R_OK):  # another user's agent is not our business
+        here = installed_config_file()
+    return read_config_file(here) if here else None
 
 
 def resolve_process(
@@ -7626,6 +7639,7 @@ def _checked_status(target: Target, answer: Dataset) -> int:
 # configuration (from the server, else the saved one), store, channels; and the clean stop in reverse.
 # =====================================================================================================================
 
+ALIVE_FILE = "agent.alive"
 CONFIG_FILE = "medplum-agent-applied-config.json"
 QUEUE_FILE = "medplum-agent-queue.sqlite"
 # What the server may say in an agent:error without quoting a message (uplink contract 4 and 5)
@@ -7704,7 +7718,7 @@ class Agent:
             self.log.warn(f"{warning}.")
 
     def _open_log(self, name: str, settings: LoggerSettings, console: typing.TextIO | None) -> Log:
-        directory = Path(settings.logDir) if settings.logDir else self.state_dir
+        directory = Path(settings.logDir or os.environ.get("LOGS_DIRECTORY", "").split(":")[0] or self.state_dir)
         try:
             directory.mkdir(parents=True, exist_ok=True, mode=0o700)
         except OSError as error:
@@ -7712,6 +7726,8 @@ class Agent:
         return Log(name, settings, directory, console, lazy=name == "channels")
 
     def _close_files(self) -> None:
+        with contextlib.suppress(OSError):
+            (self.state_dir / ALIVE_FILE).unlink()
         for log in (self.log, self.channel_log):
             log.flush()
             log.close_file()
@@ -8188,8 +8204,12 @@ class Agent:
     async def _keep_house(self) -> None:
         """Logs off the hot path, the stats line, retention."""
         loop = asyncio.get_running_loop()
-        next_stats = next_sweep = loop.time()
+        next_stats = next_sweep = next_alive = loop.time()
         while True:
+            if loop.time() >= next_alive:
+                next_alive = loop.time() + ALIVE_SECS
+                with contextlib.suppress(OSError):
+                    (self.state_dir / ALIVE_FILE).touch(0o600)
             await asyncio.sleep(LAZY_SECS)
             await asyncio.to_thread(self.channel_log.flush)
             self.devices.tidy()
@@ -9017,7 +9037,8 @@ def _one_line(message: str) -> str:
 _USAGE = """\
 %(prog)s <base_url> <client_id> <client_secret> <agent_id> [log_level]
        %(prog)s [--config FILE]          values from the environment, agent.toml or agent.properties
-       %(prog)s demo [--once]            the agent with a stand-in server and example devices"""
+       %(prog)s demo [--once]            the agent with a stand-in server and example devices
+       %(prog)s health                   exit code 0 when the agent with these values has started and is alive"""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -9073,6 +9094,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if options.arguments[:1] == ["demo"]:
             return _run_demo(options.state_dir, stay=not options.once)
+        if options.arguments == ["health"]:
+            return _health(options)
         _run_agent(options)
     except ConfigError as error:
         for problem in error.problems:
@@ -9081,11 +9104,24 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
 
 
-def _run_agent(options: argparse.Namespace) -> NoReturn:
+def _process_config(options: argparse.Namespace, *arguments: str) -> ProcessConfig:
     given = {"stateDir": options.state_dir} if options.state_dir else {}
-    config = resolve_process(
-        [*options.arguments[:4], *filter(None, options.arguments[4:5])], given, os.environ, options.config
-    )
+    return resolve_process(arguments, given, os.environ, options.config)
+
+
+def _health(options: argparse.Namespace) -> int:
+    """For containers and monitors: the event loop of the agent has turned lately, and its channels are open."""
+    state_dir = _process_config(options).state_dir
+    try:
+        alive = time.time() - (state_dir / ALIVE_FILE).stat().st_mtime < DEAD_SECS
+    except OSError:
+        alive = False
+    print(f"The agent with its state in {state_dir} {'is alive' if alive else 'does not run, or has not started yet'}.")
+    return int(not alive)
+
+
+def _run_agent(options: argparse.Namespace) -> NoReturn:
+    config = _process_config(options, *options.arguments[:4], *filter(None, options.arguments[4:5]))
 
     async def serve() -> None:
         agent = Agent(config, sys.stdout)

@@ -382,7 +382,7 @@ def test_changes_made_while_away_are_applied_when_the_server_is_back(tmp_path):
         here.endpoint("A")["address"] = f"mllp://127.0.0.1:{port}"
         here.sandbox.start()
         eventually(lambda: accepts(("127.0.0.1", port)), 20)
-        assert not accepts(("127.0.0.1", here.ports["A"]))
+        eventually(lambda: not accepts(("127.0.0.1", here.ports["A"])), 5, "the old port is closed")
 
 
 def test_start_with_a_bad_endpoint_uses_the_last_good_configuration(tmp_path):
@@ -444,6 +444,26 @@ def test_second_agent_with_the_same_state_directory_is_refused(tmp_path):
         assert "another agent" in second.output() and "--state-dir" in second.output()
         with here.device("A") as device:
             assert device.ask(message("FIRST-1")) == ("AA", "FIRST-1")
+
+
+def test_health_is_that_of_the_running_agent(tmp_path):
+    with site(tmp_path, {"A": ""}) as here:
+        state = ("--state-dir", str(here.agent.state_dir))
+        env = dict(zip(("MEDPLUM_BASE_URL", "MEDPLUM_CLIENT_ID", "MEDPLUM_CLIENT_SECRET"), GOOD, strict=False))
+        env["MEDPLUM_AGENT_ID"] = AGENT_ID
+        eventually(lambda: run(tmp_path, "health", *state, **env)[0] == 0, 10, "healthy")
+        os.utime(here.agent.state_dir / "agent.alive", (1, 1))
+        code, said = run(tmp_path, "health", *state, **env)
+        assert code == 1 and "does not run" in said
+        here.agent.terminate()
+        assert not (here.agent.state_dir / "agent.alive").exists()
+        assert run(tmp_path, "health", *state, **env)[0] == 1
+
+
+def test_logs_go_where_the_service_manager_says(tmp_path):
+    logs = tmp_path / "logs"
+    with site(tmp_path, {"A": ""}, env={"LOGS_DIRECTORY": str(logs)}):
+        eventually(lambda: list(logs.glob("medplum-agent-main-*")), 5, "the main log")
 
 
 # --- command line ---

@@ -170,6 +170,14 @@ def test_toml_is_found_before_properties_and_config_beats_both() -> None:
     assert resolve(config=toml({**GOOD, "clientId": "given"}, "other.toml")).settings.clientId == "given"
 
 
+def test_what_a_package_installed_comes_last(monkeypatch: pytest.MonkeyPatch) -> None:
+    installed = Path(toml({**GOOD, "clientId": "installed"}, "installed.toml"))
+    monkeypatch.setattr(ma, "installed_config_file", lambda: installed)
+    assert resolve().settings.clientId == "installed"
+    toml(GOOD)
+    assert resolve().settings.clientId == "client-1"
+
+
 def test_loggers_of_agent_toml() -> None:
     toml(GOOD)
     with Path("agent.toml").open("a") as file:

@@ -1,0 +1,68 @@
+#!/usr/bin/env bash
+# Sign with the keys that the environment names, and say so where there are none: sign.sh linux|macos|windows FILE...
+#
+#   linux     GPG_PRIVATE_KEY (armoured): a detached signature beside each file
+#   macos     MACOS_CERTIFICATE (.p12 in base64), MACOS_CERTIFICATE_PASSWORD, MACOS_IDENTITY for programs,
+#             MACOS_INSTALLER_IDENTITY for packages; with APPLE_ID, APPLE_PASSWORD, APPLE_TEAM these are notarised
+#   windows   WINDOWS_CERTIFICATE (.pfx in base64), WINDOWS_CERTIFICATE_PASSWORD
+set -euo pipefail
+here=$(cd "$(dirname "$0")" && pwd)
+system=$1
+shift
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+
+unsigned() {
+    echo "::notice title=Not signed ($system)::$1 is not configured, so this is not signed: $2"
+    exit 0
+}
+
+linux() {
+    [ -n "${GPG_PRIVATE_KEY:-}" ] || unsigned GPG_PRIVATE_KEY "$*"
+    export GNUPGHOME=$work
+    gpg --batch --quiet --import <<<"$GPG_PRIVATE_KEY"
+    for file in "$@"; do
+        gpg --batch --yes --quiet --armor --detach-sign "$file"
+    done
+}
+
+macos() {
+    [ -n "${MACOS_CERTIFICATE:-}" ] || unsigned MACOS_CERTIFICATE "$*"
+    local keychain=$work/signing.keychain-db
+    base64 --decode <<<"$MACOS_CERTIFICATE" >"$work/certificate.p12"
+    security create-keychain -p "" "$keychain"
+    security unlock-keychain -p "" "$keychain"
+    security import "$work/certificate.p12" -k "$keychain" -P "$MACOS_CERTIFICATE_PASSWORD" -T /usr/bin/codesign -T /usr/bin/productsign
+    security set-key-partition-list -S apple-tool:,apple: -k "" "$keychain"
+    security list-keychains -d user -s "$keychain" login.keychain-db
+    for file in "$@"; do
+        case $file in
+            *.pkg)
+                productsign --keychain "$keychain" --sign "$MACOS_INSTALLER_IDENTITY" "$file" "$work/signed.pkg"
+                mv "$work/signed.pkg" "$file"
+                notarise "$file"
+                ;;
+            *)
+                codesign --force --timestamp --options runtime --entitlements "$here/macos/entitlements.plist" \
+                    --keychain "$keychain" --sign "$MACOS_IDENTITY" "$file"
+                ;;
+        esac
+    done
+}
+
+notarise() {
+    [ -n "${APPLE_ID:-}" ] || unsigned APPLE_ID "$1"
+    xcrun notarytool submit "$1" --wait --apple-id "$APPLE_ID" --password "$APPLE_PASSWORD" --team-id "$APPLE_TEAM"
+    xcrun stapler staple "$1"
+}
+
+windows() {
+    [ -n "${WINDOWS_CERTIFICATE:-}" ] || unsigned WINDOWS_CERTIFICATE "$*"
+    base64 --decode <<<"$WINDOWS_CERTIFICATE" >"$work/certificate.pfx"
+    local signtool
+    signtool=$(find "/c/Program Files (x86)/Windows Kits/10/bin" -path '*/x64/signtool.exe' | sort | tail -n 1)
+    MSYS2_ARG_CONV_EXCL='*' "$signtool" sign /fd SHA256 /tr http://timestamp.digicert.com /td SHA256 \
+        /f "$(cygpath -w "$work/certificate.pfx")" /p "$WINDOWS_CERTIFICATE_PASSWORD" "$@"
+}
+
+"$system" "$@"

@@ -1,0 +1,303 @@
+"""What turns the module into packages, as far as it can be tried in seconds; `build.py test --binary` tries the rest.
+
+A folder with a stand-in program takes the place of the compiled one.
+"""
+
+import ast
+import hashlib
+import importlib
+import json
+import os
+import plistlib
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+import types
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+import medplum_agent
+from tests.support import ROOT
+
+PACKAGING = ROOT / "packaging"
+WORKFLOWS = sorted((ROOT / ".github/workflows").glob("*.yml"))
+UNIT = PACKAGING / "linux/medplum-agent.service"
+SCRIPTS = sorted(path for path in PACKAGING.rglob("*") if path.is_file() and path.read_bytes()[:3] == b"#!/")
+EXPOSURE = 2.0  # systemd-analyze security: 0 is locked up, 10 is open
+
+pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="packages are made on their own systems")
+
+
+def needs(command: str) -> pytest.MarkDecorator:
+    return pytest.mark.skipif(shutil.which(command) is None, reason=f"NO {command.upper()}: not checked")
+
+
+@pytest.fixture
+def scripts(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """packaging/*.py by name; `packaging` itself is also a library of pytest's."""
+    monkeypatch.syspath_prepend(str(PACKAGING))
+    yield importlib.import_module
+    for name in [
+        name for name, module in sys.modules.items() if str(PACKAGING) in str(getattr(module, "__file__", ""))
+    ]:
+        del sys.modules[name]
+
+
+@pytest.fixture
+def program(tmp_path: Path) -> Path:
+    """Stands for dist/medplum-agent."""
+    folder = tmp_path / "medplum-agent"
+    (folder / "certifi").mkdir(parents=True)
+    shutil.copy(shutil.which("true") or "/bin/true", folder / "medplum-agent")
+    (folder / "certifi/cacert.pem").write_text("certificates\n")
+    (folder / "LICENSES.txt").write_text("terms\n")
+    return folder
+
+
+def run(*command: str | Path, **how: Any) -> str:
+    done = subprocess.run(command, capture_output=True, text=True, **how)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+# --- what the binary is made of ---
+
+
+def pins() -> dict[str, str]:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    wanted = [*project["project"]["dependencies"], *project["dependency-groups"]["binary"]]
+    return dict(pin.split(";")[0].strip().lower().replace("_", "-").split("==") for pin in wanted)
+
+
+def test_the_lock_has_the_pins_with_hashes_and_no_address() -> None:
+    text = (PACKAGING / "binary.lock").read_text()
+    locked = dict(re.findall(r"^([a-z0-9-]+)==([^ ]+)", text, re.MULTILINE))
+    assert pins().items() <= locked.items(), "run: python3 build.py lock"
+    for entry in re.split(r"\n(?=[a-z])", text):
+        assert "--hash=sha256:" in entry, entry.splitlines()[0]
+    assert "://" not in text
+
+
+def test_every_module_that_is_loaded_late_is_named_for_the_compiler(scripts: Any) -> None:
+    binary = scripts("binary")
+    tree = ast.parse((ROOT / "medplum_agent.py").read_text())
+    late = {
+        (name.name if isinstance(node, ast.Import) else node.module or "").split(".")[0]
+        for function in ast.walk(tree)
+        if isinstance(function, ast.FunctionDef | ast.AsyncFunctionDef)
+        for node in ast.walk(function)
+        if isinstance(node, ast.Import | ast.ImportFrom)
+        for name in node.names
+    }
+    named = {name.split(".")[0] for name in (*binary.NAMED_MODULES, *binary.NAMED_PACKAGES)}
+    assert late - set(sys.stdlib_module_names) <= named
+    assert not named & set(binary.LEFT_OUT)
+
+
+def test_only_our_module_is_compiled(scripts: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    stand_ins: dict[str, dict[str, Any]] = {
+        "nuitka": {}, "nuitka.plugins": {}, "nuitka.freezer": {},
+        "nuitka.plugins.PluginBase": {"NuitkaPluginBase": object},
+        "nuitka.freezer.DllDependenciesPosix": {"_linux_dll_ignore_list": ["libz.so"]},
+    }  # fmt: skip
+    for name, members in stand_ins.items():
+        module = types.ModuleType(name)
+        vars(module).update(members)
+        monkeypatch.setitem(sys.modules, name, module)
+    sys.modules["nuitka.freezer"].DllDependenciesPosix = sys.modules["nuitka.freezer.DllDependenciesPosix"]  # type: ignore[attr-defined]
+    plugin = scripts("nuitka_plugin").AgentPlugin
+    assert {name: plugin.decideCompilation(name) for name in ("__main__", "urllib3", "pydicom.uid")} == {
+        "__main__": "compiled", "urllib3": "bytecode", "pydicom.uid": "bytecode",
+    }  # fmt: skip
+
+
+def test_the_version_names_the_commit(scripts: Any, tmp_path: Path) -> None:
+    binary = scripts("binary")
+    text = binary.stamped_source(tmp_path).read_text()
+    assert re.search(r'^BUILD = "[0-9a-z]{7}"', text, re.MULTILINE)
+    assert text.replace(f'"{binary.build_commit()}"', '"0000000"', 1) == (ROOT / "medplum_agent.py").read_text()
+
+
+def test_bill_of_materials_and_licences(scripts: Any) -> None:
+    inventory = scripts("inventory")
+    parts = [inventory.distribution_part(name) for name in ("urllib3", "certifi")] + [inventory.python_part()]
+    bill = json.loads(inventory.cyclonedx(parts, "5.2.0"))
+    assert [part["purl"].split("@")[0] for part in bill["components"]] == [
+        "pkg:generic/cpython", "pkg:pypi/certifi", "pkg:pypi/urllib3",
+    ]  # fmt: skip
+    assert inventory.cyclonedx(parts[::-1], "5.2.0") == inventory.cyclonedx(parts, "5.2.0")
+    texts = inventory.license_texts(parts, ROOT / "LICENSE")
+    assert "Mozilla Public License" in texts and "Andrey Petrov" in texts and "Apache License" in texts
+
+
+@needs("cc")
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux's own")
+def test_the_boot_process_compiles_without_warnings() -> None:
+    run("cc", "-fsyntax-only", "-Wall", "-Wextra", "-Werror", PACKAGING / "linux/onefile_boot.c")
+
+
+# --- Linux ---
+
+
+@needs("systemd-analyze")
+def test_the_unit_is_valid_and_hardened(tmp_path: Path) -> None:
+    unit = tmp_path / UNIT.name
+    unit.write_text(UNIT.read_text().replace("/usr/bin/medplum-agent", "/bin/true"))
+    assert run("systemd-analyze", "verify", "--man=no", unit) == ""
+    found = run("systemd-analyze", "security", "--offline=true", "--no-pager", UNIT)
+    level = re.search(r"exposure level for \S+: ([\d.]+)", found)
+    assert level and float(level[1]) <= EXPOSURE, found
+
+
+def test_settings_to_fill_in_name_what_is_missing(tmp_path: Path) -> None:
+    path = shutil.copy(PACKAGING / "linux/agent.toml", tmp_path)
+    with pytest.raises(medplum_agent.ConfigError) as caught:
+        medplum_agent.resolve_process([], {}, {}, str(path))
+    assert [problem.split()[0] for problem in caught.value.problems] == ["clientId", "clientSecret", "agentId"]
+
+
+@needs("dpkg-deb")
+@needs("lintian")
+def test_debian_package(scripts: Any, program: Path, tmp_path: Path) -> None:
+    package = scripts("packages").debian(program, tmp_path, tmp_path / "work")
+    listed = run("dpkg-deb", "--contents", package)
+    assert "./usr/bin/medplum-agent -> ../lib/medplum-agent/medplum-agent" in listed
+    installed = next(line for line in listed.splitlines() if line.endswith("lib/medplum-agent/medplum-agent"))
+    assert installed.startswith("-rwxr-xr-x root/root")
+    assert "./etc/" not in listed  # the settings are the site's own
+    run("lintian", "--fail-on", "error", "--allow-root", package)
+
+
+@needs("rpmbuild")
+def test_rpm_package(scripts: Any, program: Path, tmp_path: Path) -> None:
+    package = scripts("packages").rpm(program, tmp_path, tmp_path / "work")
+    form = "[%{FILENAMES}\t%{FILEMODES:perms}\t%{FILEUSERNAME}\t%{FILEGROUPNAME}\n]"
+    listed = run("rpm", "--query", "--queryformat", form, "--dbpath", tmp_path / "db", "--package", package)
+    modes = {name: tuple(rest) for name, *rest in (line.split("\t") for line in listed.splitlines())}
+    own = ("medplum-agent", "medplum-agent")
+    assert modes["/etc/medplum-agent/agent.toml"] == ("-rw-------", *own)
+    assert modes["/var/lib/medplum-agent"] == modes["/var/log/medplum-agent"] == ("drwx------", *own)
+    assert modes["/usr/lib/medplum-agent/medplum-agent"] == ("-rwxr-xr-x", "root", "root")
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: str(path.relative_to(PACKAGING)))
+@needs("shellcheck")
+def test_scripts(script: Path) -> None:
+    run("shellcheck", "--severity=warning", script)
+    assert os.access(script, os.X_OK)
+
+
+# --- macOS, Windows, container ---
+
+
+def test_launchd_job(scripts: Any, program: Path, tmp_path: Path) -> None:
+    job = plistlib.loads((PACKAGING / "macos/medplum-agent.plist").read_bytes())
+    scripts("packages").macos_tree(program, tmp_path / "tree")
+    assert (tmp_path / "tree" / job["ProgramArguments"][0].lstrip("/")).is_file()
+    assert job["KeepAlive"] and job["Umask"] == 0o077 and job["ExitTimeOut"] > medplum_agent.STOP_SECS
+    assert (tmp_path / "tree/usr/local/bin/medplum-agent").resolve().is_file()
+
+
+@needs("makensis")
+def test_windows_installer(scripts: Any, program: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shawl = tmp_path / "shawl.exe"
+    shawl.write_bytes(b"MZ")
+    monkeypatch.setenv("SHAWL", str(shawl))
+    installer = scripts("packages").windows(program, tmp_path, tmp_path)
+    assert installer.read_bytes()[:2] == b"MZ"
+
+
+def test_the_installer_shows_and_passes_no_secret() -> None:
+    script = (PACKAGING / "windows/installer.nsi").read_text()
+    for line in script.splitlines():
+        if "$ClientSecret" in line:
+            assert not re.search(r"DetailPrint|MessageBox|Exec|Label|CreateText", line), line
+    assert "ShowInstDetails nevershow" in script and '${NSD_CreatePassword} 0 69u 100% 13u "$ClientSecret"' in script
+
+
+def test_container() -> None:
+    lines = (PACKAGING / "docker/Dockerfile").read_text().splitlines()
+    words = {line.split()[0]: line for line in lines if line and line[0].isupper()}
+    assert words["USER"] == "USER 65532:65532"
+    assert "/var/lib/medplum-agent" in words["VOLUME"] and "MEDPLUM_STATE_DIR=/var/lib/medplum-agent" in words["ENV"]
+    assert words["HEALTHCHECK"].endswith('"health"]')
+
+
+# --- workflows and what they publish ---
+
+
+def workflow(name: str) -> Any:
+    return yaml.safe_load((ROOT / f".github/workflows/{name}.yml").read_text())
+
+
+def test_workflows_pass_actionlint() -> None:
+    actionlint = Path(sys.executable).with_name("actionlint")
+    if not actionlint.exists():
+        pytest.skip("NO ACTIONLINT: not checked")
+    run(actionlint, *WORKFLOWS, cwd=ROOT)
+
+
+def test_workflows_name_files_that_exist() -> None:
+    for path in WORKFLOWS:
+        for name in set(re.findall(r"packaging/[\w/.-]+\w", path.read_text())):
+            assert (ROOT / name).exists(), f"{path.name}: {name}"
+
+
+def test_ci_covers_the_pythons_and_systems() -> None:
+    jobs = workflow("ci")["jobs"]
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    matrix = jobs["test"]["strategy"]["matrix"]
+    assert project["requires-python"] == f">={matrix['python'][0]}"
+    assert {system.split("-")[0] for system in matrix["os"]} == {"ubuntu", "macos", "windows"}
+    assert jobs["binary"]["strategy"]["matrix"]["os"] == matrix["os"]
+
+
+def test_a_release_has_every_system_once() -> None:
+    rows = workflow("release")["jobs"]["build"]["strategy"]["matrix"]["include"]
+    assert [row["name"] for row in rows] == [
+        "linux-x86_64", "linux-arm64", "macos-arm64", "macos-x86_64", "windows-x86_64",
+    ]  # fmt: skip
+    for row in rows:
+        system, _ = row["name"].split("-")
+        assert row["built"].removeprefix("medplum-agent-").split(".")[0] == system
+        assert row["one_file"].split("-")[0] == system
+    assert [row["one_file"] for row in rows if row["one_file"].endswith("linux")] == ["linux"]
+
+
+def test_jobs_have_time_limits_and_no_more_rights_than_they_need() -> None:
+    for path in WORKFLOWS:
+        flow = yaml.safe_load(path.read_text())
+        assert flow["permissions"] == {"contents": "read"}
+        for name, job in flow["jobs"].items():
+            assert "uses" in job or "timeout-minutes" in job, name
+            assert "permissions" not in job or name == "publish"
+
+
+@pytest.mark.parametrize("system", ["linux", "macos", "windows"])
+def test_without_a_key_signing_is_skipped_with_a_notice(system: str) -> None:
+    keys = ("GPG_PRIVATE_KEY", "MACOS_CERTIFICATE", "WINDOWS_CERTIFICATE")
+    environ = {name: value for name, value in os.environ.items() if name not in keys}
+    assert run(PACKAGING / "sign.sh", system, "a file", env=environ).startswith("::notice title=Not signed")
+
+
+def test_an_older_version_can_read_the_manifest(scripts: Any, tmp_path: Path) -> None:
+    """As the reference does (operations contract 6): the first asset that ends in .exe or linux."""
+    names = ["medplum-agent-9-windows-x86_64.exe", "medplum-agent-installer-9.exe", "medplum-agent-9-linux-arm64"]
+    for name in (*names, "medplum-agent-9-linux"):
+        (tmp_path / name).write_text(name)
+    assert scripts("release").main(tmp_path, "https://example.org/v9/") == 0
+    manifest = json.loads((tmp_path / "release-manifest.json").read_text())
+    assert manifest["tag_name"] == f"v{medplum_agent.__version__}"
+    first = {end: next(a for a in manifest["assets"] if a["name"].endswith(end)) for end in (".exe", "linux")}
+    assert first[".exe"]["name"] == "medplum-agent-installer-9.exe"
+    assert first["linux"] == {
+        "name": "medplum-agent-9-linux", "browser_download_url": "https://example.org/v9/medplum-agent-9-linux",
+        "sha256": hashlib.sha256(b"medplum-agent-9-linux").hexdigest(), "size": 21,
+    }  # fmt: skip
+    run("sha256sum", "--check", "--quiet", "SHA256SUMS", cwd=tmp_path)
