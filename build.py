@@ -45,6 +45,7 @@ STANDALONE = DIST / "medplum-agent" / ("medplum-agent.exe" if WINDOWS else "medp
 PEERS = ROOT / ".peers"
 MEDPLUM_CLI = PEERS / "node_modules/.bin" / ("medplum.cmd" if WINDOWS else "medplum")
 MEDPLUM_CLI_VERSION = "5.0.10"  # the newest there is
+PARALLEL = ("-n", "2", "--dist", "worksteal")  # tests wait more than they work; -n 0 for a debugger
 
 SETTINGS_BEGIN, SETTINGS_END = "<!-- settings -->", "<!-- /settings -->"
 
@@ -333,7 +334,7 @@ def test(*arguments: str) -> None:
     if arguments[:1] == ("--binary",):
         test_binary(*arguments[1:])
     lint()
-    become(PYTHON, "-m", "pytest", *arguments)
+    become(PYTHON, "-m", "pytest", *PARALLEL, *arguments)
 
 
 def test_binary(*arguments: str) -> NoReturn:
@@ -342,7 +343,7 @@ def test_binary(*arguments: str) -> NoReturn:
     os.environ |= {"MEDPLUM_AGENT_BINARY": str(STANDALONE), "MEDPLUM_AGENT_ONE_FILE": str(BINARY)}
     starts = re.compile(r"AgentProcess|\bsite\(")
     files = [path for path in sorted(ROOT.glob("tests/test_*.py")) if starts.search(path.read_text("utf-8"))]
-    become(PYTHON, "-m", "pytest", ROOT / "tests/check_binary.py", *files, *arguments)
+    become(PYTHON, "-m", "pytest", *PARALLEL, ROOT / "tests/check_binary.py", *files, *arguments)
 
 
 def binary() -> None:

@@ -126,7 +126,7 @@ COMMIT_BYTES = 16 * MIB  # the same for large messages
 UNCOMMITTED_BYTES = 16 * MIB  # received but not yet on disk; above it devices are no longer read
 UNCOMMITTED_MESSAGES = 8192  # the same for small messages
 LAZY_SECS = 0.1  # finished rows are marked with the next batch, or after this time
-COMMITMENT_POLL_SECS = 1.0  # a storage commitment looks this often whether its objects have reached the server
+COMMITMENT_POLL_MS = 1000  # a storage commitment looks this often whether its objects have reached the server
 COMPLAIN_SECS = 5.0  # failed tries of one queue are logged at most this often
 MAX_WARNINGS = 20  # warnings of one channel within that time
 WINDOW_MESSAGES = 8192  # queued messages of a channel known in memory; the rest stays on disk
@@ -175,6 +175,7 @@ GIVE_WAY_MAX_SECS = 0.005  # at most so long at a time: a site that is always bu
 INLINE_BYTES = 4096  # base64 of a binary value that may be part of the JSON
 LARGE_VALUE_BYTES = 512 * KIB  # a value above this is not read for the JSON
 BODY_BYTES = 900_000  # of a message's JSON inside its frame; the server closes the connection at 1 MiB by default
+COMMITMENT_REPORT_DAYS = 3  # a report that no device took is tried again at each start for so long
 COMMITMENT_REPORT_SECS = (0.0, 5.0, 30.0, 120.0, 600.0)  # before each try to report a storage commitment
 PING_SECS = 8.0  # a whole ping, whatever its count: below the server's 10 s
 PING_MAX = 100  # echo requests of one ping
@@ -612,7 +613,8 @@ class DeviceSettings:
         "ASTM: seconds to wait after both sides asked to send", low=0.1)
     nakDelaySecs: float = setting(10.0, "NAK delay",
         "ASTM: seconds to wait when the instrument is busy; a push that is waited for has 9 s in all", low=0.1)
-    callingAeTitle: str = setting("MEDPLUM", "Calling AE title", "`dicom://` only: our AE title", check=ae_titles)
+    callingAeTitle: str = setting("MEDPLUM", "Calling AE title", "`dicom://` only: our AE title",
+        check=ae_titles, guard=True)
 # fmt: on
 
 
@@ -1073,17 +1075,19 @@ def _check_tls(values: dict[str, Any], where: str, warnings: list[str]) -> None:
     if not values.get("certFile"):
         raise ConfigError([f"{where}: TLS needs certFile, a PEM file with our certificate"])
     try:
-        load_identity(ssl.create_default_context(ssl.Purpose.CLIENT_AUTH), values)
+        listening_tls(values)
     except OSError as error:
         raise ConfigError([f"{where}: TLS cannot be set up with certFile, keyFile and clientCa: {error}"]) from None
 
 
-def load_identity(context: ssl.SSLContext, values: Mapping[str, Any]) -> None:
-    """Our certificate, and who may connect, as the files say now; OSError."""
+def listening_tls(values: Mapping[str, Any]) -> ssl.SSLContext:
+    """Our certificate, and who may connect, as the files say now (TLS 1.2 and later, PS3.15 B.12); OSError."""
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
     context.load_cert_chain(values["certFile"], values.get("keyFile") or None)
     if values.get("clientCa"):
         context.load_verify_locations(values["clientCa"])
         context.verify_mode = ssl.CERT_REQUIRED
+    return context
 
 
 _CHECKS: dict[type[ChannelSettings], Callable[[dict[str, Any], str, list[str]], None]] = {
@@ -2525,6 +2529,7 @@ QUEUED, SENT, PROCESSED, REJECTED, FAILED, NACKED = range(6)
 STATES = ("queued", "inflight", "processed", "rejected", "failed", "nacked")
 PENDING, DELIVERED, UNDELIVERED, NOT_OWED = range(4)
 OUTCOMES = ("pending", "delivered", "undelivered", "not_owed")
+COMMITMENT = "N-ACTION"  # type of a message that waits for others: a storage commitment request
 BOT_LOG = "Bot execution logs:"  # how the server begins the answer of a Bot that returned nothing
 PUSH_PREFIX = "push "  # names of channel rows that are devices: "push mllp://host:port"
 APPLICATION_ID, SCHEMA_VERSION = 0x4D504C41, 2  # "MPLA": tells our file from any other SQLite file
@@ -2578,10 +2583,10 @@ class Message:
     """One message from a device: its row, and what is known of it in memory. Times are epoch milliseconds."""
 
     __slots__ = (
-        "assign", "attempts", "channel", "checked", "control_id", "deadline", "earlier", "encoding", "epoch", "error",
-        "error_code", "failures", "first_failed_at", "id", "key", "losses", "next_attempt_at", "original", "outcome",
-        "received_at", "refusal", "remote", "response", "return_ack", "sent_at", "seq_no", "session",
-        "settled_at", "size", "source", "spool", "state", "status_code", "text", "type", "uploaded",
+        "assign", "attempts", "binary", "channel", "checked", "control_id", "deadline", "earlier", "encoding", "epoch",
+        "error", "error_code", "failures", "first_failed_at", "id", "key", "losses", "next_attempt_at", "original",
+        "outcome", "prepared", "received_at", "refusal", "remote", "response", "return_ack", "sent_at", "seq_no",
+        "session", "settled_at", "size", "source", "spool", "state", "status_code", "text", "type",
     )  # fmt: skip
 
     def __init__(self, channel: int, remote: str, original: bytes, encoding: str):
@@ -2598,7 +2603,8 @@ class Message:
         self.session: str | None = None  # of an ASTM message: its frames in `partial` are replaced by it
         self.return_ack: str | None = None  # of a push: the ACK that completes it
         self.spool: str | None = None  # of an image: its file, which is uploaded before the message is sent
-        self.uploaded = False
+        self.binary: str | None = None  # what became of that file
+        self.prepared = True  # nothing has to happen before it can be sent
         self.received_at = now_ms()
         self.state, self.outcome = QUEUED, PENDING
         self.attempts = self.failures = self.next_attempt_at = self.first_failed_at = self.sent_at = self.settled_at = 0
@@ -2674,7 +2680,8 @@ class SpoolFile(io.FileIO):
 
     def __init__(self, spool: Spool):
         self.spool, self.size, self.error = spool, 0, ""
-        path = spool.folder / f"{uuid.uuid4()}.part"
+        self._kept = False
+        path = spool.folder / f"{spool.new_name()}.part"
         try:
             spool.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
             super().__init__(path, "x", opener=lambda p, flags: os.open(p, flags, 0o600))
@@ -2688,15 +2695,16 @@ class SpoolFile(io.FileIO):
         return self
 
     def write(self, content: Any) -> int:
-        self.size += len(content)
         if not self.error:
             try:
-                self.error = self.spool.refusal(self.size)
+                self.error = self.spool.refusal(len(content))
                 rest = memoryview(content)
                 while rest and not self.error:
                     rest = rest[super().write(rest) :]
             except OSError as error:
                 self.error = _storage_text(error)
+        self.size += len(content)
+        self.spool.count(len(content))
         return len(content)
 
     def keep(self) -> str:
@@ -2711,24 +2719,35 @@ class SpoolFile(io.FileIO):
                 os.fsync(folder)
             finally:
                 os.close(folder)
-        self.spool.count(self.size)
+        self._kept = True
         return name
 
     def discard(self) -> None:
-        """Close and remove what was not kept."""
+        """Close, and remove what was not kept; may be called again."""
         self.close()
+        if self._kept:
+            return
+        self._kept = True
+        self.spool.count(-self.size)
         with contextlib.suppress(OSError):
             Path(self.name).unlink()
 
 
 class Spool:
-    """Files that are too large for the queue file, beside it: images on their way. Every thread may use it."""
+    """Files that are too large for the queue file, beside it: images on their way. Every thread may use it.
+
+    A name is a UUID that begins like the queue's seed: files of another queue in the same place are left alone.
+    """
 
     def __init__(self, folder: Path, refusal: Callable[[int], str]):
         self.folder, self.refusal = folder, refusal
-        self.size_bytes = 0
+        self.size_bytes = 0  # also of what is being received
+        self.prefix = ""
         self.tidied = False
         self._lock = threading.Lock()
+
+    def new_name(self) -> str:
+        return self.prefix + str(uuid.uuid4())[len(self.prefix) :]
 
     def path(self, name: str) -> Path:
         return self.folder / f"{name}.dcm"
@@ -2744,14 +2763,16 @@ class Spool:
             path.unlink()
             self.count(-size)
 
-    def tidy(self, known: set[str]) -> None:
-        """At start: measure, and remove what belongs to no message (it was never acknowledged)."""
-        self.tidied = True
+    def tidy(self, prefix: str, known: set[str]) -> None:
+        """At start: measure, and remove what this queue has no message for (it was never acknowledged)."""
+        self.prefix = prefix
         for path in self.folder.glob("*.*") if self.folder.is_dir() else ():
-            if path.suffix == ".dcm" and path.stem in known:
-                self.count(path.stat().st_size)
-            else:
-                path.unlink()
+            with contextlib.suppress(OSError):
+                if path.suffix == ".dcm" and path.stem in known:
+                    self.count(path.stat().st_size)
+                elif path.suffix == ".part" or (path.suffix == ".dcm" and path.stem.startswith(prefix)):
+                    path.unlink()
+        self.tidied = True
 
 
 class Store:
@@ -3190,7 +3211,7 @@ class Store:
         self._next_id = max(self._next_id, last + 1, deleted + 1)
         if not self.spool.tidied:
             sql = f"SELECT spool FROM message WHERE spool IS NOT NULL AND state <> {PROCESSED}"
-            self.spool.tidy({name for (name,) in db.execute(sql)})
+            self.spool.tidy(self.seed[:8], {name for (name,) in db.execute(sql)})
         self._measure(db)
         db.execute("UPDATE identity SET seed = seed")  # a file that cannot be written is known now, not later
         found = self.path.stat()
@@ -3316,7 +3337,8 @@ def lock_file(file: typing.BinaryIO) -> bool:
 
 def _with_body(row: Sequence[Any]) -> tuple[Message, bytes | None, str | None]:
     message = Message._from_row(row)
-    message.size, message.uploaded = row[-3], row[-1] is not None
+    message.size = row[-3]
+    message.prepared = row[-1] is not None or not (message.spool or message.type == COMMITMENT)
     return message, row[-2], row[-1]
 
 
@@ -3450,7 +3472,8 @@ class Fhir:
         self._refreshing: asyncio.Task[Token] | None = None
         self._refreshed_at = -math.inf
         self._rejected = False
-        self._transfers = ThreadPoolExecutor(TRANSFERS, "transfer")  # apart from the short requests
+        # apart from the short requests, and from each other: somebody waits for what is fetched
+        self._uploads, self._downloads = (ThreadPoolExecutor(TRANSFERS, name) for name in ("upload", "download"))
 
     def usable_token(self) -> str | None:
         """A token that can be sent now, or None; a refresh is started in good time."""
@@ -3548,8 +3571,11 @@ class Fhir:
                 described = headers | {"Content-Type": content_type, "Content-Length": str(length)}
                 return self._http("POST", url, headers=described, body=file, timeout=TRANSFER_TIMEOUT_SECS)
 
-        created = self._checked(await self._authorized(self._transfers, send), "Binary")
-        return f"Binary/{created.get('id')}"
+        response = await self._authorized(self._uploads, send)
+        created = self._checked(response, "Binary")
+        if created.get("resourceType") != "Binary" or not isinstance(created.get("id"), str) or not created["id"]:
+            raise ServerError("the server took a file and named no Binary for it", response.status)
+        return f"Binary/{created['id']}"
 
     async def download(self, reference: str, file: typing.BinaryIO) -> None:
         """GET the content of a Binary, streamed into `file`."""
@@ -3558,14 +3584,17 @@ class Fhir:
         def fetch(headers: dict[str, str]) -> urllib3.BaseHTTPResponse:
             wanted = headers | {"Accept": f"{DICOM_TYPE}, application/octet-stream, */*; q=0.1"}
             with self._http("GET", url, headers=wanted, timeout=TRANSFER_TIMEOUT_SECS, stream=True) as response:
-                if response.status >= 300 or "json" in response.headers.get("Content-Type", ""):
-                    response.read(cache_content=True)
-                else:
-                    for block in response.stream(TRANSFER_BLOCK_BYTES):
-                        file.write(block)
+                try:
+                    if response.status >= 300 or "json" in response.headers.get("Content-Type", ""):
+                        response.read(cache_content=True)
+                    else:
+                        for block in response.stream(TRANSFER_BLOCK_BYTES):
+                            file.write(block)
+                except urllib3.exceptions.HTTPError as error:
+                    raise ServerError(f"the connection broke: {type(error).__name__}") from None
                 return response
 
-        response = await self._authorized(self._transfers, fetch)
+        response = await self._authorized(self._downloads, fetch)
         if response.status >= 300 or "json" in response.headers.get("Content-Type", ""):
             file.write(base64.b64decode(self._checked(response, reference).get("data", "")))
 
@@ -4004,6 +4033,7 @@ _RETRIED: dict[str, frozenset[str]] = {
 }
 _RETRIED["original"] = _RETRIED["normal"] | {"response-timeout", "interrupted", "connection-lost"}
 _RETRIED["enhanced"] = _RETRIED["original"] | {"server-rejected"}
+_RETRIED["upload"] = _RETRIED["enhanced"] | {"file-unreadable"}  # of a file, which comes before the message
 _RETRIED["guaranteed"] = _RETRIED["enhanced"] | {"upstream-error"}
 _RETRIED["device"] = frozenset({"device-unreachable", "device-silent", "device-error"})
 _UPSTREAM = {"AE": "upstream-error", "CE": "upstream-error", "AR": "upstream-rejected", "CR": "upstream-rejected"}
@@ -4039,12 +4069,13 @@ _REASONS = {
     "connection-lost": "the connection was lost each time it was sent",
     "interrupted": "the agent stopped while the server worked on it, and retryMode does not allow to send it twice",
     "file-too-large": "its file is larger than the server takes (status 413); raise the limit there and send it again",
+    "file-unreadable": "its file in the spool folder beside the queue cannot be read",
     "file-lost": "its file is missing in the spool folder beside the queue",
     "too-large": "it is larger than the server accepts (WebSocket close code 1009); raise maxJsonSize on the server",
 }
 
 
-DICOM_STORED = ("C-STORE", "N-ACTION", "N-CREATE", "N-SET")  # types of messages from DICOM devices
+DICOM_STORED = ("C-STORE", COMMITMENT, "N-CREATE", "N-SET")  # types of messages from DICOM devices
 _CONTENT_TYPES = {kind: kind for kind in (ASTM_TYPE, BYTES_TYPE)} | dict.fromkeys(DICOM_STORED, JSON_TYPE)
 
 
@@ -4065,7 +4096,7 @@ def referenced_objects(request: Json) -> list[tuple[str, str]]:
 def _upload_error(error: Exception) -> str:
     """Why a file could not be uploaded, as a key of _REASONS."""
     if isinstance(error, OSError):
-        return "file-lost"
+        return "file-lost" if isinstance(error, FileNotFoundError) else "file-unreadable"
     status = error.status if isinstance(error, ServerError) else 0
     named = {0: "connection-lost", 413: "file-too-large", 429: "server-rate-limited"}
     return named.get(status) or ("server-error" if status >= 500 else "server-rejected")
@@ -4270,9 +4301,15 @@ class Queue:
             if self._leave(message):
                 self._order.ready.appendleft(message)
 
+    def prepare(self, message: Message) -> None:
+        """Do what a message needs that is not prepared, and then `_send` it."""
+        raise NotImplementedError
+
     def _send(self, message: Message) -> None:
         if message.text is None:
             self._bodiless.append(message)
+        elif not message.prepared:
+            self.prepare(message)
         elif self.policy.mode in ("none", "normal"):
             before, message.state = message.state, SENT
             self._store.update(message, before, then=functools.partial(self._start, message))
@@ -4306,15 +4343,17 @@ class Queue:
     # --- answers ---
 
     def failed(
-        self, message: Message, error: str, status: int = 0, *, relay: bool = False, counts: bool = True
-    ) -> None:
+        self, message: Message, error: str, status: int = 0, *,
+        relay: bool = False, counts: bool = True, mode: str = "",
+    ) -> None:  # fmt: skip
         """A try ended in an error: again later, or a dead letter.
 
         `relay`: the peer gave an answer that can be passed on. `counts`: the peer was there, so the try counts.
+        `mode`: which errors are tried again, if not as the policy says.
         """
         message.failures += counts
         message.first_failed_at = message.first_failed_at or now_ms()
-        if error not in _RETRIED[self.policy.mode] or self._spent(message):
+        if error not in _RETRIED[mode or self.policy.mode] or self._spent(message):
             self.bury(message, error, status, relay=relay)
             return
         tries = message.failures if counts else message.attempts
@@ -4398,24 +4437,14 @@ class Feed(Queue):
         return self._uplink.ready()
 
     def transmit(self, message: Message) -> None:
-        if message.type == "N-ACTION" or (message.spool and not message.uploaded):
-            message.deadline = math.inf  # its time-out begins when it is sent
-            self._prepare(message)
-        elif not message.spool or self._complete(message):
-            self._transmit(message)
-        else:
-            self._unsend([message])
-            self._loop.call_soon(self.pump)
-
-    def _transmit(self, message: Message) -> None:
         callback = f"{self._prefix}{message.id:012x}#{message.attempts}"
         kind = _CONTENT_TYPES.get(message.type, HL7_TYPE)
         size = self._uplink.transmit(self.plan.name, message.remote, kind, message.text or "", callback)
         if size == self._uplink.largest:
             self._uplink.largest_id = message.id
 
-    def _prepare(self, message: Message) -> None:
-        """What a message needs before it is sent, which may take long."""
+    def prepare(self, message: Message) -> None:
+        """Upload its file, or look whether what it is about has arrived; its own time-out begins when it is sent."""
         if message.id not in self._preparing:
             work = self._upload(message) if message.spool else self._after_objects(message)
             self._preparing[message.id] = task = asyncio.ensure_future(work)
@@ -4426,35 +4455,28 @@ class Feed(Queue):
         if not task.cancelled() and (error := task.exception()) is not None:
             self._log.error(f"Internal error: {type(error).__name__} before sending message {message.id}")
             if message.id in self.inflight:
-                self.failed(message, "server-error")
-        elif message.id in self.inflight and message.deadline == math.inf:
-            if self.still_open() and self._complete(message):
-                message.deadline = self._loop.time() + self.policy.timeout_secs
-                self._transmit(message)
-            else:
-                self._unsend([message])
+                self.failed(message, "server-error", mode="upload")
+        elif message.id in self.inflight and message.deadline == math.inf and message.state < PROCESSED:
+            self._send(message)
         self._loop.call_soon(self.pump)
-
-    def _complete(self, message: Message) -> bool:
-        """Its body is in memory, and names the Binary: not a body that was read before the upload ended."""
-        if message.spool and message.text is not None and spool_reference(message.spool) in message.text:
-            self._drop_body(message)
-        return message.text is not None
 
     async def _upload(self, message: Message) -> None:
         """The message's file becomes a Binary; from then on, also after a restart, the message names that."""
         assert message.spool
-        name = spool_reference(message.spool)
+        path, name = self._store.spool.path(message.spool), spool_reference(message.spool)
+        token = False
         try:
-            reference = await self._fhir.upload(self._store.spool.path(message.spool), "dicom.dcm", DICOM_TYPE)
+            token = bool(await self._fhir.fresh_token())
+            reference = await self._fhir.upload(path, "dicom.dcm", DICOM_TYPE)
             await self._store.finalize(message, name, reference)
         except (ServerError, StorageError, OSError) as error:
-            status = error.status if isinstance(error, ServerError) else 0
+            status = error.status if token and isinstance(error, ServerError) else 0
+            reason = _upload_error(error) if token else "connection-lost"  # a login that fails is nobody's message
             self._ahead_at = self._loop.time() + COMPLAIN_SECS
             if message.id in self.inflight:
-                self.failed(message, _upload_error(error), status, counts=status > 0)
+                self.failed(message, reason, status, counts=status > 0, mode="upload")
             return
-        message.uploaded = True
+        message.prepared, message.binary = True, reference
         if message.text is not None:
             self._bytes -= len(message.text)
             message.text = message.text.replace(name, reference)
@@ -4462,7 +4484,7 @@ class Feed(Queue):
 
     def _enter(self, message: Message) -> None:
         super()._enter(message)
-        if message.spool and not message.uploaded:
+        if message.spool and not message.prepared:
             self._ahead.append(message)
 
     def pump(self) -> None:
@@ -4471,20 +4493,25 @@ class Feed(Queue):
             if not self.can_send() or self.paused:
                 break
             message = self._ahead.popleft()  # order matters for what the Bot hears, not for its files
-            if message.state < PROCESSED and not message.uploaded:
-                self._prepare(message)
+            if message.state < PROCESSED and not message.prepared:
+                self.prepare(message)
 
     async def _after_objects(self, message: Message) -> None:
-        """A storage commitment is asked for when none of its objects waits here any more (PS3.4 J.3.2)."""
+        """A storage commitment is asked for when none of its objects waits here any more (PS3.4 J.3.2).
+
+        Meanwhile it gives its place to others: these may be the ones that it waits for.
+        """
         sql = f"""SELECT 1 FROM message WHERE channel = ? AND state < {PROCESSED} AND id < ? AND type = 'C-STORE'
           AND control_id IN (SELECT value FROM json_each(?)) LIMIT 1"""
         objects = [uid for uid, _ in referenced_objects(load_json(message.text or "{}"))]
         values = self.row.id, message.id, json.dumps(objects)
-        while message.id in self.inflight:
-            with contextlib.suppress(sqlite3.Error):
-                if not await self._store.read(lambda db: db.execute(sql, values).fetchone()):
-                    break
-            await asyncio.sleep(COMMITMENT_POLL_SECS)
+        found = True
+        with contextlib.suppress(sqlite3.Error):
+            found = await self._store.read(lambda db: db.execute(sql, values).fetchone()) is not None
+        message.prepared = not found
+        if found and self._leave(message):
+            message.next_attempt_at = now_ms() + COMMITMENT_POLL_MS
+            self._park(message)
 
     def settle(self, message: Message, state: int) -> None:
         super().settle(message, state)
@@ -4498,7 +4525,12 @@ class Feed(Queue):
 
     def text_of(self, message: Message, original: bytes, finalized: str | None) -> str:
         if message.type == ASTM_TYPE or message.type in DICOM_STORED:  # what it was, whatever the channel speaks by now
-            return original.decode() if finalized is None else finalized
+            text = original.decode() if finalized is None else finalized
+            return (
+                text.replace(spool_reference(message.spool), message.binary)
+                if message.spool and message.binary
+                else text
+            )
         if message.type == BYTES_TYPE:
             settings = self.plan.settings
             return stream_body(original, settings if isinstance(settings, StreamSettings) else StreamSettings())
@@ -4509,7 +4541,7 @@ class Feed(Queue):
         if self.policy.mode in ("none", "normal"):
             return
         self._bodiless.clear()
-        sent = list(self.inflight.values())
+        sent = [message for id_, message in self.inflight.items() if id_ not in self._preparing]
         for message in sent:
             message.first_failed_at = message.first_failed_at or now_ms()
             if self.policy.spent(0, message.first_failed_at, message.attempts):
@@ -4625,7 +4657,9 @@ class Dispatcher:
             feed.pump()
 
     def _lost(self, close_code: int) -> None:
-        sent = [(feed, message) for feed in self.feeds.values() for message in feed.inflight.values()]
+        sent = [
+            (f, message) for f in self.feeds.values() for message in f.inflight.values() if message.deadline < math.inf
+        ]
         if close_code == 1009:
             self._bury_largest(sent)
         for feed, message in sent:
@@ -4998,8 +5032,10 @@ class Channel:
 
     def incoming(self) -> asyncio.BaseProtocol:
         """The same below TLS where the channel wants that; a reload may change it without binding the port anew."""
-        if self.tls is None:
+        if not self.plan.settings.tls:
             return self.connect()
+        if self.tls is None:
+            return TurnAway()
         options: Any = {"server_side": True, "ssl_handshake_timeout": self.plan.settings.handshakeTimeoutSecs}
         return SSLProtocol(self.loop, self.connect(), self.tls, typing.cast(Any, None), **options)
 
@@ -5026,20 +5062,20 @@ class Channel:
 
     def renew_identity(self) -> None:
         """Read the certificate files, which may have been renewed: at the start, and at every reload."""
-        if not self.plan.settings.tls:
-            self.tls = None
-            return
-        if self.tls is None:
-            self.tls = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)  # TLS 1.2 and later (PS3.15 B.12)
-            self.tls.sslobject_class = handshake_class(self._tell)
         try:
-            load_identity(self.tls, dataclasses.asdict(self.plan.settings))
+            tls = listening_tls(dataclasses.asdict(self.plan.settings)) if self.plan.settings.tls else None
+            if tls is not None:
+                tls.sslobject_class = handshake_class(self._tell)
+            self.tls = tls
         except OSError as error:
             self._log.error(f"Channel '{self.plan.name}': its certificate cannot be read: {error}.")
 
     def _tell(self, text: str) -> None:
         """A warning from any thread."""
         self.loop.call_soon_threadsafe(self._warn, text)
+
+    async def recover(self) -> None:
+        """After a start, when the store has a row for the channel: what was begun before."""
 
     def stop(self) -> None:
         self._watcher.cancel()
@@ -5764,7 +5800,7 @@ class Listener:
             self._servers.append(await loop.create_server(self._connection, sock=sock, backlog=SOCKET_BACKLOG))
 
     def _connection(self) -> asyncio.BaseProtocol:
-        return self.channel.incoming() if self.channel is not None else _TurnAway()
+        return self.channel.incoming() if self.channel is not None else TurnAway()
 
     def close(self) -> None:
         for server in self._servers:
@@ -5774,8 +5810,8 @@ class Listener:
                 sock.close()
 
 
-class _TurnAway(asyncio.Protocol):
-    """A connection that arrives while its port changes hands: the device tries again."""
+class TurnAway(asyncio.Protocol):
+    """For a connection that cannot be served now, such as while its port changes hands: the device tries again."""
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         typing.cast(asyncio.Transport, transport).abort()
@@ -5871,7 +5907,11 @@ def parse_target(url: str) -> Target:
     ours = scheme in ("channel", "serial")  # a device on one of our own channels
     if not ours and not (parts.hostname and port):
         raise PeerError(f"'{url}' needs a host and a port, such as mllp://192.168.50.10:56001")
-    values = read_parameters(DeviceSettings, parts.query, url, lambda text: None)
+    try:
+        values = read_parameters(DeviceSettings, parts.query, url, lambda text: None)
+        titles = ae_titles(urllib.parse.unquote(parts.username or ""))
+    except (ConfigError, ValueError) as error:
+        raise PeerError(f"'{url}': {error}") from None
     if scheme in ("mllps", "dicoms"):
         values["tls"] = True
     if problem := encoding_problem(values.get("encoding", "utf-8")):
@@ -5882,7 +5922,7 @@ def parse_target(url: str) -> Target:
     path = parts.path
     if scheme.startswith("dicom"):
         path = parts.username or ""
-        if not path or len(ae_titles(urllib.parse.unquote(path))) != 1:
+        if len(titles) != 1:
             raise PeerError(f"'{url}' needs the device's AE title, such as dicom://ARCHIVE@192.168.50.10:104")
     return Target(url, scheme, host, port, urllib.parse.unquote(path), DeviceSettings(**values))
 
@@ -6635,7 +6675,7 @@ def _load_imaging() -> types.SimpleNamespace:
     _config.UNRESTRICTED_STORAGE_SERVICE = True  # every storage SOP class, also private ones; first syntax proposed
     _config.CODECS = ("ascii", "latin-1")
     vars(dimse_messages)["NamedTemporaryFile"] = _received_object
-    sock = _socket_class(transport.AssociationSocket)
+    sock = _socket_class(transport.AssociationSocket, pdu_primitives.P_DATA)
     return types.SimpleNamespace(
         pydicom=pydicom, evt=evt, Association=association.Association, Socket=sock,
         Entity=_entity_class(pynetdicom.AE, sock), Address=transport.AddressInformation,
@@ -6660,7 +6700,7 @@ def _received_object(**_: object) -> SpoolFile:
 _INVALID_PDU = bytes((7, 0, 0, 0, 0, 4, 0, 0, 2, 6))  # A-ABORT by the provider, invalid PDU parameter (PS3.8 9.3.8)
 
 
-def _socket_class(base: type[AssociationSocket]) -> type[AssociationSocket]:
+def _socket_class(base: type[AssociationSocket], data: type[Any]) -> type[AssociationSocket]:
     class Socket(base):  # type: ignore[valid-type, misc]
         """Reads in large pieces, and sleeps until there is something to do (pynetdicom looks 1,000 times a second)."""
 
@@ -6673,7 +6713,7 @@ def _socket_class(base: type[AssociationSocket]) -> type[AssociationSocket]:
 
         def _send_pdu(self, primitive: Any) -> None:
             dul = self.assoc.dul
-            while dul.to_provider_queue.qsize() > QUEUED_PDUS and dul.is_alive():
+            while isinstance(primitive, data) and dul.to_provider_queue.qsize() > QUEUED_PDUS and dul.is_alive():
                 time.sleep(0.001)  # a large object must not be in memory as a whole
             self._queued(primitive)
             with contextlib.suppress(OSError):
@@ -6751,10 +6791,10 @@ def _readable(socks: Sequence[socket.socket], seconds: float) -> set[Any]:
 # --- data sets as JSON -----------------------------------------------------------------------------------------------
 
 
-def dicom_json(dataset: Dataset, omitted: list[str]) -> Json:
+def dicom_json(dataset: Dataset, omitted: list[str], large: int = LARGE_VALUE_BYTES) -> Json:
     """The DICOM JSON Model (PS3.18 F.2) of a data set; tags that cannot be part of it are added to `omitted`.
 
-    Pixel data is never part of it; neither are values larger than INLINE_BYTES that are binary or were not read.
+    Pixel data is never part of it; neither are binary values larger than INLINE_BYTES, nor any of `large` bytes.
     """
     found: Json = {}
     for tag in dataset.keys():  # noqa: SIM118 - iterating over the data set itself would read every value
@@ -6762,16 +6802,29 @@ def dicom_json(dataset: Dataset, omitted: list[str]) -> Json:
         if key in _PIXEL_DATA:
             continue
         PRECEDENCE.give_way()
-        try:
-            if getattr(dataset.get_item(tag), "length", 0) in range(LARGE_VALUE_BYTES, 0xFFFFFFFF):
-                raise ValueError("too large")
-            value = _without_bulk(dataset[tag].to_json_dict(lambda element: "", INLINE_BYTES))
-            if value is None:
-                raise ValueError("binary")
-            found[key] = value
-        except Exception:  # whatever a device's value is that pydicom cannot read: the file has it
+        raw = dataset.get_item(tag)
+        element = None
+        if getattr(raw, "length", 0) not in range(large, 0xFFFFFFFF):
+            try:
+                element = _without_bulk(dataset[tag].to_json_dict(lambda bulk: "", INLINE_BYTES))
+                dump_json([element])
+            except Exception:  # whatever a device's value is that pydicom cannot read or JSON cannot write
+                element = _as_text(tag, raw)
+        if element is None:
             omitted.append(key)
+        else:
+            found[key] = element
     return found
+
+
+def _as_text(tag: int, raw: Any) -> Json | None:
+    """A number that is none, as the text that it is (PS3.18 F.2.3.1 allows that); None for anything else."""
+    vr, value = getattr(raw, "VR", None), getattr(raw, "value", None)
+    with contextlib.suppress(KeyError, UnicodeError):
+        vr = vr or imaging().pydicom.datadict.dictionary_VR(tag)
+        if vr in ("IS", "DS") and isinstance(value, bytes):
+            return {"vr": vr, "Value": [part.strip() for part in value.decode("ascii").rstrip(" \0").split("\\")]}
+    return None
 
 
 def _without_bulk(element: Json) -> Json | None:
@@ -6849,30 +6902,30 @@ def reference_of(item: object) -> str:
 # --- objects from the server to an application entity ----------------------------------------------------------------
 
 
-def fetched(path: Path | None) -> Dataset:
+def fetched(file: SpoolFile | None) -> Dataset:
     """A stand-in that pynetdicom hands through to `send_object`; None for a file that could not be fetched."""
     stand_in: Dataset = imaging().Dataset()
     stand_in.SOPInstanceUID = ""
-    if path is not None:
+    if file is not None:
         with contextlib.suppress(Exception):  # what is no DICOM file is found when it is sent
-            read = imaging().pydicom.dcmread(path, specific_tags=["SOPInstanceUID"], stop_before_pixels=True)
+            read = imaging().pydicom.dcmread(file.name, specific_tags=["SOPInstanceUID"], stop_before_pixels=True)
             stand_in.SOPInstanceUID = read.SOPInstanceUID
-    vars(stand_in)["path"] = path
+    vars(stand_in)["file"] = file
     return stand_in
 
 
 def send_object(association: Association, stand_in: Dataset, **options: Any) -> Dataset:
     """C-STORE a fetched file, as it is where the peer takes its transfer syntax; returns the status data set."""
-    path: Path | None = vars(stand_in)["path"]
-    if path is None:
+    file: SpoolFile | None = vars(stand_in)["file"]
+    if file is None:
         raise ValueError("it could not be fetched")
     send = imaging().Association.send_c_store
     try:
-        return typing.cast("Dataset", send(association, path, **options))
+        return typing.cast("Dataset", send(association, file.name, **options))
     except ValueError:  # no presentation context for it as it is: in another uncompressed syntax
-        return typing.cast("Dataset", send(association, imaging().pydicom.dcmread(path), **options))
+        return typing.cast("Dataset", send(association, imaging().pydicom.dcmread(file.name), **options))
     finally:
-        path.unlink(missing_ok=True)
+        file.discard()
 
 
 class Sender:
@@ -6895,17 +6948,17 @@ class Sender:
 
     def send_c_store(self, stand_in: Dataset, **options: Any) -> Dataset:
         """The status data set of the peer's answer; DeviceError, or ValueError for what cannot be sent to it."""
-        path: Path | None = vars(stand_in)["path"]
+        file: SpoolFile | None = vars(stand_in)["file"]
         if self._originator:
             options["originator_aet"] = self._originator
         try:
-            if path is None or self.problem is not None:
+            if file is None or self.problem is not None:
                 raise self.problem or ValueError("it could not be fetched")
-            meta = imaging().pydicom.filereader.read_file_meta_info(path)
+            meta = imaging().pydicom.filereader.read_file_meta_info(file.name)
             return send_object(self._with(meta.MediaStorageSOPClassUID, meta.TransferSyntaxUID), stand_in, **options)
         finally:
-            if path is not None:
-                path.unlink(missing_ok=True)
+            if file is not None:
+                file.discard()
 
     def _with(self, sop_class: str, syntax: str) -> Association:
         """An association with the contexts for this kind of object, besides those needed so far (at most 128)."""
@@ -6946,6 +6999,13 @@ def association_problem(association: Association) -> str:
 # --- the channel -----------------------------------------------------------------------------------------------------
 
 
+def _shut_down(sock: socket.socket | None) -> None:
+    """End a connection whose other side may not read what it is sent."""
+    if sock is not None:
+        with contextlib.suppress(OSError):
+            sock.shutdown(socket.SHUT_RDWR)
+
+
 class _Handover(asyncio.Protocol):
     """Takes a new connection out of the event loop: its association lives in threads."""
 
@@ -6953,9 +7013,10 @@ class _Handover(asyncio.Protocol):
         self._channel = channel
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        sock = transport.get_extra_info("socket").dup()
         peer = transport.get_extra_info("peername")
-        typing.cast(asyncio.Transport, transport).abort()  # closes the event loop's own descriptor only
+        # What the transport closes, and on Windows shuts down, is then no longer the connection.
+        sock = socket.socket(fileno=transport.get_extra_info("socket")._sock.detach())
+        typing.cast(asyncio.Transport, transport).abort()
         self._channel.accept(sock, peer)
 
 
@@ -6970,6 +7031,9 @@ class DicomChannel(Channel):
         self._reports: set[asyncio.Future[None]] = set()
         self._threads = ThreadPoolExecutor(4, "commitment")
         self.associations: set[Association] = set()
+        self._entity = imaging().Entity("MEDPLUM", store.spool)
+        self._associate = self._entity.associate
+        vars(self._entity)["associate"] = lambda *_, sender, **__: sender  # what C-MOVE takes for its association
         self.replan(plan)
 
     @property
@@ -6979,21 +7043,20 @@ class DicomChannel(Channel):
     def replan(self, plan: ChannelPlan) -> None:
         """New associations get the new settings."""
         super().replan(plan)
-        s, library = self.settings, imaging()
-        self._entity = entity = library.Entity(s.calledAeTitle or "MEDPLUM", self.store.spool)
+        s, library, entity = self.settings, imaging(), self._entity
+        entity.ae_title = s.calledAeTitle or "MEDPLUM"
         entity.require_calling_aet, entity.require_called_aet = ae_titles(s.callingAeTitles), bool(s.calledAeTitle)
         entity.maximum_associations, entity.maximum_pdu_size = s.maxConnections, s.maxPdu
         entity.acse_timeout, entity.network_timeout = s.associationTimeoutSecs, s.idleTimeoutSecs or None
         self._contexts = [library.context(uid, list(UNCOMPRESSED)) for uid in SERVICE_CLASSES] + library.other_storage
         self._peers, self._destinations = networks(s.peers), destinations(s.moveDestinations)
-        self._associate = entity.associate
-        vars(entity)["associate"] = lambda *_, sender, **__: sender  # what C-MOVE takes for its association
 
     def stop(self) -> None:
         super().stop()
         for association in self.associations:
             with contextlib.suppress(Exception):  # one that ends just now
                 association.abort(block=False)
+                self.loop.call_later(1, _shut_down, typing.cast(Any, association.dul.socket).socket)
 
     # --- associations ---
 
@@ -7012,10 +7075,13 @@ class DicomChannel(Channel):
         elif open_ > 2 * self.settings.maxConnections + 10:  # those within get a proper rejection
             self._warn(f"{host} was turned away: {open_} connections are open (maxConnections)")
         else:
-            association = self._association(sock, peer)
-            self.associations.add(association)
-            association.start()
-            return
+            try:
+                association = self._association(sock, peer)
+                self.associations.add(association)
+                association.start()
+                return
+            except (OSError, RuntimeError) as error:  # out of descriptors or threads
+                self._warn(f"{host} was turned away: {error}")
         sock.close()
 
     def _association(self, sock: socket.socket, peer: tuple[Any, ...]) -> Association:
@@ -7035,14 +7101,17 @@ class DicomChannel(Channel):
             association.bind(getattr(library.evt, event), handler)
         vars(association)["send_c_store"] = functools.partial(send_object, association)  # for C-GET
         vars(association)["run"] = functools.partial(self._run, association, sock)
-        self._adapt(association)
+        self._wait_for_messages(association)
+        self._end_on_nonsense(association)
         return typing.cast("Association", association)
 
     def _run(self, association: Association, sock: socket.socket) -> None:
         """The thread of an association."""
         wrapper = typing.cast(Any, association.dul.socket)
         try:
-            if self.tls is not None:
+            if self.settings.tls:
+                if self.tls is None:
+                    raise OSError("there is no certificate")
                 wrapper.socket = sock = self.tls.wrap_socket(sock, server_side=True)
             sock.settimeout(self.settings.frameTimeoutSecs or None)
         except OSError as error:
@@ -7057,26 +7126,39 @@ class DicomChannel(Channel):
             self.loop.call_soon_threadsafe(self.associations.discard, association)
 
     @staticmethod
-    def _adapt(association: Any) -> None:
-        """Wait for queues, which pynetdicom asks 1,000 times a second: idle devices cost nothing then.
-
-        And what it cannot decode ends the association, as what it cannot parse does.
-        """
+    def _wait_for_messages(association: Any) -> None:
+        """pynetdicom asks its queues 1,000 times a second; waiting for them instead makes idle devices free."""
         dimse, dul = association.dimse, association.dul
-        blocking, received, to_user = dimse.get_msg, dimse.receive_primitive, dul.to_user_queue.put
+        blocking, to_user, early = dimse.get_msg, dul.to_user_queue.put, collections.deque[Any]()
 
         def get_msg(block: bool = False) -> Any:
             if block:
-                return blocking(block=True)
+                return answer()
             try:
-                return dimse.msg_queue.get(timeout=IDLE_POLL_SECS)
+                return early.popleft() if early else dimse.msg_queue.get(timeout=IDLE_POLL_SECS)
             except queue.Empty:
                 return None, None
+
+        def answer() -> Any:
+            """The peer's answer to a request of ours; its own requests that cross it are left for the reactor."""
+            while True:
+                context, found = blocking(block=True)
+                if found is None or getattr(found, "MessageIDBeingRespondedTo", None) is not None:
+                    return context, found
+                early.append((context, found))
 
         def put(primitive: Any, *options: Any) -> None:
             to_user(primitive, *options)
             if isinstance(primitive, imaging().Release):
                 dimse.msg_queue.put((None, None))  # the reactor looks for it now
+
+        vars(dimse)["get_msg"], vars(dul.to_user_queue)["put"] = get_msg, put
+
+    @staticmethod
+    def _end_on_nonsense(association: Any) -> None:
+        """What pynetdicom does not expect would end its thread and leave the device waiting: end the association."""
+        dimse, dul = association.dimse, association.dul
+        received, act = dimse.receive_primitive, dul.state_machine.do_action
 
         def receive_primitive(primitive: Any) -> None:
             try:
@@ -7088,8 +7170,15 @@ class DicomChannel(Channel):
             except Exception:
                 dul.event_queue.put("Evt19")  # PS3.8 9.2: abort
 
-        vars(dimse)["get_msg"], vars(dimse)["receive_primitive"] = get_msg, receive_primitive
-        vars(dul.to_user_queue)["put"] = put
+        def do_action(event: str) -> None:
+            try:
+                act(event)
+            except Exception:
+                association._kill = dul._kill_thread = True
+                dul.socket.send(_INVALID_PDU)
+                dul.socket.close()
+
+        vars(dimse)["receive_primitive"], vars(dul.state_machine)["do_action"] = receive_primitive, do_action
 
     @functools.cached_property
     def _handlers(self) -> Sequence[tuple[str, Callable[[Event], Any]]]:
@@ -7130,6 +7219,8 @@ class DicomChannel(Channel):
         file: SpoolFile | None = request._dataset_file
         try:
             message = self._image(event, request, file)
+            if file is not None:
+                message.spool, message.prepared = file.keep(), False
             if refusal := self._keep(message):
                 self.store.spool.remove(message.spool or "")
                 raise Refusal(OUT_OF_RESOURCES, refusal)
@@ -7143,22 +7234,19 @@ class DicomChannel(Channel):
                 file.discard()  # what was kept has another name by now
 
     def _image(self, event: Event, request: Any, file: SpoolFile | None) -> Message:
-        """The message of a received object, whose file is on disk then."""
+        """The message of a received object; its file gets its name from what is received."""
         body: Json = {"association": association_json(event)}
-        study, name = "", None
+        study = ""
         if file is not None:
             limit = self.settings.maxMessageBytes
             if file.error or (limit and file.size > limit):
                 raise Refusal(OUT_OF_RESOURCES, file.error or f"larger than {limit} bytes (maxMessageBytes)")
             study, omitted = self._describe(Path(file.name), request, body)
-            name = file.keep()
-            body["binary"] = {"reference": spool_reference(name)}
+            body["binary"] = {"reference": spool_reference(Path(file.name).stem)}
             if omitted:
                 body["omitted"] = omitted
         uid = str(request.AffectedSOPInstanceUID)
-        message = self._new_message(event, "C-STORE", uid, study or uid, body)
-        message.spool = name
-        return message
+        return self._new_message(event, "C-STORE", uid, study or uid, body)
 
     @staticmethod
     def _describe(path: Path, request: Any, body: Json) -> tuple[str, list[str]]:
@@ -7212,8 +7300,8 @@ class DicomChannel(Channel):
         self.loop.call_soon_threadsafe(put)
         try:
             return done.result(STORE_WAIT_SECS)
-        except TimeoutError:
-            return f"storage error: not on disk within {STORE_WAIT_SECS:g} s"
+        except TimeoutError:  # it may still be stored: what belongs to it stays
+            raise Refusal(OUT_OF_RESOURCES, f"not on disk within {STORE_WAIT_SECS:g} s") from None
 
     # --- questions ---
 
@@ -7223,7 +7311,8 @@ class DicomChannel(Channel):
             identifier = event.identifier
             worklist = event.context.abstract_syntax == WORKLIST_CLASS
             level = "WORKLIST" if worklist else identifier.get("QueryRetrieveLevel", "")
-            dataset = dicom_json(identifier, [])
+            omitted: list[str] = []
+            dataset = dicom_json(identifier, omitted)
         except Exception:
             raise Refusal(CANNOT_UNDERSTAND, "the identifier cannot be read") from None
         request = typing.cast(Any, event.request)
@@ -7231,7 +7320,12 @@ class DicomChannel(Channel):
             "association": association_json(event), "command": command,
             "sopClassUid": str(request.AffectedSOPClassUID), "level": str(level), "dataset": dataset, **more,
         }  # fmt: skip
+        if omitted and command != "C-FIND":  # more would be retrieved than was asked for
+            raise Refusal(CANNOT_UNDERSTAND, f"the identifier has unreadable values: {', '.join(omitted)}")
+        body |= {"omitted": omitted} if omitted else {}
         text, calling = dump_json(body).decode(), event.assoc.requestor.ae_title
+        if len(dump_json(text)) > BODY_BYTES:
+            raise Refusal(UNABLE_TO_PROCESS, "the identifier is larger than the server takes")
         self.loop.call_soon_threadsafe(self._note, f"[Received {command}]: {text}")
         seconds = self.settings.responseTimeoutSecs
         asking = self._dispatcher.ask(self.plan.name, calling, text, seconds)
@@ -7309,17 +7403,18 @@ class DicomChannel(Channel):
                 return
             yield PENDING_MATCH, fetched(self._fetch(reference) if worthwhile() else None)
 
-    def _fetch(self, reference: str) -> Path | None:
+    def _fetch(self, reference: str) -> SpoolFile | None:
         """A Binary in a file of the spool; None, with a warning, when it cannot be fetched."""
         file = SpoolFile(self.store.spool)
         try:
             asyncio.run_coroutine_threadsafe(self._fhir.download(reference, file), self.loop).result()
             if not file.error:
-                file.close()
-                return Path(file.name)
+                return file
             self._tell(f"{reference} cannot be fetched: {file.error}")
         except (ServerError, ValueError) as error:
             self._tell(f"{reference} cannot be fetched: {error}")
+        finally:
+            file.close()
         file.discard()
         return None
 
@@ -7350,11 +7445,12 @@ class DicomChannel(Channel):
     def _request(self, event: Event, command: str, sop_class: str, uid: str, dataset: Dataset, **more: int) -> Message:
         omitted: list[str] = []
         try:
-            elements = dicom_json(dataset, omitted)
+            elements = dicom_json(dataset, omitted, large=UPLINK_FRAME_BYTES)
         except Exception:
             raise Refusal(PROCESSING_FAILURE, "the data set cannot be read") from None
         body = {"association": association_json(event), "command": command, "sopClassUid": sop_class,
                 "sopInstanceUid": uid, **more, "dataset": elements}  # fmt: skip
+        body |= {"omitted": omitted} if omitted else {}
         return self._new_message(event, command, uid, uid, body)
 
     def _heard(self, heard: concurrent.futures.Future[str]) -> Dataset:
@@ -7380,11 +7476,17 @@ class DicomChannel(Channel):
             dataset = event.action_information
             uid = str(request.RequestedSOPInstanceUID)
             message = self._request(event, "N-ACTION", COMMITMENT_CLASS, uid, dataset, actionTypeId=1)
+            wanted = [str(item.ReferencedSOPInstanceUID) for item in dataset.ReferencedSOPSequence]
+            if not wanted or [uid for uid, _ in referenced_objects(load_json(message.text or ""))] != wanted:
+                raise Refusal(RESOURCE_LIMITATION, "more objects than fit into one message; ask for fewer at a time")
+            message.prepared = False
             message.key = "" if self.plan.key_spec == "*" else f"commitment {dataset.get('TransactionUID')}"
             if refusal := self._keep(message, lambda: self._committing.update({message.id: event.assoc})):
                 raise Refusal(RESOURCE_LIMITATION, refusal)
         except Refusal as refusal_:
             return self._refused(event, refusal_), None
+        except Exception:  # no transaction, no objects, or unreadable ones
+            return self._refused(event, Refusal(PROCESSING_FAILURE, "the request cannot be read")), None
         return SUCCESS, None
 
     # --- answers of the Bot ---
@@ -7396,41 +7498,51 @@ class DicomChannel(Channel):
         if (heard := self._waiting.pop(message.id, None)) is not None:
             # a Bot that says nothing about a procedure step has nothing against it
             heard.set_result("{}" if not text or text.startswith(BOT_LOG) else text)
-        if message.type == "N-ACTION":
-            self._commit(message, text)
-        return True
+        if message.type != COMMITMENT:
+            return True
+        self._commit(message, text)
+        return False  # until the device has taken the report
 
     def refuse(self, message: Message, error_code: str) -> bool:
         if (heard := self._waiting.pop(message.id, None)) is not None:
             heard.set_result(f'{{"status": {PROCESSING_FAILURE}}}')
-        if message.type == "N-ACTION":
+        if message.type == COMMITMENT:
             self._commit(message, "")
-        return heard is not None or message.type == "N-ACTION"
+        return heard is not None
 
     def _commit(self, message: Message, text: str) -> None:
         """Report what the Bot says is safe; everything else has failed (PS3.4 J.3.3)."""
-        try:
-            words = bot_words(text)
-            committed = {str(uid) for uid in words["committed"]}
-        except (Refusal, KeyError, TypeError):
-            self._warn(f"message {message.id}: the Bot confirmed nothing; the device hears that the commitment failed")
-            committed = set()
-        reporting = asyncio.ensure_future(self._report(message, committed, self._committing.pop(message.id, None)))
+        reporting = asyncio.ensure_future(self._report(message, text, self._committing.pop(message.id, None)))
         self._reports.add(reporting)
         reporting.add_done_callback(self._reports.discard)
 
-    async def _report(self, message: Message, committed: set[str], association: Association | None) -> None:
-        text = message.text or (await self.store.bodies([message.id]))[message.id][0].decode()
-        report, kind = commitment_report(load_json(text), committed)
+    async def _report(self, message: Message, text: str, association: Association | None) -> None:
+        committed: set[str] | None = None
+        try:
+            committed = {str(uid) for uid in bot_words(text)["committed"]}
+        except (Refusal, KeyError, TypeError):
+            self._warn(f"message {message.id}: the Bot confirmed nothing; the device hears that the commitment failed")
+        asked = message.text or (await self.store.bodies([message.id]))[message.id][0].decode()
+        request = load_json(asked)
+        run = functools.partial(self.loop.run_in_executor, self._threads)
+        report, kind = await run(commitment_report, request, committed)
         for seconds in COMMITMENT_REPORT_SECS:
             await asyncio.sleep(seconds)
-            sending = functools.partial(self._send_report, load_json(text)["association"], report, kind, association)
-            if problem := await self.loop.run_in_executor(self._threads, sending):
-                self._warn(f"message {message.id}: the storage commitment report was not taken: {problem}")
-            else:
+            if not (problem := await run(self._send_report, request["association"], report, kind, association)):
+                message.outcome = DELIVERED
+                self.store.update(message, message.state)
                 return
-        message.outcome = UNDELIVERED
-        self.store.update(message, message.state)
+            self._warn(f"message {message.id}: the storage commitment report was not taken: {problem}")
+
+    async def recover(self) -> None:
+        """After a start: go on with the reports that no device has taken yet."""
+        assert self.feed is not None
+        sql = f"""SELECT {_COLUMNS} FROM message WHERE channel = ? AND type = '{COMMITMENT}' AND state = {PROCESSED}
+          AND outcome = {UNDELIVERED} AND received_at > ?"""
+        values = self.feed.row.id, now_ms() - COMMITMENT_REPORT_DAYS * 86_400_000
+        for row in await self.store.call(lambda db: db.execute(sql, values).fetchall()):
+            message = Message._from_row(row)
+            self._commit(message, message.response or "")
 
     def _send_report(self, titles: Json, report: Dataset, kind: int, association: Association | None) -> str:
         """N-EVENT-REPORT, on an association of our own where the device's address is known; why not, or ``."""
@@ -7462,21 +7574,25 @@ def _is_cut(dataset: Dataset) -> bool:
     return isinstance(value, bytes) and len(value) < getattr(last, "length", 0) < 0xFFFFFFFF
 
 
-def commitment_report(request: Json, committed: set[str]) -> tuple[Dataset, int]:
-    """The data set of an N-EVENT-REPORT and its event type: 1 when all is committed, else 2 (PS3.4 J.3.3)."""
+def commitment_report(request: Json, committed: set[str] | None) -> tuple[Dataset, int]:
+    """The data set of an N-EVENT-REPORT and its event type: 1 when all is committed, else 2 (PS3.4 J.3.3).
+
+    `committed`: SOP Instance UIDs; None when nobody could say.
+    """
     report = dataset_of({"00081195": request["dataset"].get("00081195", {"vr": "UI"})})
+    reason = PROCESSING_FAILURE if committed is None else NO_SUCH_INSTANCE
     done, failed = [], []
     for uid, sop_class in referenced_objects(request):
         item: Json = {"00081150": {"vr": "UI", "Value": [sop_class]}, "00081155": {"vr": "UI", "Value": [uid]}}
-        if uid in committed:
+        if uid in (committed or ()):
             done.append(dataset_of(item))
         else:
-            failed.append(dataset_of(item | {"00081197": {"vr": "US", "Value": [NO_SUCH_INSTANCE]}}))
+            failed.append(dataset_of(item | {"00081197": {"vr": "US", "Value": [reason]}}))
     if done:
         report.ReferencedSOPSequence = done
     if failed:
         report.FailedSOPSequence = failed
-    return report, 2 if failed else 1
+    return report, 1 if done and not failed else 2
 
 
 def association_json(event: Event) -> Json:
@@ -7502,7 +7618,8 @@ class ImagingCaller:
 
     def __init__(self, spool: Spool, fhir: Fhir, channel_log: Log):
         self._spool, self._fhir, self._channel_log = spool, fhir, channel_log
-        self._threads = ThreadPoolExecutor(DICOM_PUSHES, "dicom-push")
+        # those that somebody waits for do not stand behind those that are tried again and again
+        self._awaited, self._stored = (ThreadPoolExecutor(DICOM_PUSHES, name) for name in ("dicom-push", "dicom-queue"))
 
     @classmethod
     def check(cls, push: Push) -> Json:
@@ -7536,37 +7653,34 @@ class ImagingCaller:
     async def __call__(self, push: Push, seconds: float) -> str:
         """Perform the request; its answer as JSON, or DeviceError, within `seconds`."""
         await load_imaging()
-        request, path = self.check(push), None
+        request, file = self.check(push), None
+        threads = self._stored if seconds >= DICOM_PUSH_SECS else self._awaited
         loop = asyncio.get_running_loop()
         try:
             async with asyncio.timeout(seconds):
                 if request["command"] == "C-STORE":
-                    path = await self._fetch(reference_of(request["binary"]))
-                answer = await loop.run_in_executor(self._threads, self._perform, push.target, request, path, seconds)
+                    file = SpoolFile(self._spool)
+                    await self._fetch(reference_of(request["binary"]), file)
+                answer = await loop.run_in_executor(threads, self._perform, push.target, request, file, seconds)
                 return dump_json({"command": request["command"], **answer}).decode()
         except TimeoutError:
             raise DeviceError(f"{push.target.key}: not done within {seconds:g} s", "device-silent") from None
         except OSError as error:
             raise DeviceError(f"{push.target.key}: {_os_reason(error)}", "device-unreachable") from None
         finally:
-            if path is not None:
-                path.unlink(missing_ok=True)
+            if file is not None:
+                file.discard()
 
-    async def _fetch(self, reference: str) -> Path:
-        file = SpoolFile(self._spool)
+    async def _fetch(self, reference: str, file: SpoolFile) -> None:
         try:
             await self._fhir.download(reference, file)
             if file.error:
                 raise DeviceError(f"{reference}: {file.error}", "device-error")
-            return Path(file.name)
         except ServerError as error:
-            Path(file.name).unlink(missing_ok=True)
             kind = "device-error" if error.status in (0, 429) or error.status >= 500 else "device-rejected"
             raise DeviceError(f"{reference} cannot be fetched: {error}", kind) from None
-        finally:
-            file.close()
 
-    def _perform(self, target: Target, request: Json, path: Path | None, seconds: float) -> Json:
+    def _perform(self, target: Target, request: Json, file: SpoolFile | None, seconds: float) -> Json:
         """In a thread: the association and the request."""
         s, library = target.settings, imaging()
         entity = library.Entity(s.callingAeTitle, self._spool)
@@ -7575,7 +7689,7 @@ class ImagingCaller:
         tls = (device_tls(s), target.host) if s.tls else None
         peer, title = Peer(target.host, target.port), target.path
         if request["command"] == "C-STORE":
-            return self._store(target, Sender(entity.associate, peer, title, tls), fetched(path))
+            return self._store(target, Sender(entity.associate, peer, title, tls), fetched(file))
         sop_class = "1.2.840.10008.1.1" if request["command"] == "C-ECHO" else self._model(request)
         context = library.context(sop_class, list(UNCOMPRESSED))
         association = entity.associate(*peer, contexts=[context], ae_title=title, tls_args=tls)
@@ -7675,6 +7789,8 @@ class Agent:
         """Serve until `stop()`; ConfigError when it cannot start."""
         self._prepare_directory()
         self._open_logs()
+        threading.excepthook = self._thread_failed
+        asyncio.get_running_loop().set_exception_handler(self._loop_failed)
         try:
             context = tls_context(self.config.settings.caFile)
             self.fhir = Fhir(self.config.settings, context, self.log)
@@ -7986,10 +8102,9 @@ class Agent:
         channel = self.channels.get(plan.name)
         if channel is not None:
             channel.replan(plan)
-            recovering = channel.feed is None and isinstance(channel, AstmChannel)
-            channel.feed = feed
-            if recovering:
-                self._spawn(typing.cast(AstmChannel, channel).recover())
+            first, channel.feed = channel.feed is None, feed
+            if first:
+                self._spawn(channel.recover())
         feed.outlet = channel
 
     def _attach_again(self, name: str) -> None:
@@ -8242,6 +8357,17 @@ class Agent:
         self._tasks.discard(task)
         if not task.cancelled() and (error := task.exception()) is not None and not isinstance(error, ConfigError):
             self.log.error(f"Internal error: {type(error).__name__} in {task.get_name()}", stack=_stack(error))
+
+    def _thread_failed(self, args: threading.ExceptHookArgs) -> None:
+        """Python would print the exception's text, which could quote a message."""
+        stack = _stack(args.exc_value) if args.exc_value is not None else []
+        self.log.error(f"Internal error: {args.exc_type.__name__} in a thread", stack=stack)
+
+    def _loop_failed(self, loop: asyncio.AbstractEventLoop, context: Json) -> None:
+        error = context.get("exception")
+        self.log.warn(
+            f"{context['message']} ({error.strerror if isinstance(error, OSError) else type(error).__name__})."
+        )
 
     async def _shut_down(self, uplink: asyncio.Task[None]) -> None:
         """Stop accepting, store what was read, let answers come for a moment, say goodbye."""
