@@ -7077,8 +7077,8 @@ class DicomChannel(Channel):
         else:
             try:
                 association = self._association(sock, peer)
-                self.associations.add(association)
                 association.start()
+                self.associations.add(association)
                 return
             except (OSError, RuntimeError) as error:  # out of descriptors or threads
                 self._warn(f"{host} was turned away: {error}")
@@ -7123,7 +7123,8 @@ class DicomChannel(Channel):
             sock.close()
             for file in vars(association).get("files", ()):
                 file.discard()  # what came of an object whose sender went away
-            self.loop.call_soon_threadsafe(self.associations.discard, association)
+            with contextlib.suppress(RuntimeError):  # the agent has stopped
+                self.loop.call_soon_threadsafe(self.associations.discard, association)
 
     @staticmethod
     def _wait_for_messages(association: Any) -> None:
