@@ -6869,11 +6869,14 @@ def dataset_of(elements: object) -> Dataset:
 
 
 def bot_words(text: object) -> Any:
-    """What a Bot answered to a device's request, from JSON; Refusal for nothing and for what is no JSON."""
-    if not isinstance(text, str) or not text or text.startswith(BOT_LOG):
+    """What a Bot answered to a device's request; Refusal for nothing and for what is no JSON.
+
+    A Bot that returns an object has it as the body, one that returns a string of JSON that string (uplink contract 5).
+    """
+    if text in (None, "") or (isinstance(text, str) and text.startswith(BOT_LOG)):
         raise Refusal(UNABLE_TO_PROCESS, "the Bot returned nothing")
     try:
-        words = load_json(text)
+        words = load_json(text) if isinstance(text, str) else text
     except ValueError:
         raise Refusal(UNABLE_TO_PROCESS, "the Bot's answer is not JSON") from None
     if isinstance(words, dict) and (status := dimse_status(words.get("status", 0))):
@@ -8883,7 +8886,7 @@ class SandboxSocket:
             "remote": transmit.remote,
             "contentType": transmit.content_type if status < 400 else "application/json",
             "statusCode": status,
-            "body": body or "Bot execution logs:\n",
+            "body": "Bot execution logs:\n" if body in (None, "") else body,
             "callback": transmit.callback,
         }
         for member, dropped in (("callback", faults.drop_callback), ("statusCode", faults.drop_status)):
@@ -9126,11 +9129,11 @@ class Demo:
         self.say("Bot", "got a query: answers with the order" if asks else "got the result of tube TUBE7")
         return DEMO_ORDER if asks else ""
 
-    def _imaging_bot(self, request: Json) -> str:
+    def _imaging_bot(self, request: Json) -> list[Json] | str:
         """A question is answered with data sets in DICOM JSON; an image is a Binary by now, and needs no answer."""
         if request.get("command") == "C-FIND":
             self.say("Bot", f"got a {request['level']} query: answers with one procedure")
-            return dump_json([DEMO_WORKLIST]).decode()
+            return [DEMO_WORKLIST]
         self.say("Bot", f"got the image as {request['binary']['reference']}")
         return ""
 

@@ -75,7 +75,10 @@ Reply = tuple[int, Any]
 
 
 class Bot:
-    """Answers by `replies`: command (`C-STORE` for images) -> body, (status, body), or a function of the question."""
+    """Answers by `replies`: command (`C-STORE` for images) -> body, (status, body), or a function of the question.
+
+    What a Bot returns as an object the server sends as an object, a string of JSON as that string.
+    """
 
     def __init__(self, here: Site):
         self.replies: dict[str, Any] = {}
@@ -92,8 +95,7 @@ class Bot:
         reply = self.replies.get(command, "")
         if callable(reply):
             reply = reply(question)
-        status, body = reply if isinstance(reply, tuple) else (200, reply)
-        return status, body if isinstance(body, str) else json.dumps(body, ensure_ascii=False)
+        return reply if isinstance(reply, tuple) else (200, reply)
 
     def questions(self, command: str) -> list[dict[str, Any]]:
         return [question for question in list(self.asked) if question["command"] == command]
@@ -283,8 +285,9 @@ def test_findscu_cancels(here, bot, tmp_path):
     [(PATIENT_FIND, "PATIENT"), (PATIENT_FIND, "IMAGE"), (STUDY_FIND, "SERIES"), (STUDY_FIND, "STUDY"), (WORKLIST, "")],
 )
 @pytest.mark.parametrize("matches", [[], [STUDIES[0], ITEM]], ids=["none", "two"])
-def test_find(here, bot, model, level, matches):
-    bot.replies["C-FIND"] = matches
+@pytest.mark.parametrize("written", [lambda matches: matches, json.dumps], ids=["object", "string"])
+def test_find(here, bot, model, level, matches, written):
+    bot.replies["C-FIND"] = written(matches)
     with associated(here, model) as scu:
         key = data_set(PatientName="", **({"QueryRetrieveLevel": level} if level else {}))
         answers = statuses(scu.send_c_find(key, model))
