@@ -3,8 +3,10 @@
 import contextlib
 import json
 import re
+import shutil
 import socket
 import ssl
+import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -55,7 +57,7 @@ from tests.dicom_peers import (
     store,
     transmits,
 )
-from tests.support import Pushed, Site, eventually, free_ports
+from tests.support import ROOT, Pushed, Site, eventually, free_ports
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore::UserWarning:pydicom.*",
@@ -1190,3 +1192,38 @@ def test_nothing_is_left_behind(here):
     """After all of this (keep it last): no error in the log but that the server was away."""
     errors = [line for line in here.agent.main_log().decode().splitlines() if '"ERROR"' in line]
     assert not [line for line in errors if "No connection to" not in line]
+
+
+# --- README ---
+
+STUBS = """
+const medplum = {
+  searchResources: async (type) => type === 'ServiceRequest' ? [{ id: 'order', subject: { display: 'A^B' } }]
+    : [{ context: { related: [{ reference: 'Binary/1' }] } }],
+  searchOne: async (type, query) => query.identifier.endsWith('1.2.3') ? {} : undefined,
+  createResource: async (resource) => resource,
+};
+const answers = [];
+for (const input of QUESTIONS) answers.push(await handler(medplum, { input }) ?? null);
+console.log(JSON.stringify(answers));
+"""
+
+
+@pytest.mark.skipif(shutil.which("node") is None, reason="NO node, which runs the Bot that README shows")
+def test_the_bot_in_readme_answers_everything(tmp_path):
+    (source,) = re.findall(r"```js\n(.*?)```", (ROOT / "README.md").read_text("utf-8"), re.DOTALL)
+    study = {"0020000D": {"vr": "UI", "Value": ["1.2"]}}
+    objects = [{"00081155": {"vr": "UI", "Value": [uid]}} for uid in ("1.2.3", "1.2.4")]
+    questions: list[dict[str, Any]] = [
+        {"command": "C-FIND", "level": "WORKLIST", "dataset": {}},
+        {"command": "C-MOVE", "dataset": study},
+        {"command": "N-ACTION", "dataset": {"00081199": {"vr": "SQ", "Value": objects}}},
+        {"command": "N-SET", "sopInstanceUid": "1.2.9", "dataset": {}},
+        {"dataset": study, "binary": {"reference": "Binary/1"}},
+    ]
+    script = tmp_path / "bot.mjs"
+    script.write_text(source + STUBS.replace("QUESTIONS", json.dumps(questions)), "utf-8")
+    run = subprocess.run(["node", script], capture_output=True, text=True, check=True)
+    (match,), *others = json.loads(run.stdout)
+    assert Dataset.from_json(match).PatientName == "A^B"
+    assert others == [["Binary/1"], {"committed": ["1.2.3"]}, {"status": 0}, None]
