@@ -397,11 +397,10 @@ def readme(*arguments: str) -> None:
 
 
 def bench(*arguments: str) -> None:
-    """measure; --programs: size, start and memory of dist/; other arguments go to tests/bench/bench.py"""
+    """measure; --imaging: DICOM; --programs: size, start and memory of dist/; else tests/bench/bench.py"""
     ensure("runtime", "test")
-    if arguments == ("--programs",):
-        become(PYTHON, ROOT / "tests/bench/programs.py")
-    become(PYTHON, ROOT / "tests/bench/bench.py", *arguments)
+    script = {"--imaging": "imaging.py", "--programs": "programs.py"}.get(arguments[0] if arguments else "")
+    become(PYTHON, ROOT / "tests/bench" / (script or "bench.py"), *arguments[1 if script else 0 :])
 
 
 def fuzz(*arguments: str) -> None:
