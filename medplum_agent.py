@@ -7131,32 +7131,34 @@ class DicomChannel(Channel):
 
     @staticmethod
     def _wait_for_messages(association: Any) -> None:
-        """pynetdicom asks its queues 1,000 times a second; waiting for them instead makes idle devices free."""
+        """pynetdicom asks its queues 1,000 times a second; waiting for them instead makes idle devices free.
+
+        The peer's answers to requests of ours go to who waits for them: the reactor would drop them.
+        """
         dimse, dul = association.dimse, association.dul
-        blocking, to_user, early = dimse.get_msg, dul.to_user_queue.put, collections.deque[Any]()
+        to_user, requests, answers = dul.to_user_queue.put, dimse.msg_queue.put, queue.SimpleQueue[Any]()
+
+        def arrived(item: tuple[Any, Any]) -> None:
+            is_answer = getattr(item[1], "MessageIDBeingRespondedTo", None) is not None
+            if is_answer or item[1] is None:  # None: the association has ended
+                answers.put(item)
+            if not is_answer:
+                requests(item)
 
         def get_msg(block: bool = False) -> Any:
-            if block:
-                return answer()
             try:
-                return early.popleft() if early else dimse.msg_queue.get(timeout=IDLE_POLL_SECS)
+                if block:
+                    return answers.get(timeout=dimse.dimse_timeout)
+                return dimse.msg_queue.get(timeout=IDLE_POLL_SECS)
             except queue.Empty:
                 return None, None
-
-        def answer() -> Any:
-            """The peer's answer to a request of ours; its own requests that cross it are left for the reactor."""
-            while True:
-                context, found = blocking(block=True)
-                if found is None or getattr(found, "MessageIDBeingRespondedTo", None) is not None:
-                    return context, found
-                early.append((context, found))
 
         def put(primitive: Any, *options: Any) -> None:
             to_user(primitive, *options)
             if isinstance(primitive, imaging().Release):
-                dimse.msg_queue.put((None, None))  # the reactor looks for it now
+                requests((None, None))  # the reactor looks for it now
 
-        vars(dimse)["get_msg"], vars(dul.to_user_queue)["put"] = get_msg, put
+        vars(dimse)["get_msg"], vars(dul.to_user_queue)["put"], vars(dimse.msg_queue)["put"] = get_msg, put, arrived
 
     @staticmethod
     def _end_on_nonsense(association: Any) -> None:
@@ -7561,7 +7563,8 @@ class DicomChannel(Channel):
                     return association_problem(own)
             if association is None or not association.is_established:
                 return f"'{calling}' is not connected; name its address in moveDestinations"
-            answer, _ = association.send_n_event_report(report, kind, COMMITMENT_CLASS, COMMITMENT_INSTANCE)
+            with vars(association).setdefault("reporting", threading.Lock()):
+                answer, _ = association.send_n_event_report(report, kind, COMMITMENT_CLASS, COMMITMENT_INSTANCE)
             status = answer.get("Status")
             return "" if status == SUCCESS else f"status {status}"
         except (ValueError, RuntimeError, OSError) as error:
