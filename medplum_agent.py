@@ -1069,6 +1069,9 @@ def _check_hl7(values: dict[str, Any], where: str, warnings: list[str]) -> None:
 def _check_tls(values: dict[str, Any], where: str, warnings: list[str]) -> None:
     """A channel that shall be safe does not start without its certificate."""
     if not values.get("tls"):
+        if idle := [name for name in ("certFile", "keyFile", "clientCa") if values.get(name)]:
+            advice = "write mllps:// or dicoms://, or tls=true"
+            raise ConfigError([f"{where}: {', '.join(idle)} would do nothing without TLS: {advice}"])
         return
     if values.get("role") == "client":
         raise ConfigError([f"{where}: tls is for listening; a channel that connects to its device cannot use it"])
@@ -1077,16 +1080,24 @@ def _check_tls(values: dict[str, Any], where: str, warnings: list[str]) -> None:
     try:
         listening_tls(values)
     except OSError as error:
-        raise ConfigError([f"{where}: TLS cannot be set up with certFile, keyFile and clientCa: {error}"]) from None
+        raise ConfigError([f"{where}: TLS cannot be set up: {error}"]) from None
 
 
 def listening_tls(values: Mapping[str, Any]) -> ssl.SSLContext:
     """Our certificate, and who may connect, as the files say now (TLS 1.2 and later, PS3.15 B.12); OSError."""
     context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
-    context.load_cert_chain(values["certFile"], values.get("keyFile") or None)
-    if values.get("clientCa"):
-        context.load_verify_locations(values["clientCa"])
-        context.verify_mode = ssl.CERT_REQUIRED
+    name = f"certFile {values['certFile']}" + (f" with keyFile {values['keyFile']}" if values.get("keyFile") else "")
+    try:
+        context.load_cert_chain(values["certFile"], values.get("keyFile") or None)
+        if values.get("clientCa"):
+            name = f"clientCa {values['clientCa']}"
+            context.load_verify_locations(values["clientCa"])
+            context.verify_mode = ssl.CERT_REQUIRED
+    except ssl.SSLError as error:
+        wanted = "a certificate in PEM" if name.startswith("clientCa") else "a certificate and its key in PEM"
+        raise OSError(f"{name}: {error.reason or 'not usable'}; it must hold {wanted}") from None
+    except OSError as error:
+        raise OSError(f"{name}: {error.strerror}") from None
     return context
 
 
@@ -1099,7 +1110,7 @@ def channel_plan(
     name: str, endpoint: Json, settings: AgentSettings, given: frozenset[str], warnings: list[str]
 ) -> ChannelPlan:
     """One `Agent.channel[]` with its Endpoint; ConfigError names the channel and what is wrong."""
-    address = endpoint.get("address") or ""
+    address = str(endpoint.get("address") or "").strip()
     if not address:
         raise ConfigError([f"Invalid empty endpoint address for channel '{name}'"])
     protocol = next((p for prefix, p in PROTOCOLS.items() if address.startswith(prefix)), None)
@@ -3521,7 +3532,8 @@ class Fhir:
         answer = _json_object(response.data)
         if response.status >= 300 or not isinstance(answer.get("access_token"), str):
             reason = answer.get("error_description") or answer.get("error") or f"HTTP status {response.status}"
-            advice = ". Check clientId and clientSecret" if response.status in (400, 401) else ""
+            path = ", and baseUrl: it ends before fhir/R4" if "/fhir" in self.base else ""
+            advice = f". Check clientId and clientSecret{path}" if response.status in (400, 401) else ""
             raise ServerError(f"login refused: {reason}{advice}", response.status)
         token = self._checked_token(answer)
         if isinstance(jwt_claims(token.text).get("login_id"), str):
@@ -5781,6 +5793,12 @@ class Listener:
         self._sockets = sockets
         self._servers: list[asyncio.Server] = []
 
+    @property
+    def shown(self) -> str:
+        """Where devices connect, for people: `*` for all interfaces."""
+        host, port = self._sockets[0].getsockname()[:2]
+        return f"{'*' if host in ANY_HOST else host}:{port}"
+
     @classmethod
     async def open(cls, bind: tuple[str, int], log: Log) -> Listener:
         """Resolve and bind; the name of a host may take its time without holding up the devices."""
@@ -7982,7 +8000,7 @@ class Agent:
         """Make the running channels those of the plan. New ports are bound before anything changes."""
         wanted = {channel.bind: channel for channel in plan.channels if channel.active and not channel.dials}
         opened = await self._bind_new(wanted, first=first)
-        for warning in plan.warnings:
+        for warning in plan.warnings + _silent_parts(plan):
             self.log.warn(f"Configuration: {warning}.")
         self.plan = plan
         self.store.max_bytes = plan.settings.queueMaxMb * MIB
@@ -8096,8 +8114,9 @@ class Agent:
     def _announce(self, plan: ChannelPlan) -> None:
         if plan.dials:
             self._dialers[plan.name] = Dialer(typing.cast(StreamChannel, self.channels[plan.name]), self.log)
-        else:
-            self.log.info(f"Channel '{plan.name}' listens on {plan.host or '*'}:{plan.port}.")
+        elif (listener := self._listeners.get(plan.bind)) is not None:
+            tls = " with TLS" if plan.settings.tls else ""
+            self.log.info(f"Channel '{plan.name}' listens{tls} on {listener.shown}.")
 
     async def _attach(self, plan: ChannelPlan) -> None:
         """Give the channel its feed; waits while the store cannot be used, when devices get CE/AE."""
@@ -8414,6 +8433,17 @@ class Agent:
             if not waiting and not answers:
                 return
             await asyncio.sleep(0.02)
+
+
+def _silent_parts(plan: Plan) -> tuple[str, ...]:
+    """What is allowed, and still not what somebody wants who looks for his messages."""
+    if plan.status == "off":
+        return ("Agent.status is off: no channel listens. Set it to active and call $reload-config",)
+    entries = [entry for entry in plan.agent.get("channel") or [] if isinstance(entry, dict)]
+    botless = [entry.get("name") for entry in entries if not entry.get("targetReference")]
+    return tuple(
+        f"channel '{name}' names no Bot (targetReference): the server refuses its messages" for name in botless
+    )
 
 
 def _orphans(name: str, count: int) -> str:
@@ -9244,9 +9274,16 @@ def _process_config(options: argparse.Namespace, *arguments: str) -> ProcessConf
 
 def _health(options: argparse.Namespace) -> int:
     """For containers and monitors: the event loop of the agent has turned lately, and its channels are open."""
+    installed = installed_config_file()
+    if not options.config and installed.exists() and not os.access(installed, os.R_OK):
+        print(f"The settings in {installed} cannot be read by this user: use sudo.")
+        return 1
     state_dir = _process_config(options).state_dir
     try:
         alive = time.time() - (state_dir / ALIVE_FILE).stat().st_mtime < DEAD_SECS
+    except PermissionError:
+        print(f"The state of the agent in {state_dir} cannot be read by this user: use sudo.")
+        return 1
     except OSError:
         alive = False
     print(f"The agent with its state in {state_dir} {'is alive' if alive else 'does not run, or has not started yet'}.")

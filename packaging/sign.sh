@@ -13,7 +13,7 @@ work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 
 unsigned() {
-    echo "::notice title=Not signed ($system)::$1 is not configured, so this is not signed: $2"
+    echo "::notice title=Not signed ($system)::$1 is not configured, so this is not signed or not notarised: $2"
     exit 0
 }
 

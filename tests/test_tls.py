@@ -132,7 +132,7 @@ def test_a_reload_turns_tls_off_and_on(here, identities):
     endpoint = here.endpoint("RAW")
     before = endpoint["address"]
     try:
-        endpoint["address"] = before.replace("tls=true", "tls=false")
+        endpoint["address"] = before.partition("&tls=true")[0]
         here.sandbox.reload()
         with socket.create_connection(("127.0.0.1", here.ports["RAW"]), timeout=10) as device:
             device.sendall(b"\x02plain\x03")
@@ -149,15 +149,17 @@ def test_a_reload_turns_tls_off_and_on(here, identities):
         ("", "needs certFile"),
         ("?certFile=/nowhere/own.pem", "No such file"),
         ("?certFile={ca}", "TLS cannot be set up"),
-        ("?certFile={own}&clientCa=/nowhere/ca.pem", "No such file"),
+        ("?certFile={own}&clientCa=/nowhere/ca.pem", "clientCa /nowhere/ca.pem: No such file"),
+        ("?tls=false&clientCa={ca}", "clientCa would do nothing without TLS"),
     ],
 )
 def test_what_cannot_be_safe_does_not_start(here, identities, query, complaint):
     endpoint = here.endpoint("ADT")
     before = endpoint["address"]
     bad = query.format(ca=identities.ca_file, own=identities.server)
+    scheme = "mllp" if "tls=false" in bad else "mllps"
     try:
-        endpoint["address"] = f"mllps://127.0.0.1:{here.ports['ADT']}{bad}"
+        endpoint["address"] = f"{scheme}://127.0.0.1:{here.ports['ADT']}{bad}"
         answer = here.sandbox.reload()
         assert answer["type"] == "agent:error", json.dumps(answer)
         assert complaint in answer["body"]

@@ -1,6 +1,6 @@
 #!/bin/sh
 # Install, upgrade, remove and purge the package in a Debian root: try_deb.sh ROOT PACKAGE.deb (root only).
-# ROOT is made by: debootstrap --variant=minbase --include=adduser bookworm ROOT
+# ROOT is made by: debootstrap --variant=minbase --include=adduser trixie ROOT
 set -eu
 root=$1 package=$2
 

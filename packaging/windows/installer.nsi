@@ -1,4 +1,4 @@
-; Windows installer, made with makensis: see package.py beside it for the defines.
+; Windows installer, made with makensis: see packages.py, one folder up, for the defines.
 ;
 ;   VERSION  such as 5.2.0          FOLDER  the compiled program's folder
 ;   SHAWL    the service wrapper    OUTPUT  the installer to write
@@ -7,7 +7,7 @@
 ;   installer.exe /S /BASE_URL=... /CLIENT_ID=... /AGENT_ID=... /CLIENT_SECRET=...
 ;   installer.exe /S /CONFIG=C:\path\agent.properties     keeps the secret out of the list of processes
 ; Silent, over an installed one: installer.exe /S           its settings are kept
-; Uninstall: uninstall.exe [/S] [/PURGE]                    /PURGE deletes waiting messages and logs as well
+; Uninstall: uninstall.exe [/S] [/PURGE]                    /PURGE deletes settings, waiting messages and logs as well
 ;
 ; Exit codes: 0 done, 1 cancelled, 2 values are missing or the service could not be made.
 
@@ -351,14 +351,14 @@ Section "Uninstall"
     RMDir /r "$INSTDIR\program"
     Delete "$INSTDIR\shawl.exe"
     Delete "$INSTDIR\README.md"
-    Delete "$INSTDIR\agent.properties"
-    Delete "$INSTDIR\agent.toml"
     Delete "$INSTDIR\uninstall.exe"
-    RMDir "$INSTDIR"
     Delete "$SMPROGRAMS\Medplum Agent\Uninstall.lnk"
     RMDir "$SMPROGRAMS\Medplum Agent"
     DeleteRegKey HKLM "${UNINSTALL_KEY}"
     ${If} $Purge == yes
+        Delete "$INSTDIR\agent.properties"
+        Delete "$INSTDIR\agent.toml"
         RMDir /r "$StateDir"
     ${EndIf}
+    RMDir "$INSTDIR"
 SectionEnd

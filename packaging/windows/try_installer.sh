@@ -57,14 +57,14 @@ must registered "$service"
 
 uninstall() {
     windows 'C:\Program Files\Medplum Agent\uninstall.exe' /S "$@"
-    for _ in $(seq 50); do gone "$installed" && return; sleep 0.2; done # it goes on in a copy of itself
+    for _ in $(seq 50); do gone "$installed/program" "$installed/uninstall.exe" && return; sleep 0.2; done # it goes on in a copy of itself
 }
 
-say "uninstalling keeps waiting messages"
+say "uninstalling keeps settings and waiting messages"
 touch "$state/queue"
 uninstall
-must gone "$installed"
-must test -e "$state/queue"
+must gone "$installed/program" "$installed/shawl.exe" "$installed/uninstall.exe"
+must test -e "$state/queue" -a -f "$installed/agent.properties"
 if registered "$service" || registered "$entry"; then must false; fi
 
 say "values from a file; purging deletes all"
