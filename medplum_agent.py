@@ -6724,6 +6724,7 @@ def _socket_class(base: type[AssociationSocket], data: type[Any]) -> type[Associ
 
         def __init__(self, assoc: Any, **options: Any):
             super().__init__(assoc, **options)
+            self.received = 0  # bytes
             self._bell, self._ear = socket.socketpair()
             self._bell.setblocking(False)
             self._queued: Callable[[Any], None] = assoc.dul.send_pdu
@@ -6738,6 +6739,7 @@ def _socket_class(base: type[AssociationSocket], data: type[Any]) -> type[Associ
                 self._bell.send(b"!")
 
         def recv(self, nr_bytes: int) -> bytearray:
+            self.received += nr_bytes
             if nr_bytes > PDU_BYTES:
                 self.socket.sendall(_INVALID_PDU)
                 raise OSError("the PDU is too large")
@@ -7139,6 +7141,8 @@ class DicomChannel(Channel):
             self._tell(f"{association.requestor.address}: TLS failed: {getattr(error, 'reason', '') or error}")
         else:
             threading.Thread.run(association)
+            if wrapper.received and association.requestor.primitive is None:
+                self._tell(f"{association.requestor.address} sent no association request: is this the right port?")
         finally:
             wrapper.close()
             sock.close()
@@ -7176,7 +7180,16 @@ class DicomChannel(Channel):
             if isinstance(primitive, imaging().Release):
                 requests((None, None))  # the reactor looks for it now
 
+        serve, turn = association._serve_request, threading.Lock()
+
+        def serve_request(message: Any, context: int) -> None:
+            """A report of ours comes after the answer to what is being served, and not in the middle of another."""
+            association._is_paused = True  # for pynetdicom: a report that is under way may go on
+            with turn:
+                serve(message, context)
+
         vars(dimse)["get_msg"], vars(dul.to_user_queue)["put"], vars(dimse.msg_queue)["put"] = get_msg, put, arrived
+        vars(association)["_serve_request"], vars(association)["turn"] = serve_request, turn
 
     @staticmethod
     def _end_on_nonsense(association: Any) -> None:
@@ -7581,7 +7594,7 @@ class DicomChannel(Channel):
                     return association_problem(own)
             if association is None or not association.is_established:
                 return f"'{calling}' is not connected; name its address in moveDestinations"
-            with vars(association).setdefault("reporting", threading.Lock()):
+            with vars(association).setdefault("turn", threading.Lock()):
                 answer, _ = association.send_n_event_report(report, kind, COMMITMENT_CLASS, COMMITMENT_INSTANCE)
             status = answer.get("Status")
             return "" if status == SUCCESS else f"status {status}"
@@ -9178,7 +9191,9 @@ class Demo:
         form = "grant_type=client_credentials&client_id=sandbox-client&client_secret=sandbox-secret"
         login = f"curl -s -d '{form}' {self.sandbox.url}oauth2/token"
         print(
-            f"\nThe channels stay open: point your own device at port {self.ports['ADT']} or {port}, or try\n\n"
+            f"\nThe channels stay open for senders on this machine, HL7 on {self.ports['ADT']} and {port}, ASTM on "
+            f"{self.ports['CHEM']}, DICOM on {self.ports['PACS']}. Try\n\n"
+            f"  echoscu 127.0.0.1 {self.ports['PACS']}                                                    (dcmtk)\n"
             f"  mllp_send --loose --file your-message.hl7 --port {port} localhost        (pip install hl7)\n"
             f"  npx @medplum/cli hl7 send --generate-example 127.0.0.1 {self.ports['ADT']}\n"
             f'  TOKEN=$({login} | sed \'s/.*access_token":"//;s/".*//\')\n'

@@ -1197,11 +1197,13 @@ def test_nothing_is_left_behind(here):
 # --- README ---
 
 STUBS = """
+const pages = { ServiceRequest: [[{ id: 'order', subject: { display: 'A^B' } }], [{ id: 'more' }]],
+  DocumentReference: [1, 2].map((n) => [{ context: { related: [{ reference: `Binary/${n}` }] } }]) };
 const medplum = {
-  searchResources: async (type) => type === 'ServiceRequest' ? [{ id: 'order', subject: { display: 'A^B' } }]
-    : [{ context: { related: [{ reference: 'Binary/1' }] } }],
-  searchOne: async (type, query) => query.identifier.endsWith('1.2.3') ? {} : undefined,
+  searchResourcePages: async function* (type) { yield* pages[type]; },
+  searchOne: async (type, query) => query.endsWith('1.2.3') ? {} : undefined,
   createResource: async (resource) => resource,
+  createResourceIfNoneExist: async (resource, query) => { if (!query.endsWith('1.2.7')) throw new Error(query); },
 };
 const answers = [];
 for (const input of QUESTIONS) answers.push(await handler(medplum, { input }) ?? null);
@@ -1216,14 +1218,16 @@ def test_the_bot_in_readme_answers_everything(tmp_path):
     objects = [{"00081155": {"vr": "UI", "Value": [uid]}} for uid in ("1.2.3", "1.2.4")]
     questions: list[dict[str, Any]] = [
         {"command": "C-FIND", "level": "WORKLIST", "dataset": {}},
-        {"command": "C-MOVE", "dataset": study},
+        {"command": "C-FIND", "level": "STUDY", "dataset": {}},
+        {"command": "C-MOVE", "level": "STUDY", "dataset": study},
         {"command": "N-ACTION", "dataset": {"00081199": {"vr": "SQ", "Value": objects}}},
         {"command": "N-SET", "sopInstanceUid": "1.2.9", "dataset": {}},
-        {"dataset": study, "binary": {"reference": "Binary/1"}},
+        {"dataset": study | {"00080018": {"vr": "UI", "Value": ["1.2.7"]}}, "binary": {"reference": "Binary/1"}},
     ]
     script = tmp_path / "bot.mjs"
     script.write_text(source + STUBS.replace("QUESTIONS", json.dumps(questions)), "utf-8")
     run = subprocess.run(["node", script], capture_output=True, text=True, check=True)
-    (match,), *others = json.loads(run.stdout)
+    (match, _), refusal, *others = json.loads(run.stdout)
     assert Dataset.from_json(match).PatientName == "A^B"
-    assert others == [["Binary/1"], {"committed": ["1.2.3"]}, {"status": 0}, None]
+    assert refusal["status"] == "0xA900"
+    assert others == [["Binary/1", "Binary/2"], {"committed": ["1.2.3"]}, {"status": 0}, None]
