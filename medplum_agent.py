@@ -1,8 +1,9 @@
 #!/usr/bin/env python3
 """Medplum Agent: carries messages between hospital devices and a Medplum server.
 
-The agent stands inside the firewall. It listens to devices (HL7 v2 over MLLP), keeps every message safe on
-disk, streams it over one outbound secure WebSocket to a Medplum server, and brings the Bot's answer back.
+The agent stands inside the firewall. It listens to devices (HL7 v2 over MLLP, DICOM, ASTM, byte streams, serial
+ports), keeps every message safe on disk, streams it over one outbound secure WebSocket to a Medplum server, and
+brings the Bot's answer back; what is pushed from the cloud it carries to the devices.
 
     medplum_agent.py <base_url> <client_id> <client_secret> <agent_id> [log_level]
     medplum_agent.py demo
