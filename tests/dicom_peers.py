@@ -25,7 +25,7 @@ from pydicom.filewriter import write_dataset
 from pynetdicom import AE, evt
 from pynetdicom.sop_class import StorageCommitmentPushModel, Verification  # type: ignore[attr-defined]
 
-from medplum_agent import Transmit
+from medplum_agent import HL7_TYPE, JSON_TYPE, Transmit, accepting_bot
 from tests.support import Site, accepts, eventually, free_ports, site
 
 IMPLICIT, EXPLICIT, DEFLATED, BIG_ENDIAN = (
@@ -582,6 +582,40 @@ def start(here: Site) -> None:
     before = here.agent.main_log().count(b"Medplum service started")
     here.agent.start(ready=False)
     eventually(lambda: here.agent.main_log().count(b"Medplum service started") > before, 20, "the agent has started")
+
+
+class Bot:
+    """Answers HL7, and imaging by `replies`: command (`C-STORE` for images) -> body, or (status, body), or a function
+    of the question.
+
+    What a Bot returns as an object the server sends as an object, a string of JSON as that string.
+    """
+
+    def __init__(self) -> None:
+        self.replies: dict[str, Any] = {}
+        self.asked: list[dict[str, Any]] = []
+
+    def __call__(self, transmit: Transmit) -> tuple[int, Any]:
+        if transmit.content_type == HL7_TYPE:
+            return accepting_bot(transmit)
+        question = json.loads(transmit.body)
+        assert transmit.content_type == JSON_TYPE
+        assert transmit.remote == question["association"]["callingAeTitle"]
+        command = question.get("command", "C-STORE")
+        if command != "C-STORE":
+            self.asked.append(question)
+        reply = self.replies.get(command, "")
+        if callable(reply):
+            reply = reply(question)
+        return reply if isinstance(reply, tuple) else (200, reply)
+
+    def questions(self, command: str) -> list[dict[str, Any]]:
+        return [question for question in list(self.asked) if question["command"] == command]
+
+    def question(self) -> dict[str, Any]:
+        """The only one."""
+        (question,) = self.asked
+        return question
 
 
 def silent_bot(transmit: Transmit) -> tuple[int, Any]:

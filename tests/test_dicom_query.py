@@ -20,7 +20,6 @@ from pynetdicom import AE, evt
 from pynetdicom.association import Association
 from pynetdicom.presentation import build_context, build_role
 
-from medplum_agent import Transmit
 from tests.dicom_peers import (
     BIG_ENDIAN,
     CANCEL,
@@ -30,6 +29,7 @@ from tests.dicom_peers import (
     JPEGS,
     SECONDARY,
     SUCCESS,
+    Bot,
     Destination,
     Instance,
     Orthanc,
@@ -73,39 +73,6 @@ UNABLE, UNKNOWN_DESTINATION, PROCESSING_FAILURE = 0xC001, 0xA801, 0x0110
 PENDING = (0xFF00, 0xFF01)
 FAST = "autoRetryBaseDelayMs=20&autoRetryMaxDelayMs=200&autoRetryMaxAttempts=0&deadLetterAfterHours=0"
 OUTCOME = '{"resourceType":"OperationOutcome"}'
-Reply = tuple[int, Any]
-
-
-class Bot:
-    """Answers by `replies`: command (`C-STORE` for images) -> body, (status, body), or a function of the question.
-
-    What a Bot returns as an object the server sends as an object, a string of JSON as that string.
-    """
-
-    def __init__(self, here: Site):
-        self.replies: dict[str, Any] = {}
-        self.asked: list[dict[str, Any]] = []
-        here.sandbox.bot = self
-
-    def __call__(self, transmit: Transmit) -> Reply:
-        question = json.loads(transmit.body)
-        assert transmit.content_type == "application/json"
-        assert transmit.remote == question["association"]["callingAeTitle"]
-        command = question.get("command", "C-STORE")
-        if command != "C-STORE":
-            self.asked.append(question)
-        reply = self.replies.get(command, "")
-        if callable(reply):
-            reply = reply(question)
-        return reply if isinstance(reply, tuple) else (200, reply)
-
-    def questions(self, command: str) -> list[dict[str, Any]]:
-        return [question for question in list(self.asked) if question["command"] == command]
-
-    def question(self) -> dict[str, Any]:
-        """The only one."""
-        (question,) = self.asked
-        return question
 
 
 @pytest.fixture(scope="module")
@@ -170,7 +137,8 @@ def here(shared_site, dest):
 
 @pytest.fixture
 def bot(here):
-    return Bot(here)
+    here.sandbox.bot = bot = Bot()
+    return bot
 
 
 def data_set(**elements: Any) -> Dataset:
@@ -728,7 +696,8 @@ def test_a_bot_that_takes_its_time_over_a_procedure_step(here, bot):
 def test_procedure_steps_while_the_server_is_away(tmp_path):
     address = f"dicom://127.0.0.1:{{port}}?{FAST}"
     with imaging_site(tmp_path, {"PACS": address}) as here:
-        bot, uid = Bot(here), new_uid()
+        here.sandbox.bot = bot = Bot()
+        uid = new_uid()
         here.sandbox.stop()
         eventually(lambda: not here.sandbox.connected)
         begin = time.monotonic()
@@ -813,7 +782,8 @@ def test_commitment_that_the_bot_does_not_give(here, bot, reply):
 def test_commitment_refused(tmp_path):
     address = "dicom://127.0.0.1:{port}?retryMode=normal"
     with imaging_site(tmp_path, {"PACS": address}) as here:
-        bot, reports = Bot(here), Reports()
+        here.sandbox.bot = bot = Bot()
+        reports = Reports()
         bot.replies["N-ACTION"] = 400, OUTCOME
         with associated(here, COMMITMENT, handlers=reports.handlers) as scu:
             assert commit(scu, new_uid(), made(100)) == SUCCESS
@@ -840,7 +810,8 @@ def test_commitment_waits_for_the_objects(tmp_path, dest):
     """The Bot is asked when none of them waits in the queue any more, also after a restart."""
     address = f"dicom://127.0.0.1:{{port}}?moveDestinations={dest.address}&{FAST}"
     with imaging_site(tmp_path, {"PACS": address}) as here:
-        bot, instance = Bot(here), made(1000)
+        here.sandbox.bot = bot = Bot()
+        instance = made(1000)
         bot.replies["N-ACTION"] = {"committed": [instance.uid]}
         here.sandbox.faults.read_failures["Binary"] = 500
         assert store(here.ports["PACS"], instance) == [SUCCESS]

@@ -21,7 +21,7 @@ import pytest
 from pydicom.dataset import Dataset
 from pydicom.filereader import read_dataset
 
-from medplum_agent import DICOM_PUSHES, HL7_TYPE, JSON_TYPE, TRANSFERS, Transmit, accepting_bot
+from medplum_agent import DICOM_PUSHES, HL7_TYPE, JSON_TYPE, TRANSFERS
 from tests.dicom_peers import (
     CT,
     EXPLICIT,
@@ -34,6 +34,7 @@ from tests.dicom_peers import (
     UNABLE,
     VERIFICATION,
     Aborted,
+    Bot,
     Destination,
     Instance,
     Rejected,
@@ -68,29 +69,6 @@ LOCAL = "dicom://127.0.0.1:{port}?"
 QUICK = "autoRetryBaseDelayMs=20&autoRetryMaxDelayMs=100"
 FAST = f"{QUICK}&autoRetryMaxAttempts=0&deadLetterAfterHours=0"
 QUICK_RECONNECTS = "m.RECONNECT_BASE_SECS, m.RECONNECT_MAX_SECS = 0.01, 0.05"
-
-
-class Bot:
-    """Answers HL7, and by `replies` what imaging devices want: command -> body, or a function of the question."""
-
-    def __init__(self) -> None:
-        self.replies: dict[str, Any] = {}
-        self.asked: list[dict[str, Any]] = []
-
-    def __call__(self, transmit: Transmit) -> tuple[int, Any]:
-        if transmit.content_type != JSON_TYPE:
-            return accepting_bot(transmit)
-        question = json.loads(transmit.body)
-        command = question.get("command", "C-STORE")
-        if command != "C-STORE":
-            self.asked.append(question)
-        reply = self.replies.get(command, "")
-        if callable(reply):
-            reply = reply(question)
-        return (200, reply if isinstance(reply, str) else json.dumps(reply)) if not isinstance(reply, tuple) else reply
-
-    def questions(self, command: str) -> list[dict[str, Any]]:
-        return [question for question in list(self.asked) if question["command"] == command]
 
 
 def confirming(question: dict[str, Any]) -> Any:
