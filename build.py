@@ -87,7 +87,7 @@ def say(text: str) -> None:
 def environment() -> dict[str, str]:
     """What children see: the module importable from everywhere, and the Medplum command line where it is installed."""
     peers = {"MEDPLUM_CLI": str(MEDPLUM_CLI)} if MEDPLUM_CLI.exists() and shutil.which("node") else {}
-    return {**os.environ, "PYTHONPATH": str(ROOT), **peers}
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (ROOT, PACKAGING))), **peers}
 
 
 def quiet(*command: str | Path) -> str:

@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+from demo import sandbox_resources
 
-from medplum_agent import sandbox_resources
 from tests.support import SandboxThread, eventually
 
 ONE_FILE = Path(os.environ.get("MEDPLUM_AGENT_ONE_FILE", "missing")).resolve()

@@ -19,13 +19,14 @@ import pydicom
 import pydicom.uid
 import pytest
 import trustme
+from demo import Transmit, accepting_bot
 from pydicom.dataset import Dataset
 from pydicom.filebase import DicomBytesIO
 from pydicom.filewriter import write_dataset
 from pynetdicom import AE, evt
 from pynetdicom.sop_class import StorageCommitmentPushModel, Verification  # type: ignore[attr-defined]
 
-from medplum_agent import HL7_TYPE, JSON_TYPE, Transmit, accepting_bot
+from medplum_agent import HL7_TYPE, JSON_TYPE
 from tests.support import Site, accepts, eventually, free_ports, site
 
 IMPLICIT, EXPLICIT, DEFLATED, BIG_ENDIAN = (

@@ -10,7 +10,9 @@ import time
 from pathlib import Path
 from typing import Any, Self
 
-from medplum_agent import Transmit, astm_frame, astm_frames
+from demo import Transmit
+
+from medplum_agent import astm_frame, astm_frames
 from tests.support import Site, eventually
 
 STX, ETX, EOT, ENQ, ACK, NAK, ETB = b"\x02", b"\x03", b"\x04", b"\x05", b"\x06", b"\x15", b"\x17"

@@ -22,8 +22,9 @@ from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Self, TypeVar
 
+from demo import BotResult, Faults, Sandbox, Transmit, accepting_bot, sandbox_resources
+
 import medplum_agent
-from medplum_agent import Faults, Transmit, sandbox_resources
 
 ROOT = Path(__file__).resolve().parent.parent
 CORPUS = ROOT.parent / "shared/corpora/hl7"
@@ -79,7 +80,7 @@ def control_id(body: str) -> str:
     return body.split("|", 10)[9]
 
 
-def bot(code: str, text: str = "bot") -> Callable[[Transmit], medplum_agent.BotResult]:
+def bot(code: str, text: str = "bot") -> Callable[[Transmit], BotResult]:
     """A Bot that answers each message with this MSA-1."""
     return lambda transmit: (
         200,
@@ -183,16 +184,16 @@ class Device:
 
 
 class SandboxThread:
-    """medplum_agent.Sandbox in an event loop of its own thread.
+    """The stand-in server in an event loop of its own thread.
 
     `seen` and `answered` hold (time.monotonic(), Transmit) in the order of arrival and of the Bot's answer.
     """
 
     def __init__(self, resources: Mapping[str, medplum_agent.Json], context: ssl.SSLContext | None = None):
-        self.sandbox = medplum_agent.Sandbox(resources)
+        self.sandbox = Sandbox(resources)
         self.sandbox.on_transmit = self._arrived
         self.sandbox.bot = self._answer
-        self.bot: Callable[[Transmit], medplum_agent.BotResult] = medplum_agent.accepting_bot
+        self.bot: Callable[[Transmit], BotResult] = accepting_bot
         self.seen: list[tuple[float, Transmit]] = []
         self.answered: list[tuple[float, Transmit]] = []
         self.changed = threading.Condition()
@@ -217,7 +218,7 @@ class SandboxThread:
             self.seen.append((time.monotonic(), transmit))
             self.changed.notify_all()
 
-    def _answer(self, transmit: Transmit) -> medplum_agent.BotResult:
+    def _answer(self, transmit: Transmit) -> BotResult:
         with self.changed:
             self.answered.append((time.monotonic(), transmit))
             self.changed.notify_all()

@@ -15,8 +15,9 @@ from typing import Any, Self
 
 import pytest
 import trustme
+from demo import Transmit
 
-from medplum_agent import ASTM_TYPE, BYTES_TYPE, Transmit, astm_frame
+from medplum_agent import ASTM_TYPE, BYTES_TYPE, astm_frame
 from tests.instruments import ACK, ENQ, EOT, ETB, ETX, NAK, Cable, Instrument, bad, body_of, frames_of, of, rows
 from tests.support import Site, accepts, eventually, site
 

@@ -15,9 +15,10 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
+from demo import SandboxSocket
 
 import medplum_agent
-from medplum_agent import ChannelPlan, ChannelRow, Feed, Hl7Settings, Message, SandboxSocket
+from medplum_agent import ChannelPlan, ChannelRow, Feed, Hl7Settings, Message
 from tests.support import (
     AGENT_ID,
     ROOT,

@@ -69,7 +69,7 @@ def send(port: int, sender: int, size: int, count: int) -> None:
 
 async def serve(port: int, addresses: dict[str, str]) -> None:
     """The stand-in server, which throws images away; see peers.py. `count` tells how many were announced."""
-    from medplum_agent import Sandbox, sandbox_resources
+    from demo import Sandbox, sandbox_resources
 
     class Discarding(Sandbox):
         @staticmethod

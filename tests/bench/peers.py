@@ -61,7 +61,7 @@ async def server(port: int, agent_id: str, channels: dict[str, str]) -> None:
 
     After each command it tells whether the agent is connected.
     """
-    from medplum_agent import Sandbox, sandbox_resources
+    from demo import Sandbox, sandbox_resources
 
     answer = ACK.format("AA")[1:-2]
     sandbox = Sandbox(sandbox_resources(agent_id, channels))

@@ -1,0 +1,798 @@
+"""The stand-in Medplum server and the demo: `medplum_agent.py demo`, `python3 build.py demo`.
+
+The server follows the contract (uplink contract 9). It is the peer of the tests, which switch its faults on. One port
+speaks HTTP and WebSocket. Not for production: no data leaves memory, every client with the right secret may do
+everything. The binaries carry this file beside the agent's own module.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import contextlib
+import dataclasses
+import datetime
+import json
+import socket
+import ssl
+import sys
+import time
+import typing
+import urllib.parse
+import uuid
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import urllib3
+from websockets.datastructures import Headers
+from websockets.frames import Frame, Opcode
+from websockets.http11 import Request
+from websockets.protocol import State as SocketState
+from websockets.server import ServerProtocol
+
+from medplum_agent import (
+    ASTM_TYPE,
+    DICOM_TYPE,
+    END,
+    EXPLICIT,
+    HL7_TYPE,
+    JSON_TYPE,
+    KIB,
+    MIB,
+    READ_BYTES,
+    UPLINK_FRAME_BYTES,
+    WORKLIST_CLASS,
+    Agent,
+    Astm,
+    AstmEvent,
+    FrameAccepted,
+    Header,
+    Json,
+    LocalError,
+    Mllp,
+    Sent,
+    Session,
+    Spool,
+    StreamSettings,
+    Write,
+    build_ack,
+    dataset_of,
+    dump_json,
+    imaging,
+    load_json,
+    mllp_frame,
+    read_ack,
+    records_text,
+    resolve_process,
+    text_records,
+)  # fmt: skip
+
+
+@dataclasses.dataclass
+class Faults:
+    """What the stand-in server does wrong; everything may be changed while it runs."""
+
+    token_failures: int = 0  # the next so many logins are answered with `token_status`
+    token_status: int = 500
+    token_lifetime: float = 3600  # seconds
+    jwt: bool = False  # tokens are JWTs; else opaque
+    login_id: bool = False  # with a login_id claim: the client must ask auth/me
+    read_failures: dict[str, int] = dataclasses.field(default_factory=dict)  # "Endpoint/x" or "Binary" -> HTTP status
+    never_connect: bool = False  # connect requests stay unanswered
+    refuse_connect: str = ""  # connect requests are answered with this agent:error
+    mute_heartbeats: bool = False  # heartbeats of the agent stay unanswered, none are sent
+    silent: bool = False  # transmits are received and never answered
+    delay: Callable[[], float] = lambda: 0.0  # seconds before an answer
+    close_on_transmit: int = 0  # close the connection when the next so many transmits arrive
+    drop_callback: bool = False
+    drop_status: bool = False
+    legacy_names: bool = False
+    binary_frames: bool = False
+    max_frame: int | None = 2**20  # larger frames close the connection with 1009
+
+
+class Transmit(NamedTuple):
+    """A device message that reached the stand-in server."""
+
+    channel: str
+    remote: str
+    body: str
+    callback: str
+    content_type: str
+
+
+BotResult = tuple[int, Any]  # (status code, body)
+
+
+def accepting_bot(transmit: Transmit) -> BotResult:
+    """The usual HL7 Bot: answers AA."""
+    return 200, build_ack(Header(transmit.body), "AA", closing="")
+
+
+class Sandbox:
+    """The stand-in server. `resources` holds FHIR resources by reference; `bot` answers device messages."""
+
+    def __init__(
+        self, resources: Mapping[str, Json], *, client_id: str = "sandbox-client", client_secret: str = "sandbox-secret"
+    ):
+        self.resources = dict(resources)
+        self.faults = Faults()
+        self.bot: Callable[[Transmit], BotResult] = accepting_bot
+        self.transmits: list[Transmit] = []
+        self.errors: list[str] = []  # agent:error texts of agents
+        self.versions: dict[str, str] = {}
+        self.violations: list[str] = []  # what an agent did against the contract
+        self.requests: list[str] = []  # HTTP requests, method and path
+        self.keep_transmits = True
+        self.binaries: dict[str, bytes | Path] = {}  # what was uploaded, by reference
+        self.binary_dir: Path | None = None  # uploads are streamed to files in it; else they are held in memory
+        self.on_transmit: Callable[[Transmit], None] = lambda transmit: None
+        self.agents: dict[str, SandboxSocket] = {}
+        self.port = 0
+        self._client = client_id, client_secret
+        self._tokens: dict[str, float] = {}
+        self._server: asyncio.Server | None = None
+        self._waiting: dict[str, asyncio.Future[Json]] = {}
+        self._connections: set[asyncio.Task[None]] = set()
+
+    async def start(self, port: int = 0, context: ssl.SSLContext | None = None) -> None:
+        self._server = await asyncio.start_server(
+            self._accept, "127.0.0.1", port, ssl=context, limit=UPLINK_FRAME_BYTES
+        )
+        self.port = self._server.sockets[0].getsockname()[1]
+
+    async def stop(self) -> None:
+        """Refuse new connections and cut the open ones."""
+        if self._server is not None:
+            self._server.close()
+        for task in list(self._connections):
+            task.cancel()
+        await asyncio.gather(*self._connections, return_exceptions=True)
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}/"
+
+    # --- HTTP ---
+
+    async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        self._connections.add(task)
+        try:
+            while await self._request(reader, writer):
+                pass
+        except (OSError, asyncio.IncompleteReadError, asyncio.CancelledError):
+            pass
+        finally:
+            self._connections.discard(task)
+            writer.close()
+
+    async def _request(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bool:
+        raw = await reader.readuntil(b"\r\n\r\n")
+        lines = raw.decode("latin-1").split("\r\n")
+        method, target, _ = lines[0].split(" ", 2)
+        headers = Headers(
+            (name, value.strip()) for name, _, value in (line.partition(":") for line in lines[1:] if line)
+        )
+        self.requests.append(f"{method} {target}")
+        if target.split("?")[0] == "/ws/agent":
+            await SandboxSocket(self, reader, writer).run(raw)
+            return False
+        body = await self._body(reader, headers)
+        if method == "GET" and (found := self._binary(target, headers)) is not None:
+            writer.write(
+                f"HTTP/1.1 200 X\r\nContent-Type: {DICOM_TYPE}\r\nContent-Length: {len(found)}\r\n\r\n".encode()
+            )
+            writer.write(found)
+            await writer.drain()
+            return True
+        status, answer = await self._respond(method, target, headers, body)
+        kind, text = "application/fhir+json", dump_json(answer)
+        if answer.get("type") == "agent:transmit:response":  # of a $push: the device's own words
+            kind, text = f"{answer['contentType']}; charset=utf-8", str(answer["body"]).encode()
+        head = f"HTTP/1.1 {status} X\r\nContent-Type: {kind}\r\nContent-Length: {len(text)}\r\n\r\n"
+        writer.write(head.encode() + text)
+        await writer.drain()
+        return True
+
+    async def _body(self, reader: asyncio.StreamReader, headers: Headers) -> bytes | Path:
+        length = int(headers.get("Content-Length", "0"))
+        if self.binary_dir is not None and headers.get("Content-Type") == DICOM_TYPE:
+            return await self._stream(reader, length, self.binary_dir / str(uuid.uuid4()))
+        if "chunked" not in headers.get("Transfer-Encoding", ""):
+            return await reader.readexactly(length)
+        parts = []
+        while size := int(await reader.readline(), 16):
+            parts.append(await reader.readexactly(size))
+            await reader.readline()
+        await reader.readline()
+        return b"".join(parts)
+
+    @staticmethod
+    async def _stream(reader: asyncio.StreamReader, length: int, path: Path) -> Path:
+        with path.open("wb") as file:
+            while length and (block := await reader.read(min(length, MIB))):
+                file.write(block)
+                length -= len(block)
+        return path
+
+    def _binary(self, target: str, headers: Headers) -> bytes | None:
+        content = self.binaries.get(target.removeprefix("/fhir/R4/"))
+        if content is None or not self.token_valid(headers.get("Authorization", "").removeprefix("Bearer ")):
+            return None
+        return content.read_bytes() if isinstance(content, Path) else content
+
+    async def _respond(self, method: str, target: str, headers: Headers, body: bytes | Path) -> tuple[int, Json]:
+        path = urllib.parse.urlsplit(target).path
+        query = dict(urllib.parse.parse_qsl(urllib.parse.urlsplit(target).query))
+        if isinstance(body, bytes) and path == "/oauth2/token":
+            return self._login(dict(urllib.parse.parse_qsl(body.decode())))
+        if self._tokens.get(headers.get("Authorization", "").removeprefix("Bearer "), 0) < time.time():
+            return 401, _outcome("Unauthorized")
+        if path == "/auth/me":
+            return 200, {"profile": {"resourceType": "ClientApplication", "id": self._client[0]}, "project": {}}
+        reference = path.removeprefix("/fhir/R4/")
+        if isinstance(body, bytes) and "$" in reference:
+            return await self._operation(reference, query, body)
+        if status := self.faults.read_failures.get(reference):
+            return status, _outcome("Forbidden" if status == 403 else "Injected failure")
+        if method == "POST":
+            return self._create(reference, body)
+        return (200, self.resources[reference]) if reference in self.resources else (404, _outcome("Not found"))
+
+    def _create(self, kind: str, body: bytes | Path) -> tuple[int, Json]:
+        resource = {"resourceType": kind, "id": body.name if isinstance(body, Path) else str(uuid.uuid4())}
+        self.binaries[f"{kind}/{resource['id']}"] = body
+        return 201, resource
+
+    def _login(self, form: Mapping[str, str]) -> tuple[int, Json]:
+        if self.faults.token_failures > 0:
+            self.faults.token_failures -= 1
+            return self.faults.token_status, {"error": "server_error", "error_description": "Injected failure"}
+        if form.get("grant_type") != "client_credentials" or form.get("client_id") != self._client[0]:
+            return 400, {"error": "invalid_request", "error_description": "Invalid client"}
+        if form.get("client_secret") != self._client[1]:
+            return 400, {"error": "invalid_request", "error_description": "Invalid secret"}
+        expires = time.time() + self.faults.token_lifetime
+        token = self._jwt(expires) if self.faults.jwt else f"opaque-{uuid.uuid4().hex}"
+        self._tokens[token] = expires
+        return 200, {"token_type": "Bearer", "expires_in": self.faults.token_lifetime, "access_token": token}
+
+    def _jwt(self, expires: float) -> str:
+        claims: Json = {"client_id": self._client[0], "exp": expires, "jti": uuid.uuid4().hex}
+        if self.faults.login_id:
+            claims["login_id"] = uuid.uuid4().hex
+        parts = (json.dumps(part).encode() for part in ({"alg": "none"}, claims))
+        return ".".join(base64.urlsafe_b64encode(part).decode().rstrip("=") for part in parts) + ".sandbox"
+
+    def token_valid(self, token: object) -> bool:
+        return isinstance(token, str) and self._tokens.get(token, 0) >= time.time()
+
+    def revoke_tokens(self) -> None:
+        self._tokens.clear()
+
+    # --- operations ---
+
+    _OPERATIONS: typing.ClassVar[Mapping[str, str]] = {
+        "$reload-config": "agent:reloadconfig", "$fetch-logs": "agent:logs", "$stats": "agent:stats",
+        "$upgrade": "agent:upgrade",
+    }  # fmt: skip
+
+    async def _operation(self, reference: str, query: Mapping[str, str], body: bytes) -> tuple[int, Json]:
+        _, agent_id, name = (
+            reference.split("/") if reference.count("/") == 2 else ("", query.get("identifier", ""), reference)
+        )
+        if name == "$status":
+            return 200, self._status(agent_id)
+        if name == "$push":
+            return await self._push(agent_id, load_json(body or b"{}"))
+        if name not in self._OPERATIONS:
+            return 404, _outcome("Not found")
+        extra: Json = {
+            key: int(value) if key == "limit" else value
+            for key, value in query.items()
+            if key in ("limit", "before", "version")
+        }
+        try:
+            answer = await self.ask(agent_id, {"type": f"{self._OPERATIONS[name]}:request", **extra}, 5)
+        except TimeoutError:
+            return 400, _outcome("Timeout")
+        if answer["type"] == "agent:error":
+            return 400, _outcome(answer["body"])
+        return 200, self._operation_result(name, answer)
+
+    @staticmethod
+    def _operation_result(name: str, answer: Json) -> Json:
+        if name == "$fetch-logs":
+            text = "\n".join(dump_json(entry).decode() for entry in answer["logs"])
+            return {"resourceType": "Parameters", "parameter": [{"name": "logs", "valueString": text}]}
+        if name == "$stats":
+            return {
+                "resourceType": "Parameters",
+                "parameter": [{"name": "stats", "valueString": dump_json(answer["stats"]).decode()}],
+            }
+        return _outcome("All OK") | {"id": "ok"}
+
+    def _status(self, agent_id: str) -> Json:
+        status = "connected" if agent_id in self.agents else "disconnected" if agent_id in self.versions else "unknown"
+        version = self.versions.get(agent_id, "unknown")
+        return {
+            "resourceType": "Parameters",
+            "parameter": [{"name": "status", "valueCode": status}, {"name": "version", "valueString": version}],
+        }
+
+    async def ask(self, agent_id: str, request: Json, timeout: float = 5) -> Json:
+        """Send a request to an agent with a callback and wait for its answer; TimeoutError."""
+        callback = f"agent:cb:sandbox:{uuid.uuid4()}"
+        future: asyncio.Future[Json] = asyncio.get_running_loop().create_future()
+        self._waiting[callback] = future
+        if (agent := self.agents.get(agent_id)) is not None:
+            agent.send(request | {"callback": callback})
+        try:
+            return await asyncio.wait_for(future, timeout)
+        finally:
+            del self._waiting[callback]
+
+    async def _push(self, agent_id: str, form: Json) -> tuple[int, Json]:
+        if form.get("resourceType") == "Parameters":
+            form = {entry["name"]: entry.get("valueString") for entry in form.get("parameter", [])}
+        for member in ("body", "contentType", "destination"):
+            if not form.get(member):
+                return 400, _outcome(f"Missing {member} parameter")
+        device = self.resources.get(form["destination"], {})
+        remote = device.get("url") or (form["destination"] if form["contentType"] == "x-application/ping" else "")
+        if not remote:
+            return 400, _outcome("Destination device missing url" if device else "Destination device not found")
+        request = {
+            "type": "agent:transmit:request",
+            "remote": remote,
+            "contentType": form["contentType"],
+            "body": form["body"],
+        }
+        if form.get("returnAck"):
+            request["returnAck"] = form["returnAck"]
+        if form.get("waitForResponse") is not True:
+            if (agent := self.agents.get(agent_id)) is not None:
+                agent.send(request)
+            return 200, _outcome("All OK") | {"id": "ok"}
+        try:
+            answer = await self.ask(agent_id, request, form.get("waitTimeout", 10_000) / 1000)
+        except TimeoutError:
+            return 400, _outcome("Timeout")
+        failed = answer["type"] == "agent:error" or answer.get("statusCode", 200) >= 400
+        return (400, _outcome(answer["body"])) if failed else (200, answer)
+
+    def answered(self, message: Json) -> None:
+        future = self._waiting.get(message.get("callback", ""))
+        if future is not None and not future.done():
+            future.set_result(message)
+
+
+def _outcome(text: str) -> Json:
+    return {
+        "resourceType": "OperationOutcome",
+        "issue": [{"severity": "error", "code": "invalid", "details": {"text": text}}],
+    }
+
+
+class SandboxSocket:
+    """One agent's WebSocket at the stand-in server."""
+
+    def __init__(self, sandbox: Sandbox, reader: asyncio.StreamReader, writer: asyncio.StreamWriter):
+        self.agent_id = ""
+        self._sandbox, self._reader, self._writer = sandbox, reader, writer
+        self._protocol = ServerProtocol(max_size=sandbox.faults.max_frame)
+        self._heartbeat: asyncio.TimerHandle | None = None
+        self._flushing = False
+
+    async def run(self, request: bytes) -> None:
+        """Serve from the bytes of the handshake request on."""
+        self._protocol.receive_data(request)
+        (event,) = self._protocol.events_received()
+        self._protocol.send_response(self._protocol.accept(typing.cast(Request, event)))
+        self._flush()
+        try:
+            while self._protocol.state is SocketState.OPEN and (received := await self._reader.read(256 * KIB)):
+                self._protocol.receive_data(received)
+                for event in self._protocol.events_received():
+                    if isinstance(event, Frame) and event.opcode in (Opcode.TEXT, Opcode.BINARY):
+                        self._received(bytes(event.data))
+                self._flush()
+        finally:
+            if self._sandbox.agents.get(self.agent_id) is self:
+                del self._sandbox.agents[self.agent_id]
+            if self._heartbeat is not None:
+                self._heartbeat.cancel()
+
+    def send(self, message: Json) -> None:
+        if self._protocol.state is SocketState.OPEN:
+            send = self._protocol.send_binary if self._sandbox.faults.binary_frames else self._protocol.send_text
+            send(dump_json(message))
+            if not self._flushing:
+                self._flushing = True
+                asyncio.get_running_loop().call_soon(self._flush)
+
+    def send_raw(self, text: bytes) -> None:
+        """Any text, such as what is not JSON."""
+        self._protocol.send_text(text)
+        self._flush()
+
+    def close(self) -> None:
+        self._writer.transport.abort()
+
+    def _flush(self) -> None:
+        self._flushing = False
+        parts = [part for part in self._protocol.data_to_send() if part]
+        if parts:
+            self._writer.write(b"".join(parts))
+        if self._protocol.close_expected():
+            self._writer.close()
+
+    def _received(self, text: bytes) -> None:
+        message = load_json(text)
+        kind, sandbox = message.get("type"), self._sandbox
+        if kind in ("agent:connect:request", "connect"):
+            self._connect(message)
+        elif not self.agent_id:
+            sandbox.violations.append(f"{kind} before agent:connect:response")
+        elif kind == "agent:transmit:request":
+            self._transmit(message)
+        elif kind == "agent:heartbeat:request":
+            if not sandbox.faults.mute_heartbeats:
+                self.send({"type": "agent:heartbeat:response", "version": "sandbox"})
+        elif kind == "agent:heartbeat:response":
+            sandbox.versions[self.agent_id] = message.get("version", "unknown")
+        else:
+            if kind == "agent:error":
+                sandbox.errors.append(message.get("body", ""))
+            sandbox.answered(message)
+
+    def _connect(self, message: Json) -> None:
+        faults = self._sandbox.faults
+        agent_id = message.get("agentId", "")
+        if faults.never_connect:
+            return
+        if faults.refuse_connect:
+            self.send({"type": "agent:error", "body": faults.refuse_connect})
+        elif not self._sandbox.token_valid(message.get("accessToken")):
+            self.send({"type": "agent:error", "body": "Invalid access token"})
+        elif f"Agent/{agent_id}" not in self._sandbox.resources:
+            self.send({"type": "agent:error", "body": "Not found"})
+        else:
+            self.agent_id = agent_id
+            self._sandbox.agents[agent_id] = self
+            self._sandbox.versions.setdefault(agent_id, "unknown")
+            self.send({"type": "connected" if faults.legacy_names else "agent:connect:response"})
+            self._beat()
+
+    def _beat(self) -> None:
+        if not self._sandbox.faults.mute_heartbeats:
+            self.send({"type": "agent:heartbeat:request"})
+        self._heartbeat = asyncio.get_running_loop().call_later(10, self._beat)
+
+    def _transmit(self, message: Json) -> None:
+        sandbox, faults = self._sandbox, self._sandbox.faults
+        if problem := self._refusal(message):
+            self.send({"type": "agent:error", "body": problem})
+            return
+        transmit = Transmit(
+            message["channel"], message["remote"], message["body"], message.get("callback", ""), message["contentType"]
+        )
+        if sandbox.keep_transmits:
+            sandbox.transmits.append(transmit)
+        sandbox.on_transmit(transmit)
+        if faults.close_on_transmit > 0:
+            faults.close_on_transmit -= 1
+            self.close()
+        elif not faults.silent:
+            delay = faults.delay()
+            if delay > 0:
+                asyncio.get_running_loop().call_later(delay, self._answer, transmit)
+            else:
+                self._answer(transmit)
+
+    def _refusal(self, message: Json) -> str:
+        """Uplink contract 5, in its order."""
+        if not message.get("accessToken"):
+            return "Missing access token"
+        if not message.get("channel"):
+            return "Missing channel"
+        if not message.get("body"):
+            return "Missing body"
+        if not self._sandbox.token_valid(message["accessToken"]):
+            return "Invalid access token"
+        names = [channel["name"] for channel in self._sandbox.resources[f"Agent/{self.agent_id}"].get("channel", [])]
+        if message["channel"] not in names:
+            return "Channel not found"
+        if message["contentType"] == HL7_TYPE and not message["body"].startswith("MSH"):
+            return "Invalid HL7 message"
+        return ""
+
+    def _answer(self, transmit: Transmit) -> None:
+        faults = self._sandbox.faults
+        try:
+            status, body = self._sandbox.bot(transmit)
+        except Exception as error:
+            status, body = 400, json.dumps(_outcome(f"{type(error).__name__}: {error}"))
+        answer: Json = {
+            "type": "transmit" if faults.legacy_names else "agent:transmit:response",
+            "channel": transmit.channel,
+            "remote": transmit.remote,
+            "contentType": transmit.content_type if status < 400 else "application/json",
+            "statusCode": status,
+            "body": "Bot execution logs:\n" if body in (None, "") else body,
+            "callback": transmit.callback,
+        }
+        for member, dropped in (("callback", faults.drop_callback), ("statusCode", faults.drop_status)):
+            if dropped:
+                del answer[member]
+        self.send(answer)
+
+
+def sandbox_resources(agent_id: str, channels: Mapping[str, str], settings: Sequence[Json] = ()) -> dict[str, Json]:
+    """An Agent with one Endpoint for each channel name and address, by reference."""
+    endpoints = {
+        f"Endpoint/{number}": {
+            "resourceType": "Endpoint",
+            "id": str(number),
+            "status": "active",
+            "name": name,
+            "address": address,
+        }
+        for number, (name, address) in enumerate(channels.items(), 1)
+    }
+    entries = [
+        {"name": name, "endpoint": {"reference": reference}, "targetReference": {"reference": "Bot/1"}}
+        for name, reference in zip(channels, endpoints, strict=True)
+    ]
+    agent = {
+        "resourceType": "Agent",
+        "id": agent_id,
+        "name": "Sandbox",
+        "status": "active",
+        "setting": list(settings),
+        "channel": entries,
+    }
+    return {f"Agent/{agent_id}": agent, **endpoints}
+
+
+# --- the demo --------------------------------------------------------------------------------------------------------
+
+DEMO_AGENT = "demo-agent"
+DEMO_CHANNELS = {
+    "ADT": ("mllp", "", "original mode: the device waits for the Bot's answer"),
+    "LAB": ("mllp", "?enhanced=true", "enhanced mode: CA when the message is on disk, the Bot's answer later"),
+    "CHEM": ("tcp", "?mode=astm", "an analyzer speaks ASTM: a result goes up, a query is answered with an order"),
+    "PACS": ("dicom", "", "a CT scanner speaks DICOM: an image goes up, the worklist comes down"),
+}
+DEMO_SESSIONS = {
+    "a result": "H|\\^&|||CHEM1\nP|1||12345\nO|1|TUBE7||^^^GLU\nR|1|^^^GLU|5.4|mmol/L\nL|1|N\n",
+    "a query": "H|\\^&|||CHEM1\nQ|1|^TUBE8||ALL\nL|1|N\n",
+}
+DEMO_ORDER = "H|\\^&|||HOST\nP|1||12345\nO|1|TUBE8||^^^NA\\^^^K\nL|1|N\n"
+DEMO_MESSAGES = {
+    "ADT": "MSH|^~\\&|ADT1|WARD|AGENT|SITE|20260101120000||ADT^A01^ADT_A01|DEMO-1|P|2.5.1\rEVN||20260101120000\r"
+    "PID|1||12345^^^HOSP^MR||EXAMPLE^ANNA||19700101|F\rPV1|1|I|WARD^1^2\r",
+    "LAB": "MSH|^~\\&|LAB1|LAB|AGENT|SITE|20260101120500||ORU^R01^ORU_R01|DEMO-2|P|2.5.1\r"
+    "PID|1||12345^^^HOSP^MR||EXAMPLE^ANNA||19700101|F\rOBR|1|||GLU^Glucose\rOBX|1|NM|GLU^Glucose||5.4|mmol/L\r",
+}
+
+DEMO_IMAGE: Json = {
+    "00080016": {"vr": "UI", "Value": ["1.2.840.10008.5.1.4.1.1.7"]}, "00080018": {"vr": "UI", "Value": ["2.25.7"]},
+    "00080060": {"vr": "CS", "Value": ["CT"]}, "00100010": {"vr": "PN", "Value": [{"Alphabetic": "EXAMPLE^ANNA"}]},
+    "00100020": {"vr": "LO", "Value": ["12345"]}, "0020000D": {"vr": "UI", "Value": ["2.25.5"]},
+    "00280010": {"vr": "US", "Value": [64]}, "00280011": {"vr": "US", "Value": [64]},
+    "7FE00010": {"vr": "OW", "InlineBinary": base64.b64encode(bytes(8192)).decode()},
+}  # fmt: skip
+DEMO_WORKLIST: Json = {
+    "00080050": {"vr": "SH", "Value": ["ACC-9"]}, "00100010": {"vr": "PN", "Value": [{"Alphabetic": "EXAMPLE^ANNA"}]},
+    "00100020": {"vr": "LO", "Value": ["12345"]},
+    "00400100": {"vr": "SQ", "Value": [{"00400002": {"vr": "DA", "Value": ["20260101"]},
+                                        "00400007": {"vr": "LO", "Value": ["CT of the head"]}}]},
+}  # fmt: skip
+
+DEMO_PUSH = (
+    "MSH|^~\\&|CLOUD|SITE|PUMP|WARD|20260101121000||RDS^O13^RDS_O13|DEMO-3|P|2.5.1\rPID|1||12345^^^HOSP^MR\r"
+    "RXD|1|GLUCOSE|20260101121000|5|mg\r"
+)
+
+
+def _free_port(preferred: int) -> int:
+    for port in (preferred, 0):
+        with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", port)) as probe:
+            return int(probe.getsockname()[1])
+    raise LocalError("no free TCP port on this machine")
+
+
+class Demo:
+    """The sandbox, an agent connected to it and two example devices, in one process and without a network."""
+
+    def __init__(self, state_dir: Path, stay: bool):
+        self._stay = stay
+        self.ports = {name: _free_port(56000 + number) for number, name in enumerate(DEMO_CHANNELS)}
+        addresses = {
+            name: f"{scheme}://127.0.0.1:{self.ports[name]}{query}"
+            for name, (scheme, query, _) in DEMO_CHANNELS.items()
+        }
+        self.pump_port = _free_port(56100)
+        device = {"resourceType": "Device", "id": "pump", "url": f"mllp://127.0.0.1:{self.pump_port}"}
+        self.sandbox = Sandbox(sandbox_resources(DEMO_AGENT, addresses) | {"Device/pump": device})
+        self.sandbox.on_transmit = self._show_transmit
+        self.sandbox.bot = self._bot
+        self._state_dir = state_dir
+
+    @staticmethod
+    def say(who: str, text: str) -> None:
+        print(f"{datetime.datetime.now().astimezone():%H:%M:%S}  {who:<8} {text}", flush=True)
+
+    async def run(self, on_agent: Callable[[Agent], None]) -> None:
+        await self.sandbox.start(_free_port(8103))
+        arguments = [self.sandbox.url, "sandbox-client", "sandbox-secret", DEMO_AGENT, "WARN"]
+        config = resolve_process(arguments, {"stateDir": str(self._state_dir)}, {}, None)
+        agent = Agent(config, sys.stderr)
+        on_agent(agent)
+        self.say("server", f"the stand-in Medplum server listens on {self.sandbox.url}")
+        serving = asyncio.create_task(agent.run())
+        await asyncio.wait({serving, asyncio.create_task(agent.started.wait())}, return_when=asyncio.FIRST_COMPLETED)
+        if not serving.done():
+            self.say("agent", f"started, connected to the server; its files are in {self._state_dir}")
+            await self._traffic()
+            self._invite(agent)
+        await serving
+        await self.sandbox.stop()
+
+    async def _traffic(self) -> None:
+        for name, (_, _, meaning) in DEMO_CHANNELS.items():
+            print(f"\n{name} channel, port {self.ports[name]}, {meaning}")
+            if name in DEMO_MESSAGES:
+                await self._device(name, DEMO_MESSAGES[name])
+            elif name == "CHEM":
+                await self._analyzer(self.ports[name])
+            else:
+                await asyncio.to_thread(self._scanner, self.ports[name])
+        print(f"\nFrom the cloud to Device/pump, an infusion pump on port {self.pump_port}: $push")
+        await asyncio.start_server(self._pump, "127.0.0.1", self.pump_port)
+        await self._push()
+
+    async def _analyzer(self, port: int) -> None:
+        """An instrument: sends two sessions, and takes the order that answers the second."""
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        loop, settings = asyncio.get_running_loop(), StreamSettings(mode="astm")
+        core = Astm(settings)
+        orders: list[Session] = []
+
+        def perform(events: Iterable[AstmEvent]) -> None:
+            for event in events:
+                if isinstance(event, Write):
+                    writer.write(event.content)
+                elif isinstance(event, FrameAccepted):
+                    perform(core.committed(loop.time()))
+                elif isinstance(event, Sent):
+                    self.say("analyzer", "every frame was acknowledged")
+                elif isinstance(event, Session):
+                    orders.append(event)
+
+        for what, records in DEMO_SESSIONS.items():
+            self.say("analyzer", f"sends {what}: {_one_line(records.replace(chr(10), chr(13)))}")
+            perform(core.send(text_records(records, settings), loop.time()))
+        while not orders:
+            try:
+                wait = max(0.01, (core.deadline() or loop.time() + 10) - loop.time())
+                perform(core.receive(await asyncio.wait_for(reader.read(4096), wait), loop.time()))
+            except TimeoutError:
+                perform(core.expired(loop.time()))
+        records = records_text(orders[0].records, settings)
+        self.say("analyzer", f"takes the order {_one_line(records.replace(chr(10), chr(13)))}")
+        writer.close()
+
+    def _scanner(self, port: int) -> None:
+        """A CT scanner, in a thread: stores an image and asks for its worklist."""
+        library = imaging()
+        image = dataset_of(DEMO_IMAGE)
+        query = dataset_of({key: {"vr": value["vr"]} for key, value in DEMO_WORKLIST.items()})
+        image.file_meta = library.pydicom.dataset.FileMetaDataset()
+        image.file_meta.TransferSyntaxUID = library.pydicom.uid.UID(EXPLICIT)
+        entity = library.Entity("CT01", Spool(self._state_dir, lambda size: ""))
+        contexts = [library.context(uid, EXPLICIT) for uid in (image.SOPClassUID, WORKLIST_CLASS)]
+        association = entity.associate("127.0.0.1", port, contexts=contexts, ae_title="AGENT")
+        self.say("scanner", f"stores an image of {image.PatientName}")
+        self.say("scanner", f"hears status 0x{association.send_c_store(image).Status:04X}: it is on disk")
+        self.say("scanner", "asks for its worklist")
+        for _, item in association.send_c_find(query, WORKLIST_CLASS):
+            if item is not None:
+                step = item.ScheduledProcedureStepSequence[0]
+                self.say("scanner", f"hears {item.PatientName}: {step.ScheduledProcedureStepDescription}")
+        association.release()
+
+    async def _pump(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """A device that listens: it answers every message with AA."""
+        core = Mllp(MIB)
+        while received := await reader.read(READ_BYTES):
+            for frame in core.receive(received):
+                if isinstance(frame, bytes):
+                    self.say("pump", f"hears {_one_line(frame.decode())}; answers AA")
+                    writer.write(mllp_frame(build_ack(Header(frame.decode()), "AA").encode()))
+        writer.close()
+
+    async def _push(self) -> None:
+        """What a Bot or a person does: POST Agent/<id>/$push and wait for the device's answer."""
+        form = {"destination": "Device/pump", "contentType": HL7_TYPE, "body": DEMO_PUSH, "waitForResponse": True}
+        pool = urllib3.PoolManager()
+        login = {"grant_type": "client_credentials", "client_id": "sandbox-client", "client_secret": "sandbox-secret"}
+
+        def post() -> str:
+            token = pool.request("POST", f"{self.sandbox.url}oauth2/token", fields=login, encode_multipart=False).json()
+            headers = {"Authorization": f"Bearer {token['access_token']}"}
+            url = f"{self.sandbox.url}fhir/R4/Agent/{DEMO_AGENT}/$push"
+            return pool.request("POST", url, json=form, headers=headers).data.decode()
+
+        self.say("caller", f"pushes {_one_line(DEMO_PUSH)}")
+        self.say("caller", f"hears {_one_line(await asyncio.to_thread(post))}")
+
+    async def _device(self, name: str, message: str) -> None:
+        reader, writer = await asyncio.open_connection("127.0.0.1", self.ports[name])
+        self.say("device", f"sends {_one_line(message)}")
+        writer.write(mllp_frame(message.encode()))
+        expected = {"AA"} if name == "ADT" else {"CA", "AA"}
+        while expected:
+            frame = (await asyncio.wait_for(reader.readuntil(END), 10))[1:-2].decode()
+            ack = read_ack(frame)
+            expected.discard(ack.code if ack else "")
+            self.say("device", f"hears {_one_line(frame)}")
+        writer.close()
+
+    def _show_transmit(self, transmit: Transmit) -> None:
+        self.say("server", f"got the message from channel {transmit.channel}, device {transmit.remote}; runs the Bot")
+
+    def _bot(self, transmit: Transmit) -> BotResult:
+        """A Bot as a Bot developer would write it: parse, look, acknowledge."""
+        if transmit.content_type == ASTM_TYPE:
+            return 200, self._laboratory_bot(transmit.body)
+        if transmit.content_type == JSON_TYPE:
+            return 200, self._imaging_bot(load_json(transmit.body))
+        import hl7  # as a Bot would; the agent itself never parses whole messages
+
+        message = hl7.parse(transmit.body if transmit.body.endswith("\r") else transmit.body + "\r")
+        patient = str(message.segment("PID")[3]) if "\rPID" in transmit.body else "no patient"
+        self.say("Bot", f"{message.segment('MSH')[9]} for {patient}: answers AA")
+        return 200, str(message.create_ack("AA", application="SANDBOX", facility="BOT"))
+
+    def _laboratory_bot(self, body: str) -> str:
+        """Q records ask for work: the answer is the order. Results need no answer."""
+        asks = "\nQ|" in body
+        self.say("Bot", "got a query: answers with the order" if asks else "got the result of tube TUBE7")
+        return DEMO_ORDER if asks else ""
+
+    def _imaging_bot(self, request: Json) -> list[Json] | str:
+        """A question is answered with data sets in DICOM JSON; an image is a Binary by now, and needs no answer."""
+        if request.get("command") == "C-FIND":
+            self.say("Bot", f"got a {request['level']} query: answers with one procedure")
+            return [DEMO_WORKLIST]
+        self.say("Bot", f"got the image as {request['binary']['reference']}")
+        return ""
+
+    def _invite(self, agent: Agent) -> None:
+        if not self._stay:
+            agent.stop()
+            return
+        port = self.ports["LAB"]
+        form = "grant_type=client_credentials&client_id=sandbox-client&client_secret=sandbox-secret"
+        login = f"curl -s -d '{form}' {self.sandbox.url}oauth2/token"
+        print(
+            f"\nThe channels stay open for senders on this machine, HL7 on {self.ports['ADT']} and {port}, ASTM on "
+            f"{self.ports['CHEM']}, DICOM on {self.ports['PACS']}. Try\n\n"
+            f"  echoscu 127.0.0.1 {self.ports['PACS']}                                                    (dcmtk)\n"
+            f"  mllp_send --loose --file your-message.hl7 --port {port} localhost        (pip install hl7)\n"
+            f"  npx @medplum/cli hl7 send --generate-example 127.0.0.1 {self.ports['ADT']}\n"
+            f'  TOKEN=$({login} | sed \'s/.*access_token":"//;s/".*//\')\n'
+            f"  curl -s -H \"Authorization: Bearer $TOKEN\" '{self.sandbox.url}fhir/R4/Agent/{DEMO_AGENT}/$stats'\n\n"
+            "Ctrl-C ends the demo.",
+            flush=True,
+        )
+
+
+def _one_line(message: str) -> str:
+    segments = message.rstrip("\r").split("\r")
+    return " / ".join(segment if len(segment) < 70 else segment[:67] + "..." for segment in segments)
