@@ -6,8 +6,11 @@ folders .venv, .peers, build and dist beside this file; the one exception is Deb
 it installs where it may (root, apt-get).
 """
 
+import ast
 import hashlib
 import importlib.util
+import io
+import itertools
 import json
 import os
 import platform
@@ -15,7 +18,8 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+import tokenize
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NamedTuple, NoReturn
 
@@ -263,6 +267,115 @@ def readme_is_current() -> bool:
     return False
 
 
+# --- The size of medplum_agent.py ------------------------------------------------------------------------------------
+
+LAYOUT = {"COMMENT", "NL", "NEWLINE", "INDENT", "DEDENT", "ENCODING", "ENDMARKER"}  # tokens that say nothing
+FSTRING_BEGINS, FSTRING_ENDS = {"FSTRING_START", "TSTRING_START"}, {"FSTRING_END", "TSTRING_END"}
+BANNER = re.compile(r"^# ={20,}\n# (.+)\n(?:#.*\n)*?# ={20,}\n", re.MULTILINE)
+TITLE = re.compile(r"([^()]+?)(?: \((\d+) lines, (\d+) tokens\))?")  # as in `Store (730 lines, 5600 tokens)`
+
+
+class Section(NamedTuple):
+    """From the first line of its banner to the line before the next one; line numbers start at 1."""
+
+    title: str
+    first: int
+    last: int
+    lines: int | None = None  # its budget; None: none is set
+    tokens: int | None = None
+
+
+class Count(NamedTuple):
+    """How many lines, tokens, classes or rows there are in a section or in the whole; `place` is the budget's."""
+
+    name: str
+    unit: str
+    found: int
+    budget: int | None
+    place: str
+
+
+def sections(source: str) -> list[Section]:
+    """The sections of a module; what stands before the first banner is the Head."""
+    banners = list(BANNER.finditer(source))
+    firsts = [source.count("\n", 0, banner.start()) + 1 for banner in banners] + [source.count("\n") + 1]
+    found = [Section("Head", 1, firsts[0] - 1)]
+    for banner, first, following in zip(banners, firsts, firsts[1:], strict=False):
+        title = TITLE.fullmatch(banner[1])
+        if title is None:
+            raise BuildError(f"the banner '{banner[1]}' is neither a title nor `Title (730 lines, 5600 tokens)`")
+        lines, tokens = (None if number is None else int(number) for number in title.groups()[1:])
+        found.append(Section(title[1], first, following - 1, lines, tokens))
+    return found
+
+
+def token_lines(source: str) -> list[int]:
+    """The line of every token that is code: no layout, comment or docstring.
+
+    An f-string is one token, as it was before Python 3.12: the count is the same on every Python.
+    """
+    docstrings = docstring_positions(ast.parse(source))
+    found, depth = [], 0
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        kind = tokenize.tok_name[token.type]
+        depth += (kind in FSTRING_BEGINS) - (kind in FSTRING_ENDS)
+        if depth == 0 and kind not in LAYOUT and token.start not in docstrings:  # of an f-string: its last part
+            found.append(token.start[0])
+    return found
+
+
+def docstring_positions(tree: ast.Module) -> set[tuple[int, int]]:
+    """Line and column where each docstring begins."""
+    owners = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    firsts = (node.body[0] for node in ast.walk(tree) if isinstance(node, owners) and node.body)
+    return {
+        (first.lineno, first.col_offset)
+        for first in firsts
+        if isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant) and isinstance(first.value.value, str)
+    }
+
+
+def counts(source: str, budget: Mapping[str, int]) -> list[Count]:
+    """Every section, then the whole, whose budget is pyproject.toml's."""
+    tokens = token_lines(source)
+    found: list[Count] = []
+    for title, first, last, *budgets in sections(source):
+        sizes = last - first + 1, sum(first <= line <= last for line in tokens)
+        found += map(Count, (title,) * 2, ("lines", "tokens"), sizes, budgets, ("beside the banner",) * 2)
+    nodes = list(ast.walk(ast.parse(source)))
+    whole = {
+        "lines": source.count("\n"),
+        "tokens": len(tokens),
+        "classes": sum(isinstance(node, ast.ClassDef) for node in nodes),
+        "settings": sum(isinstance(node, ast.Call) and ast.unparse(node.func) == "setting" for node in nodes),
+    }
+    for unit, size in whole.items():
+        name = "whole" if unit in ("lines", "tokens") else unit
+        found.append(Count(name, unit, size, budget.get(unit), "in pyproject.toml"))
+    return found
+
+
+def size_table(found: list[Count]) -> str:
+    lines = [f"{'section':<18}{'lines':>7}{'budget':>8}{'tokens':>8}{'budget':>8}"]
+    for name, group in itertools.groupby(found, key=lambda count: count.name):
+        sizes = ((count.found, "-" if count.budget is None else count.budget) for count in group)
+        cells = (f"{size:>{width}}{budget:>8}" for (size, budget), width in zip(sizes, (7, 8), strict=False))
+        lines.append(f"{name:<18}{''.join(cells)}")
+    return "\n".join(lines)
+
+
+def module_is_within_budget() -> bool:
+    """Print how large the module is, and what is above its budget."""
+    pyproject = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))
+    found = counts(AGENT.read_text("utf-8"), pyproject["tool"]["medplum-agent"]["budget"])
+    print(size_table(found), flush=True)
+    above = [count for count in found if count.budget is not None and count.found > count.budget]
+    for name, unit, size, budget, place in above:
+        remedy = f"take it from elsewhere, or raise the number {place} with its reason"
+        say(f"{name}: {size} {unit}, {size - (budget or 0)} above the budget: {remedy}")
+    return not above
+
+
 # --- The binary ------------------------------------------------------------------------------------------------------
 
 
@@ -366,13 +479,14 @@ def lock() -> None:
 
 
 def lint() -> None:
-    """check rules, format, types, and README.md's settings"""
+    """check rules, format, types, README.md's settings, and the size of medplum_agent.py"""
     ensure("runtime", "test")
     checks = (
         succeeds(PYTHON, "-m", "ruff", "check", "--quiet", "."),
         succeeds(PYTHON, "-m", "ruff", "format", "--quiet", "--check", "."),
         succeeds(PYTHON, "-m", "mypy", "--strict", "medplum_agent.py", "build.py", "tests", "packaging"),
         readme_is_current(),
+        module_is_within_budget(),
     )
     if not all(checks):
         raise BuildError("the checks above failed (python3 build.py format mends what can be mended by itself)")
@@ -397,9 +511,10 @@ def readme(*arguments: str) -> None:
 
 
 def bench(*arguments: str) -> None:
-    """measure; --imaging: DICOM; --programs: size, start and memory of dist/; else tests/bench/bench.py"""
+    """measure; --imaging: DICOM; --programs: dist/; --trace: what a message passes; else tests/bench/bench.py"""
     ensure("runtime", "test")
-    script = {"--imaging": "imaging.py", "--programs": "programs.py"}.get(arguments[0] if arguments else "")
+    scripts = {"--imaging": "imaging.py", "--programs": "programs.py", "--trace": "trace.py"}
+    script = scripts.get(arguments[0] if arguments else "")
     become(PYTHON, ROOT / "tests/bench" / (script or "bench.py"), *arguments[1 if script else 0 :])
 
 

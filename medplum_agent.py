@@ -13,8 +13,8 @@ or kept as a dead letter with its bytes and a reason a person can act on.
 
 The file is read top to bottom; sections look only upwards:
 
-    Version, limits · Errors · Settings · Logs · HL7 · MLLP · Byte stream · ASTM · Store · FHIR · Uplink ·
-    Delivery · Channels · Devices · DICOM · Agent · Command line
+    Version, limits · Errors · Settings · Logs · HL7 · MLLP · Byte stream · ASTM · Store · FHIR · Delivery · Uplink ·
+    Lines · Channels · Devices · DICOM · Agent · Command line
 """
 
 from __future__ import annotations
@@ -22,14 +22,10 @@ from __future__ import annotations
 import argparse
 import asyncio
 import base64
-import collections
-import concurrent.futures
-import contextlib
 import dataclasses
 import datetime
 import enum
 import errno
-import functools
 import gc
 import io
 import ipaddress
@@ -38,10 +34,8 @@ import json
 import logging
 import math
 import os
-import queue
 import random
 import re
-import select
 import shutil
 import signal
 import socket
@@ -58,10 +52,16 @@ import urllib.request
 import uuid
 import warnings
 from asyncio.sslproto import SSLProtocol
-from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, asynccontextmanager, suppress
+from dataclasses import dataclass
+from functools import cache, cached_property, lru_cache, partial
+from operator import attrgetter
 from pathlib import Path
-from typing import Any, Final, NamedTuple, NoReturn, TypeVar
+from queue import Empty, SimpleQueue
+from typing import Any, Final, NamedTuple, NoReturn, TypeVar, cast
 
 import certifi
 import tomli
@@ -77,8 +77,6 @@ if typing.TYPE_CHECKING:
     from pydicom import Dataset
     from pynetdicom.ae import ApplicationEntity as AE
     from pynetdicom.association import Association
-    from pynetdicom.events import Event
-    from pynetdicom.transport import AssociationSocket
 
 try:
     from websockets.speedups import apply_mask
@@ -158,18 +156,19 @@ UPLINK_BUFFER_BYTES = MIB  # unsent bytes in the socket above which no further m
 PUSH_WAIT_SECS = 9.0  # a push that a caller waits for: below the server's default of 10 s, so that it hears why
 PUSH_ANSWER_BYTES = 1_000_000  # a device's answer; the server closes the connection at 1 MiB by default
 PUSH_STORED_SECS = 30.0  # one try of a stored push
+PUSH_FRAME_BYTES = 16 * MIB  # of what a device answers, before it is looked at
+LATE_ACK_SECS = 2.0  # a connection whose push ended without its ACK is kept for it so long, and then closed
+HANG_UP_SECS = 1.0  # a device may take so long to close its side of a connection that makes way for another
 PUSHED_IDS = 256  # pushes to connected devices whose late ACKs are still known
 DEVICE_IDLE_SECS = 10.0  # without keepAlive an unused device connection is closed after this time
 DICOM_PUSH_SECS = 600.0  # one try of a stored push to an imaging device: large objects, slow archives
 DICOM_PUSHES = 8  # pushes to imaging devices under way at once
 DIMSE_SECS = 60.0  # to wait for the peer's answer to a DIMSE request of ours
-IDLE_POLL_SECS = 0.05  # threads of an association look for time-outs this often
-CANCEL_POLL_SECS = 0.1  # a device that waits for the Bot may cancel
+SENT_PDU_BYTES = 128 * KIB  # largest PDU that we send, where the device takes any
+COMMAND_BYTES = 64 * KIB  # a DIMSE command
+SPOOL_BLOCK_BYTES = 512 * KIB  # of an object, written in one go
+DICOM_BUFFER_BYTES = 256 * KIB  # read from an imaging device in one go, and unsent to it
 PDU_BYTES = MIB + KIB  # a longer PDU is not read: more than maxPdu can be, and than association requests are
-QUEUED_PDUS = 16  # encoded and not yet sent: 2 MiB
-STORE_WAIT_SECS = 60.0  # for a message of an association to be on disk
-GIVE_WAY_SECS = 0.002  # for so long after bytes from a device, threads of associations leave the interpreter to it
-GIVE_WAY_MAX_SECS = 0.005  # at most so long at a time: a site that is always busy still wants its images
 INLINE_BYTES = 4096  # base64 of a binary value that may be part of the JSON
 LARGE_VALUE_BYTES = 512 * KIB  # a value above this is not read for the JSON
 BODY_BYTES = 900_000  # of a message's JSON inside its frame; the server closes the connection at 1 MiB by default
@@ -190,6 +189,29 @@ Json = dict[str, Any]
 def now_ms() -> int:
     """Epoch milliseconds: the unit of every time in the store."""
     return time.time_ns() // 1_000_000
+
+
+def back_off(failures: int) -> float:
+    """Seconds before the next try to connect: full jitter below a bound that doubles."""
+    return random.uniform(0, min(RECONNECT_MAX_SECS, RECONNECT_BASE_SECS * 2 ** min(failures, 10)))
+
+
+_tasks: set[asyncio.Task[Any]] = set()
+
+
+def spawn(work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
+    """A task that is held on to; what it raises and nobody expects goes to the loop's exception handler."""
+    task = asyncio.get_running_loop().create_task(work, name=getattr(work, "__qualname__", None))
+    _tasks.add(task)
+    task.add_done_callback(_done)
+    return task
+
+
+def _done(task: asyncio.Task[Any]) -> None:
+    _tasks.discard(task)
+    if not task.cancelled() and (error := task.exception()) is not None and not isinstance(error, AgentError):
+        context = {"message": f"Internal error: {type(error).__name__} in {task.get_name()}", "exception": error}
+        task.get_loop().call_exception_handler(context)
 
 
 # =====================================================================================================================
@@ -246,6 +268,11 @@ class ServerError(PeerError):
         super().__init__(text)
         self.status = status
 
+    @property
+    def transient(self) -> bool:
+        """It may pass by itself."""
+        return self.status in (0, 429) or self.status >= 500
+
 
 # =====================================================================================================================
 # Settings
@@ -284,6 +311,7 @@ def ae_titles(text: str) -> list[str]:
     return titles
 
 
+@cache
 def networks(text: str) -> list[ipaddress.IPv4Network | ipaddress.IPv6Network]:
     """Comma-separated addresses and networks; ValueError names the bad one."""
     return [ipaddress.ip_network(part.strip(), strict=False) for part in text.split(",") if part.strip()]
@@ -301,7 +329,7 @@ def destinations(text: str) -> dict[str, Peer]:
     return found
 
 
-@functools.cache
+@cache
 def parse_key(spec: str) -> tuple[FieldPath, ...]:
     """`SEG-field[.component[.subcomponent]]`, comma separated; ValueError names the bad part."""
     paths = []
@@ -338,58 +366,45 @@ def auto_responses(text: str) -> dict[bytes, bytes]:
     return rules
 
 
-def encoding_problem(name: str) -> str:
-    """Why text in this encoding cannot be framed by MLLP, or ``: ASCII, with the marks, must stay as it is."""
+def check_encoding(name: str) -> None:
+    """ValueError where text in this encoding cannot be framed by MLLP: ASCII, with the marks, must stay as it is."""
     ascii_text = "".join(map(chr, range(1, 127)))
     try:
         if ascii_text.encode(name, "replace") == ascii_text.encode():
-            return ""
+            return
     except LookupError:
-        return f"encoding '{name}' is unknown; use a name such as utf-8, iso-8859-1 or windows-1252"
+        text = f"encoding '{name}' is unknown; use a name such as utf-8, iso-8859-1 or windows-1252"
+        raise ValueError(text) from None
     except (UnicodeError, ValueError):
         pass
-    return f"encoding '{name}' cannot be framed by MLLP; use utf-8 or a single-byte encoding"
-
-
-def check_encoding(name: str) -> None:
-    """ValueError for an encoding that cannot be used."""
-    if problem := encoding_problem(name):
-        raise ValueError(problem)
+    raise ValueError(f"encoding '{name}' cannot be framed by MLLP; use utf-8 or a single-byte encoding")
 
 
 def setting(
-    default: T,
-    label: str,
-    meaning: str,
-    *,
-    low: float | None = None,
-    high: float | None = None,
-    choices: tuple[str, ...] = (),
-    agent: str = "",
-    env: str = "",
-    check: Callable[[str], object] | None = None,
+    default: T, label: str, meaning: str, *, low: float | None = None, high: float | None = None,
+    choices: tuple[str, ...] = (), agent: str = "", env: str = "", check: Callable[[str], object] | None = None,
     guard: bool = False,
-) -> T:
+) -> T:  # fmt: skip
     """One row of the table of settings: `agent` names the Agent setting a channel falls back to.
 
-    `guard`: it keeps somebody out, so a bad value is an error and never left at its default.
+    `check` raises ValueError. `guard`: a bad value is an error and never left at its default.
     """
-    row: dict[str, Any] = {
-        "label": label,
-        "meaning": meaning,
-        "low": low,
-        "high": high,
-        "choices": choices,
-        "agent": agent,
-        "env": env,
-        "guard": guard,
-    }
-    row["check"] = check  # raises ValueError for text that cannot be used
-    return typing.cast(T, dataclasses.field(default=typing.cast(Any, default), metadata=row))
+    row = {name: value for name, value in locals().items() if name != "default"}
+    return cast(T, dataclasses.field(default=cast(Any, default), metadata=row))
+
+
+def again(cls: type[Any], name: str, default: T, **other: Any) -> T:
+    """The same row with another default."""
+    return cast(T, dataclasses.field(default=cast(Any, default), metadata={**rows_of(cls)[name].metadata, **other}))
+
+
+def rows_of(cls: type[Any]) -> dict[str, dataclasses.Field[Any]]:
+    """The rows of a settings class by name."""
+    return {row.name: row for row in dataclasses.fields(cls)}
 
 
 # fmt: off
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class LoggerSettings:
     """`logger.main.*` and `logger.channel.*`; `[logger.main]` in agent.toml."""
 
@@ -399,7 +414,7 @@ class LoggerSettings:
     filesToKeep: int = setting(10, "Files kept", "newest files kept, older ones are deleted", low=1)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class ProcessSettings:
     """What one agent process needs to start: arguments, then environment, then agent.toml or agent.properties."""
 
@@ -417,7 +432,7 @@ class ProcessSettings:
     compression: bool = setting(False, "Compression", "compress the uplink (costs 30-60 % of its speed)")
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class AgentSettings:
     """`Agent.setting[]`: the first entry of a name counts, and only its value member of the right type."""
 
@@ -437,25 +452,10 @@ class AgentSettings:
     queueSweepIntervalSecs: int = setting(3600, "Sweep interval", "seconds between two retention sweeps", low=1)
     queueMaxMb: int = setting(0, "Queue limit",
         "queue size (MiB) above which devices get CE/AE; 0: until the disk is nearly full", low=0)
-    channelRetryMode: str = setting("", "Retry mode", "default of retryMode for all channels", choices=RETRY_MODES)
-    channelAutoRetryBaseDelayMs: int = setting(1000, "Retry base delay", "first back-off (ms)", low=1)
-    channelAutoRetryMaxDelayMs: int = setting(60_000, "Retry delay limit", "largest back-off (ms)", low=1)
-    channelAutoRetryMaxAttempts: int = setting(20, "Retry attempts",
-        "tries before a message becomes a dead letter; 0: no limit", low=0)
-    channelAutoRetryBackoffMultiplier: float = setting(2.0, "Retry multiplier", "growth of the back-off", low=1)
-    channelMaxWorkers: int = setting(64, "Workers", "messages of a channel in flight at once", low=1, high=500)
-    channelLogicalChannelKey: str = setting("", "Ordering key", "default of logicalChannelKey for all channels",
-        check=parse_key)
-    deadLetterAfterHours: int = setting(72, "Dead-letter age",
-        "hours of failed tries after which a message becomes a dead letter; 0: no limit", low=0)
-    botErrorAck: str = setting("AE", "Answer to a Bot failure",
-        "default of botErrorAck for all channels", choices=("AE", "AR", "none"))
-    botEmptyAck: str = setting("AA", "Answer of a silent Bot",
-        "default of botEmptyAck for all channels", choices=("AA", "AE", "none"))
     strictConfigValidation: bool = setting(False, "Strict validation", "a configuration warning rejects the reload")
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class ChannelSettings:
     """Query parameters of the address of any channel: delivery and connections."""
 
@@ -471,8 +471,8 @@ class ChannelSettings:
     autoRetryBackoffMultiplier: float = setting(2.0, "Retry multiplier",
         "growth of the back-off", low=1, agent="channelAutoRetryBackoffMultiplier")
     deadLetterAfterHours: int = setting(72, "Dead-letter age",
-        "hours of failed tries after which a message becomes a dead letter; 0: no limit",
-        low=0, agent="deadLetterAfterHours")
+        "hours of failed tries after which a message becomes a dead letter; 0: no limit", low=0,
+        agent="deadLetterAfterHours")
     maxWorkers: int = setting(64, "Workers",
         "messages in flight at once; 1 keeps the whole channel in order", low=1, high=500, agent="channelMaxWorkers")
     responseTimeoutSecs: float = setting(60.0, "Response time-out", "seconds to wait for the Bot's answer", low=0.1)
@@ -482,6 +482,9 @@ class ChannelSettings:
         "a silent connection is closed after so many seconds; 0: never", low=0)
     frameTimeoutSecs: float = setting(60.0, "Frame time-out",
         "a connection that stops inside a message is closed after so many seconds; 0: never", low=0)
+    peers: str = setting("", "Peers",
+        "addresses and networks such as `10.1.0.0/16` that may connect, comma separated; default: any",
+        check=networks, guard=True)
     tls: bool = setting(False, "TLS", "listen with TLS; `mllps://` and `dicoms://` imply it")
     certFile: str = setting("", "Certificate", "PEM file of our certificate, for TLS")
     keyFile: str = setting("", "Key", "PEM file of its key, when it is not in certFile")
@@ -489,11 +492,11 @@ class ChannelSettings:
     handshakeTimeoutSecs: float = setting(10.0, "Handshake time-out", "seconds for the TLS handshake", low=0.1)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class Hl7Settings(ChannelSettings):
     """Query parameters of an `mllp://` Endpoint address."""
 
-    encoding: str = setting("utf-8", "Encoding", "character encoding of the device")
+    encoding: str = setting("utf-8", "Encoding", "character encoding of the device", check=check_encoding, guard=True)
     enhanced: str = setting("", "Enhanced mode",
         "`true`: CA when stored, Bot's answer later; `aa`: AA when stored", choices=("true", "aa"))
     appLevelAck: str = setting("AL", "Application ACK",
@@ -511,17 +514,33 @@ class Hl7Settings(ChannelSettings):
         "MSA-1 sent in original mode when the Bot failed", choices=("AE", "AR", "none"), agent="botErrorAck")
     botEmptyAck: str = setting("AA", "Answer of a silent Bot",
         "MSA-1 sent in original mode when the Bot returned nothing", choices=("AA", "AE", "none"), agent="botEmptyAck")
-    ackFormat: str = setting("standard", "ACK bytes",
-        "`reference` leaves the last carriage return away", choices=("standard", "reference"))
 
 
-@dataclasses.dataclass(frozen=True)
-class StreamSettings(ChannelSettings):
+@dataclass(frozen=True)
+class BytesSettings:
+    """What a channel and a Device.url have in common where the device speaks no HL7."""
+
+    mode: str = setting("raw", "Mode", "what the device speaks: framed bytes, or ASTM sessions of records",
+        choices=("raw", "astm"))
+    bodyEncoding: str = setting("hex", "Body", "raw: how body and answer are written; ASTM bodies are always text",
+        choices=("hex", "utf-8", "utf8"))
+    checksum: str = setting("on", "Checksum", "ASTM: `off` for instruments without one", choices=("on", "off"))
+    maxFrame: int = setting(240, "Frame size", "ASTM: most characters of text in a frame that we send",
+        low=1, high=64_000)
+    replyTimeoutSecs: float = setting(15.0, "Reply time-out", "ASTM: seconds to wait for ACK or NAK", low=0.1)
+    contentionTimeoutSecs: float = setting(20.0, "Contention time-out",
+        "ASTM: seconds to wait after both sides asked to send", low=0.1)
+    nakDelaySecs: float = setting(10.0, "NAK delay", "ASTM: seconds to wait when the instrument is busy", low=0.1)
+
+
+@dataclass(frozen=True)
+class StreamSettings(ChannelSettings, BytesSettings):
     """Query parameters of a `tcp://` or `serial:` Endpoint address; repeated list parameters are joined by commas."""
 
+    maxMessageBytes: int = again(ChannelSettings, "maxMessageBytes", 8 * MIB)
+    encoding: str = again(Hl7Settings, "encoding", "latin-1")
     startChar: str = setting("", "Start", "raw: byte or bytes that start a message", check=byte_sequence)
     endChar: str = setting("", "End", "raw: byte or bytes that end a message", check=byte_sequence)
-    mode: str = setting("raw", "Mode", "what the device speaks", choices=("raw", "astm"))
     autoRespond: str = setting("", "Automatic answers",
         "raw: `<pattern>:<response>`, repeatable; answered wherever the pattern is received", check=auto_responses)
     stripSequence: str = setting("", "Strip sequences", "raw: byte sequences removed from the body, repeatable",
@@ -529,26 +548,15 @@ class StreamSettings(ChannelSettings):
     stripControlChars: bool = setting(False, "Strip control characters", "raw: remove bytes below 0x20 from the body")
     keepControlChars: str = setting("", "Keep control characters", "raw: bytes that stripControlChars leaves",
         check=byte_sequences)
-    bodyEncoding: str = setting("hex", "Body", "raw: how the body is written; ASTM bodies are always text",
-        choices=("hex", "utf-8", "utf8"))
     ignoreResponse: bool = setting(False, "Ignore answers", "do not write the Bot's answer to the device")
-    maxMessageBytes: int = setting(8 * MIB, "Message size", "larger messages are refused (bytes)", low=1024)
-    checksum: str = setting("on", "Checksum", "ASTM: `off` for instruments without one", choices=("on", "off"))
     strictFrameNumbers: bool = setting(False, "Strict frame numbers",
         "ASTM: NAK a frame out of sequence instead of accepting it with a warning")
     requireTerminator: bool = setting(False, "Require L record",
         "ASTM: a session that ends without its L record counts as interrupted; for instruments that always send one")
     ackEot: bool = setting(False, "ACK of EOT", "ASTM: acknowledge EOT, against the standard, for analyzers that wait")
-    maxFrame: int = setting(240, "Frame size", "ASTM: most characters of text in a frame that we send",
-        low=1, high=64_000)
-    encoding: str = setting("latin-1", "Encoding", "ASTM: character encoding of the records", check=check_encoding)
     role: str = setting("server", "Role", "`client`: we connect to the device", choices=("server", "client"))
     receiveTimeoutSecs: float = setting(30.0, "Receive time-out",
         "ASTM: a session that is silent for so many seconds is interrupted", low=0.1)
-    replyTimeoutSecs: float = setting(15.0, "Reply time-out", "ASTM: seconds to wait for ACK or NAK", low=0.1)
-    contentionTimeoutSecs: float = setting(20.0, "Contention time-out",
-        "ASTM: seconds to wait after both sides asked to send", low=0.1)
-    nakDelaySecs: float = setting(10.0, "NAK delay", "ASTM: seconds to wait when the instrument is busy", low=0.1)
     baudRate: int = setting(9600, "Baud rate", "serial: bits a second", low=50)
     dataBits: int = setting(8, "Data bits", "serial: 5 to 8", low=5, high=8)
     parity: str = setting("none", "Parity", "serial", choices=("none", "even", "odd", "mark", "space"))
@@ -556,26 +564,20 @@ class StreamSettings(ChannelSettings):
     flow: str = setting("none", "Flow control", "serial", choices=("none", "rtscts", "xonxoff"))
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class DicomSettings(ChannelSettings):
     """Query parameters of a `dicom://` or `dicoms://` Endpoint address."""
 
-    maxMessageBytes: int = setting(0, "Object size",
-        "larger objects are refused (bytes); 0: as long as the disk and queueMaxMb have room", low=0)
-    maxConnections: int = setting(50, "Associations", "associations at once; further ones are rejected", low=1)
-    idleTimeoutSecs: float = setting(60.0, "Idle time-out",
-        "a silent association is aborted after so many seconds; 0: never", low=0)
-    frameTimeoutSecs: float = setting(60.0, "PDU time-out",
-        "a connection that stops inside a PDU is closed after so many seconds; 0: never", low=0)
+    maxMessageBytes: int = again(ChannelSettings, "maxMessageBytes", 0, low=0,
+        meaning="larger objects are refused (bytes); 0: as long as the disk and queueMaxMb have room")
+    maxConnections: int = again(ChannelSettings, "maxConnections", 50)
+    idleTimeoutSecs: float = again(ChannelSettings, "idleTimeoutSecs", 60.0)
     associationTimeoutSecs: float = setting(30.0, "Association time-out",
         "seconds for the association request, and for the release", low=0.1)
     calledAeTitle: str = setting("", "Called AE title",
         "our AE title: associations that call another are rejected; default: any", check=ae_titles, guard=True)
     callingAeTitles: str = setting("", "Calling AE titles",
         "AE titles that may associate, comma separated; default: any", check=ae_titles, guard=True)
-    peers: str = setting("", "Peers",
-        "addresses and networks such as `10.1.0.0/16` that may connect, comma separated; default: any",
-        check=networks, guard=True)
     maxPdu: int = setting(131_072, "PDU size", "largest PDU that we receive (bytes)", low=4096, high=MIB)
     moveDestinations: str = setting("", "Move destinations",
         "`AETITLE@host:port`, comma separated: where C-MOVE may send to, and storage commitment reports go",
@@ -584,11 +586,11 @@ class DicomSettings(ChannelSettings):
         "MPPS: seconds to wait for the Bot's answer before success is reported (the request is on disk)", low=0)
 
 
-@dataclasses.dataclass(frozen=True)
-class DeviceSettings:
+@dataclass(frozen=True)
+class DeviceSettings(BytesSettings):
     """Query parameters of a Device.url that is pushed to."""
 
-    encoding: str = setting("utf-8", "Encoding", "character encoding of the device")
+    encoding: str = again(Hl7Settings, "encoding", "utf-8")
     defaultReturnAck: str = setting("first", "ACK awaited", "`first`: any; `application`: not a CA",
         choices=("first", "application"))
     connectTimeoutSecs: float = setting(5.0, "Connect time-out", "seconds to connect", low=0.1)
@@ -599,26 +601,10 @@ class DeviceSettings:
     caFile: str = setting("", "CA file", "PEM file of further authorities for the device's certificate")
     certFile: str = setting("", "Client certificate", "PEM file of our certificate, if the device wants one")
     keyFile: str = setting("", "Client key", "PEM file of its key, when it is not in certFile")
-    mode: str = setting("raw", "Mode", "`tcp://` only: `astm` sends the body's records as an ASTM session",
-        choices=("raw", "astm"))
-    bodyEncoding: str = setting("hex", "Body", "`tcp://` only: how body and answer are written",
-        choices=("hex", "utf-8"))
     endChar: str = setting("", "End character", "`tcp://` only: wait for an answer up to this character")
-    checksum: str = setting("on", "Checksum", "ASTM: `off` for instruments without one", choices=("on", "off"))
-    maxFrame: int = setting(240, "Frame size", "ASTM: most characters of text in a frame", low=1, high=64_000)
-    replyTimeoutSecs: float = setting(15.0, "Reply time-out", "ASTM: seconds to wait for ACK or NAK", low=0.1)
-    contentionTimeoutSecs: float = setting(20.0, "Contention time-out",
-        "ASTM: seconds to wait after both sides asked to send", low=0.1)
-    nakDelaySecs: float = setting(10.0, "NAK delay",
-        "ASTM: seconds to wait when the instrument is busy; a push that is waited for has 9 s in all", low=0.1)
     callingAeTitle: str = setting("MEDPLUM", "Calling AE title", "`dicom://` only: our AE title",
         check=ae_titles, guard=True)
 # fmt: on
-
-
-def rows_of(cls: type[Any]) -> dict[str, dataclasses.Field[Any]]:
-    """The rows of a settings class by name."""
-    return {row.name: row for row in dataclasses.fields(cls)}
 
 
 def kind_of(row: dataclasses.Field[Any]) -> str:
@@ -634,9 +620,13 @@ def parse_setting(row: dataclasses.Field[Any], value: Any) -> Any:
     if kind == "string":
         if not isinstance(value, str):
             raise ValueError("must be text in quotes")
-        if meta["check"] and value:
+        if meta["check"] and (value or meta["guard"]):
             meta["check"](value)
-        return _parse_choice(value.strip(" "), meta["choices"])  # control characters may be what is meant
+        value = value.strip(" ")  # control characters may be what is meant
+        match = next((choice for choice in meta["choices"] if choice.lower() == value.lower()), None)
+        if meta["choices"] and match is None:
+            raise ValueError(f"must be one of {', '.join(meta['choices'])}")
+        return match or value
     number = _parse_number(kind, value)
     if meta["low"] is not None and number < meta["low"]:
         raise ValueError(f"must be at least {meta['low']:g}")
@@ -653,13 +643,6 @@ def _parse_number(kind: str, value: Any) -> float:
     return number
 
 
-def _parse_choice(text: str, choices: tuple[str, ...]) -> str:
-    match = next((choice for choice in choices if choice.lower() == text.lower()), None)
-    if not choices or match:
-        return match or text
-    raise ValueError(f"must be one of {', '.join(choices)}")
-
-
 # --- the process: arguments, environment, agent.toml, agent.properties -----------------------------------------------
 
 ARGUMENTS = ("baseUrl", "clientId", "clientSecret", "agentId", "logLevel")
@@ -672,7 +655,7 @@ class Source(NamedTuple):
     values: Mapping[str, Any]
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class ProcessConfig:
     """A process that can start: checked settings of the process and its two loggers, and warnings to log."""
 
@@ -689,6 +672,9 @@ class ProcessConfig:
         return default_state_root() / self.settings.agentId
 
 
+_MAC_FOLDER = "/Library/Application Support/MedplumAgent"
+
+
 def default_state_root() -> Path:
     """systemd's StateDirectory, else the platform's place for the state of a service or of a user."""
     if given := os.environ.get("STATE_DIRECTORY"):
@@ -696,11 +682,9 @@ def default_state_root() -> Path:
     if sys.platform == "win32":
         return Path(os.environ.get("PROGRAMDATA", r"C:\ProgramData")) / "MedplumAgent"
     if os.geteuid() == 0:
-        return Path(
-            "/Library/Application Support/MedplumAgent" if sys.platform == "darwin" else "/var/lib/medplum-agent"
-        )
+        return Path(_MAC_FOLDER if sys.platform == "darwin" else "/var/lib/medplum-agent")
     if sys.platform == "darwin":
-        return Path.home() / "Library/Application Support/MedplumAgent"
+        return Path.home() / _MAC_FOLDER[1:]
     return Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local/state") / "medplum-agent"
 
 
@@ -731,8 +715,7 @@ def installed_config_file() -> Path:
     """Where packages put the settings."""
     if sys.platform == "win32":
         return default_state_root() / "agent.toml"
-    folder = "/Library/Application Support/MedplumAgent" if sys.platform == "darwin" else "/etc/medplum-agent"
-    return Path(folder, "agent.toml")
+    return Path(_MAC_FOLDER if sys.platform == "darwin" else "/etc/medplum-agent", "agent.toml")
 
 
 def find_config_file(given: str | None) -> Source | None:
@@ -750,13 +733,9 @@ def resolve_process(
 ) -> ProcessConfig:
     """The settings of this process from all sources; ConfigError lists everything that is wrong or missing."""
     rows = rows_of(ProcessSettings)
-    sources = [
-        Source("the command line", dict(zip(ARGUMENTS, arguments, strict=False)) | dict(options)),
-        Source(
-            "the environment",
-            {n: environ[r.metadata["env"]] for n, r in rows.items() if environ.get(r.metadata["env"])},
-        ),
-    ]
+    named = {n: environ[r.metadata["env"]] for n, r in rows.items() if environ.get(r.metadata["env"])}
+    given = dict(zip(ARGUMENTS, arguments, strict=False)) | dict(options)
+    sources = [Source("the command line", given), Source("the environment", named)]
     if found := find_config_file(config_file):
         sources.append(found)
     problems: dict[str, str] = {}  # by the name of the setting
@@ -891,7 +870,12 @@ class Policy(NamedTuple):
         return bool((old and tries >= 3) or (self.attempts and failures >= self.attempts))
 
 
-@dataclasses.dataclass(frozen=True)
+def delivery_policy(name: str, s: ChannelSettings, mode: str, workers: int, timeout_secs: float) -> Policy:
+    delays = s.autoRetryBaseDelayMs, s.autoRetryMaxDelayMs, s.autoRetryBackoffMultiplier
+    return Policy(name, workers, mode, timeout_secs, *delays, s.autoRetryMaxAttempts, s.deadLetterAfterHours)
+
+
+@dataclass(frozen=True)
 class ChannelPlan:
     """One channel as it shall run. `given` names the settings that were written out somewhere."""
 
@@ -936,47 +920,47 @@ class ChannelPlan:
             return self.settings.logicalChannelKey
         return "study" if isinstance(self.settings, DicomSettings) else "@"
 
-    @functools.cached_property
+    @cached_property
     def policy(self) -> Policy:
         """How the channel's messages are delivered; without retryMode the mode is `original` or `enhanced`."""
         s = self.settings
         waiting = isinstance(s, Hl7Settings) and not s.enhanced  # the device still owns its message
         mode = s.retryMode or ("original" if waiting else "enhanced")
-        attempts = 10 if mode == "normal" and "autoRetryMaxAttempts" not in self.given else s.autoRetryMaxAttempts
-        delays = s.autoRetryBaseDelayMs, s.autoRetryMaxDelayMs, s.autoRetryBackoffMultiplier
-        return Policy(
-            f"Channel '{self.name}'",
-            self.workers,
-            mode,
-            s.responseTimeoutSecs,
-            *delays,
-            attempts,
-            s.deadLetterAfterHours,
-        )
+        policy = delivery_policy(f"Channel '{self.name}'", s, mode, self.workers, s.responseTimeoutSecs)
+        return policy._replace(attempts=10) if mode == "normal" and "autoRetryMaxAttempts" not in self.given else policy
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class Plan:
     """A whole configuration that can be applied, and the resources it was made from."""
 
     status: str
     settings: AgentSettings
-    given: frozenset[str]  # the settings that the Agent names
+    given: Mapping[str, Any]  # what the Agent sets, by the names of its settings
+    defaults: ChannelSettings  # of pushes, which have no address that could say otherwise
     channels: tuple[ChannelPlan, ...]
     warnings: tuple[str, ...]
     agent: Json
     endpoints: tuple[Json, ...]
 
 
-def agent_settings(agent: Json, warnings: list[str]) -> tuple[AgentSettings, frozenset[str]]:
-    """`Agent.setting[]` parsed; bad values are warned about and left at their default."""
-    rows, values, seen = rows_of(AgentSettings), dict[str, Any](), set[str]()
+AGENT_ROWS = rows_of(AgentSettings) | {  # what an Agent may set: its own, and the defaults of its channels
+    row.metadata["agent"]: row
+    for cls in (ChannelSettings, Hl7Settings)
+    for row in dataclasses.fields(cls)
+    if row.metadata["agent"]
+}
+
+
+def agent_settings(agent: Json, warnings: list[str]) -> dict[str, Any]:
+    """`Agent.setting[]` parsed: the first entry of a name counts; bad values are warned about and left out."""
+    values, seen = dict[str, Any](), set[str]()
     for entry in agent.get("setting") or []:
         name = entry.get("name") if isinstance(entry, dict) else None
-        row = rows.get(name) if isinstance(name, str) else None
-        if row is None or row.name in seen:
+        row = AGENT_ROWS.get(name) if isinstance(name, str) else None
+        if row is None or not isinstance(name, str) or name in seen:
             continue
-        seen.add(row.name)
+        seen.add(name)
         value = entry.get("value" + kind_of(row).capitalize())
         if value is None and kind_of(row) == "decimal":
             value = entry.get("valueInteger")
@@ -984,10 +968,10 @@ def agent_settings(agent: Json, warnings: list[str]) -> tuple[AgentSettings, fro
             warnings.append(f"setting {name} needs a value{kind_of(row).capitalize()}; the default is used")
             continue
         try:
-            values[row.name] = _clamped(row, parse_setting(row, value), f"setting {name}", warnings.append)
+            values[name] = _clamped(row, parse_setting(row, value), f"setting {name}", warnings.append)
         except ValueError as error:
             warnings.append(f"setting {name} '{value}' {error}; the default is used")
-    return AgentSettings(**values), frozenset(values)
+    return values
 
 
 def _clamped(row: dataclasses.Field[Any], value: Any, what: str, warn: Callable[[str], None]) -> Any:
@@ -999,19 +983,24 @@ def _clamped(row: dataclasses.Field[Any], value: Any, what: str, warn: Callable[
 
 
 def channel_settings(
-    cls: type[S], query: str, where: str, defaults: AgentSettings, given: frozenset[str], warnings: list[str]
+    cls: type[S], query: str, where: str, given: Mapping[str, Any], warnings: list[str]
 ) -> tuple[S, frozenset[str]]:
     """The parameters of one address over the Agent's settings, as a `cls`; ConfigError for what cannot run."""
     values = read_parameters(cls, query, where, warnings.append)
-    written = set(values)
     for name, row in rows_of(cls).items():
-        if (fallback := row.metadata["agent"]) in given and name not in values:
-            values[name] = getattr(defaults, fallback)
-            written.add(name)
-    _check_retries(values, where, warnings)
-    _check_tls(values, where, warnings)
-    _CHECKS[cls](values, where, warnings)
-    return cls(**values), frozenset(written)
+        if (fallback := row.metadata["agent"]) in given:
+            values.setdefault(name, given[fallback])
+    written = frozenset(values)
+    base, limit = values.get("autoRetryBaseDelayMs", 1000), values.get("autoRetryMaxDelayMs", 60_000)
+    if limit < base:
+        warnings.append(f"{where}: autoRetryMaxDelayMs {limit} is below the base delay and was set to {base}")
+        values["autoRetryMaxDelayMs"] = base
+    if values.get("assignSeqNo") and values.get("maxWorkers", 1) > 1:
+        warnings.append(f"{where}: assignSeqNo with maxWorkers above 1: numbers may reach the server out of order")
+    _check_tls(values, where)
+    if cls is StreamSettings:
+        _check_stream(values, where, warnings)
+    return cls(**values), written
 
 
 def _check_stream(values: dict[str, Any], where: str, warnings: list[str]) -> None:
@@ -1021,13 +1010,6 @@ def _check_stream(values: dict[str, Any], where: str, warnings: list[str]) -> No
     elif not (values.get("startChar") and values.get("endChar")):
         text = "Failed to parse startChar and/or endChar query param(s); give both, or mode=astm"
         raise ConfigError([f"{where}: {text}"])
-
-
-def _check_retries(values: dict[str, Any], where: str, warnings: list[str]) -> None:
-    base, limit = values.get("autoRetryBaseDelayMs", 1000), values.get("autoRetryMaxDelayMs", 60_000)
-    if limit < base:
-        warnings.append(f"{where}: autoRetryMaxDelayMs {limit} is below the base delay and was set to {base}")
-        values["autoRetryMaxDelayMs"] = base
 
 
 def read_parameters(cls: type[Any], query: str, where: str, warn: Callable[[str], None]) -> dict[str, Any]:
@@ -1057,14 +1039,7 @@ def _leading_integer(text: str) -> str:
     return match.group() if match else text
 
 
-def _check_hl7(values: dict[str, Any], where: str, warnings: list[str]) -> None:
-    if problem := encoding_problem(values.get("encoding", "utf-8")):
-        raise ConfigError([f"{where}: {problem}"])
-    if values.get("assignSeqNo") and values.get("maxWorkers", 1) > 1:
-        warnings.append(f"{where}: assignSeqNo with maxWorkers above 1: numbers may reach the server out of order")
-
-
-def _check_tls(values: dict[str, Any], where: str, warnings: list[str]) -> None:
+def _check_tls(values: dict[str, Any], where: str) -> None:
     """A channel that shall be safe does not start without its certificate."""
     if not values.get("tls"):
         if idle := [name for name in ("certFile", "keyFile", "clientCa") if values.get(name)]:
@@ -1099,14 +1074,7 @@ def listening_tls(values: Mapping[str, Any]) -> ssl.SSLContext:
     return context
 
 
-_CHECKS: dict[type[ChannelSettings], Callable[[dict[str, Any], str, list[str]], None]] = {
-    Hl7Settings: _check_hl7, StreamSettings: _check_stream, DicomSettings: lambda *_: None,
-}  # fmt: skip
-
-
-def channel_plan(
-    name: str, endpoint: Json, settings: AgentSettings, given: frozenset[str], warnings: list[str]
-) -> ChannelPlan:
+def channel_plan(name: str, endpoint: Json, given: Mapping[str, Any], warnings: list[str]) -> ChannelPlan:
     """One `Agent.channel[]` with its Endpoint; ConfigError names the channel and what is wrong."""
     address = str(endpoint.get("address") or "").strip()
     if not address:
@@ -1121,13 +1089,12 @@ def channel_plan(
         port = 0 if url.scheme == "serial" else url.port
     except ValueError as error:
         raise ConfigError([f"channel '{name}': invalid address {address}: {error}"]) from None
-    host = url.hostname or ""
-    if url.scheme == "serial":
-        host = url.netloc or url.path  # serial://COM3 or serial:///dev/ttyUSB0
-    if not (host if port == 0 and url.scheme == "serial" else port):
+    serial = url.scheme == "serial"
+    host = url.netloc or url.path if serial else url.hostname or ""  # serial://COM3 or serial:///dev/ttyUSB0
+    if not (host if serial else port):
         raise ConfigError([f"channel '{name}': the address {address} needs a port from 1 to 65535"])
     query = ("tls=true&" if url.scheme in ("mllps", "dicoms") else "") + url.query
-    parsed, written = channel_settings(protocol.settings, query, f"channel '{name}'", settings, given, warnings)
+    parsed, written = channel_settings(protocol.settings, query, f"channel '{name}'", given, warnings)
     active = endpoint.get("status") != "off"
     return ChannelPlan(name, address, protocol.name, host, port or 0, active, parsed, written)
 
@@ -1139,14 +1106,16 @@ def build_plan(agent: Json, endpoints: Mapping[str, Json | AgentError]) -> tuple
     """
     warnings: list[str] = []
     problems: list[str] = []
-    settings, given = agent_settings(agent, warnings)
+    given = agent_settings(agent, warnings)
+    settings = AgentSettings(**{name: given[name] for name in rows_of(AgentSettings) if name in given})
+    defaults, _ = channel_settings(ChannelSettings, "", "the Agent's settings", given, warnings)
     status = str(agent.get("status") or "")
     channels: dict[str, ChannelPlan] = {}
     names: set[str] = set()
     for entry in (agent.get("channel") or []) if status != "off" else []:
         try:
             name, endpoint = _resolve_channel(entry, endpoints, names)
-            plan = channel_plan(name, endpoint, settings, given, warnings)
+            plan = channel_plan(name, endpoint, given, warnings)
             _check_port(plan, channels)
             channels[name] = plan
         except ConfigError as error:
@@ -1154,7 +1123,7 @@ def build_plan(agent: Json, endpoints: Mapping[str, Json | AgentError]) -> tuple
     if settings.strictConfigValidation:
         problems += warnings
     known = tuple({**e, "id": ref.rpartition("/")[2]} for ref, e in endpoints.items() if isinstance(e, dict))
-    return Plan(status, settings, given, tuple(channels.values()), tuple(warnings), agent, known), problems
+    return Plan(status, settings, given, defaults, tuple(channels.values()), tuple(warnings), agent, known), problems
 
 
 def _resolve_channel(entry: Json, endpoints: Mapping[str, Json | AgentError], names: set[str]) -> tuple[str, Json]:
@@ -1174,12 +1143,8 @@ def _resolve_channel(entry: Json, endpoints: Mapping[str, Json | AgentError], na
 def _check_port(plan: ChannelPlan, channels: Mapping[str, ChannelPlan]) -> None:
     others = () if plan.dials else channels.values()
     if clash := next((other for other in others if other.port == plan.port and not other.dials), None):
-        raise ConfigError(
-            [
-                f"Invalid agent config. Both '{clash.name}' ({clash.address}) and '{plan.name}' ({plan.address}) "
-                f"declare use of port {plan.port}"
-            ]
-        )
+        both = f"Both '{clash.name}' ({clash.address}) and '{plan.name}' ({plan.address})"
+        raise ConfigError([f"Invalid agent config. {both} declare use of port {plan.port}"])
 
 
 def endpoint_references(agent: Json) -> list[str]:
@@ -1189,63 +1154,60 @@ def endpoint_references(agent: Json) -> list[str]:
     return list(dict.fromkeys(reference for reference in references if reference))
 
 
-SETTING_GROUPS: tuple[tuple[str, str, type[Any]], ...] = (
-    ("process", "Process: argument, environment or agent.toml", ProcessSettings),
-    ("logger", "Logs: `logger.main.*` and `logger.channel.*`", LoggerSettings),
-    ("agent", "Agent settings: `Agent.setting[]`", AgentSettings),
-    ("hl7", "HL7 channels: parameters of an `mllp://` address", Hl7Settings),
-    ("stream", "Byte-stream and ASTM channels: parameters of a `tcp://` or `serial:` address", StreamSettings),
-    ("dicom", "DICOM channels: parameters of a `dicom://` or `dicoms://` address", DicomSettings),
-    ("device", "Devices: parameters of a `Device.url` that is pushed to", DeviceSettings),
+SETTING_GROUPS: tuple[tuple[str, str, dict[str, dataclasses.Field[Any]]], ...] = (
+    ("process", "Process: argument, environment or agent.toml", rows_of(ProcessSettings)),
+    ("logger", "Logs: `logger.main.*` and `logger.channel.*`", rows_of(LoggerSettings)),
+    ("agent", "Agent settings: `Agent.setting[]`", AGENT_ROWS),
+    ("hl7", "HL7 channels: parameters of an `mllp://` address", rows_of(Hl7Settings)),
+    ("stream", "Byte-stream and ASTM channels: parameters of a `tcp://` or `serial:` address", rows_of(StreamSettings)),
+    ("dicom", "DICOM channels: parameters of a `dicom://` or `dicoms://` address", rows_of(DicomSettings)),
+    ("device", "Devices: parameters of a `Device.url` that is pushed to", rows_of(DeviceSettings)),
 )
+
+
+def _meaning(name: str, row: dataclasses.Field[Any]) -> str:
+    return f"default of `{row.name}` for all channels" if name != row.name else str(row.metadata["meaning"])
 
 
 def settings_schema() -> Json:
     """Every setting as one JSON document: `--settings-schema`."""
     rows = [
         {
-            "name": row.name,
-            "type": kind_of(row),
-            "label": row.metadata["label"],
-            "description": row.metadata["meaning"],
-            "category": category,
-            "default": row.default,
-            "min": row.metadata["low"],
-            "max": row.metadata["high"],
-            "choices": list(row.metadata["choices"]),
-            "env": row.metadata["env"],
-            "agentSetting": row.metadata["agent"],
+            "name": name, "type": kind_of(row), "label": row.metadata["label"],
+            "description": _meaning(name, row), "category": category, "default": row.default,
+            "min": row.metadata["low"], "max": row.metadata["high"], "choices": list(row.metadata["choices"]),
+            "env": row.metadata["env"], "agentSetting": row.metadata["agent"] if category != "agent" else "",
         }
-        for category, _, cls in SETTING_GROUPS
-        for row in dataclasses.fields(cls)
-    ]
-    return {
-        "agentVersion": VERSION,
-        "settings": [{k: v for k, v in row.items() if v not in (None, "", [])} for row in rows],
-    }
+        for category, _, group in SETTING_GROUPS
+        for name, row in group.items()
+    ]  # fmt: skip
+    shown = [{k: v for k, v in row.items() if v not in (None, "", [])} for row in rows]
+    return {"agentVersion": VERSION, "settings": shown}
 
 
 def settings_markdown() -> str:
-    """The same as README's tables."""
+    """The same as README's tables; what is the same for every channel is listed once."""
     lines: list[str] = []
-    common = {row.name: (row.default, row.metadata) for row in dataclasses.fields(ChannelSettings)}
-    every: tuple[str, str, type[Any]] = ("", "Every channel: parameters of its address", ChannelSettings)
-    for _, title, cls in (*SETTING_GROUPS[:3], every, *SETTING_GROUPS[3:]):
+    common = rows_of(ChannelSettings)
+    every = ("", "Every channel: parameters of its address", common)
+    for category, title, group in (*SETTING_GROUPS[:3], every, *SETTING_GROUPS[3:]):
         lines += [f"### {title}", "", "| Name | Type | Default | Meaning |", "| --- | --- | --- | --- |"]
-        for row in dataclasses.fields(cls):
-            if cls is not ChannelSettings and common.get(row.name) == (row.default, row.metadata):
+        for name, row in group.items():
+            same = common.get(name)
+            if (
+                category
+                and same
+                and (same.default, same.metadata) == (row.default, row.metadata)
+                and category != "agent"
+            ):
                 continue
-            choices = (
-                f" ({', '.join(f'`{choice}`' for choice in row.metadata['choices'])})"
-                if row.metadata["choices"]
-                else ""
-            )
+            meta = row.metadata
+            choices = f" ({', '.join(f'`{choice}`' for choice in meta['choices'])})" if meta["choices"] else ""
             default = f"`{json.dumps(row.default)}`" if row.default != "" else ""
-            env = f"; `{row.metadata['env']}`" if row.metadata["env"] else ""
-            agent = f"; Agent setting `{row.metadata['agent']}`" if row.metadata["agent"] else ""
-            lines.append(
-                f"| `{row.name}` | {kind_of(row)} | {default} | {row.metadata['meaning']}{choices}{env}{agent} |"
-            )
+            env = f"; `{meta['env']}`" if meta["env"] else ""
+            agent = f"; Agent setting `{meta['agent']}`" if meta["agent"] and category != "agent" else ""
+            meaning = f"{_meaning(name, row)}{choices}{env}{agent}"
+            lines.append(f"| `{name}` | {kind_of(row)} | {default} | {meaning} |")
         lines.append("")
     return "\n".join(lines)
 
@@ -1262,7 +1224,7 @@ LOG_FILE = re.compile(r"medplum-agent-(main|channels)-(\d{4}-\d\d-\d\d)\.log(?:\
 SEVERITY: Final = {level: rank for rank, level in enumerate(LEVELS)}
 
 
-@functools.lru_cache(maxsize=2)
+@lru_cache(maxsize=2)
 def iso_second(second: int) -> str:
     """UTC to the second as ISO 8601."""
     return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(second))
@@ -1323,7 +1285,7 @@ class Log:
 
     def _show(self, level: str, stamp: str, text: str, line: bytes) -> None:
         assert self._console is not None
-        with contextlib.suppress(OSError, ValueError):  # a closed terminal must not stop the agent
+        with suppress(OSError, ValueError):  # a closed terminal must not stop the agent
             shown = f"{stamp[11:19]} {level:5} {text}" if self._console.isatty() else line.decode().rstrip()
             print(shown, file=self._console, flush=True)
 
@@ -1368,7 +1330,7 @@ class Log:
     def close_file(self) -> None:
         file, self._file = self._file, None
         if file is not None:
-            with contextlib.suppress(OSError):  # what could not be written cannot be flushed either
+            with suppress(OSError):  # what could not be written cannot be flushed either
                 file.close()
 
 
@@ -1468,41 +1430,13 @@ def _lines_backwards(path: Path, end: int) -> Iterator[tuple[int, bytes]]:
 
 BARRIER: Final = None  # the ordering key of a message that waits for all before it and holds all behind it
 ACK_TEXT = {
-    "AA": "OK",
-    "AE": "Application Error",
-    "AR": "Application Reject",
-    "CA": "Commit Accept",
-    "CE": "Commit Error",
-    "CR": "Commit Reject",
-}
+    "AA": "OK", "AE": "Application Error", "AR": "Application Reject",
+    "CA": "Commit Accept", "CE": "Commit Error", "CR": "Commit Reject",
+}  # fmt: skip
 # HL7 v2.5.1 chapter 3: swap, merge, move, link and unlink events name more than one patient, visit or account
-MERGE_EVENTS = frozenset(
-    [
-        "A17",
-        "A18",
-        "A24",
-        "A30",
-        "A34",
-        "A35",
-        "A36",
-        "A37",
-        "A39",
-        "A40",
-        "A41",
-        "A42",
-        "A43",
-        "A44",
-        "A45",
-        "A46",
-        "A47",
-        "A48",
-        "A49",
-        "A50",
-        "A51",
-    ]
-)
+MERGE_EVENTS = frozenset("A17 A18 A24 A30 A34 A35 A36 A37 A39 A40 A41 A42 A43 A44 A45 A46 A47 A48 A49 A50 A51".split())
 _MARKS = "^~\\&"  # the usual MSH-2
-_LINE_ENDS = re.compile(r"[\r\n]+")
+LINE_ENDS = re.compile(r"[\r\n]+")
 _control_ids = itertools.count(time.time_ns() // 1000)  # 16 digits, unique in a process and across restarts
 
 
@@ -1516,7 +1450,7 @@ def decode_hl7(content: bytes, encoding: str) -> str:
         text = text[1:]
     if not text.startswith("MSH") or len(text) < 4 or text[3].isalnum() or text[3] in "\r\n":
         raise PeerError("Invalid HL7 message: it does not start with MSH and a field separator")
-    return _LINE_ENDS.sub("\r", text) if "\n" in text or b"\r\r" in content else text
+    return LINE_ENDS.sub("\r", text) if "\n" in text or b"\r\r" in content else text
 
 
 class Header:
@@ -1608,7 +1542,7 @@ def ordering_key(text: str, header: Header, spec: str) -> str | None:
     return logical_key(text, header, parse_key(spec)) if spec else patient_key(text, header)
 
 
-@functools.lru_cache(maxsize=2)
+@lru_cache(maxsize=2)
 def _second_text(second: int) -> str:
     return time.strftime("%Y%m%d%H%M%S", time.gmtime(second))
 
@@ -1619,7 +1553,7 @@ def hl7_timestamp() -> str:
     return f"{_second_text(second)}.{millisecond:03d}"
 
 
-def build_ack(header: Header, code: str, text: str = "", *, closing: str = "\r") -> str:
+def build_ack(header: Header, code: str, text: str = "") -> str:
     """MSH and MSA answering `header` (HL7 v2.5.1 2.9.2, channel contract 4.4); `text` goes to MSA-3."""
     s, c, field = header.separator, header.component, header.field
     kind = header.message_type.split(c, 2)
@@ -1629,7 +1563,7 @@ def build_ack(header: Header, code: str, text: str = "", *, closing: str = "\r")
     return (
         f"MSH{s}{field(2) or _MARKS}{s}{field(5)}{s}{field(6)}{s}{field(3)}{s}{field(4)}{s}{hl7_timestamp()}{s}{s}"
         f"{ack_type}{s}{next(_control_ids)}{s}{field(11) or 'P'}{s}{field(12) or '2.5.1'}\r"
-        f"MSA{s}{code}{s}{header.control_id}{s}{text or ACK_TEXT[code]}{closing}"
+        f"MSA{s}{code}{s}{header.control_id}{s}{text or ACK_TEXT[code]}\r"
     )
 
 
@@ -1648,6 +1582,12 @@ def write_sequence_number(text: str, number: int) -> str:
     return text[3].join(fields) + rest
 
 
+def hl7_text(body: object) -> str:
+    """A Bot's answer or a device's from its MSH on, or an empty string when it is no HL7."""
+    text = body.lstrip("\ufeff\r\n") if isinstance(body, str) else ""
+    return text if text.startswith("MSH") and len(text) > 3 else ""
+
+
 class Acknowledgment(NamedTuple):
     """MSA-1 (upper case) and MSA-2 of a message that answers another."""
 
@@ -1655,32 +1595,26 @@ class Acknowledgment(NamedTuple):
     control_id: str
 
 
-def read_ack(text: object) -> Acknowledgment | None:
+def read_ack(body: object) -> Acknowledgment | None:
     """The acknowledgment in a Bot's answer or a device's; None when it is not HL7 or has no MSA-1."""
-    text = text.lstrip("\r\n") if isinstance(text, str) else ""
-    if not text.startswith("MSH") or len(text) < 4:
+    if not (text := hl7_text(body)):
         return None
-    text = _LINE_ENDS.sub("\r", text) if "\n" in text else text
-    segment = next(segments_named(text, "MSA", text[3]), "")
-    fields = [*segment.split(text[3]), "", ""]
-    code = fields[1].strip().upper()
-    return Acknowledgment(code, fields[2]) if code else None
+    text = LINE_ENDS.sub("\r", text) if "\n" in text else text
+    start = text.find(f"\rMSA{text[3]}") + 1
+    fields = text[start : text.find("\r", start) if text.find("\r", start) > 0 else None].split(text[3], 3)
+    code = fields[1].strip().upper() if start else ""
+    return Acknowledgment(code, fields[2].strip() if len(fields) > 2 else "") if code else None
 
 
-# What of the Bot's answer passes to the device, by channel contract 4.5: (enhanced, appLevelAck) -> codes let through
-_PASSED = {
-    ("true", "AL"): {"AA", "AE", "AR"},
-    ("true", "ER"): {"AE", "AR"},
-    ("true", "SU"): {"AA"},
-    ("true", "NE"): set[str](),
-}
+# What of the Bot's answer passes to the device in enhanced mode, by appLevelAck (channel contract 4.5)
+_PASSED = {"AL": {"AA", "AE", "AR"}, "ER": {"AE", "AR"}, "SU": {"AA"}, "NE": set[str]()}
 
 
 def passes_filter(settings: Hl7Settings, code: str) -> bool:
     """Whether an answer with this MSA-1 goes to the device; codes other than AA, AE and AR always do."""
-    if not settings.enhanced or code not in {"AA", "AE", "AR"}:
+    if not settings.enhanced or code not in _PASSED["AL"]:
         return True
-    return settings.enhanced == "true" and code in _PASSED["true", settings.appLevelAck]
+    return settings.enhanced == "true" and code in _PASSED[settings.appLevelAck]
 
 
 # =====================================================================================================================
@@ -1814,14 +1748,14 @@ class Mllp:
 # =====================================================================================================================
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True)
 class StreamMessage:
     """A message as received, with its framing."""
 
     content: bytes
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True)
 class Reply:
     """An automatic answer; one that comes after a message may leave once that message is on disk."""
 
@@ -1969,14 +1903,14 @@ _TEXT_END = re.compile(rb"[\x02\x03\x04\x17]")
 _RESTRICTED = bytes(byte for byte in range(0x20) if byte not in (0x09, CR))  # not allowed in a text (6.6)
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True)
 class Write:
     """Bytes for the instrument."""
 
     content: bytes
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True)
 class FrameAccepted:
     """A good frame that waits for committed() or refused(). `number` as on the wire; `end` is ETB or ETX."""
 
@@ -1985,14 +1919,14 @@ class FrameAccepted:
     end: int
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True)
 class Session:
     """A complete session: its texts, each joined from frames up to an ETX, as sent (normally one record and CR)."""
 
     records: tuple[bytes, ...]
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True)
 class Interrupted:
     """A session that must not be taken as a result; the last text may be the beginning of one."""
 
@@ -2000,19 +1934,19 @@ class Interrupted:
     reason: str
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True)
 class Sent:
     """The instrument accepted the oldest message given to send()."""
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True)
 class SendFailed:
     """The oldest message given to send() was not accepted."""
 
     reason: str
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True)
 class LineWarning:
     """The instrument deviates; no patient data in the text."""
 
@@ -2068,7 +2002,7 @@ class Astm:
         self._due = 0.0  # when the state's time is over
         self._events: list[AstmEvent] = []
         self._waiting = bytearray()  # received, not yet looked at
-        self._queue: collections.deque[list[bytes]] = collections.deque()  # messages to send, as frames
+        self._queue: deque[list[bytes]] = deque()  # messages to send, as frames
         self._rest = 0.0  # no ENQ of ours before this time
         self._asked = self._index = self._tries = 0  # ENQs for the message; frame under way; how often it was sent
         self._number = 0
@@ -2526,7 +2460,9 @@ def text_records(body: str, settings: StreamSettings) -> list[bytes]:
 # Every message on disk before it is acknowledged: one SQLite file (WAL, synchronous=FULL), one writer thread with one
 # commit in flight. What arrives while it runs is the next batch: one executemany, one COMMIT, one call back into the
 # event loop that releases all acknowledgments of the batch. Reads run in a second thread with a connection of their
-# own. The file: table `message` (states below), view `queue` with readable states, `channel`, `tally`, `identity`.
+# own. The file: table `message` (states below), view `queue` with readable states, `channel`, `partial`, `identity`.
+# This is the only section that knows SQL and SQLite: messages and settlements go in, in batches, and rows come out by
+# state; another engine could stand behind the same methods.
 #
 #   queued -> sent -> processed            sent is written only where an unanswered message must not be repeated
 #       ^------ retry                      (retryMode none and normal)
@@ -2541,11 +2477,10 @@ OUTCOMES = ("pending", "delivered", "undelivered", "not_owed")
 COMMITMENT = "N-ACTION"  # type of a message that waits for others: a storage commitment request
 BOT_LOG = "Bot execution logs:"  # how the server begins the answer of a Bot that returned nothing
 PUSH_PREFIX = "push "  # names of channel rows that are devices: "push mllp://host:port"
-APPLICATION_ID, SCHEMA_VERSION = 0x4D504C41, 2  # "MPLA": tells our file from any other SQLite file
+APPLICATION_ID, SCHEMA_VERSION = 0x4D504C41, 3  # "MPLA": tells our file from any other SQLite file
 
 _SCHEMA = f"""
 CREATE TABLE identity (seed TEXT NOT NULL, last_deleted_id INTEGER NOT NULL DEFAULT 0);
-CREATE TABLE tally (state INTEGER PRIMARY KEY, n INTEGER NOT NULL);
 CREATE TABLE channel (id INTEGER PRIMARY KEY, name TEXT NOT NULL UNIQUE, next_seq INTEGER NOT NULL DEFAULT 0,
   key_spec TEXT NOT NULL DEFAULT '', epoch INTEGER NOT NULL DEFAULT 0);
 CREATE TABLE message (
@@ -2573,40 +2508,53 @@ PRAGMA application_id = {APPLICATION_ID};
 PRAGMA user_version = {SCHEMA_VERSION};
 """
 _MIGRATIONS = {  # from each older version of the schema to the next
-    1: "ALTER TABLE message ADD COLUMN spool TEXT; CREATE INDEX spooled ON message (spool) WHERE spool IS NOT NULL"
+    1: "ALTER TABLE message ADD COLUMN spool TEXT; CREATE INDEX spooled ON message (spool) WHERE spool IS NOT NULL",
+    2: "DROP TABLE IF EXISTS tally",
 }
-_INSERT = """INSERT INTO message (id, channel, epoch, state, remote, control_id, checked, type, key, original,
-  encoding, finalized, seq_no, return_ack, received_at, settled_at, outcome, error_code, last_error, spool)
-  VALUES {rows}
+# Columns are members of Message: those of a new row, those that change later, and those that are read back.
+_NEW = """id channel epoch state remote control_id checked type key original encoding finalized seq_no return_ack
+  received_at settled_at outcome error_code last_error spool""".split()
+_CHANGED = """id state remote attempts failures next_attempt_at first_failed_at sent_at settled_at response status_code
+  outcome error_code last_error""".split()
+_READ = [*_CHANGED, *"channel epoch control_id type key encoding received_at return_ack spool".split()]
+_INSERT = f"""INSERT INTO message ({", ".join(_NEW)}) VALUES {{rows}}
   ON CONFLICT (channel, control_id) WHERE checked DO NOTHING"""
-_UPDATE = """UPDATE message SET state = column2, remote = column3, attempts = column4, failures = column5,
-  next_attempt_at = column6, first_failed_at = column7, sent_at = column8, settled_at = column9, response = column10,
-  status_code = column11, outcome = column12, error_code = column13, last_error = column14
-  FROM (VALUES {rows}) WHERE id = column1"""
-_COLUMNS = """id, channel, epoch, state, remote, control_id, type, key, encoding, received_at, attempts, failures,
-  next_attempt_at, first_failed_at, sent_at, settled_at, response, status_code, outcome, error_code, last_error,
-  return_ack, spool"""
+_UPDATE = f"""UPDATE message SET {", ".join(f"{name} = column{n}" for n, name in enumerate(_CHANGED, 1) if n > 1)}
+  FROM (VALUES {{rows}}) WHERE id = column1"""
+_SELECT = f"SELECT {', '.join(_READ)}"
+_new_row, _changes = attrgetter(*_NEW), attrgetter(*_CHANGED)
+
+
+class ChannelRow:
+    """A channel's identity in the store: `epoch` grows whenever its ordering key changes. `id` is 0 while unknown."""
+
+    __slots__ = ("epoch", "id", "key_spec", "name")
+
+    def __init__(self, name: str, key_spec: str, id_: int = 0, epoch: int = 0):
+        self.name, self.key_spec, self.id, self.epoch = name, key_spec, id_, epoch
 
 
 class Message:
-    """One message from a device: its row, and what is known of it in memory. Times are epoch milliseconds."""
+    """One message: its row, and what is known of it in memory. Times are epoch milliseconds."""
 
     __slots__ = (
         "assign", "attempts", "binary", "channel", "checked", "control_id", "deadline", "earlier", "encoding", "epoch",
-        "error", "error_code", "failures", "first_failed_at", "id", "key", "losses", "next_attempt_at", "original",
-        "outcome", "prepared", "received_at", "refusal", "remote", "response", "return_ack", "sent_at", "seq_no",
-        "session", "settled_at", "size", "source", "spool", "state", "status_code", "text", "type",
+        "error_code", "failures", "finalized", "first_failed_at", "id", "key", "last_error", "losses",
+        "next_attempt_at", "original", "outcome", "prepared", "received_at", "refusal", "remote", "response",
+        "return_ack", "sent_at", "seq_no", "session", "settled_at", "size", "source", "spool", "state", "status_code",
+        "text", "type",
     )  # fmt: skip
 
-    def __init__(self, channel: int, remote: str, original: bytes, encoding: str):
+    def __init__(self, row: ChannelRow, remote: str, original: bytes, encoding: str = "utf-8"):
         self.id = 0
-        self.channel, self.epoch, self.remote, self.encoding = channel, 0, remote, encoding
+        self.channel, self.epoch, self.remote, self.encoding = row.id, row.epoch, remote, encoding
         self.original: bytes | None = original  # as received; given up once it is on disk
         self.text: str | None = None  # what goes uplink; None: on disk
+        self.finalized: str | None = None  # what goes uplink, where that is not what `original` says
         self.size = len(original)
         self.control_id = self.type = ""
         self.key: str | None = ""
-        self.checked = False  # the control id must be new
+        self.checked: bool | None = None  # True: the control id must be new
         self.assign = False  # MSH-13 is written at insertion
         self.seq_no: int | None = None
         self.session: str | None = None  # of an ASTM message: its frames in `partial` are replaced by it
@@ -2622,36 +2570,23 @@ class Message:
         self.response: str | None = None
         self.status_code: int | None = None
         self.error_code: str | None = None
-        self.error: str | None = None
+        self.last_error: str | None = None
         self.earlier: Earlier | None = None  # set when the message is a repetition
         self.refusal: str | None = None  # set when it could not be stored
         self.source: Callable[[Message], None] | None = None  # told when it is on disk or refused
 
-    def _row(self) -> tuple[Any, ...]:
-        finalized = self.text if self.assign else None
-        return (
-            self.id, self.channel, self.epoch, self.state, self.remote, self.control_id, self.checked or None,
-            self.type, self.key, self.original, self.encoding, finalized, self.seq_no, self.return_ack,
-            self.received_at, self.settled_at, self.outcome, self.error_code, self.error, self.spool,
-        )  # fmt: skip
-
-    def _progress(self) -> tuple[Any, ...]:
-        return (
-            self.id, self.state, self.remote, self.attempts, self.failures, self.next_attempt_at, self.first_failed_at,
-            self.sent_at, self.settled_at, self.response, self.status_code, self.outcome, self.error_code, self.error,
-        )  # fmt: skip
-
-    @staticmethod
-    def _from_row(row: Sequence[Any]) -> Message:
-        message = Message(row[1], row[4], b"", row[8])
-        message.id, message.epoch, message.state = row[0], row[2], row[3]
-        message.control_id, message.type = row[5], row[6]
-        message.key, message.received_at, message.attempts, message.failures = row[7], row[9], row[10], row[11]
-        message.next_attempt_at, message.first_failed_at, message.sent_at, message.settled_at = row[12:16]
-        message.response, message.status_code, message.outcome, message.error_code, message.error = row[16:21]
-        message.return_ack, message.spool = row[21:23]
+    @classmethod
+    def _from_row(cls, row: Sequence[Any]) -> Message:
+        message = cls(ChannelRow("", ""), "", b"")
         message.original = None
+        for name, value in zip(_READ, row, strict=False):
+            setattr(message, name, value)
         return message
+
+    def end(self, state: int, outcome: int, error_code: str, reason: str) -> None:
+        """It is finished before anything was sent."""
+        self.state, self.outcome, self.settled_at = state, outcome, self.received_at
+        self.error_code, self.last_error = error_code, reason
 
 
 class Earlier(NamedTuple):
@@ -2662,8 +2597,7 @@ class Earlier(NamedTuple):
 
 
 class _Update(NamedTuple):
-    before: int  # the state that the row leaves
-    progress: tuple[Any, ...]
+    changes: tuple[Any, ...]
     then: Callable[[], None] | None
 
 
@@ -2672,23 +2606,31 @@ class _Call(NamedTuple):
     future: asyncio.Future[Any]
 
 
-class ChannelRow(NamedTuple):
-    """A channel's identity in the store: `epoch` grows whenever its ordering key changes."""
+_Item = Message | ChannelRow | _Update | _Call  # what the writer is given, in the order in which it writes them
 
-    id: int
-    epoch: int
-    queued: int
-    last_id: int
+
+_UNWRITABLE = (  # errors of a value, not of the file
+    ValueError, TypeError, OverflowError, sqlite3.InterfaceError, sqlite3.ProgrammingError, sqlite3.DataError,
+    sqlite3.IntegrityError,
+)  # fmt: skip
+
+
+class Backlog(NamedTuple):
+    """What waits for one destination: `oldest` is the epoch millisecond when the first of it was received."""
+
+    name: str
+    waiting: int
+    oldest: int
 
 
 class SpoolFile(io.FileIO):
     """A file that is being received. What goes wrong is kept in `error` and not raised: the sender hears it at the end.
 
-    It has the parts of a NamedTemporaryFile that pynetdicom writes to.
+    `start`: where in it the data set begins.
     """
 
     def __init__(self, spool: Spool):
-        self.spool, self.size, self.error = spool, 0, ""
+        self.spool, self.size, self.start, self.error = spool, 0, 0, ""
         self._kept = False
         path = spool.folder / f"{spool.new_name()}.part"
         try:
@@ -2698,10 +2640,6 @@ class SpoolFile(io.FileIO):
             self.error = _storage_text(error)
             super().__init__(os.devnull, "w")
             self.name = str(path)  # whoever removes the file by its name must not remove the null device
-
-    @property
-    def file(self) -> SpoolFile:
-        return self
 
     def write(self, content: Any) -> int:
         if not self.error:
@@ -2738,7 +2676,7 @@ class SpoolFile(io.FileIO):
             return
         self._kept = True
         self.spool.count(-self.size)
-        with contextlib.suppress(OSError):
+        with suppress(OSError):
             Path(self.name).unlink()
 
 
@@ -2767,7 +2705,7 @@ class Spool:
 
     def remove(self, name: str) -> None:
         path = self.path(name)
-        with contextlib.suppress(OSError):
+        with suppress(OSError):
             size = path.stat().st_size
             path.unlink()
             self.count(-size)
@@ -2776,7 +2714,7 @@ class Spool:
         """At start: measure, and remove what this queue has no message for (it was never acknowledged)."""
         self.prefix = prefix
         for path in self.folder.glob("*.*") if self.folder.is_dir() else ():
-            with contextlib.suppress(OSError):
+            with suppress(OSError):
                 if path.suffix == ".dcm" and path.stem in known:
                     self.count(path.stat().st_size)
                 elif path.suffix == ".part" or (path.suffix == ".dcm" and path.stem.startswith(prefix)):
@@ -2793,28 +2731,27 @@ class Store:
 
     def __init__(self, path: Path, log: Log):
         self.path = path
-        self.seed = ""
+        self.uuid = ""  # of the queue, without its last 12 digits: with a row's number it names a message for ever
         self.trouble = "the queue is not open yet"
         self.max_bytes = 0  # 0: no limit but the disk's
         self.size_bytes = 0
         self.spool = Spool(path.with_suffix(".spool"), self._spool_refusal)
-        self.tally = dict.fromkeys(range(len(STATES)), 0)
         self.on_resume: list[Callable[[], None]] = []  # called once when congestion ends
         self._log = log
         self._loop = asyncio.get_running_loop()
-        self._inbox: collections.deque[Message | _Update | _Call] = collections.deque()
-        self._bell: queue.SimpleQueue[None] = queue.SimpleQueue()  # wakes the writer in a third of an Event's time
+        self._inbox: deque[_Item] = deque()
+        self._bell: SimpleQueue[None] = SimpleQueue()  # wakes the writer in a third of an Event's time
         self._sleeping = self._stopping = False
         self._uncommitted_bytes = self._uncommitted = 0
         self._lazy: asyncio.TimerHandle | None = None
-        self._next_id = 1
+        self._next_id = self._next_channel = 1
         self._opened = asyncio.Event()
         self._reader = ThreadPoolExecutor(1, "store-reader")
         self._read_connection: sqlite3.Connection | None = None
         self._failed_at = self._measure_at = 0.0
         self._inode = (0, 0)
         self._lock_file: typing.BinaryIO | None = None
-        self._channels: dict[str, tuple[int, str, int]] = {}  # id, key_spec and epoch by name
+        self._channels: dict[str, ChannelRow] = {}
         self._writer = threading.Thread(target=self._write_loop, name="store-writer", daemon=True)
 
     # --- called from the event loop ---
@@ -2840,9 +2777,9 @@ class Store:
 
     def put(self, message: Message) -> None:
         """Store a message; `message.source` hears of it when it is on disk, a repetition, or refused."""
-        if reason := self._refusal(message.size):
+        if reason := self._refusal(message.size) or ("" if message.channel else "the queue is not open yet"):
             message.refusal = reason
-            self._loop.call_soon(self._released, [message])
+            self._loop.call_soon(self._release, [message])
             return
         message.id = self._next_id
         self._next_id += 1
@@ -2853,19 +2790,17 @@ class Store:
             self._bell.put(None)
 
     def _refusal(self, size: int) -> str:
-        if self.trouble:
-            return self.trouble
-        if self.max_bytes and self.total_bytes + self._uncommitted_bytes + size > self.max_bytes:
+        if not self.trouble and self.max_bytes and self.total_bytes + self._uncommitted_bytes + size > self.max_bytes:
             return f"storage error: the queue has reached its limit of {self.max_bytes // MIB} MiB"
-        return ""
+        return self.trouble
 
     def _spool_refusal(self, size: int) -> str:
         """Why a file of the spool may not grow to this size, or ``; called from any thread."""
         return self._refusal(size) or (_storage_text(OSError("disk full")) if self._disk_full() else "")
 
-    def update(self, message: Message, before: int, then: Callable[[], None] | None = None) -> None:
+    def update(self, message: Message, then: Callable[[], None] | None = None) -> None:
         """Write a message's progress with the next batch; with `then`, now, and call it once committed."""
-        self._inbox.append(_Update(before, message._progress(), then))
+        self._inbox.append(_Update(_changes(message), then))
         if then is not None:
             self._bell.put(None)
         elif self._lazy is None:
@@ -2882,9 +2817,12 @@ class Store:
         self._bell.put(None)
         return future
 
-    def read(self, run: Callable[[sqlite3.Connection], T]) -> Awaitable[T]:
-        """Run in the reader thread on a read-only connection; raises sqlite3.Error."""
-        return self._loop.run_in_executor(self._reader, self._read, run)
+    async def read(self, run: Callable[[sqlite3.Connection], T]) -> T:
+        """Run in the reader thread on a read-only connection; StorageError."""
+        try:
+            return await self._loop.run_in_executor(self._reader, self._read, run)
+        except sqlite3.Error as error:
+            raise StorageError(str(error)) from None
 
     async def close(self) -> None:
         """Write everything that waits, then close the file."""
@@ -2893,52 +2831,68 @@ class Store:
         self._bell.put(None)
         await asyncio.to_thread(self._writer.join, STOP_SECS)
         if self._lock_file is not None:
-            with contextlib.suppress(OSError):
+            with suppress(OSError):
                 self._lock_path.unlink()
             self._lock_file.close()
         self._reader.shutdown(wait=False)
 
-    async def channel(self, name: str, key_spec: str) -> ChannelRow:
+    def channel(self, name: str, key_spec: str = "") -> ChannelRow:
         """The row of a channel, made when new; a changed ordering key starts a new epoch."""
+        row = self._channels.get(name)
+        if row is None:
+            row = self._channels[name] = ChannelRow(name, key_spec)
+            if not self.trouble:
+                row.id, self._next_channel = self._next_channel, self._next_channel + 1
+        elif row.key_spec == key_spec:
+            return row
+        else:
+            row.key_spec, row.epoch = key_spec, row.epoch + 1
+        self._inbox.append(row)
+        self._bell.put(None)
+        return row
 
-        def run(db: sqlite3.Connection) -> ChannelRow:
-            db.execute("INSERT OR IGNORE INTO channel (name, key_spec) VALUES (?, ?)", (name, key_spec))
-            db.execute(
-                "UPDATE channel SET epoch = epoch + 1, key_spec = ?2 WHERE name = ?1 AND key_spec <> ?2",
-                (name, key_spec),
-            )
-            id_, epoch = db.execute("SELECT id, epoch FROM channel WHERE name = ?", (name,)).fetchone()
-            count, last = db.execute(
-                f"SELECT count(*), ifnull(max(id), 0) FROM message WHERE channel = ? AND state < {PROCESSED}", (id_,)
-            ).fetchone()
-            self._channels[name] = (id_, key_spec, epoch)
-            return ChannelRow(id_, epoch, count, last)
+    def _save_channel(self, db: sqlite3.Connection, row: ChannelRow) -> None:
+        """The file knows better what id a name has."""
+        found = db.execute("SELECT id, epoch, key_spec FROM channel WHERE name = ?", (row.name,)).fetchone()
+        if found is not None:
+            row.id, row.epoch = found[0], max(row.epoch, found[1] + (found[2] != row.key_spec))
+            db.execute("UPDATE channel SET epoch = ?, key_spec = ? WHERE id = ?", (row.epoch, row.key_spec, row.id))
+            return
+        taken = db.execute("SELECT 1 FROM channel WHERE id = ?", (row.id,)).fetchone()
+        values = None if taken or not row.id else row.id, row.name, row.key_spec, row.epoch
+        added = db.execute("INSERT INTO channel (id, name, key_spec, epoch) VALUES (?, ?, ?, ?)", values)
+        row.id = added.lastrowid or 0
+        self._next_channel = max(self._next_channel, row.id + 1)
 
-        return await self.call(run)
+    async def recover(self, row: ChannelRow, state: int, error_code: str | None, reason: str | None) -> int:
+        """Messages of a channel that were sent when the agent stopped get this state; how many there were."""
+        sql = (
+            "UPDATE message SET state = ?, outcome = ?, error_code = ?, last_error = ? WHERE channel = ? AND state = ?"
+        )
+        outcome = NOT_OWED if error_code else PENDING
+        return await self.call(lambda db: db.execute(sql, (state, outcome, error_code, reason, row.id, SENT)).rowcount)
 
-    async def queued(self, channel: int, after: int, limit: int) -> list[tuple[Message, bytes | None, str | None]]:
+    async def queued(self, row: ChannelRow, after: int, limit: int) -> list[tuple[Message, bytes | None]]:
         """The next unsettled messages of a channel by id, with their bodies unless these are large."""
+        sql = f"""{_SELECT}, CASE WHEN length(original) < {64 * KIB} THEN original END, finalized, length(original)
+          FROM message WHERE channel = ? AND state < {PROCESSED} AND id > ? ORDER BY id LIMIT ?"""
 
-        def run(db: sqlite3.Connection) -> list[tuple[Message, bytes | None, str | None]]:
-            rows = db.execute(
-                f"""SELECT {_COLUMNS}, length(original),
-                  CASE WHEN length(original) < {64 * KIB} THEN original END, finalized
-                FROM message WHERE channel = ? AND state < {PROCESSED} AND id > ? ORDER BY id LIMIT ?""",
-                (channel, after, limit),
-            )
-            return [_with_body(row) for row in rows]
+        def run(db: sqlite3.Connection) -> list[tuple[Message, bytes | None]]:
+            found = []
+            for *columns, original, finalized, size in db.execute(sql, (row.id, after, limit)):
+                message = Message._from_row(columns)
+                message.size, message.finalized = size, finalized
+                message.prepared = finalized is not None or not (message.spool or message.type == COMMITMENT)
+                found.append((message, original))
+            return found
 
         return await self.read(run)
 
     async def bodies(self, ids: Sequence[int]) -> dict[int, tuple[bytes, str | None]]:
         """(original, finalized or None) of messages by id."""
-
-        def run(db: sqlite3.Connection) -> dict[int, tuple[bytes, str | None]]:
-            marks = ",".join("?" * len(ids))
-            rows = db.execute(f"SELECT id, original, finalized FROM message WHERE id IN ({marks})", tuple(ids))
-            return {id_: (original, finalized) for id_, original, finalized in rows}
-
-        return await self.read(run)
+        sql = f"SELECT id, original, finalized FROM message WHERE id IN ({','.join('?' * len(ids))})"
+        rows = await self.read(lambda db: db.execute(sql, tuple(ids)).fetchall())
+        return {id_: (original, finalized) for id_, original, finalized in rows}
 
     async def finalize(self, message: Message, old: str, new: str) -> None:
         """Keep, beside the original, what shall be sent: the same with `old` replaced; StorageError."""
@@ -2947,8 +2901,65 @@ class Store:
 
     async def message(self, id_: int) -> Message | None:
         """One message without its body, as it is after all updates that were asked for."""
-        row = await self.call(lambda db: db.execute(f"SELECT {_COLUMNS} FROM message WHERE id = ?", (id_,)).fetchone())
+        row = await self.call(lambda db: db.execute(f"{_SELECT} FROM message WHERE id = ?", (id_,)).fetchone())
         return Message._from_row(row) if row else None
+
+    async def waits_for(self, row: ChannelRow, before: int, objects: Sequence[str]) -> bool:
+        """Whether one of these images, by SOP Instance UID, is still on its way to the server."""
+        sql = f"""SELECT 1 FROM message WHERE channel = ? AND state < {PROCESSED} AND id < ? AND type = 'C-STORE'
+          AND control_id IN (SELECT value FROM json_each(?)) LIMIT 1"""
+        values = row.id, before, json.dumps(objects)
+        return await self.read(lambda db: db.execute(sql, values).fetchone()) is not None
+
+    async def unreported(self, row: ChannelRow, since: int) -> list[Message]:
+        """Storage commitments that were answered, and whose device has not taken the report."""
+        sql = f"""{_SELECT} FROM message WHERE channel = ? AND type = '{COMMITMENT}' AND state = {PROCESSED}
+          AND outcome = {UNDELIVERED} AND received_at > ?"""
+        rows = await self.call(lambda db: db.execute(sql, (row.id, since)).fetchall())
+        return [Message._from_row(found) for found in rows]
+
+    async def backlog(self) -> list[Backlog]:
+        """What waits, by destination; only those for which something does."""
+        sql = f"""SELECT name, waiting, (SELECT received_at FROM message WHERE id = first) FROM channel JOIN
+          (SELECT channel, count(*) AS waiting, min(id) AS first FROM message WHERE state < {PROCESSED}
+          GROUP BY channel)
+          ON id = channel"""
+        await self.call(lambda db: None)  # what was asked for before is counted
+        return [Backlog(*row) for row in await self.read(lambda db: db.execute(sql).fetchall())]
+
+    async def counts(self) -> dict[str, int]:
+        """Messages by state."""
+        parts = (f"SELECT state, count(*) FROM message WHERE state {which} GROUP BY state" for which in ("< 2", "> 2"))
+        sql = " UNION ALL ".join((*parts, f"SELECT {PROCESSED}, (SELECT count(*) FROM message)"))
+        await self.call(lambda db: None)
+        found = dict(await self.read(lambda db: db.execute(sql).fetchall()))
+        found[PROCESSED] -= sum(count for state, count in found.items() if state != PROCESSED)
+        return {name: found.get(state, 0) for state, name in enumerate(STATES)}
+
+    # --- frames that were acknowledged and belong to no message yet (ASTM) ---
+
+    def keep_frame(self, row: ChannelRow, session: str, number: int, remote: str, frame: bytes) -> asyncio.Future[None]:
+        """Put an accepted frame on disk; StorageError through the future."""
+        values = session, number, row.id, remote, frame
+        if not self.healthy:
+            failed: asyncio.Future[None] = self._loop.create_future()
+            failed.set_exception(StorageError(self.trouble))
+            return failed
+
+        def run(db: sqlite3.Connection) -> None:
+            db.execute("INSERT INTO partial VALUES (?, ?, ?, ?, ?)", values)
+
+        return self.call(run)
+
+    def drop_frames(self, session: str) -> None:
+        self.call(lambda db: db.execute("DELETE FROM partial WHERE session = ?", (session,)))
+
+    async def frames(self, row: ChannelRow) -> list[tuple[str, str, bytes]]:
+        """(session, remote, the frames joined) of each session that is no message."""
+        sql = """SELECT session, remote, group_concat(hex(frame), '') FROM
+          (SELECT * FROM partial WHERE channel = ? ORDER BY session, number) GROUP BY session"""
+        rows = await self.call(lambda db: db.execute(sql, (row.id,)).fetchall())
+        return [(session, remote, bytes.fromhex(frames)) for session, remote, frames in rows]
 
     # --- the reader thread ---
 
@@ -2983,7 +2994,7 @@ class Store:
             if not self._write_batch(db, self._take_batch()):
                 db = self._after_failure(db)
         if db is not None:
-            with contextlib.suppress(sqlite3.Error):
+            with suppress(sqlite3.Error):
                 db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
             db.close()
 
@@ -2995,13 +3006,13 @@ class Store:
 
     def _wait(self, seconds: float | None) -> None:
         """Until the bell rings, or so long."""
-        with contextlib.suppress(queue.Empty):
+        with suppress(Empty):
             self._bell.get(timeout=seconds)
             while True:
                 self._bell.get_nowait()
 
-    def _take_batch(self) -> list[Message | _Update | _Call]:
-        batch: list[Message | _Update | _Call] = []
+    def _take_batch(self) -> list[_Item]:
+        batch: list[_Item] = []
         size = 0
         while self._inbox and len(batch) < COMMIT_MESSAGES and size < COMMIT_BYTES:
             item = self._inbox.popleft()
@@ -3009,27 +3020,28 @@ class Store:
             batch.append(item)
         return batch
 
-    def _write_batch(self, db: sqlite3.Connection, batch: list[Message | _Update | _Call]) -> bool:
+    def _write_batch(self, db: sqlite3.Connection, batch: list[_Item]) -> bool:
         """One transaction. When it fails, messages are refused; the rest is tried without them, and else kept."""
         messages = [item for item in batch if isinstance(item, Message)]
         updates = [item for item in batch if isinstance(item, _Update)]
         calls = [item for item in batch if isinstance(item, _Call)]
-        tally = dict(self.tally)
+        rows = [item for item in batch if isinstance(item, ChannelRow)]
         try:
             self._check_file()
-            self._check_disk(messages)
+            if messages and self._disk_full():  # so that what is stored can still be settled
+                raise StorageError("database or disk is full")
             db.execute("BEGIN IMMEDIATE")
+            for row in rows:
+                self._save_channel(db, row)
             self._insert(db, messages)
-            _execute_many(db, _UPDATE, [*{item.progress[0]: item.progress for item in updates}.values()])
+            _execute_many(db, _UPDATE, [*{item.changes[0]: item.changes for item in updates}.values()])
             results = [call.run(db) for call in calls]
-            self._count(db, messages, updates)
             db.execute("COMMIT")
         except Exception as error:  # whatever it is, the thread must live: it holds the promise
-            self.tally = tally
-            with contextlib.suppress(sqlite3.Error):
+            with suppress(sqlite3.Error):
                 db.execute("ROLLBACK")
-            return self._after_error(db, messages, updates, calls, error)
-        with contextlib.suppress(sqlite3.Error):
+            return self._after_error(db, messages, [*rows, *updates], calls, error)
+        with suppress(sqlite3.Error):
             self._measure(db, messages, exact=bool(calls))
         if self._failed_at and messages:
             self._failed_at = 0.0
@@ -3038,43 +3050,49 @@ class Store:
         return True
 
     def _after_error(
-        self,
-        db: sqlite3.Connection,
-        messages: list[Message],
-        updates: list[_Update],
-        calls: list[_Call],
-        error: Exception,
-    ) -> bool:
-        if not self._failed_at or time.monotonic() - self._failed_at > STORE_REMIND_SECS:
+        self, db: sqlite3.Connection, messages: list[Message], kept: Sequence[ChannelRow | _Update],
+        calls: list[_Call], error: Exception,
+    ) -> bool:  # fmt: skip
+        if isinstance(error, _UNWRITABLE):
+            batch: list[_Item] = [*messages, *kept, *calls]
+            if len(batch) > 1:  # the others can be written
+                written = [self._write_batch(db, [item]) for item in batch]
+                return all(written)
+            if kept:
+                self._log.error(f"Internal error: {type(error).__name__} writing a change; it is left out")
+                return True
+        elif not self._failed_at or time.monotonic() - self._failed_at > STORE_REMIND_SECS:
             self._failed_at = time.monotonic()
             self._log.error(f"The queue {self.path} cannot be written: {error}. {_storage_advice(error)}")
         for message in messages:
             message.refusal = _storage_text(error)
         if messages:
-            self._loop.call_soon_threadsafe(self._settle_intake, messages)
-            return bool(updates or calls) and self._write_batch(db, [*updates, *calls])
-        kept: list[_Update | _Call] = [*updates, *calls] if isinstance(error, StorageError) else [*updates]
-        self._inbox.extendleft(reversed(kept))
-        if len(kept) == len(updates):
+            self._loop.call_soon_threadsafe(self._committed, messages, (), (), ())
+            return bool(kept or calls) and self._write_batch(db, [*kept, *calls])
+        waiting = calls if isinstance(error, StorageError) else []
+        self._inbox.extendleft(reversed([*kept, *waiting]))
+        if not waiting:
             self._loop.call_soon_threadsafe(self._fail_calls, calls, error)
         return False
 
     def _insert(self, db: sqlite3.Connection, messages: list[Message]) -> None:
         """Insert all that are new; a repetition gets `earlier` set instead."""
+        plain = []
         for message in messages:
             message.earlier = message.refusal = None
-        numbered = [message for message in messages if message.assign]
-        for message in numbered:
-            self._insert_numbered(db, message)
-        plain = [message for message in messages if not message.assign]
+            if message.assign:
+                self._insert_numbered(db, message)
+            else:
+                plain.append(message)
         before = db.total_changes
-        _execute_many(db, _INSERT, [message._row() for message in plain])
+        _execute_many(db, _INSERT, list(map(_new_row, plain)))
         if db.total_changes - before != len(plain):
             for message in plain:
                 if not db.execute("SELECT 1 FROM message WHERE id = ?", (message.id,)).fetchone():
                     message.earlier = self._find_earlier(db, message)
-        for session in [message.session for message in messages if message.session]:
-            db.execute("DELETE FROM partial WHERE session = ?", (session,))
+        for message in messages:
+            if message.session:
+                db.execute("DELETE FROM partial WHERE session = ?", (message.session,))
 
     def _insert_numbered(self, db: sqlite3.Connection, message: Message) -> None:
         """A number is taken only by a message that is really stored, in the same transaction."""
@@ -3083,33 +3101,21 @@ class Store:
             return
         (number,) = db.execute("SELECT next_seq FROM channel WHERE id = ?", (message.channel,)).fetchone()
         message.seq_no = number
-        message.text = write_sequence_number(message.text or "", number)
-        _execute_many(db, _INSERT, [message._row()])
+        message.text = message.finalized = write_sequence_number(message.text or "", number)
+        _execute_many(db, _INSERT, [_new_row(message)])
         db.execute("UPDATE channel SET next_seq = ? WHERE id = ?", (number + 1, message.channel))
 
     def _find_earlier(self, db: sqlite3.Connection, message: Message) -> Earlier | None:
-        row = db.execute(
-            f"SELECT {_COLUMNS}, original FROM message WHERE channel = ? AND control_id = ? AND checked",
-            (message.channel, message.control_id),
-        ).fetchone()
+        sql = f"{_SELECT}, original FROM message WHERE channel = ? AND control_id = ? AND checked"
+        row = db.execute(sql, (message.channel, message.control_id)).fetchone()
         return Earlier(Message._from_row(row), row[-1] == message.original) if row else None
-
-    def _count(self, db: sqlite3.Connection, messages: list[Message], updates: list[_Update]) -> None:
-        for message in messages:
-            if message.earlier is None:
-                self.tally[message.state] += 1
-        for update in updates:
-            self.tally[update.before] -= 1
-            self.tally[update.progress[1]] += 1
-        if messages or updates:
-            db.executemany("INSERT OR REPLACE INTO tally VALUES (?, ?)", self.tally.items())
 
     def _after_failure(self, db: sqlite3.Connection) -> sqlite3.Connection | None:
         """Wait a moment; a file that is damaged is closed and opened anew (a person may have mended it)."""
         self._wait(LAZY_SECS)
         try:
             self._check_file()
-            db.execute("SELECT count(*) FROM tally").fetchone()
+            db.execute("SELECT max(id) FROM message").fetchone()
             return db
         except (sqlite3.Error, StorageError):
             db.close()
@@ -3117,18 +3123,12 @@ class Store:
             return None
 
     def _refuse_inbox(self) -> None:
-        kept = [item for item in self._take_batch() if not isinstance(item, Message) or not self._refuse(item)]
-        self._inbox.extendleft(reversed(kept))
-
-    def _refuse(self, message: Message) -> bool:
-        message.refusal = self.trouble
-        self._loop.call_soon_threadsafe(self._settle_intake, [message])
-        return True
-
-    def _check_disk(self, messages: list[Message]) -> None:
-        """Refuse while the disk is nearly full, so that what is stored can still be settled."""
-        if messages and self._disk_full():
-            raise StorageError("database or disk is full")
+        batch = self._take_batch()
+        refused = [item for item in batch if isinstance(item, Message)]
+        for message in refused:
+            message.refusal = self.trouble
+        self._inbox.extendleft(item for item in reversed(batch) if not isinstance(item, Message))
+        self._loop.call_soon_threadsafe(self._committed, refused, (), (), ())
 
     def _disk_full(self) -> bool:
         usage = shutil.disk_usage(self.path.parent)
@@ -3209,18 +3209,19 @@ class Store:
 
     def _inspect(self, db: sqlite3.Connection) -> None:
         """Learn what is in the file; a new one in the place of another gets the channels that are running."""
-        db.executemany(
-            "INSERT OR IGNORE INTO channel (name, id, key_spec, epoch) VALUES (?, ?, ?, ?)",
-            [(name, *row) for name, row in self._channels.items()],
-        )
-        (self.seed,) = db.execute("SELECT seed FROM identity").fetchone()
-        self.tally = dict.fromkeys(range(len(STATES)), 0) | dict(db.execute("SELECT state, n FROM tally"))
+        (seed,) = db.execute("SELECT seed FROM identity").fetchone()
+        self.uuid = f"{seed[:8]}-{seed[8:12]}-4{seed[12:15]}-a{seed[15:18]}"
+        for row in list(self._channels.values()):
+            self._save_channel(db, row)
+        for id_, name, spec, epoch in db.execute("SELECT id, name, key_spec, epoch FROM channel"):
+            self._channels.setdefault(name, ChannelRow(name, spec, id_, epoch))
+        self._next_channel = max((row.id for row in self._channels.values()), default=0) + 1
         (last,) = db.execute("SELECT ifnull(max(id), 0) FROM message").fetchone()
         (deleted,) = db.execute("SELECT last_deleted_id FROM identity").fetchone()
         self._next_id = max(self._next_id, last + 1, deleted + 1)
         if not self.spool.tidied:
             sql = f"SELECT spool FROM message WHERE spool IS NOT NULL AND state <> {PROCESSED}"
-            self.spool.tidy(self.seed[:8], {name for (name,) in db.execute(sql)})
+            self.spool.tidy(seed[:8], {name for (name,) in db.execute(sql)})
         self._measure(db)
         db.execute("UPDATE identity SET seed = seed")  # a file that cannot be written is known now, not later
         found = self.path.stat()
@@ -3229,7 +3230,7 @@ class Store:
     # --- back in the event loop ---
 
     def _committed(
-        self, messages: list[Message], updates: list[_Update], calls: list[_Call], results: list[Any]
+        self, messages: list[Message], updates: Sequence[_Update], calls: Sequence[_Call], results: Sequence[Any]
     ) -> None:
         for call, result in zip(calls, results, strict=True):
             if not call.future.done():
@@ -3237,31 +3238,27 @@ class Store:
         for update in updates:
             if update.then is not None:
                 update.then()
-        self._settle_intake(messages)
-
-    def _fail_calls(self, calls: list[_Call], error: Exception) -> None:
-        for call in calls:
-            if not call.future.done():
-                call.future.set_exception(StorageError(str(error)))
-
-    def _settle_intake(self, messages: list[Message]) -> None:
         self._uncommitted -= len(messages)
         self._uncommitted_bytes -= sum(message.size for message in messages)
-        self._released(messages)
+        self._release(messages)
         if self.on_resume and not self.congested:
             waiting, self.on_resume = self.on_resume, []
             for resume in waiting:
                 resume()
 
-    def _released(self, messages: list[Message]) -> None:
+    def _release(self, messages: list[Message]) -> None:
         for message in messages:
             message.original = None
-            if message.source is None:
-                continue
             try:
-                message.source(message)
+                if message.source is not None:
+                    message.source(message)
             except Exception as error:  # one message must not cost the others of its batch their acknowledgments
                 self._log.error(f"Internal error: {type(error).__name__} after storing message {message.id}")
+
+    def _fail_calls(self, calls: list[_Call], error: Exception) -> None:
+        for call in calls:
+            if not call.future.done():
+                call.future.set_exception(StorageError(str(error)))
 
     # --- retention ---
 
@@ -3283,22 +3280,13 @@ class Store:
         total = 0
 
         def run(db: sqlite3.Connection) -> tuple[int, list[str]]:
-            rows = db.execute(
-                f"SELECT id, spool FROM message WHERE {condition} ORDER BY id LIMIT {SWEEP_ROWS}"
-            ).fetchall()
-            ids = [id_ for id_, _ in rows]
-            gone = dict(
-                db.execute(
-                    f"SELECT state, count(*) FROM message WHERE id IN ({','.join(map(str, ids))}) GROUP BY state"
-                )
-            )
-            db.executemany("DELETE FROM message WHERE id = ?", [(id_,) for id_ in ids])
-            db.execute("UPDATE identity SET last_deleted_id = max(last_deleted_id, ?)", (max(ids, default=0),))
-            for state, count in gone.items():
-                self.tally[state] -= count
-            db.executemany("INSERT OR REPLACE INTO tally VALUES (?, ?)", self.tally.items())
+            sql = f"SELECT id, spool FROM message WHERE {condition} ORDER BY id LIMIT {SWEEP_ROWS}"
+            rows = db.execute(sql).fetchall()
+            db.executemany("DELETE FROM message WHERE id = ?", [(id_,) for id_, _ in rows])
+            last = rows[-1][0] if rows else 0
+            db.execute("UPDATE identity SET last_deleted_id = max(last_deleted_id, ?)", (last,))
             db.execute(f"PRAGMA incremental_vacuum({SWEEP_ROWS})").fetchall()
-            return len(ids), [spool for _, spool in rows if spool]
+            return len(rows), [spool for _, spool in rows if spool]
 
         while needed():
             count, files = await self.call(run)
@@ -3310,7 +3298,7 @@ class Store:
         return total
 
 
-@functools.cache
+@cache
 def _statement(template: str, columns: int, rows: int) -> str:
     return template.format(rows=",".join([f"({','.join('?' * columns)})"] * rows))
 
@@ -3344,42 +3332,38 @@ def lock_file(file: typing.BinaryIO) -> bool:
     return True
 
 
-def _with_body(row: Sequence[Any]) -> tuple[Message, bytes | None, str | None]:
-    message = Message._from_row(row)
-    message.size = row[-3]
-    message.prepared = row[-1] is not None or not (message.spool or message.type == COMMITMENT)
-    return message, row[-2], row[-1]
-
-
 def _storage_text(error: Exception) -> str:
     """MSA-3 for a message that could not be stored: short, and without a path."""
-    text = str(error).lower()
-    if "full" in text or "no space" in text:
-        return "storage error: the disk of the agent is full"
-    if "readonly" in text or "permission" in text or "unable to open" in text or "read-only" in text:
-        return "storage error: the queue of the agent cannot be written"
-    if "foreign file" in text:
-        return "storage error: the queue file of the agent belongs to another program or version"
-    if "malformed" in text or "not a database" in text:
-        return "storage error: the queue file of the agent is damaged"
-    return "storage error"
+    return f"storage error{_trouble_of(error)[0]}"
 
 
 def _storage_advice(error: Exception) -> str:
     """What the main log tells the person who can mend it."""
-    text = _storage_text(error)
-    if "full" in text:
-        advice = "Free space on that disk; the agent goes on by itself."
-    elif "damaged" in text:
-        advice = (
-            "Messages accepted earlier are still in that file. Stop the agent, keep a copy, repair it with "
-            "'sqlite3 FILE .recover | sqlite3 NEW' and put NEW in its place, or move it away to start empty."
-        )
-    elif "belongs" in text:
-        advice = "Move that file away, or use the version of the agent that wrote it."
-    else:
-        advice = "Make folder and file writable for the agent's user; the agent goes on by itself."
-    return f"Devices get CE/AE and keep their messages. {advice}"
+    return f"Devices get CE/AE and keep their messages. {_trouble_of(error)[1]}"
+
+
+_WRITABLE = "Make folder and file writable for the agent's user; the agent goes on by itself."
+_TROUBLES = (  # what the words of SQLite and of the system mean: words, MSA-3, advice
+    (("full", "no space"), "the disk of the agent is full", "Free space on that disk; the agent goes on by itself."),
+    (("readonly", "permission", "unable to open", "read-only"), "the queue of the agent cannot be written", _WRITABLE),
+    (
+        ("foreign file",),
+        "the queue file of the agent belongs to another program or version",
+        "Move that file away, or use the version of the agent that wrote it.",
+    ),
+    (
+        ("malformed", "not a database"),
+        "the queue file of the agent is damaged",
+        "Messages accepted earlier are still in that file. Stop the agent, keep a copy, repair it with "
+        "'sqlite3 FILE .recover | sqlite3 NEW' and put NEW in its place, or move it away to start empty.",
+    ),
+)
+
+
+def _trouble_of(error: Exception) -> tuple[str, str]:
+    text = str(error).lower()
+    found = ((f": {short}", advice) for words, short, advice in _TROUBLES if any(word in text for word in words))
+    return next(found, ("", _WRITABLE))
 
 
 # =====================================================================================================================
@@ -3390,7 +3374,7 @@ def _storage_advice(error: Exception) -> str:
 # =====================================================================================================================
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class Token:
     """An access token; times are epoch seconds, `expires_at` is infinite when the server does not say."""
 
@@ -3649,323 +3633,12 @@ def _json_object(text: bytes) -> Json:
 
 
 # =====================================================================================================================
-# Uplink
-#
-# One WSS connection to the server (uplink contract 3 and 4): connect, heartbeats both ways, forced reconnect when it is
-# silent or never live, full-jitter back-off. websockets does TCP, proxy, TLS, handshake and frames; its receive queue
-# is bypassed, and what is sent within one turn of the event loop leaves in one write. Nothing but the connect request
-# is sent before agent:connect:response. May touch: WSS, and Fhir for the token.
-# =====================================================================================================================
-
-
-class _Socket(ClientConnection):
-    """websockets' connection that hands each text to the uplink at once instead of queueing it."""
-
-    def __init__(self, *args: Any, uplink: Uplink, **kwargs: Any):
-        super().__init__(*args, **kwargs)
-        self._uplink = uplink
-        self._parts: list[bytes] = []
-        self._early: list[bytes] | None = []  # texts that came with the handshake, until `begin`
-
-    def process_event(self, event: Any) -> None:
-        if (
-            self.response is None
-            or not isinstance(event, Frame)
-            or event.opcode not in (Opcode.TEXT, Opcode.BINARY, Opcode.CONT)
-        ):
-            super().process_event(event)
-        elif event.fin and not self._parts:
-            self._text(event.data)
-        else:
-            self._parts.append(bytes(event.data))
-            if event.fin:
-                text, self._parts = b"".join(self._parts), []
-                self._text(text)
-
-    def _text(self, text: bytes | bytearray | memoryview) -> None:
-        if self._early is not None:
-            self._early.append(bytes(text))
-        else:
-            self._uplink.received(text)
-
-    def begin(self) -> None:
-        """The uplink is ready for what has come, and for what comes."""
-        early, self._early = self._early or [], None
-        for text in early:
-            self._uplink.received(text)
-
-    def resume_writing(self) -> None:
-        super().resume_writing()
-        self._uplink.on_writable()
-
-    @property
-    def backed_up(self) -> bool:
-        return bool(self.paused)
-
-
-class Uplink:
-    """The connection to the server. Callbacks: `on_live`, `on_lost(close_code)`, `on_writable`, `on_message`."""
-
-    def __init__(self, settings: ProcessSettings, fhir: Fhir, context: ssl.SSLContext, log: Log):
-        self.live = False
-        self.outstanding = 0  # heartbeats without any sign of life since
-        self.ping_ms = -1
-        self.on_live: Callable[[], None] = lambda: None
-        self.on_lost: Callable[[int], None] = lambda code: None
-        self.on_writable: Callable[[], None] = lambda: None
-        self.on_message: Callable[[Json], None] = lambda message: None
-        self._settings, self._fhir, self._log = settings, fhir, log
-        scheme = "wss" if settings.baseUrl.startswith("https") else "ws"
-        parts = urllib.parse.urlsplit(settings.baseUrl)
-        self.url = urllib.parse.urlunsplit((scheme, parts.netloc, "/ws/agent", parts.query, ""))
-        self._context = context if scheme == "wss" else None
-        self._socket: _Socket | None = None
-        self._outgoing: list[bytes] = []
-        self.largest = self.largest_id = 0  # bytes of the largest text on this connection, and the message it carried
-        self._masks = b""
-        self._loop = asyncio.get_running_loop()
-        self._flushing = self._refreshing = False
-        self._token = ""
-        self._heartbeat_at = 0.0
-        self._refused = ""
-        self._stopping = False
-
-    # --- sending ---
-
-    def ready(self) -> bool:
-        """Live, with room in the socket and a token that the server will accept."""
-        if not self.live or self._socket is None or self._socket.backed_up:
-            return False
-        token = self._fhir.usable_token()
-        if token is None:
-            self._refresh_soon()
-            return False
-        self._token = token
-        return True
-
-    def _refresh_soon(self) -> None:
-        if self._refreshing:
-            return
-        self._refreshing = True
-        task = asyncio.ensure_future(self._fhir.fresh_token())
-        task.add_done_callback(self._refresh_done)
-
-    def _refresh_done(self, task: asyncio.Future[str]) -> None:
-        self._refreshing = False
-        if task.cancelled() or task.exception() is None:
-            usable = self._fhir.usable_token() is not None
-            self._loop.call_later(0 if usable else RECONNECT_BASE_SECS, self.on_writable)
-        else:
-            self._log.error(f"The token cannot be refreshed: {task.exception()}")
-            self._loop.call_later(random.uniform(0, RECONNECT_MAX_SECS), self.on_writable)
-
-    def transmit(self, channel: str, remote: str, content_type: str, body: str, callback: str) -> int:
-        """Send one agent:transmit:request; only when `ready()`. Returns the bytes of its text."""
-        return self._write({
-            "type": "agent:transmit:request", "accessToken": self._token, "channel": channel, "remote": remote,
-            "contentType": content_type, "body": body, "callback": callback,
-        })  # fmt: skip
-
-    def send(self, message: Json) -> None:
-        """Send an answer or a control message; dropped when there is no live connection to answer on."""
-        if self.live:
-            self._write(message)
-
-    def _write(self, message: Json) -> int:
-        assert self._socket is not None
-        text = dump_json(message)
-        if len(text) > self.largest:
-            self.largest, self.largest_id = len(text), 0
-        if self._settings.compression:
-            self._socket.protocol.send_text(text)
-        else:
-            self._outgoing.append(self._text_frame(text))
-        if not self._flushing:
-            self._flushing = True
-            self._loop.call_soon(self._flush)
-        return len(text)
-
-    def _text_frame(self, payload: bytes) -> bytes:
-        """A masked text frame (RFC 6455 5.2); a random number for each would cost a system call and the GIL."""
-        if len(self._masks) < 4:
-            self._masks = os.urandom(4096)
-        mask, self._masks = self._masks[:4], self._masks[4:]
-        size = len(payload)
-        if size < 126:
-            head = struct.pack("!BB", 0x81, 0x80 | size)
-        elif size < 65536:
-            head = struct.pack("!BBH", 0x81, 0xFE, size)
-        else:
-            head = struct.pack("!BBQ", 0x81, 0xFF, size)
-        return head + mask + apply_mask(payload, mask)
-
-    def _flush(self) -> None:
-        self._flushing = False
-        outgoing, self._outgoing = self._outgoing, []
-        if self._socket is not None and self._socket.protocol.state is SocketState.OPEN:
-            outgoing += [part for part in self._socket.protocol.data_to_send() if part]
-            if outgoing:
-                self._socket.transport.write(b"".join(outgoing))
-
-    # --- receiving ---
-
-    def received(self, text: bytes | bytearray | memoryview) -> None:
-        """One text from the server: any text is a sign of life."""
-        self.outstanding = 0
-        try:
-            message = load_json(text)
-            kind = message["type"]
-        except (ValueError, KeyError, TypeError):
-            self._log.warn(f"The server sent {len(text)} bytes that are not a JSON message with a type; ignored.")
-            return
-        if kind in ("agent:connect:response", "connected"):
-            self._accepted()
-        elif kind == "agent:heartbeat:request":
-            self._write({"type": "agent:heartbeat:response", "version": VERSION})
-        elif kind == "agent:heartbeat:response":
-            self.ping_ms = round((time.monotonic() - self._heartbeat_at) * 1000)
-        elif not self.live and kind == "agent:error":
-            self._not_accepted(str(message.get("body")))
-        else:
-            self._handle(message)
-
-    def _handle(self, message: Json) -> None:
-        try:
-            self.on_message(message)
-        except Exception as error:  # one strange message must not end the connection
-            self._log.error(
-                f"A message of type {str(message['type'])[:60]} could not be handled: {type(error).__name__}"
-            )
-            if message.get("callback"):
-                self.send(
-                    {
-                        "type": "agent:error",
-                        "body": "The agent could not handle this message",
-                        "callback": message["callback"],
-                    }
-                )
-
-    def _accepted(self) -> None:
-        if not self.live:
-            self.live, self._refused = True, ""
-            self._log.info(f"Connected to {self.url}.")
-            self.on_live()
-
-    def _not_accepted(self, reason: str) -> None:
-        """The server answered our connect request with an error: nothing was sent yet, so its text is safe to log."""
-        if reason != self._refused:
-            self._refused = reason
-            self._log.error(
-                f"The server refuses this agent: {reason}. Check agentId {self._settings.agentId} "
-                "and the access policy of the ClientApplication."
-            )
-        if "token" in reason.lower():
-            self._fhir.reject_token()
-        self.reconnect("the server refused the connect request", quiet=True)
-
-    # --- the connection's life ---
-
-    async def run(self) -> None:
-        """Connect, serve, and connect again, until cancelled."""
-        failures, said = 0, ""
-        while True:
-            started = self._loop.time()
-            reason = await self._session()
-            if self._stopping:
-                return
-            stable = self._loop.time() - started > STABLE_SECS and not self._refused
-            failures = 1 if stable else failures + 1
-            if reason != said:
-                self._log.error(f"No connection to {self.url}: {reason}. Messages are kept on disk; trying again.")
-            said = "" if stable else reason
-            await asyncio.sleep(
-                random.uniform(0, min(RECONNECT_MAX_SECS, RECONNECT_BASE_SECS * 2 ** min(failures, 10)))
-            )
-
-    async def _session(self) -> str:
-        """One connection from start to end; returns why it ended."""
-        try:
-            token = await self._fhir.fresh_token()
-            sock = await connect(
-                self.url, create_connection=typing.cast(Any, functools.partial(_Socket, uplink=self)),
-                proxy=proxy_for(self._settings.baseUrl), ssl=self._context, **self._proxy_tls(),
-                compression="deflate" if self._settings.compression else None, ping_interval=None,
-                open_timeout=CONNECT_TIMEOUT_SECS, close_timeout=1, max_size=UPLINK_FRAME_BYTES,
-                write_limit=UPLINK_BUFFER_BYTES, user_agent_header=f"medplum-agent/{VERSION}",
-            )  # fmt: skip
-        except (ServerError, OSError, EOFError, WebSocketException) as error:
-            return str(error) or type(error).__name__
-        except Exception as error:  # whatever a proxy or server makes of the handshake: the uplink tries again
-            return f"the connection failed with {type(error).__name__}"
-        assert isinstance(sock, _Socket)
-        self._socket = sock
-        self._outgoing.clear()
-        self.largest = self.largest_id = self.outstanding = 0
-        self._write({"type": "agent:connect:request", "accessToken": token, "agentId": self._settings.agentId})
-        sock.begin()
-        beating = asyncio.create_task(self._heartbeats(sock))
-        try:
-            await sock.wait_closed()
-        finally:
-            beating.cancel()
-            self._ended(sock)
-        return self._close_reason(sock)
-
-    def _proxy_tls(self) -> Json:
-        proxy = proxy_for(self._settings.baseUrl) or ""
-        return {"proxy_ssl": tls_context(self._settings.caFile)} if proxy.startswith("https") else {}
-
-    def _ended(self, sock: _Socket) -> None:
-        self._socket = None
-        was_live, self.live = self.live, False
-        sock.transport.abort()
-        if was_live:
-            self.on_lost(sock.protocol.close_code or 1006)
-
-    @staticmethod
-    def _close_reason(sock: _Socket) -> str:
-        if sock.protocol.close_code == 1009:
-            return "the server closed it because a message was larger than it accepts (1009)"
-        return f"the connection was closed ({sock.protocol.close_code or 1006})"
-
-    async def _heartbeats(self, sock: _Socket) -> None:
-        silent = 0
-        while True:
-            await asyncio.sleep(self._settings.heartbeatSecs)
-            silent = 0 if self.live else silent + 1
-            if self.outstanding > 1 or silent > 2:
-                self.reconnect(
-                    "the server is silent" if self.live else "the server does not answer the connect request"
-                )
-                return
-            if self.live:
-                self.outstanding += 1
-                self._heartbeat_at = time.monotonic()
-                self._write({"type": "agent:heartbeat:request"})
-
-    def reconnect(self, reason: str, *, quiet: bool = False) -> None:
-        """Drop the connection; `run` makes a new one."""
-        if not quiet:
-            self._log.warn(f"Reconnecting: {reason}.")
-        if self._socket is not None:
-            self._socket.transport.abort()
-
-    async def goodbye(self) -> None:
-        """Close the WebSocket properly (RFC 6455 7.1.2), waiting a second for the server's close frame."""
-        self._stopping = True
-        if (sock := self._socket) is not None:
-            self._flush()
-            with contextlib.suppress(Exception):
-                await sock.close(1001, "agent is stopping")
-
-
-# =====================================================================================================================
 # Delivery
 #
-# From the store to the server and back, the same for every protocol. `Order` decides what may be in flight, `judge`
-# what an answer means; `Queue` keeps a window of the queued messages, sends, waits, retries and settles; `Feed` is the
-# queue of one channel, and `Dispatcher` finds the message that an answer belongs to. Order: messages with equal keys
-# one after the other, others in parallel; a barrier waits for all before it and holds all behind it.
+# What is on its way, the same for every protocol and in both directions. `Order` decides what may be in flight, `judge`
+# what an answer means; `Queue` keeps a window of the stored messages of one destination, which is the server or one
+# device, sends them, waits, retries and settles. Order: messages with equal keys one after the other, others in
+# parallel; a barrier waits for all before it and holds all behind it.
 # =====================================================================================================================
 
 
@@ -3982,9 +3655,9 @@ class Order(typing.Generic[K]):
     """Which items may start. Items are added in order, taken when ready, and settled when done."""
 
     def __init__(self) -> None:
-        self.ready: collections.deque[K] = collections.deque()
-        self._lines: dict[str, collections.deque[K]] = {}  # unsettled items by key, the first may start
-        self._held: collections.deque[K] = collections.deque()  # a barrier and all behind it
+        self.ready: deque[K] = deque()
+        self._lines: dict[str, deque[K]] = {}  # unsettled items by key, the first may start
+        self._held: deque[K] = deque()  # a barrier and all behind it
         self._open = 0  # unsettled items that are not held
         self._barrier = False  # the one open item is a barrier
 
@@ -4018,7 +3691,7 @@ class Order(typing.Generic[K]):
         elif line := self._lines.get(item.key):
             line.append(item)
         else:
-            self._lines[item.key] = collections.deque((item,))
+            self._lines[item.key] = deque((item,))
             self.ready.append(item)
 
 
@@ -4055,7 +3728,7 @@ _REJECTED = frozenset(
 def judge(mode: str, status: int, body: object) -> Judgment:
     """Classify a response by status code and, in guaranteed mode, by the MSA-1 of its body (channel contract 5.5)."""
     ack = read_ack(body) if mode == "guaranteed" else None
-    is_hl7 = isinstance(body, str) and body.lstrip("\r\n").startswith("MSH")
+    is_hl7 = bool(hl7_text(body))
     if ack is not None:
         return Judgment(_UPSTREAM.get(ack.code, ""), is_hl7)
     if status == 429:
@@ -4103,83 +3776,66 @@ def referenced_objects(request: Json) -> list[tuple[str, str]]:
     return found
 
 
-def _upload_error(error: Exception) -> str:
-    """Why a file could not be uploaded, as a key of _REASONS."""
-    if isinstance(error, OSError):
-        return "file-lost" if isinstance(error, FileNotFoundError) else "file-unreadable"
-    status = error.status if isinstance(error, ServerError) else 0
-    named = {0: "connection-lost", 413: "file-too-large", 429: "server-rate-limited"}
-    return named.get(status) or ("server-error" if status >= 500 else "server-rejected")
+class Way(typing.Protocol):
+    """Where a queue's messages go: the uplink, or a device that is pushed to."""
+
+    def ready(self) -> bool: ...  # a message may be sent now
+
+    @property
+    def is_open(self) -> bool: ...  # also one that was taken up already
+
+    def transmit(self, queue: Queue, message: Message) -> None: ...  # its answer ends in `answered` or `failed`
+
+    def prepare(self, queue: Queue, message: Message) -> Coroutine[Any, Any, None]: ...  # for what is not `prepared`
 
 
-class Outlet(typing.Protocol):
-    """The channel as its feed sees it: where answers go. Both return whether the device got something."""
+class Owner(typing.Protocol):
+    """Whose messages a queue holds: a channel, or a device that is pushed to."""
 
-    def deliver(self, message: Message, text: str) -> bool: ...
+    def text_of(self, message: Message, original: bytes) -> str: ...  # what is sent, from the row
 
-    def refuse(self, message: Message, error_code: str) -> bool: ...
-
-    def silent_bot(self, message: Message) -> bool: ...
-
-    def relays(self, body: object) -> bool: ...
+    def answer(self, message: Message, body: object, error: str) -> bool: ...  # the last word; whether it was taken
 
 
 class Queue:
-    """Stored messages of one channel or one device on their way: window, order, retries, dead letters."""
+    """Stored messages of one destination on their way: window, order, tries, dead letters.
 
-    def __init__(self, policy: Policy, row: ChannelRow, store: Store, log: Log):
-        self.policy, self.row = policy, row
+    Messages that arrive while older ones are only on disk stay there too, and are read in their turn.
+    """
+
+    def __init__(self, row: ChannelRow, policy: Policy, store: Store, way: Way, owner: Owner, log: Log):
+        self.row, self.policy, self.way, self.owner = row, policy, way, owner
         self.paused = False
         self.window: dict[int, Message] = {}  # unsettled messages in memory
         self.inflight: dict[int, Message] = {}  # among them: sent, or about to be, in the order of sending
-        self.depth = row.queued  # all unsettled messages of the channel
-        self.round_trips: collections.deque[int] = collections.deque(maxlen=MAX_STATS_SAMPLES)
+        self.round_trips: deque[int] = deque(maxlen=MAX_STATS_SAMPLES)
         self._store, self._log = store, log
         self._order: Order[Message | Fence] = Order()
         self._epoch = -1
         self._loaded = 0  # highest id that entered the window
-        self._newest = row.last_id  # highest id on disk
+        self._behind = True  # there may be more on disk
+        self._recovered = self._loading = False
         self._bytes = 0  # of bodies in the window
-        self._busy = False  # a read from disk is under way
         self._bodiless: list[Message] = []
         self._parked: dict[int, asyncio.TimerHandle] = {}  # waiting for their next try
+        self._preparing: set[int] = set()
+        self._ahead: deque[Message] = deque()  # with files to upload before it is their turn
+        self.ahead_at = 0.0  # after an upload failed, the next is tried ahead of its turn then
         self._inflight_bytes = 0
         self._timer: asyncio.TimerHandle | None = None
         self._complained = -math.inf
         self._loop = asyncio.get_running_loop()
 
-    # --- what the way to the server and the way to a device do differently ---
-
-    def can_send(self) -> bool:
-        raise NotImplementedError
-
-    def still_open(self) -> bool:
-        """The way is open for a message that is in flight already."""
-        return self.can_send()
-
-    def transmit(self, message: Message) -> None:
-        """Send the message; its answer ends in `settle` or `failed`."""
-        raise NotImplementedError
-
-    def tell_dead(self, message: Message, error: str, relay: bool) -> bool:
-        """The message is a dead letter; whether its sender was told."""
-        raise NotImplementedError
-
-    def text_of(self, message: Message, original: bytes, finalized: str | None) -> str:
-        """What is sent, from the row."""
-        return finalized if finalized is not None else decode_hl7(original, message.encoding)
-
     # --- new messages ---
 
     def stored(self, message: Message) -> None:
         """A new message is on disk."""
-        behind = self._loaded < self._newest
-        self.depth += 1
-        self._newest = max(self._newest, message.id)
         if message.id <= self._loaded:
-            return  # a refill has read it already
-        if behind or len(self.window) >= WINDOW_MESSAGES:
+            return  # it was read from there already
+        if self._behind or self._loading or len(self.window) >= WINDOW_MESSAGES:
+            self._behind = True
             message.text = None
+            self._load_soon()
         else:
             self._loaded = message.id
             self._enter(message)
@@ -4187,12 +3843,10 @@ class Queue:
 
     def again(self, message: Message) -> None:
         """The device sent a message again that had ended in an error: a fresh try."""
-        before, message.state = message.state, QUEUED
-        message.outcome, message.response, message.status_code = PENDING, None, None
-        message.error_code = message.error = None
+        message.state, message.outcome, message.response, message.status_code = QUEUED, PENDING, None, None
+        message.error_code = message.last_error = None
         message.failures = message.next_attempt_at = message.first_failed_at = message.settled_at = 0
-        self._store.update(message, before)
-        self.depth += 1
+        self._store.update(message)
         self._enter(message)
         self.pump()
 
@@ -4204,70 +3858,123 @@ class Queue:
                 self._order.add(Fence())
             self._epoch = message.epoch
         self.window[message.id] = message
-        self._hold_body(message)
+        if message.text is not None:
+            self.hold(message, message.text if self._bytes + len(message.text) <= WINDOW_BYTES else None)
         self._order.add(message)
+        if message.spool and not message.prepared:
+            self._ahead.append(message)
 
-    def _hold_body(self, message: Message) -> None:
-        """Keep the text in memory if there is room; else it stays on disk until its turn."""
-        if message.text is not None and self._bytes + len(message.text) > WINDOW_BYTES:
-            message.text = None
-        if message.text is not None:
-            self._bytes += len(message.text)
+    def hold(self, message: Message, text: str | None, *, was: int = 0) -> None:
+        """Keep a text in memory, or leave it on disk until its turn; `was`: the size of what it replaces."""
+        message.text = text
+        self._bytes += (len(text) if text is not None else 0) - was
 
-    def _drop_body(self, message: Message) -> None:
-        if message.text is not None:
-            self._bytes -= len(message.text)
-            message.text = None
+    def _load_soon(self) -> None:
+        more = self._behind and len(self.window) <= WINDOW_MESSAGES - REFILL_MESSAGES
+        if not self._loading and (more or self._bodiless):
+            self._loading = True
+            spawn(self._load(more))
 
-    def _refill(self) -> None:
-        if not self._busy and self._loaded < self._newest and len(self.window) <= WINDOW_MESSAGES - REFILL_MESSAGES:
-            self._busy = True
-            asyncio.ensure_future(self._read_window()).add_done_callback(self._read_done)
+    async def _load(self, more: bool) -> None:
+        """Read bodies whose turn has come, and the next messages; a damaged disk is tried again in a while."""
+        try:
+            if not self._recovered:
+                await self._recover()
+            if self._bodiless:
+                await self._load_bodies()
+            if more:
+                await self._load_rows()
+        except StorageError as error:
+            self._log.error(f"{self.policy.name}: the queue cannot be read: {error}")
+            await asyncio.sleep(STORE_REOPEN_SECS)
+        finally:
+            self._loading = False
+        self.pump()
 
-    async def _read_window(self) -> None:
-        newest = self._newest
-        rows = await self._store.queued(self.row.id, self._loaded, REFILL_MESSAGES)
-        for message, original, finalized in rows:
+    async def _recover(self) -> None:
+        """Rows that were sent when the agent stopped: only where a repetition is allowed they are sent again."""
+        again = "interrupted" in _RETRIED[self.policy.mode]
+        end = (QUEUED, None, None) if again else (FAILED, "interrupted", _REASONS["interrupted"])
+        if count := await self._store.recover(self.row, *end):
+            self._log.warn(f"{self.policy.name}: {count} messages were with the server when the agent stopped.")
+        self._recovered = True
+
+    async def _load_rows(self) -> None:
+        self._behind = False
+        try:
+            rows = await self._store.queued(self.row, self._loaded, REFILL_MESSAGES)
+        except StorageError:
+            self._behind = True
+            raise
+        self._behind |= len(rows) == REFILL_MESSAGES
+        for message, original in rows:
             self._loaded = message.id
             if message.id not in self.window:
-                message.text = None if original is None else self.text_of(message, original, finalized)
+                message.text = None if original is None else self._text(message, original)
                 self._enter(message)
-        if len(rows) < REFILL_MESSAGES:
-            self._loaded = max(self._loaded, newest)
 
-    def _read_done(self, task: asyncio.Future[None]) -> None:
-        """Go on after a read; one that failed (a damaged disk) is tried again in a while."""
-        self._busy = False
-        if task.cancelled():
-            return
-        if task.exception() is None:
-            self.pump()
-        else:
-            self._log.error(f"{self.policy.name}: the queue cannot be read: {task.exception()}")
-            self._loop.call_later(STORE_REOPEN_SECS, self.pump)
+    async def _load_bodies(self) -> None:
+        wanted, self._bodiless = self._bodiless, []
+        try:
+            found = await self._store.bodies([message.id for message in wanted])
+            for message in wanted:
+                if message.id in found and message.text is None:
+                    original, message.finalized = found[message.id]
+                    self.hold(message, self._text(message, original))
+        finally:
+            self._unsend(wanted)
+
+    def _text(self, message: Message, original: bytes) -> str:
+        return self.owner.text_of(message, original) if message.finalized is None else message.finalized
 
     # --- sending ---
 
     def pump(self) -> None:
         """Send whatever may be sent now."""
-        ready = self._order.ready
-        while ready and not self.paused and self._has_room() and self.can_send():
+        ready, inflight, policy = self._order.ready, self.inflight, self.policy
+        while ready and not self.paused and len(inflight) < policy.workers and self._inflight_bytes < INFLIGHT_BYTES:
+            if not self.way.ready():
+                break
             item = ready.popleft()
             if isinstance(item, Fence):
                 self._order.settle(item)
             elif item.state >= PROCESSED:  # answered late, before its next turn
-                self._release(item)
+                self._forget(item)
             elif item.next_attempt_at > now_ms():
                 self._park(item)
             else:
-                self.inflight[item.id] = item
+                inflight[item.id] = item
                 self._inflight_bytes += item.size
                 self._send(item)
-        self._fetch_bodies()
-        self._refill()
+        if self._ahead:
+            self._prepare_ahead()
+        if self._behind or self._bodiless:
+            self._load_soon()
 
-    def _has_room(self) -> bool:
-        return len(self.inflight) < self.policy.workers and self._inflight_bytes < INFLIGHT_BYTES
+    def _send(self, message: Message) -> None:
+        if message.text is None:
+            self._bodiless.append(message)
+        elif not message.prepared:
+            self._prepare(message)
+        elif self.policy.mode in ("none", "normal"):
+            message.state = SENT
+            self._store.update(message, then=partial(self._start, message))
+        else:
+            self._start(message)
+
+    def _start(self, message: Message) -> None:
+        if not self.way.is_open:
+            if message.state == SENT:
+                message.state = QUEUED
+                self._store.update(message)
+            self._unsend([message])
+            return
+        message.attempts += 1
+        message.sent_at = now_ms()
+        message.deadline = self._loop.time() + self.policy.timeout_secs
+        if self._timer is None:
+            self._timer = self._loop.call_at(message.deadline, self._expire)
+        self.way.transmit(self, message)
 
     def _leave(self, message: Message) -> bool:
         """The message is no longer in flight; False when it was not."""
@@ -4277,10 +3984,21 @@ class Queue:
         self._inflight_bytes -= message.size
         return True
 
+    def _unsend(self, messages: Iterable[Message]) -> None:
+        for message in sorted(messages, key=lambda message: message.id, reverse=True):
+            if self._leave(message):
+                self._order.ready.appendleft(message)
+
+    def park(self, message: Message, delay_ms: int) -> None:
+        """Give the place to others for a while."""
+        if self._leave(message):
+            message.next_attempt_at = now_ms() + delay_ms
+            self._park(message)
+
     def _park(self, message: Message) -> None:
         """Wait for the next try without a worker; a large backlog of retries keeps its bodies on disk."""
-        if self._bytes > WINDOW_BYTES:
-            self._drop_body(message)
+        if self._bytes > WINDOW_BYTES and message.text is not None:
+            self.hold(message, None, was=len(message.text))
         delay = min(max(0, message.next_attempt_at - now_ms()), self.policy.max_delay_ms) / 1000  # clocks jump
         self._parked[message.id] = self._loop.call_later(delay, self._unpark, message)
 
@@ -4289,56 +4007,6 @@ class Queue:
         message.next_attempt_at = 0
         self._order.ready.appendleft(message)
         self.pump()
-
-    def _fetch_bodies(self) -> None:
-        if self._bodiless and not self._busy:
-            self._busy = True
-            wanted, self._bodiless = self._bodiless, []
-            asyncio.ensure_future(self._read_bodies(wanted)).add_done_callback(self._read_done)
-
-    async def _read_bodies(self, messages: list[Message]) -> None:
-        try:
-            found = await self._store.bodies([message.id for message in messages])
-            for message in messages:
-                if message.id in found:
-                    message.text = self.text_of(message, *found[message.id])
-                    self._bytes += len(message.text)
-        finally:
-            self._unsend(messages)
-
-    def _unsend(self, messages: Iterable[Message]) -> None:
-        for message in sorted(messages, key=lambda message: message.id, reverse=True):
-            if self._leave(message):
-                self._order.ready.appendleft(message)
-
-    def prepare(self, message: Message) -> None:
-        """Do what a message needs that is not prepared, and then `_send` it."""
-        raise NotImplementedError
-
-    def _send(self, message: Message) -> None:
-        if message.text is None:
-            self._bodiless.append(message)
-        elif not message.prepared:
-            self.prepare(message)
-        elif self.policy.mode in ("none", "normal"):
-            before, message.state = message.state, SENT
-            self._store.update(message, before, then=functools.partial(self._start, message))
-        else:
-            self._start(message)
-
-    def _start(self, message: Message) -> None:
-        if not self.still_open():
-            if message.state == SENT:
-                message.state = QUEUED
-                self._store.update(message, SENT)
-            self._unsend([message])
-            return
-        message.attempts += 1
-        message.sent_at = now_ms()
-        message.deadline = self._loop.time() + self.policy.timeout_secs
-        if self._timer is None:
-            self._timer = self._loop.call_at(message.deadline, self._expire)
-        self.transmit(message)
 
     def _expire(self) -> None:
         """Time-outs. A message whose file is being uploaded has none until it is sent."""
@@ -4350,201 +4018,108 @@ class Queue:
             first = min(message.deadline for message in self.inflight.values())
             self._timer = self._loop.call_at(min(first, now + 1), self._expire)
 
+    # --- what comes before sending ---
+
+    def _prepare(self, message: Message) -> None:
+        if message.id not in self._preparing:
+            self._preparing.add(message.id)
+            spawn(self._prepared(message))
+
+    async def _prepared(self, message: Message) -> None:
+        """Upload its file, or look whether what it is about has arrived; its own time-out begins when it is sent."""
+        try:
+            await self.way.prepare(self, message)
+        except Exception as error:
+            self._log.error(f"Internal error: {type(error).__name__} before sending message {message.id}")
+            self.failed(message, "server-error", mode="upload")
+        finally:
+            self._preparing.discard(message.id)
+        if message.id in self.inflight and message.deadline == math.inf and message.state < PROCESSED:
+            self._send(message)
+        self.pump()
+
+    def _prepare_ahead(self) -> None:
+        """Files go before it is the turn of their messages: order matters for what the Bot hears."""
+        while self._ahead and len(self._preparing) < TRANSFERS and self._loop.time() >= self.ahead_at:
+            if self.paused or not self.way.ready():
+                break
+            message = self._ahead.popleft()
+            if message.state < PROCESSED and not message.prepared:
+                self._prepare(message)
+
     # --- answers ---
+
+    def answered(self, message: Message, attempt: int, status: int, body: object) -> None:
+        """A response from the server; also late, for an earlier attempt, or for a dead letter."""
+        error, relayed = judge(self.policy.mode, status, body)
+        if message.state >= PROCESSED and not (message.state == FAILED and not error):
+            return
+        if error and attempt not in (0, message.attempts):
+            return  # an old failure says nothing about the attempt that runs now
+        message.response = body if isinstance(body, str) else dump_json(body).decode()
+        message.status_code = status
+        if error:
+            self.failed(message, error, status, relay=relayed)
+            return
+        self.round_trips.append(now_ms() - message.received_at)
+        message.outcome = DELIVERED if self.owner.answer(message, body, "") else UNDELIVERED
+        self.settle(message, PROCESSED)
 
     def failed(
         self, message: Message, error: str, status: int = 0, *,
         relay: bool = False, counts: bool = True, mode: str = "",
     ) -> None:  # fmt: skip
-        """A try ended in an error: again later, or a dead letter.
+        """A try of a message in flight ended in an error: again later, or a dead letter.
 
         `relay`: the peer gave an answer that can be passed on. `counts`: the peer was there, so the try counts.
         `mode`: which errors are tried again, if not as the policy says.
         """
+        if message.id not in self.inflight:
+            return
         message.failures += counts
         message.first_failed_at = message.first_failed_at or now_ms()
-        if error not in _RETRIED[mode or self.policy.mode] or self._spent(message):
+        spent = self.policy.spent(message.failures, message.first_failed_at, message.attempts)
+        if spent or error not in _RETRIED[mode or self.policy.mode]:
             self.bury(message, error, status, relay=relay)
             return
-        tries = message.failures if counts else message.attempts
-        message.next_attempt_at = now_ms() + self.policy.delay_ms(tries)
-        message.error_code, message.error = error, _REASONS[error].format(status=status)
-        before, message.state = message.state, QUEUED
-        self._store.update(message, before)
-        self._leave(message)
-        self._complain(f"message {message.id}, try {message.attempts} failed: {message.error}")
-        self._park(message)
-        self.pump()
-
-    def _spent(self, message: Message) -> bool:
-        return self.policy.spent(message.failures, message.first_failed_at, message.attempts)
-
-    def _complain(self, text: str) -> None:
-        """A feed that fails does so thousands of times: one line in a while says it."""
-        if self._loop.time() - self._complained > COMPLAIN_SECS:
+        delay_ms = self.policy.delay_ms(message.failures if counts else message.attempts)
+        message.error_code, message.last_error = error, _REASONS[error].format(status=status)
+        message.state = QUEUED
+        self.park(message, delay_ms)
+        self._store.update(message)
+        if self._loop.time() - self._complained > COMPLAIN_SECS:  # what fails does so thousands of times
             self._complained = self._loop.time()
-            self._log.warn(f"{self.policy.name}: {text}.")
+            tried = f"message {message.id}, try {message.attempts} failed: {message.last_error}"
+            self._log.warn(f"{self.policy.name}: {tried}.")
+        self.pump()
 
     def bury(self, message: Message, error: str, status: int = 0, *, relay: bool = False) -> None:
         """End in a dead letter, and tell a sender that still waits."""
-        message.error_code, message.error = error, _REASONS[error].format(status=status)
-        message.outcome = DELIVERED if self.tell_dead(message, error, relay) else NOT_OWED
+        message.error_code, message.last_error = error, _REASONS[error].format(status=status)
+        told = self.owner.answer(message, message.response if relay else None, error)
+        message.outcome = DELIVERED if told else NOT_OWED
         tries = f"after {message.failures} failed tries"
-        self._log.error(f"{self.policy.name}: message {message.id} is a dead letter {tries}: {message.error}.")
+        self._log.error(f"{self.policy.name}: message {message.id} is a dead letter {tries}: {message.last_error}.")
         self.settle(message, REJECTED if error in _REJECTED else FAILED)
 
     def settle(self, message: Message, state: int) -> None:
         """The message has reached its final state."""
-        before, message.state = message.state, state
-        message.settled_at = now_ms()
-        self._store.update(message, before)
-        if message.id not in self.window:  # a late answer to a message that is not in memory
-            self.depth -= before < PROCESSED
-            return
+        message.state, message.settled_at = state, now_ms()
+        self._store.update(message)
+        if message.spool and state == PROCESSED:  # in a thread: a disk may take its time over a large file
+            self._loop.run_in_executor(None, self._store.spool.remove, message.spool)
         timer = self._parked.pop(message.id, None)
         if timer is not None:
             timer.cancel()
         if self._leave(message) or timer is not None:
-            self._release(message)
+            self._forget(message)
             self.pump()
 
-    def _release(self, message: Message) -> None:
+    def _forget(self, message: Message) -> None:
         del self.window[message.id]
-        self.depth -= 1
-        self._drop_body(message)
-        self._order.settle(message)
-
-    def round_trip_stats(self) -> Json:
-        """Channel contract 12; -1 where there is no sample."""
-        return percentiles(self.round_trips) | {"pendingCount": len(self.inflight)}
-
-
-class Feed(Queue):
-    """One channel's way to the server. `outlet` may change with a reload."""
-
-    def __init__(
-        self, plan: ChannelPlan, row: ChannelRow, store: Store, uplink: Uplink, fhir: Fhir, prefix: str, log: Log
-    ):
-        super().__init__(plan.policy, row, store, log)
-        self.plan = plan
-        self.outlet: Outlet | None = None
-        self.may_send: Callable[[], bool] = lambda: True
-        self._uplink, self._fhir = uplink, fhir
-        self._prefix = prefix
-        self._preparing: dict[int, asyncio.Future[None]] = {}  # messages that need more than to be sent
-        self._ahead: collections.deque[Message] = collections.deque()  # with files to upload before it is their turn
-        self._ahead_at = 0.0  # after an upload failed, the next is tried ahead of its turn then
-
-    def replan(self, plan: ChannelPlan, row: ChannelRow) -> None:
-        """New settings without losing what is under way; scheduled retries keep their time."""
-        self.plan, self.policy, self.row = plan, plan.policy, row
-        self.pump()
-
-    def can_send(self) -> bool:
-        return self.may_send() and self._uplink.ready()
-
-    def still_open(self) -> bool:
-        return self._uplink.ready()
-
-    def transmit(self, message: Message) -> None:
-        callback = f"{self._prefix}{message.id:012x}#{message.attempts}"
-        kind = _CONTENT_TYPES.get(message.type, HL7_TYPE)
-        size = self._uplink.transmit(self.plan.name, message.remote, kind, message.text or "", callback)
-        if size == self._uplink.largest:
-            self._uplink.largest_id = message.id
-
-    def prepare(self, message: Message) -> None:
-        """Upload its file, or look whether what it is about has arrived; its own time-out begins when it is sent."""
-        if message.id not in self._preparing:
-            work = self._upload(message) if message.spool else self._after_objects(message)
-            self._preparing[message.id] = task = asyncio.ensure_future(work)
-            task.add_done_callback(functools.partial(self._prepared, message))
-
-    def _prepared(self, message: Message, task: asyncio.Future[None]) -> None:
-        del self._preparing[message.id]
-        if not task.cancelled() and (error := task.exception()) is not None:
-            self._log.error(f"Internal error: {type(error).__name__} before sending message {message.id}")
-            if message.id in self.inflight:
-                self.failed(message, "server-error", mode="upload")
-        elif message.id in self.inflight and message.deadline == math.inf and message.state < PROCESSED:
-            self._send(message)
-        self._loop.call_soon(self.pump)
-
-    async def _upload(self, message: Message) -> None:
-        """The message's file becomes a Binary; from then on, also after a restart, the message names that."""
-        assert message.spool
-        path, name = self._store.spool.path(message.spool), spool_reference(message.spool)
-        token = False
-        try:
-            token = bool(await self._fhir.fresh_token())
-            reference = await self._fhir.upload(path, "dicom.dcm", DICOM_TYPE)
-            await self._store.finalize(message, name, reference)
-        except (ServerError, StorageError, OSError) as error:
-            status = error.status if token and isinstance(error, ServerError) else 0
-            reason = _upload_error(error) if token else "connection-lost"  # a login that fails is nobody's message
-            self._ahead_at = self._loop.time() + COMPLAIN_SECS
-            if message.id in self.inflight:
-                self.failed(message, reason, status, counts=status > 0, mode="upload")
-            return
-        message.prepared, message.binary = True, reference
         if message.text is not None:
-            self._bytes -= len(message.text)
-            message.text = message.text.replace(name, reference)
-            self._bytes += len(message.text)
-
-    def _enter(self, message: Message) -> None:
-        super()._enter(message)
-        if message.spool and not message.prepared:
-            self._ahead.append(message)
-
-    def pump(self) -> None:
-        super().pump()
-        while self._ahead and len(self._preparing) < TRANSFERS and self._loop.time() >= self._ahead_at:
-            if not self.can_send() or self.paused:
-                break
-            message = self._ahead.popleft()  # order matters for what the Bot hears, not for its files
-            if message.state < PROCESSED and not message.prepared:
-                self.prepare(message)
-
-    async def _after_objects(self, message: Message) -> None:
-        """A storage commitment is asked for when none of its objects waits here any more (PS3.4 J.3.2).
-
-        Meanwhile it gives its place to others: these may be the ones that it waits for.
-        """
-        sql = f"""SELECT 1 FROM message WHERE channel = ? AND state < {PROCESSED} AND id < ? AND type = 'C-STORE'
-          AND control_id IN (SELECT value FROM json_each(?)) LIMIT 1"""
-        objects = [uid for uid, _ in referenced_objects(load_json(message.text or "{}"))]
-        values = self.row.id, message.id, json.dumps(objects)
-        found = True
-        with contextlib.suppress(sqlite3.Error):
-            found = await self._store.read(lambda db: db.execute(sql, values).fetchone()) is not None
-        message.prepared = not found
-        if found and self._leave(message):
-            message.next_attempt_at = now_ms() + COMMITMENT_POLL_MS
-            self._park(message)
-
-    def settle(self, message: Message, state: int) -> None:
-        super().settle(message, state)
-        if message.spool and state == PROCESSED:  # in a thread: a disk may take its time over a large file
-            self._loop.run_in_executor(None, self._store.spool.remove, message.spool)
-
-    def tell_dead(self, message: Message, error: str, relay: bool) -> bool:
-        if self.outlet is None:
-            return False
-        return self.outlet.deliver(message, message.response or "") if relay else self.outlet.refuse(message, error)
-
-    def text_of(self, message: Message, original: bytes, finalized: str | None) -> str:
-        if message.type == ASTM_TYPE or message.type in DICOM_STORED:  # what it was, whatever the channel speaks by now
-            text = original.decode() if finalized is None else finalized
-            return (
-                text.replace(spool_reference(message.spool), message.binary)
-                if message.spool and message.binary
-                else text
-            )
-        if message.type == BYTES_TYPE:
-            settings = self.plan.settings
-            return stream_body(original, settings if isinstance(settings, StreamSettings) else StreamSettings())
-        return super().text_of(message, original, finalized)
+            self.hold(message, None, was=len(message.text))
+        self._order.settle(message)
 
     def lost(self) -> None:
         """The connection ended: answers can no longer come. Whatever may be sent twice goes back to be sent again."""
@@ -4558,28 +4133,14 @@ class Feed(Queue):
                 self.bury(message, "connection-lost")
         self._unsend(sent)
 
-    def answered(self, message: Message, attempt: int, status: int, body: object) -> None:
-        """A response from the server; also late, for an earlier attempt, or for a dead letter."""
-        judgment = judge(self.policy.mode, status, body)
-        if message.state >= PROCESSED and not (message.state == FAILED and not judgment.error):
-            return
-        if judgment.error and attempt != message.attempts:
-            return  # an old failure says nothing about the attempt that runs now
-        message.response = body if isinstance(body, str) else dump_json(body).decode()
-        message.status_code = status
-        if judgment.error:
-            if message.id in self.inflight:
-                self.failed(message, judgment.error, status, relay=judgment.hl7)
-            return
-        self.round_trips.append(now_ms() - message.received_at)
-        if self.outlet is None:
-            delivered = False
-        elif self.outlet.relays(body):
-            delivered = self.outlet.deliver(message, message.response)
-        else:
-            delivered = self.outlet.silent_bot(message)
-        message.outcome = DELIVERED if delivered else UNDELIVERED
-        self.settle(message, PROCESSED)
+    @property
+    def idle(self) -> bool:
+        """Nothing waits."""
+        return not (self.window or self._behind or self._loading)
+
+    def round_trip_stats(self) -> Json:
+        """Channel contract 12; -1 where there is no sample."""
+        return percentiles(self.round_trips) | {"pendingCount": len(self.inflight)}
 
 
 def percentiles(samples: Iterable[int]) -> dict[str, float]:
@@ -4591,239 +4152,668 @@ def percentiles(samples: Iterable[int]) -> dict[str, float]:
     return {"count": len(ordered), "min": ordered[0], "max": ordered[-1], "average": sum(ordered) / len(ordered), **at}
 
 
-class Dispatcher:
-    """All feeds, and the way from an answer back to its message."""
+# =====================================================================================================================
+# Uplink
+#
+# One WSS connection to the server (uplink contract 3 and 4): connect, heartbeats both ways, forced reconnect when it is
+# silent or never live, full-jitter back-off. websockets does TCP, proxy, TLS, handshake and frames; its receive queue
+# is bypassed, and what is sent within one turn of the event loop leaves in one write. Nothing but the connect request
+# is sent before agent:connect:response. An answer finds its queue by the row number in its callback. May touch: WSS,
+# and Fhir for the token and for files.
+# =====================================================================================================================
 
-    def __init__(self, agent_id: str, store: Store, uplink: Uplink, fhir: Fhir, log: Log):
-        self.feeds: dict[str, Feed] = {}
-        self._store, self._uplink, self._fhir, self._log = store, uplink, fhir, log
+
+def _upload_error(error: Exception) -> str:
+    """Why a file could not be uploaded, as a key of _REASONS."""
+    if isinstance(error, OSError):
+        return "file-lost" if isinstance(error, FileNotFoundError) else "file-unreadable"
+    status = error.status if isinstance(error, ServerError) else 0
+    named = {0: "connection-lost", 413: "file-too-large", 429: "server-rate-limited"}
+    return named.get(status) or ("server-error" if status >= 500 else "server-rejected")
+
+
+class _Socket(ClientConnection):
+    """websockets' connection that hands each text to the uplink at once instead of queueing it."""
+
+    def __init__(self, *args: Any, uplink: Uplink, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self._uplink = uplink
+        self._parts: list[bytes] = []
+        self._early: list[bytes] | None = []  # texts that came with the handshake, until `begin`
+
+    def process_event(self, event: Any) -> None:
+        carried = isinstance(event, Frame) and event.opcode in (Opcode.TEXT, Opcode.BINARY, Opcode.CONT)
+        if self.response is None or not carried:
+            super().process_event(event)
+            return
+        text: bytes | bytearray | memoryview = event.data
+        if self._parts or not event.fin:
+            self._parts.append(bytes(text))
+            if not event.fin:
+                return
+            text, self._parts = b"".join(self._parts), []
+        if self._early is None:
+            self._uplink.receive(text)
+        else:
+            self._early.append(bytes(text))
+
+    def begin(self) -> None:
+        """The uplink is ready for what has come, and for what comes."""
+        early, self._early = self._early or [], None
+        for text in early:
+            self._uplink.receive(text)
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        self._uplink.pump()
+
+
+class Uplink:
+    """The connection to the server: the way of all channels' queues. `on_message` hears the server's requests."""
+
+    def __init__(self, settings: ProcessSettings, fhir: Fhir, context: ssl.SSLContext, log: Log):
+        self.live = False
+        self.outstanding = 0  # heartbeats without any sign of life since
+        self.ping_ms = -1
+        self.store: Store | None = None
+        self.queues: list[Queue] = []  # of the channels
+        self.on_message: Callable[[Json], None] = lambda message: None
+        self._settings, self._fhir, self._log = settings, fhir, log
+        scheme = "wss" if settings.baseUrl.startswith("https") else "ws"
+        parts = urllib.parse.urlsplit(settings.baseUrl)
+        self.url = urllib.parse.urlunsplit((scheme, parts.netloc, "/ws/agent", parts.query, ""))
+        self._context = context if scheme == "wss" else None
+        self._socket: _Socket | None = None
+        self._outgoing: list[bytes] = []
+        self._largest = self._largest_id = 0  # bytes of the connection's largest text, and the message it carried
+        self._masks = b""
+        self._loop = asyncio.get_running_loop()
+        self._flushing = self._refreshing = False
+        self._token = ""
+        self._heartbeat_at = 0.0
+        self._refused = ""
+        self._stopping = False
         self._asked: dict[str, asyncio.Future[Json]] = {}  # questions that are not stored, by callback
-        self._agent_id = agent_id
-        self._late_answers: set[asyncio.Future[None]] = set()
         self._losses = 0  # connections in a row that were lost with messages in flight and none answered
         self._answered = False  # this connection has brought an answer
-        uplink.on_live = uplink.on_writable = self.pump
-        uplink.on_lost = self._lost
 
-    @functools.cached_property
-    def callback_prefix(self) -> str:
-        """`Agent/<id>-` and a UUID without its last 12 digits, which are the row's number: stable across restarts."""
-        seed = self._store.seed
-        return f"Agent/{self._agent_id}-{seed[:8]}-{seed[8:12]}-4{seed[12:15]}-a{seed[15:18]}-"
+    # --- sending ---
 
-    async def feed(self, plan: ChannelPlan) -> Feed:
-        """The feed of a channel, made or brought up to date."""
-        row = await self._store.channel(plan.name, plan.key_spec)
-        feed = self.feeds.get(plan.name)
-        if feed is None:
-            await self._recover(plan, row)
-            peers = self._store, self._uplink, self._fhir
-            feed = self.feeds[plan.name] = Feed(plan, row, *peers, self.callback_prefix, self._log)
-        feed.may_send = self.may_send
-        feed.replan(plan, row)
-        return feed
+    @property
+    def is_open(self) -> bool:
+        """Live, with room in the socket and a token that the server will accept."""
+        if not self.live or self._socket is None or self._socket.paused:
+            return False
+        token = self._fhir.usable_token()
+        if token is None:
+            if not self._refreshing:
+                self._refreshing = True
+                spawn(self._refresh())
+            return False
+        self._token = token
+        return True
 
-    async def _recover(self, plan: ChannelPlan, row: ChannelRow) -> None:
-        """Rows that were sent when the agent stopped: only where a repetition is allowed they are sent again."""
-        if "interrupted" in _RETRIED[plan.policy.mode]:
-            change = f"state = {QUEUED}"
+    def ready(self) -> bool:
+        """The same; after several losses of the connection one of the messages may be their cause: one at a time."""
+        return self.is_open and (self._losses < SUSPECT_LOSSES or not any(queue.inflight for queue in self.queues))
+
+    async def _refresh(self) -> None:
+        seconds = 0.0
+        try:
+            await self._fhir.fresh_token()
+            seconds = 0 if self._fhir.usable_token() else RECONNECT_BASE_SECS
+        except AgentError as error:
+            self._log.error(f"The token cannot be refreshed: {error}")
+            seconds = random.uniform(0, RECONNECT_MAX_SECS)
+        finally:
+            self._refreshing = False
+        self._loop.call_later(seconds, self.pump)
+
+    def pump(self) -> None:
+        for queue in self.queues:
+            queue.pump()
+
+    def transmit(self, queue: Queue, message: Message) -> None:
+        """A message of a device; its callback is the same for each try, but for the number of the try behind `#`."""
+        assert self.store is not None
+        callback = f"{self._callbacks}{message.id:012x}#{message.attempts}"
+        kind = _CONTENT_TYPES.get(message.type, HL7_TYPE)
+        self._transmit(queue.row.name, message.remote, kind, message.text or "", callback, message.id)
+
+    @property
+    def _callbacks(self) -> str:
+        """How they begin: `Agent/<id>-` and a UUID without its last 12 digits, which are the row's number."""
+        return f"Agent/{self._settings.agentId}-{self.store.uuid if self.store else ''}-"
+
+    def _transmit(self, channel: str, remote: str, kind: str, body: str, callback: str, id_: int = 0) -> None:
+        self._write({
+            "type": "agent:transmit:request", "accessToken": self._token, "channel": channel, "remote": remote,
+            "contentType": kind, "body": body, "callback": callback,
+        }, id_)  # fmt: skip
+
+    def send(self, message: Json) -> None:
+        """Send an answer or a control message; dropped when there is no live connection to answer on."""
+        if self.live:
+            self._write(message)
+
+    def _write(self, message: Json, id_: int = 0) -> None:
+        assert self._socket is not None
+        text = dump_json(message)
+        if len(text) > self._largest:
+            self._largest, self._largest_id = len(text), id_
+        if self._settings.compression:
+            self._socket.protocol.send_text(text)
         else:
-            reason = _REASONS["interrupted"]
-            change = f"state = {FAILED}, outcome = {NOT_OWED}, error_code = 'interrupted', last_error = '{reason}'"
+            self._outgoing.append(self._text_frame(text))
+        if not self._flushing:
+            self._flushing = True
+            self._loop.call_soon(self._flush)
 
-        def run(db: sqlite3.Connection) -> int:
-            count = db.execute(f"UPDATE message SET {change} WHERE channel = ? AND state = {SENT}", (row.id,)).rowcount
-            self._store.tally[SENT] -= count
-            self._store.tally[QUEUED if "interrupted" in _RETRIED[plan.policy.mode] else FAILED] += count
-            db.executemany("INSERT OR REPLACE INTO tally VALUES (?, ?)", self._store.tally.items())
-            return count
+    def _text_frame(self, payload: bytes) -> bytes:
+        """A masked text frame (RFC 6455 5.2); a random number for each would cost a system call and the GIL."""
+        if len(self._masks) < 4:
+            self._masks = os.urandom(4096)
+        mask, self._masks = self._masks[:4], self._masks[4:]
+        size = len(payload)
+        if size < 126:
+            head = struct.pack("!BB", 0x81, 0x80 | size)
+        elif size < 65536:
+            head = struct.pack("!BBH", 0x81, 0xFE, size)
+        else:
+            head = struct.pack("!BBQ", 0x81, 0xFF, size)
+        return head + mask + apply_mask(payload, mask)
 
-        if count := await self._store.call(run):
-            self._log.warn(f"Channel '{plan.name}': {count} messages were with the server when the agent stopped.")
+    def _flush(self) -> None:
+        self._flushing = False
+        outgoing, self._outgoing = self._outgoing, []
+        if self._socket is not None and self._socket.protocol.state is SocketState.OPEN:
+            outgoing += [part for part in self._socket.protocol.data_to_send() if part]
+            if outgoing:
+                self._socket.transport.write(b"".join(outgoing))
+
+    # --- receiving ---
+
+    def receive(self, text: bytes | bytearray | memoryview) -> None:
+        """One text from the server: any text is a sign of life."""
+        self.outstanding = 0
+        try:
+            message = load_json(text)
+            kind = message["type"]
+        except (ValueError, KeyError, TypeError):
+            self._log.warn(f"The server sent {len(text)} bytes that are not a JSON message with a type; ignored.")
+            return
+        try:
+            if kind in ("agent:transmit:response", "transmit"):
+                self._response(message)
+            elif kind in ("agent:connect:response", "connected"):
+                self._accepted()
+            elif kind == "agent:heartbeat:request":
+                self._write({"type": "agent:heartbeat:response", "version": VERSION})
+            elif kind == "agent:heartbeat:response":
+                self.ping_ms = round((time.monotonic() - self._heartbeat_at) * 1000)
+            elif not self.live and kind == "agent:error":
+                self._not_accepted(str(message.get("body")))
+            else:
+                self.on_message(message)
+        except Exception as error:  # one strange message must not end the connection
+            self._log.error(f"A message of type {str(kind)[:60]} could not be handled: {type(error).__name__}")
+            if message.get("callback"):
+                words = "The agent could not handle this message"
+                self.send({"type": "agent:error", "body": words, "callback": message["callback"]})
+
+    def _accepted(self) -> None:
+        if not self.live:
+            self.live, self._refused = True, ""
+            self._log.info(f"Connected to {self.url}.")
+            self.pump()
+
+    def _not_accepted(self, reason: str) -> None:
+        """The server answered our connect request with an error: nothing was sent yet, so its text is safe to log."""
+        if reason != self._refused:
+            self._refused = reason
+            self._log.error(
+                f"The server refuses this agent: {reason}. Check agentId {self._settings.agentId} "
+                "and the access policy of the ClientApplication."
+            )
+        if "token" in reason.lower():
+            self._fhir.reject_token()
+        self.reconnect("the server refused the connect request", quiet=True)
+
+    def _response(self, answer: Json) -> None:
+        """One agent:transmit:response (uplink contract 4.6)."""
+        self._answered = True
+        if self._losses:
+            self._losses = 0
+            self._loop.call_soon(self.pump)
+        status, body, callback = answer.get("statusCode"), answer.get("body"), answer.get("callback")
+        status = status if isinstance(status, int) and status else 200
+        if not callback:
+            self._without_callback(answer, status, body)
+        elif asked := self._asked.get(str(callback)):
+            if not asked.done():
+                asked.set_result(answer)
+        else:
+            stem, _, attempt = str(callback).partition("#")
+            prefix, number = stem[:-12], stem[-12:]
+            if prefix != self._callbacks or not re.fullmatch(r"[0-9a-f]{12}", number):
+                self._log.warn("An answer with an unknown callback was ignored.")
+                return
+            message_id, tried = int(number, 16), int(attempt) if attempt.isdecimal() else 0
+            for queue in self.queues:
+                if message := queue.window.get(message_id):
+                    queue.answered(message, tried, status, body)
+                    return
+            spawn(self._late(message_id, tried, status, body))
+
+    async def _late(self, message_id: int, attempt: int, status: int, body: object) -> None:
+        """An answer to a message that is not in memory: a dead letter, or one sent before a restart."""
+        message = await self.store.message(message_id) if self.store else None
+        for queue in self.queues:
+            if message is not None and queue.row.id == message.channel and message_id not in queue.window:
+                queue.answered(message, attempt, status, body)
+
+    def _without_callback(self, answer: Json, status: int, body: object) -> None:
+        """Old servers leave it out: match MSA-2 with a message in flight, else pass it to the device named."""
+        remote, ack = answer.get("remote"), read_ack(body)
+        for queue in (queue for queue in self.queues if queue.row.name == answer.get("channel")):
+            self._log.warn(f"{queue.policy.name}: an answer came without callback.")
+            sent = queue.inflight.values()
+            matches = [m for m in sent if (m.control_id == ack.control_id if ack else m.remote == remote)]
+            if matches:
+                queue.answered(matches[0], 0, status, body)
+            elif ack and status < 400:
+                stray = Message(queue.row, str(remote), b"")
+                stray.control_id = ack.control_id
+                queue.owner.answer(stray, body, "")
 
     async def ask(self, channel: str, remote: str, body: str, seconds: float) -> Json:
         """A device's question to the Bot that only an answer now is good for, so it is not stored.
 
         Returns the agent:transmit:response; raises TimeoutError, and ServerError without a connection.
         """
-        if not self._uplink.ready():
+        if not self.is_open:
             raise ServerError("the server is not connected")
-        callback = f"Agent/{self._agent_id}-{uuid.uuid4()}"
-        answer: asyncio.Future[Json] = asyncio.get_running_loop().create_future()
+        callback = f"Agent/{self._settings.agentId}-{uuid.uuid4()}"
+        answer: asyncio.Future[Json] = self._loop.create_future()
         self._asked[callback] = answer
         try:
             async with asyncio.timeout(seconds):
-                self._uplink.transmit(channel, remote, JSON_TYPE, body, callback)
+                self._transmit(channel, remote, JSON_TYPE, body, callback)
                 return await answer
         finally:
             del self._asked[callback]
 
-    @property
-    def live(self) -> bool:
-        return self._uplink.live
+    # --- what comes before sending ---
 
-    def pump(self) -> None:
-        for feed in self.feeds.values():
-            feed.pump()
+    async def prepare(self, queue: Queue, message: Message) -> None:
+        """The message's file becomes a Binary; a storage commitment waits for its objects."""
+        assert self.store is not None
+        if not message.spool:
+            await self._after_objects(self.store, queue, message)
+            return
+        path, name = self.store.spool.path(message.spool), spool_reference(message.spool)
+        token = False
+        try:
+            token = bool(await self._fhir.fresh_token())
+            reference = await self._fhir.upload(path, "dicom.dcm", DICOM_TYPE)
+            await self.store.finalize(message, name, reference)  # so that it is not sent twice, also after a restart
+        except (ServerError, StorageError, OSError) as error:
+            status = error.status if token and isinstance(error, ServerError) else 0
+            reason = _upload_error(error) if token else "connection-lost"  # a login that fails is nobody's message
+            queue.ahead_at = self._loop.time() + COMPLAIN_SECS
+            queue.failed(message, reason, status, counts=status > 0, mode="upload")
+            return
+        message.prepared, message.binary = True, reference
+        if message.text is not None:
+            queue.hold(message, message.text.replace(name, reference), was=len(message.text))
+
+    @staticmethod
+    async def _after_objects(store: Store, queue: Queue, message: Message) -> None:
+        """A storage commitment is asked for when none of its objects waits here any more (PS3.4 J.3.2).
+
+        Meanwhile it gives its place to others: these may be the ones that it waits for.
+        """
+        objects = [uid for uid, _ in referenced_objects(load_json(message.text or "{}"))]
+        waits = True
+        with suppress(StorageError):
+            waits = await store.waits_for(queue.row, message.id, objects)
+        message.prepared = not waits
+        if waits:
+            queue.park(message, COMMITMENT_POLL_MS)
+
+    # --- the connection's life ---
+
+    async def run(self) -> None:
+        """Connect, serve, and connect again, until cancelled."""
+        failures, last_reason = 0, ""
+        while True:
+            started = self._loop.time()
+            reason = await self._session()
+            if self._stopping:
+                return
+            stable = self._loop.time() - started > STABLE_SECS and not self._refused
+            failures = 1 if stable else failures + 1
+            if reason != last_reason:
+                self._log.error(f"No connection to {self.url}: {reason}. Messages are kept on disk; trying again.")
+            last_reason = "" if stable else reason
+            await asyncio.sleep(back_off(failures))
+
+    async def _session(self) -> str:
+        """One connection from start to end; returns why it ended."""
+        try:
+            token = await self._fhir.fresh_token()
+            sock = await connect(
+                self.url, create_connection=cast(Any, partial(_Socket, uplink=self)),
+                proxy=proxy_for(self._settings.baseUrl), ssl=self._context, **self._proxy_tls(),
+                compression="deflate" if self._settings.compression else None, ping_interval=None,
+                open_timeout=CONNECT_TIMEOUT_SECS, close_timeout=1, max_size=UPLINK_FRAME_BYTES,
+                write_limit=UPLINK_BUFFER_BYTES, user_agent_header=f"medplum-agent/{VERSION}",
+            )  # fmt: skip
+        except (ServerError, OSError, EOFError, WebSocketException) as error:
+            return str(error) or type(error).__name__
+        except Exception as error:  # whatever a proxy or server makes of the handshake: the uplink tries again
+            return f"the connection failed with {type(error).__name__}"
+        assert isinstance(sock, _Socket)
+        self._socket = sock
+        self._outgoing.clear()
+        self._largest = self._largest_id = self.outstanding = 0
+        self._write({"type": "agent:connect:request", "accessToken": token, "agentId": self._settings.agentId})
+        sock.begin()
+        beating = asyncio.create_task(self._heartbeats(sock))
+        try:
+            await sock.wait_closed()
+        finally:
+            beating.cancel()
+            self._ended(sock)
+        return self._close_reason(sock)
+
+    def _proxy_tls(self) -> Json:
+        proxy = proxy_for(self._settings.baseUrl) or ""
+        return {"proxy_ssl": tls_context(self._settings.caFile)} if proxy.startswith("https") else {}
+
+    def _ended(self, sock: _Socket) -> None:
+        self._socket = None
+        was_live, self.live = self.live, False
+        sock.transport.abort()
+        if was_live:
+            self._lost(sock.protocol.close_code or 1006)
 
     def _lost(self, close_code: int) -> None:
-        sent = [
-            (f, message) for f in self.feeds.values() for message in f.inflight.values() if message.deadline < math.inf
-        ]
-        if close_code == 1009:
-            self._bury_largest(sent)
-        for feed, message in sent:
+        """Close code 1009 (message too big) does not say which: it is the largest text of the connection."""
+        sent = [(q, message) for q in self.queues for message in q.inflight.values() if message.deadline < math.inf]
+        for queue, message in sent:
             message.losses += self._answered
-            alone = len(sent) == 1 and self._losses >= SUSPECT_LOSSES
-            if close_code != 1009 and (alone or message.losses >= SUSPECT_LOSSES):
-                feed.failed(message, "connection-lost")
+            suspect = message.losses >= SUSPECT_LOSSES or (len(sent) == 1 and self._losses >= SUSPECT_LOSSES)
+            if close_code == 1009 and message.id == self._largest_id:
+                queue.bury(message, "too-large", 1009)
+            elif close_code != 1009 and suspect:
+                queue.failed(message, "connection-lost")
         self._losses += bool(sent)
         self._answered = False
         for answer in self._asked.values():
             if not answer.done():
                 answer.set_exception(ServerError("the connection to the server was lost"))
-        for feed in self.feeds.values():
-            feed.lost()
+        for queue in self.queues:
+            queue.lost()
 
-    def _bury_largest(self, sent: Sequence[tuple[Feed, Message]]) -> None:
-        """Close code 1009 (message too big) does not say which: it is the largest frame of the connection."""
-        for feed, message in sent:
-            if message.id == self._uplink.largest_id:
-                feed.bury(message, "too-large", 1009)
+    @staticmethod
+    def _close_reason(sock: _Socket) -> str:
+        if sock.protocol.close_code == 1009:
+            return "the server closed it because a message was larger than it accepts (1009)"
+        return f"the connection was closed ({sock.protocol.close_code or 1006})"
 
-    def may_send(self) -> bool:
-        """After several losses of the connection one of the messages may be their cause: then one at a time is sent."""
-        return self._losses < SUSPECT_LOSSES or not any(feed.inflight for feed in self.feeds.values())
-
-    def response(self, answer: Json) -> None:
-        """One agent:transmit:response (uplink contract 4.6)."""
-        self._answered = True
-        if self._losses:
-            self._losses = 0
-            asyncio.get_running_loop().call_soon(self.pump)
-        status = answer.get("statusCode")
-        code = status if isinstance(status, int) and status else 200
-        body = answer.get("body")
-        callback = answer.get("callback")
-        if not callback:
-            self._without_callback(answer, code, body)
-            return
-        if asked := self._asked.get(str(callback)):
-            if not asked.done():
-                asked.set_result(answer)
-            return
-        message_id, attempt = self._parse_callback(str(callback))
-        if message_id is None:
-            self._log.warn("An answer with an unknown callback was ignored.")
-            return
-        for feed in self.feeds.values():
-            if message := feed.window.get(message_id):
-                feed.answered(message, attempt or message.attempts, code, body)
+    async def _heartbeats(self, sock: _Socket) -> None:
+        silent = 0
+        while True:
+            await asyncio.sleep(self._settings.heartbeatSecs)
+            silent = 0 if self.live else silent + 1
+            if self.outstanding > 1 or silent > 2:
+                self.reconnect(
+                    "the server is silent" if self.live else "the server does not answer the connect request"
+                )
                 return
-        task = asyncio.ensure_future(self._late(message_id, attempt, code, body))
-        self._late_answers.add(task)
-        task.add_done_callback(self._late_answers.discard)
+            if self.live:
+                self.outstanding += 1
+                self._heartbeat_at = time.monotonic()
+                self._write({"type": "agent:heartbeat:request"})
 
-    def _parse_callback(self, callback: str) -> tuple[int | None, int]:
-        stem, _, attempt = callback.partition("#")
-        prefix = self.callback_prefix
-        if not stem.startswith(prefix) or not re.fullmatch(r"[0-9a-f]{12}", stem[len(prefix) :]):
-            return None, 0
-        return int(stem[len(prefix) :], 16), int(attempt) if attempt.isdecimal() else 0
+    def reconnect(self, reason: str, *, quiet: bool = False) -> None:
+        """Drop the connection; `run` makes a new one."""
+        if not quiet:
+            self._log.warn(f"Reconnecting: {reason}.")
+        if self._socket is not None:
+            self._socket.transport.abort()
 
-    async def _late(self, message_id: int, attempt: int, status: int, body: object) -> None:
-        """An answer to a message that is not in memory: a dead letter, or one sent before a restart."""
-        message = await self._store.message(message_id)
-        feed = next((feed for feed in self.feeds.values() if message and feed.row.id == message.channel), None)
-        if message is not None and feed is not None and message_id not in feed.window:
-            feed.answered(message, attempt or message.attempts, status, body)
-
-    def _without_callback(self, answer: Json, status: int, body: object) -> None:
-        """Old servers leave it out: match MSA-2 with a message in flight, else pass it to the device named."""
-        feed = self.feeds.get(str(answer.get("channel")))
-        if feed is None:
-            return
-        self._log.warn(f"Channel '{feed.plan.name}': an answer came without callback.")
-        ack = read_ack(body)
-        if ack:
-            matches = [m for m in feed.inflight.values() if m.control_id == ack.control_id]
-        else:
-            matches = [m for m in feed.inflight.values() if m.remote == answer.get("remote")]
-        if matches:
-            feed.answered(matches[0], matches[0].attempts, status, body)
-        elif ack and feed.outlet is not None and status < 400:
-            stray = Message(feed.row.id, str(answer.get("remote")), b"", "utf-8")
-            stray.control_id = ack.control_id
-            feed.outlet.deliver(stray, str(body))
+    async def goodbye(self) -> None:
+        """Close the WebSocket properly (RFC 6455 7.1.2), waiting a second for the server's close frame."""
+        self._stopping = True
+        if (sock := self._socket) is not None:
+            self._flush()
+            with suppress(Exception):
+                await sock.close(1001, "agent is stopping")
 
 
 # =====================================================================================================================
-# Channels
+# Lines
 #
-# Where devices connect. A channel takes messages from its protocol core, hands them to the store, acknowledges when
-# the store says durable, and writes back what comes down. A listener owns a bound port and may change its channel, so
-# that a reload can swap ports without ever unbinding them. May touch: sockets.
+# One open connection to a device, whoever dialled; each protocol has one class here, which owns its core. A line takes
+# bytes (`receive`), makes messages of them (`intake`), acknowledges when the store says durable (`stored`), writes down
+# what the Bot says (`answer`), and asks the device what the cloud wants to know (`ask`). It belongs to a channel or to
+# a device that was called. May touch: sockets.
 # =====================================================================================================================
 
 
-@dataclasses.dataclass(eq=False)
-class Exchange:
-    """One message on its way to a device and back. `mode`: `first` ACK, or `application` to pass over a CA."""
+@dataclass(frozen=True)
+class Target:
+    """A parsed Device.url. `key` names the device: pushes with the same key share connections and order."""
 
-    control_id: str
-    mode: str
-    answer: asyncio.Future[str]
+    url: str
+    scheme: str
+    host: str
+    port: int
+    path: str  # of a DICOM device its AE title
+    settings: DeviceSettings
 
-    def heard(self, ack: Acknowledgment, text: str) -> None:
-        if not self.answer.done() and not (self.mode == "application" and ack.code == "CA"):
-            self.answer.set_result(text)
+    @property
+    def on_channel(self) -> bool:
+        """The device is at one of our own channels: connected to it, or on its serial port."""
+        return self.scheme in ("channel", "serial")
 
+    @property
+    def is_dicom(self) -> bool:
+        return self.scheme.startswith("dicom")
 
-class Precedence:
-    """Messages before images: one interpreter runs one thread at a time, and an image takes long anyway."""
-
-    until = 0.0  # on the event loop's clock
-
-    def give_way(self) -> None:
-        """Called by threads of associations wherever they have worked for a while."""
-        now = time.monotonic()
-        limit = min(self.until, now + GIVE_WAY_MAX_SECS)
-        while now < limit:
-            time.sleep(limit - now)
-            now = time.monotonic()
-
-
-PRECEDENCE = Precedence()
+    @property
+    def key(self) -> str:
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        title = f"{self.path}@" if self.is_dicom else ""
+        return f"{self.scheme}://{title}{host}:{self.port}" if self.port else f"{self.scheme}://{host}{self.path}"
 
 
-class Connection(asyncio.Protocol):
-    """One device connected to a channel. All that is written in one turn of the event loop leaves in one write."""
+def is_host(name: str) -> bool:
+    """An IPv4 or IPv6 address, or a syntactically valid host name (RFC 1123 2.1, with underscores)."""
+    with suppress(ValueError):
+        return bool(ipaddress.ip_address(name))
+    labels = r"(?!-)[A-Za-z0-9_-]{1,63}(\.(?!-)[A-Za-z0-9_-]{1,63})*\.?"
+    return len(name) < 254 and re.fullmatch(labels, name) is not None
 
-    def __init__(self, channel: Channel):
-        self.channel = channel
-        self.remote = ""
-        self.host = ""
+
+def parse_target(url: str) -> Target:
+    """The device behind a remote address; PeerError says what is wrong with it."""
+    try:
+        parts = urllib.parse.urlsplit(url)
+        port = parts.port or 0
+    except ValueError as error:
+        raise PeerError(f"'{url}' is not a device address: {error}") from None
+    scheme, host = parts.scheme, parts.hostname or ""
+    schemes = ("mllp", "mllps", "tcp", "dicom", "dicoms", "channel", "serial")
+    if scheme not in schemes:
+        raise PeerError(f"'{url}' is not a device address that this agent can send to: use {', '.join(schemes)}")
+    ours = scheme in ("channel", "serial")  # a device on one of our own channels
+    if not ours and not (host and port):
+        raise PeerError(f"'{url}' needs a host and a port, such as mllp://192.168.50.10:56001")
+    if not ours and not is_host(host):
+        raise PeerError(f"'{url}': '{host}' is neither an IP address nor a host name")
+    try:
+        values = read_parameters(DeviceSettings, parts.query, url, lambda text: None)
+        titles = ae_titles(urllib.parse.unquote(parts.username or ""))
+    except (ConfigError, ValueError) as error:
+        raise PeerError(f"'{url}': {error}") from None
+    path = parts.username or "" if scheme.startswith("dicom") else parts.path
+    if scheme.startswith("dicom") and len(titles) != 1:
+        raise PeerError(f"'{url}' needs the device's AE title, such as dicom://ARCHIVE@192.168.50.10:104")
+    if scheme in ("mllps", "dicoms"):
+        values["tls"] = True
+    host = urllib.parse.unquote(parts.netloc) if ours else host
+    return Target(url, scheme, host, port, urllib.parse.unquote(path), DeviceSettings(**values))
+
+
+class Push(NamedTuple):
+    """A checked request to send something to a device. `text` is HL7 or what the device's bodyEncoding says."""
+
+    target: Target
+    text: str
+    control_id: str  # of an HL7 message
+    mode: str  # of an HL7 message: `first` ACK, or `application` to pass over a CA
+    content_type: str
+
+
+def parse_push(request: Json) -> Push:
+    """A server's agent:transmit:request; PeerError for what is answered as agent:error (uplink contract 4.8)."""
+    remote, body = request.get("remote"), request.get("body")
+    if not remote or not isinstance(remote, str):
+        raise PeerError("Missing remote address")
+    if not body or not isinstance(body, str):
+        raise PeerError(f"WebSocket error on incoming message: there is no body for {remote}")
+    target = parse_target(remote)
+    content_type = str(request.get("contentType") or BYTES_TYPE)
+    if target.is_dicom:
+        if content_type == DICOM_TYPE:
+            body = dump_json({"command": "C-STORE", "binary": {"reference": body.strip()}}).decode()
+        return Push(target, body, "", "", JSON_TYPE)
+    if target.scheme == "tcp" or (target.on_channel and content_type != HL7_TYPE):
+        return Push(target, body, "", "", content_type)
+    try:
+        text = decode_hl7(body.encode(), "utf-8")
+    except PeerError as error:
+        raise PeerError(f"WebSocket error on incoming message: {error}") from None
+    mode = str(request.get("returnAck") or target.settings.defaultReturnAck).lower()
+    return Push(target, text, Header(text).control_id, mode, HL7_TYPE)
+
+
+PUSH_WRITTEN = "OK"  # the answer to a push whose device has no words of its own
+
+
+def os_reason(error: OSError) -> str:
+    """`Connection refused` rather than asyncio's own words for it; what is wrong with a certificate."""
+    if isinstance(error, ssl.SSLError):
+        return f"TLS failed: {getattr(error, 'verify_message', '') or error.reason or error}"
+    return os.strerror(error.errno) if error.errno and error.errno > 0 else str(error) or type(error).__name__
+
+
+class Try:
+    """How far a try at a device came: said when it ends in nothing."""
+
+    phase, kind = "no connection", "device-unreachable"
+
+    def __init__(self) -> None:
+        self.came: Callable[[], str] = str  # what came instead of an answer
+
+    def asked(self, line: Line) -> None:
+        self.phase, self.kind, self.came = line.unanswered, "device-silent", line.came
+
+
+@asynccontextmanager
+async def within(name: str, seconds: float) -> AsyncIterator[Try]:
+    """A try at the device `name`: time-outs and errors of the system become DeviceError."""
+    attempt = Try()
+    try:
+        async with asyncio.timeout(seconds):
+            yield attempt
+    except TimeoutError:
+        came = f": {words}" if (words := attempt.came()) else ""
+        raise DeviceError(f"{name}: {attempt.phase} within {seconds:g} s{came}", attempt.kind) from None
+    except OSError as error:
+        raise DeviceError(f"{name}: {os_reason(error)}", attempt.kind) from None
+    except (LocalError, UnicodeError) as error:
+        raise DeviceError(f"{name}: {error}", attempt.kind) from None
+
+
+def set_device_options(sock: socket.socket) -> None:
+    """No Nagle (CA followed by AA would wait 40 ms for a delayed TCP ACK); notice devices that vanish."""
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for name, seconds in (("TCP_KEEPIDLE", 60), ("TCP_KEEPINTVL", 15), ("TCP_KEEPCNT", 4)):
+        if hasattr(socket, name):
+            sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), seconds)
+
+
+class LineOwner(typing.Protocol):
+    """What a line knows of its channel, or of the device that was called."""
+
+    asked: list[Exchange]  # pushes that wait for their acknowledgment
+
+    @property
+    def name(self) -> str: ...  # for people
+
+    @property
+    def host(self) -> str: ...  # for a line that has no addresses: the serial port
+
+    def opened(self, line: Line) -> None: ...
+
+    def closed(self, line: Line) -> None: ...
+
+    def warn(self, text: str) -> None: ...  # in the main log
+
+    def note(self, text: str) -> None: ...  # in the channel log
+
+    def congested(self, line: Line) -> bool: ...  # more was received than is on disk; the line is resumed later
+
+
+class Line(asyncio.Protocol):
+    """One connection. All that is written in one turn of the event loop leaves in one write.
+
+    A line without transport leads nowhere: it stands for a device that is gone.
+    """
+
+    def __init__(self, owner: LineOwner):
+        self.owner = owner
+        self.remote = self.host = ""
         self.pending = 0  # messages on their way to the disk
-        self.awaiting = 0  # stored messages whose answer is still to come
+        self.awaiting = 0  # stored messages whose answer is owed
         self.messages = 0
-        self._loop = channel.loop
+        self.lost = asyncio.Event()
+        self.ended = False  # the device sends nothing more
+        self._loop = asyncio.get_running_loop()
         self.active_at = self._loop.time()
         self._outbox: list[bytes] = []
         self._paused: set[str] = set()
         self._closing = False
-        self.lost = asyncio.Event()
-        self.ended = False  # the device sends nothing more
-        self._transport: asyncio.Transport
+        self._transport: asyncio.Transport | None = None
 
     # --- what each protocol does in its own way ---
 
-    def take(self, received: bytes) -> None:
-        """Bytes from the device."""
-        raise NotImplementedError
+    unanswered = "not taken"  # said when the time of a push is over
+
+    def came(self) -> str:
+        """What came instead of the answer to a push."""
+        return ""
 
     @property
     def inside(self) -> bool:
         """In the middle of a message: the device owes us bytes."""
+        return False
+
+    def receive(self, received: bytes) -> None:
+        """Bytes from the device."""
+        raise NotImplementedError
+
+    def answer(self, message: Message, body: object, error: str) -> bool:
+        """The last word on a message: what the Bot returned, or why nothing came; False when it was not taken."""
+        raise NotImplementedError
+
+    async def ask(self, push: Push) -> str:
+        """Send what the cloud pushes; the device's answer, or DeviceError. Cancelled when its time is over."""
         raise NotImplementedError
 
     @property
@@ -4834,10 +4824,22 @@ class Connection(asyncio.Protocol):
     def forget(self) -> None:
         """Drop what is held back: the connection is closing and the device was not told anything."""
 
+    def replan(self, changed: bool) -> None:
+        """The channel has new settings; `changed`: in more than how messages are delivered."""
+
+    @classmethod
+    async def recover(cls, channel: Channel) -> None:
+        """After a start, when the store is open: what was begun before."""
+
+    @property
+    def may_adopt(self) -> bool:
+        """Whether the only connection from the same address may get the answer to a message of an earlier one."""
+        return True
+
     # --- asyncio ---
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self._transport = typing.cast(asyncio.Transport, transport)
+        self._transport = cast(asyncio.Transport, transport)
         if hasattr(transport, "max_size"):
             transport.max_size = READ_BYTES
         if (sock := transport.get_extra_info("socket")) is not None:
@@ -4845,21 +4847,19 @@ class Connection(asyncio.Protocol):
         if peer := transport.get_extra_info("peername"):
             self.host, self.remote = peer[0], f"{peer[0]}:{peer[1]}"
         else:  # a serial port
-            self.host = self.remote = self.channel.plan.host
-        self.channel.opened(self)
+            self.host = self.remote = self.owner.host
+        self.owner.opened(self)
 
     def connection_lost(self, error: Exception | None) -> None:
         self._closing = True
         self.lost.set()
-        self.channel.closed(self)
+        self.owner.closed(self)
 
     def data_received(self, data: bytes) -> None:
         self.active_at = self._loop.time()
-        PRECEDENCE.until = self.active_at + GIVE_WAY_SECS
-        self.take(data)
-        if self.channel.store.congested:
+        self.receive(data)
+        if self.owner.congested(self):
             self.pause("store")
-            self.channel.store.on_resume.append(functools.partial(self.resume, "store"))
 
     def eof_received(self) -> bool:
         """A device may end its side first and still wait for answers (RFC 9293 3.6)."""
@@ -4874,14 +4874,18 @@ class Connection(asyncio.Protocol):
 
     # --- flow ---
 
+    @property
+    def attached(self) -> bool:
+        return self._transport is not None and not self._transport.is_closing()
+
     def pause(self, reason: str) -> None:
-        if not self._paused and not self._closing:
+        if not self._paused and not self._closing and self._transport is not None:
             self._transport.pause_reading()
         self._paused.add(reason)
 
     def resume(self, reason: str) -> None:
         self._paused.discard(reason)
-        if not self._paused and not self._closing:
+        if not self._paused and not self._closing and self._transport is not None:
             self._transport.resume_reading()
 
     def send(self, content: bytes) -> None:
@@ -4891,31 +4895,32 @@ class Connection(asyncio.Protocol):
         self._outbox.append(content)
 
     def _flush(self) -> None:
-        if not self._transport.is_closing():
+        if self._transport is not None and not self._transport.is_closing():
             self._transport.write(b"".join(self._outbox))
         self._outbox.clear()
-        self._close_if_done()
+        if self.ended or self._closing:
+            self._close_if_done()
 
     def _close_if_done(self) -> None:
-        if (self.ended or self._closing) and not (self.pending or self.holding or self._outbox):
-            if self.ended and self.awaiting and not self._closing:
-                return
+        busy = self.pending or self.holding or self._outbox or (self.awaiting and not self._closing)
+        if (self.ended or self._closing) and not busy and self._transport is not None:
             self._transport.close()
 
-    def answered(self) -> None:
-        """The last word on one of this device's messages was said."""
-        self.awaiting = max(0, self.awaiting - 1)
-        self._loop.call_soon(self._close_if_done)  # after what is being written now
-
-    def stored(self) -> None:
+    def settled(self) -> None:
         """A message is on disk or refused."""
         self.pending -= 1
         if self._closing or self.ended:
             self._loop.call_soon(self._close_if_done)
 
+    def not_owed(self) -> None:
+        """One answer less is owed to the device."""
+        self.awaiting = max(0, self.awaiting - 1)
+        if self._closing or self.ended:
+            self._loop.call_soon(self._close_if_done)  # after what is being written now
+
     def close(self) -> None:
         """Read no more; close once everything received is stored and acknowledged."""
-        if not self._closing:
+        if not self._closing and self._transport is not None:
             self.pause("closing")
             self._closing = True
             self.forget()
@@ -4923,10 +4928,24 @@ class Connection(asyncio.Protocol):
             self._loop.call_later(GRACEFUL_CLOSE_SECS, self._transport.abort)
 
     def abort(self) -> None:
-        self._transport.abort()
+        if self._transport is not None:
+            self._transport.abort()
+
+    async def hang_up(self) -> None:
+        """Close our side first, and go on when the device has closed its own: it may have room for one connection."""
+        transport = self._transport
+        if transport is not None and not transport.is_closing():
+            self._closing = True
+            if transport.can_write_eof():
+                transport.write_eof()
+            else:
+                transport.close()
+        with suppress(TimeoutError):
+            await asyncio.wait_for(self.lost.wait(), HANG_UP_SECS)
+        self.abort()
 
     def check_time(self, now: float, idle: float, inside: float) -> str:
-        """Why this connection should be closed for its silence, or ``."""
+        """Why this connection should be closed for its silence, or an empty string."""
         silent = now - self.active_at
         if self.ended and silent > ENDED_SECS and not self.pending:
             return "its sender ended it, and the answer takes long: it is kept for a repetition"
@@ -4939,29 +4958,128 @@ class Connection(asyncio.Protocol):
         return ""
 
 
-class Hl7Connection(Connection):
-    """A device that speaks MLLP."""
+# --- MLLP ------------------------------------------------------------------------------------------------------------
 
-    channel: Hl7Channel
 
-    def __init__(self, channel: Hl7Channel):
-        super().__init__(channel)
-        self.core = Mllp(channel.plan.settings.maxMessageBytes)
-        self._delayed: collections.deque[bytes | PeerError] = collections.deque()
-        self._next_at = 0.0
+@dataclass(eq=False)
+class Exchange:
+    """A push on its way to a device and back."""
 
-    def take(self, received: bytes) -> None:
-        events = self.core.receive(received)
-        if self.channel.settings.messagesPerMin > 0 or self._delayed:
-            self._delayed.extend(events)
-            self._next_delayed()
+    push: Push
+    line: MllpLine
+    answer: asyncio.Future[str]
+
+    def heard(self, ack: Acknowledgment, text: str) -> None:
+        if self.push.mode == "application" and ack.code == "CA":
+            self.line.words = "only its accept acknowledgment (CA) came"
         else:
-            for event in events:
-                self._take(event)
+            self.answer.set_result(text)
+
+    def fail(self, text: str, kind: str = "device-silent") -> None:
+        if not self.answer.done():
+            self.answer.set_exception(DeviceError(text, kind))
+
+
+class MllpLine(Line):
+    """A line that carries HL7 in MLLP frames: what both sides of a call have in common."""
+
+    encoding = "utf-8"
+    unanswered = "no acknowledgment came"
+
+    def __init__(self, owner: LineOwner, limit: int):
+        super().__init__(owner)
+        self.core = Mllp(limit)
+        self.quiet = True  # nothing has come since the last push
+        self.words = ""  # what frames came instead of its acknowledgment
+
+    def intake(self, frame: bytes | PeerError) -> None:
+        """One frame, or why there is none."""
+        raise NotImplementedError
 
     @property
     def inside(self) -> bool:
         return self.core.inside
+
+    def receive(self, received: bytes) -> None:
+        self.quiet = False
+        for frame in self.core.receive(received):
+            self.intake(frame)
+
+    def write(self, text: str) -> None:
+        self.send(mllp_frame(text.encode(self.encoding, "replace")))
+
+    async def ask(self, push: Push) -> str:
+        """Send, and wait for the acknowledgment; it is matched by MSA-2, wherever it arrives."""
+        exchange = Exchange(push, self, self._loop.create_future())
+        self.owner.asked.append(exchange)
+        self.quiet, self.words = True, ""
+        self.write(push.text)
+        try:
+            return await exchange.answer
+        finally:
+            self.owner.asked.remove(exchange)
+
+    def acknowledges(self, ack: Acknowledgment | None, text: str) -> bool:
+        """Whether this is the word that a push waits for; without MSA-2 it is, if one push waits on this line."""
+        waiting = [exchange for exchange in self.owner.asked if not exchange.answer.done()]
+        mine = [exchange for exchange in waiting if exchange.line is self]
+        if ack is not None:
+            others = [exchange for exchange in waiting if exchange.line is not self]
+            found = [e for e in (*mine, *others) if e.push.control_id.strip() == ack.control_id]
+            if not ack.control_id and len(mine) == 1:
+                found = mine
+            if found:
+                found[0].heard(ack, text)
+                return True
+        self.words = "what came acknowledges another message (MSA-2)" if ack else "what came is no HL7 acknowledgment"
+        return False
+
+    def came(self) -> str:
+        half = "a frame was begun and not ended by 0x1C 0x0D" if self.core.inside else ""
+        unframed = f"{self.core.skipped} bytes came that are in no MLLP frame (0x0B ... 0x1C 0x0D)"
+        return self.words or half or (unframed if self.core.skipped else "")
+
+    def connection_lost(self, error: Exception | None) -> None:
+        super().connection_lost(error)
+        words = self.came()
+        came = f": {words}" if words else ""
+        for exchange in self.owner.asked:
+            if exchange.line is self:
+                exchange.fail(f"{self.owner.name}: Message was still pending when connection closed{came}")
+
+
+class Hl7Line(MllpLine):
+    """A device that sends us HL7 (channel contract 4)."""
+
+    owner: Channel
+
+    def __init__(self, owner: Channel):
+        super().__init__(owner, owner.plan.settings.maxMessageBytes)
+        self.encoding = self.settings.encoding
+        self._delayed: deque[bytes | PeerError] = deque()
+        self._next_at = 0.0
+
+    @property
+    def settings(self) -> Hl7Settings:
+        return cast(Hl7Settings, self.owner.plan.settings)
+
+    def replan(self, changed: bool) -> None:
+        self.core.limit, self.encoding = self.settings.maxMessageBytes, self.settings.encoding
+
+    def connection_lost(self, error: Exception | None) -> None:
+        super().connection_lost(error)
+        if self.core.skipped and not self.messages:
+            self.owner.warn(f"{self.remote} sent {self.core.skipped} bytes and no MLLP frame (0x0B ... 0x1C 0x0D)")
+
+    @property
+    def may_adopt(self) -> bool:
+        """In original mode only while it has sent nothing: the answer cannot be taken for that of another message.
+
+        A sender that repeats its message has claimed the answer already.
+        """
+        return bool(self.settings.enhanced) or not self.messages
+
+    # --- messagesPerMin: hold messages back, and the device with them ---
 
     @property
     def holding(self) -> bool:
@@ -4970,38 +5088,450 @@ class Hl7Connection(Connection):
     def forget(self) -> None:
         self._delayed.clear()
 
+    def receive(self, received: bytes) -> None:
+        if self.settings.messagesPerMin <= 0 and not self._delayed:
+            super().receive(received)
+            return
+        self._delayed.extend(self.core.receive(received))
+        self._next_delayed()
+
     def _next_delayed(self) -> None:
-        """messagesPerMin: hold messages back, and the device with them."""
-        rate = self.channel.settings.messagesPerMin  # a reload may have changed it
+        self.resume("rate")
+        rate = self.settings.messagesPerMin  # a reload may have changed it
         while self._delayed and (rate <= 0 or self._loop.time() >= self._next_at):
             if rate > 0:
                 self._next_at = max(self._next_at, self._loop.time() - 0.01) + 60 / rate
-            self._take(self._delayed.popleft())
-        if self._delayed and "rate" not in self._paused:
+            self.intake(self._delayed.popleft())
+        if self._delayed and not self._closing:
             self.pause("rate")
-            self._loop.call_at(self._next_at, self._rate_elapsed)
+            self._loop.call_at(self._next_at, self._next_delayed)
         self._close_if_done()
 
-    def _rate_elapsed(self) -> None:
-        self.resume("rate")
-        if not self._closing:
-            self._next_delayed()
+    # --- messages ---
 
-    def _take(self, event: bytes | PeerError) -> None:
+    def intake(self, frame: bytes | PeerError) -> None:
+        """One frame: check it, and hand it to the store."""
         self.messages += 1
-        if isinstance(event, PeerError):
-            self.channel.refuse_frame(self, event)
+        owner, settings = self.owner, self.settings
+        if isinstance(frame, PeerError):
+            self._refuse(frame)
+            return
+        try:
+            text = decode_hl7(frame, settings.encoding)
+        except PeerError as error:
+            self._refuse(error, frame)
+            return
+        header = Header(text)
+        owner.note(f"[Received -- ID: {header.control_id}]: {text}")
+        if (owner.asked or owner.pushed) and self._answers_push(text):
+            return
+        message = Message(owner.queue.row, self.remote, frame, settings.encoding)
+        message.text, message.control_id, message.type = text, header.control_id, header.message_type
+        message.key = ordering_key(text, header, owner.plan.key_spec)
+        message.checked = (bool(header.control_id) and settings.duplicateBehavior != "accept") or None
+        message.assign = settings.assignSeqNo
+        message.source = partial(self.stored, header)
+        self.pending += 1
+        owner.store.put(message)
+
+    def _answers_push(self, text: str) -> bool:
+        """A message that acknowledges a push, also late or again, is no message for the server."""
+        ack = read_ack(text)
+        return ack is not None and (self.acknowledges(ack, text) or ack.control_id in self.owner.pushed)
+
+    def _refuse(self, error: PeerError, content: bytes = b"") -> None:
+        """A frame that is not a message: the sender is told, the connection goes on."""
+        self.owner.warn(f"{self.remote}: {error}")
+        self.owner.note(f"[Refused]: {error}: {content[:200]!r}")
+        self._acknowledge(Header("MSH|^~\\&|"), error.code, str(error))
+
+    def _acknowledge(self, header: Header, kind: str, text: str = "") -> None:
+        """An acknowledgment of ours: `kind` A, E or R becomes CA/CE/CR in enhanced mode, else AA/AE/AR."""
+        if header.message_type.startswith("ACK"):
+            return  # an acknowledgment is never acknowledged (HL7 v2.5.1 2.9.2)
+        code = ("C" if self.settings.enhanced == "true" else "A") + kind
+        self.write(build_ack(header, code, text and clean_text(text, header.separator + header.field(2))))
+
+    def stored(self, header: Header, message: Message) -> None:
+        """The store has spoken: on disk, a repetition, or refused."""
+        self.settled()
+        if message.refusal:
+            self._acknowledge(header, "E", message.refusal)
+        elif message.earlier:
+            spawn(self._repeated(header, message, message.earlier))
         else:
-            self.channel.receive(self, event)
+            self._commit_accept(header)
+            self.awaiting += self._owes_answer
+            self.owner.queue.stored(message)
+
+    def _commit_accept(self, header: Header) -> None:
+        if self.settings.enhanced:
+            self._acknowledge(header, "A")
+
+    @property
+    def _owes_answer(self) -> bool:
+        """Whether the device waits for the Bot's answer."""
+        settings = self.settings
+        return not settings.enhanced or (settings.enhanced == "true" and settings.appLevelAck != "NE")
+
+    # --- repetitions (channel contract 5.3) ---
+
+    async def _repeated(self, header: Header, message: Message, earlier: Earlier) -> None:
+        """The same control id as before."""
+        if not earlier.same or self.settings.duplicateBehavior == "reject":
+            self._reject(header, message, earlier.same)
+            return
+        queue, store = self.owner.queue, self.owner.store
+        row = queue.window.get(earlier.message.id, earlier.message)
+        if row is earlier.message and row.state < PROCESSED:  # on disk, or settled a moment ago
+            self.pending += 1
+            with suppress(StorageError):
+                row = await store.message(row.id) or row
+            self.settled()
+            row = queue.window.get(row.id, row)
+        if row.state < PROCESSED:
+            self._claim(row)
+            self._commit_accept(header)
+        elif self._replay(row):
+            row.outcome = DELIVERED
+            store.update(row)
+        elif row.state in (REJECTED, FAILED):
+            self._claim(row)
+            self._commit_accept(header)
+            queue.again(row)
+        elif self.settings.enhanced:
+            self._commit_accept(header)
+        else:
+            row.text = message.text
+            self.answer(row, "", "")
+
+    def _reject(self, header: Header, message: Message, same: bool) -> None:
+        reason = "duplicate control id" if same else "control id was used before with other content"
+        self.owner.warn(f"message from {self.remote} rejected: {reason}; duplicateBehavior=accept takes it as new")
+        self._acknowledge(header, "R", reason)
+        original = (message.text or "").encode(message.encoding, "replace")
+        audit = Message(self.owner.queue.row, message.remote, original, message.encoding)
+        audit.control_id, audit.type = message.control_id, message.type
+        audit.end(NACKED, NOT_OWED, "duplicate-rejected", reason)
+        self.owner.store.put(audit)
+
+    def _claim(self, row: Message) -> None:
+        """The answer goes to the connection that asked last."""
+        if row.remote != self.remote:
+            if old := self.owner.lines.get(row.remote):
+                old.not_owed()
+            self.awaiting += self._owes_answer
+            row.remote = self.remote
+            self.owner.store.update(row)
+
+    def _replay(self, row: Message) -> bool:
+        """Give the Bot's earlier answer again, if there is one for the device."""
+        text = hl7_text(row.response)
+        ack = read_ack(text)
+        if not text or (ack and not passes_filter(self.settings, ack.code)):
+            return False
+        self.write(LINE_ENDS.sub("\r", text))
+        return True
+
+    # --- answers ---
+
+    def answer(self, message: Message, body: object, error: str) -> bool:
+        """The Bot's HL7 as the mode lets it through; else, in original mode, botErrorAck or botEmptyAck."""
+        settings, owed = self.settings, self._owes_answer
+        if owed:
+            self.not_owed()
+        if not (text := hl7_text(body)):
+            return self._own_answer(message, error)
+        ack = read_ack(text)
+        if ack and not passes_filter(settings, ack.code):
+            return True
+        if not self.attached:
+            gone = "the device is not connected any more; its answer is kept for a repetition"
+            self.owner.warn(f"message {message.id}: {gone}")
+            return False
+        self.owner.note(f"[Sending ACK -- ID: {ack.control_id if ack else ''}]: {text}")
+        self.write(LINE_ENDS.sub("\r", text) if "\n" in text else text)
+        return True
+
+    def _own_answer(self, message: Message, error: str) -> bool:
+        settings = self.settings
+        if settings.enhanced:
+            return not error and (settings.enhanced == "aa" or settings.appLevelAck == "NE")
+        code = settings.botErrorAck if error else settings.botEmptyAck
+        if code == "none" or not self.attached or message.text is None:
+            return False
+        self.write(build_ack(Header(message.text), code, error and f"not processed: {error}"))
+        return True
+
+    async def ask(self, push: Push) -> str:
+        """The device answers on its own connection, among its messages."""
+        if not push.control_id:
+            raise DeviceError(
+                f"channel '{self.owner.plan.name}' takes HL7 messages with MSH-10 only", "device-rejected"
+            )
+        self.owner.pushed.append(push.control_id)
+        return await super().ask(push)
 
 
-def set_device_options(sock: socket.socket) -> None:
-    """No Nagle (CA followed by AA would wait 40 ms for a delayed TCP ACK); notice devices that vanish."""
-    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    for name, seconds in (("TCP_KEEPIDLE", 60), ("TCP_KEEPINTVL", 15), ("TCP_KEEPCNT", 4)):
-        if hasattr(socket, name):
-            sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), seconds)
+# --- byte streams ----------------------------------------------------------------------------------------------------
+
+
+class StreamLine(Line):
+    """A device that sends a byte stream framed by a start and an end sequence (channel contract 9)."""
+
+    owner: Channel
+
+    def __init__(self, owner: Channel):
+        super().__init__(owner)
+        self.core = self._make_core()
+        self._replies: list[bytes] = []  # automatic answers that wait until what they acknowledge is on disk
+
+    @property
+    def settings(self) -> StreamSettings:
+        return cast(StreamSettings, self.owner.plan.settings)
+
+    def _make_core(self) -> Any:
+        return ByteStream(self.settings)
+
+    def replan(self, changed: bool) -> None:
+        """Other parameters mean another core: open connections are closed, and the devices come back."""
+        if changed:
+            self.close()
+
+    @property
+    def inside(self) -> bool:
+        return cast(bool, self.core.inside)
+
+    def receive(self, received: bytes) -> None:
+        for event in self.core.receive(received):
+            if isinstance(event, StreamMessage):
+                self.messages += 1
+                if text := stream_body(event.content, self.settings):  # else nothing is left of it
+                    self.intake(event.content, text, "latin-1")
+            elif isinstance(event, PeerError):
+                self.owner.warn(f"{self.remote}: {event}")
+            elif self.pending:
+                self._replies.append(event.content)
+            else:
+                self.send(event.content)
+
+    def intake(self, original: bytes, text: str, encoding: str, session: str = "", interrupted: str = "") -> None:
+        """A message for the store; `interrupted`: why it becomes a dead letter at once."""
+        message = Message(self.owner.queue.row, self.remote, original, encoding)
+        message.type, message.text = self.owner.plan.content_type, text
+        message.key = "" if self.owner.plan.key_spec == "*" else self.host
+        self.owner.note(f"[Received]: {text}")
+        message.control_id, message.session = session, session or None
+        if interrupted:
+            self.interrupt(self.owner, message, interrupted)
+        message.source = self.stored
+        self.pending += 1
+        self.owner.store.put(message)
+
+    @staticmethod
+    def interrupt(owner: Channel, message: Message, reason: str) -> None:
+        message.end(FAILED, NOT_OWED, "interrupted-session", reason)
+        kept = "its records are kept as a dead letter"
+        owner.warn(f"{message.remote}: a session was interrupted ({reason}); {kept}")
+
+    def stored(self, message: Message) -> None:
+        """It is on disk; or refused: then its automatic answer is not given, and the device sends again."""
+        self.settled()
+        if message.refusal:
+            self.owner.warn(f"{self.remote}: {message.refusal}; {self.unstored}")
+        elif message.state == QUEUED:
+            self.owner.queue.stored(message)
+        if message.refusal or not self.pending:
+            replies, self._replies = self._replies, []
+            for reply in replies if not message.refusal else ():
+                self.send(reply)
+
+    unstored = "the message is not acknowledged"
+
+    def answer(self, message: Message, body: object, error: str) -> bool:
+        """The Bot's words; the log text of a Bot that returned nothing is not for the device."""
+        if error or not isinstance(body, str) or not body or body.startswith(BOT_LOG):
+            return not error
+        if self.settings.ignoreResponse:
+            return True
+        if not self.attached:
+            self.owner.warn(f"message {message.id}: the device is not connected any more; its answer is in the queue")
+            return False
+        self.owner.note(f"[Sending]: {body}")
+        try:
+            self.reply(body, message)
+        except PeerError as problem:
+            self.owner.warn(f"message {message.id}: the Bot's answer cannot be sent: {problem}")
+            return False
+        return True
+
+    def reply(self, body: str, message: Message) -> None:
+        """The Bot's words on the wire; PeerError when they are not what the channel carries."""
+        self.send(stream_answer(body, self.settings))
+
+    async def ask(self, push: Push) -> str:
+        try:
+            self.send(stream_answer(push.text, self.settings))
+        except PeerError as error:
+            raise DeviceError(f"{push.target.key}: {error}", "device-rejected") from None
+        return PUSH_WRITTEN
+
+
+# --- ASTM ------------------------------------------------------------------------------------------------------------
+
+
+class AstmLine(StreamLine):
+    """An analyzer that speaks ASTM E1381 / LIS01-A2 (channel contract 10): sessions of records up, the Bot's down.
+
+    Accepted frames are on disk before their ACK.
+    """
+
+    core: Astm
+
+    def __init__(self, owner: Channel):
+        super().__init__(owner)
+        self.session = ""  # names the frames on disk that belong to no message yet
+        self._frames = 0
+        self._sends: deque[asyncio.Future[str]] = deque()  # in the order of the core
+        self._timer: asyncio.TimerHandle | None = None
+
+    def _make_core(self) -> Astm:
+        return Astm(self.settings)
+
+    @property
+    def inside(self) -> bool:
+        return False  # the core has time-outs of its own
+
+    def receive(self, received: bytes) -> None:
+        self._do(self.core.receive, received)
+
+    def connection_lost(self, error: Exception | None) -> None:
+        super().connection_lost(error)
+        self._perform(self.core.closed())
+
+    def _do(self, call: Callable[..., list[AstmEvent]], *given: object) -> None:
+        """Call the core with the time."""
+        self._perform(call(*given, self._loop.time()))
+
+    def _perform(self, events: list[AstmEvent]) -> None:
+        """Do what the core says, and wait for its next deadline."""
+        for event in events:
+            if isinstance(event, Write):
+                self.send(event.content)
+            elif isinstance(event, FrameAccepted):
+                self.keep(event)
+            elif isinstance(event, Session | Interrupted):
+                self._take(event)
+            elif isinstance(event, LineWarning):
+                self.owner.warn(f"{self.remote}: {event.text}")
+            elif not (sent := self._sends.popleft()).done():
+                if isinstance(event, SendFailed):
+                    text = f"{self.owner.name}: the instrument did not take it: {event.reason}"
+                    sent.set_exception(DeviceError(text, "device-silent"))
+                else:
+                    sent.set_result(PUSH_WRITTEN)
+        if self._timer is not None:
+            self._timer.cancel()
+        deadline = self.core.deadline()
+        self._timer = None if deadline is None else self._loop.call_at(deadline, self._do, self.core.expired)
+
+    # --- sessions up ---
+
+    def keep(self, frame: FrameAccepted) -> None:
+        """The frame is on disk before the core may acknowledge it."""
+        self.session = self.session or uuid.uuid4().hex
+        self._frames += 1
+        self.pending += 1
+        self.pause("frame")
+        row, store = self.owner.queue.row, self.owner.store
+        saving = store.keep_frame(row, self.session, self._frames, self.remote, frame.content)
+        saving.add_done_callback(self._kept)
+
+    def _kept(self, saving: asyncio.Future[None]) -> None:
+        self.settled()
+        self.resume("frame")
+        if saving.cancelled() or saving.exception() is not None:
+            self.owner.warn(f"{self.remote}: a frame could not be stored and is refused with NAK")
+            self._do(self.core.refused)
+        else:
+            self._do(self.core.committed)
+
+    def _take(self, event: Session | Interrupted) -> None:
+        """A whole session is a message; an interrupted one is kept as a dead letter with its records."""
+        self.messages += 1
+        session, self.session = self.session, ""
+        if text := records_text(event.records, self.settings):
+            reason = event.reason if isinstance(event, Interrupted) else ""
+            self.intake(text.encode(), text, "utf-8", session, reason)
+        else:  # nothing but blanks: its frames shall not become a dead letter at the next start
+            self.owner.store.drop_frames(session)
+
+    unstored = "the session becomes a dead letter at the next start"
+
+    @classmethod
+    async def recover(cls, channel: Channel) -> None:
+        """Frames that were acknowledged before a crash, and whose session never ended, become a dead letter."""
+        live = {line.session for line in channel.lines.values() if isinstance(line, cls)}
+        for session, remote, frames in await channel.store.frames(channel.queue.row):
+            if session not in live:
+                text = records_text([frames], cast(StreamSettings, channel.plan.settings))
+                message = Message(channel.queue.row, remote, text.encode())
+                message.control_id, message.session, message.type = session, session, ASTM_TYPE
+                cls.interrupt(channel, message, "the agent stopped before the session ended")
+                channel.store.put(message)
+
+    # --- records down ---
+
+    def reply(self, body: str, message: Message) -> None:
+        spawn(self._offer(body, message))
+
+    async def _offer(self, body: str, message: Message) -> None:
+        try:
+            await self._send_records(body)
+        except DeviceError as error:
+            self.owner.warn(f"{self.remote}: the Bot's answer was not taken: {error}")
+            message.outcome = UNDELIVERED
+            self.owner.store.update(message)
+
+    async def ask(self, push: Push) -> str:
+        return await self._send_records(push.text)
+
+    async def _send_records(self, text: str) -> str:
+        """Send records as a session, until the instrument took it; when cancelled the session is not sent."""
+        sent: asyncio.Future[str] = self._loop.create_future()
+        self._sends.append(sent)
+        self._do(self.core.send, text_records(text, self.settings))
+        try:
+            return await sent
+        finally:
+            if sent in self._sends:
+                position = self._sends.index(sent)
+                del self._sends[position]
+                self._do(self.core.withdraw, position)
+
+
+# =====================================================================================================================
+# Channels
+#
+# A channel is a configured name: its plan, its queue, its lines, and the door by which they come, a listener or a
+# dialler. A listener owns a bound port and may change its channel, so that a reload can swap ports without ever
+# unbinding them. May touch: sockets.
+# =====================================================================================================================
+
+
+class Parts(NamedTuple):
+    """What an agent gives to each of its channels and devices."""
+
+    store: Store
+    uplink: Uplink
+    fhir: Fhir
+    log: Log
+    channel_log: Log
+
+
+def _address(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address:
+    """Of a peer, as the socket names it."""
+    return ipaddress.ip_address(host.removeprefix("::ffff:").split("%")[0])
 
 
 def handshake_class(tell: Callable[[str], None]) -> type[ssl.SSLObject]:
@@ -5021,24 +5551,85 @@ def handshake_class(tell: Callable[[str], None]) -> type[ssl.SSLObject]:
 
 
 class Channel:
-    """One channel: its connections, and the feed that takes its messages to the server."""
+    """One channel. It has its queue from birth; of an earlier channel of the same name it takes that one's over."""
 
-    def __init__(self, plan: ChannelPlan, store: Store, log: Log, channel_log: Log):
-        self.plan, self.store = plan, store
-        self.loop: asyncio.AbstractEventLoop = asyncio.get_running_loop()
-        self.feed: Feed | None = None  # None until the store has a row for the channel
-        self.connections: dict[str, Connection] = {}
-        self._log, self._channel_log = log, channel_log
-        self._warned_at, self._warnings = -math.inf, 0
-        self._watcher = self.loop.call_later(1, self._watch)
+    def __init__(self, plan: ChannelPlan, parts: Parts, queue: Queue | None = None):
+        self.plan, self.store, self.uplink = plan, parts.store, parts.uplink
+        self.loop = asyncio.get_running_loop()
+        self.lines: dict[str, Line] = {}
+        self.asked: list[Exchange] = []
+        self.pushed: deque[str] = deque(maxlen=PUSHED_IDS)  # control ids of pushes to connected devices, the last ones
         self.tls: ssl.SSLContext | None = None
-        self.renew_identity()
+        self._log, self._channel_log = parts.log, parts.channel_log
+        self._warned_at, self._warnings = -math.inf, 0
+        self._watcher: asyncio.TimerHandle | None = None
+        self._dialling: asyncio.Task[None] | None = None
+        row = self.store.channel(plan.name, plan.key_spec)
+        if queue is None:
+            queue = Queue(row, plan.policy, self.store, self.uplink, self, self._log)
+            self.uplink.queues.append(queue)
+        self.queue = queue
+        self.replan(plan)
 
-    # --- what each protocol does in its own way ---
+    @property
+    def name(self) -> str:
+        return f"channel '{self.plan.name}'"
+
+    @property
+    def host(self) -> str:
+        return self.plan.host
+
+    @property
+    def kind(self) -> type[Line]:
+        """The class of its lines."""
+        return AstmLine if self.plan.is_astm else Hl7Line if isinstance(self.plan.settings, Hl7Settings) else StreamLine
+
+    def replan(self, plan: ChannelPlan) -> None:
+        """New settings without losing what is under way."""
+        changed, self.plan = plan.settings != self.plan.settings, plan
+        self.store.channel(plan.name, plan.key_spec)
+        self.queue.owner, self.queue.policy, self.queue.paused = self, plan.policy, False
+        self.renew_identity()
+        for line in list(self.lines.values()):
+            line.replan(changed)
+        self.queue.pump()
+
+    def renew_identity(self) -> None:
+        """Read the certificate files, which may have been renewed: at the start, and at every reload."""
+        try:
+            self.tls = listening_tls(dataclasses.asdict(self.plan.settings)) if self.plan.settings.tls else None
+            if self.tls is not None:
+                self.tls.sslobject_class = handshake_class(self.tell)
+        except OSError as error:
+            self._log.error(f"Channel '{self.plan.name}': its certificate cannot be read: {error}.")
+
+    def start(self) -> None:
+        self._watch()
+        if self.plan.dials:
+            self._dialling = spawn(self._dial())
+        spawn(self.recover())
+
+    async def recover(self) -> None:
+        await self.kind.recover(self)
+
+    def stop(self) -> None:
+        """Close the door and the lines; the queue goes on."""
+        if self._watcher is not None:
+            self._watcher.cancel()
+        self.close_door()
+        for line in list(self.lines.values()):
+            line.close()
+
+    def close_door(self) -> None:
+        """Dial no more; a listener belongs to the agent."""
+        if self._dialling is not None:
+            self._dialling.cancel()
+
+    # --- lines ---
 
     def connect(self) -> asyncio.Protocol:
         """The protocol of a new connection."""
-        raise NotImplementedError
+        return self.kind(self)
 
     def incoming(self) -> asyncio.BaseProtocol:
         """The same below TLS where the channel wants that; a reload may change it without binding the port anew."""
@@ -5047,110 +5638,76 @@ class Channel:
         if self.tls is None:
             return TurnAway()
         options: Any = {"server_side": True, "ssl_handshake_timeout": self.plan.settings.handshakeTimeoutSecs}
-        return SSLProtocol(self.loop, self.connect(), self.tls, typing.cast(Any, None), **options)
+        return SSLProtocol(self.loop, self.connect(), self.tls, cast(Any, None), **options)
 
-    def deliver(self, message: Message, text: str) -> bool:
-        """The Bot's answer to the device; False when no device is there to take it."""
-        raise NotImplementedError
+    @property
+    def room(self) -> int:
+        """Connections at once."""
+        return self.plan.settings.maxConnections
 
-    def relays(self, body: object) -> bool:
-        """Whether a Bot's answer is something for the device."""
-        return isinstance(body, str) and body.lstrip("\r\n").startswith("MSH")
-
-    def refuse(self, message: Message, error_code: str) -> bool:
-        """The message is a dead letter; whether a waiting device was told."""
-        return False
-
-    def silent_bot(self, message: Message) -> bool:
-        """The Bot succeeded without an answer; whether nothing is owed to the device any more."""
-        return True
-
-    def replan(self, plan: ChannelPlan) -> None:
-        """New settings for the connections that stay open."""
-        self.plan = plan
-        self.renew_identity()
-
-    def renew_identity(self) -> None:
-        """Read the certificate files, which may have been renewed: at the start, and at every reload."""
-        try:
-            tls = listening_tls(dataclasses.asdict(self.plan.settings)) if self.plan.settings.tls else None
-            if tls is not None:
-                tls.sslobject_class = handshake_class(self._tell)
-            self.tls = tls
-        except OSError as error:
-            self._log.error(f"Channel '{self.plan.name}': its certificate cannot be read: {error}.")
-
-    def _tell(self, text: str) -> None:
-        """A warning from any thread."""
-        self.loop.call_soon_threadsafe(self._warn, text)
-
-    async def recover(self) -> None:
-        """After a start, when the store has a row for the channel: what was begun before."""
-
-    def stop(self) -> None:
-        self._watcher.cancel()
-        for connection in list(self.connections.values()):
-            connection.close()
-
-    # --- connections ---
-
-    def opened(self, connection: Connection) -> None:
-        if len(self.connections) >= self.plan.settings.maxConnections:
-            for old in [c for c in self.connections.values() if c.ended][:1]:  # its answer waits for a repetition
-                self.connections.pop(old.remote)
-                old.abort()
-        if len(self.connections) >= self.plan.settings.maxConnections:
-            self._warn(
-                f"{connection.host} was turned away: {len(self.connections)} connections are open (maxConnections)"
-            )
-            connection.abort()
+    def opened(self, line: Line) -> None:
+        """A connection whose answer waits for a repetition makes way, and then one that never sent anything."""
+        if not self._may_connect(line.host):
+            self.warn(f"{line.host} was turned away: it is not among peers")
+            line.abort()
             return
-        self.connections[connection.remote] = connection
-        self._log.debug(f"Channel '{self.plan.name}': {connection.remote} connected.")
+        if len(self.lines) >= self.room:
+            spare = [old for old in self.lines.values() if old.ended] or [
+                o for o in self.lines.values() if not o.messages
+            ]
+            for old in spare[:1]:
+                self.lines.pop(old.remote)
+                old.abort()
+        if len(self.lines) >= self.room:
+            self.warn(f"{line.host} was turned away: {len(self.lines)} connections are open (maxConnections)")
+            line.abort()
+            return
+        self.lines[line.remote] = line
+        self._log.debug(f"Channel '{self.plan.name}': {line.remote} connected.")
 
-    def closed(self, connection: Connection) -> None:
-        if self.connections.get(connection.remote) is connection:
-            del self.connections[connection.remote]
-        self._log.debug(f"Channel '{self.plan.name}': {connection.remote} disconnected.")
+    def _may_connect(self, host: str) -> bool:
+        allowed = networks(self.plan.settings.peers)
+        return not allowed or any(_address(host) in network for network in allowed)
+
+    def closed(self, line: Line) -> None:
+        if self.lines.get(line.remote) is line:
+            del self.lines[line.remote]
+        self._log.debug(f"Channel '{self.plan.name}': {line.remote} disconnected.")
+
+    def congested(self, line: Line) -> bool:
+        if self.store.congested:
+            self.store.on_resume.append(partial(line.resume, "store"))
+        return self.store.congested
 
     def _watch(self) -> None:
-        now = self.loop.time()
-        settings = self.plan.settings
-        for connection in list(self.connections.values()):
-            if reason := connection.check_time(now, settings.idleTimeoutSecs, settings.frameTimeoutSecs):
-                self._warn(f"{connection.remote} was disconnected: {reason}")
-                connection.close()
+        now, settings = self.loop.time(), self.plan.settings
+        for line in list(self.lines.values()):
+            if reason := line.check_time(now, settings.idleTimeoutSecs, settings.frameTimeoutSecs):
+                self.warn(f"{line.remote} was disconnected: {reason}")
+                line.close()
         self._watcher = self.loop.call_later(1, self._watch)
 
-    def _warn(self, text: str) -> None:
+    def warn(self, text: str) -> None:
         """A warning in the main log; a device that errs a thousand times fills it with a few lines."""
         now = self.loop.time()
         if now - self._warned_at > COMPLAIN_SECS:
             self._warned_at, self._warnings = now, 0
         self._warnings += 1
         if self._warnings <= MAX_WARNINGS:
-            more = (
-                "; further warnings of this channel are held back for a while" if self._warnings == MAX_WARNINGS else ""
-            )
+            last = self._warnings == MAX_WARNINGS
+            more = "; further warnings of this channel are held back for a while" if last else ""
             self._log.warn(f"Channel '{self.plan.name}': {text}{more}.")
 
-    def _note(self, text: str) -> None:
+    def tell(self, text: str) -> None:
+        """A warning from any thread."""
+        self.loop.call_soon_threadsafe(self.warn, text)
+
+    def note(self, text: str) -> None:
         self._channel_log.info(f"[{self.plan.protocol}:{self.plan.name}] {text}")
 
-    def _connection_for(self, message: Message) -> Connection | None:
-        """The connection the message came from, or the one its sender made since."""
-        found = self.connections.get(message.remote)
-        if found is not None and not found.ended:
-            return found
-        host = message.remote.rsplit(":", 1)[0]
-        candidates = [c for c in self.connections.values() if c.host == host and not c.ended]
-        if len(candidates) == 1 and self.may_adopt(candidates[0]):
-            return candidates[0]
-        return found  # its sender ended its side only, or is gone: the write will tell
-
-    def device(self, host: str) -> Connection:
-        """The connected device at `host`, or the only one for ``; DeviceError when there is none or several."""
-        found = [c for c in self.connections.values() if host in ("", c.host, c.host.removeprefix("::ffff:"))]
+    def device(self, host: str) -> Line:
+        """The line of the device at `host`, or of the only one for an empty `host`; DeviceError for none or several."""
+        found = [c for c in self.lines.values() if host in ("", c.host, c.host.removeprefix("::ffff:"))]
         if len(found) == 1:
             return found[0]
         which = f"from {host} " if host else ""
@@ -5159,624 +5716,62 @@ class Channel:
         text = f"{count} connected {which}to channel '{self.plan.name}'{advice}"
         raise DeviceError(text, "device-unreachable")
 
-    def may_adopt(self, connection: Connection) -> bool:
-        """Whether the only connection from the same address may get the answer to a message of an earlier one."""
-        return True
-
-
-class Hl7Channel(Channel):
-    """One HL7 channel: devices in, acknowledgments and answers out (channel contract 4)."""
-
-    def __init__(self, plan: ChannelPlan, store: Store, log: Log, channel_log: Log):
-        super().__init__(plan, store, log, channel_log)
-        self.pushes: list[tuple[Exchange, Connection]] = []  # sent to a connected device, its ACK is awaited
-        self._pushed: collections.deque[str] = collections.deque(maxlen=PUSHED_IDS)  # control ids, the last ones
-
-    def connect(self) -> Connection:
-        return Hl7Connection(self)
-
-    @property
-    def settings(self) -> Hl7Settings:
-        return typing.cast(Hl7Settings, self.plan.settings)
-
-    def replan(self, plan: ChannelPlan) -> None:
-        super().replan(plan)
-        for connection in self.connections.values():
-            typing.cast(Hl7Connection, connection).core.limit = plan.settings.maxMessageBytes
-
-    def closed(self, connection: Connection) -> None:
-        super().closed(connection)
-        for exchange, device in self.pushes:
-            if device is connection and not exchange.answer.done():
-                text = f"channel '{self.plan.name}': Message was still pending when connection closed"
-                exchange.answer.set_exception(DeviceError(text, "device-silent"))
-        skipped = typing.cast(Hl7Connection, connection).core.skipped
-        if skipped and not connection.messages:
-            self._warn(f"{connection.remote} sent {skipped} bytes and no MLLP frame (0x0B ... 0x1C 0x0D)")
-
-    def may_adopt(self, connection: Connection) -> bool:
-        """In original mode only while it has sent nothing: the answer cannot be taken for that of another message.
-
-        A sender that repeats its message has claimed the answer already.
-        """
-        return bool(self.settings.enhanced) or not connection.messages
-
-    # --- intake ---
-
-    def receive(self, connection: Connection, content: bytes) -> None:
-        """One frame: check it, and hand it to the store."""
-        plan, feed = self.plan, self.feed
-        settings = self.settings
-        try:
-            text = decode_hl7(content, settings.encoding)
-        except PeerError as error:
-            self.refuse_frame(connection, error, content)
-            return
-        header = Header(text)
-        self._note(f"[Received -- ID: {header.control_id}]: {text}")
-        if (self.pushes or self._pushed) and self._push_answered(text):
-            return
-        if feed is None:
-            self._answer(connection, header, "E", self.store.trouble or "storage error: the channel is starting")
-            return
-        message = Message(feed.row.id, connection.remote, content, settings.encoding)
-        message.epoch = feed.row.epoch
-        message.text, message.control_id, message.type = text, header.control_id, header.message_type
-        message.key = ordering_key(text, header, plan.key_spec)
-        message.checked = bool(header.control_id) and settings.duplicateBehavior != "accept"
-        message.assign = settings.assignSeqNo
-        message.source = functools.partial(self._stored, connection, header)
-        connection.pending += 1
-        self.store.put(message)
-
-    def refuse_frame(self, connection: Connection, error: PeerError, content: bytes = b"") -> None:
-        """A frame that is not a message: the sender is told, the connection goes on."""
-        self._warn(f"{connection.remote}: {error}")
-        self._note(f"[Refused]: {error}: {content[:200]!r}")
-        self._answer(connection, Header("MSH|^~\\&|"), error.code, str(error))
-
-    def _answer(self, connection: Connection, header: Header, kind: str, text: str = "") -> None:
-        """An acknowledgment of ours: `kind` A, E or R becomes CA/CE/CR in enhanced mode, else AA/AE/AR."""
-        if header.message_type.startswith("ACK"):
-            return  # an acknowledgment is never acknowledged (HL7 v2.5.1 2.9.2)
-        code = ("C" if self.settings.enhanced == "true" else "A") + kind
-        self._write(
-            connection,
-            build_ack(
-                header, code, text and clean_text(text, header.separator + header.field(2)), closing=self._closing
-            ),
-        )
-
-    @property
-    def _closing(self) -> str:
-        return "\r" if self.settings.ackFormat == "standard" else ""
-
-    def _write(self, connection: Connection, text: str) -> None:
-        connection.send(mllp_frame(text.encode(self.settings.encoding, "replace")))
-
-    def _stored(self, connection: Connection, header: Header, message: Message) -> None:
-        """The store has spoken: on disk, a repetition, or refused."""
-        connection.stored()
-        assert self.feed is not None
-        if message.refusal:
-            self._answer(connection, header, "E", message.refusal)
-        elif message.earlier:
-            self._repeated(connection, header, message, message.earlier)
-        else:
-            self._commit_accept(connection, header)
-            connection.awaiting += self._owes_answer()
-            self.feed.stored(message)
-
-    def _commit_accept(self, connection: Connection, header: Header) -> None:
-        if self.settings.enhanced:
-            self._answer(connection, header, "A")
-
-    def _owes_answer(self) -> bool:
-        """Whether the device waits for the Bot's answer."""
-        settings = self.settings
-        return not settings.enhanced or (settings.enhanced == "true" and settings.appLevelAck != "NE")
-
-    # --- repetitions (channel contract 5.3) ---
-
-    def _repeated(
-        self, connection: Connection, header: Header, message: Message, earlier: Earlier, *, fresh: bool = False
-    ) -> None:
-        """The same control id as before. `fresh`: the earlier row was read after everything was written."""
-        assert self.feed is not None
-        if not earlier.same or self.settings.duplicateBehavior == "reject":
-            self._reject_repetition(connection, header, message, earlier.same)
-            return
-        row = self.feed.window.get(earlier.message.id, earlier.message)
-        if row.state < PROCESSED and row is earlier.message and not fresh:  # on disk, or settled a moment ago
-            reading = asyncio.ensure_future(self.store.message(row.id))
-            connection.pending += 1
-            reading.add_done_callback(functools.partial(self._repeated_again, connection, header, message, earlier))
-        elif row.state < PROCESSED:
-            self._claim(row, connection)
-            self._commit_accept(connection, header)
-        elif self._replay(connection, row):
-            row.outcome = DELIVERED
-            self.store.update(row, row.state)
-        elif row.state in (REJECTED, FAILED):
-            self._claim(row, connection)
-            self._commit_accept(connection, header)
-            self.feed.again(row)
-        elif self.settings.enhanced:
-            self._commit_accept(connection, header)
-        else:
-            row.text = message.text
-            self._silent_ack(row, connection)
-
-    def _repeated_again(
-        self,
-        connection: Connection,
-        header: Header,
-        message: Message,
-        earlier: Earlier,
-        reading: asyncio.Future[Message | None],
-    ) -> None:
-        connection.stored()
-        found = None if reading.cancelled() or reading.exception() else reading.result()
-        self._repeated(connection, header, message, Earlier(found or earlier.message, earlier.same), fresh=True)
-
-    def _reject_repetition(self, connection: Connection, header: Header, message: Message, same: bool) -> None:
-        reason = "duplicate control id" if same else "control id was used before with other content"
-        self._warn(f"message from {connection.remote} rejected: {reason}; duplicateBehavior=accept takes it as new")
-        self._answer(connection, header, "R", reason)
-        audit = Message(
-            message.channel, message.remote, (message.text or "").encode(message.encoding, "replace"), message.encoding
-        )
-        audit.control_id, audit.type, audit.state, audit.outcome = message.control_id, message.type, NACKED, NOT_OWED
-        audit.error_code, audit.error, audit.settled_at = "duplicate-rejected", reason, audit.received_at
-        self.store.put(audit)
-
-    def _claim(self, row: Message, connection: Connection) -> None:
-        """The answer goes to the connection that asked last."""
-        if row.remote != connection.remote:
-            if old := self.connections.get(row.remote):
-                old.answered()
-            connection.awaiting += self._owes_answer()
-            row.remote = connection.remote
-            self.store.update(row, row.state)
-
-    def _replay(self, connection: Connection, row: Message) -> bool:
-        """Give the Bot's earlier answer again, if there is one for the device."""
-        if not row.response or not row.response.startswith("MSH"):
-            return False
-        ack = read_ack(row.response)
-        if ack and not passes_filter(self.settings, ack.code):
-            return False
-        self._write(connection, row.response)
-        return True
-
-    # --- answers ---
-
-    def deliver(self, message: Message, text: str) -> bool:
-        """The Bot's answer to the device, if the mode lets it through; False when no device is there to take it."""
-        connection = self._connection_for(message)
-        if connection is not None and self._owes_answer():
-            connection.answered()
-        text = text.lstrip("\r\n")
-        ack = read_ack(text)
-        if ack and not passes_filter(self.settings, ack.code):
-            return True
-        if connection is None:
-            self._warn(
-                f"message {message.id}: the device is not connected any more; its answer is kept for a repetition"
-            )
-            return False
-        self._note(f"[Sending ACK -- ID: {ack.control_id if ack else ''}]: {text}")
-        self._write(connection, _LINE_ENDS.sub("\r", text) if "\n" in text else text)
-        return True
-
-    def push(self, exchange: Exchange, text: str, host: str) -> None:
-        """Send a message of the cloud to a connected device: the one at `host`, or the only one; DeviceError."""
-        device = self.device(host)
-        self.pushes.append((exchange, device))
-        self._pushed.append(exchange.control_id)
-        self._note(f"[Sending -- ID: {exchange.control_id}]: {text}")
-        self._write(device, text)
-
-    def _push_answered(self, text: str) -> bool:
-        """A message that acknowledges a push, also late or again, is no message for the server."""
-        ack = read_ack(text)
-        if ack is None or ack.control_id not in self._pushed:
-            return False
-        waiting = (e for e, _ in self.pushes if e.control_id == ack.control_id and not e.answer.done())
-        if exchange := next(waiting, None):
-            exchange.heard(ack, text)
-        return True
-
-    def refuse(self, message: Message, error_code: str) -> bool:
-        """Original mode: the device waits, so a dead letter is answered by botErrorAck."""
-        return self._own_answer(message, self.settings.botErrorAck, f"not processed: {error_code}")
-
-    def silent_bot(self, message: Message) -> bool:
-        return self._silent_ack(message, None)
-
-    def _silent_ack(self, message: Message, connection: Connection | None) -> bool:
-        """Original mode: the Bot succeeded without an answer, so the device gets botEmptyAck."""
-        if self.settings.enhanced:
-            if self._owes_answer() and (device := connection or self._connection_for(message)) is not None:
-                device.answered()
-            return self.settings.enhanced == "aa" or self.settings.appLevelAck == "NE"
-        return self._own_answer(message, self.settings.botEmptyAck, "", connection)
-
-    def _own_answer(self, message: Message, code: str, text: str, connection: Connection | None = None) -> bool:
-        connection = connection or self._connection_for(message)
-        if connection is not None and self._owes_answer():
-            connection.answered()
-        if self.settings.enhanced or code == "none" or connection is None or message.text is None:
-            return False
-        self._write(connection, build_ack(Header(message.text), code, text, closing=self._closing))
-        return True
-
-
-PUSH_WRITTEN = "OK"  # the answer to a push whose device has no words of its own
-
-
-class StreamConnection(Connection):
-    """A device that sends a byte stream framed by a start and an end sequence."""
-
-    channel: StreamChannel
-
-    def __init__(self, channel: StreamChannel):
-        super().__init__(channel)
-        self.core = ByteStream(channel.settings)
-        self._replies: list[bytes] = []  # automatic answers that wait until what they acknowledge is on disk
-
-    def take(self, received: bytes) -> None:
-        taken = True
-        for event in self.core.receive(received):
-            if isinstance(event, StreamMessage):
-                self.messages += 1
-                taken = self.channel.receive(self, event.content)
-            elif isinstance(event, Reply) and not taken:
-                continue  # it would acknowledge a message that was not taken
-            elif isinstance(event, PeerError):
-                self.channel.complain(self, str(event))
-            elif self.pending:
-                self._replies.append(event.content)
-            else:
-                self.send(event.content)
-
-    @property
-    def inside(self) -> bool:
-        return self.core.inside
-
-    def settled(self, stored: bool) -> None:
-        """A message is on disk; or refused: then its automatic answer is not given, and the device sends again."""
-        self.stored()
-        replies = [] if self.pending else self._replies
-        for reply in replies if stored else []:
-            self.send(reply)
-        if not stored or not self.pending:
-            self._replies = []
-
-
-class StreamChannel(Channel):
-    """A channel for devices with a protocol of their own: framed bytes (channel contract 9)."""
-
-    @property
-    def settings(self) -> StreamSettings:
-        return typing.cast(StreamSettings, self.plan.settings)
-
-    def connect(self) -> Connection:
-        return StreamConnection(self)
-
-    def replan(self, plan: ChannelPlan) -> None:
-        """Other parameters mean another core: open connections are closed, and the devices come back."""
-        changed = plan.settings != self.plan.settings
-        super().replan(plan)
-        for connection in list(self.connections.values()) if changed else []:
-            connection.close()
-
-    def complain(self, connection: Connection, text: str) -> None:
-        self._warn(f"{connection.remote}: {text}")
-
-    def receive(self, connection: StreamConnection, content: bytes) -> bool:
-        """One framed message: hand it to the store; False when it cannot be taken now."""
-        text = stream_body(content, self.settings)
-        message = self.new_message(connection, content, text, "latin-1") if text else None
-        if message is None:
-            return not text  # nothing is left of it after stripping: nothing to take
-        message.source = functools.partial(self._stored, connection)
-        connection.pending += 1
-        self.store.put(message)
-        return True
-
-    def new_message(self, connection: Connection, original: bytes, text: str, encoding: str) -> Message | None:
-        """A message for the store; None while the channel has no row in it: then the device is told nothing."""
-        if self.feed is None:
-            self.complain(connection, f"{self.store.trouble or 'the channel is starting'}; the message is not taken")
-            return None
-        message = Message(self.feed.row.id, connection.remote, original, encoding)
-        message.epoch, message.type = self.feed.row.epoch, self.plan.content_type
-        message.key = "" if self.plan.key_spec == "*" else connection.host
-        message.text = text
-        self._note(f"[Received]: {text}")
-        return message
-
-    def _stored(self, connection: StreamConnection, message: Message) -> None:
-        assert self.feed is not None
-        if message.refusal:
-            self.complain(connection, f"{message.refusal}; the message is not acknowledged")
-        else:
-            self.feed.stored(message)
-        connection.settled(not message.refusal)
-
-    def relays(self, body: object) -> bool:
-        """The log text of a Bot that returned nothing is not for the device."""
-        return isinstance(body, str) and bool(body) and not body.startswith(BOT_LOG)
-
-    def deliver(self, message: Message, text: str) -> bool:
-        if self.settings.ignoreResponse:
-            return True
-        connection = self._connection_for(message)
-        if connection is None:
-            self._warn(f"message {message.id}: the device is not connected any more; its answer is in the queue")
-            return False
-        self._note(f"[Sending]: {text}")
-        try:
-            self.answer(connection, text, message)
-        except PeerError as error:
-            self._warn(f"message {message.id}: the Bot's answer cannot be sent: {error}")
-            return False
-        return True
-
-    def answer(self, connection: Connection, text: str, message: Message | None = None) -> None:
-        """The Bot's words on the wire; PeerError when they are not what the channel carries."""
-        connection.send(stream_answer(text, self.settings))
-
-    def submit(self, connection: Connection, text: str) -> asyncio.Future[str]:
-        """A push to a connected device: done when it is written, or when the device took it (ASTM)."""
-        self.answer(connection, text)
-        sent: asyncio.Future[str] = self.loop.create_future()
-        sent.set_result(PUSH_WRITTEN)
-        return sent
-
-
-class AstmDriver:
-    """Runs an Astm core on a line: its deadlines, what it writes, and the futures of what it sends.
-
-    The other events go to `heard`, which answers a FrameAccepted by do(core.committed) or do(core.refused).
-    """
-
-    def __init__(
-        self, settings: StreamSettings, name: str, write: Callable[[bytes], None], heard: Callable[[AstmEvent], None]
-    ):
-        self.core = Astm(settings)
-        self._name, self._write, self._heard = name, write, heard
-        self._loop = asyncio.get_running_loop()
-        self._sends: collections.deque[asyncio.Future[str]] = collections.deque()  # in the order of the core
-        self._timer: asyncio.TimerHandle | None = None
-
-    def submit(self, records: Sequence[bytes]) -> asyncio.Future[str]:
-        """Send records as a session; the future ends when the instrument took it, or in a DeviceError.
-
-        When it is cancelled the session is not sent: who waited was told so, and may try again.
-        """
-        sent: asyncio.Future[str] = self._loop.create_future()
-        sent.add_done_callback(self._withdraw)
-        self._sends.append(sent)
-        self.do(self.core.send, records)
-        return sent
-
-    def do(self, call: Callable[..., list[AstmEvent]], *given: object) -> None:
-        """Call the core with the time."""
-        self._perform(call(*given, self._loop.time()))
-
-    def closed(self) -> None:
-        self._perform(self.core.closed())
-
-    def _withdraw(self, sent: asyncio.Future[str]) -> None:
-        if sent in self._sends:
-            position = self._sends.index(sent)
-            del self._sends[position]
-            self.do(self.core.withdraw, position)
-
-    def _perform(self, events: list[AstmEvent]) -> None:
-        """Do what the core says, and wait for its next deadline."""
-        for event in events:
-            if isinstance(event, Write):
-                self._write(event.content)
-            elif isinstance(event, Sent | SendFailed):
-                self._settle(self._sends.popleft(), event)
-            else:
-                self._heard(event)
-        if self._timer is not None:
-            self._timer.cancel()
-        deadline = self.core.deadline()
-        self._timer = None if deadline is None else self._loop.call_at(deadline, self.do, self.core.expired)
-
-    def _settle(self, sent: asyncio.Future[str], event: Sent | SendFailed) -> None:
-        if sent.done():
-            return
-        if isinstance(event, SendFailed):
-            text = f"{self._name}: the instrument did not take it: {event.reason}"
-            sent.set_exception(DeviceError(text, "device-silent"))
-        else:
-            sent.set_result(PUSH_WRITTEN)
-
-
-class AstmConnection(Connection):
-    """An analyzer that speaks ASTM E1381 / LIS01-A2; accepted frames are on disk before their ACK."""
-
-    channel: AstmChannel
-    driver: AstmDriver
-    session = ""  # names the frames on disk that belong to no message yet
-    _frames = 0
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        super().connection_made(transport)
-        self.driver = AstmDriver(self.channel.settings, self.remote, self.send, self._heard)
-
-    def take(self, received: bytes) -> None:
-        self.driver.do(self.driver.core.receive, received)
-
-    @property
-    def inside(self) -> bool:
-        return False  # the core has time-outs of its own
-
-    def _heard(self, event: AstmEvent) -> None:
-        if isinstance(event, FrameAccepted):
-            self._keep_frame(event)
-        elif isinstance(event, Session | Interrupted):
-            self.messages += 1
-            session, self.session = self.session, ""
-            self.channel.take_session(self, session, event)
-        elif isinstance(event, LineWarning):
-            self.channel.complain(self, event.text)
-
-    def _keep_frame(self, frame: FrameAccepted) -> None:
-        """The frame is on disk before the core may acknowledge it."""
-        self.session = self.session or uuid.uuid4().hex
-        self._frames += 1
-        self.pending += 1
-        self.pause("frame")
-        self.channel.keep_frame(self, self._frames, frame).add_done_callback(self._frame_kept)
-
-    def _frame_kept(self, saving: asyncio.Future[None]) -> None:
-        self.stored()
-        self.resume("frame")
-        if saving.cancelled() or saving.exception() is not None:
-            self.channel.complain(self, "a frame could not be stored and is refused with NAK")
-            self.driver.do(self.driver.core.refused)
-        else:
-            self.driver.do(self.driver.core.committed)
-
-    def connection_lost(self, error: Exception | None) -> None:
-        super().connection_lost(error)
-        self.driver.closed()
-
-
-class AstmChannel(StreamChannel):
-    """A channel in ASTM mode (channel contract 10): sessions of records up, the Bot's records down."""
-
-    def connect(self) -> Connection:
-        return AstmConnection(self)
-
-    def keep_frame(self, connection: AstmConnection, number: int, frame: FrameAccepted) -> asyncio.Future[None]:
-        """Put an accepted frame on disk; StorageError through the future."""
-        if self.feed is None or not self.store.healthy:
-            failed: asyncio.Future[None] = self.loop.create_future()
-            failed.set_exception(StorageError(self.store.trouble or "the channel is starting"))
-            return failed
-        row = (connection.session, number, self.feed.row.id, connection.remote, frame.content)
-
-        def run(db: sqlite3.Connection) -> None:
-            db.execute("INSERT INTO partial VALUES (?, ?, ?, ?, ?)", row)
-
-        return self.store.call(run)
-
-    def take_session(self, connection: AstmConnection, session: str, event: Session | Interrupted) -> None:
-        """A whole session is a message; an interrupted one is kept as a dead letter with its records."""
-        text = records_text(event.records, self.settings)
-        if not text:  # nothing but blanks: its frames shall not become a dead letter at the next start
-            self.store.call(lambda db: db.execute("DELETE FROM partial WHERE session = ?", (session,)))
-            return
-        message = self.new_message(connection, text.encode(), text, "utf-8")
-        if message is None:
-            return
-        message.control_id = message.session = session
-        if isinstance(event, Interrupted):
-            self.bury_session(message, event.reason)
-        message.source = functools.partial(self._session_stored, connection)
-        connection.pending += 1
-        self.store.put(message)
-
-    def bury_session(self, message: Message, reason: str) -> None:
-        message.state, message.outcome, message.settled_at = FAILED, NOT_OWED, message.received_at
-        message.error_code, message.error = "interrupted-session", reason
-        self._warn(f"{message.remote}: a session was interrupted ({reason}); its records are kept as a dead letter")
-
-    def _session_stored(self, connection: AstmConnection, message: Message) -> None:
-        connection.stored()
-        if message.refusal:
-            self.complain(connection, f"{message.refusal}; the session becomes a dead letter at the next start")
-            return
-        if message.state == QUEUED and self.feed is not None:
-            self.feed.stored(message)
-
-    async def recover(self) -> None:
-        """Frames that were acknowledged before a crash, and whose session never ended, become a dead letter."""
-        assert self.feed is not None
-        channel = self.feed.row.id
-        sessions = await self.store.call(
-            lambda db: db.execute(
-                "SELECT session, remote, group_concat(hex(frame), '') FROM (SELECT * FROM partial WHERE channel = ? "
-                "ORDER BY session, number) GROUP BY session",
-                (channel,),
-            ).fetchall()
-        )
-        live = {c.session for c in self.connections.values() if isinstance(c, AstmConnection)}
-        for session, remote, frames in sessions:
-            if session not in live:
-                text = records_text([bytes.fromhex(frames)], self.settings)
-                message = Message(channel, remote, text.encode(), "utf-8")
-                message.control_id, message.session, message.epoch = session, session, self.feed.row.epoch
-                message.type = ASTM_TYPE
-                self.bury_session(message, "the agent stopped before the session ended")
-                self.store.put(message)
-
-    def answer(self, connection: Connection, text: str, message: Message | None = None) -> None:
-        self.submit(connection, text).add_done_callback(functools.partial(self._answered, connection, message))
-
-    def submit(self, connection: Connection, text: str) -> asyncio.Future[str]:
-        return typing.cast(AstmConnection, connection).driver.submit(text_records(text, self.settings))
-
-    def _answered(self, connection: Connection, message: Message | None, sent: asyncio.Future[str]) -> None:
-        if sent.cancelled() or (error := sent.exception()) is None:
-            return
-        self.complain(connection, f"the Bot's answer was not taken: {error}")
-        if message is not None:
-            message.outcome = UNDELIVERED
-            self.store.update(message, message.state)
-
-
-class Dialer:
-    """A channel whose line we open: an instrument that listens, or a serial port; opened again when it is lost."""
-
-    def __init__(self, channel: StreamChannel, log: Log):
-        self._channel, self._log = channel, log
-        self._task = asyncio.ensure_future(self._run())
-
-    def close(self) -> None:
-        self._task.cancel()
-
-    async def _run(self) -> None:
-        plan, failures, said = self._channel.plan, 0, ""
+    # --- what its queue asks for ---
+
+    def answer(self, message: Message, body: object, error: str) -> bool:
+        """To the line that the message came from, or that its sender opened since; else to one that leads nowhere."""
+        line = self.lines.get(message.remote)
+        if line is None or line.ended:
+            host = message.remote.rsplit(":", 1)[0]
+            others = [other for other in self.lines.values() if other.host == host and not other.ended]
+            if len(others) == 1 and others[0].may_adopt:
+                line = others[0]
+        return (line or self.kind(self)).answer(message, body, error)
+
+    def text_of(self, message: Message, original: bytes) -> str:
+        """As what it was received, whatever the channel speaks by now."""
+        if message.type == BYTES_TYPE:
+            settings = self.plan.settings
+            return stream_body(original, settings if isinstance(settings, StreamSettings) else StreamSettings())
+        if message.type == ASTM_TYPE or message.type in DICOM_STORED:
+            text = original.decode()
+            return text.replace(spool_reference(message.spool or ""), message.binary) if message.binary else text
+        return decode_hl7(original, message.encoding)
+
+    # --- a line that we open: an instrument that listens, or a serial port ---
+
+    async def _dial(self) -> None:
+        """Open it, and again when it is lost."""
+        plan, failures, last_reason = self.plan, 0, ""
+        where = f"Channel '{plan.name}': {plan.address.split('?')[0]}"
         while True:
             try:
-                connection = await self._open(plan)
-                self._log.info(f"Channel '{plan.name}': {plan.address.split('?')[0]} is open.")
-                failures, said = 0, ""
-                await connection.lost.wait()
+                line = await self._open()
+                self._log.info(f"{where} is open.")
+                failures, last_reason = 0, ""
+                await line.lost.wait()
                 reason = "the line was closed"
             except (OSError, ValueError) as error:
                 failures, reason = failures + 1, str(error) or type(error).__name__
-            if reason != said:
-                said = reason
-                self._log.warn(f"Channel '{plan.name}': {plan.address.split('?')[0]}: {reason}; trying again.")
-            await asyncio.sleep(
-                random.uniform(0, min(RECONNECT_MAX_SECS, RECONNECT_BASE_SECS * 2 ** min(failures, 10)))
-            )
+            if reason != last_reason:
+                last_reason = reason
+                self._log.warn(f"{where}: {reason}; trying again.")
+            await asyncio.sleep(back_off(failures))
 
-    async def _open(self, plan: ChannelPlan) -> Connection:
-        loop = asyncio.get_running_loop()
-        if plan.port:
+    async def _open(self) -> Line:
+        if self.plan.port:
             async with asyncio.timeout(CONNECT_TIMEOUT_SECS):
-                _, protocol = await loop.create_connection(self._channel.connect, plan.host, plan.port)
-            return protocol
+                _, line = await self.loop.create_connection(self.connect, self.plan.host, self.plan.port)
+            return cast(Line, line)
         import serialx  # only where a serial port is used
 
-        s = self._channel.settings
+        s = cast(StreamSettings, self.plan.settings)
         _, port = await serialx.create_serial_connection(
-            loop, self._channel.connect, plan.host, baudrate=s.baudRate, parity=serialx.Parity[s.parity.upper()],
+            self.loop, self.connect, self.plan.host, baudrate=s.baudRate, parity=serialx.Parity[s.parity.upper()],
             stopbits=serialx.StopBits(s.stopBits), byte_size=s.dataBits, xonxoff=s.flow == "xonxoff",
             rtscts=s.flow == "rtscts",
         )  # fmt: skip
-        return typing.cast(Connection, port)
+        return cast(Line, port)
 
 
 ANY_HOST = ("", "*", "0.0.0.0", "::", "[::]")
@@ -5802,7 +5797,7 @@ class Listener:
         """Resolve and bind; the name of a host may take its time without holding up the devices."""
         addresses: set[tuple[int, Any]] = set()
         if bind[0] not in ANY_HOST:
-            with contextlib.suppress(OSError):
+            with suppress(OSError):
                 async with asyncio.timeout(RESOLVE_SECS):
                     found = await asyncio.get_running_loop().getaddrinfo(
                         *bind, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
@@ -5830,7 +5825,7 @@ class TurnAway(asyncio.Protocol):
     """For a connection that cannot be served now, such as while its port changes hands: the device tries again."""
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        typing.cast(asyncio.Transport, transport).abort()
+        cast(asyncio.Transport, transport).abort()
 
 
 def bind_sockets(host: str, port: int, addresses: set[tuple[int, Any]], log: Log) -> list[socket.socket]:
@@ -5867,80 +5862,9 @@ def _bind_address(family: int, address: Any, count: int) -> socket.socket | None
 #
 # From the cloud to the device. A push that somebody waits for is tried once and answered within the caller's window.
 # One that nobody waits for is stored first, and then tried in order until the device accepts it or it becomes a dead
-# letter. Pools of connections per device, one message in flight on each; an ACK is matched by MSA-2, wherever it
-# arrives. May touch: sockets.
+# letter. A device has a few lines at most, one message in flight on each. A line whose push did not end by its
+# acknowledgment is never used again. May touch: sockets.
 # =====================================================================================================================
-
-
-@dataclasses.dataclass(frozen=True)
-class Target:
-    """A parsed Device.url. `key` names the device: pushes with the same key share connections and order."""
-
-    url: str
-    scheme: str
-    host: str
-    port: int
-    path: str
-    settings: DeviceSettings
-
-    @property
-    def on_channel(self) -> bool:
-        """The device is at one of our own channels: connected to it, or on its serial port."""
-        return self.scheme in ("channel", "serial")
-
-    @property
-    def key(self) -> str:
-        host = f"[{self.host}]" if ":" in self.host else self.host
-        if self.is_dicom:
-            return f"{self.scheme}://{self.path}@{host}:{self.port}"
-        return f"{self.scheme}://{host}:{self.port}" if self.port else f"{self.scheme}://{host}{self.path}"
-
-    @property
-    def is_dicom(self) -> bool:
-        """`path` is the AE title then."""
-        return self.scheme.startswith("dicom")
-
-
-def is_host(name: str) -> bool:
-    """An IPv4 or IPv6 address, or a syntactically valid host name (RFC 1123 2.1, with underscores)."""
-    with contextlib.suppress(ValueError):
-        return bool(ipaddress.ip_address(name))
-    labels = r"(?!-)[A-Za-z0-9_-]{1,63}(\.(?!-)[A-Za-z0-9_-]{1,63})*\.?"
-    return len(name) < 254 and re.fullmatch(labels, name) is not None
-
-
-def parse_target(url: str) -> Target:
-    """The device behind a remote address; PeerError says what is wrong with it."""
-    try:
-        parts = urllib.parse.urlsplit(url)
-        port = parts.port or 0
-    except ValueError as error:
-        raise PeerError(f"'{url}' is not a device address: {error}") from None
-    scheme = parts.scheme
-    if scheme not in ("mllp", "mllps", "tcp", "dicom", "dicoms", "channel", "serial"):
-        text = "use mllp, mllps, tcp, dicom, dicoms, channel or serial"
-        raise PeerError(f"'{url}' is not a device address that this agent can send to: {text}")
-    ours = scheme in ("channel", "serial")  # a device on one of our own channels
-    if not ours and not (parts.hostname and port):
-        raise PeerError(f"'{url}' needs a host and a port, such as mllp://192.168.50.10:56001")
-    try:
-        values = read_parameters(DeviceSettings, parts.query, url, lambda text: None)
-        titles = ae_titles(urllib.parse.unquote(parts.username or ""))
-    except (ConfigError, ValueError) as error:
-        raise PeerError(f"'{url}': {error}") from None
-    if scheme in ("mllps", "dicoms"):
-        values["tls"] = True
-    if problem := encoding_problem(values.get("encoding", "utf-8")):
-        raise PeerError(f"'{url}': {problem}")
-    if not ours and not is_host(parts.hostname or ""):
-        raise PeerError(f"'{url}': '{parts.hostname}' is neither an IP address nor a host name")
-    host = urllib.parse.unquote(parts.netloc) if ours else parts.hostname or ""
-    path = parts.path
-    if scheme.startswith("dicom"):
-        path = parts.username or ""
-        if len(titles) != 1:
-            raise PeerError(f"'{url}' needs the device's AE title, such as dicom://ARCHIVE@192.168.50.10:104")
-    return Target(url, scheme, host, port, urllib.parse.unquote(path), DeviceSettings(**values))
 
 
 def security_of(settings: DeviceSettings) -> tuple[Any, ...]:
@@ -5948,7 +5872,7 @@ def security_of(settings: DeviceSettings) -> tuple[Any, ...]:
     return settings.tls, settings.checkHost, settings.caFile, settings.certFile, settings.keyFile
 
 
-@functools.lru_cache(maxsize=64)
+@lru_cache(maxsize=64)
 def device_tls(settings: DeviceSettings) -> ssl.SSLContext:
     """TLS to a device: the system's authorities and caFile, and our certificate if the device wants one."""
     try:
@@ -5961,580 +5885,422 @@ def device_tls(settings: DeviceSettings) -> ssl.SSLContext:
     return context
 
 
-class DeviceConnection(asyncio.Protocol):
-    """One MLLP connection to a device; `current` is the message in flight on it."""
+class CallLine(MllpLine):
+    """A line that we opened to push HL7: what comes are acknowledgments."""
 
-    def __init__(self, device: Device, settings: DeviceSettings):
-        self.encoding = settings.encoding
-        self.security = security_of(settings)
-        self.current: Exchange | None = None
+    owner: Device
+
+    def __init__(self, owner: Device, settings: DeviceSettings):
+        super().__init__(owner, PUSH_FRAME_BYTES)
+        self.encoding, self.security = settings.encoding, security_of(settings)
+        self.reusable = self.final = False  # its last push ended by its acknowledgment; no other may come for it
         self.idle_since = 0.0
-        self._device = device
-        self._core = Mllp(16 * MIB)
-        self._transport: asyncio.Transport
 
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self._transport = typing.cast(asyncio.Transport, transport)
-        set_device_options(transport.get_extra_info("socket"))
-        self._device.connections.add(self)
+    def intake(self, frame: bytes | PeerError) -> None:
+        """The ACK of what is in flight here, of an older message, or a surprise."""
+        if isinstance(frame, PeerError):
+            self.words = str(frame)
+            return
+        text = frame.decode(self.encoding, "replace")
+        ack = read_ack(text)
+        self.owner.note(f"[Received ACK -- ID: {ack.control_id}]: {text}" if ack else f"[Ignored]: {text}")
+        if ack is None:
+            self.owner.warn("sent a message that is no acknowledgment; ignored")
+        if not self.acknowledges(ack, text) and ack is not None:
+            self.owner.late(ack, text)
 
-    def data_received(self, data: bytes) -> None:
-        for event in self._core.receive(data):
-            if isinstance(event, bytes):
-                self._device.received(self, event.decode(self.encoding, "replace"))
+
+class BytesCall(Line):
+    """A line that we opened to send bytes; with endChar the answer is awaited up to it."""
+
+    unanswered = "no answer came"
+
+    def __init__(self, owner: Device, end: bytes):
+        super().__init__(owner)
+        self._end, self._received = end, b""
+        self._answer: asyncio.Future[bytes] = self._loop.create_future()
+
+    def receive(self, received: bytes) -> None:
+        self._received += received
+        if self._end and self._end in self._received and not self._answer.done():
+            self._answer.set_result(self._received[: self._received.index(self._end) + len(self._end)])
+        elif len(self._received) > PUSH_FRAME_BYTES:
+            self.abort()
 
     def connection_lost(self, error: Exception | None) -> None:
-        self._device.lost(self)
-        if self.current is not None and not self.current.answer.done():
-            text = f"{self._device.name}: Message was still pending when connection closed"
-            self.current.answer.set_exception(DeviceError(text, "device-silent"))
+        super().connection_lost(error)
+        if not self._answer.done():
+            text = f"{self.owner.name}: closed the connection before it answered"
+            self._answer.set_exception(DeviceError(text, "device-silent"))
+            self._answer.exception()  # nobody may wait for it
+
+    async def ask(self, push: Push) -> str:
+        """The body is hex unless bodyEncoding says text, and so is the answer; text that is no hex is sent as text."""
+        settings = push.target.settings
+        content = push.text.encode(settings.encoding, "replace")
+        if settings.bodyEncoding == "hex":
+            with suppress(ValueError):
+                content = bytes.fromhex(push.text)
+        self.send(content)
+        answer = await self._answer if self._end else b""
+        return answer.hex() if settings.bodyEncoding == "hex" else answer.decode(settings.encoding, "replace")
+
+
+class RecordsCall(AstmLine):
+    """A line that we opened to send records; what comes meanwhile is refused: a channel is there for that."""
+
+    def __init__(self, owner: Device, settings: DeviceSettings):
+        shared = rows_of(StreamSettings).keys() & rows_of(DeviceSettings).keys()
+        given = {name: getattr(settings, name) for name in shared - {"mode", "bodyEncoding", "endChar"}}
+        self._settings = StreamSettings(mode="astm", **given)
+        super().__init__(cast(Channel, owner))
 
     @property
-    def open(self) -> bool:
-        return not self._transport.is_closing()
+    def settings(self) -> StreamSettings:
+        return self._settings
 
-    async def ask(self, exchange: Exchange, text: str) -> str:
-        """Send, and wait for the acknowledgment."""
-        self.current = exchange
-        try:
-            self._transport.write(mllp_frame(text.encode(self.encoding, "replace")))
-            return await exchange.answer
-        finally:
-            self.current = None
-
-    def close(self) -> None:
-        self._transport.close()
+    def keep(self, frame: FrameAccepted) -> None:
+        self._do(self.core.refused)
 
 
-class AstmCaller(asyncio.Protocol):
-    """One message to an instrument that listens; what it sends meanwhile is refused: a channel is there for that."""
-
-    def __init__(self, settings: StreamSettings, text: str, name: str):
-        self._settings, self._text, self._name = settings, text, name
-        self._driver: AstmDriver
-        self.sent: asyncio.Future[str]
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        write = typing.cast(asyncio.Transport, transport).write
-        self._driver = AstmDriver(self._settings, self._name, write, self._heard)
-        self.sent = self._driver.submit(text_records(self._text, self._settings))
-
-    def data_received(self, data: bytes) -> None:
-        self._driver.do(self._driver.core.receive, data)
-
-    def connection_lost(self, error: Exception | None) -> None:
-        self._driver.closed()
-
-    def _heard(self, event: AstmEvent) -> None:
-        if isinstance(event, FrameAccepted):
-            self._driver.do(self._driver.core.refused)
-
-
-P = TypeVar("P", bound=asyncio.Protocol)
+C = TypeVar("C", bound=Line)
 
 
 class Device:
-    """The connections to one device, at most `limit` of them, each with one message in flight."""
+    """One device: its lines, at most `limit` of them, and the queue of its stored pushes, whose way it is."""
 
-    def __init__(self, name: str, log: Log, channel_log: Log):
-        self.name = name
-        self.limit = 1
-        self.connections: set[DeviceConnection] = set()
-        self.round_trips: collections.deque[int] = collections.deque(maxlen=MAX_STATS_SAMPLES)
-        self.pending: dict[str, Exchange] = {}
-        self.on_late: Callable[[Acknowledgment, str], None] = lambda ack, text: None
+    def __init__(self, key: str, devices: Devices):
+        self.name = self.host = key
+        self.lines: set[Line] = set()
+        self.asked: list[Exchange] = []
+        self.round_trips: deque[int] = deque(maxlen=MAX_STATS_SAMPLES)
         self.users = 0  # pushes under way
-        self._idle: list[DeviceConnection] = []
         self.encoding = "utf-8"  # of the last push
+        self._devices = devices
+        self._idle: list[CallLine] = []
+        self._leaving: set[asyncio.Task[None]] = set()  # lines that make way
+        self._early: list[Push] = []  # came before the queue was open
         self._opening = 0
         self._loop = asyncio.get_running_loop()
-        self._waiters: collections.deque[asyncio.Future[None]] = collections.deque()
-        self._log, self._channel_log = log, channel_log
+        self.limit = devices.limit
+        self._places = asyncio.Semaphore(self.limit)
 
-    async def exchange(self, target: Target, text: str, control_id: str, mode: str, seconds: float) -> str:
-        """The device's acknowledgment of an HL7 message; raises DeviceError within `seconds`."""
-        phase = f"all {self.limit} connections were busy"
-        exchange = Exchange(control_id, mode, asyncio.get_running_loop().create_future())
-        self.users += 1
-        self.encoding = target.settings.encoding
-        started = now_ms()
-        try:
-            async with asyncio.timeout(seconds):
-                await self._turn()
-                phase = "the connection could not be made"
-                connection = await self._connection(target)
-                phase = "no acknowledgment came"
-                try:
-                    self.pending[control_id] = exchange
-                    answer = await connection.ask(exchange, text)
-                finally:
-                    self._release(connection)
-        except TimeoutError:
-            kind = "device-silent" if phase.startswith("no") else "device-unreachable"
-            raise DeviceError(f"{self.name}: {phase} within {seconds:g} s", kind) from None
-        finally:
-            self.users -= 1
-            if self.pending.get(control_id) is exchange:
-                del self.pending[control_id]
-        self.round_trips.append(now_ms() - started)
-        return answer
+    @cached_property
+    def queue(self) -> Queue:
+        devices = self._devices
+        row = devices.store.channel(PUSH_PREFIX + self.name)
+        return Queue(row, devices.policy(self.name), devices.store, self, self, devices.log)
 
-    async def _turn(self) -> None:
-        """Wait until a connection is idle or may be opened."""
-        while not self._idle and len(self.connections) + self._opening >= self.limit:
-            waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-            self._waiters.append(waiter)
-            try:
-                await waiter
-            except asyncio.CancelledError:
-                if waiter.done() and not waiter.cancelled():
-                    self._wake()  # our turn goes to the next
-                raise
-            finally:
-                if waiter in self._waiters:
-                    self._waiters.remove(waiter)
+    @property
+    def needed(self) -> bool:
+        queue = self.__dict__.get("queue")
+        return bool(self.users or self.lines or (queue and not queue.idle))
 
-    def _wake(self) -> None:
-        while self._waiters:
-            waiter = self._waiters.popleft()
-            if not waiter.done():
-                waiter.set_result(None)
-                return
+    def configure(self) -> None:
+        """New Agent settings; connections in use are left alone."""
+        if self.limit != self._devices.limit:
+            self.limit = self._devices.limit
+            self._places = asyncio.Semaphore(self.limit)
+        if "queue" in self.__dict__:
+            self.queue.policy = self._devices.policy(self.name)
+            self.queue.pump()
 
-    async def _connection(self, target: Target) -> DeviceConnection:
-        while self._idle:
-            connection = self._idle.pop()
-            if connection.open and connection.security == security_of(target.settings):
-                connection.encoding = target.settings.encoding
-                return connection
-            connection.close()
+    # --- its lines ---
+
+    def opened(self, line: Line) -> None:
+        self.lines.add(line)
+
+    def closed(self, line: Line) -> None:
+        self.lines.discard(line)
+        self._idle = [other for other in self._idle if other is not line]
+
+    def congested(self, line: Line) -> bool:
+        return False
+
+    def warn(self, text: str) -> None:
+        self._devices.log.warn(f"Device {self.name}: {text}.")
+
+    def note(self, text: str) -> None:
+        self._devices.channel_log.info(f"[Device:{self.name}] {text}")
+
+    async def _dial(self, target: Target, line: Callable[[], C]) -> C:
+        settings = target.settings
         self._opening += 1
         try:
-            return (await self._open(target, lambda: DeviceConnection(self, target.settings)))[1]
-        except BaseException:
-            self._loop.call_soon(self._wake)  # the place is free again
-            raise
+            async with within(self.name, settings.connectTimeoutSecs):
+                context = device_tls(settings) if settings.tls else None
+                return (await self._loop.create_connection(line, target.host, target.port, ssl=context))[1]
         finally:
             self._opening -= 1
 
-    async def _open(self, target: Target, protocol: Callable[[], P]) -> tuple[asyncio.Transport, P]:
-        settings = target.settings
-        try:
-            context = device_tls(settings) if settings.tls else None
-            async with asyncio.timeout(settings.connectTimeoutSecs):
-                return await self._loop.create_connection(protocol, target.host, target.port, ssl=context)
-        except TimeoutError:
-            text = f"{self.name}: no connection within {settings.connectTimeoutSecs:g} s"
-            raise DeviceError(text, "device-unreachable") from None
-        except OSError as error:
-            raise DeviceError(f"{self.name}: {_os_reason(error)}", "device-unreachable") from None
-        except (LocalError, UnicodeError) as error:
-            raise DeviceError(f"{self.name}: {error}", "device-unreachable") from None
+    async def _spare(self, target: Target) -> CallLine | None:
+        """An idle line that may be used again; idle ones that are in the way are closed."""
+        keep = self._devices.settings.keepAlive
+        for line in self._idle[::-1]:
+            if keep and line.reusable and line.attached and line.security == security_of(target.settings):
+                self._idle.remove(line)
+                line.encoding = target.settings.encoding
+                return line
+        surplus = len(self.lines) + self._opening + 1 - self.limit
+        for number, line in enumerate(list(self._idle)):
+            if number < surplus or (line.final and not keep):
+                self._idle.remove(line)
+                self._leaving.add(leaving := spawn(line.hang_up()))
+                leaving.add_done_callback(self._leaving.discard)
+        while self._leaving and len(self.lines) + self._opening >= self.limit:
+            await asyncio.wait(self._leaving, return_when=asyncio.FIRST_COMPLETED)
+        return None
 
-    def _release(self, connection: DeviceConnection) -> None:
-        if connection.open:
-            connection.idle_since = asyncio.get_running_loop().time()
-            self._idle.append(connection)
-        self._wake()
-
-    def received(self, connection: DeviceConnection, text: str) -> None:
-        """A message from the device: the ACK of what is in flight here, of an older message, or a surprise."""
-        ack = read_ack(text)
-        if ack is None:
-            self._log.warn(f"{self.name} sent a message that is no acknowledgment; ignored.")
-            self._channel_log.info(f"[Device:{self.name}] [Ignored]: {text}")
-            return
-        self._channel_log.info(f"[Device:{self.name}] [Received ACK -- ID: {ack.control_id}]: {text}")
-        exchange = connection.current
-        if exchange is None or exchange.control_id != ack.control_id:
-            exchange = self.pending.get(ack.control_id)
-        if exchange is not None and not exchange.answer.done():
-            exchange.heard(ack, text)
-        else:
-            self.on_late(ack, text)
-
-    def lost(self, connection: DeviceConnection) -> None:
-        self.connections.discard(connection)
-        if connection in self._idle:
-            self._idle.remove(connection)
-        self._wake()
+    def _put_aside(self, line: CallLine, answer: str) -> None:
+        """After a push. What ended without its acknowledgment may still bring that for a moment, and is then closed."""
+        ack = read_ack(answer)
+        line.reusable, line.final, line.idle_since = bool(ack), bool(ack and ack.code != "CA"), self._loop.time()
+        if line.attached:
+            self._idle.append(line)
+            if not answer:
+                self._loop.call_later(LATE_ACK_SECS, line.close)
 
     def close_idle(self, before: float) -> None:
-        """Close connections that have not been used since `before` (the event loop's clock)."""
-        for connection in [connection for connection in self._idle if connection.idle_since <= before]:
-            self._idle.remove(connection)
-            connection.close()
+        """Close lines that have not been used since `before` (the event loop's clock)."""
+        for line in list(self._idle):
+            if line.idle_since <= before:
+                line.close()
 
-    async def send_records(self, target: Target, text: str, seconds: float) -> str:
-        """Records to an instrument that listens, as one ASTM session on a connection of its own."""
-        shared = rows_of(StreamSettings).keys() & rows_of(DeviceSettings).keys()
-        given = {name: getattr(target.settings, name) for name in shared - {"mode", "bodyEncoding", "endChar"}}
-        settings = StreamSettings(mode="astm", **given)
-        caller: AstmCaller | None = None
+    # --- pushes ---
+
+    async def ask(self, push: Push, seconds: float) -> str:
+        """One try; the device's answer as text, or DeviceError within `seconds` (or the url's ackTimeoutSecs)."""
+        target = push.target
+        seconds = target.settings.ackTimeoutSecs or seconds
+        self.note(f"[Sending -- ID: {push.control_id}]: {push.text}")
+        self.encoding = target.settings.encoding
+        if target.is_dicom:
+            return await self._devices.imaging(push, DICOM_PUSH_SECS if seconds == PUSH_STORED_SECS else seconds)
+        started = now_ms()
         self.users += 1
         try:
-            async with asyncio.timeout(seconds):
-                transport, caller = await self._open(target, lambda: AstmCaller(settings, text, self.name))
-                try:
-                    return await caller.sent
-                finally:
-                    transport.close()
-        except TimeoutError:
-            kind = "device-silent" if caller else "device-unreachable"
-            raise DeviceError(f"{self.name}: not taken within {seconds:g} s", kind) from None
+            async with within(self.name, seconds) as attempt:
+                if target.on_channel:
+                    line = self._devices.connected(target)
+                    attempt.asked(line)
+                    return await line.ask(push)
+                if target.scheme == "tcp":
+                    return await self._call(push, attempt)
+                answer = await self._exchange(push, attempt)
         finally:
             self.users -= 1
+        self.round_trips.append(now_ms() - started)
+        return answer
 
-    async def send_bytes(self, target: Target, content: bytes, seconds: float) -> bytes:
-        """Raw bytes to a device on a connection of their own; with endChar the answer up to it, else b``."""
-        end = target.settings.endChar.encode("latin-1", "ignore")
-        phase = "the connection could not be made"
-        self.users += 1
+    async def _exchange(self, push: Push, attempt: Try) -> str:
+        """HL7. A line that is used again and turns out to be closed is replaced by a fresh one, once."""
+        attempt.phase = f"all {self.limit} connections were busy"
+        async with self._places:
+            attempt.phase = Try.phase
+            if line := await self._spare(push.target):
+                try:
+                    return await self._ask(line, push, attempt)
+                except DeviceError:
+                    if not (line.lost.is_set() and line.quiet):
+                        raise
+            line = await self._dial(push.target, lambda: CallLine(self, push.target.settings))
+            return await self._ask(line, push, attempt)
+
+    async def _ask(self, line: CallLine, push: Push, attempt: Try) -> str:
+        attempt.asked(line)
+        answer = ""
         try:
-            async with asyncio.timeout(seconds):
-                context = device_tls(target.settings) if target.settings.tls else None
-                reader, writer = await asyncio.open_connection(target.host, target.port, ssl=context, limit=16 * MIB)
-                phase = "no answer came"
-                try:
-                    writer.write(content)
-                    await writer.drain()
-                    return await reader.readuntil(end) if end else b""
-                finally:
-                    writer.close()
-        except TimeoutError:
-            kind = "device-silent" if phase.startswith("no") else "device-unreachable"
-            raise DeviceError(f"{self.name}: {phase} within {seconds:g} s", kind) from None
-        except (OSError, LocalError, asyncio.IncompleteReadError, asyncio.LimitOverrunError) as error:
-            reason = (
-                str(error)
-                if isinstance(error, LocalError)
-                else _os_reason(error)
-                if isinstance(error, OSError)
-                else "closed the connection before it answered"
-            )
-            kind = "device-silent" if phase.startswith("no") else "device-unreachable"
-            raise DeviceError(f"{self.name}: {reason}", kind) from None
+            answer = await line.ask(push)
+            return answer
         finally:
-            self.users -= 1
+            self._put_aside(line, answer)
 
+    async def _call(self, push: Push, attempt: Try) -> str:
+        """Bytes, or records as one ASTM session, on a connection of their own."""
+        settings = push.target.settings
+        if settings.mode == "astm":
+            line: Line = await self._dial(push.target, lambda: RecordsCall(self, settings))
+        else:
+            end = settings.endChar.encode("latin-1", "ignore")
+            line = await self._dial(push.target, lambda: BytesCall(self, end))
+        attempt.asked(line)
+        try:
+            return await line.ask(push)
+        finally:
+            line.close()
 
-def _os_reason(error: OSError) -> str:
-    """`Connection refused` rather than asyncio's own words for it; what is wrong with a certificate."""
-    if isinstance(error, ssl.SSLError):
-        return f"TLS failed: {getattr(error, 'verify_message', '') or error.reason or error}"
-    return os.strerror(error.errno) if error.errno and error.errno > 0 else str(error) or type(error).__name__
+    # --- stored pushes ---
 
+    def keep(self, push: Push) -> None:
+        """Store a push that nobody waits for, and send it in its turn: in the order of the calls."""
+        if self._early or not self.queue.row.id:  # the queue was never open yet: until it is
+            if not self._early:
+                self._devices.store.call(lambda db: None).add_done_callback(self._put_early)
+            self._early.append(push)
+        else:
+            self._put(push)
 
-class Push(NamedTuple):
-    """A checked request to send something to a device. `text` is HL7 or what the device's bodyEncoding says."""
+    def _put_early(self, opened: asyncio.Future[None]) -> None:
+        early, self._early = self._early, []
+        for push in early:
+            self._put(push)
 
-    target: Target
-    text: str
-    control_id: str
-    mode: str
-    content_type: str
+    def _put(self, push: Push) -> None:
+        message = Message(self.queue.row, push.target.url, push.text.encode())
+        message.text, message.control_id, message.type = push.text, push.control_id, push.content_type
+        message.return_ack = push.mode or None
+        if push.mode and self.queue.policy.workers > 1:
+            message.key = patient_key(push.text, Header(push.text))
+        message.source = partial(self._stored, push)
+        self._devices.store.put(message)
 
+    def _stored(self, push: Push, message: Message) -> None:
+        if not message.refusal:
+            self.queue.stored(message)
+            return
+        self._devices.log.error(f"A push to {self.name} cannot be stored ({message.refusal}); it is tried once.")
+        spawn(self._try_once(push))
 
-def parse_push(request: Json) -> Push:
-    """A server's agent:transmit:request; PeerError for what is answered as agent:error (uplink contract 4.8)."""
-    remote, body = request.get("remote"), request.get("body")
-    if not remote or not isinstance(remote, str):
-        raise PeerError("Missing remote address")
-    if not body or not isinstance(body, str):
-        raise PeerError(f"WebSocket error on incoming message: there is no body for {remote}")
-    target = parse_target(remote)
-    content_type = str(request.get("contentType") or BYTES_TYPE)
-    if target.is_dicom:
-        if content_type == DICOM_TYPE:
-            body = dump_json({"command": "C-STORE", "binary": {"reference": body.strip()}}).decode()
-        return Push(target, body, "", "", JSON_TYPE)
-    if target.scheme == "tcp" or (target.on_channel and content_type != HL7_TYPE):
-        return Push(target, body, "", "", content_type)
-    try:
-        text = decode_hl7(body.encode(), "utf-8")
-    except PeerError as error:
-        raise PeerError(f"WebSocket error on incoming message: {error}") from None
-    mode = str(request.get("returnAck") or target.settings.defaultReturnAck).lower()
-    return Push(target, text, Header(text).control_id, mode, HL7_TYPE)
+    async def _try_once(self, push: Push) -> None:
+        try:
+            await self.ask(push, PUSH_STORED_SECS)
+        except DeviceError as error:
+            self._devices.log.error(f"A push that could not be stored failed: {error}.")
 
-
-class DeviceQueue(Queue):
-    """The stored pushes to one device, in order."""
-
-    def __init__(self, policy: Policy, row: ChannelRow, store: Store, log: Log, devices: Devices):
-        super().__init__(policy, row, store, log)
-        self._devices = devices
-        self._tasks: set[asyncio.Task[None]] = set()
-
-    def can_send(self) -> bool:
+    @property
+    def is_open(self) -> bool:
         return self._devices.open and self._devices.active
 
-    def text_of(self, message: Message, original: bytes, finalized: str | None) -> str:
-        return original.decode("utf-8", "replace")
+    def ready(self) -> bool:
+        return self.is_open
 
-    def transmit(self, message: Message) -> None:
-        task = asyncio.ensure_future(self._deliver(message))
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+    async def prepare(self, queue: Queue, message: Message) -> None:
+        """A push is always prepared."""
+
+    def transmit(self, queue: Queue, message: Message) -> None:
+        spawn(self._deliver(message))
 
     async def _deliver(self, message: Message) -> None:
+        given = {"remote": message.remote, "body": message.text, "returnAck": message.return_ack}
         try:
-            push = parse_push(
-                {
-                    "remote": message.remote,
-                    "body": message.text,
-                    "returnAck": message.return_ack,
-                    "contentType": message.type,
-                }
-            )
-            answer = await self._devices.send(push, PUSH_STORED_SECS)
+            answer = await self.ask(parse_push(given | {"contentType": message.type}), PUSH_STORED_SECS)
         except DeviceError as error:
-            if message.id in self.inflight:
-                self.failed(message, error.kind, counts=error.kind != "device-unreachable")
-            return
+            self.queue.failed(message, error.kind, counts=error.kind != "device-unreachable")
         except Exception as error:  # a push that cannot even be tried must not hold those behind it for ever
-            self._log.error(f"{self.policy.name}: message {message.id} cannot be sent: {type(error).__name__}")
-            if message.id in self.inflight:
-                self.failed(message, "device-error")
-            return
-        self.answered(message, answer)
+            self._devices.log.error(f"Device {self.name}: message {message.id} cannot be sent: {type(error).__name__}")
+            self.queue.failed(message, "device-error")
+        else:
+            self._answered(message, answer)
 
-    def answered(self, message: Message, answer: str) -> None:
+    def _answered(self, message: Message, answer: str) -> None:
         """The device's ACK, perhaps a late one."""
         if message.state >= PROCESSED:
             return
         message.response = answer
         ack = read_ack(answer)
         if ack and ack.code in ("AE", "CE", "AR", "CR"):
-            if message.id in self.inflight:
-                self.failed(message, "device-error" if ack.code in ("AE", "CE") else "device-rejected")
-            return
-        message.outcome = DELIVERED
-        self.settle(message, PROCESSED)
+            self.queue.failed(message, "device-error" if ack.code in ("AE", "CE") else "device-rejected")
+        else:
+            message.outcome = DELIVERED
+            self.queue.settle(message, PROCESSED)
 
-    def tell_dead(self, message: Message, error: str, relay: bool) -> bool:
-        return False
-
-    def late(self, ack: Acknowledgment, text: str) -> bool:
+    def late(self, ack: Acknowledgment, text: str) -> None:
         """An ACK that came after its time: it settles the message if that is still here."""
-        for message in self.window.values():
-            if message.control_id == ack.control_id and message.attempts:
-                if message.return_ack != "application" or ack.code != "CA":
-                    self.answered(message, text)
-                return True
-        return ack.code == "CA"  # nobody misses a CA
+        stored = self.queue.window.values() if "queue" in self.__dict__ else ()
+        for message in [m for m in stored if m.control_id == ack.control_id and m.attempts]:
+            if message.return_ack != "application" or ack.code != "CA":
+                self._answered(message, text)
+            return
+        if ack.code != "CA":  # nobody misses a CA
+            self.warn("an acknowledgment came that no push waits for; it is in the channel log")
+
+    def text_of(self, message: Message, original: bytes) -> str:
+        return original.decode("utf-8", "replace")
+
+    def answer(self, message: Message, body: object, error: str) -> bool:
+        return False  # nobody waits for a stored push
 
 
 class Devices:
-    """All devices that were pushed to: their connections, and their stored pushes."""
+    """All devices that were pushed to."""
 
-    def __init__(self, store: Store, log: Log, channel_log: Log, channels: Mapping[str, Channel]):
+    def __init__(self, parts: Parts, channels: Mapping[str, Channel]):
         self.open = self.active = True
         self.settings = AgentSettings()
-        self.limit_given = False
-        self._store, self._log, self._channel_log = store, log, channel_log
+        self.plan: Plan | None = None
+        self.store, self.log, self.channel_log = parts.store, parts.log, parts.channel_log
         self._channels = channels
         self._devices: dict[str, Device] = {}
-        self._queues: dict[str, DeviceQueue] = {}
-        self._early: dict[str, list[Push]] = {}  # by device: arrived while its queue is being made
-        self._tries: set[asyncio.Future[str]] = set()
         self.imaging: Callable[[Push, float], Awaitable[str]]  # sends to dicom:// addresses
 
     def configure(self, plan: Plan) -> None:
-        """New Agent settings; connections in use are left alone."""
-        self.settings, self.active = plan.settings, plan.status == "active"
-        self.limit_given = "maxClientsPerRemote" in plan.given
+        self.plan, self.settings, self.active = plan, plan.settings, plan.status == "active"
         for device in self._devices.values():
-            device.limit = self._limit
-        for key, pushes in self._queues.items():
-            pushes.policy = self._policy(key)
-            pushes.pump()
+            device.configure()
 
     @property
-    def _limit(self) -> int:
-        return self.settings.maxClientsPerRemote if self.limit_given or not self.settings.keepAlive else 1
+    def _limited(self) -> bool:
+        return self.plan is not None and "maxClientsPerRemote" in self.plan.given
 
-    def _policy(self, key: str) -> Policy:
-        s = self.settings
-        delays = s.channelAutoRetryBaseDelayMs, s.channelAutoRetryMaxDelayMs, s.channelAutoRetryBackoffMultiplier
-        workers = s.maxClientsPerRemote if self.limit_given else 1
-        attempts = s.channelAutoRetryMaxAttempts
-        return Policy(f"Device {key}", workers, "device", math.inf, *delays, attempts, s.deadLetterAfterHours)
+    @property
+    def limit(self) -> int:
+        return self.settings.maxClientsPerRemote if self._limited or not self.settings.keepAlive else 1
 
-    def _device(self, target: Target) -> Device:
-        device = self._devices.get(target.key)
-        if device is None:
-            device = self._devices[target.key] = Device(target.key, self._log, self._channel_log)
-            device.limit = self._limit
-            device.on_late = functools.partial(self._late, target.key)
-        return device
+    def policy(self, key: str) -> Policy:
+        defaults = self.plan.defaults if self.plan else ChannelSettings()
+        return delivery_policy(f"Device {key}", defaults, "device", self.limit if self._limited else 1, math.inf)
 
-    def _late(self, key: str, ack: Acknowledgment, text: str) -> None:
-        queue = self._queues.get(key)
-        if queue is None or not queue.late(ack, text):
-            self._log.warn(f"Device {key}: an acknowledgment came that no push waits for; it is in the channel log.")
+    def device(self, key: str) -> Device:
+        if (found := self._devices.get(key)) is None:
+            found = self._devices[key] = Device(key, self)
+        return found
 
-    async def send(self, push: Push, seconds: float) -> str:
-        """One try; the device's answer as text, raises DeviceError within `seconds` (or the url's ackTimeoutSecs)."""
-        target = push.target
-        seconds = target.settings.ackTimeoutSecs or seconds
-        self._channel_log.info(f"[Device:{target.key}] [Sending -- ID: {push.control_id}]: {push.text}")
-        if target.on_channel:
-            return await self._send_to_channel(push, seconds)
-        if target.is_dicom:
-            return await self.imaging(push, DICOM_PUSH_SECS if seconds == PUSH_STORED_SECS else seconds)
-        device = self._device(target)
-        if target.scheme != "tcp":
-            return await device.exchange(target, push.text, push.control_id, push.mode, seconds)
-        if target.settings.mode == "astm":
-            return await device.send_records(target, push.text, seconds)
-        hexadecimal = target.settings.bodyEncoding == "hex"
-        answer = await device.send_bytes(target, _push_bytes(push), seconds)
-        return answer.hex() if hexadecimal else answer.decode(target.settings.encoding, "replace")
-
-    async def _send_to_channel(self, push: Push, seconds: float) -> str:
-        """To a device that is connected to one of our channels: channel://name or channel://name/ip."""
-        name, host = push.target.host, push.target.path.strip("/")
+    def connected(self, target: Target) -> Line:
+        """The line of a device at one of our channels: channel://name, channel://name/ip or serial:port."""
+        name, host = target.host, target.path.strip("/")
         channel = self._channels.get(name)
-        if push.target.scheme == "serial":
-            port, name, host = push.target.host or push.target.path, push.target.key, ""
+        if target.scheme == "serial":
+            port, name, host = target.host or target.path, target.key, ""
             channel = next((c for c in self._channels.values() if c.plan.host == port and not c.plan.port), None)
-        if channel is None:
+        if channel is None or not channel.plan.active:
             raise DeviceError(f"there is no running channel for '{name}'", "device-unreachable")
-        if isinstance(channel, StreamChannel):
-            return await self._submit(channel, push, host, seconds)
-        assert isinstance(channel, Hl7Channel)
-        if not push.control_id:
-            raise DeviceError(f"channel '{name}' takes HL7 messages with MSH-10 only", "device-rejected")
-        exchange = Exchange(push.control_id, push.mode, asyncio.get_running_loop().create_future())
-        try:
-            channel.push(exchange, push.text, host)
-            async with asyncio.timeout(seconds):
-                return await exchange.answer
-        except TimeoutError:
-            text = f"the device on channel '{name}' sent no acknowledgment within {seconds:g} s"
-            raise DeviceError(text, "device-silent") from None
-        finally:
-            channel.pushes = [entry for entry in channel.pushes if entry[0] is not exchange]
-
-    async def _submit(self, channel: StreamChannel, push: Push, host: str, seconds: float) -> str:
-        try:
-            async with asyncio.timeout(seconds):
-                return await channel.submit(channel.device(host), push.text)
-        except TimeoutError:
-            raise DeviceError(f"{push.target.key}: not taken within {seconds:g} s", "device-silent") from None
-        except PeerError as error:
-            if isinstance(error, DeviceError):
-                raise
-            raise DeviceError(f"{push.target.key}: {error}", "device-rejected") from None
-
-    def store(self, push: Push) -> None:
-        """Keep a push that nobody waits for, and send it in its turn: pushes are stored in the order of the calls."""
-        key = push.target.key
-        if (queue := self._queues.get(key)) is not None:
-            self._put(queue, push)
-            return
-        if key not in self._early:
-            self._early[key] = []
-            self._make_queue_soon(key)
-        self._early[key].append(push)
-
-    def _put(self, queue: DeviceQueue, push: Push) -> None:
-        message = Message(queue.row.id, push.target.url, push.text.encode(), "utf-8")
-        message.text, message.control_id, message.type = push.text, push.control_id, push.content_type
-        message.return_ack = push.mode or None
-        if push.mode and queue.policy.workers > 1:
-            message.key = patient_key(push.text, Header(push.text))
-        message.source = functools.partial(self._stored, queue, push)
-        self._store.put(message)
-
-    def _stored(self, queue: DeviceQueue, push: Push, message: Message) -> None:
-        if not message.refusal:
-            queue.stored(message)
-            return
-        self._try_once(push, message.refusal)
-
-    def _try_once(self, push: Push, reason: str) -> None:
-        self._log.error(f"A push to {push.target.key} cannot be stored ({reason}); it is tried once.")
-        task = asyncio.ensure_future(self.send(push, PUSH_STORED_SECS))
-        self._tries.add(task)
-        task.add_done_callback(self._tried)
-
-    def _tried(self, task: asyncio.Future[str]) -> None:
-        self._tries.discard(task)
-        if not task.cancelled() and (error := task.exception()) is not None:
-            self._log.error(f"A push that could not be stored failed: {error}.")
-
-    def _make_queue_soon(self, key: str) -> None:
-        making = asyncio.ensure_future(self._store.channel(PUSH_PREFIX + key, ""))
-        making.add_done_callback(functools.partial(self._queue_made, key))
-
-    def _queue_made(self, key: str, making: asyncio.Future[ChannelRow]) -> None:
-        early = self._early.pop(key, [])
-        if making.cancelled() or making.exception() is not None:
-            for push in early:
-                self._try_once(push, "the queue cannot be used")
-            return
-        row = making.result()
-        queue = self._queues[key] = DeviceQueue(self._policy(key), row, self._store, self._log, self)
-        queue.pump()
-        for push in early:
-            self._put(queue, push)
+        return channel.device(host)
 
     async def resume(self) -> None:
         """After a start: go on with the pushes that are on disk."""
-        names = await self._store.call(
-            lambda db: db.execute(
-                f"SELECT DISTINCT c.name FROM message m JOIN channel c ON c.id = m.channel "
-                f"WHERE m.state < {PROCESSED} AND c.name LIKE '{PUSH_PREFIX}%'"
-            ).fetchall()
-        )
-        for (name,) in names:
-            key = name.removeprefix(PUSH_PREFIX)
-            if key not in self._queues and key not in self._early:
-                self._early[key] = []
-                self._make_queue_soon(key)
+        for waiting in await self.store.backlog():
+            if waiting.name.startswith(PUSH_PREFIX):
+                self.device(waiting.name.removeprefix(PUSH_PREFIX)).queue.pump()
 
     def tidy(self) -> None:
         """Close connections that are not needed, and forget devices without any."""
         if not self.settings.keepAlive:
             for device in self._devices.values():
                 device.close_idle(asyncio.get_running_loop().time() - DEVICE_IDLE_SECS)
-        for key in [key for key, device in self._devices.items() if not device.users and not device.connections]:
+        for key in [key for key, device in self._devices.items() if not device.needed]:
             del self._devices[key]
 
     def close(self) -> None:
         """Send nothing more: what is stored is on disk, and who waits is told."""
         self.open = False
-        waiting = [exchange for device in self._devices.values() for exchange in device.pending.values()]
-        for channel in self._channels.values():
-            waiting += [exchange for exchange, _ in channel.pushes] if isinstance(channel, Hl7Channel) else []
-        for exchange in waiting:
-            if not exchange.answer.done():
-                exchange.answer.set_exception(DeviceError("the agent is stopping", "device-unreachable"))
+        owners: list[LineOwner] = [*self._devices.values(), *self._channels.values()]
+        for exchange in [exchange for owner in owners for exchange in owner.asked]:
+            exchange.fail("the agent is stopping", "device-unreachable")
         for device in self._devices.values():
             device.close_idle(math.inf)
 
     @property
     def client_count(self) -> int:
-        return sum(len(device.connections) for device in self._devices.values())
+        return sum(len(device.lines) for device in self._devices.values())
 
     def stats(self) -> Json:
         """Round trips per device (operations contract 8)."""
         return {
             f"{key}?encoding={device.encoding}": {
-                "rtt": percentiles(device.round_trips) | {"pendingCount": len(device.pending)}
+                "rtt": percentiles(device.round_trips) | {"pendingCount": len(device.asked)}
             }
             for key, device in self._devices.items()
         }
-
-
-def _push_bytes(push: Push) -> bytes:
-    """The bytes for a raw device: hex unless the device's bodyEncoding says text; text that is no hex is text."""
-    if push.target.settings.bodyEncoding == "hex":
-        with contextlib.suppress(ValueError):
-            return bytes.fromhex(push.text)
-    return push.text.encode(push.target.settings.encoding, "replace")
 
 
 async def ping(host: str, count: int) -> str:
@@ -6603,7 +6369,7 @@ async def _system_ping(host: str, count: int) -> str:
 def parse_ping(host: object, body: object) -> tuple[str, int]:
     """Host and count of a ping request (uplink contract 4.9); raises PingError."""
     name = str(host or "").strip().strip("[]")
-    with contextlib.suppress(ValueError):
+    with suppress(ValueError):
         name = str(ipaddress.ip_address(name))
     if not is_host(name):
         raise PingError(f"Invalid IP address or host name: '{name[:80]}'")
@@ -6621,28 +6387,32 @@ def parse_ping(host: object, body: object) -> tuple[str, int]:
 # =====================================================================================================================
 # DICOM
 #
-# Imaging devices (DICOM PS3.4, PS3.7, PS3.8; channel contract 8). pynetdicom carries the associations, each in threads
-# of its own; it is loaded only where a channel or a push needs it. Handlers run in those threads: they write to the
-# spool and ask the event loop for everything else. An object is on disk, file and row, before it is answered 0x0000.
-# What a device asks (C-FIND, C-MOVE, C-GET) the Bot answers while the device waits. May touch: sockets, threads, spool.
+# Imaging devices (DICOM PS3.4, PS3.7, PS3.8; channel contract 8). `Dimse` is a core like the others: bytes in, events
+# out. Its line runs requests as coroutines; what takes long (fsync, decoding, JSON) goes to a few threads. pydicom and
+# pynetdicom are codec and dictionary here, and pynetdicom makes the associations that we open ourselves; they are
+# loaded only where a channel or a push needs them. An object is on disk, file and row, before it is answered 0x0000.
+# What a device asks (C-FIND, C-MOVE, C-GET) the Bot answers while it waits. May touch: sockets, threads, spool.
 # =====================================================================================================================
 
 # PS3.4 B.2.3, C.4.1 to C.4.3 and PS3.7 annex C
-SUCCESS, PENDING_MATCH, CANCELLED = 0x0000, 0xFF00, 0xFE00
+SUCCESS, PENDING_MATCH, CANCELLED, SOME_FAILED = 0x0000, 0xFF00, 0xFE00, 0xB000
 PROCESSING_FAILURE, NO_SUCH_INSTANCE, NO_SUCH_ACTION, RESOURCE_LIMITATION = 0x0110, 0x0112, 0x0123, 0x0213
 OUT_OF_RESOURCES, SOP_MISMATCH, CANNOT_UNDERSTAND, UNABLE_TO_PROCESS = 0xA700, 0xA900, 0xC000, 0xC001
+NO_SUCH_CLASS, UNRECOGNIZED, ALL_FAILED, UNKNOWN_DESTINATION = 0x0122, 0x0211, 0xA702, 0xA801
 
+VERIFICATION_CLASS = "1.2.840.10008.1.1"
 COMMITMENT_CLASS, COMMITMENT_INSTANCE = "1.2.840.10008.1.20.1", "1.2.840.10008.1.20.1.1"  # PS3.4 J.3
 MPPS_CLASS = "1.2.840.10008.3.1.2.3.3"  # PS3.4 F.7
 WORKLIST_CLASS = "1.2.840.10008.5.1.4.31"  # PS3.4 K.6.1
 _QUERY_ROOTS = {"PATIENT": "1.2.840.10008.5.1.4.1.2.1", "STUDY": "1.2.840.10008.5.1.4.1.2.2"}  # PS3.4 C.6
 _QUERY_COMMANDS = {"C-FIND": 1, "C-MOVE": 2, "C-GET": 3}  # last part of the UID
 SERVICE_CLASSES = (
-    "1.2.840.10008.1.1", COMMITMENT_CLASS, MPPS_CLASS, WORKLIST_CLASS,
+    VERIFICATION_CLASS, COMMITMENT_CLASS, MPPS_CLASS, WORKLIST_CLASS,
     *(f"{root}.{last}" for root in _QUERY_ROOTS.values() for last in _QUERY_COMMANDS.values()),
 )  # fmt: skip
 IMPLICIT, EXPLICIT, BIG_ENDIAN = "1.2.840.10008.1.2", "1.2.840.10008.1.2.1", "1.2.840.10008.1.2.2"
 UNCOMPRESSED = (EXPLICIT, IMPLICIT, BIG_ENDIAN)
+IMPLEMENTATION = ("1.2.826.0.1.3680043.9.3811.3.0.4", f"MEDPLUM_{__version__}"[:16])  # class UID, version name
 _PIXEL_DATA = frozenset({"7FE00008", "7FE00009", "7FE00010"})
 
 
@@ -6654,12 +6424,413 @@ class Refusal(PeerError):
         self.status = status
 
 
-_IMAGING = threading.Lock()
+# --- the core: PDUs and DIMSE messages -------------------------------------------------------------------------------
+#
+# The states of an association that a device opens (PS3.8 9.2.3; names as there) and what a PDU does in them. Whatever
+# is not in the table, and whatever cannot be read, ends in A-ABORT by the provider (AA-1, AA-8).
+#
+# | state                       | A-ASSOCIATE-RQ | P-DATA-TF | A-RELEASE-RQ  | A-RELEASE-RP | A-ABORT     |
+# | Sta2 waiting for the request| AE-6 -> Sta3   |           |               |              | AA-2 closed |
+# | Sta6 established            |                | DT-2      | AR-2, AR-4 -> Sta13 |        | AA-3 closed |
+# | Sta7 our release is asked   |                | AR-6      | AR-8 -> Sta10 (collision) | AR-3 closed | AA-3 closed |
+# | Sta10 collision, acceptor   |                |           |               | AR-10, AR-4 -> Sta13 | AA-3 closed |
+# | Sta13 waiting for the close | AA-7           | AA-6      | AA-6          | AA-6         | AA-2 closed |
+
+ASSOCIATE_RQ, ASSOCIATE_AC, ASSOCIATE_RJ, P_DATA, RELEASE_RQ, RELEASE_RP, ABORT = range(1, 8)
+_STATES: dict[tuple[str, int], str] = {  # the method that a PDU calls
+    ("Sta2", ASSOCIATE_RQ): "_requested", ("Sta2", ABORT): "_aborted", ("Sta3", ABORT): "_aborted",
+    ("Sta6", P_DATA): "_fragments", ("Sta6", RELEASE_RQ): "_released", ("Sta6", ABORT): "_aborted",
+    ("Sta7", P_DATA): "_fragments", ("Sta7", RELEASE_RQ): "_collided", ("Sta7", RELEASE_RP): "_finished",
+    ("Sta7", ABORT): "_aborted", ("Sta10", RELEASE_RP): "_released", ("Sta10", ABORT): "_aborted",
+    **{("Sta13", pdu): "_ignored" for pdu in (P_DATA, ASSOCIATE_AC, ASSOCIATE_RJ, RELEASE_RQ, RELEASE_RP)},
+    ("Sta13", ABORT): "_aborted",
+}  # fmt: skip
+_ABORTS = (
+    "reason not specified",
+    "unrecognized PDU",
+    "unexpected PDU",
+    "",
+    "unrecognized parameter",
+    "unexpected parameter",
+    "invalid parameter",
+)  # fmt: skip  (PS3.8 9.3.8)
+_NO_DATA = 0x0101  # Command Data Set Type (PS3.7 E.1)
+# Command elements of group 0000 by element: keyword and kind (PS3.7 E.1)
+_COMMAND = {
+    0x0002: ("AffectedSOPClassUID", "UI"), 0x0003: ("RequestedSOPClassUID", "UI"), 0x0100: ("CommandField", "US"),
+    0x0110: ("MessageID", "US"), 0x0120: ("MessageIDBeingRespondedTo", "US"), 0x0600: ("MoveDestination", "AE"),
+    0x0700: ("Priority", "US"), 0x0800: ("CommandDataSetType", "US"), 0x0900: ("Status", "US"),
+    0x0902: ("ErrorComment", "LO"), 0x1000: ("AffectedSOPInstanceUID", "UI"),
+    0x1001: ("RequestedSOPInstanceUID", "UI"), 0x1002: ("EventTypeID", "US"), 0x1008: ("ActionTypeID", "US"),
+    0x1020: ("NumberOfRemainingSuboperations", "US"), 0x1021: ("NumberOfCompletedSuboperations", "US"),
+    0x1022: ("NumberOfFailedSuboperations", "US"), 0x1023: ("NumberOfWarningSuboperations", "US"),
+}  # fmt: skip
+_ELEMENTS = {keyword: (element, kind) for element, (keyword, kind) in _COMMAND.items()}
+DIMSE_NAMES = {
+    0x0001: "C-STORE", 0x0010: "C-GET", 0x0020: "C-FIND", 0x0021: "C-MOVE", 0x0030: "C-ECHO", 0x0100: "N-EVENT-REPORT",
+    0x0110: "N-GET", 0x0120: "N-SET", 0x0130: "N-ACTION", 0x0140: "N-CREATE", 0x0150: "N-DELETE", 0x0FFF: "C-CANCEL",
+}  # fmt: skip
+_FIELDS = {name: field for field, name in DIMSE_NAMES.items()}
+
+
+class Context(NamedTuple):
+    """A presentation context; of an accepted one `syntaxes` holds the one chosen."""
+
+    id: int
+    abstract: str
+    syntaxes: tuple[str, ...]
+
+
+class Associate(NamedTuple):
+    """A device asks for an association. Titles without blanks and NULs; roles (SCU, SCP) by SOP class."""
+
+    calling: str
+    called: str
+    contexts: tuple[Context, ...]
+    roles: Mapping[str, tuple[int, int]]
+
+
+class Command(NamedTuple):
+    """A command is complete; `has_data`: the fragments of its data set follow."""
+
+    context: int
+    fields: Json
+    has_data: bool
+
+
+class Fragment(NamedTuple):
+    """A piece of the data set of the last command."""
+
+    content: bytes
+    last: bool
+
+
+class Ended(NamedTuple):
+    """The association is over: released when `reason` is empty, else aborted; the connection shall be closed."""
+
+    reason: str
+
+
+DimseEvent = Associate | Command | Fragment | Ended
+
+
+def command_set(fields: Json) -> bytes:
+    """A command in Implicit VR Little Endian with its group length (PS3.7 6.3.1)."""
+    body = b""
+    for element, kind, value in sorted((*_ELEMENTS[keyword], value) for keyword, value in fields.items()):
+        if kind == "US":
+            content = struct.pack("<H", value)
+        else:
+            content = value.encode("ascii", "replace")
+            content += (b"\0" if kind == "UI" else b" ") * (len(content) % 2)
+        body += struct.pack("<HHI", 0, element, len(content)) + content
+    return struct.pack("<HHII", 0, 0, 4, len(body)) + body
+
+
+def read_command(content: bytes) -> Json:
+    """The fields of a command that we know, by keyword; PeerError for what cannot be read."""
+    fields: Json = {}
+    at = 0
+    while at < len(content):
+        if at + 8 > len(content):
+            raise PeerError("a command that breaks off")
+        group, element, length = struct.unpack_from("<HHI", content, at)
+        value = content[at + 8 : at + 8 + length]
+        at += 8 + length
+        if group or len(value) != length:
+            raise PeerError("a command that breaks off")
+        keyword, kind = _COMMAND.get(element, ("", ""))
+        if kind == "US" and length == 2:
+            fields[keyword] = struct.unpack("<H", value)[0]
+        elif kind and kind != "US":
+            fields[keyword] = value.decode("latin-1").strip(" \0")
+    if "CommandField" not in fields:
+        raise PeerError("a command without its field")
+    return fields
+
+
+def _items(content: bytes) -> Iterator[tuple[int, bytes]]:
+    """(type, content) of the items of a PDU (PS3.8 9.3.2); PeerError."""
+    at = 0
+    while at < len(content):
+        if at + 4 > len(content):
+            raise PeerError("an item that breaks off")
+        kind, length = struct.unpack_from(">BxH", content, at)
+        if at + 4 + length > len(content):
+            raise PeerError("an item that breaks off")
+        yield kind, content[at + 4 : at + 4 + length]
+        at += 4 + length
+
+
+def _item(kind: int, content: bytes) -> bytes:
+    return struct.pack(">BxH", kind, len(content)) + content
+
+
+def _uid(content: bytes) -> str:
+    return content.decode("latin-1").strip(" \0")
+
+
+class Dimse:
+    """One association that a device opened. `max_pdu`: largest P-DATA-TF that we ask for, in bytes."""
+
+    def __init__(self, max_pdu: int):
+        self.max_pdu = max_pdu
+        self.state = "Sta2"
+        self.contexts: dict[int, Context] = {}  # accepted ones
+        self.peer_pdu = 0  # the largest PDU that the device takes; 0: any
+        self._out: list[bytes] = []
+        self._events: list[DimseEvent] = []
+        self._held = bytearray()  # the beginning of a PDU's or fragment's head, or of a PDU that is no data
+        self._type, self._left = 0, -1  # of the PDU under way, bytes of it that are still to come; -1: none
+        self._fragment = 0  # bytes of the fragment under way that are still to come
+        self._context, self._control = 0, 0
+        self._command = bytearray()
+        self._data_of = 0  # the context whose data set is due
+        self._request = b""
+
+    @property
+    def inside(self) -> bool:
+        """In the middle of a PDU."""
+        return bool(self._held) or self._left > 0
+
+    @property
+    def established(self) -> bool:
+        return self.state in ("Sta6", "Sta7")
+
+    def receive(self, received: bytes) -> tuple[list[DimseEvent], bytes]:
+        """What these bytes bring, and the bytes to answer."""
+        at = 0
+        with memoryview(received) as view:
+            while at < len(view) and self.state != "Sta1":
+                if self._fragment:
+                    taken = bytes(view[at : at + self._fragment])
+                    at += len(taken)
+                    self._take(taken)
+                    continue
+                data = self._type == P_DATA
+                need = 6 if self._left < 0 or data else self._left
+                taken = bytes(view[at : at + need - len(self._held)])
+                at += len(taken)
+                self._held += taken
+                if len(self._held) == need:
+                    held, self._held = bytes(self._held), bytearray()
+                    self._step(held)
+        return self._done()
+
+    def _done(self) -> tuple[list[DimseEvent], bytes]:
+        events, self._events, out, self._out = self._events, [], b"".join(self._out), []
+        return events, out
+
+    def _step(self, held: bytes) -> None:
+        """The head of a PDU, the head of a fragment, or a whole PDU."""
+        try:
+            if self._left < 0:
+                self._begin(*struct.unpack(">BxI", held))
+            elif self._type == P_DATA:
+                self._begin_fragment(*struct.unpack(">IBB", held))
+            else:
+                self._finish_pdu(held)
+        except PeerError as error:
+            self.abort(str(error), by_provider=6)
+
+    def _begin(self, kind: int, length: int) -> None:
+        action = _STATES.get((self.state, kind))
+        if action is None:
+            known = ASSOCIATE_RQ <= kind <= ABORT
+            text = f"an unexpected PDU of type {kind}" if known else f"an unknown PDU of type {kind}"
+            self.abort(text, by_provider=2 if known else 1)
+        elif length > PDU_BYTES or (kind == P_DATA and 0 < length < 6):
+            raise PeerError(f"a PDU of {length} bytes")
+        else:
+            self._type, self._left = kind, length
+            if not length:
+                self._finish_pdu(b"")
+
+    def _finish_pdu(self, content: bytes) -> None:
+        kind, self._type, self._left = self._type, 0, -1
+        if kind != P_DATA:
+            getattr(self, _STATES[self.state, kind])(content)
+
+    # --- the association ---
+
+    def _requested(self, content: bytes) -> None:
+        """AE-6 (PS3.8 9.3.2): unknown items and sub-items are passed over (9.3.1, PS3.7 D.3.3)."""
+        if len(content) < 68:
+            raise PeerError("an association request that breaks off")
+        contexts: list[Context] = []
+        roles: dict[str, tuple[int, int]] = {}
+        for kind, item in _items(content[68:]):
+            if kind == 0x20 and len(item) >= 4:
+                parts = list(_items(item[4:]))
+                abstract = next((_uid(part) for sub, part in parts if sub == 0x30), "")
+                syntaxes = tuple(_uid(part) for sub, part in parts if sub == 0x40)
+                if not item[0] % 2:
+                    raise PeerError("a presentation context with an even number")
+                contexts.append(Context(item[0], abstract, syntaxes))
+            elif kind == 0x50:
+                self._take_user_information(item, roles)
+        self._request = content[:68]
+        self.state = "Sta3"
+        calling, called = _uid(content[20:36]), _uid(content[4:20])
+        self._events.append(Associate(calling, called, tuple(contexts), roles))
+
+    def _take_user_information(self, content: bytes, roles: dict[str, tuple[int, int]]) -> None:
+        for kind, item in _items(content):
+            if kind == 0x51 and len(item) == 4:
+                self.peer_pdu = struct.unpack(">I", item)[0]
+            elif kind == 0x54 and len(item) >= 4:
+                size = struct.unpack_from(">H", item)[0]
+                if len(item) >= size + 4:
+                    roles[_uid(item[2 : 2 + size])] = (item[size + 2], item[size + 3])
+
+    def accept(self, contexts: Sequence[tuple[Context, int]], roles: Mapping[str, tuple[int, int]]) -> bytes:
+        """A-ASSOCIATE-AC (PS3.8 9.3.3): each context with its result (0 accepted, 3 and 4 refused) and its syntax."""
+        items = [_item(0x10, b"1.2.840.10008.3.1.1.1")]
+        for context, result in contexts:
+            if not result:
+                self.contexts[context.id] = context
+            syntax = (context.syntaxes or (IMPLICIT,))[0].encode("latin-1")
+            items.append(_item(0x21, bytes((context.id, 0, result, 0)) + _item(0x40, syntax)))
+        user = _item(0x51, struct.pack(">I", self.max_pdu)) + _item(0x52, IMPLEMENTATION[0].encode())
+        for uid, (scu, scp) in roles.items():
+            name = uid.encode("latin-1")
+            user += _item(0x54, struct.pack(">H", len(name)) + name + bytes((scu, scp)))
+        items += [_item(0x50, user + _item(0x55, IMPLEMENTATION[1].encode()))]
+        self.state = "Sta6"
+        return self._pdu(ASSOCIATE_AC, b"\0\1" + self._request[2:] + b"".join(items))
+
+    def reject(self, result: int, source: int, reason: int) -> bytes:
+        """A-ASSOCIATE-RJ (PS3.8 9.3.4): result 1 permanent or 2 transient."""
+        self.state = "Sta13"
+        return self._pdu(ASSOCIATE_RJ, bytes((0, result, source, reason)))
+
+    def _released(self, content: bytes) -> None:
+        """AR-2 and AR-4, also at the end of a collision (AR-10)."""
+        self.state = "Sta13"
+        self._out.append(self._pdu(RELEASE_RP, bytes(4)))
+        self._events.append(Ended(""))
+
+    def _collided(self, content: bytes) -> None:
+        """AR-8: both sides asked; the requestor answers first."""
+        self.state = "Sta10"
+
+    def _finished(self, content: bytes) -> None:
+        self.state = "Sta1"
+        self._events.append(Ended(""))
+
+    def _aborted(self, content: bytes) -> None:
+        was, self.state = self.state, "Sta1"
+        source, reason = (content[2], content[3]) if len(content) >= 4 else (0, 0)
+        words = _ABORTS[reason] if source == 2 and reason < len(_ABORTS) else ""
+        if was != "Sta13":
+            self._events.append(Ended(f"the device aborted it{f' ({words})' if words else ''}"))
+
+    def _ignored(self, content: bytes) -> None:
+        """AA-6."""
+
+    def release(self) -> bytes:
+        """A-RELEASE-RQ of ours, when nothing is under way."""
+        self.state = "Sta7"
+        return self._pdu(RELEASE_RQ, bytes(4))
+
+    def abort(self, reason: str, *, by_provider: int = -1) -> None:
+        """A-ABORT (PS3.8 9.3.8); `by_provider`: with this reason, else by us as the service user."""
+        was, self.state = self.state, "Sta13"
+        source = 2 if by_provider >= 0 else 0
+        self._left, self._fragment, self._held = -1, 0, bytearray()
+        self._out.append(self._pdu(ABORT, bytes((0, 0, source, max(0, by_provider)))))
+        if was != "Sta13":
+            self._events.append(Ended(f"aborted: {reason}"))
+        else:
+            self.state = "Sta1"
+
+    def aborting(self, reason: str) -> bytes:
+        """The bytes of an abort that we want."""
+        self.abort(reason)
+        self._events.clear()
+        return self._done()[1]
+
+    @staticmethod
+    def _pdu(kind: int, content: bytes) -> bytes:
+        return struct.pack(">BxI", kind, len(content)) + content
+
+    # --- messages ---
+
+    def _begin_fragment(self, length: int, context: int, control: int) -> None:
+        """A presentation data value (PS3.8 9.3.5.1, annex E.2)."""
+        if self.state == "Sta13":
+            self._left -= min(6, self._left)
+            length = max(2, min(length, self._left + 2))
+        elif length < 2 or length - 2 > self._left - 6:
+            raise PeerError("a fragment that is longer than its PDU")
+        elif context not in self.contexts:
+            raise PeerError("a fragment of no accepted presentation context")
+        elif control & 1 and self._data_of:
+            raise PeerError("a command inside of a data set")
+        elif not control & 1 and context != self._data_of:
+            raise PeerError("a data set without its command")
+        else:
+            self._left -= 6
+        self._context, self._control, self._fragment = context, control, length - 2
+        if not self._fragment:
+            self._take(b"")
+
+    def _take(self, content: bytes) -> None:
+        """Bytes of the fragment under way."""
+        self._fragment -= len(content)
+        self._left -= len(content)
+        last = not self._fragment and bool(self._control & 2)
+        try:
+            if self.state == "Sta13":
+                pass
+            elif self._control & 1:
+                self._command += content
+                if len(self._command) > COMMAND_BYTES:
+                    raise PeerError("a command that is too large")
+                if last:
+                    self._complete_command()
+            elif content or last:
+                self._events.append(Fragment(content, last))
+                self._data_of = 0 if last else self._data_of
+        except PeerError as error:
+            self.abort(str(error), by_provider=6)
+        if not self._fragment and not self._left:
+            self._finish_pdu(b"")
+        elif 0 < self._left < 6 and not self._fragment:
+            self.abort("a PDU with bytes left over", by_provider=6)
+
+    def _complete_command(self) -> None:
+        content, self._command = bytes(self._command), bytearray()
+        fields = read_command(content)
+        has_data = fields.get("CommandDataSetType", _NO_DATA) != _NO_DATA
+        self._data_of = self._context if has_data else 0
+        self._events.append(Command(self._context, fields, has_data))
+
+    def message(self, context: int, fields: Json, data: bytes | None = None) -> bytes:
+        """The PDUs of a message (PS3.7 6.3)."""
+        described = fields | {"CommandDataSetType": _NO_DATA if data is None else 1}
+        whole = self.fragments(context, command_set(described), command=True, last=True)
+        return whole if data is None else whole + self.fragments(context, data, command=False, last=True)
+
+    def fragments(self, context: int, content: bytes, *, command: bool, last: bool) -> bytes:
+        """A part of a message in P-DATA-TF PDUs that the device takes."""
+        size = max(1, min(self.peer_pdu or PDU_BYTES, SENT_PDU_BYTES) - 6)
+        parts = []
+        for at in range(0, len(content), size) or (0,):
+            final = last and at + size >= len(content)
+            value = bytes((context, command | final << 1)) + content[at : at + size]
+            parts.append(self._pdu(P_DATA, struct.pack(">I", len(value)) + value))
+        return b"".join(parts)
+
+
+# --- libraries -------------------------------------------------------------------------------------------------------
+
+_LOADING = threading.Lock()
 
 
 def imaging() -> types.SimpleNamespace:
-    """pynetdicom, set up for us, and our classes on top of it."""
-    with _IMAGING:
+    """pydicom and pynetdicom, set up for us."""
+    with _LOADING:
         return _load_imaging()
 
 
@@ -6669,14 +6840,15 @@ async def load_imaging() -> None:
         await asyncio.to_thread(imaging)
 
 
-@functools.cache
+@cache
 def _load_imaging() -> types.SimpleNamespace:
     """16 MB and 130 ms that only imaging needs."""
     sys.modules.setdefault("pydicom.examples", types.ModuleType("pydicom.examples"))  # wants files a binary has not
     import pydicom
+    import pydicom.charset
     import pydicom.config
     import pynetdicom
-    from pynetdicom import _config, association, dimse_messages, evt, pdu_primitives, presentation, sop_class, transport
+    from pynetdicom import _config, dsutils, presentation, service_class, sop_class
 
     for name in ("pydicom", "pynetdicom"):  # their words may quote a patient; what matters we log ourselves
         logger = logging.getLogger(name)
@@ -6685,146 +6857,72 @@ def _load_imaging() -> types.SimpleNamespace:
         warnings.filterwarnings("ignore", module=name)
     pydicom.config.settings.reading_validation_mode = pydicom.config.IGNORE  # devices deviate: it goes up as it is
     pydicom.config.settings.writing_validation_mode = pydicom.config.IGNORE
-    _config.LOG_HANDLER_LEVEL = "none"
+    _config.LOG_HANDLER_LEVEL, _config.CODECS = "none", ("ascii", "latin-1")
     _config.LOG_REQUEST_IDENTIFIERS = _config.LOG_RESPONSE_IDENTIFIERS = False
-    _config.STORE_RECV_CHUNKED_DATASET = _config.STORE_SEND_CHUNKED_DATASET = True
-    _config.UNRESTRICTED_STORAGE_SERVICE = True  # every storage SOP class, also private ones; first syntax proposed
-    _config.CODECS = ("ascii", "latin-1")
-    vars(dimse_messages)["NamedTemporaryFile"] = _received_object
-    sock = _socket_class(transport.AssociationSocket, pdu_primitives.P_DATA)
+    _config.STORE_SEND_CHUNKED_DATASET = True
     return types.SimpleNamespace(
-        pydicom=pydicom, evt=evt, Association=association.Association, Socket=sock,
-        Entity=_entity_class(pynetdicom.AE, sock), Address=transport.AddressInformation,
-        context=presentation.build_context, role=presentation.build_role, Dataset=pydicom.Dataset,
-        Release=pdu_primitives.A_RELEASE,
-        # storage without a patient (palettes, protocols: PS3.4 GG), which pynetdicom does not count as storage
-        other_storage=[
-            presentation.build_context(uid, pynetdicom.ALL_TRANSFER_SYNTAXES)
-            for uid in sop_class._NON_PATIENT_OBJECT_CLASSES.values()
-        ],
+        pydicom=pydicom, Dataset=pydicom.Dataset, Entity=pynetdicom.AE, context=presentation.build_context,
+        role=presentation.build_role, codec=dsutils, service_of=sop_class.uid_to_service_class,
+        known=(service_class.StorageServiceClass, service_class.ServiceClass),
     )  # fmt: skip
 
 
-def _received_object(**_: object) -> SpoolFile:
-    """Called by pynetdicom in the thread of an association, for what it receives an object into."""
-    association = typing.cast(Any, threading.current_thread()).assoc
-    file = SpoolFile(association.ae.spool)
-    vars(association)["files"] = [other for other in vars(association).get("files", ()) if not other.closed] + [file]
-    return file
+def is_storage(uid: str) -> bool:
+    """Every storage SOP class, and what nobody knows: private ones, and those that the dictionary does not have yet."""
+    library = imaging()
+    found = library.pydicom.uid.UID(uid)
+    storage, unknown = library.known
+    service = library.service_of(found)
+    if uid in SERVICE_CLASSES or uid == "1.2.840.10008.1.3.10":  # a DICOMDIR is no object
+        return False
+    retired = service is unknown and found.type == "SOP Class" and "Storage" in found.name
+    without_patient = "NonPatientObject" in service.__name__  # palettes, protocols (PS3.4 GG)
+    return service is storage or without_patient or retired or found.is_private or not found.keyword
 
 
-_INVALID_PDU = bytes((7, 0, 0, 0, 0, 4, 0, 0, 2, 6))  # A-ABORT by the provider, invalid PDU parameter (PS3.8 9.3.8)
+def syntax_of(uid: str) -> tuple[bool, bool, bool]:
+    """Implicit, little endian, deflated."""
+    syntax = imaging().pydicom.uid.UID(uid)
+    if not syntax.is_transfer_syntax or syntax.is_private:
+        return False, True, False
+    return syntax.is_implicit_VR, syntax.is_little_endian, syntax.is_deflated
 
 
-def _socket_class(base: type[AssociationSocket], data: type[Any]) -> type[AssociationSocket]:
-    class Socket(base):  # type: ignore[valid-type, misc]
-        """Reads in large pieces, and sleeps until there is something to do (pynetdicom looks 1,000 times a second)."""
-
-        def __init__(self, assoc: Any, **options: Any):
-            super().__init__(assoc, **options)
-            self.received = 0  # bytes
-            self._bell, self._ear = socket.socketpair()
-            self._bell.setblocking(False)
-            self._queued: Callable[[Any], None] = assoc.dul.send_pdu
-            vars(assoc.dul)["send_pdu"] = self._send_pdu
-
-        def _send_pdu(self, primitive: Any) -> None:
-            dul = self.assoc.dul
-            while isinstance(primitive, data) and dul.to_provider_queue.qsize() > QUEUED_PDUS and dul.is_alive():
-                time.sleep(0.001)  # a large object must not be in memory as a whole
-            self._queued(primitive)
-            with contextlib.suppress(OSError):
-                self._bell.send(b"!")
-
-        def recv(self, nr_bytes: int) -> bytearray:
-            self.received += nr_bytes
-            if nr_bytes > PDU_BYTES:
-                self.socket.sendall(_INVALID_PDU)
-                raise OSError("the PDU is too large")
-            PRECEDENCE.give_way()
-            content, at = bytearray(nr_bytes), 0
-            with memoryview(content) as view:
-                while at < nr_bytes and (count := self.socket.recv_into(view[at : at + READ_BYTES])):
-                    at += count
-            del content[at:]
-            return content
-
-        @property
-        def ready(self) -> bool:
-            sock = self.socket
-            if sock is None or not self._is_connected:
-                return False
-            try:
-                return _wait_for(sock, self._ear)
-            except (OSError, ValueError):
-                self.event_queue.put("Evt17")  # PS3.8 9.2: transport connection closed
-                return False
-
-        def close(self) -> None:
-            super().close()
-            self._bell.close()
-            self._ear.close()
-
-    return Socket
+def read_dataset(content: bytes, syntax: str) -> Dataset:
+    return cast("Dataset", imaging().codec.decode(io.BytesIO(content), *syntax_of(syntax)))
 
 
-def _entity_class(base: type[AE], sock: type[AssociationSocket]) -> type[AE]:
-    class Entity(base):  # type: ignore[valid-type, misc]
-        """A local application entity; `spool` is where its associations receive objects."""
-
-        def __init__(self, title: str, spool: Spool):
-            super().__init__(title)
-            self.spool = spool
-            self.dimse_timeout = DIMSE_SECS
-
-        def _create_socket(self, assoc: Any, address: Any, tls_args: Any) -> AssociationSocket:
-            found = sock(assoc, address=address)
-            found.tls_args = tls_args
-            return found
-
-    return Entity
-
-
-def _wait_for(sock: socket.socket, ear: socket.socket) -> bool:
-    """Whether there is something to read on `sock`; waits a moment, unless `ear` hears the bell."""
-    if isinstance(sock, ssl.SSLSocket) and sock.pending():
-        return True
-    found = _readable([sock, ear], IDLE_POLL_SECS)
-    if ear in found:
-        ear.recv(4096)
-    return sock in found
-
-
-def _readable(socks: Sequence[socket.socket], seconds: float) -> set[Any]:
-    """Those with something to read; select() cannot take descriptors above 1023, which a busy agent has."""
-    if not hasattr(select, "poll"):
-        return set(select.select(socks, [], [], seconds)[0])
-    poller = select.poll()
-    by_number = {sock.fileno(): sock for sock in socks}
-    for number in by_number:
-        poller.register(number, select.POLLIN)
-    return {by_number[number] for number, _ in poller.poll(seconds * 1000)}
+def write_dataset(dataset: Dataset, syntax: str) -> bytes:
+    """ValueError when it cannot be written."""
+    content = imaging().codec.encode(dataset, *syntax_of(syntax))
+    if content is None:
+        raise ValueError("a data set that cannot be written")
+    return cast(bytes, content)
 
 
 # --- data sets as JSON -----------------------------------------------------------------------------------------------
 
+_SWAPPED = {"OW": 2, "OF": 4, "OL": 4, "OD": 8, "OV": 8}  # bytes of a unit (PS3.5 6.2)
 
-def dicom_json(dataset: Dataset, omitted: list[str], large: int = LARGE_VALUE_BYTES) -> Json:
+
+def dicom_json(dataset: Dataset, omitted: list[str], large: int = LARGE_VALUE_BYTES, *, standard: bool = True) -> Json:
     """The DICOM JSON Model (PS3.18 F.2) of a data set; tags that cannot be part of it are added to `omitted`.
 
     Pixel data is never part of it; neither are binary values larger than INLINE_BYTES, nor any of `large` bytes.
+    `standard`: an attribute without a value has no Value (F.2.5); else `[""]`, which Bots in the field read.
     """
     found: Json = {}
+    swap = dataset.original_encoding[1] is False
     for tag in dataset.keys():  # noqa: SIM118 - iterating over the data set itself would read every value
         key = f"{tag:08X}"
         if key in _PIXEL_DATA:
             continue
-        PRECEDENCE.give_way()
         raw = dataset.get_item(tag)
-        element = None
-        if getattr(raw, "length", 0) not in range(large, 0xFFFFFFFF):
+        length, element = getattr(raw, "length", 0), None
+        unread = length == 0xFFFFFFFF and getattr(raw, "value", "") is None
+        if not unread and length not in range(large, 0xFFFFFFFF):
             try:
-                element = _without_bulk(dataset[tag].to_json_dict(lambda bulk: "", INLINE_BYTES))
+                element = _plain(dataset[tag].to_json_dict(lambda bulk: "", INLINE_BYTES), swap, standard)
                 dump_json([element])
             except Exception:  # whatever a device's value is that pydicom cannot read or JSON cannot write
                 element = _as_text(tag, raw)
@@ -6838,24 +6936,35 @@ def dicom_json(dataset: Dataset, omitted: list[str], large: int = LARGE_VALUE_BY
 def _as_text(tag: int, raw: Any) -> Json | None:
     """A number that is none, as the text that it is (PS3.18 F.2.3.1 allows that); None for anything else."""
     vr, value = getattr(raw, "VR", None), getattr(raw, "value", None)
-    with contextlib.suppress(KeyError, UnicodeError):
+    with suppress(KeyError, UnicodeError):
         vr = vr or imaging().pydicom.datadict.dictionary_VR(tag)
         if vr in ("IS", "DS") and isinstance(value, bytes):
             return {"vr": vr, "Value": [part.strip() for part in value.decode("ascii").rstrip(" \0").split("\\")]}
     return None
 
 
-def _without_bulk(element: Json) -> Json | None:
+def _plain(element: Json, swap: bool, standard: bool) -> Json | None:
     """An element of DICOM JSON without values too large to be inline; None when nothing is left of it."""
+    vr, values = element["vr"], element.get("Value")
     if "BulkDataURI" in element:
         return None
-    if element.get("vr") != "SQ":
+    if vr == "SQ":
+        items = [
+            {key: kept for key, e in item.items() if key not in _PIXEL_DATA and (kept := _plain(e, swap, standard))}
+            for item in values or []
+        ]
+        return element | {"Value": items} if items or not standard else {"vr": vr}
+    if inline := element.get("InlineBinary"):
+        if swap and (unit := _SWAPPED.get(vr)):  # little endian, whatever it was (F.2.7)
+            content = base64.b64decode(inline)
+            swapped = b"".join(content[at : at + unit][::-1] for at in range(0, len(content), unit))
+            return element | {"InlineBinary": base64.b64encode(swapped).decode()}
         return element
-    items = [
-        {key: kept for key, inner in item.items() if key not in _PIXEL_DATA and (kept := _without_bulk(inner))}
-        for item in element.get("Value", [])
-    ]
-    return element | {"Value": items}
+    if not values or values in ([""], [None]):
+        return {"vr": vr} if standard else {"vr": vr, "Value": [] if vr == "PN" else [""]}
+    if len(values) > 1:
+        element["Value"] = [None if value in ("", {}, {"Alphabetic": ""}) else value for value in values]
+    return element
 
 
 def fitted(body: Json) -> str:
@@ -6874,16 +6983,26 @@ def fitted(body: Json) -> str:
 
 
 def dataset_of(elements: object) -> Dataset:
-    """A data set from DICOM JSON; ValueError when it is none."""
+    """A data set from DICOM JSON, with a character set that holds its text; ValueError when it is none."""
     if not isinstance(elements, dict):
         raise ValueError("a data set in DICOM JSON is an object")
     try:
         dataset: Dataset = imaging().Dataset.from_json(elements)
-        if "00080005" not in elements and not dump_json(elements).isascii():
+        text = dump_json(elements).decode()
+        if not text.isascii() and not _holds(dataset.get("SpecificCharacterSet"), text):
             dataset.SpecificCharacterSet = "ISO_IR 192"
         return dataset
     except Exception as error:
         raise ValueError(f"not a data set in DICOM JSON ({type(error).__name__})") from None
+
+
+def _holds(charset: Any, text: str) -> bool:
+    """Whether the first of the character sets can write all of the text; what it cannot would leave as `?`."""
+    names = [charset] if isinstance(charset, str) else list(charset or ())
+    try:
+        return len(names) == 1 and bool(text.encode(imaging().pydicom.charset.convert_encodings(names)[0]))
+    except (UnicodeError, LookupError):
+        return False
 
 
 def bot_words(text: object) -> Any:
@@ -6905,7 +7024,7 @@ def bot_words(text: object) -> Any:
 def dimse_status(value: object) -> int:
     """A status as a Bot writes it: 49153 or "0xC001"; what is no status is a failure."""
     try:
-        status = int(value, 0) if isinstance(value, str) else int(typing.cast(Any, value))
+        status = int(value, 0) if isinstance(value, str) else int(cast(Any, value))
         return status if 0 <= status <= 0xFFFF else UNABLE_TO_PROCESS
     except (ValueError, TypeError):
         return UNABLE_TO_PROCESS
@@ -6920,66 +7039,76 @@ def reference_of(item: object) -> str:
     return item
 
 
-# --- objects from the server to an application entity ----------------------------------------------------------------
+# --- whether a data set is whole -------------------------------------------------------------------------------------
+
+_LONG = frozenset(
+    b"OB OD OF OL OV OW SQ SV UC UN UR UT UV".split()
+)  # explicit VRs with 4 bytes of length (PS3.5 7.1.2)
+_VRS = _LONG | frozenset(b"AE AS AT CS DA DS DT FD FL IS LO LT PN SH SL SS ST TM UI UL US".split())
 
 
-def fetched(file: SpoolFile | None) -> Dataset:
-    """A stand-in that pynetdicom hands through to `send_object`; None for a file that could not be fetched."""
-    stand_in: Dataset = imaging().Dataset()
-    stand_in.SOPInstanceUID = ""
-    if file is not None:
-        with contextlib.suppress(Exception):  # what is no DICOM file is found when it is sent
-            read = imaging().pydicom.dcmread(file.name, specific_tags=["SOPInstanceUID"], stop_before_pixels=True)
-            stand_in.SOPInstanceUID = read.SOPInstanceUID
-    vars(stand_in)["file"] = file
-    return stand_in
+def check_whole(file: typing.BinaryIO, start: int, syntax: str) -> None:
+    """Refusal for a data set that breaks off, or is a whole Part 10 file; padding behind it is left alone.
+
+    The file must not be deflated. Values are passed over, not read.
+    """
+    implicit, little, _ = syntax_of(syntax)
+    size = file.seek(0, os.SEEK_END)
+    file.seek(start)
+    if (begin := file.read(132))[128:] == b"DICM":
+        raise Refusal(CANNOT_UNDERSTAND, "the data set is a whole DICOM file, with preamble")
+    file.seek(start)
+    inside: list[bool] = []  # sequences and items of undefined length that are not closed: is implicit VR in them?
+    implicit = implicit and begin[4:6] not in _VRS  # devices say implicit and mean explicit
+    while len(head := file.read(8)) == 8 and (head != bytes(8) or inside):
+        length = _value_length(file, head, "<" if little else ">", implicit, inside)
+        if file.tell() + length > size:
+            raise Refusal(CANNOT_UNDERSTAND, "the data set breaks off inside a value")
+        file.seek(length, os.SEEK_CUR)
+    if inside or head.strip(b"\0 \r\n"):
+        raise Refusal(CANNOT_UNDERSTAND, "the data set breaks off")
 
 
-def send_object(association: Association, stand_in: Dataset, **options: Any) -> Dataset:
-    """C-STORE a fetched file, as it is where the peer takes its transfer syntax; returns the status data set."""
-    file: SpoolFile | None = vars(stand_in)["file"]
-    if file is None:
-        raise ValueError("it could not be fetched")
-    send = imaging().Association.send_c_store
-    try:
-        return typing.cast("Dataset", send(association, file.name, **options))
-    except ValueError:  # no presentation context for it as it is: in another uncompressed syntax
-        return typing.cast("Dataset", send(association, imaging().pydicom.dcmread(file.name), **options))
-    finally:
-        file.discard()
+def _value_length(file: typing.BinaryIO, head: bytes, order: str, implicit: bool, inside: list[bool]) -> int:
+    """Of the element that begins so (PS3.5 7.1, 7.5); one of undefined length opens `inside`, and its end closes it."""
+    group, element, length = struct.unpack(order + "HHI", head)
+    implicit, vr = inside[-1] if inside else implicit, head[4:6]
+    if group == 0xFFFE and element != 0xE000:
+        del inside[-1:]
+        return 0
+    nested = implicit
+    if group != 0xFFFE and not implicit and vr.isalpha() and vr.isupper():
+        if vr not in _LONG:
+            return int(struct.unpack(order + "H", head[6:])[0])
+        length, nested = struct.unpack(order + "I", file.read(4).ljust(4, b"\0"))[0], vr == b"UN"  # PS3.5 6.2.2
+    if length == 0xFFFFFFFF:
+        inside.append(nested)
+        return 0
+    return int(length)
+
+
+# --- objects to an application entity --------------------------------------------------------------------------------
 
 
 class Sender:
-    """Objects to one application entity, over associations made as the objects need them.
+    """Objects to one application entity, over associations made as the objects need them; used in a thread."""
 
-    It takes the place of an association in pynetdicom's C-MOVE: what an object needs is known when it is there.
-    """
-
-    is_established = True
-
-    def __init__(
-        self, associate: Callable[..., Any], peer: Peer, title: str,
-        tls: tuple[ssl.SSLContext, str] | None = None, originator: str | None = None,
-    ):  # fmt: skip
-        self._associate = functools.partial(associate, peer.host, peer.port, ae_title=title, tls_args=tls)
+    def __init__(self, entity: AE, peer: Peer, title: str, tls: tuple[ssl.SSLContext, str] | None = None):
+        self._associate = partial(entity.associate, peer.host, peer.port, ae_title=title, tls_args=tls)
         self._association: Association | None = None
         self._contexts: dict[tuple[str, str], Any] = {}
-        self._originator = originator  # of a C-MOVE: who asked for it
         self.problem: DeviceError | None = None  # the peer cannot be associated with: nothing more is tried
 
-    def send_c_store(self, stand_in: Dataset, **options: Any) -> Dataset:
-        """The status data set of the peer's answer; DeviceError, or ValueError for what cannot be sent to it."""
-        file: SpoolFile | None = vars(stand_in)["file"]
-        if self._originator:
-            options["originator_aet"] = self._originator
+    def send(self, path: str, **options: Any) -> Dataset:
+        """C-STORE a file, as it is where the peer takes that; the status data set. DeviceError, ValueError."""
+        if self.problem is not None:
+            raise self.problem
+        meta = imaging().pydicom.filereader.read_file_meta_info(path)
+        association = self._with(meta.MediaStorageSOPClassUID, meta.TransferSyntaxUID)
         try:
-            if file is None or self.problem is not None:
-                raise self.problem or ValueError("it could not be fetched")
-            meta = imaging().pydicom.filereader.read_file_meta_info(file.name)
-            return send_object(self._with(meta.MediaStorageSOPClassUID, meta.TransferSyntaxUID), stand_in, **options)
-        finally:
-            if file is not None:
-                file.discard()
+            return association.send_c_store(path, **options)
+        except ValueError:  # no presentation context for it as it is: in another uncompressed syntax
+            return association.send_c_store(imaging().pydicom.dcmread(path), **options)
 
     def _with(self, sop_class: str, syntax: str) -> Association:
         """An association with the contexts for this kind of object, besides those needed so far (at most 128)."""
@@ -6990,9 +7119,9 @@ class Sender:
             self._contexts.clear()
         for one in {syntax, IMPLICIT} if syntax in UNCOMPRESSED else {syntax}:
             self._contexts[sop_class, one] = imaging().context(sop_class, one)
-        self._association = made = typing.cast("Association", self._associate(contexts=list(self._contexts.values())))
+        self._association = made = self._associate(contexts=list(self._contexts.values()))
         if not made.is_established:
-            problem = DeviceError(association_problem(made), _rejection_kind(made))
+            problem = DeviceError(association_problem(made), rejection_kind(made))
             if made.is_rejected or not made.acceptor.primitive:
                 self.problem = problem
             raise problem
@@ -7005,609 +7134,825 @@ class Sender:
 
 def association_problem(association: Association) -> str:
     """Why an association was not made."""
-    answer = typing.cast(Any, association.acceptor.primitive)
+    answer = cast(Any, association.acceptor.primitive)
     if answer is None:
         return "it cannot be reached"
     if association.is_rejected:
         return f"the association was rejected: {answer.reason_str}"
     if association.rejected_contexts and not association.accepted_contexts:
-        return "it does not accept what is needed: " + ", ".join(
-            sorted({context.abstract_syntax.name for context in association.rejected_contexts})  # type: ignore[union-attr]
-        )
+        names = {context.abstract_syntax.name for context in association.rejected_contexts}  # type: ignore[union-attr]
+        return f"it does not accept what is needed: {', '.join(sorted(names))}"
     return "the association was aborted"
+
+
+def rejection_kind(association: Association) -> str:
+    """A device that answers, even with a rejection, may still be mended by a person: that is tried again."""
+    return "device-error" if association.acceptor.primitive else "device-unreachable"
+
+
+# --- the line --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(eq=False)
+class Request:
+    """One DIMSE request of a device; its data set is in a file of the spool where it is an object, else in memory."""
+
+    name: str
+    context: Context
+    fields: Json
+    file: SpoolFile | None = None
+    data: bytearray | None = None
+    cancelled: asyncio.Event = dataclasses.field(default_factory=asyncio.Event)  # also when the association is gone
+    blocks: list[bytes] = dataclasses.field(default_factory=list)  # on their way to the file
+    held: int = 0  # bytes in them
+    writing: bool = False
+    complete: bool = False  # the last fragment has come
+
+    @property
+    def uid(self) -> str:
+        """The instance that it is about."""
+        return str(self.fields.get("AffectedSOPInstanceUID") or self.fields.get("RequestedSOPInstanceUID") or "")
+
+    def dataset(self) -> Dataset:
+        return read_dataset(bytes(self.data or b""), self.context.syntaxes[0])
+
+
+class DicomLine(Line):
+    """One association of an imaging device; its requests are served one after the other."""
+
+    owner: DicomChannel
+
+    def __init__(self, owner: DicomChannel):
+        super().__init__(owner)
+        self.core = Dimse(self.settings.maxPdu)
+        self.titles = {"callingAeTitle": "", "calledAeTitle": ""}
+        self._got = False  # any byte
+        self._coming: Request | None = None  # its data set is being received
+        self._requests: deque[Request] = deque()
+        self._serving: Request | None = None
+        self._answers: dict[int, asyncio.Future[Json]] = {}  # to requests of ours, by message id
+        self._message_ids = itertools.cycle(range(1, 0x10000))
+        self._drained = asyncio.Event()
+        self._drained.set()
+        self.turn = asyncio.Lock()  # a report of ours comes after the answer to what is being served
+
+    @property
+    def settings(self) -> DicomSettings:
+        return cast(DicomSettings, self.owner.plan.settings)
+
+    @property
+    def inside(self) -> bool:
+        return self.core.inside
+
+    # --- bytes ---
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        super().connection_made(transport)
+        cast(asyncio.Transport, transport).set_write_buffer_limits(high=DICOM_BUFFER_BYTES)
+        if hasattr(transport, "max_size"):
+            transport.max_size = DICOM_BUFFER_BYTES
+
+    def receive(self, received: bytes) -> None:
+        self._got = True
+        events, answer = self.core.receive(received)
+        if answer:
+            self.send(answer)
+        for event in events:
+            if isinstance(event, Fragment):
+                self._take(event)
+            elif isinstance(event, Command):
+                self._begin(event)
+            elif isinstance(event, Associate):
+                self._associate(event)
+            else:
+                self._end(event.reason)
+
+    def pause_writing(self) -> None:
+        self._drained.clear()
+
+    def resume_writing(self) -> None:
+        self._drained.set()
+
+    async def write(self, content: bytes) -> None:
+        """Bytes that wait while the device does not read."""
+        if self._outbox:
+            self._flush()
+        if self._transport is not None and not self._transport.is_closing():
+            self._transport.write(content)
+        await self._drained.wait()
+
+    def connection_lost(self, error: Exception | None) -> None:
+        super().connection_lost(error)
+        if self._got and self.core.state == "Sta2":
+            self.owner.warn(f"{self.remote} sent no association request: is this the right port?")
+        elif self.core.established:
+            self.owner.warn(f"{self.remote}: the association of '{self._calling}' ended without release")
+        self._give_up()
+
+    def _give_up(self) -> None:
+        """Nothing more is answered, and what was not received whole is forgotten."""
+        self._drained.set()
+        for request in (self._serving, *self._requests):
+            if request is not None:
+                request.cancelled.set()
+        for answer in self._answers.values():
+            if not answer.done():
+                answer.set_exception(DeviceError("the association ended", "device-silent"))
+        for request in (self._coming, *self._requests):
+            if request is not None and request.file is not None and not request.writing:
+                request.file.discard()
+        self._requests.clear()
+
+    # --- the association ---
+
+    @property
+    def _calling(self) -> str:
+        return self.titles["callingAeTitle"]
+
+    def _associate(self, asked: Associate) -> None:
+        """Accept or reject (PS3.8 9.3.4); AE titles are what they are, and compared where a setting names some."""
+        s, core = self.settings, self.core
+        self.titles = {"callingAeTitle": asked.calling, "calledAeTitle": asked.called}
+        established = sum(line.core.established for line in self.owner.associations)
+        if core.state != "Sta3":
+            return
+        if s.calledAeTitle and asked.called != s.calledAeTitle.strip():
+            reason, answer = f"it calls '{asked.called}', and calledAeTitle is '{s.calledAeTitle}'", (1, 1, 7)
+        elif s.callingAeTitles and asked.calling not in ae_titles(s.callingAeTitles):
+            reason, answer = "it is not among callingAeTitles", (1, 1, 3)
+        elif established >= s.maxConnections:
+            reason, answer = f"{established} associations are open (maxConnections)", (2, 3, 2)
+        else:
+            self.messages += 1
+            contexts = [self._negotiated(context) for context in asked.contexts]
+            self.send(core.accept(contexts, {uid: self._roles(uid, *asked.roles[uid]) for uid in asked.roles}))
+            return
+        self.owner.warn(f"the association of '{asked.calling}' at {self.remote} was rejected: {reason}")
+        self.send(core.reject(*answer))
+        self._loop.call_later(HANG_UP_SECS, self.abort)
+
+    @staticmethod
+    def _negotiated(context: Context) -> tuple[Context, int]:
+        """The first syntax that is proposed, of queries an uncompressed one; result 3 or 4 where there is none."""
+        storage = is_storage(context.abstract)
+        known = storage or context.abstract in SERVICE_CLASSES
+        usable = [syntax for syntax in context.syntaxes if storage or syntax in UNCOMPRESSED]
+        chosen = usable[:1] or context.syntaxes[:1]
+        return context._replace(syntaxes=tuple(chosen)), 0 if known and usable else 4 if known else 3
+
+    @staticmethod
+    def _roles(uid: str, scu: int, scp: int) -> tuple[int, int]:
+        """The device may be both for objects (C-GET) and for commitments (PS3.7 D.3.3.4)."""
+        return scu, scp if is_storage(uid) or uid == COMMITMENT_CLASS else 0
+
+    def _end(self, reason: str) -> None:
+        if reason:
+            self.owner.warn(f"{self.remote}: the association of '{self._calling}' ended: {reason}")
+        self._give_up()
+        self._loop.call_later(HANG_UP_SECS, self.abort)  # the device closes first (PS3.8 9.2, ARTIM)
+
+    def eof_received(self) -> bool:
+        return False
+
+    def close(self) -> None:
+        if self.core.established:
+            self.send(self.core.aborting("it is not wanted any more"))
+        self._give_up()
+        self._loop.call_later(HANG_UP_SECS, self.abort)
+
+    def check_time(self, now: float, idle: float, inside: float) -> str:
+        if not self.core.established:
+            late = now - self.active_at > self.settings.associationTimeoutSecs
+            return f"it was silent for {now - self.active_at:.0f} s" if late else ""
+        if self._serving is not None or self._requests:
+            return ""
+        return super().check_time(now, idle, inside)
+
+    # --- requests ---
+
+    def _begin(self, event: Command) -> None:
+        """A command: an answer to us, a C-CANCEL, or a request."""
+        fields, number = event.fields, event.fields["CommandField"]
+        if number & 0x8000:
+            if (answer := self._answers.get(fields.get("MessageIDBeingRespondedTo", 0))) and not answer.done():
+                answer.set_result(fields)
+            self._coming = Request("", self.core.contexts[event.context], fields) if event.has_data else None
+            return
+        name = DIMSE_NAMES.get(number, "")
+        if name == "C-CANCEL":
+            for request in (self._serving, *self._requests):
+                if request and request.fields.get("MessageID") == fields.get("MessageIDBeingRespondedTo"):
+                    request.cancelled.set()
+            return
+        request = Request(name, self.core.contexts[event.context], fields)
+        if not event.has_data:
+            self._serve_soon(request)
+            return
+        self._coming = request
+        if name != "C-STORE":
+            request.data = bytearray()
+            return
+        request.file = SpoolFile(self.owner.store.spool)
+        head = part10_head(fields.get("AffectedSOPClassUID", ""), request.uid, request.context.syntaxes[0])
+        request.file.start = request.held = len(head)
+        request.blocks.append(head)
+
+    def _take(self, piece: Fragment) -> None:
+        """A piece of the data set."""
+        request = self._coming
+        assert request is not None
+        if request.file is not None:
+            request.blocks.append(piece.content)
+            request.held += len(piece.content)
+            request.complete = piece.last
+            if piece.last or request.held >= SPOOL_BLOCK_BYTES:
+                self._write_blocks(request, request.file)
+        elif request.data is not None:
+            request.data += piece.content
+            if len(request.data) > UPLINK_FRAME_BYTES:
+                self.send(self.core.aborting("a data set that is too large"))
+                self._end("aborted: a data set that is too large")
+                return
+        if piece.last:
+            self._coming = None
+            if request.data is not None:
+                self._serve_soon(request)
+
+    def _write_blocks(self, request: Request, file: SpoolFile) -> None:
+        """To the spool, in a thread; a device that is faster than the disk is not read meanwhile."""
+        if request.writing:
+            if request.held > 4 * SPOOL_BLOCK_BYTES:
+                self.pause("spool")
+            return
+        block, request.blocks, request.held = b"".join(request.blocks), [], 0
+        request.writing = True
+        writing = self._loop.run_in_executor(self.owner.threads, file.write, block)
+        writing.add_done_callback(partial(self._written, request, file))
+
+    def _written(self, request: Request, file: SpoolFile, done: asyncio.Future[int]) -> None:
+        request.writing = False
+        if not self.core.established or self.lost.is_set():
+            file.discard()
+            return
+        self.resume("spool")
+        if request.held and (request.complete or request.held >= SPOOL_BLOCK_BYTES):
+            self._write_blocks(request, file)
+        elif request.complete:
+            self._serve_soon(request)
+
+    def _serve_soon(self, request: Request) -> None:
+        self.messages += 1
+        self._requests.append(request)
+        if self._serving is None:
+            self._serving = request
+            spawn(self._serve())
+
+    async def _serve(self) -> None:
+        try:
+            while self._requests:
+                self._serving = request = self._requests.popleft()
+                stored = request.name in DICOM_STORED
+                self.pending += stored
+                try:
+                    async with self.turn:
+                        await self._serve_one(request)
+                finally:
+                    self.pending -= stored
+                    self.active_at = self._loop.time()
+                    if request.file is not None:
+                        request.file.discard()  # what was kept has another name by now
+        finally:
+            self._serving = None
+
+    async def _serve_one(self, request: Request) -> None:
+        """Each request ends in one answer, whatever happens."""
+        serve = self.owner.services.get(request.name)
+        try:
+            if serve is None:
+                raise Refusal(UNRECOGNIZED, "an operation that is not supported")
+            fields, dataset = await serve(self, request)
+        except Refusal as refusal:
+            fields, dataset = self._refused(request, refusal), None
+        except Exception as error:
+            fields, dataset = self._refused(request, Refusal(PROCESSING_FAILURE, "internal error")), None
+            context = {"message": f"Internal error: {type(error).__name__} serving {request.name}", "exception": error}
+            self._loop.call_exception_handler(context)
+        await self.respond(request, fields, dataset)
+
+    def _refused(self, request: Request, refusal: Refusal) -> Json:
+        """The status of the answer to a request that is not done."""
+        if refusal.status != CANCELLED:
+            what = f"status 0x{refusal.status:04X}"
+            self.owner.warn(f"a request of '{self._calling}' was answered with {what}; see the channel log")
+            self.owner.note(f"[Refused]: {request.name}: {what}: {refusal}")
+        comment = {} if refusal.status == CANCELLED else {"ErrorComment": str(refusal)[:64]}
+        return {"Status": refusal.status, **comment}
+
+    async def respond(self, request: Request, fields: Json, dataset: Dataset | None = None) -> None:
+        """An answer; a data set that cannot be written is not sent."""
+        if not self.core.established:
+            return
+        data = None
+        if dataset is not None:
+            try:
+                data = write_dataset(dataset, request.context.syntaxes[0])
+            except Exception:
+                fields = {"Status": UNABLE_TO_PROCESS, "ErrorComment": "the Bot's data set cannot be written"}
+        asked = request.fields
+        about = {name: asked[name] for name in ("AffectedSOPClassUID", "AffectedSOPInstanceUID") if asked.get(name)}
+        for requested, affected in (("RequestedSOPClassUID", "AffectedSOPClassUID"),
+                                    ("RequestedSOPInstanceUID", "AffectedSOPInstanceUID")):  # fmt: skip
+            about |= {affected: asked[requested]} if asked.get(requested) else {}
+        answer = {
+            "CommandField": asked["CommandField"] | 0x8000,
+            "MessageIDBeingRespondedTo": asked.get("MessageID", 0),
+        }
+        await self.write(self.core.message(request.context.id, about | answer | fields, data))
+
+    async def request(self, context: int, fields: Json, data: Iterable[bytes] | None = None) -> Json:
+        """A request of ours to the device; the fields of its answer. DeviceError."""
+        number = next(self._message_ids)
+        answer: asyncio.Future[Json] = self._loop.create_future()
+        self._answers[number] = answer
+        fields = fields | {"MessageID": number, "CommandDataSetType": _NO_DATA if data is None else 1}
+        try:
+            await self.write(self.core.fragments(context, command_set(fields), command=True, last=True))
+            for block, last in with_last(data or ()):
+                if not self.core.established:
+                    raise DeviceError("the association ended", "device-silent")
+                await self.write(self.core.fragments(context, block, command=False, last=last))
+            async with asyncio.timeout(DIMSE_SECS):
+                return await answer
+        except TimeoutError:
+            raise DeviceError(f"no answer within {DIMSE_SECS:g} s", "device-silent") from None
+        finally:
+            del self._answers[number]
+
+
+def with_last(blocks: Iterable[bytes]) -> Iterator[tuple[bytes, bool]]:
+    """Each with whether it is the last."""
+    before: bytes | None = None
+    for block in blocks:
+        if before is not None:
+            yield before, False
+        before = block
+    if before is not None:
+        yield before, True
+
+
+def part10_head(sop_class: str, sop_instance: str, syntax: str) -> bytes:
+    """Preamble and file meta information (PS3.10 7.1)."""
+    library = imaging()
+    uids = dict(
+        zip(("sop_class_uid", "sop_instance_uid", "transfer_syntax"), (sop_class, sop_instance, syntax), strict=True)
+    )
+    typed = {name: library.pydicom.uid.UID(uid) for name, uid in uids.items()}
+    return bytes(128) + b"DICM" + cast(bytes, library.codec.encode_file_meta(library.codec.create_file_meta(**typed)))
 
 
 # --- the channel -----------------------------------------------------------------------------------------------------
 
-
-def _shut_down(sock: socket.socket | None) -> None:
-    """End a connection whose other side may not read what it is sent."""
-    if sock is not None:
-        with contextlib.suppress(OSError):
-            sock.shutdown(socket.SHUT_RDWR)
-
-
-class _Handover(asyncio.Protocol):
-    """Takes a new connection out of the event loop: its association lives in threads."""
-
-    def __init__(self, channel: DicomChannel):
-        self._channel = channel
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        peer = transport.get_extra_info("peername")
-        # What the transport closes, and on Windows shuts down, is then no longer the connection.
-        sock = socket.socket(fileno=transport.get_extra_info("socket")._sock.detach())
-        typing.cast(asyncio.Transport, transport).abort()
-        self._channel.accept(sock, peer)
+Answer = tuple[Json, "Dataset | None"]
 
 
 class DicomChannel(Channel):
     """One DICOM channel: objects, queries, procedure steps and commitment requests of imaging devices."""
 
-    def __init__(self, plan: ChannelPlan, store: Store, log: Log, channel_log: Log, fhir: Fhir, dispatcher: Dispatcher):
-        super().__init__(plan, store, log, channel_log)
-        self._fhir, self._dispatcher = fhir, dispatcher
-        self._waiting: dict[int, concurrent.futures.Future[str]] = {}  # devices that wait for the Bot, by message
-        self._committing: dict[int, Association] = {}  # where a commitment was asked for, by message
-        self._reports: set[asyncio.Future[None]] = set()
-        self._threads = ThreadPoolExecutor(4, "commitment")
-        self.associations: set[Association] = set()
-        self._entity = imaging().Entity("MEDPLUM", store.spool)
-        self._associate = self._entity.associate
-        vars(self._entity)["associate"] = lambda *_, sender, **__: sender  # what C-MOVE takes for its association
-        self.replan(plan)
+    threads = ThreadPoolExecutor(4, "imaging")  # for the disk
+    _decoding = ThreadPoolExecutor(1, "decoding")  # one at a time: messages share the interpreter with it
+    _sending = ThreadPoolExecutor(DICOM_PUSHES, "dicom-move")
+
+    def __init__(self, plan: ChannelPlan, parts: Parts, queue: Queue | None = None):
+        self._fhir = parts.fhir
+        self._waiting: dict[int, asyncio.Future[str]] = {}  # devices that wait for the Bot, by message
+        self._committing: dict[int, DicomLine] = {}  # where a commitment was asked for, by message
+        super().__init__(plan, parts, queue)
 
     @property
     def settings(self) -> DicomSettings:
-        return typing.cast(DicomSettings, self.plan.settings)
+        return cast(DicomSettings, self.plan.settings)
 
-    def replan(self, plan: ChannelPlan) -> None:
-        """New associations get the new settings."""
-        super().replan(plan)
-        s, library, entity = self.settings, imaging(), self._entity
-        entity.ae_title = s.calledAeTitle or "MEDPLUM"
-        entity.require_calling_aet, entity.require_called_aet = ae_titles(s.callingAeTitles), bool(s.calledAeTitle)
-        entity.maximum_associations, entity.maximum_pdu_size = s.maxConnections, s.maxPdu
-        entity.acse_timeout, entity.network_timeout = s.associationTimeoutSecs, s.idleTimeoutSecs or None
-        self._contexts = [library.context(uid, list(UNCOMPRESSED)) for uid in SERVICE_CLASSES] + library.other_storage
-        self._peers, self._destinations = networks(s.peers), destinations(s.moveDestinations)
+    @property
+    def kind(self) -> type[Line]:
+        return DicomLine
 
-    def stop(self) -> None:
-        super().stop()
-        for association in self.associations:
-            with contextlib.suppress(Exception):  # one that ends just now
-                association.abort(block=False)
-                self.loop.call_later(1, _shut_down, typing.cast(Any, association.dul.socket).socket)
+    @property
+    def associations(self) -> list[DicomLine]:
+        return [line for line in cast("Iterable[DicomLine]", self.lines.values()) if line.core.established]
 
-    # --- associations ---
+    @property
+    def room(self) -> int:
+        """Associations are limited when they are asked for; those that have not asked yet are limited here."""
+        return 2 * self.settings.maxConnections + 10
 
-    def connect(self) -> asyncio.Protocol:
-        return _Handover(self)
+    @cached_property
+    def services(self) -> Mapping[str, Callable[[DicomLine, Request], Awaitable[Answer]]]:
+        return {
+            "C-ECHO": self._echo, "C-STORE": self._store, "C-FIND": self._find, "C-MOVE": self._move,
+            "C-GET": self._get, "N-ACTION": self._action, "N-CREATE": self._step, "N-SET": self._step,
+        }  # fmt: skip
 
-    def incoming(self) -> asyncio.BaseProtocol:
-        return self.connect()  # TLS is the matter of the association's thread
+    def _decode(self, work: Callable[..., T], *given: Any) -> Awaitable[T]:
+        return self.loop.run_in_executor(self._decoding, partial(work, *given))
 
-    def accept(self, sock: socket.socket, peer: tuple[Any, ...]) -> None:
-        """A device connected: its association runs in threads until it ends."""
-        host = ipaddress.ip_address(str(peer[0]).removeprefix("::ffff:").split("%")[0])
-        open_ = len(self.associations)
-        if self._peers and not any(host in network for network in self._peers):
-            self._warn(f"{host} was turned away: it is not among peers")
-        elif open_ > 2 * self.settings.maxConnections + 10:  # those within get a proper rejection
-            self._warn(f"{host} was turned away: {open_} connections are open (maxConnections)")
-        else:
-            try:
-                association = self._association(sock, peer)
-                association.start()
-                self.associations.add(association)
-                return
-            except (OSError, RuntimeError) as error:  # out of descriptors or threads
-                self._warn(f"{host} was turned away: {error}")
-        sock.close()
-
-    def _association(self, sock: socket.socket, peer: tuple[Any, ...]) -> Association:
-        library, entity = imaging(), self._entity
-        set_device_options(sock)
-        sock.settimeout(self.settings.handshakeTimeoutSecs)
-        association = library.Association(entity, "acceptor")
-        association.set_socket(library.Socket(association, client_socket=sock))
-        acceptor = association.acceptor
-        acceptor.maximum_length, acceptor.ae_title = self.settings.maxPdu, entity.ae_title
-        acceptor.implementation_class_uid = entity.implementation_class_uid
-        acceptor.implementation_version_name = entity.implementation_version_name
-        acceptor.supported_contexts = self._contexts
-        acceptor.address_info = library.Address.from_tuple(sock.getsockname())
-        association.requestor.address_info = library.Address.from_tuple(peer)
-        for event, handler in self._handlers:
-            association.bind(getattr(library.evt, event), handler)
-        vars(association)["send_c_store"] = functools.partial(send_object, association)  # for C-GET
-        vars(association)["run"] = functools.partial(self._run, association, sock)
-        self._wait_for_messages(association)
-        self._end_on_nonsense(association)
-        return typing.cast("Association", association)
-
-    def _run(self, association: Association, sock: socket.socket) -> None:
-        """The thread of an association."""
-        wrapper = typing.cast(Any, association.dul.socket)
-        try:
-            if self.settings.tls:
-                if self.tls is None:
-                    raise OSError("there is no certificate")
-                wrapper.socket = sock = self.tls.wrap_socket(sock, server_side=True)
-            sock.settimeout(self.settings.frameTimeoutSecs or None)
-        except OSError as error:
-            self._tell(f"{association.requestor.address}: TLS failed: {getattr(error, 'reason', '') or error}")
-        else:
-            threading.Thread.run(association)
-            if wrapper.received and association.requestor.primitive is None:
-                self._tell(f"{association.requestor.address} sent no association request: is this the right port?")
-        finally:
-            wrapper.close()
-            sock.close()
-            for file in vars(association).get("files", ()):
-                file.discard()  # what came of an object whose sender went away
-            with contextlib.suppress(RuntimeError):  # the agent has stopped
-                self.loop.call_soon_threadsafe(self.associations.discard, association)
-
-    @staticmethod
-    def _wait_for_messages(association: Any) -> None:
-        """pynetdicom asks its queues 1,000 times a second; waiting for them instead makes idle devices free.
-
-        The peer's answers to requests of ours go to who waits for them: the reactor would drop them.
-        """
-        dimse, dul = association.dimse, association.dul
-        to_user, requests, answers = dul.to_user_queue.put, dimse.msg_queue.put, queue.SimpleQueue[Any]()
-
-        def arrived(item: tuple[Any, Any]) -> None:
-            is_answer = getattr(item[1], "MessageIDBeingRespondedTo", None) is not None
-            if is_answer or item[1] is None:  # None: the association has ended
-                answers.put(item)
-            if not is_answer:
-                requests(item)
-
-        def get_msg(block: bool = False) -> Any:
-            try:
-                if block:
-                    return answers.get(timeout=dimse.dimse_timeout)
-                return dimse.msg_queue.get(timeout=IDLE_POLL_SECS)
-            except queue.Empty:
-                return None, None
-
-        def put(primitive: Any, *options: Any) -> None:
-            to_user(primitive, *options)
-            if isinstance(primitive, imaging().Release):
-                requests((None, None))  # the reactor looks for it now
-
-        serve, turn = association._serve_request, threading.Lock()
-
-        def serve_request(message: Any, context: int) -> None:
-            """A report of ours comes after the answer to what is being served, and not in the middle of another."""
-            association._is_paused = True  # for pynetdicom: a report that is under way may go on
-            with turn:
-                serve(message, context)
-
-        vars(dimse)["get_msg"], vars(dul.to_user_queue)["put"], vars(dimse.msg_queue)["put"] = get_msg, put, arrived
-        vars(association)["_serve_request"], vars(association)["turn"] = serve_request, turn
-
-    @staticmethod
-    def _end_on_nonsense(association: Any) -> None:
-        """What pynetdicom does not expect would end its thread and leave the device waiting: end the association."""
-        dimse, dul = association.dimse, association.dul
-        received, act = dimse.receive_primitive, dul.state_machine.do_action
-
-        def receive_primitive(primitive: Any) -> None:
-            try:
-                for context, _ in primitive.presentation_data_value_list:
-                    current = getattr(dimse.message, "context_id", None)  # known when its command is complete
-                    if current not in (None, context) or context not in association._accepted_cx:
-                        raise ValueError("a fragment of another message or of no accepted context")
-                received(primitive)
-            except Exception:
-                dul.event_queue.put("Evt19")  # PS3.8 9.2: abort
-
-        def do_action(event: str) -> None:
-            try:
-                act(event)
-            except Exception:
-                association._kill = dul._kill_thread = True
-                dul.socket.send(_INVALID_PDU)
-                dul.socket.close()
-
-        vars(dimse)["receive_primitive"], vars(dul.state_machine)["do_action"] = receive_primitive, do_action
-
-    @functools.cached_property
-    def _handlers(self) -> Sequence[tuple[str, Callable[[Event], Any]]]:
-        return (
-            ("EVT_C_STORE", self._stored_object), ("EVT_C_FIND", self._find), ("EVT_C_MOVE", self._move),
-            ("EVT_C_GET", self._get), ("EVT_N_ACTION", self._action), ("EVT_N_CREATE", self._step),
-            ("EVT_N_SET", self._step), ("EVT_REJECTED", self._rejected), ("EVT_ABORTED", self._aborted),
-        )  # fmt: skip
-
-    def _rejected(self, event: Event) -> None:
-        request = typing.cast(Any, event.assoc.requestor.primitive)
-        calling, called, s = request.calling_ae_title, request.called_ae_title, self.settings
-        if s.calledAeTitle and called != s.calledAeTitle:
-            reason = f"it calls '{called}', and calledAeTitle is '{s.calledAeTitle}'"
-        elif s.callingAeTitles and calling not in ae_titles(s.callingAeTitles):
-            reason = "it is not among callingAeTitles"
-        else:
-            reason = f"{s.maxConnections} associations are open (maxConnections)"
-        self._tell(f"the association of '{calling}' at {event.assoc.requestor.address} was rejected: {reason}")
-
-    def _aborted(self, event: Event) -> None:
-        self._log.debug(f"Channel '{self.plan.name}': an association of {event.assoc.requestor.ae_title} was aborted.")
-
-    def _refused(self, event: Event, refusal: Refusal) -> Dataset:
-        """The status of the answer to a request that is not done."""
-        what = f"status 0x{refusal.status:04X}"
-        self._tell(f"a request of '{event.assoc.requestor.ae_title}' was answered with {what}; see the channel log")
-        self.loop.call_soon_threadsafe(self._note, f"[Refused]: {what}: {refusal}")
-        answer: Dataset = imaging().Dataset()
-        answer.Status, answer.ErrorComment = refusal.status, str(refusal)[:64]
-        return answer
+    async def _echo(self, line: DicomLine, request: Request) -> Answer:
+        return {"Status": SUCCESS}, None
 
     # --- objects ---
 
-    def _stored_object(self, event: Event) -> Dataset | int:
+    async def _store(self, line: DicomLine, request: Request) -> Answer:
         """C-STORE (PS3.4 B.2.3)."""
-        request = typing.cast(Any, event.request)
-        file: SpoolFile | None = request._dataset_file
-        try:
-            message = self._image(event, request, file)
-            if file is not None:
-                message.spool, message.prepared = file.keep(), False
-            if refusal := self._keep(message):
-                self.store.spool.remove(message.spool or "")
-                raise Refusal(OUT_OF_RESOURCES, refusal)
-            return SUCCESS
-        except Refusal as refusal_:
-            return self._refused(event, refusal_)
-        except OSError as error:
-            return self._refused(event, Refusal(OUT_OF_RESOURCES, _storage_text(error)))
-        finally:
-            if file is not None:
-                file.discard()  # what was kept has another name by now
-
-    def _image(self, event: Event, request: Any, file: SpoolFile | None) -> Message:
-        """The message of a received object; its file gets its name from what is received."""
-        body: Json = {"association": association_json(event)}
+        file, limit = request.file, self.settings.maxMessageBytes
+        if not is_storage(request.context.abstract):
+            raise Refusal(NO_SUCH_CLASS, "not a presentation context for objects")
+        body: Json = {"association": line.titles}
         study = ""
-        if file is not None:
-            limit = self.settings.maxMessageBytes
-            if file.error or (limit and file.size > limit):
-                raise Refusal(OUT_OF_RESOURCES, file.error or f"larger than {limit} bytes (maxMessageBytes)")
-            study, omitted = self._describe(Path(file.name), request, body)
-            body["binary"] = {"reference": spool_reference(Path(file.name).stem)}
-            if omitted:
-                body["omitted"] = omitted
-        uid = str(request.AffectedSOPInstanceUID)
-        return self._new_message(event, "C-STORE", uid, study or uid, body)
+        try:
+            if file is not None:
+                if file.error or (limit and file.size > limit):
+                    raise Refusal(OUT_OF_RESOURCES, file.error or f"larger than {limit} bytes (maxMessageBytes)")
+                study = await self._decode(self._describe, file, request, body)
+                body["binary"] = {"reference": spool_reference(Path(file.name).stem)}
+            message = self._new_message(line, request.name, request.uid, study or request.uid, body)
+            if file is not None:
+                message.spool, message.prepared = await self.loop.run_in_executor(self.threads, file.keep), False
+        except OSError as error:
+            raise Refusal(OUT_OF_RESOURCES, _storage_text(error)) from None
+        if refusal := await self._keep(message):
+            self.store.spool.remove(message.spool or "")
+            raise Refusal(OUT_OF_RESOURCES, refusal)
+        return {"Status": SUCCESS}, None
 
     @staticmethod
-    def _describe(path: Path, request: Any, body: Json) -> tuple[str, list[str]]:
-        """Add the data set to the body; returns the Study Instance UID and what was left out."""
+    def _describe(file: SpoolFile, request: Request, body: Json) -> str:
+        """In a thread: add the data set to the body; returns the Study Instance UID."""
         omitted: list[str] = []
         try:
-            dataset = imaging().pydicom.dcmread(path, defer_size=LARGE_VALUE_BYTES, stop_before_pixels=True, force=True)
-            cut = _is_cut(dataset)
+            with open(file.name, "rb") as reading:
+                if not syntax_of(request.context.syntaxes[0])[2]:
+                    check_whole(reading, file.start, request.context.syntaxes[0])
+            dataset = imaging().pydicom.dcmread(file.name, defer_size=LARGE_VALUE_BYTES, force=True)
             body["dataset"] = dicom_json(dataset.file_meta, []) | dicom_json(dataset, omitted)
             uids = [str(dataset.get(key, "") or "") for key in ("SOPClassUID", "SOPInstanceUID", "StudyInstanceUID")]
+        except Refusal:
+            raise
         except Exception:
             raise Refusal(CANNOT_UNDERSTAND, "the data set cannot be read") from None
         if not set(body["dataset"]) - set(omitted) - {key for key in body["dataset"] if key < "0003"}:
             raise Refusal(CANNOT_UNDERSTAND, "the data set cannot be read")
-        commanded = request.AffectedSOPClassUID, request.AffectedSOPInstanceUID
+        commanded = request.fields.get("AffectedSOPClassUID"), request.uid
         for what, found, command in zip(("class", "instance"), uids, commanded, strict=False):
             if found and found != command:
-                if cut:
-                    raise Refusal(CANNOT_UNDERSTAND, "the data set is cut off")
                 raise Refusal(SOP_MISMATCH, f"the SOP {what} UID of the data set is not that of the request")
-        return uids[2], omitted
+        body |= {"omitted": omitted} if omitted else {}
+        return uids[2]
 
-    def _new_message(self, event: Event, command: str, uid: str, key: str, body: Json) -> Message:
-        if self.feed is None:
-            raise Refusal(OUT_OF_RESOURCES, self.store.trouble or "the channel is starting")
+    def _new_message(self, line: DicomLine, command: str, uid: str, key: str, body: Json) -> Message:
         text = fitted(body)
-        message = Message(self.feed.row.id, event.assoc.requestor.ae_title, text.encode(), "utf-8")
-        message.epoch, message.type, message.control_id = self.feed.row.epoch, command, uid
+        message = Message(self.queue.row, line.titles["callingAeTitle"], text.encode())
+        message.type, message.control_id = command, uid
         message.key = "" if self.plan.key_spec == "*" else key
         message.text = text
         return message
 
-    def _keep(self, message: Message, then: Callable[[], None] = lambda: None) -> str:
-        """Store a message, from the thread of an association; why it was refused, or ``.
-
-        `then` runs in the event loop when the message is on disk, before it may be sent.
-        """
-        done: concurrent.futures.Future[str] = concurrent.futures.Future()
+    async def _keep(self, message: Message, then: Callable[[], object] = lambda: None) -> str:
+        """Store a message; why it was refused, or an empty string. `then`: when it is on disk, before it is sent."""
+        done: asyncio.Future[str] = self.loop.create_future()
 
         def stored(message: Message) -> None:
-            if not message.refusal and self.feed is not None:
-                self._note(f"[Received {message.type}]: {message.control_id} from {message.remote}")
+            if not message.refusal:
+                self.note(f"[Received {message.type}]: {message.control_id} from {message.remote}")
                 then()
-                self.feed.stored(message)
-            done.set_result(message.refusal or "")
+                self.queue.stored(message)
+            if not done.done():
+                done.set_result(message.refusal or "")
 
-        def put() -> None:
-            message.source = stored
-            self.store.put(message)
-
-        self.loop.call_soon_threadsafe(put)
-        try:
-            return done.result(STORE_WAIT_SECS)
-        except TimeoutError:  # it may still be stored: what belongs to it stays
-            raise Refusal(OUT_OF_RESOURCES, f"not on disk within {STORE_WAIT_SECS:g} s") from None
+        message.source = stored
+        self.store.put(message)
+        return await done
 
     # --- questions ---
 
-    def _ask(self, event: Event, command: str, **more: str) -> Any:
+    async def _ask(self, line: DicomLine, request: Request, **more: str) -> Any:
         """The Bot's answer to a query, as JSON; Refusal when there is none, also when the device cancels."""
+        command, seconds = request.name, self.settings.responseTimeoutSecs
+        omitted: list[str] = []
         try:
-            identifier = event.identifier
-            worklist = event.context.abstract_syntax == WORKLIST_CLASS
+            identifier = await self._decode(request.dataset)
+            worklist = request.context.abstract == WORKLIST_CLASS
             level = "WORKLIST" if worklist else identifier.get("QueryRetrieveLevel", "")
-            omitted: list[str] = []
-            dataset = dicom_json(identifier, omitted)
+            dataset = await self._decode(dicom_json, identifier, omitted)
         except Exception:
             raise Refusal(CANNOT_UNDERSTAND, "the identifier cannot be read") from None
-        request = typing.cast(Any, event.request)
         body = {
-            "association": association_json(event), "command": command,
-            "sopClassUid": str(request.AffectedSOPClassUID), "level": str(level), "dataset": dataset, **more,
+            "association": line.titles, "command": command,
+            "sopClassUid": str(request.fields.get("AffectedSOPClassUID", "")), "level": str(level), "dataset": dataset,
+            **more,
         }  # fmt: skip
         if omitted and command != "C-FIND":  # more would be retrieved than was asked for
             raise Refusal(CANNOT_UNDERSTAND, f"the identifier has unreadable values: {', '.join(omitted)}")
         body |= {"omitted": omitted} if omitted else {}
-        text, calling = dump_json(body).decode(), event.assoc.requestor.ae_title
+        text = dump_json(body).decode()
         if len(dump_json(text)) > BODY_BYTES:
             raise Refusal(UNABLE_TO_PROCESS, "the identifier is larger than the server takes")
-        self.loop.call_soon_threadsafe(self._note, f"[Received {command}]: {text}")
-        seconds = self.settings.responseTimeoutSecs
-        asking = self._dispatcher.ask(self.plan.name, calling, text, seconds)
-        answer = asyncio.run_coroutine_threadsafe(asking, self.loop)
-        while not concurrent.futures.wait([answer], CANCEL_POLL_SECS).done:
-            if event.is_cancelled or event.assoc.acse.is_aborted():
-                answer.cancel()
-                raise Refusal(CANCELLED, "cancelled by the device")
+        self.note(f"[Received {command}]: {text}")
+        asking = self.uplink.ask(self.plan.name, line.titles["callingAeTitle"], text, seconds)
         try:
-            return bot_words(_answer_body(answer.result()))
+            return bot_words(_answer_body(await unless_cancelled(request, asking)))
         except TimeoutError:
             raise Refusal(UNABLE_TO_PROCESS, f"the Bot did not answer within {seconds:g} s") from None
         except ServerError as error:
             raise Refusal(UNABLE_TO_PROCESS, str(error)) from None
 
-    def _find(self, event: Event) -> Iterator[tuple[Any, Any]]:
+    async def _find(self, line: DicomLine, request: Request) -> Answer:
         """C-FIND (PS3.4 C.4.1, K.4.1)."""
-        try:
-            words = self._ask(event, "C-FIND")
-            matches = words.get("datasets") if isinstance(words, dict) else words
-            if not isinstance(matches, list):
-                raise Refusal(UNABLE_TO_PROCESS, "the Bot's answer is no list of data sets")
-            for elements in matches:
-                dataset = dataset_of(elements)
-                if event.is_cancelled:
-                    raise Refusal(CANCELLED, "cancelled by the device")
-                if "QueryRetrieveLevel" in event.identifier and "QueryRetrieveLevel" not in dataset:
-                    dataset.QueryRetrieveLevel = event.identifier.QueryRetrieveLevel
-                yield PENDING_MATCH, dataset
-        except ValueError as error:
-            yield self._refused(event, Refusal(UNABLE_TO_PROCESS, f"the Bot's answer is {error}")), None
-        except Refusal as refusal:
-            yield self._unanswered(event, refusal), None
+        words = await self._ask(line, request)
+        matches = words.get("datasets") if isinstance(words, dict) else words
+        if not isinstance(matches, list):
+            raise Refusal(UNABLE_TO_PROCESS, "the Bot's answer is no list of data sets")
+        asked = await self._decode(request.dataset)
+        for elements in matches:
+            if request.cancelled.is_set():
+                raise Refusal(CANCELLED, "cancelled by the device")
+            try:
+                dataset = await self._decode(dataset_of, elements)
+            except ValueError as error:
+                raise Refusal(UNABLE_TO_PROCESS, f"the Bot's answer is {error}") from None
+            if "QueryRetrieveLevel" in asked and "QueryRetrieveLevel" not in dataset:
+                dataset.QueryRetrieveLevel = asked.QueryRetrieveLevel
+            await line.respond(request, {"Status": PENDING_MATCH}, dataset)
+        return {"Status": SUCCESS}, None
 
-    def _unanswered(self, event: Event, refusal: Refusal) -> Dataset | int:
-        return CANCELLED if refusal.status == CANCELLED else self._refused(event, refusal)
-
-    def _references(self, event: Event, command: str, **more: str) -> list[str]:
-        words = self._ask(event, command, **more)
+    async def _references(self, line: DicomLine, request: Request, **more: str) -> list[str]:
+        words = await self._ask(line, request, **more)
         try:
             return [reference_of(item) for item in (words["binaries"] if isinstance(words, dict) else words)]
         except (ValueError, TypeError, KeyError):
             raise Refusal(UNABLE_TO_PROCESS, "the Bot's answer is no list of references to Binaries") from None
 
-    def _move(self, event: Event) -> Iterator[Any]:
-        """C-MOVE (PS3.4 C.4.2): the answers that pynetdicom wants are address, count, and then each object."""
-        title = event.move_destination or ""
-        peer = self._destinations.get(title)
+    async def _move(self, line: DicomLine, request: Request) -> Answer:
+        """C-MOVE (PS3.4 C.4.2)."""
+        title, calling = str(request.fields.get("MoveDestination", "")), line.titles["callingAeTitle"]
+        peer = destinations(self.settings.moveDestinations).get(title)
         if peer is None:
-            self._tell(f"'{event.assoc.requestor.ae_title}' asked to move to '{title}': not among moveDestinations")
-            yield None, None
-            return
-        sender = Sender(self._associate, peer, title, originator=event.assoc.requestor.ae_title)
-        yield peer.host, peer.port, {"sender": sender}
-        yield from self._retrieve(event, "C-MOVE", lambda: sender.problem is None, destination=title)
-        if sender.problem is not None:
-            self._tell(f"objects could not be moved to '{title}': {sender.problem}")
+            self.warn(f"'{calling}' asked to move to '{title}': not among moveDestinations")
+            raise Refusal(UNKNOWN_DESTINATION, "the destination is not among moveDestinations")
+        references = await self._references(line, request, destination=title)
+        entity = imaging().Entity(self.settings.calledAeTitle or "MEDPLUM")
+        entity.acse_timeout, entity.dimse_timeout = self.settings.associationTimeoutSecs, DIMSE_SECS
+        sender = Sender(entity, peer, title)
+        options = {"originator_aet": calling, "originator_id": request.fields.get("MessageID", 0)}
 
-    def _get(self, event: Event) -> Iterator[Any]:
-        """C-GET (PS3.4 C.4.3)."""
-        yield from self._retrieve(event, "C-GET", lambda: True)
+        async def send(file: SpoolFile) -> int:
+            answer = await self.loop.run_in_executor(self._sending, partial(sender.send, file.name, **options))
+            return int(answer.get("Status", PROCESSING_FAILURE))
 
-    def _retrieve(self, event: Event, command: str, worthwhile: Callable[[], bool], **more: str) -> Iterator[Any]:
-        """The number of objects, then each as it comes from the server."""
         try:
-            references = self._references(event, command, **more)
-        except Refusal as refusal:
-            yield 1  # pynetdicom takes a failure only where there is something to do
-            yield self._unanswered(event, refusal), None
-            return
-        yield len(references)
-        for reference in references:
-            if event.is_cancelled or event.assoc.acse.is_aborted():
-                yield CANCELLED, None
-                return
-            yield PENDING_MATCH, fetched(self._fetch(reference) if worthwhile() else None)
-
-    def _fetch(self, reference: str) -> SpoolFile | None:
-        """A Binary in a file of the spool; None, with a warning, when it cannot be fetched."""
-        file = SpoolFile(self.store.spool)
-        try:
-            asyncio.run_coroutine_threadsafe(self._fhir.download(reference, file), self.loop).result()
-            if not file.error:
-                return file
-            self._tell(f"{reference} cannot be fetched: {file.error}")
-        except (ServerError, ValueError) as error:
-            self._tell(f"{reference} cannot be fetched: {error}")
+            return await self._retrieve(line, request, references, send, lambda: sender.problem is None)
         finally:
+            if sender.problem is not None:
+                self.warn(f"objects could not be moved to '{title}': {sender.problem}")
+            await self.loop.run_in_executor(self._sending, sender.release)
+
+    async def _get(self, line: DicomLine, request: Request) -> Answer:
+        """C-GET (PS3.4 C.4.3): the objects come as C-STORE on the same association."""
+        references = await self._references(line, request)
+
+        async def send(file: SpoolFile) -> int:
+            context, fields, blocks = await self._decode(self._prepared, line, file)
+            return int((await line.request(context, fields, blocks)).get("Status", PROCESSING_FAILURE))
+
+        return await self._retrieve(line, request, references, send, lambda: True)
+
+    @staticmethod
+    def _prepared(line: DicomLine, file: SpoolFile) -> tuple[int, Json, Iterable[bytes]]:
+        """In a thread: the context that takes the object, the command, and its data set; ValueError."""
+        library = imaging()
+        meta = library.pydicom.filereader.read_file_meta_info(file.name)
+        sop_class, own = str(meta.MediaStorageSOPClassUID), str(meta.TransferSyntaxUID)
+        open_ = {c.syntaxes[0]: c.id for c in line.core.contexts.values() if c.abstract == sop_class}
+        fields = {"CommandField": _FIELDS["C-STORE"], "AffectedSOPClassUID": sop_class, "Priority": 0,
+                  "AffectedSOPInstanceUID": str(meta.MediaStorageSOPInstanceUID)}  # fmt: skip
+        if own in open_:
+            start = 144 + int(meta.FileMetaInformationGroupLength)
+            return open_[own], fields, file_blocks(file.name, start)
+        syntax = next((syntax for syntax in open_ if syntax in UNCOMPRESSED and own in UNCOMPRESSED), "")
+        if not syntax:
+            raise ValueError("no presentation context for it")
+        return open_[syntax], fields, [write_dataset(library.pydicom.dcmread(file.name), syntax)]
+
+    async def _retrieve(
+        self, line: DicomLine, request: Request, references: list[str], send: Callable[[SpoolFile], Awaitable[int]],
+        worthwhile: Callable[[], bool],
+    ) -> Answer:  # fmt: skip
+        """Each object as it comes from the server, and a pending answer after each; the last says what failed."""
+        counts = {"Completed": 0, "Failed": 0, "Warning": 0}
+        failed: list[str] = []
+        for done, reference in enumerate(references, 1):
+            if request.cancelled.is_set():
+                return {"Status": CANCELLED, **_suboperations(len(references) - done + 1, counts)}, _failed_list(failed)
+            outcome, uid = await self._send_one(reference, send) if worthwhile() else ("Failed", "")
+            counts[outcome] += 1
+            failed += [uid] if outcome == "Failed" and uid else []
+            left = _suboperations(len(references) - done, counts)
+            await line.respond(request, {"Status": PENDING_MATCH, **left})
+        bad = counts["Failed"] + counts["Warning"]
+        status = (
+            ALL_FAILED if bad and not (counts["Completed"] or counts["Warning"]) else SOME_FAILED if bad else SUCCESS
+        )
+        return {"Status": status, **_suboperations(None, counts)}, _failed_list(failed) if bad else None
+
+    async def _send_one(self, reference: str, send: Callable[[SpoolFile], Awaitable[int]]) -> tuple[str, str]:
+        """A Binary through a file of the spool to where it shall go: what came of it, and its SOP Instance UID."""
+        file, uid = SpoolFile(self.store.spool), ""
+        try:
+            await self._fhir.download(reference, file)
+            if file.error:
+                raise ServerError(file.error)
             file.close()
-        file.discard()
-        return None
+            uid = await self._decode(_instance_of, file.name)
+            status = await send(file)
+            return "Completed" if status == SUCCESS else "Warning" if status >> 12 == 0xB else "Failed", uid
+        except Exception as error:  # no DICOM file, or nobody who takes it: the next one may go
+            said = str(error) if isinstance(error, AgentError | ValueError) else type(error).__name__
+            self.warn(f"{reference} cannot be {'sent' if uid else 'fetched'}: {said}")
+            return "Failed", uid
+        finally:
+            file.discard()
 
     # --- procedure steps and storage commitment ---
 
-    def _step(self, event: Event) -> tuple[Any, Any]:
+    async def _step(self, line: DicomLine, request: Request) -> Answer:
         """MPPS N-CREATE and N-SET (PS3.4 F.7.2): stored; the Bot's answer goes back if it comes in time."""
-        request = typing.cast(Any, event.request)
-        create = event.event.name == "EVT_N_CREATE"
-        given = request.AffectedSOPInstanceUID if create else request.RequestedSOPInstanceUID
-        uid = str(given or imaging().pydicom.uid.generate_uid())
-        heard: concurrent.futures.Future[str] = concurrent.futures.Future()
+        create = request.name == "N-CREATE"
+        uid = request.uid or str(imaging().pydicom.uid.generate_uid())
+        heard: asyncio.Future[str] = self.loop.create_future()
+        message = await self._request(line, request, MPPS_CLASS, uid)
         try:
-            attributes = event.attribute_list if create else event.modification_list
-            command = "N-CREATE" if create else "N-SET"
-            message = self._request(event, command, MPPS_CLASS, uid, attributes)
-            if refusal := self._keep(message, lambda: self._waiting.update({message.id: heard})):
+            if refusal := await self._keep(message, lambda: self._waiting.update({message.id: heard})):
                 raise Refusal(RESOURCE_LIMITATION, refusal)
-            answer = self._heard(heard)
-        except Refusal as refusal_:
-            return self._refused(event, refusal_), None
+            answer = await self._heard(heard)
         finally:
-            self.loop.call_soon_threadsafe(self._forget_waiting, heard)
-        if create and not given:
-            answer.AffectedSOPInstanceUID = uid
-        return SUCCESS, answer
+            self._waiting.pop(message.id, None)
+        made = {"AffectedSOPInstanceUID": uid} if create and not request.uid else {}
+        return {"Status": SUCCESS, **made}, answer
 
-    def _request(self, event: Event, command: str, sop_class: str, uid: str, dataset: Dataset, **more: int) -> Message:
+    async def _request(self, line: DicomLine, request: Request, sop_class: str, uid: str, **more: int) -> Message:
         omitted: list[str] = []
         try:
-            elements = dicom_json(dataset, omitted, large=UPLINK_FRAME_BYTES)
+            dataset = await self._decode(request.dataset)
+            elements = await self._decode(dicom_json, dataset, omitted, UPLINK_FRAME_BYTES)
         except Exception:
             raise Refusal(PROCESSING_FAILURE, "the data set cannot be read") from None
-        body = {"association": association_json(event), "command": command, "sopClassUid": sop_class,
+        body = {"association": line.titles, "command": request.name, "sopClassUid": sop_class,
                 "sopInstanceUid": uid, **more, "dataset": elements}  # fmt: skip
         body |= {"omitted": omitted} if omitted else {}
-        return self._new_message(event, command, uid, uid, body)
+        return self._new_message(line, request.name, uid, uid, body)
 
-    def _heard(self, heard: concurrent.futures.Future[str]) -> Dataset:
-        """The data set of the Bot's answer; an empty one when it does not come in time, for the request is kept."""
+    async def _heard(self, heard: asyncio.Future[str]) -> Dataset | None:
+        """The data set of the Bot's answer; none when it does not come in time, for the request is kept."""
         try:
-            words = bot_words(heard.result(self.settings.answerWaitSecs if self._dispatcher.live else 0))
-            return dataset_of(words.get("dataset", {}) if isinstance(words, dict) else {})
+            async with asyncio.timeout(self.settings.answerWaitSecs if self.uplink.live else 0):
+                words = bot_words(await heard)
+            elements = words.get("dataset", {}) if isinstance(words, dict) else {}
+            return await self._decode(dataset_of, elements) if elements else None
         except TimeoutError:
-            return dataset_of({})
+            return None
         except ValueError:
             raise Refusal(PROCESSING_FAILURE, "the Bot's answer is no data set in DICOM JSON") from None
 
-    def _forget_waiting(self, heard: concurrent.futures.Future[str]) -> None:
-        for id_ in [id_ for id_, other in self._waiting.items() if other is heard]:
-            del self._waiting[id_]
-
-    def _action(self, event: Event) -> tuple[Any, Any]:
+    async def _action(self, line: DicomLine, request: Request) -> Answer:
         """Storage commitment N-ACTION (PS3.4 J.3.2): answered when stored; the report follows the Bot's answer."""
-        request = typing.cast(Any, event.request)
-        if request.RequestedSOPClassUID != COMMITMENT_CLASS or request.ActionTypeID != 1:
-            return NO_SUCH_ACTION, None
+        if request.fields.get("RequestedSOPClassUID") != COMMITMENT_CLASS or request.fields.get("ActionTypeID") != 1:
+            raise Refusal(NO_SUCH_ACTION, "an action that is not supported")
+        message = await self._request(line, request, COMMITMENT_CLASS, request.uid, actionTypeId=1)
         try:
-            dataset = event.action_information
-            uid = str(request.RequestedSOPInstanceUID)
-            message = self._request(event, "N-ACTION", COMMITMENT_CLASS, uid, dataset, actionTypeId=1)
+            dataset = await self._decode(request.dataset)
             wanted = [str(item.ReferencedSOPInstanceUID) for item in dataset.ReferencedSOPSequence]
-            if not wanted or [uid for uid, _ in referenced_objects(load_json(message.text or ""))] != wanted:
-                raise Refusal(RESOURCE_LIMITATION, "more objects than fit into one message; ask for fewer at a time")
-            message.prepared = False
-            message.key = "" if self.plan.key_spec == "*" else f"commitment {dataset.get('TransactionUID')}"
-            if refusal := self._keep(message, lambda: self._committing.update({message.id: event.assoc})):
-                raise Refusal(RESOURCE_LIMITATION, refusal)
-        except Refusal as refusal_:
-            return self._refused(event, refusal_), None
+            key = f"commitment {dataset.TransactionUID}"
         except Exception:  # no transaction, no objects, or unreadable ones
-            return self._refused(event, Refusal(PROCESSING_FAILURE, "the request cannot be read")), None
-        return SUCCESS, None
+            raise Refusal(PROCESSING_FAILURE, "the request cannot be read") from None
+        if not wanted or [uid for uid, _ in referenced_objects(load_json(message.text or ""))] != wanted:
+            raise Refusal(RESOURCE_LIMITATION, "more objects than fit into one message; ask for fewer at a time")
+        message.prepared = False
+        message.key = "" if self.plan.key_spec == "*" else key
+        if refusal := await self._keep(message, lambda: self._committing.update({message.id: line})):
+            raise Refusal(RESOURCE_LIMITATION, refusal)
+        return {"Status": SUCCESS}, None
 
     # --- answers of the Bot ---
 
-    def relays(self, body: object) -> bool:
-        return True
-
-    def deliver(self, message: Message, text: str) -> bool:
-        if (heard := self._waiting.pop(message.id, None)) is not None:
+    def answer(self, message: Message, body: object, error: str) -> bool:
+        text = message.response or "" if body is not None and not error else ""
+        heard = self._waiting.pop(message.id, None)
+        if heard is not None and not heard.done():
             # a Bot that says nothing about a procedure step has nothing against it
-            heard.set_result("{}" if not text or text.startswith(BOT_LOG) else text)
-        if message.type != COMMITMENT:
-            return True
-        self._commit(message, text)
-        return False  # until the device has taken the report
-
-    def refuse(self, message: Message, error_code: str) -> bool:
-        if (heard := self._waiting.pop(message.id, None)) is not None:
-            heard.set_result(f'{{"status": {PROCESSING_FAILURE}}}')
+            silent = "{}" if not text or text.startswith(BOT_LOG) else text
+            heard.set_result(f'{{"status": {PROCESSING_FAILURE}}}' if error else silent)
         if message.type == COMMITMENT:
-            self._commit(message, "")
-        return heard is not None
+            spawn(self._report(message, text, self._committing.pop(message.id, None)))
+            return False  # until the device has taken the report
+        return heard is not None or not error
 
-    def _commit(self, message: Message, text: str) -> None:
+    async def _report(self, message: Message, text: str, line: DicomLine | None) -> None:
         """Report what the Bot says is safe; everything else has failed (PS3.4 J.3.3)."""
-        reporting = asyncio.ensure_future(self._report(message, text, self._committing.pop(message.id, None)))
-        self._reports.add(reporting)
-        reporting.add_done_callback(self._reports.discard)
-
-    async def _report(self, message: Message, text: str, association: Association | None) -> None:
         committed: set[str] | None = None
         try:
             committed = {str(uid) for uid in bot_words(text)["committed"]}
         except (Refusal, KeyError, TypeError):
-            self._warn(f"message {message.id}: the Bot confirmed nothing; the device hears that the commitment failed")
+            self.warn(f"message {message.id}: the Bot confirmed nothing; the device hears that the commitment failed")
         asked = message.text or (await self.store.bodies([message.id]))[message.id][0].decode()
         request = load_json(asked)
-        run = functools.partial(self.loop.run_in_executor, self._threads)
-        report, kind = await run(commitment_report, request, committed)
+        report, kind = await self._decode(commitment_report, request, committed)
         for seconds in COMMITMENT_REPORT_SECS:
             await asyncio.sleep(seconds)
-            if not (problem := await run(self._send_report, request["association"], report, kind, association)):
+            if not (problem := await self._send_report(request["association"], report, kind, line)):
                 message.outcome = DELIVERED
-                self.store.update(message, message.state)
+                self.store.update(message)
                 return
-            self._warn(f"message {message.id}: the storage commitment report was not taken: {problem}")
+            self.warn(f"message {message.id}: the storage commitment report was not taken: {problem}")
 
     async def recover(self) -> None:
         """After a start: go on with the reports that no device has taken yet."""
-        assert self.feed is not None
-        sql = f"""SELECT {_COLUMNS} FROM message WHERE channel = ? AND type = '{COMMITMENT}' AND state = {PROCESSED}
-          AND outcome = {UNDELIVERED} AND received_at > ?"""
-        values = self.feed.row.id, now_ms() - COMMITMENT_REPORT_DAYS * 86_400_000
-        for row in await self.store.call(lambda db: db.execute(sql, values).fetchall()):
-            message = Message._from_row(row)
-            self._commit(message, message.response or "")
+        await load_imaging()
+        since = now_ms() - COMMITMENT_REPORT_DAYS * 86_400_000
+        for message in await self.store.unreported(self.queue.row, since):
+            spawn(self._report(message, message.response or "", None))
 
-    def _send_report(self, titles: Json, report: Dataset, kind: int, association: Association | None) -> str:
+    async def _send_report(self, titles: Json, report: Dataset, kind: int, line: DicomLine | None) -> str:
         """N-EVENT-REPORT, on an association of our own where the device's address is known; why not, or ``."""
         calling = titles["callingAeTitle"]
-        own = None
+        if peer := destinations(self.settings.moveDestinations).get(calling):
+            own = titles["calledAeTitle"] or self.settings.calledAeTitle or "MEDPLUM"
+            return await self.loop.run_in_executor(self._sending, _report_by_call, peer, calling, own, report, kind)
+        if line is None or not line.core.established:
+            return f"'{calling}' is not connected; name its address in moveDestinations"
+        context = next(c for c in line.core.contexts.values() if c.abstract == COMMITMENT_CLASS)
+        fields = {"CommandField": _FIELDS["N-EVENT-REPORT"], "AffectedSOPClassUID": COMMITMENT_CLASS,
+                  "AffectedSOPInstanceUID": COMMITMENT_INSTANCE, "EventTypeID": kind}  # fmt: skip
         try:
-            if (peer := self._destinations.get(calling)) is not None:
-                entity = imaging().Entity(titles["calledAeTitle"] or self._entity.ae_title, self.store.spool)
-                context, role = imaging().context(COMMITMENT_CLASS), imaging().role(COMMITMENT_CLASS, scp_role=True)
-                own = association = entity.associate(*peer, contexts=[context], ae_title=calling, ext_neg=[role])
-                if not own.is_established:
-                    return association_problem(own)
-            if association is None or not association.is_established:
-                return f"'{calling}' is not connected; name its address in moveDestinations"
-            with vars(association).setdefault("turn", threading.Lock()):
-                answer, _ = association.send_n_event_report(report, kind, COMMITMENT_CLASS, COMMITMENT_INSTANCE)
-            status = answer.get("Status")
-            return "" if status == SUCCESS else f"status {status}"
-        except (ValueError, RuntimeError, OSError) as error:
-            return f"{type(error).__name__}"
-        finally:
-            if own is not None and own.is_established:
-                own.release()
+            async with line.turn:
+                content = await self._decode(write_dataset, report, context.syntaxes[0])
+                status = (await line.request(context.id, fields, [content])).get("Status")
+        except (DeviceError, ValueError) as error:
+            return str(error)
+        return "" if status == SUCCESS else f"status {status}"
 
 
-def _is_cut(dataset: Dataset) -> bool:
-    """It ends in the middle of a value, which pydicom takes for a short one."""
-    last = dataset.get_item(max(dataset.keys())) if len(dataset) else None
-    value = getattr(last, "value", None)
-    return isinstance(value, bytes) and len(value) < getattr(last, "length", 0) < 0xFFFFFFFF
+def _report_by_call(peer: Peer, title: str, own: str, report: Dataset, kind: int) -> str:
+    """In a thread: the report on an association of our own (PS3.4 J.3.3: we are the SCP); why not, or ``."""
+    library = imaging()
+    association: Association | None = None
+    try:
+        role = library.role(COMMITMENT_CLASS, scp_role=True)
+        association = library.Entity(own).associate(*peer, contexts=[library.context(COMMITMENT_CLASS)], ae_title=title,
+                                                    ext_neg=[role])  # fmt: skip
+        if not association.is_established:
+            return association_problem(association)
+        answer, _ = association.send_n_event_report(report, kind, COMMITMENT_CLASS, COMMITMENT_INSTANCE)
+        status = answer.get("Status")
+        return "" if status == SUCCESS else f"status {status}"
+    except (ValueError, RuntimeError, OSError) as error:
+        return type(error).__name__
+    finally:
+        if association is not None and association.is_established:
+            association.release()
+
+
+async def unless_cancelled(request: Request, work: Coroutine[Any, Any, T]) -> T:
+    """The result of `work`; Refusal when the device cancels, or is gone."""
+    doing, cancelled = asyncio.ensure_future(work), asyncio.ensure_future(request.cancelled.wait())
+    try:
+        await asyncio.wait({doing, cancelled}, return_when=asyncio.FIRST_COMPLETED)
+        if not doing.done():
+            raise Refusal(CANCELLED, "cancelled by the device")
+        return doing.result()
+    finally:
+        doing.cancel()
+        cancelled.cancel()
+
+
+def file_blocks(path: str, start: int) -> Iterator[bytes]:
+    """The rest of a file, a block at a time."""
+    with open(path, "rb") as file:
+        file.seek(start)
+        while block := file.read(TRANSFER_BLOCK_BYTES):
+            yield block
+
+
+def _instance_of(path: str) -> str:
+    """In a thread: the SOP Instance UID of a Part 10 file."""
+    return str(imaging().pydicom.filereader.read_file_meta_info(path).MediaStorageSOPInstanceUID)
+
+
+def _suboperations(remaining: int | None, counts: Mapping[str, int]) -> Json:
+    found = {f"NumberOf{name}Suboperations": count for name, count in counts.items()}
+    return found if remaining is None else found | {"NumberOfRemainingSuboperations": remaining}
+
+
+def _failed_list(uids: list[str]) -> Dataset:
+    """The identifier of a last answer (PS3.4 C.4.2.1.4.2)."""
+    return dataset_of({"00080058": {"vr": "UI", "Value": uids}})
 
 
 def commitment_report(request: Json, committed: set[str] | None) -> tuple[Dataset, int]:
@@ -7629,12 +7974,6 @@ def commitment_report(request: Json, committed: set[str] | None) -> tuple[Datase
     if failed:
         report.FailedSOPSequence = failed
     return report, 1 if done and not failed else 2
-
-
-def association_json(event: Event) -> Json:
-    """Who asks whom, as in the body of channel contract 8."""
-    request = typing.cast(Any, event.assoc.requestor.primitive)
-    return {"callingAeTitle": request.calling_ae_title.strip(), "calledAeTitle": request.called_ae_title.strip()}
 
 
 def _answer_body(answer: Json) -> object:
@@ -7672,7 +8011,7 @@ class ImagingCaller:
                 dataset_of(request.get("dataset", {}))
             if command == "C-MOVE" and not ae_titles(str(request.get("destination") or "")):
                 raise ValueError("C-MOVE needs a destination, the AE title that the objects shall go to")
-            return typing.cast(Json, request)
+            return cast(Json, request)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             text = str(error) if isinstance(error, ValueError) else 'it needs the form {"command": "C-ECHO"}'
             raise DeviceError(f"the body of a push to {push.target.key}: {text}", "device-rejected") from None
@@ -7702,7 +8041,7 @@ class ImagingCaller:
         except TimeoutError:
             raise DeviceError(f"{push.target.key}: not done within {seconds:g} s", "device-silent") from None
         except OSError as error:
-            raise DeviceError(f"{push.target.key}: {_os_reason(error)}", "device-unreachable") from None
+            raise DeviceError(f"{push.target.key}: {os_reason(error)}", "device-unreachable") from None
         finally:
             if file is not None:
                 file.discard()
@@ -7719,27 +8058,28 @@ class ImagingCaller:
     def _perform(self, target: Target, request: Json, file: SpoolFile | None, seconds: float) -> Json:
         """In a thread: the association and the request."""
         s, library = target.settings, imaging()
-        entity = library.Entity(s.callingAeTitle, self._spool)
+        entity = library.Entity(s.callingAeTitle)
         entity.connection_timeout, entity.acse_timeout = s.connectTimeoutSecs, min(seconds, DIMSE_SECS)
         entity.dimse_timeout = entity.network_timeout = seconds
         tls = (device_tls(s), target.host) if s.tls else None
         peer, title = Peer(target.host, target.port), target.path
         if request["command"] == "C-STORE":
-            return self._store(target, Sender(entity.associate, peer, title, tls), fetched(file))
-        sop_class = "1.2.840.10008.1.1" if request["command"] == "C-ECHO" else self._model(request)
+            return self._store(target, Sender(entity, peer, title, tls), cast(SpoolFile, file))
+        sop_class = VERIFICATION_CLASS if request["command"] == "C-ECHO" else self._model(request)
         context = library.context(sop_class, list(UNCOMPRESSED))
         association = entity.associate(*peer, contexts=[context], ae_title=title, tls_args=tls)
         if not association.is_established:
-            raise DeviceError(f"{target.key}: {association_problem(association)}", _rejection_kind(association))
+            raise DeviceError(f"{target.key}: {association_problem(association)}", rejection_kind(association))
         try:
             return self._query(target, association, sop_class, request)
         finally:
             association.release()
 
     @staticmethod
-    def _store(target: Target, sender: Sender, stand_in: Dataset) -> Json:
+    def _store(target: Target, sender: Sender, file: SpoolFile) -> Json:
         try:
-            return {"status": _checked_status(target, sender.send_c_store(stand_in))}
+            file.close()
+            return {"status": _checked_status(target, sender.send(file.name))}
         except DeviceError as error:
             raise DeviceError(f"{target.key}: {error}", error.kind) from None
         except Exception as error:  # no DICOM file, or no presentation context that takes it
@@ -7762,11 +8102,6 @@ class ImagingCaller:
         names = ("Completed", "Failed", "Warning")
         counts = {name.lower(): int(last.get(f"NumberOf{name}Suboperations") or 0) for name in names}
         return {"status": _checked_status(target, last), **counts}
-
-
-def _rejection_kind(association: Association) -> str:
-    """A device that answers, even with a rejection, may still be mended by a person: that is tried again."""
-    return "device-error" if association.acceptor.primitive else "device-unreachable"
 
 
 def _checked_status(target: Target, answer: Dataset) -> int:
@@ -7810,10 +8145,8 @@ class Agent:
         self.plan: Plan | None = None
         self.channels: dict[str, Channel] = {}
         self._listeners: dict[tuple[str, int], Listener] = {}
-        self._dialers: dict[str, Dialer] = {}
         self._stop = asyncio.Event()
         self._reloading, self._push_gate = asyncio.Lock(), asyncio.Lock()
-        self._tasks: set[asyncio.Task[Any]] = set()
         self._lock_file: typing.BinaryIO | None = None
         self._last_sweep: tuple[int, int, int] = (-1, -1, -1)
 
@@ -7832,8 +8165,8 @@ class Agent:
             self.fhir = Fhir(self.config.settings, context, self.log)
             self.uplink = Uplink(self.config.settings, self.fhir, context, self.log)
             self.uplink.on_message = self._message
-            uplink = self._spawn(self.uplink.run())
-            starting = self._spawn(self._start())
+            uplink = spawn(self.uplink.run())
+            starting = spawn(self._start())
             await self._until_stop(starting)
             await self._shut_down(uplink)
         finally:
@@ -7878,7 +8211,7 @@ class Agent:
         return Log(name, settings, directory, console, lazy=name == "channels")
 
     def _close_files(self) -> None:
-        with contextlib.suppress(OSError):
+        with suppress(OSError):
             (self.state_dir / ALIVE_FILE).unlink()
         for log in (self.log, self.channel_log):
             log.flush()
@@ -7900,12 +8233,12 @@ class Agent:
             self._save_config(plan)
         await self._open_store(plan)
         await self._apply(plan, first=True)
-        self._spawn(self.devices.resume())
+        spawn(self.devices.resume())
         self.started.set()
         self.log.info("Medplum service started successfully.")
-        self._spawn(self._keep_house())
+        spawn(self._keep_house())
         if saved:
-            self._spawn(self._catch_up())
+            spawn(self._catch_up())
 
     async def _first_config(self) -> tuple[Json, Mapping[str, Json | AgentError], bool]:
         """The Agent and its Endpoints from the server; from disk when the server is away at start."""
@@ -7934,9 +8267,7 @@ class Agent:
         for reference, endpoint in zip(references, found, strict=True):
             if isinstance(endpoint, BaseException) and not isinstance(endpoint, AgentError):
                 raise endpoint
-            if (isinstance(endpoint, ServerError) and endpoint.status in (0, 429)) or (
-                isinstance(endpoint, ServerError) and endpoint.status >= 500
-            ):
+            if isinstance(endpoint, ServerError) and endpoint.transient:
                 raise endpoint
             endpoints[reference] = endpoint
         return agent, endpoints
@@ -7989,8 +8320,9 @@ class Agent:
         path = Path(plan.settings.queueDbPath or self.state_dir / QUEUE_FILE)
         self.store = Store(path, self.log)
         await self.store.open()
-        self.dispatcher = Dispatcher(self.config.settings.agentId, self.store, self.uplink, self.fhir, self.log)
-        self.devices = Devices(self.store, self.log, self.channel_log, self.channels)
+        self.uplink.store = self.store
+        self._parts = Parts(self.store, self.uplink, self.fhir, self.log, self.channel_log)
+        self.devices = Devices(self._parts, self.channels)
         self.devices.imaging = ImagingCaller(self.store.spool, self.fhir, self.channel_log)
 
     # --- plans ---
@@ -8016,17 +8348,21 @@ class Agent:
         self.plan = plan
         self.store.max_bytes = plan.settings.queueMaxMb * MIB
         self.devices.configure(plan)
-        self._stop_channels(plan)
         for bind in [bind for bind in self._listeners if bind not in wanted]:
             self._listeners.pop(bind).close()
         self._listeners |= opened
+        for name in self.channels.keys() - {channel.name for channel in plan.channels}:
+            self.channels[name].stop()
+            self.channels[name].queue.paused = True  # what it has waits for its return
         for channel_plan in plan.channels:
             await self._apply_channel(channel_plan)
         for bind, listener in self._listeners.items():
             listener.channel = self.channels[wanted[bind].name]
         for listener in opened.values():
             await listener.start()
-        await self._feed_known(plan)
+        self.uplink.pump()
+        if plan.status != "off":
+            spawn(self._warn_of_orphans(plan))
 
     async def _bind_new(
         self, wanted: Mapping[tuple[str, int], ChannelPlan], *, first: bool
@@ -8045,7 +8381,7 @@ class Agent:
                 reason = error.strerror or error
                 problems.append(f"channel '{channel.name}': port {channel.port} cannot be opened: {reason}")
                 if first:
-                    self._spawn(self._bind_later(channel))
+                    spawn(self._bind_later(channel))
         if problems and not first:
             await self._unbind(opened, moved)
             raise ConfigError(problems)
@@ -8083,111 +8419,58 @@ class Agent:
             self.log.info(f"Channel '{plan.name}': port {plan.port} is open now.")
             return
 
-    def _stop_channels(self, plan: Plan) -> None:
-        """Stop what is gone, off, or moved to another port: its devices reconnect, what they sent is kept."""
-        staying = {channel.name: channel for channel in plan.channels if channel.active}
-        for name, channel in list(self.channels.items()):
-            new = staying.get(name)
-            if new is None or self._must_restart(new, channel.plan):
-                channel.stop()
-                del self.channels[name]
-                if (dialer := self._dialers.pop(name, None)) is not None:
-                    dialer.close()
-
-    @staticmethod
-    def _must_restart(new: ChannelPlan, old: ChannelPlan) -> bool:
-        """Another port, another protocol, or another line to open."""
-        kind = (new.bind, new.protocol, new.is_astm, new.dials) != (old.bind, old.protocol, old.is_astm, old.dials)
-        return kind or (new.dials and new.settings != old.settings)
-
     async def _apply_channel(self, plan: ChannelPlan) -> None:
-        channel = self.channels.get(plan.name)
+        """A channel stays, with its lines, where it can; else another takes its queue over."""
+        old = self.channels.get(plan.name)
         if not plan.active:
             self.log.warn(f"Channel '{plan.name}' is off (Endpoint.status).")
-        elif channel is None:
-            self.channels[plan.name] = await self._new_channel(plan)
-            self._announce(plan)
-        elif channel.plan != plan:
-            self.log.info(f"Channel '{plan.name}' has new settings.")
-        attaching = self._spawn(self._attach(plan))
-        if self.store.healthy:
-            await attaching
-
-    async def _new_channel(self, plan: ChannelPlan) -> Channel:
-        parts = plan, self.store, self.log, self.channel_log
+        if old is not None and self._may_stay(old, plan):
+            if old.plan != plan:
+                self.log.info(f"Channel '{plan.name}' has new settings.")
+            old.replan(plan)
+            return
+        if old is not None:
+            old.stop()  # its devices reconnect, what they sent is kept
+        kind = Channel
         if isinstance(plan.settings, DicomSettings):
             await load_imaging()
-            return DicomChannel(*parts, self.fhir, self.dispatcher)
-        if isinstance(plan.settings, StreamSettings):
-            return AstmChannel(*parts) if plan.is_astm else StreamChannel(*parts)
-        return Hl7Channel(*parts)
-
-    def _announce(self, plan: ChannelPlan) -> None:
-        if plan.dials:
-            self._dialers[plan.name] = Dialer(typing.cast(StreamChannel, self.channels[plan.name]), self.log)
-        elif (listener := self._listeners.get(plan.bind)) is not None:
+            kind = DicomChannel
+        self.channels[plan.name] = channel = kind(plan, self._parts, old.queue if old else None)
+        if plan.active:
+            channel.start()
+        if plan.active and (listener := self._listeners.get(plan.bind)) is not None and not plan.dials:
             tls = " with TLS" if plan.settings.tls else ""
             self.log.info(f"Channel '{plan.name}' listens{tls} on {listener.shown}.")
 
-    async def _attach(self, plan: ChannelPlan) -> None:
-        """Give the channel its feed; waits while the store cannot be used, when devices get CE/AE."""
-        try:
-            feed = await self.dispatcher.feed(plan)
-        except StorageError:
-            asyncio.get_running_loop().call_later(STORE_REOPEN_SECS, self._attach_again, plan.name)
-            return
-        channel = self.channels.get(plan.name)
-        if channel is not None:
-            channel.replan(plan)
-            first, channel.feed = channel.feed is None, feed
-            if first:
-                self._spawn(channel.recover())
-        feed.outlet = channel
+    @staticmethod
+    def _may_stay(old: Channel, new: ChannelPlan) -> bool:
+        """The same port, protocol and line to open."""
+        was = old.plan
+        kinds = [(plan.bind, plan.protocol, plan.is_astm, plan.dials, plan.active) for plan in (was, new)]
+        return kinds[0] == kinds[1] and not old.queue.paused and not (new.dials and new.settings != was.settings)
 
-    def _attach_again(self, name: str) -> None:
-        plans = self.plan.channels if self.plan else ()
-        for plan in (plan for plan in plans if plan.name == name):
-            self._spawn(self._attach(plan))
-
-    async def _feed_known(self, plan: Plan) -> None:
+    async def _warn_of_orphans(self, plan: Plan) -> None:
         """Messages of channels that are off go on to the server; those of channels that are gone wait."""
-        named = {channel.name for channel in plan.channels}
-        for name, feed in self.dispatcher.feeds.items():
-            feed.paused = name not in named
-            if feed.paused:
-                feed.outlet = None
-                if feed.depth and plan.status != "off":
-                    self.log.warn(_orphans(name, feed.depth))
-        self.dispatcher.pump()
-        if self.store.healthy and plan.status != "off":
-            await self._warn_of_orphans(named | set(self.dispatcher.feeds))
-
-    async def _warn_of_orphans(self, known: set[str]) -> None:
-        sql = (
-            "SELECT c.name, count(*) FROM message m JOIN channel c ON c.id = m.channel "
-            f"WHERE m.state < {PROCESSED} GROUP BY m.channel"
-        )
-        with contextlib.suppress(sqlite3.Error):  # the store itself reports a file that cannot be read
-            for name, count in await self.store.read(lambda db: db.execute(sql).fetchall()):
+        known = {channel.name for channel in plan.channels}
+        with suppress(StorageError):  # the store itself reports a file that cannot be read
+            for name, count, _ in await self.store.backlog():
                 if name not in known and not name.startswith(PUSH_PREFIX):
-                    self.log.warn(_orphans(name, count))
+                    waiting = f"{count} messages of channel '{name}' wait: it is not in the configuration"
+                    self.log.warn(f"{waiting}. Add it to deliver them.")
 
     # --- requests of the server (uplink contract 4) ---
 
     def _message(self, message: Json) -> None:
         kind, callback = message["type"], message.get("callback")
-        if kind in ("agent:transmit:response", "transmit"):
-            if hasattr(self, "dispatcher"):
-                self.dispatcher.response(message)
-        elif kind == "agent:error":
+        if kind == "agent:error":
             self._server_error(str(message.get("body")))
         elif (operation := self._operations.get(kind)) is not None:
-            self._spawn(self._perform(operation, message, callback))
+            spawn(self._perform(operation, message, callback))
         else:
             self.log.warn("The server sent a message of an unknown type.")
             self._fail(f"Unknown message type: {kind}", callback)
 
-    @functools.cached_property
+    @cached_property
     def _operations(self) -> Mapping[str, Callable[[Json], Awaitable[Json | None]]]:
         return {
             "agent:transmit:request": self._push, "push": self._push,
@@ -8238,9 +8521,9 @@ class Agent:
                 return answer | {"contentType": PING_TYPE, "statusCode": 200, "body": body}
             push = self._checked_push(message)
             if not message.get("callback"):
-                self.devices.store(push)
+                self.devices.device(push.target.key).keep(push)
                 return None
-            body = await self.devices.send(push, PUSH_WAIT_SECS)
+            body = await self.devices.device(push.target.key).ask(push, PUSH_WAIT_SECS)
             if len(body) > PUSH_ANSWER_BYTES:
                 raise DeviceError(f"{push.target.key}: its answer of {len(body)} bytes is too large", "device-error")
             return answer | {"contentType": push.content_type, "statusCode": 200, "body": body}
@@ -8299,57 +8582,56 @@ class Agent:
 
     async def stats(self) -> Json:
         """The stats object of operations contract 8."""
-        feeds = dict(self.dispatcher.feeds) if self.started.is_set() else {}
+        channels = self.channels if self.started.is_set() else {}
         found = {
-            "hl7ConnectionsOpen": sum(len(channel.connections) for channel in self.channels.values()),
+            "hl7ConnectionsOpen": sum(
+                len(channel.lines) for channel in channels.values() if not isinstance(channel, DicomChannel)
+            ),
             "ping": self.uplink.ping_ms,
-            "webSocketQueueDepth": sum(feed.depth - len(feed.inflight) for feed in feeds.values()),
+            "webSocketQueueDepth": 0,
             "dicomAssociationsOpen": sum(
-                len(channel.associations) for channel in self.channels.values() if isinstance(channel, DicomChannel)
+                len(channel.associations) for channel in channels.values() if isinstance(channel, DicomChannel)
             ),
             "hl7QueueDepth": 0,
             "hl7ClientCount": self.devices.client_count if self.started.is_set() else 0,
             "live": self.uplink.live,
             "outstandingHeartbeats": self.uplink.outstanding,
-            "channelStats": {name: {"rtt": feed.round_trip_stats()} for name, feed in feeds.items()},
+            "channelStats": {name: {"rtt": channel.queue.round_trip_stats()} for name, channel in channels.items()},
             "clientStats": self.devices.stats() if self.started.is_set() else {},
         }
-        return found | ({"durableQueue": await self._queue_stats(feeds)} if self.started.is_set() else {})
+        if not self.started.is_set():
+            return found
+        depths = await self._depths()
+        waiting = sum(depth["queued"] for depth in depths.values())
+        return found | {"webSocketQueueDepth": waiting, "durableQueue": await self._queue_stats(depths)}
 
-    async def _queue_stats(self, feeds: Mapping[str, Feed]) -> Json:
-        store = self.store
-        inflight = {name: len(feed.inflight) for name, feed in feeds.items()}
-        total = sum(inflight.values())
-        counts = {name: store.tally[state] for state, name in enumerate(STATES)}
+    async def _depths(self) -> dict[str, Json]:
+        """What each channel has, waiting and with the server."""
+        inflight = {name: len(channel.queue.inflight) for name, channel in self.channels.items()}
+        backlog: list[Backlog] = []
+        with suppress(StorageError):
+            backlog = await self.store.backlog()
+        found = {waiting.name: waiting for waiting in backlog}
+        return {
+            name: {
+                "queued": max(0, found[name].waiting - sent) if name in found else 0, "claimed": 0, "inflight": sent,
+                "oldestQueuedAgeMs": now_ms() - found[name].oldest if name in found else -1,
+            }
+            for name, sent in inflight.items()
+        }  # fmt: skip
+
+    async def _queue_stats(self, depths: Mapping[str, Json]) -> Json:
+        counts = dict.fromkeys(STATES, 0)
+        with suppress(StorageError):
+            counts = await self.store.counts()
+        total = sum(depth["inflight"] for depth in depths.values())
         counts["queued"], counts["inflight"] = max(0, counts["queued"] + counts["inflight"] - total), total
         swept_at, processed, errored = self._last_sweep
         return {
-            "enabled": True,
-            "isLeader": True,
-            "healthy": store.healthy,
-            "dbSizeBytes": store.size_bytes,
-            "countsByState": counts,
-            "channelDepth": {
-                name: {
-                    "queued": feed.depth - inflight[name], "claimed": 0, "inflight": inflight[name],
-                    "oldestQueuedAgeMs": await self._oldest_age(feed),
-                }
-                for name, feed in feeds.items()
-            },
-            "lastSweepAt": swept_at,
-            "lastSweepDeletedProcessed": processed,
-            "lastSweepDeletedErrored": errored,
+            "enabled": True, "isLeader": True, "healthy": self.store.healthy, "dbSizeBytes": self.store.size_bytes,
+            "countsByState": counts, "channelDepth": depths, "lastSweepAt": swept_at,
+            "lastSweepDeletedProcessed": processed, "lastSweepDeletedErrored": errored,
         }  # fmt: skip
-
-    async def _oldest_age(self, feed: Feed) -> int:
-        if not feed.depth:
-            return -1
-        sql = f"SELECT received_at FROM message WHERE channel = ? AND state < {PROCESSED} ORDER BY id LIMIT 1"
-        try:
-            row = await self.store.read(lambda db: db.execute(sql, (feed.row.id,)).fetchone())
-        except sqlite3.Error:
-            return -1
-        return now_ms() - row[0] if row else -1
 
     # --- upkeep ---
 
@@ -8360,7 +8642,7 @@ class Agent:
         while True:
             if loop.time() >= next_alive:
                 next_alive = loop.time() + ALIVE_SECS
-                with contextlib.suppress(OSError):
+                with suppress(OSError):
                     (self.state_dir / ALIVE_FILE).touch(0o600)
             await asyncio.sleep(LAZY_SECS)
             await asyncio.to_thread(self.channel_log.flush)
@@ -8369,10 +8651,10 @@ class Agent:
             settings = self.plan.settings
             if settings.logStatsFreqSecs > 0 and loop.time() >= next_stats:
                 next_stats = loop.time() + settings.logStatsFreqSecs
-                self._spawn(self._log_stats())
+                spawn(self._log_stats())
             if loop.time() >= next_sweep:
                 next_sweep = loop.time() + settings.queueSweepIntervalSecs
-                self._spawn(self._sweep(settings))
+                spawn(self._sweep(settings))
 
     async def _log_stats(self) -> None:
         self.log.info("Agent stats", stats=await self.stats())
@@ -8381,19 +8663,8 @@ class Agent:
         try:
             processed, errored = await self.store.sweep(settings)
             self._last_sweep = (now_ms(), processed, errored)
-        except (StorageError, sqlite3.Error) as error:
+        except StorageError as error:
             self.log.error(f"Old messages cannot be deleted: {error}")
-
-    def _spawn(self, work: typing.Coroutine[Any, Any, T]) -> asyncio.Task[T]:
-        task = asyncio.get_running_loop().create_task(work, name=getattr(work, "__qualname__", None))
-        self._tasks.add(task)
-        task.add_done_callback(self._done)
-        return task
-
-    def _done(self, task: asyncio.Task[Any]) -> None:
-        self._tasks.discard(task)
-        if not task.cancelled() and (error := task.exception()) is not None and not isinstance(error, ConfigError):
-            self.log.error(f"Internal error: {type(error).__name__} in {task.get_name()}", stack=_stack(error))
 
     def _thread_failed(self, args: threading.ExceptHookArgs) -> None:
         """Python would print the exception's text, which could quote a message."""
@@ -8401,10 +8672,11 @@ class Agent:
         self.log.error(f"Internal error: {args.exc_type.__name__} in a thread", stack=stack)
 
     def _loop_failed(self, loop: asyncio.AbstractEventLoop, context: Json) -> None:
-        error = context.get("exception")
-        self.log.warn(
-            f"{context['message']} ({error.strerror if isinstance(error, OSError) else type(error).__name__})."
-        )
+        error, text = context.get("exception"), context["message"]
+        if text.startswith("Internal error"):
+            self.log.error(text, stack=_stack(error) if error else [])
+        else:
+            self.log.warn(f"{text} ({error.strerror if isinstance(error, OSError) else type(error).__name__}).")
 
     async def _shut_down(self, uplink: asyncio.Task[None]) -> None:
         """Stop accepting, store what was read, let answers come for a moment, say goodbye."""
@@ -8413,18 +8685,17 @@ class Agent:
             async with asyncio.timeout(STOP_SECS):
                 for listener in self._listeners.values():
                     listener.close()
-                for dialer in self._dialers.values():
-                    dialer.close()
                 for channel in self.channels.values():
-                    for connection in channel.connections.values():
-                        connection.pause("stopping")
+                    channel.close_door()
+                    for line in channel.lines.values():
+                        line.pause("stopping")
                 if hasattr(self, "devices"):
                     self.devices.close()
                 await self._settle_devices()
                 for channel in list(self.channels.values()):
                     channel.stop()
                 await self.uplink.goodbye()
-                for task in self._tasks - {asyncio.current_task(), uplink}:
+                for task in _tasks - {asyncio.current_task(), uplink}:
                     task.cancel()
                 if hasattr(self, "store"):
                     await self.store.close()
@@ -8438,9 +8709,9 @@ class Agent:
         loop = asyncio.get_running_loop()
         until = loop.time() + STOP_ANSWER_SECS
         await asyncio.sleep(0.02)  # callers whose push ended just now are answered
-        while connections := [c for channel in self.channels.values() for c in channel.connections.values()]:
-            waiting = any(c.pending for c in connections)
-            answers = self.uplink.live and loop.time() < until and any(c.awaiting for c in connections)
+        while lines := [line for channel in self.channels.values() for line in channel.lines.values()]:
+            waiting = any(line.pending for line in lines)
+            answers = self.uplink.live and loop.time() < until and any(line.awaiting for line in lines)
             if not waiting and not answers:
                 return
             await asyncio.sleep(0.02)
@@ -8455,10 +8726,6 @@ def _silent_parts(plan: Plan) -> tuple[str, ...]:
     return tuple(
         f"channel '{name}' names no Bot (targetReference): the server refuses its messages" for name in botless
     )
-
-
-def _orphans(name: str, count: int) -> str:
-    return f"{count} messages of channel '{name}' wait: it is not in the configuration. Add it to deliver them."
 
 
 def _stack(error: BaseException) -> list[str]:
@@ -8582,7 +8849,7 @@ def _run_agent(options: argparse.Namespace) -> NoReturn:
 def _run_demo(state_dir: str | None, *, stay: bool) -> int:
     import tempfile
 
-    with contextlib.ExitStack() as stack:
+    with ExitStack() as stack:
         folder = Path(
             state_dir
             or stack.enter_context(

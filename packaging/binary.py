@@ -21,24 +21,26 @@ import inventory
 
 ROOT = Path(__file__).resolve().parent.parent
 MODULE = ROOT / "medplum_agent.py"
+DEMO = ROOT / "packaging/demo.py"
 SYSTEM = {"linux": "linux", "darwin": "macos", "win32": "windows.exe"}[sys.platform]
 PROGRAM = "medplum-agent.exe" if sys.platform == "win32" else "medplum-agent"
 LOWER_GLIBC = "MEDPLUM_AGENT_GLIBC"  # such as 2.17: compile against this glibc, with zig
 
 # Modules that Nuitka does not see: imported by C code, by name, or left out by default. Without the first two JSON is
 # six times slower.
-NAMED_MODULES = ("_json", "_bisect", "orjson")
+NAMED_MODULES = ("_json", "_bisect", "orjson", "demo")
 NAMED_PACKAGES = (
     "icmplib", "hl7", "serialx", "pynetdicom", "pydicom.pixels.decoders", "pydicom.pixels.encoders", "pydicom.uid",
 )  # fmt: skip
 # Found by Nuitka and never used. pydicom.examples looks for files of a source tree as soon as it is imported: the agent
 # puts an empty module in its place. multiprocessing drags in half of the standard library; the agent uses threads.
+# medplum_agent is the program itself, which demo.py imports: without this it would be compiled twice.
 LEFT_OUT = (
     "pydicom.examples", "pydicom.sr", "pydicom.cli", "pynetdicom.apps", "pynetdicom.tests", "pynetdicom.benchmarks",
     "multiprocessing", "concurrent.futures.process", "numpy", "PIL", "pylibjpeg", "gdcm", "openjpeg", "tkinter",
     "unittest", "pydoc", "pdb", "doctest", "distutils", "setuptools", "pip", "webbrowser", "imaplib", "poplib",
     "smtplib", "ftplib", "cgi", "cgitb", "trace", "turtle", "xdrlib", "zipapp", "lib2to3", "idlelib", "ensurepip",
-    "venv", "pickletools", "modulefinder", "pyclbr", "rlcompleter", "wsgiref", "xmlrpc", "crypt",
+    "venv", "pickletools", "modulefinder", "pyclbr", "rlcompleter", "wsgiref", "xmlrpc", "crypt", "medplum_agent",
 )  # fmt: skip
 C_LIBRARY = ("libc", "libm", "libdl", "libpthread", "librt", "libutil", "ld-linux-x86-64", "ld-linux-aarch64")
 
@@ -48,14 +50,14 @@ class BinaryError(Exception):
 
 
 def build_commit() -> str:
-    """The second part of the version: seven characters of the commit, zeros when the module was changed since."""
-    changed = subprocess.run(["git", "diff", "--quiet", "HEAD", "--", MODULE], cwd=ROOT, capture_output=True)
+    """The second part of the version: seven characters of the commit, zeros when the source was changed since."""
+    changed = subprocess.run(["git", "diff", "--quiet", "HEAD", "--", MODULE, DEMO], cwd=ROOT, capture_output=True)
     commit = subprocess.run(["git", "rev-parse", "--short=7", "HEAD"], cwd=ROOT, capture_output=True, text=True)
     return commit.stdout.strip()[:7] if changed.returncode == 0 and commit.returncode == 0 else "0000000"
 
 
 def stamped_source(folder: Path) -> Path:
-    """A copy of the module that knows its commit."""
+    """A copy of the module that knows its commit, and the demo beside it."""
     text = MODULE.read_text("utf-8")
     stamped, count = re.subn(r'^BUILD = "0{7}"', f'BUILD = "{build_commit()}"', text, flags=re.MULTILINE)
     if count != 1:
@@ -63,6 +65,7 @@ def stamped_source(folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     target = folder / MODULE.name
     target.write_text(stamped, "utf-8")
+    shutil.copy(DEMO, folder)
     return target
 
 

@@ -13,6 +13,7 @@ import contextlib
 import dataclasses
 import datetime
 import json
+import os
 import socket
 import ssl
 import sys
@@ -46,14 +47,13 @@ from medplum_agent import (
     Agent,
     Astm,
     AstmEvent,
+    ConfigError,
     FrameAccepted,
     Header,
     Json,
-    LocalError,
     Mllp,
     Sent,
     Session,
-    Spool,
     StreamSettings,
     Write,
     build_ack,
@@ -107,7 +107,7 @@ BotResult = tuple[int, Any]  # (status code, body)
 
 def accepting_bot(transmit: Transmit) -> BotResult:
     """The usual HL7 Bot: answers AA."""
-    return 200, build_ack(Header(transmit.body), "AA", closing="")
+    return 200, build_ack(Header(transmit.body), "AA").rstrip("\r")
 
 
 class Sandbox:
@@ -136,10 +136,12 @@ class Sandbox:
         self._waiting: dict[str, asyncio.Future[Json]] = {}
         self._connections: set[asyncio.Task[None]] = set()
 
-    async def start(self, port: int = 0, context: ssl.SSLContext | None = None) -> None:
-        self._server = await asyncio.start_server(
-            self._accept, "127.0.0.1", port, ssl=context, limit=UPLINK_FRAME_BYTES
-        )
+    async def start(
+        self, port: int = 0, context: ssl.SSLContext | None = None, *, ear: socket.socket | None = None
+    ) -> None:
+        """Listen on a port of 127.0.0.1 (0: any), or on the socket that listens already."""
+        ear = ear or socket.create_server(("127.0.0.1", port))
+        self._server = await asyncio.start_server(self._accept, sock=ear, ssl=context, limit=UPLINK_FRAME_BYTES)
         self.port = self._server.sockets[0].getsockname()[1]
 
     async def stop(self) -> None:
@@ -598,50 +600,100 @@ DEMO_PUSH = (
     "RXD|1|GLUCOSE|20260101121000|5|mg\r"
 )
 
+DEMO_PORT = 8103
+DEMO_SECS = 60.0  # for the agent's start and all the example traffic, which take two
+DEMO_AGAIN = "Start it again; with --state-dir DIR the agent's log stays in DIR"
+
+
+def _listen() -> socket.socket:
+    """The server's port; ConfigError where this machine cannot reach itself."""
+    try:
+        try:
+            ear = socket.create_server(("127.0.0.1", DEMO_PORT))
+        except OSError:
+            ear = socket.create_server(("127.0.0.1", 0))
+        socket.create_connection(ear.getsockname(), 5).close()
+    except OSError as error:
+        raise ConfigError([
+            f"the demo cannot connect to 127.0.0.1, this machine itself: {error.strerror or error}. Bring the loopback "
+            "interface up (Linux: ip link set lo up) or allow it in the firewall, and start the demo again"
+        ]) from None  # fmt: skip
+    return ear
+
 
 def _free_port(preferred: int) -> int:
     for port in (preferred, 0):
         with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", port)) as probe:
             return int(probe.getsockname()[1])
-    raise LocalError("no free TCP port on this machine")
+    raise ConfigError(["no TCP port of 127.0.0.1 is free: end a program that listens, and start the demo again"])
+
+
+class DemoAgent(Agent):
+    """When it begins to stop, the example devices leave: no one of them waits for what will not come any more."""
+
+    devices_at_work: asyncio.Task[None]
+
+    def stop(self) -> None:
+        self.devices_at_work.cancel()
+        super().stop()
 
 
 class Demo:
-    """The sandbox, an agent connected to it and two example devices, in one process and without a network."""
+    """The sandbox, an agent connected to it and example devices, in one process and without a network."""
 
     def __init__(self, state_dir: Path, stay: bool):
-        self._stay = stay
-        self.ports = {name: _free_port(56000 + number) for number, name in enumerate(DEMO_CHANNELS)}
+        self._state_dir, self._stay, self._ear = state_dir, stay, _listen()
+        port = int(self._ear.getsockname()[1])
+        first = 56000 if port == DEMO_PORT else 0  # beside another demo, which may just be about to take its own
+        *channels, self.pump_port = (_free_port(first and first + n) for n in range(len(DEMO_CHANNELS) + 1))
+        self.ports = dict(zip(DEMO_CHANNELS, channels, strict=True))
         addresses = {
             name: f"{scheme}://127.0.0.1:{self.ports[name]}{query}"
             for name, (scheme, query, _) in DEMO_CHANNELS.items()
         }
-        self.pump_port = _free_port(56100)
         device = {"resourceType": "Device", "id": "pump", "url": f"mllp://127.0.0.1:{self.pump_port}"}
         self.sandbox = Sandbox(sandbox_resources(DEMO_AGENT, addresses) | {"Device/pump": device})
         self.sandbox.on_transmit = self._show_transmit
         self.sandbox.bot = self._bot
-        self._state_dir = state_dir
+        self.sandbox.port = port
 
     @staticmethod
     def say(who: str, text: str) -> None:
-        print(f"{datetime.datetime.now().astimezone():%H:%M:%S}  {who:<8} {text}", flush=True)
+        line = f"{datetime.datetime.now().astimezone():%H:%M:%S}  {who:<8} {text}\n"
+        print(line, end="", flush=True)  # in one piece: the scanner's thread speaks, too
 
     async def run(self, on_agent: Callable[[Agent], None]) -> None:
-        await self.sandbox.start(_free_port(8103))
+        """The traffic, and what others send until the agent is stopped; ConfigError when something cannot work."""
+        os.environ["no_proxy"] = "127.0.0.1"  # the site's proxy knows nothing of this machine's ports
         arguments = [self.sandbox.url, "sandbox-client", "sandbox-secret", DEMO_AGENT, "WARN"]
-        config = resolve_process(arguments, {"stateDir": str(self._state_dir)}, {}, None)
-        agent = Agent(config, sys.stderr)
-        on_agent(agent)
+        agent = DemoAgent(resolve_process(arguments, {"stateDir": str(self._state_dir)}, {}, None), sys.stderr)
+        agent.devices_at_work = devices = asyncio.create_task(self._devices(agent))
+        on_agent(agent)  # before anything that waits: from here on Ctrl-C is the agent's clean stop
+        await self.sandbox.start(ear=self._ear)
         self.say("server", f"the stand-in Medplum server listens on {self.sandbox.url}")
         serving = asyncio.create_task(agent.run())
-        await asyncio.wait({serving, asyncio.create_task(agent.started.wait())}, return_when=asyncio.FIRST_COMPLETED)
-        if not serving.done():
-            self.say("agent", f"started, connected to the server; its files are in {self._state_dir}")
-            await self._traffic()
-            self._invite(agent)
-        await serving
+        await asyncio.wait({serving, devices}, return_when=asyncio.FIRST_COMPLETED)
+        agent.stop()
+        await asyncio.wait({serving, devices})
         await self.sandbox.stop()
+        serving.result()
+        if not devices.cancelled():
+            devices.result()
+
+    async def _devices(self, agent: Agent) -> None:
+        """Once the agent has started: each device in turn; then, if the demo shall stay, until the agent stops."""
+        try:
+            async with asyncio.timeout(DEMO_SECS):
+                await agent.started.wait()
+                self.say("agent", f"started, connected to the server; its files are in {self._state_dir}")
+                await self._traffic()
+        except TimeoutError:
+            raise ConfigError([f"the demo was not done after {DEMO_SECS:.0f} s. {DEMO_AGAIN}"]) from None
+        except (OSError, EOFError, urllib3.exceptions.HTTPError):
+            raise ConfigError([f"the demo broke off: the agent closed a connection. {DEMO_AGAIN}"]) from None
+        if self._stay:
+            self._invite()
+            await asyncio.get_running_loop().create_future()
 
     async def _traffic(self) -> None:
         for name, (_, _, meaning) in DEMO_CHANNELS.items():
@@ -659,6 +711,11 @@ class Demo:
     async def _analyzer(self, port: int) -> None:
         """An instrument: sends two sessions, and takes the order that answers the second."""
         reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        with contextlib.closing(writer):
+            order = await self._sessions(reader, writer)
+        self.say("analyzer", f"takes the order {_one_line(order.replace(chr(10), chr(13)))}")
+
+    async def _sessions(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> str:
         loop, settings = asyncio.get_running_loop(), StreamSettings(mode="astm")
         core = Astm(settings)
         orders: list[Session] = []
@@ -680,12 +737,12 @@ class Demo:
         while not orders:
             try:
                 wait = max(0.01, (core.deadline() or loop.time() + 10) - loop.time())
-                perform(core.receive(await asyncio.wait_for(reader.read(4096), wait), loop.time()))
+                if not (received := await asyncio.wait_for(reader.read(4096), wait)):
+                    raise EOFError
+                perform(core.receive(received, loop.time()))
             except TimeoutError:
                 perform(core.expired(loop.time()))
-        records = records_text(orders[0].records, settings)
-        self.say("analyzer", f"takes the order {_one_line(records.replace(chr(10), chr(13)))}")
-        writer.close()
+        return records_text(orders[0].records, settings)
 
     def _scanner(self, port: int) -> None:
         """A CT scanner, in a thread: stores an image and asks for its worklist."""
@@ -694,9 +751,11 @@ class Demo:
         query = dataset_of({key: {"vr": value["vr"]} for key, value in DEMO_WORKLIST.items()})
         image.file_meta = library.pydicom.dataset.FileMetaDataset()
         image.file_meta.TransferSyntaxUID = library.pydicom.uid.UID(EXPLICIT)
-        entity = library.Entity("CT01", Spool(self._state_dir, lambda size: ""))
+        entity = library.Entity("CT01")
         contexts = [library.context(uid, EXPLICIT) for uid in (image.SOPClassUID, WORKLIST_CLASS)]
         association = entity.associate("127.0.0.1", port, contexts=contexts, ae_title="AGENT")
+        if not association.is_established:
+            raise EOFError
         self.say("scanner", f"stores an image of {image.PatientName}")
         self.say("scanner", f"hears status 0x{association.send_c_store(image).Status:04X}: it is on disk")
         self.say("scanner", "asks for its worklist")
@@ -704,17 +763,18 @@ class Demo:
             if item is not None:
                 step = item.ScheduledProcedureStepSequence[0]
                 self.say("scanner", f"hears {item.PatientName}: {step.ScheduledProcedureStepDescription}")
+        association.acse_timeout = 0.5  # seconds: an agent that stops just now may never answer the release
         association.release()
 
     async def _pump(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """A device that listens: it answers every message with AA."""
         core = Mllp(MIB)
-        while received := await reader.read(READ_BYTES):
-            for frame in core.receive(received):
-                if isinstance(frame, bytes):
-                    self.say("pump", f"hears {_one_line(frame.decode())}; answers AA")
-                    writer.write(mllp_frame(build_ack(Header(frame.decode()), "AA").encode()))
-        writer.close()
+        with contextlib.closing(writer), contextlib.suppress(OSError, asyncio.CancelledError):
+            while received := await reader.read(READ_BYTES):
+                for frame in core.receive(received):
+                    if isinstance(frame, bytes):
+                        self.say("pump", f"hears {_one_line(frame.decode())}; answers AA")
+                        writer.write(mllp_frame(build_ack(Header(frame.decode()), "AA").encode()))
 
     async def _push(self) -> None:
         """What a Bot or a person does: POST Agent/<id>/$push and wait for the device's answer."""
@@ -733,15 +793,15 @@ class Demo:
 
     async def _device(self, name: str, message: str) -> None:
         reader, writer = await asyncio.open_connection("127.0.0.1", self.ports[name])
-        self.say("device", f"sends {_one_line(message)}")
-        writer.write(mllp_frame(message.encode()))
-        expected = {"AA"} if name == "ADT" else {"CA", "AA"}
-        while expected:
-            frame = (await asyncio.wait_for(reader.readuntil(END), 10))[1:-2].decode()
-            ack = read_ack(frame)
-            expected.discard(ack.code if ack else "")
-            self.say("device", f"hears {_one_line(frame)}")
-        writer.close()
+        with contextlib.closing(writer):
+            self.say("device", f"sends {_one_line(message)}")
+            writer.write(mllp_frame(message.encode()))
+            expected = {"AA"} if name == "ADT" else {"CA", "AA"}
+            while expected:
+                frame = (await reader.readuntil(END))[1:-2].decode()
+                ack = read_ack(frame)
+                expected.discard(ack.code if ack else "")
+                self.say("device", f"hears {_one_line(frame)}")
 
     def _show_transmit(self, transmit: Transmit) -> None:
         self.say("server", f"got the message from channel {transmit.channel}, device {transmit.remote}; runs the Bot")
@@ -773,10 +833,7 @@ class Demo:
         self.say("Bot", f"got the image as {request['binary']['reference']}")
         return ""
 
-    def _invite(self, agent: Agent) -> None:
-        if not self._stay:
-            agent.stop()
-            return
+    def _invite(self) -> None:
         port = self.ports["LAB"]
         form = "grant_type=client_credentials&client_id=sandbox-client&client_secret=sandbox-secret"
         login = f"curl -s -d '{form}' {self.sandbox.url}oauth2/token"

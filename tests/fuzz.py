@@ -133,7 +133,10 @@ def _astm_events(kind: int, pieces: list[list[bytes]], late: bool) -> list[str]:
 
 def hl7(content: bytes) -> None:
     """Decoding, header, keys, acknowledgments and answers: PeerError or a result."""
-    ma.read_ack(content.decode("utf-8", "replace"))
+    said = content.decode("utf-8", "replace")
+    if ack := ma.read_ack(said):
+        assert ack.code == ack.code.strip().upper() and ack.control_id == ack.control_id.strip()
+        assert ma.read_ack(f"\ufeff{said}") == ack
     for encoding in ("utf-8", "latin1"):
         try:
             text = ma.decode_hl7(content, encoding)
@@ -152,16 +155,20 @@ def hl7(content: bytes) -> None:
 def settings(content: bytes) -> None:
     """An Endpoint address, whatever it is, gives a plan within its bounds or problems."""
     text = content.decode("utf-8", "replace")
-    for address in (text, f"mllp://0.0.0.0:56000?{text}", f"mllp://{text}"):
+    stream = f"tcp://0.0.0.0:56000?startChar=%02&endChar=%03&{text}"
+    for address in (text, f"mllp://0.0.0.0:56000?{text}", f"mllp://{text}", stream):
         endpoint = {"resourceType": "Endpoint", "address": address}
         agent = {"channel": [{"name": "A", "endpoint": {"reference": "E"}}], "setting": [_agent_setting(text)]}
         plan, problems = ma.build_plan(agent, {"E": endpoint})
         assert problems or plan.channels
+        assert 1 <= plan.defaults.maxWorkers <= 500 and plan.given.keys() <= ma.AGENT_ROWS.keys()
         for channel in plan.channels:
             assert 1 <= channel.settings.maxWorkers <= 500 and (channel.dials or 1 <= channel.port <= 65535)
             channel.policy.delay_ms(100)
             if isinstance(channel.settings, ma.Hl7Settings):
                 ma.decode_hl7(b"MSH|\xff\x80" + content, channel.settings.encoding)
+            if isinstance(channel.settings, ma.StreamSettings):
+                ma.stream_body(b"\x02\xff\x80" + content + b"\x03", channel.settings)
 
 
 def _agent_setting(text: str) -> ma.Json:
@@ -225,7 +232,13 @@ TARGETS: dict[str, tuple[Callable[[bytes], None], tuple[bytes, ...]]] = {
             b"\xc1\x06\x04" + SESSION + PAUSE + b"\x06\x06",
         ),
     ),
-    "hl7": (hl7, (MESSAGE, ACK, MESSAGE.replace(b"\r", b"\r\n"), b"\xef\xbb\xbfMSH#*!%$#a", b"MSH|")),
+    "hl7": (
+        hl7,
+        (
+            MESSAGE, ACK, ACK.replace(b"MSG1", b" MSG1 "), MESSAGE.replace(b"\r", b"\r\n"),
+            b"\xef\xbb\xbfMSH#*!%$#a", b"MSH|",
+        ),
+    ),
     "settings": (
         settings,
         (

@@ -596,11 +596,12 @@ class Receiver:
             self.open.add(link)
             self.most = max(self.most, len(self.open))
             self.changed.notify_all()
-        with accepted, contextlib.suppress(OSError, EOFError):
-            self._read(link)
-        with self.changed:
-            self.open.discard(link)
-            self.changed.notify_all()
+        with accepted:
+            with contextlib.suppress(OSError, EOFError):
+                self._read(link)
+            with self.changed:  # before the other side can see it closed
+                self.open.discard(link)
+                self.changed.notify_all()
 
     def _read(self, link: Link) -> None:
         received = b""

@@ -277,10 +277,9 @@ def test_ack_in_the_messages_own_delimiters() -> None:
     assert msa == "MSA#CA#7#Commit Accept"
 
 
-def test_ack_ends_as_the_channel_says() -> None:
+def test_an_ack_ends_with_a_carriage_return() -> None:
     _, header = message()
     assert ma.build_ack(header, "AA").endswith("|OK\r")
-    assert ma.build_ack(header, "AA", closing="").endswith("|OK")
 
 
 def test_ack_control_ids_are_unique_and_fit_the_field() -> None:
@@ -324,6 +323,10 @@ def test_sequence_number_goes_to_msh_13(text: str, numbered: str) -> None:
         ("MSH|^~\\&|a\r\n\r\nMSA|AR", ("AR", "")),
         ("MSH#*!%$#a\rMSA#AA#1", ("AA", "1")),
         ("MSH|^~\\&|a\rERR|x\rMSA|AA|1", ("AA", "1")),
+        ("\ufeffMSH|^~\\&|a\rMSA|AA|MSG1|OK", ("AA", "MSG1")),
+        ("\r\n\ufeffMSH|^~\\&|a\rMSA|AA|MSG1|OK", ("AA", "MSG1")),
+        ("MSH|^~\\&|a\rMSA|AA| MSG1 |OK", ("AA", "MSG1")),
+        ("MSH|^~\\&|a\rMSA|AA|MSG1 \rERR|x", ("AA", "MSG1")),
     ],
 )
 def test_read_ack(text: str, ack: tuple[str, str]) -> None:

@@ -259,7 +259,7 @@ def test_every_error_has_a_reason_for_a_person() -> None:
 
 
 def policy(query: str) -> ma.Policy:
-    return ma.channel_plan("A", {"address": f"mllp://h:5?{query}"}, ma.AgentSettings(), frozenset(), []).policy
+    return ma.channel_plan("A", {"address": f"mllp://h:5?{query}"}, {}, []).policy
 
 
 @pytest.mark.parametrize("failures", [1, 2, 3, 5, 8, 20, 100, 10_000])

@@ -2,7 +2,6 @@
 
 import os
 import re
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +9,7 @@ from pathlib import Path
 import pytest
 from hl7.client import MLLPClient
 
-from tests.support import ROOT, AgentProcess, acknowledgment, message, site
+from tests.support import acknowledgment, message, site
 
 
 @pytest.fixture(scope="module")
@@ -91,45 +90,3 @@ def test_medplum_hl7_send_example(here, medplum, tmp_path):
     printed = run(medplum, "hl7", "send", "--generate-example", "127.0.0.1", str(here.ports["A"]), cwd=tmp_path)
     assert "MSA|AA" in printed
     here.sandbox.wait_for(lambda: len(here.sandbox.seen) == count + 1)
-
-
-# --- our own demo ---
-
-
-def test_demo_shows_each_hop_and_ends(tmp_path):
-    env = os.environ | {"PYTHONIOENCODING": "utf-8"}
-    printed = run(*AgentProcess.COMMAND, "demo", "--once", cwd=tmp_path, env=env)
-    parts = re.split(r"(?m)^(?:ADT|LAB) channel", printed)
-    assert len(parts) == 3, printed
-    for part, codes in zip(parts[1:], (["AA"], ["CA", "AA"]), strict=True):
-        hops = ["device   sends MSH", "server   got the message", "Bot ", *(f"MSA|{code}" for code in codes)]
-        assert all(hop in part for hop in hops), part
-        assert part.index(hops[0]) < part.index(hops[1]) < part.index(hops[2]) < part.rindex("device   hears")
-    assert not list(tmp_path.iterdir()), "the demo leaves nothing behind"
-
-
-def test_demo_stays_until_interrupted(tmp_path):
-    with subprocess.Popen(
-        [*AgentProcess.COMMAND, "demo"], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-    ) as demo:
-        assert demo.stdout is not None
-        seen = []
-        for line in demo.stdout:
-            seen.append(line.decode())
-            if "Ctrl-C" in seen[-1]:
-                break
-        demo.send_signal(signal.SIGINT)
-        rest = demo.stdout.read().decode()
-        assert demo.wait(15) == 0, rest
-    printed = "".join(seen)
-    assert "mllp_send" in printed and "hl7 send" in printed and "$stats" in printed
-
-
-def test_module_runs_from_a_folder_of_its_own(tmp_path):
-    """One file, nothing beside it."""
-    if os.environ.get("MEDPLUM_AGENT_BINARY"):
-        pytest.skip("the executable is its own file")
-    copy = tmp_path / "medplum_agent.py"
-    copy.write_bytes((ROOT / "medplum_agent.py").read_bytes())
-    env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
-    assert "MSA|AA" in run(sys.executable, str(copy), "demo", "--once", cwd=tmp_path, env=env)

@@ -17,7 +17,7 @@ import trustme
 from hl7.mllp import start_hl7_server
 
 import medplum_agent
-from medplum_agent import Devices, Push, parse_target
+from medplum_agent import Devices, Parts, Push, parse_target
 from tests.support import (
     AGENT_ID,
     Receiver,
@@ -294,6 +294,47 @@ def no_id(link, text):
     link.send("MSH|^~\\&|PUMP|||||ACK|1|P|2.5.1\rMSA|AA\r")
 
 
+def blank_id(link, text):
+    link.send(f"\ufeffMSH|^~\\&|PUMP|||||ACK|1|P|2.5.1\rMSA| aa | {control_id(text)} |\r")
+
+
+def ca_only(link, text):
+    link.ack("CA", control_id(text))
+
+
+def no_hl7(link, text):
+    link.send("OK")
+
+
+def unframed(link, text):
+    link.send_raw(ack_text("AA", control_id(text)).encode())
+
+
+@pytest.mark.parametrize("behaviour", [no_id, blank_id])
+def test_an_acknowledgment_with_blanks_with_a_bom_or_without_msa_2(caller, behaviour):
+    """The device's own words when MSA-2 is empty and one message is in flight."""
+    with Receiver(behaviour) as device:
+        for n in range(2):
+            answer = caller.push(device.url(), message(f"OWN-{n}"))
+            assert answer.status == 200 and "MSA|" in answer.text, answer
+
+
+@pytest.mark.parametrize(
+    ("behaviour", "query", "said"),
+    [
+        (no_answer, "", "within 0.3 s"), (half, "", "not ended by 0x1C 0x0D"),
+        (wrong_id, "", "acknowledges another message"),
+        (ca_only, "&defaultReturnAck=application", "only its accept acknowledgment (CA) came"),
+        (no_hl7, "", "no HL7 acknowledgment"), (unframed, "", "in no MLLP frame"),
+    ],
+)  # fmt: skip
+def test_the_error_says_what_came_instead(caller, behaviour, query, said):
+    with Receiver(behaviour) as device:
+        answer = caller.push(device.url(f"?ackTimeoutSecs=0.3{query}"), message("CAME-1"))
+        assert_failed(answer, device.url(), "no ack")
+        assert said in answer.text and "CAME-1" not in answer.text
+
+
 def unaccepting():
     """A port where connecting takes for ever: its queue of connections is full; what must be kept open."""
     listener = socket.socket()
@@ -309,7 +350,7 @@ def unaccepting():
 
 def test_silence_is_answered_before_the_caller_gives_up_and_idle_connections_close(here, caller):
     """All at once, as each takes 9 s; idle connections close after 10 s in the meantime."""
-    behaviours = [no_answer, garbage, no_ack, wrong_id, half, no_id]
+    behaviours = [no_answer, garbage, no_ack, wrong_id, half]
     with contextlib.ExitStack() as stack:
         idle = stack.enter_context(Receiver())
         assert_works(caller, idle)
@@ -764,7 +805,7 @@ def test_status_off(here, caller):
 )
 def test_two_hundred_pushes_to_one_slow_device(here, settings, limit):
     """Never more connections than allowed, one message in flight on each, and no answer mixed up."""
-    count = 200
+    count, keep_alive = 200, any(entry["name"] == "keepAlive" for entry in settings)
     busy, most = set(), []
 
     def slow(link, text):
@@ -793,7 +834,8 @@ def test_two_hundred_pushes_to_one_slow_device(here, settings, limit):
             for n, answer in enumerate(answers):
                 assert (answer.status, answer.text) == (200, ack_text("AA", f"M-{n}", f"answer to M-{n}")), answer
             assert sorted(device.ids()) == sorted(f"M-{n}" for n in range(count))
-            assert device.most == len(device.links) == limit, "connections"
+            assert device.most == limit, "connections"
+            assert len(device.links) == (limit if keep_alive else count), "without keepAlive nothing is reused"
             assert max(most) <= limit
     finally:
         agent["setting"] = []
@@ -810,8 +852,8 @@ def test_reload_leaves_pushes_alone(here, caller):
             assert here.sandbox.reload()["statusCode"] == 200
         device.links[0].ack("AA", "RELOAD-1")
         assert push.result().status == 200
-        assert_works(caller, device)
         assert len(device.links) == 1
+        assert_works(caller, device)
 
 
 class Quiet:
@@ -823,97 +865,134 @@ class Quiet:
     warn = error = debug = info
 
 
-QUIET: Any = Quiet()
-NO_STORE: Any = None
+NOT_THERE: Any = None
 
 
-def run_device(work):
-    """Run `work(device, target, receiver)` with a medplum_agent.Device in an event loop."""
+def settled_devices(keep, limit=None):
+    """Devices without an agent around them."""
+    entries = [{"name": "keepAlive", "valueBoolean": keep}]
+    entries += [{"name": "maxClientsPerRemote", "valueInteger": limit}] if limit else []
+    quiet: Any = Quiet()
+    devices = Devices(Parts(NOT_THERE, NOT_THERE, NOT_THERE, quiet, quiet), {})
+    devices.configure(medplum_agent.build_plan({"status": "active", "setting": entries}, {})[0])
+    return devices
+
+
+def asking(devices, url, control, seconds=5):
+    target = parse_target(url)
+    push = Push(target, message(control), control, "first", medplum_agent.HL7_TYPE)
+    return asyncio.ensure_future(devices.device(target.key).ask(push, seconds))
+
+
+@pytest.mark.parametrize("keep", [False, True])
+def test_only_with_keep_alive_a_connection_is_used_again(monkeypatch, keep):
+    monkeypatch.setattr(medplum_agent, "DEVICE_IDLE_SECS", 0)
 
     async def main(receiver):
-        device = medplum_agent.Device(receiver.url(), QUIET, QUIET)
-        await work(device, parse_target(receiver.url()), receiver)
-        device.close_idle(float("inf"))
-        await asyncio.to_thread(receiver.wait_for, lambda: not receiver.open)
+        devices = settled_devices(keep)
+        for n in range(3):
+            assert acknowledgment(await asking(devices, receiver.url(), f"KEEP-{n}")) == ("AA", f"KEEP-{n}")
+            assert receiver.most == 1
+            if n:  # after the first it is there for a while, and then in the way
+                devices.tidy()
+                await asyncio.to_thread(receiver.wait_for, lambda: len(receiver.open) == keep)
+        assert len(receiver.links) == (1 if keep else 3)
+        devices.close()
+        await asyncio.to_thread(eventually, lambda: not devices.client_count)
 
     with Receiver() as receiver:
         asyncio.run(main(receiver))
 
 
-def test_close_idle_closes_what_was_not_used_since():
-    async def work(device, target, receiver):
-        loop = asyncio.get_running_loop()
-        for n in range(3):
-            await device.exchange(target, message(f"IDLE-{n}"), f"IDLE-{n}", "first", 5)
-        assert len(device.connections) == 1
-        device.close_idle(loop.time() - 5)
-        await device.exchange(target, message("IDLE-3"), "IDLE-3", "first", 5)
-        assert len(receiver.links) == 1
-        device.close_idle(loop.time())
-        await device.exchange(target, message("IDLE-4"), "IDLE-4", "first", 5)
-        assert len(receiver.links) == 2
-        receiver.behaviour = no_answer
-        waiting = asyncio.ensure_future(device.exchange(target, message("IDLE-5"), "IDLE-5", "first", 5))
-        await asyncio.to_thread(receiver.wait_for, lambda: len(receiver.heard) == 6)
-        device.close_idle(loop.time() + 100)
-        receiver.links[1].ack("AA", "IDLE-5")
-        assert acknowledgment(await waiting) == ("AA", "IDLE-5"), "a connection in use is not idle"
-
-    run_device(work)
-
-
 @pytest.mark.parametrize("keep", [False, True])
-def test_keep_alive_keeps_connections_that_are_not_used(monkeypatch, keep):
-    monkeypatch.setattr(medplum_agent, "DEVICE_IDLE_SECS", 0)
+def test_after_a_push_without_its_acknowledgment_the_connection_is_closed(monkeypatch, keep):
+    monkeypatch.setattr(medplum_agent, "LATE_ACK_SECS", 0.05)
 
     async def main(receiver):
-        devices = Devices(NO_STORE, QUIET, QUIET, {})
-        agent = {"status": "active", "setting": [{"name": "keepAlive", "valueBoolean": keep}]}
-        devices.configure(medplum_agent.build_plan(agent, {})[0])
+        devices = settled_devices(keep)
         for n in range(2):
-            push = Push(parse_target(receiver.url()), message(f"KEEP-{n}"), f"KEEP-{n}", "first", "")
-            assert acknowledgment(await devices.send(push, 5)) == ("AA", f"KEEP-{n}")
-            devices.tidy()
-            await asyncio.to_thread(receiver.wait_for, lambda: len(receiver.open) == keep)
-        assert len(receiver.links) == (1 if keep else 2)
+            with pytest.raises(medplum_agent.DeviceError, match="no acknowledgment"):
+                await asking(devices, receiver.url(), f"LOST-{n}", 0.1)
+            await asyncio.to_thread(receiver.wait_for, lambda: not receiver.open)
+        receiver.behaviour = accepts_all
+        assert acknowledgment(await asking(devices, receiver.url(), "LOST-2")) == ("AA", "LOST-2")
+        assert [link.frames for link in receiver.links] == [1, 1, 1]
         devices.close()
-        await asyncio.to_thread(receiver.wait_for, lambda: not receiver.open)
+        await asyncio.to_thread(eventually, lambda: not devices.client_count)
 
-    with Receiver() as receiver:
+    with Receiver(no_answer) as receiver:
+        asyncio.run(main(receiver))
+
+
+def closes_when_asked_again(tries):
+    """Answers the first frame of a connection and closes at the next ones, `tries` times."""
+    left = [tries]
+
+    def behave(link, text):
+        if link.frames > 1 and left[0]:
+            left[0] -= 1
+            link.close()
+        else:
+            accepts_all(link, text)
+
+    return behave
+
+
+def test_a_used_connection_that_ends_before_an_answer_is_replaced_at_once_and_once():
+    async def main(receiver):
+        devices = settled_devices(True)
+        for n in range(3):
+            assert acknowledgment(await asking(devices, receiver.url(), f"AGAIN-{n}")) == ("AA", f"AGAIN-{n}")
+        assert receiver.ids() == ["AGAIN-0", "AGAIN-1", "AGAIN-1", "AGAIN-2"] and len(receiver.links) == 2
+        receiver.behaviour = hangs_up
+        with pytest.raises(medplum_agent.DeviceError, match="closed"):
+            await asking(devices, receiver.url(), "AGAIN-3")
+        assert receiver.ids()[4:] == ["AGAIN-3", "AGAIN-3"] and len(receiver.links) == 3
+        receiver.behaviour = accepts_all
+        await asking(devices, receiver.url(), "AGAIN-4")
+        receiver.behaviour = hangs_up_inside_its_answer
+        with pytest.raises(medplum_agent.DeviceError, match="closed"):
+            await asking(devices, receiver.url(), "AGAIN-5")
+        assert receiver.ids().count("AGAIN-5") == 1, "an answer had begun: the device has the message"
+        devices.close()
+        await asyncio.to_thread(eventually, lambda: not devices.client_count)
+
+    with Receiver(closes_when_asked_again(1)) as receiver:
         asyncio.run(main(receiver))
 
 
 def test_a_turn_that_is_given_up_goes_to_the_next():
     """Of three pushes the first holds the only connection, the second gives up waiting, the third gets its turn."""
 
-    async def work(device, target, receiver):
-        device.limit = 1
-        receiver.behaviour = no_answer
-        first = asyncio.ensure_future(device.exchange(target, message("T-1"), "T-1", "first", 5))
+    async def main(receiver):
+        devices = settled_devices(True)
+        first = asking(devices, receiver.url(), "T-1")
         await asyncio.to_thread(receiver.wait_ids, "T-1")
-        second = asyncio.ensure_future(device.exchange(target, message("T-2"), "T-2", "first", 0.05))
-        third = asyncio.ensure_future(device.exchange(target, message("T-3"), "T-3", "first", 5))
+        second = asking(devices, receiver.url(), "T-2", 0.05)
+        third = asking(devices, receiver.url(), "T-3")
         with pytest.raises(medplum_agent.DeviceError, match="busy"):
             await second
         receiver.behaviour = accepts_all
         receiver.links[0].ack("AA", "T-1")
         assert acknowledgment(await first) == ("AA", "T-1")
         assert acknowledgment(await third) == ("AA", "T-3")
-        assert device.users == 0 and not device.pending
+        device = devices.device(receiver.url())
+        assert device.users == 0 and not device.asked
+        devices.close()
+        await asyncio.to_thread(eventually, lambda: not devices.client_count)
 
-    run_device(work)
+    with Receiver(no_answer) as receiver:
+        asyncio.run(main(receiver))
 
 
 def test_a_connection_that_could_not_be_made_in_time_frees_its_place():
     """The push that waits behind one that gives up while it connects is tried at once."""
     listener, waiting = unaccepting()
-    port = listener.getsockname()[1]
+    url = f"mllp://127.0.0.1:{listener.getsockname()[1]}"
 
     async def main():
-        device = medplum_agent.Device("mllp://x:1", QUIET, QUIET)
-        target = parse_target(f"mllp://127.0.0.1:{port}")
-        first = asyncio.ensure_future(device.exchange(target, message("P-1"), "P-1", "first", 0.2))
-        second = asyncio.ensure_future(device.exchange(target, message("P-2"), "P-2", "first", 3))
+        devices = settled_devices(True)
+        first, second = asking(devices, url, "P-1", 0.2), asking(devices, url, "P-2", 3)
         with pytest.raises(medplum_agent.DeviceError):
             await first
         for sock in (*waiting, listener):
@@ -1164,36 +1243,20 @@ def test_ten_thousand_pushes_and_ten_kills(tmp_path):
 # --- when the agent itself is in trouble ---
 
 
-def test_store_that_failed_once_does_not_shut_a_device_out():
-    """The first push to a device meets a full disk and is tried once; the second is stored."""
-
-    class Store:
-        full = True
-
-        def __init__(self):
-            self.kept: asyncio.Queue[Any] = asyncio.Queue()
-            self.put = self.kept.put_nowait
-
-        async def channel(self, name, key_spec):
-            if self.full:
-                raise medplum_agent.StorageError("the disk is full")
-            return medplum_agent.ChannelRow(1, 0, 0, 0)
-
-    async def main(receiver):
-        store: Any = Store()
-        devices = Devices(store, QUIET, QUIET, {})
-        target = parse_target(receiver.url())
-        devices.store(Push(target, message("FULL-1"), "FULL-1", "first", medplum_agent.HL7_TYPE))
-        await asyncio.to_thread(receiver.wait_ids, "FULL-1")
-        store.full = False
-        devices.store(Push(target, message("FULL-2"), "FULL-2", "first", medplum_agent.HL7_TYPE))
-        kept = await asyncio.wait_for(store.kept.get(), 5)
-        assert kept.control_id == "FULL-2"
-        receiver.links[0].close()
-        await asyncio.to_thread(receiver.wait_for, lambda: not receiver.open)
-
-    with Receiver() as receiver:
-        asyncio.run(main(receiver))
+def test_store_that_failed_once_does_not_shut_a_device_out(tmp_path):
+    """The first push to a device meets a full queue and is tried once; the second is stored."""
+    with site(tmp_path, {"LAB": ""}, [*FAST, setting("queueMaxMb", 1)]) as here, here.caller() as caller:
+        (port,) = free_ports(1)
+        filler = f"mllp://127.0.0.1:{port}"
+        caller.store(filler, *(message(f"FILL-{n}", size=90_000) for n in range(13)))
+        here.agent.logged("cannot be stored")
+        with Receiver() as device:
+            caller.store(device.url(), message("FULL-1"))
+            device.wait_ids("FULL-1")
+            here.sandbox.resource(f"Agent/{AGENT_ID}")["setting"] = list(FAST)
+            assert here.sandbox.reload()["statusCode"] == 200
+            caller.store(device.url(), message("FULL-2"))
+            here.agent.wait_state("FULL-2", "processed")
 
 
 def test_push_without_wait_while_the_queue_cannot_be_used(tmp_path):

@@ -18,7 +18,7 @@ import pytest
 from demo import SandboxSocket
 
 import medplum_agent
-from medplum_agent import ChannelPlan, ChannelRow, Feed, Hl7Settings, Message
+from medplum_agent import ChannelPlan, ChannelRow, Hl7Settings, Message, Queue
 from tests.support import (
     AGENT_ID,
     ROOT,
@@ -330,22 +330,28 @@ def test_two_answers_are_one_for_the_device(tmp_path, how):
 
 
 class Rows:
-    """A store that has these rows on disk."""
+    """A store that has these rows on disk; `recovered` are the states that rows sent before a restart got."""
 
     def __init__(self, *rows):
         self.rows = rows
+        self.recovered = []
 
-    def update(self, message, before, then=None):
+    def update(self, message, then=None):
         assert then is None
 
-    async def queued(self, channel, after, limit):
-        return [(row, row.original, None) for row in self.rows if row.id > after][:limit]
+    async def recover(self, row, state, error_code, reason):
+        self.recovered.append((state, error_code, reason))
+        return 0
+
+    async def queued(self, row, after, limit):
+        assert self.recovered, "read before it was known what becomes of the rows that were sent"
+        return [(found, found.original) for found in self.rows if found.id > after][:limit]
 
 
-class Line:
-    """An uplink that is always ready; `sent` are the numbers of the messages."""
+class Way:
+    """A way that is always ready, and its owner; `sent` are the numbers of the messages."""
 
-    largest = 0
+    is_open = True
 
     def __init__(self):
         self.sent: list[int] = []
@@ -354,10 +360,19 @@ class Line:
     def ready(self):
         return True
 
-    def transmit(self, channel, remote, content_type, body, callback):
-        self.sent.append(int(callback.split("#")[0], 16))
+    def transmit(self, queue, message):
+        assert message.text == f"text of {message.id}"
+        self.sent.append(message.id)
         self.news.set()
-        return len(body)
+
+    async def prepare(self, queue, message):
+        raise AssertionError("nothing has to be prepared")
+
+    def text_of(self, message, original):
+        return original.decode()
+
+    def answer(self, message, body, error):
+        return True
 
     async def wait_sent(self, *numbers):
         async with asyncio.timeout(3):
@@ -366,44 +381,69 @@ class Line:
                 await self.news.wait()
 
 
-def feed_of(store, line, queued=0, **settings):
+ROW = ChannelRow("A", "", 1)
+
+
+def queue_of(store, way, **settings):
     plan = ChannelPlan("A", "mllp://h:1", "HL7", "", 1, True, Hl7Settings(**settings), frozenset())
     log: Any = medplum_agent.Log("main", medplum_agent.LoggerSettings(logLevel="NONE"), None, None)
-    return Feed(plan, ChannelRow(1, 0, queued, queued), store, line, line, "", log)
+    return Queue(ROW, plan.policy, store, way, way, log)
 
 
 def stored_message(number):
-    found = Message(1, "127.0.0.1:1", message(f"ROW-{number}").encode(), "utf-8")
-    found.id, found.text, found.key = number, message(f"ROW-{number}"), "patient"
+    found = Message(ROW, "127.0.0.1:1", f"text of {number}".encode())
+    found.id, found.text, found.key = number, f"text of {number}", "patient"
     return found
 
 
 def test_a_row_that_was_read_before_it_is_announced_is_sent_once():
     async def run():
-        line = Line()
-        feed = feed_of(Rows(stored_message(1), stored_message(2)), line, queued=1)
-        feed.pump()  # row 1 is known to be on disk; row 2 is read with it
-        await line.wait_sent(1)
-        feed.stored(stored_message(2))
+        way = Way()
+        store = Rows(stored_message(1), stored_message(2))
+        queue = queue_of(store, way)
+        queue.pump()  # row 2 is read together with row 1
+        await way.wait_sent(1)
+        queue.stored(stored_message(2))
         for number in (1, 2):
-            await line.wait_sent(number)
-            feed.answered(feed.window[number], 1, 200, "")
-        feed.stored(stored_message(3))
-        await line.wait_sent(3)
-        feed.answered(feed.window[3], 1, 200, "")
-        assert line.sent == [1, 2, 3]
-        assert (feed.depth, feed.window, feed.inflight) == (0, {}, {})
+            await way.wait_sent(number)
+            queue.answered(queue.window[number], 1, 200, "")
+        queue.stored(stored_message(3))
+        await way.wait_sent(3)
+        queue.answered(queue.window[3], 1, 200, "")
+        assert way.sent == [1, 2, 3]
+        assert (queue.idle, queue.window, queue.inflight) == (True, {}, {})
+        assert store.recovered == [(medplum_agent.QUEUED, None, None)]
+
+    asyncio.run(run())
+
+
+def test_a_row_that_is_announced_while_older_ones_are_read_is_sent_once_and_in_its_turn():
+    async def run():
+        way = Way()
+        store = Rows(stored_message(1))
+        queue = queue_of(store, way)
+        queue.pump()
+        store.rows = stored_message(1), stored_message(2)
+        queue.stored(stored_message(2))  # before row 1 is in memory
+        for number in (1, 2):
+            await way.wait_sent(number)
+            queue.answered(queue.window[number], 1, 200, "")
+        assert way.sent == [1, 2]
+        while not queue.idle:  # noqa: ASYNC110 (a last look whether there is more on disk)
+            await asyncio.sleep(0)
+        assert way.sent == [1, 2]
 
     asyncio.run(run())
 
 
 def test_a_retry_is_not_late_when_the_clock_was_set_back():
     async def run():
-        line = Line()
+        way = Way()
         late = stored_message(1)
         late.next_attempt_at = medplum_agent.now_ms() + 86_400_000
-        feed_of(Rows(), line, autoRetryBaseDelayMs=50, autoRetryMaxDelayMs=100).stored(late)
-        await line.wait_sent(1)
+        queue = queue_of(Rows(late), way, autoRetryBaseDelayMs=50, autoRetryMaxDelayMs=100)
+        queue.stored(late)
+        await way.wait_sent(1)
 
     asyncio.run(run())
 
@@ -469,11 +509,14 @@ def test_stats_while_a_reload_adds_channels(tmp_path):
         channels, agent["channel"] = agent["channel"], agent["channel"][:2]
         changed(
             here.agent,
-            "import asyncio; quick = m.Agent._oldest_age\n"
-            "async def slow(self, feed):\n"
-            "    await asyncio.sleep(0.3)\n"
-            "    return await quick(self, feed)\n"
-            "m.Agent._oldest_age = slow",
+            "import asyncio\n"
+            "def slow(quick):\n"
+            "    async def slowly(self):\n"
+            "        found = await quick(self)\n"
+            "        await asyncio.sleep(0.3)\n"
+            "        return found\n"
+            "    return slowly\n"
+            "m.Store.backlog, m.Store.counts = slow(m.Store.backlog), slow(m.Store.counts)",
         )
         here.agent.start(ready=False)
         here.agent.logged("started successfully")

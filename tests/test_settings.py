@@ -23,20 +23,22 @@ GOOD = {
     "clientSecret": SECRET,
     "agentId": "11111111-2222-4333-8444-555555555555",
 }
-ROWS = [(cls, row) for _, _, cls in ma.SETTING_GROUPS for row in dataclasses.fields(cls)]
-NUMBERS = [(cls, row) for cls, row in ROWS if ma.kind_of(row) in ("integer", "decimal")]
-CHOICES = [(cls, row) for cls, row in ROWS if row.metadata["choices"]]
+Row = dataclasses.Field[Any]
+ROWS = [(category, name, row) for category, _, rows in ma.SETTING_GROUPS for name, row in rows.items()]
+NUMBERS = [found for found in ROWS if ma.kind_of(found[2]) in ("integer", "decimal")]
+CHOICES = [found for found in ROWS if found[2].metadata["choices"]]
 
 
-def names(rows: list[tuple[type[Any], dataclasses.Field[Any]]]) -> list[str]:
-    return [f"{cls.__name__}.{row.name}" for cls, row in rows]
+def each(rows: list[tuple[str, str, Row]]) -> pytest.MarkDecorator:
+    ids = [f"{category}.{name}" for category, name, _ in rows]
+    return pytest.mark.parametrize("row", [row for _, _, row in rows], ids=ids)
 
 
 # --- every row ---
 
 
-@pytest.mark.parametrize(("cls", "row"), ROWS, ids=names(ROWS))
-def test_default_is_valid_as_text_and_as_value(cls: type[Any], row: dataclasses.Field[Any]) -> None:
+@each(ROWS)
+def test_default_is_valid_as_text_and_as_value(row: Row) -> None:
     assert row.metadata["label"] and row.metadata["meaning"]
     if row.default == "":  # not given: another rule says what happens then
         return
@@ -51,13 +53,13 @@ def test_default_is_valid_as_text_and_as_value(cls: type[Any], row: dataclasses.
 )
 @pytest.mark.parametrize("kind", ["integer", "decimal"])
 def test_bad_numbers(kind: str, bad: object) -> None:
-    for row in (row for _, row in NUMBERS if ma.kind_of(row) == kind):
+    for row in (row for *_, row in NUMBERS if ma.kind_of(row) == kind):
         with pytest.raises(ValueError, match=r"^(is |must be )"):
             ma.parse_setting(row, bad)
 
 
-@pytest.mark.parametrize(("cls", "row"), NUMBERS, ids=names(NUMBERS))
-def test_lower_bound(cls: type[Any], row: dataclasses.Field[Any]) -> None:
+@each(NUMBERS)
+def test_lower_bound(row: Row) -> None:
     low = row.metadata["low"]
     if low is None:
         assert ma.parse_setting(row, "-5") == -5
@@ -70,7 +72,7 @@ def test_lower_bound(cls: type[Any], row: dataclasses.Field[Any]) -> None:
 
 @pytest.mark.parametrize("kind", ["integer", "decimal"])
 def test_fractions(kind: str) -> None:
-    row = next(row for _, row in NUMBERS if ma.kind_of(row) == kind)
+    row = next(row for *_, row in NUMBERS if ma.kind_of(row) == kind)
     if kind == "decimal":
         assert ma.parse_setting(row, "1.5") == 1.5
         return
@@ -78,8 +80,8 @@ def test_fractions(kind: str) -> None:
         ma.parse_setting(row, "1.5")
 
 
-@pytest.mark.parametrize(("cls", "row"), CHOICES, ids=names(CHOICES))
-def test_choices_are_case_insensitive_and_closed(cls: type[Any], row: dataclasses.Field[Any]) -> None:
+@each(CHOICES)
+def test_choices_are_case_insensitive_and_closed(row: Row) -> None:
     for choice in row.metadata["choices"]:
         assert [ma.parse_setting(row, text) for text in (choice, choice.upper(), f" {choice.lower()} ")] == [choice] * 3
     with pytest.raises(ValueError, match=f"must be one of .*{row.metadata['choices'][-1]}"):
@@ -331,42 +333,52 @@ def entry(name: str, value: object) -> ma.Json:
     return {"name": name, f"value{kinds[type(value)]}": value}
 
 
-def read(*entries: ma.Json) -> tuple[ma.AgentSettings, frozenset[str], list[str]]:
-    warnings: list[str] = []
-    return *ma.agent_settings({"setting": list(entries)}, warnings), warnings
+def read(*entries: ma.Json) -> ma.Plan:
+    plan, problems = ma.build_plan({"setting": list(entries)}, {})
+    assert problems == []
+    return plan
+
+
+def assert_all_defaults(plan: ma.Plan) -> None:
+    assert (plan.settings, plan.defaults, plan.given) == (ma.AgentSettings(), ma.ChannelSettings(), {})
 
 
 def test_agent_settings_of_each_kind() -> None:
-    settings, given, warnings = read(
+    plan = read(
         entry("keepAlive", True),
         entry("channelMaxWorkers", 3),
         entry("channelAutoRetryBackoffMultiplier", 1.5),
         entry("channelRetryMode", "NORMAL"),
         entry("unknown", 1),
     )
-    assert (settings.keepAlive, settings.channelMaxWorkers) == (True, 3)
-    assert (settings.channelAutoRetryBackoffMultiplier, settings.channelRetryMode) == (1.5, "normal")
-    assert given == {"keepAlive", "channelMaxWorkers", "channelAutoRetryBackoffMultiplier", "channelRetryMode"}
-    assert warnings == []
+    assert plan.settings == ma.AgentSettings(keepAlive=True)
+    assert plan.defaults == ma.ChannelSettings(maxWorkers=3, autoRetryBackoffMultiplier=1.5, retryMode="normal")
+    assert plan.given == {
+        "keepAlive": True, "channelMaxWorkers": 3, "channelAutoRetryBackoffMultiplier": 1.5,
+        "channelRetryMode": "normal",
+    }  # fmt: skip
+    assert plan.warnings == ()
 
 
 def test_a_whole_number_is_a_decimal() -> None:
-    assert read(entry("channelAutoRetryBackoffMultiplier", 3))[0].channelAutoRetryBackoffMultiplier == 3
+    assert read(entry("channelAutoRetryBackoffMultiplier", 3)).defaults.autoRetryBackoffMultiplier == 3
 
 
 def test_no_settings_are_the_defaults() -> None:
-    assert ma.agent_settings({}, []) == (ma.AgentSettings(), frozenset())
+    warnings: list[str] = []
+    assert (ma.agent_settings({}, warnings), warnings) == ({}, [])
+    assert_all_defaults(read())
 
 
 def test_the_first_entry_of_a_name_counts() -> None:
-    assert read(entry("channelMaxWorkers", 3), entry("channelMaxWorkers", 4))[0].channelMaxWorkers == 3
+    assert read(entry("channelMaxWorkers", 3), entry("channelMaxWorkers", 4)).defaults.maxWorkers == 3
 
 
 @pytest.mark.parametrize("first", [{"valueString": "7"}, {"valueInteger": 0}, {}])
 def test_the_first_entry_counts_even_when_it_cannot_be_used(first: ma.Json) -> None:
-    settings, given, warnings = read({"name": "channelMaxWorkers", **first}, entry("channelMaxWorkers", 4))
-    assert (settings.channelMaxWorkers, given) == (ma.AgentSettings().channelMaxWorkers, frozenset())
-    assert len(warnings) == 1
+    plan = read({"name": "channelMaxWorkers", **first}, entry("channelMaxWorkers", 4))
+    assert_all_defaults(plan)
+    assert len(plan.warnings) == 1
 
 
 @pytest.mark.parametrize(
@@ -380,8 +392,9 @@ def test_the_first_entry_counts_even_when_it_cannot_be_used(first: ma.Json) -> N
     ],
 )
 def test_the_wrong_value_member_is_not_set(wrong: ma.Json) -> None:
-    settings, given, (warning,) = read(wrong)
-    assert settings == ma.AgentSettings() and not given
+    plan = read(wrong)
+    assert_all_defaults(plan)
+    (warning,) = plan.warnings
     assert wrong["name"] in warning and "value" in warning
 
 
@@ -395,14 +408,16 @@ def test_the_wrong_value_member_is_not_set(wrong: ma.Json) -> None:
     ],
 )
 def test_a_bad_agent_setting_is_warned_about_and_left_at_its_default(wrong: ma.Json, said: str) -> None:
-    settings, given, (warning,) = read(wrong)
-    assert settings == ma.AgentSettings() and not given
+    plan = read(wrong)
+    assert_all_defaults(plan)
+    (warning,) = plan.warnings
     assert said in warning and "the default is used" in warning
 
 
 def test_above_the_limit_is_clamped() -> None:
-    settings, given, (warning,) = read(entry("channelMaxWorkers", 1000))
-    assert settings.channelMaxWorkers == 500 and given == {"channelMaxWorkers"}
+    plan = read(entry("channelMaxWorkers", 1000))
+    assert plan.defaults.maxWorkers == 500 and plan.given == {"channelMaxWorkers": 500}
+    (warning,) = plan.warnings
     assert "channelMaxWorkers 1000" in warning and "500" in warning
 
 
@@ -455,6 +470,9 @@ def test_a_plain_channel() -> None:
         ("file:///x", "unsupported endpoint type 'file'"),
         ("56000", "unsupported endpoint type"),
         ("mllp://h:5?encoding=klingon", "encoding 'klingon' is unknown"),
+        ("tcp://h:5?startChar=%02&endChar=%03&encoding=klingon", "encoding 'klingon' is unknown"),
+        ("tcp://h:5?mode=astm&encoding=utf-16", "cannot be framed"),
+        ("serial:///dev/ttyUSB0?mode=astm&encoding=hex", "encoding 'hex' is unknown"),
         ("mllp://h:5?encoding=", "encoding '' is unknown"),
         ("mllp://h:5?encoding=hex", "encoding 'hex' is unknown"),
         ("mllp://h:5?encoding=utf-16", "cannot be framed by MLLP"),
@@ -466,6 +484,13 @@ def test_a_problem_names_its_channel_and_leaves_the_others_alone(address: str, s
     plan, (problem,) = built(address, "mllp://h:6")
     assert said in problem and "'A'" in problem
     assert [one.name for one in plan.channels] == ["B"]
+
+
+@pytest.mark.parametrize("encoding", ["klingon", "", "hex", "utf-16"])
+def test_an_encoding_of_a_device_that_cannot_be_used_is_a_problem(encoding: str) -> None:
+    """Other bytes than those meant would reach the device."""
+    with pytest.raises(ma.ConfigError, match=f"the device: .*encoding '{encoding}'"):
+        ma.read_parameters(ma.DeviceSettings, f"encoding={encoding}", "the device", pytest.fail)
 
 
 def test_two_channels_on_one_port() -> None:
@@ -631,7 +656,17 @@ def test_a_bad_address_value_falls_back_to_the_agents(name: str, agent: str) -> 
 
 @pytest.mark.parametrize(("name", "agent"), FALLBACKS)
 def test_defaults_of_agent_and_channel_agree(name: str, agent: str) -> None:
-    assert ma.rows_of(ma.Hl7Settings)[name].default == ma.rows_of(ma.AgentSettings)[agent].default
+    channels, agents = ma.rows_of(ma.Hl7Settings)[name], ma.AGENT_ROWS[agent]
+    assert (agents.default, agents.type) == (channels.default, channels.type)
+    assert agents.metadata == channels.metadata  # the same values are good for both
+
+
+@pytest.mark.parametrize("cls", [ma.StreamSettings, ma.DicomSettings])
+def test_every_protocol_has_the_same_agent_settings(cls: type[ma.ChannelSettings]) -> None:
+    rows = ma.rows_of(cls)
+    for name, row in ma.rows_of(ma.ChannelSettings).items():
+        assert rows[name].metadata["agent"] == row.metadata["agent"]
+    assert {row.metadata["agent"] for row in rows.values()} <= {"", *ma.AGENT_ROWS}
 
 
 def test_sequence_numbers_mean_order() -> None:
@@ -691,7 +726,7 @@ def test_an_encoding_that_is_accepted_can_carry_messages(encoding: str) -> None:
     st.lists(
         st.builds(
             lambda name, kind, value: {"name": name, f"value{kind}": value},
-            st.sampled_from([row.name for row in dataclasses.fields(ma.AgentSettings)]),
+            st.sampled_from(list(ma.AGENT_ROWS)),
             st.sampled_from(["Boolean", "Integer", "Decimal", "String"]),
             st.one_of(st.none(), st.booleans(), st.integers(), st.floats(allow_nan=False), st.text(max_size=6)),
         ),
@@ -714,8 +749,9 @@ def test_any_parameters_give_a_plan_or_problems(parameters: dict[str, str], sett
 def test_schema_lists_every_row() -> None:
     schema = ma.settings_schema()
     assert schema["agentVersion"] == ma.VERSION
-    assert [row["name"] for row in schema["settings"]] == [row.name for _, row in ROWS]
-    for (_, row), shown in zip(ROWS, schema["settings"], strict=True):
+    listed = [(row["category"], row["name"]) for row in schema["settings"]]
+    assert listed == [(category, name) for category, name, _ in ROWS]
+    for (*_, row), shown in zip(ROWS, schema["settings"], strict=True):
         assert shown["type"] == ma.kind_of(row) and shown["label"] and shown["description"] and shown["category"]
         assert shown.get("default", "") == row.default
         assert shown.get("min") == row.metadata["low"] and shown.get("max") == row.metadata["high"]
@@ -732,7 +768,7 @@ def test_contracts_settings_are_all_there() -> None:
         "decimal": "channelAutoRetryBackoffMultiplier",
         "string": "queueDbPath channelRetryMode channelLogicalChannelKey",
     }
-    rows = ma.rows_of(ma.AgentSettings)
+    rows = ma.AGENT_ROWS
     for kind, listed in expected.items():
         assert {name: ma.kind_of(rows[name]) for name in listed.split()} == dict.fromkeys(listed.split(), kind)
     assert set(ma.rows_of(ma.Hl7Settings)) >= {
@@ -746,7 +782,9 @@ def test_markdown_lists_every_row() -> None:
     lines = ma.settings_markdown().splitlines()
     rows = [line for line in lines if line.startswith("| `")]
     common = {name: (row.default, row.metadata) for name, row in ma.rows_of(ma.ChannelSettings).items()}
-    own = [row.name for _, row in ROWS if common.get(row.name) != (row.default, row.metadata)]
+    own = [
+        name for category, name, row in ROWS if category == "agent" or common.get(name) != (row.default, row.metadata)
+    ]
     assert sorted(line.split("`")[1] for line in rows) == sorted([*common, *own])  # what is the same is listed once
     assert all(line.replace("\\|", "").count("|") == 5 for line in rows)
     assert sum(line.startswith("### ") for line in lines) == len(ma.SETTING_GROUPS) + 1

@@ -8,7 +8,7 @@ import shutil
 import sqlite3
 import subprocess
 import threading
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -67,10 +67,10 @@ class Kept(NamedTuple):
         return "stored"
 
 
-def new(channel: int, control_id: str, body: bytes = b"", **members: Any) -> ma.Message:
-    message = ma.Message(channel, "10.0.0.1:5", body or f"MSH|^~\\&|{control_id}\r".encode(), "utf-8")
+def new(row: ma.ChannelRow, control_id: str, body: bytes = b"", **members: Any) -> ma.Message:
+    message = ma.Message(row, "10.0.0.1:5", body or f"MSH|^~\\&|{control_id}\r".encode())
     message.text = (message.original or b"").decode(errors="replace")
-    message.control_id, message.checked = control_id, bool(control_id)
+    message.control_id, message.checked = control_id, bool(control_id) or None
     for name, value in members.items():
         setattr(message, name, value)
     return message
@@ -86,8 +86,9 @@ async def put(store: ma.Store, *messages: ma.Message) -> list[str]:
     return [Kept(await future).outcome for future in done]
 
 
-async def in_one_batch(store: ma.Store, *messages: ma.Message) -> list[str]:
-    """The writer is held up until all of them wait."""
+@contextlib.asynccontextmanager
+async def held(store: ma.Store) -> AsyncIterator[None]:
+    """The writer is held up: what is asked for inside is its next batch."""
     entered, go = threading.Event(), threading.Event()
 
     def hold(_: sqlite3.Connection) -> None:
@@ -96,22 +97,34 @@ async def in_one_batch(store: ma.Store, *messages: ma.Message) -> list[str]:
 
     holding = store.call(hold)
     await asyncio.to_thread(entered.wait, 10)
-    waiting = asyncio.ensure_future(put(store, *messages))
-    await asyncio.sleep(0)  # `put` runs up to its first wait
-    assert len(store._inbox) >= len(messages)
-    go.set()
-    await holding
+    try:
+        yield
+    finally:
+        go.set()
+        await holding
+
+
+async def in_one_batch(store: ma.Store, *messages: ma.Message) -> list[str]:
+    async with held(store):
+        waiting = asyncio.ensure_future(put(store, *messages))
+        await asyncio.sleep(0)  # `put` runs up to its first wait
+        assert len(store._inbox) >= len(messages)
     return await waiting
 
 
 async def settled(store: ma.Store, message: ma.Message, state: int = ma.PROCESSED, **members: Any) -> None:
-    before, message.state = message.state, state
+    message.state = state
     message.settled_at = ma.now_ms()
     for name, value in members.items():
         setattr(message, name, value)
     done = asyncio.get_running_loop().create_future()
-    store.update(message, before, then=lambda: done.set_result(None))
+    store.update(message, then=lambda: done.set_result(None))
     await done
+
+
+async def states(store: ma.Store) -> dict[str, int]:
+    """Messages by state, without those that have none."""
+    return {state: count for state, count in (await store.counts()).items() if count}
 
 
 async def healthy(store: ma.Store) -> None:
@@ -132,10 +145,10 @@ def rows(path: Path, sql: str = "SELECT control_id FROM message ORDER BY id") ->
 def test_a_message_is_committed_before_it_is_released(path: Path) -> None:
     async def scenario() -> None:
         async with opened(path) as store:
-            row = await store.channel("ADT", "")
+            row = store.channel("ADT")
             seen: list[list[str]] = []
             released = asyncio.Event()
-            message = new(row.id, "1")
+            message = new(row, "1")
 
             def source(_: ma.Message) -> None:
                 seen.append(rows(path))
@@ -163,12 +176,12 @@ def test_a_commit_is_synced(path: Path) -> None:
 def test_what_is_stored(path: Path) -> None:
     async def scenario() -> None:
         async with opened(path) as store:
-            row = await store.channel("ADT", "")
-            await put(store, new(row.id, "1", b"MSH|\xff\0", type="ADT^A01", key="123^HOSP", epoch=row.epoch))
-            ((message, original, finalized),) = await store.queued(row.id, 0, 10)
+            row = store.channel("ADT")
+            await put(store, new(row, "1", b"MSH|\xff\0", type="ADT^A01", key="123^HOSP"))
+            ((message, original),) = await store.queued(row, 0, 10)
             assert (message.id, message.control_id, message.type, message.key) == (1, "1", "ADT^A01", "123^HOSP")
             assert (message.remote, message.encoding, message.state) == ("10.0.0.1:5", "utf-8", ma.QUEUED)
-            assert (original, finalized, message.size) == (b"MSH|\xff\0", None, 6)
+            assert (original, message.finalized, message.size) == (b"MSH|\xff\0", None, 6)
             assert await store.bodies([1, 99]) == {1: (b"MSH|\xff\0", None)}
             assert await store.message(99) is None
 
@@ -178,10 +191,10 @@ def test_what_is_stored(path: Path) -> None:
 def test_many_messages_share_few_commits(path: Path) -> None:
     async def scenario() -> None:
         async with opened(path) as store:
-            row = await store.channel("ADT", "")
+            row = store.channel("ADT")
             statements: list[str] = []
             await store.call(lambda db: db.set_trace_callback(statements.append))
-            assert set(await in_one_batch(store, *(new(row.id, str(n)) for n in range(3000)))) == {"stored"}
+            assert set(await in_one_batch(store, *(new(row, str(n)) for n in range(3000)))) == {"stored"}
             assert 1 <= sum(statement.startswith("COMMIT") for statement in statements) <= 3
             await store.call(lambda db: db.set_trace_callback(None))
             assert rows(path) == [str(n) for n in range(3000)]
@@ -195,10 +208,10 @@ def test_one_commit_is_bounded(path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 
     async def scenario() -> None:
         async with opened(path) as store:
-            row = await store.channel("ADT", "")
+            row = store.channel("ADT")
             statements: list[str] = []
             await store.call(lambda db: db.set_trace_callback(statements.append))
-            await in_one_batch(store, *(new(row.id, str(n)) for n in range(95)))
+            await in_one_batch(store, *(new(row, str(n)) for n in range(95)))
             assert sum(statement.startswith("COMMIT") for statement in statements) >= 10
             assert len(rows(path)) == 95
 
@@ -208,8 +221,8 @@ def test_one_commit_is_bounded(path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 def test_messages_without_control_id_are_never_repetitions(path: Path) -> None:
     async def scenario() -> None:
         async with opened(path) as store:
-            row = await store.channel("ADT", "")
-            assert await in_one_batch(store, *(new(row.id, "") for _ in range(3))) == ["stored"] * 3
+            row = store.channel("ADT")
+            assert await in_one_batch(store, *(new(row, "") for _ in range(3))) == ["stored"] * 3
 
     run(scenario)
 
@@ -219,11 +232,11 @@ def test_congestion_ends_with_one_call(path: Path, monkeypatch: pytest.MonkeyPat
 
     async def scenario() -> None:
         async with opened(path) as store:
-            row = await store.channel("ADT", "")
+            row = store.channel("ADT")
             resumed: list[bool] = []
             done = []
             for n in range(20):
-                message = new(row.id, str(n))
+                message = new(row, str(n))
                 done.append(asyncio.get_running_loop().create_future())
                 message.source = done[-1].set_result
                 store.put(message)
@@ -238,7 +251,7 @@ def test_congestion_ends_with_one_call(path: Path, monkeypatch: pytest.MonkeyPat
 def test_files_are_private(path: Path) -> None:
     async def scenario() -> None:
         async with opened(path) as store:
-            await put(store, new((await store.channel("ADT", "")).id, "1"))
+            await put(store, new(store.channel("ADT"), "1"))
             assert {file.name: file.stat().st_mode & 0o777 for file in path.parent.iterdir()} == {
                 "queue.sqlite": 0o600, "queue.sqlite-wal": 0o600, "queue.sqlite-shm": 0o600, "queue.sqlite.lock": 0o600,
             }  # fmt: skip
@@ -255,9 +268,9 @@ def test_close_leaves_nothing_open(path: Path) -> None:
     async def scenario() -> None:
         store = ma.Store(path, ma.Log("main", ma.LoggerSettings(), None, CONSOLE))
         await store.open()
-        row = await store.channel("ADT", "")
-        await put(store, new(row.id, "1"))
-        await store.queued(row.id, 0, 5)
+        row = store.channel("ADT")
+        await put(store, new(row, "1"))
+        await store.queued(row, 0, 5)
         await store.close()
         links = [str(fd.readlink()) for fd in Path("/proc/self/fd").iterdir() if fd.is_symlink()]
         assert [link for link in links if link.startswith(str(path))] == []
@@ -272,16 +285,60 @@ def test_close_leaves_nothing_open(path: Path) -> None:
 def test_a_channel_keeps_its_row_and_counts_its_epochs(path: Path) -> None:
     async def scenario() -> None:
         async with opened(path) as store:
-            one = await store.channel("ADT", "")
-            other = await store.channel("ORU", "")
-            await put(store, new(one.id, "1"), new(one.id, "2"), new(other.id, "1"))
+            one = store.channel("ADT")
+            other = store.channel("ORU")
+            await put(store, new(one, "1"), new(one, "2"), new(other, "1"))
         async with opened(path) as store:
-            again = await store.channel("ADT", "")
-            assert again == (one.id, one.epoch, 2, 2)
-            changed = await store.channel("ADT", "PID-3")
+            again = store.channel("ADT")
+            assert (again.name, again.key_spec, again.id, again.epoch) == ("ADT", "", one.id, one.epoch)
+            assert [(found.name, found.waiting) for found in await store.backlog()] == [("ADT", 2), ("ORU", 1)]
+            changed = store.channel("ADT", "PID-3")
             assert (changed.id, changed.epoch) == (one.id, one.epoch + 1)
-            assert (await store.channel("ADT", "PID-3")).epoch == changed.epoch
-            assert (await store.channel("ORU", "")).epoch == other.epoch
+            assert store.channel("ADT", "PID-3").epoch == changed.epoch
+            assert store.channel("ORU").epoch == other.epoch
+        async with opened(path) as store:
+            assert store.channel("ADT", "PID-3").epoch == one.epoch + 1
+            back = store.channel("ADT")
+            assert (back.id, back.epoch) == (one.id, one.epoch + 2)
+
+    run(scenario)
+
+
+@pytest.mark.parametrize("assign", [False, True])
+def test_a_channel_and_its_first_messages_share_a_batch(path: Path, assign: bool) -> None:
+    async def scenario() -> None:
+        async with opened(path) as store:
+            async with held(store):
+                row = store.channel("ADT", "PID-3")
+                assert (row.id, row.epoch) == (1, 0)
+                waiting = asyncio.ensure_future(put(store, *(new(row, str(n), assign=assign) for n in range(2))))
+                await asyncio.sleep(0)
+            assert await waiting == ["stored", "stored"]
+            assert rows(path, "SELECT id, name, key_spec, epoch FROM channel") == [(1, "ADT", "PID-3", 0)]
+            assert rows(path, "SELECT channel, seq_no FROM message") == [
+                (1, 0 if assign else None),
+                (1, 1 if assign else None),
+            ]
+
+    run(scenario)
+
+
+def test_messages_always_have_a_channel(path: Path) -> None:
+    """Whatever kept the row from being written: no message may lie in the file where no channel looks for it."""
+
+    async def scenario() -> None:
+        async with opened(path) as store:
+            async with held(store):
+                failed = store.call(failing(sqlite3.OperationalError("disk I/O error")))
+                row = store.channel("ADT")
+            with pytest.raises(ma.StorageError):
+                await failed
+            stored = (await put(store, new(row, "1"))) == ["stored"]
+            if not stored:  # refused is as good: the device keeps it
+                return
+            assert rows(path, "SELECT c.name FROM message m LEFT JOIN channel c ON c.id = m.channel") == ["ADT"]
+        async with opened(path) as store:
+            assert len(await store.queued(store.channel("ADT"), 0, 9)) == 1
 
     run(scenario)
 
@@ -289,14 +346,83 @@ def test_a_channel_keeps_its_row_and_counts_its_epochs(path: Path) -> None:
 def test_queued_gives_the_unsettled_in_order_and_by_pages(path: Path) -> None:
     async def scenario() -> None:
         async with opened(path) as store:
-            row = await store.channel("ADT", "")
-            messages = [new(row.id, str(n)) for n in range(6)]
+            row = store.channel("ADT")
+            messages = [new(row, str(n)) for n in range(6)]
             await put(store, *messages)
             await settled(store, messages[2])
             await settled(store, messages[3], ma.SENT)
-            found = [message.control_id for message, _, _ in await store.queued(row.id, 0, 3)]
+            found = [message.control_id for message, _ in await store.queued(row, 0, 3)]
             assert found == ["0", "1", "3"]
-            assert [message.control_id for message, _, _ in await store.queued(row.id, messages[3].id, 9)] == ["4", "5"]
+            assert [message.control_id for message, _ in await store.queued(row, messages[3].id, 9)] == ["4", "5"]
+
+    run(scenario)
+
+
+def test_an_interrupted_message_is_recovered_as_its_queue_says(path: Path) -> None:
+    async def scenario() -> None:
+        async with opened(path) as store:
+            again, never = store.channel("ADT"), store.channel("ORU")
+            messages = [new(row, str(n)) for row in (again, never) for n in range(2)]
+            await put(store, *messages)
+            for message in messages[::2]:
+                await settled(store, message, ma.SENT)
+            assert await store.recover(again, ma.QUEUED, None, None) == 1
+            assert await store.recover(never, ma.FAILED, "interrupted", "the agent stopped") == 1
+            assert await store.recover(never, ma.FAILED, "interrupted", "the agent stopped") == 0
+            assert rows(path, "SELECT state, outcome, error_code, last_error FROM message ORDER BY id") == [
+                (ma.QUEUED, ma.PENDING, None, None), (ma.QUEUED, ma.PENDING, None, None),
+                (ma.FAILED, ma.NOT_OWED, "interrupted", "the agent stopped"), (ma.QUEUED, ma.PENDING, None, None),
+            ]  # fmt: skip
+
+    run(scenario)
+
+
+def test_a_commitment_waits_for_its_images_and_is_reported_until_it_is_taken(path: Path) -> None:
+    async def scenario() -> None:
+        async with opened(path) as store:
+            row, other = store.channel("PACS"), store.channel("OTHER")
+            images = [new(row, uid, type="C-STORE") for uid in ("1.1", "1.2")]
+            request = new(row, "", type=ma.COMMITMENT, received_at=1000)
+            later, elsewhere = new(row, "1.3", type="C-STORE"), new(other, "1.4", type="C-STORE")
+            await put(store, *images, request, later, elsewhere)
+            await settled(store, images[0])
+            assert not await store.waits_for(row, request.id, ["1.1", "1.3", "1.4", "9"])
+            assert await store.waits_for(row, request.id, ["1.1", "1.2"])
+
+            assert await store.unreported(row, 0) == []
+            await settled(store, request, outcome=ma.UNDELIVERED, response="{}")
+            await settled(store, images[1], outcome=ma.UNDELIVERED)
+            (found,) = await store.unreported(row, 999)
+            assert (found.id, found.response, found.remote) == (request.id, "{}", request.remote)
+            assert await store.unreported(row, 1000) == await store.unreported(other, 0) == []
+            await settled(store, request, outcome=ma.DELIVERED)
+            assert await store.unreported(row, 0) == []
+
+    run(scenario)
+
+
+def test_frames_are_kept_until_a_message_takes_their_place(path: Path) -> None:
+    async def scenario() -> None:
+        async with opened(path) as store:
+            row, other = store.channel("LAB"), store.channel("OTHER")
+            for number, frame in enumerate((b"H|", b"\0\xff", b"L|1")):
+                await store.keep_frame(row, "session", number, "10.0.0.1:5", frame)
+                assert rows(path, "SELECT count(*) FROM partial") == [number + 1]
+            await store.keep_frame(row, "second", 0, "10.0.0.2:6", b"H|2")
+            await store.keep_frame(other, "third", 0, "10.0.0.3:7", b"H|3")
+        async with opened(path) as store:
+            row = store.channel("LAB")
+            assert sorted(await store.frames(row)) == [
+                ("second", "10.0.0.2:6", b"H|2"), ("session", "10.0.0.1:5", b"H|\0\xffL|1"),
+            ]  # fmt: skip
+            store.drop_frames("second")
+            assert [session for session, _, _ in await store.frames(row)] == ["session"]
+            assert await put(store, new(row, "", session="session")) == ["stored"]
+            assert await store.frames(row) == []
+            assert rows(path, "SELECT session FROM partial") == ["third"]
+            store.trouble = "storage error"
+            with pytest.raises(ma.StorageError):
+                await store.keep_frame(row, "fourth", 0, "", b"")
 
     run(scenario)
 
@@ -304,10 +430,10 @@ def test_queued_gives_the_unsettled_in_order_and_by_pages(path: Path) -> None:
 def test_large_bodies_stay_on_disk(path: Path) -> None:
     async def scenario() -> None:
         async with opened(path) as store:
-            row = await store.channel("ADT", "")
+            row = store.channel("ADT")
             body = b"MSH|" + b"x" * 100_000
-            await put(store, new(row.id, "1", body))
-            ((message, original, _),) = await store.queued(row.id, 0, 3)
+            await put(store, new(row, "1", body))
+            ((message, original),) = await store.queued(row, 0, 3)
             assert original is None and message.size == len(body)
             assert (await store.bodies([message.id]))[message.id][0] == body
 
@@ -320,15 +446,20 @@ def test_large_bodies_stay_on_disk(path: Path) -> None:
 def test_repetitions_within_one_batch(path: Path) -> None:
     async def scenario() -> None:
         async with opened(path) as store:
-            row = await store.channel("ADT", "")
-            repetition = new(row.id, "1")
+            row = store.channel("ADT")
+            repetition = new(row, "1")
             found = await in_one_batch(
-                store, new(row.id, "1"), repetition, new(row.id, "1", b"MSH|other"), new(row.id, "2"), new(99, "1")
+                store,
+                new(row, "1"),
+                repetition,
+                new(row, "1", b"MSH|other"),
+                new(row, "2"),
+                new(ma.ChannelRow("x", "", 99), "1"),
             )
             assert found == ["stored", "same", "different", "stored", "stored"]
             assert repetition.earlier is not None and repetition.earlier.message.id == 1
             assert rows(path) == ["1", "2", "1"]
-            assert store.tally[ma.QUEUED] == 3
+            assert await states(store) == {"queued": 3}
 
     run(scenario)
 
@@ -336,17 +467,13 @@ def test_repetitions_within_one_batch(path: Path) -> None:
 def test_repetitions_across_a_restart_and_after_the_end(path: Path) -> None:
     async def scenario() -> None:
         async with opened(path) as store:
-            row = await store.channel("ADT", "")
-            first = new(row.id, "1")
-            await put(store, first, new(row.id, "2"))
+            row = store.channel("ADT")
+            first = new(row, "1")
+            await put(store, first, new(row, "2"))
             await settled(store, first, ma.PROCESSED, response="MSH|answer", outcome=ma.DELIVERED, status_code=200)
         async with opened(path) as store:
-            again = new(row.id, "1")
-            assert await put(store, again, new(row.id, "2"), new(row.id, "2", b"MSH|x")) == [
-                "same",
-                "same",
-                "different",
-            ]
+            again = new(row, "1")
+            assert await put(store, again, new(row, "2"), new(row, "2", b"MSH|x")) == ["same", "same", "different"]
             assert again.earlier is not None
             earlier = again.earlier.message
             assert (earlier.state, earlier.response, earlier.outcome) == (ma.PROCESSED, "MSH|answer", ma.DELIVERED)
@@ -357,11 +484,11 @@ def test_repetitions_across_a_restart_and_after_the_end(path: Path) -> None:
 def test_what_was_nacked_is_no_earlier_message(path: Path) -> None:
     async def scenario() -> None:
         async with opened(path) as store:
-            row = await store.channel("ADT", "")
-            audit = new(row.id, "1", state=ma.NACKED, outcome=ma.NOT_OWED, error_code="duplicate-rejected")
+            row = store.channel("ADT")
+            audit = new(row, "1", state=ma.NACKED, outcome=ma.NOT_OWED, error_code="duplicate-rejected")
             audit.checked = False
-            assert await put(store, audit, new(row.id, "1")) == ["stored", "stored"]
-            assert store.tally[ma.NACKED] == 1
+            assert await put(store, audit, new(row, "1")) == ["stored", "stored"]
+            assert await states(store) == {"queued": 1, "nacked": 1}
 
     run(scenario)
 
@@ -372,14 +499,14 @@ def test_what_was_nacked_is_no_earlier_message(path: Path) -> None:
 def test_numbers_have_no_gaps(path: Path) -> None:
     async def scenario() -> None:
         async with opened(path) as store:
-            row = await store.channel("ADT", "")
-            batch = [new(row.id, control, assign=True) for control in ("a", "a", "b", "", "b", "c")]
+            row = store.channel("ADT")
+            batch = [new(row, control, assign=True) for control in ("a", "a", "b", "", "b", "c")]
             found = await in_one_batch(store, *batch)
             assert found == ["stored", "same", "stored", "stored", "same", "stored"]
             assert [message.seq_no for message in batch if not message.earlier] == [0, 1, 2, 3]
         async with opened(path) as store:
-            later = new(row.id, "d", assign=True)
-            assert await put(store, new(row.id, "a", assign=True), later) == ["same", "stored"]
+            later = new(row, "d", assign=True)
+            assert await put(store, new(row, "a", assign=True), later) == ["same", "stored"]
             assert later.seq_no == 4 and ma.Header(later.text or "").field(13) == "4"
             finalized = rows(path, "SELECT finalized FROM message ORDER BY id")
             assert [ma.Header(text).field(13) for text in finalized] == ["0", "1", "2", "3", "4"]
@@ -390,15 +517,28 @@ def test_numbers_have_no_gaps(path: Path) -> None:
 def test_a_failed_batch_burns_no_number(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     async def scenario() -> None:
         async with opened(path) as store:
-            row = await store.channel("ADT", "")
-            counted = store._count
-            monkeypatch.setattr(store, "_count", failing(sqlite3.OperationalError("disk I/O error")))
-            (refusal,) = await put(store, new(row.id, "a", assign=True))
+            row = store.channel("ADT")
+            await store.call(lambda db: None)  # the row of the channel is there
+            first = new(row, "first", assign=True)
+            assert await put(store, first) == ["stored"]
+            execute_many = ma._execute_many
+
+            def fail_after_it(db: sqlite3.Connection, template: str, values: Sequence[tuple[Any, ...]]) -> None:
+                execute_many(db, template, values)
+                if template == ma._UPDATE:  # the step after the insertion of a batch
+                    (number,) = db.execute("SELECT next_seq FROM channel").fetchone()
+                    taken.append(number)
+                    raise sqlite3.OperationalError("disk I/O error")
+
+            taken: list[int] = []
+            monkeypatch.setattr(ma, "_execute_many", fail_after_it)
+            (refusal,) = await put(store, new(row, "a", assign=True))
             assert refusal.startswith("storage error")
-            monkeypatch.setattr(store, "_count", counted)
-            message = new(row.id, "a", assign=True)
+            assert taken[0] == 2, "it failed before the number was taken"
+            monkeypatch.setattr(ma, "_execute_many", execute_many)
+            message = new(row, "a", assign=True)
             assert await put(store, message) == ["stored"]
-            assert message.seq_no == 0
+            assert (first.seq_no, message.seq_no) == (0, 1)
 
     run(scenario)
 
@@ -415,39 +555,60 @@ def test_ids_are_never_used_twice(path: Path) -> None:
 
     async def scenario() -> None:
         async with opened(path) as store:
-            row = await store.channel("ADT", "")
-            message = new(row.id, "1")
+            row = store.channel("ADT")
+            message = new(row, "1")
             await put(store, message)
             await settled(store, message, outcome=ma.DELIVERED, settled_at=1)
             assert await store.sweep(ma.AgentSettings()) == (1, 0)
             used = message.id
         async with opened(path) as store:
-            message = new(row.id, "2")
+            message = new(row, "2")
             await put(store, message)
             assert message.id > used
 
     run(scenario)
 
 
-# --- tally, limits, retention ---
+# --- counts, limits, retention ---
 
 
-def test_tally_follows_the_states_and_survives(path: Path) -> None:
+def test_counts_follow_the_states_and_survive(path: Path) -> None:
     async def scenario() -> None:
         async with opened(path) as store:
-            row = await store.channel("ADT", "")
-            messages = [new(row.id, str(n)) for n in range(6)]
-            await put(store, *messages, new(row.id, "0"))
+            row = store.channel("ADT")
+            messages = [new(row, str(n)) for n in range(7)]
+            await put(store, *messages, new(row, "0"))
             await settled(store, messages[0], ma.SENT)
             await settled(store, messages[0], ma.PROCESSED)
             await settled(store, messages[1], ma.FAILED)
             await settled(store, messages[2], ma.REJECTED)
-            expected = {ma.QUEUED: 3, ma.SENT: 0, ma.PROCESSED: 1, ma.REJECTED: 1, ma.FAILED: 1, ma.NACKED: 0}
-            assert store.tally == expected
+            await settled(store, messages[3], ma.SENT)
+            await put(store, new(row, "", state=ma.NACKED, outcome=ma.NOT_OWED))
+            expected = {"queued": 3, "inflight": 1, "processed": 1, "rejected": 1, "failed": 1, "nacked": 1}
+            assert await store.counts() == expected
+            store.put(new(row, "last"))  # what was asked for before is counted
+            assert await store.counts() == expected | {"queued": 4}
         async with opened(path) as store:
-            assert store.tally == expected
+            assert await store.counts() == expected | {"queued": 4}
             counted = dict(rows(path, "SELECT state, count(*) FROM message GROUP BY state"))
-            assert counted == {state: count for state, count in expected.items() if count}
+            assert {ma.STATES[state]: count for state, count in counted.items()} == expected | {"queued": 4}
+
+    run(scenario)
+
+
+def test_backlog_names_who_waits_how_many_and_since_when(path: Path) -> None:
+    async def scenario() -> None:
+        async with opened(path) as store:
+            one, other, done = store.channel("ADT"), store.channel("ORU"), store.channel("DONE")
+            assert await store.backlog() == []
+            messages = [new(one, str(n), received_at=1000 + n) for n in range(4)]
+            finished = new(done, "1")
+            await put(store, *messages, new(other, "1", received_at=7), finished, new(one, "", state=ma.NACKED))
+            await settled(store, messages[0])
+            await settled(store, messages[1], ma.SENT)
+            await settled(store, messages[3], ma.FAILED)
+            await settled(store, finished)
+            assert await store.backlog() == [("ADT", 2, 1001), ("ORU", 1, 7)]
 
     run(scenario)
 
@@ -457,22 +618,22 @@ def test_the_queue_refuses_above_its_limit_and_goes_on_below(path: Path, monkeyp
 
     async def scenario() -> None:
         async with opened(path) as store:
-            row = await store.channel("ADT", "")
+            row = store.channel("ADT")
             store.max_bytes = store.size_bytes + ma.MIB
-            found = [(await put(store, new(row.id, str(n), b"x" * 100_000)))[0] for n in range(15)]
+            found = [(await put(store, new(row, str(n), b"x" * 100_000)))[0] for n in range(15)]
             assert found[:8] == ["stored"] * 8
             assert "storage error: the queue has reached its limit" in found[-1]
             assert found.count("stored") == len(rows(path)) < 12
             store.max_bytes = 0
-            assert await put(store, new(row.id, "more")) == ["stored"]
+            assert await put(store, new(row, "more")) == ["stored"]
 
     run(scenario)
 
 
 async def aged(
-    store: ma.Store, channel: int, count: int, state: int, days: float, outcome: int, size: int = 10
+    store: ma.Store, row: ma.ChannelRow, count: int, state: int, days: float, outcome: int, size: int = 10
 ) -> None:
-    messages = [new(channel, "", b"x" * size) for _ in range(count)]
+    messages = [new(row, "", b"x" * size) for _ in range(count)]
     await put(store, *messages)
     for message in messages:
         await settled(store, message, state, outcome=outcome, settled_at=int(ma.now_ms() - days * DAY))
@@ -481,14 +642,14 @@ async def aged(
 def test_retention_by_age(path: Path) -> None:
     async def scenario() -> None:
         async with opened(path) as store:
-            row = await store.channel("ADT", "")
-            await aged(store, row.id, 3, ma.PROCESSED, 8, ma.DELIVERED)
-            await aged(store, row.id, 2, ma.PROCESSED, 6, ma.DELIVERED)
-            await aged(store, row.id, 2, ma.PROCESSED, 8, ma.UNDELIVERED)
-            await aged(store, row.id, 2, ma.FAILED, 200, ma.NOT_OWED)
-            await put(store, new(row.id, "waiting"))
+            row = store.channel("ADT")
+            await aged(store, row, 3, ma.PROCESSED, 8, ma.DELIVERED)
+            await aged(store, row, 2, ma.PROCESSED, 6, ma.DELIVERED)
+            await aged(store, row, 2, ma.PROCESSED, 8, ma.UNDELIVERED)
+            await aged(store, row, 2, ma.FAILED, 200, ma.NOT_OWED)
+            await put(store, new(row, "waiting"))
             assert await store.sweep(ma.AgentSettings()) == (3, 0)
-            assert store.tally == {0: 1, 1: 0, 2: 4, 3: 0, 4: 2, 5: 0}
+            assert await states(store) == {"queued": 1, "processed": 4, "failed": 2}
             assert await store.sweep(ma.AgentSettings()) == (0, 0)
             assert len(rows(path)) == 7
 
@@ -498,17 +659,17 @@ def test_retention_by_age(path: Path) -> None:
 def test_retention_by_size_spares_dead_letters_until_their_floor(path: Path) -> None:
     async def scenario() -> None:
         async with opened(path) as store:
-            row = await store.channel("ADT", "")
-            await aged(store, row.id, 20, ma.PROCESSED, 0, ma.DELIVERED, 50_000)
-            await aged(store, row.id, 10, ma.FAILED, 89, ma.NOT_OWED, 50_000)
-            await aged(store, row.id, 10, ma.REJECTED, 91, ma.NOT_OWED, 50_000)
-            await aged(store, row.id, 10, ma.PROCESSED, 91, ma.UNDELIVERED, 50_000)
-            waiting = [new(row.id, "", b"x" * 50_000, received_at=1) for _ in range(10)]
+            row = store.channel("ADT")
+            await aged(store, row, 20, ma.PROCESSED, 0, ma.DELIVERED, 50_000)
+            await aged(store, row, 10, ma.FAILED, 89, ma.NOT_OWED, 50_000)
+            await aged(store, row, 10, ma.REJECTED, 91, ma.NOT_OWED, 50_000)
+            await aged(store, row, 10, ma.PROCESSED, 91, ma.UNDELIVERED, 50_000)
+            waiting = [new(row, "", b"x" * 50_000, received_at=1) for _ in range(10)]
             await put(store, *waiting)
             assert await store.sweep(ma.AgentSettings()) == (0, 0)
             assert store.size_bytes > 2 * ma.MIB
             assert await store.sweep(ma.AgentSettings(queueRetentionMaxMb=1)) == (20, 20)
-            assert store.tally == {0: 10, 1: 0, 2: 0, 3: 0, 4: 10, 5: 0}
+            assert await states(store) == {"queued": 10, "failed": 10}
 
     run(scenario)
 
@@ -520,8 +681,8 @@ def test_retention_by_size_deletes_the_oldest_first_and_no_more_than_needed(
 
     async def scenario() -> None:
         async with opened(path) as store:
-            row = await store.channel("ADT", "")
-            await aged(store, row.id, 40, ma.PROCESSED, 0, ma.DELIVERED, 50_000)
+            row = store.channel("ADT")
+            await aged(store, row, 40, ma.PROCESSED, 0, ma.DELIVERED, 50_000)
             monkeypatch.setattr(ma, "LAZY_SECS", 3)  # a size measured long ago may not go on deleting
             store._measure_at = 0.0
             await store.call(lambda db: None)
@@ -540,12 +701,12 @@ def test_retention_by_size_deletes_the_oldest_first_and_no_more_than_needed(
 def test_a_repetition_of_what_was_swept_is_new(path: Path) -> None:
     async def scenario() -> None:
         async with opened(path) as store:
-            row = await store.channel("ADT", "")
-            message = new(row.id, "1")
+            row = store.channel("ADT")
+            message = new(row, "1")
             await put(store, message)
             await settled(store, message, outcome=ma.DELIVERED, settled_at=1)
             await store.sweep(ma.AgentSettings())
-            assert await put(store, new(row.id, "1")) == ["stored"]
+            assert await put(store, new(row, "1")) == ["stored"]
 
     run(scenario)
 
@@ -597,12 +758,12 @@ def test_an_unusable_file_refuses_and_recovers(path: Path, obstacle: Callable[[P
     async def scenario() -> None:
         async with opened(path) as store:
             assert not store.healthy and store.trouble.startswith("storage error")
-            assert await put(store, new(1, "1")) == [store.trouble]
+            assert await put(store, new(ma.ChannelRow("x", "", 1), "1")) == [store.trouble]
             mended(path)
             await healthy(store)
-            row = await store.channel("ADT", "")
-            assert await put(store, new(row.id, "1")) == ["stored"]
-            assert len(await store.queued(row.id, 0, 5)) == 1
+            row = store.channel("ADT")
+            assert await put(store, new(row, "1")) == ["stored"]
+            assert len(await store.queued(row, 0, 5)) == 1
             said = CONSOLE.getvalue()
             assert said.count("cannot be opened") == 1 and said.count("is open again") == 1
             assert str(path) in said
@@ -643,10 +804,14 @@ def test_calls_made_while_the_file_is_unusable_are_kept(path: Path) -> None:
 
     async def scenario() -> None:
         async with opened(path) as store:
-            waiting = asyncio.ensure_future(store.channel("ADT", ""))
-            await asyncio.sleep(0)
+            row = store.channel("ADT")
+            assert row.id == 0, "the file knows better what id a name has"
+            waiting = store.call(lambda db: db.execute("SELECT name FROM channel").fetchall())
             path.rmdir()
-            assert (await waiting).queued == 0
+            assert await waiting == [("ADT",)]
+            assert row.id == 1
+            assert await put(store, new(row, "1")) == ["stored"]
+            assert [(found.name, found.waiting) for found in await store.backlog()] == [("ADT", 1)]
 
     run(scenario)
 
@@ -654,8 +819,8 @@ def test_calls_made_while_the_file_is_unusable_are_kept(path: Path) -> None:
 def test_a_damaged_file_is_refused_and_its_good_copy_taken(path: Path) -> None:
     async def first() -> None:
         async with opened(path) as store:
-            row = await store.channel("ADT", "")
-            await put(store, *(new(row.id, str(n), b"MSH|first") for n in range(50)))
+            row = store.channel("ADT")
+            await put(store, *(new(row, str(n), b"MSH|first") for n in range(50)))
 
     run(first)
     good = path.read_bytes()
@@ -668,9 +833,10 @@ def test_a_damaged_file_is_refused_and_its_good_copy_taken(path: Path) -> None:
             path.with_name("good").write_bytes(good)
             path.with_name("good").replace(path)
             await healthy(store)
-            row = await store.channel("ADT", "")
-            assert row.queued == store.tally[ma.QUEUED] == len(await store.queued(row.id, 0, 99)) == 50
-            assert await put(store, new(row.id, "1"), new(row.id, "50")) == ["different", "stored"]
+            row = store.channel("ADT")
+            assert (await states(store))["queued"] == len(await store.queued(row, 0, 99)) == 50
+            assert [(found.name, found.waiting) for found in await store.backlog()] == [("ADT", 50)]
+            assert await put(store, new(row, "1"), new(row, "50")) == ["different", "stored"]
 
     run(second)
 
@@ -680,18 +846,18 @@ def test_an_empty_file_after_a_damaged_one_counts_from_nothing(path: Path) -> No
 
     async def scenario() -> None:
         async with opened(path) as store:
-            row = await store.channel("ADT", "")
-            await put(store, new(row.id, "1"), new(row.id, "2"))
-            await store.queued(row.id, 0, 5)
-            await store.call(lambda db: db.execute("DROP TABLE tally"))
+            row = store.channel("ADT")
+            await put(store, new(row, "1"), new(row, "2"))
+            await store.queued(row, 0, 5)
+            await store.call(lambda db: db.execute("DROP TABLE message"))
             mended(path)
-            (refusal,) = await put(store, new(row.id, "3"))
+            (refusal,) = await put(store, new(row, "3"))
             assert refusal.startswith("storage error")
-            row = await store.channel("ADT", "")
-            assert await put(store, new(row.id, "4")) == ["stored"]
+            row = store.channel("ADT")
+            assert await put(store, new(row, "4")) == ["stored"]
             assert rows(path) == ["4"]
-            assert store.tally[ma.QUEUED] == 1
-            assert [message.control_id for message, _, _ in await store.queued(row.id, 0, 9)] == ["4"], "the old file"
+            assert await states(store) == {"queued": 1}
+            assert [message.control_id for message, _ in await store.queued(row, 0, 9)] == ["4"], "the old file"
 
     run(scenario)
 
@@ -699,13 +865,13 @@ def test_an_empty_file_after_a_damaged_one_counts_from_nothing(path: Path) -> No
 def test_the_folder_vanishes_and_comes_back(path: Path) -> None:
     async def scenario() -> None:
         async with opened(path) as store:
-            row = await store.channel("ADT", "")
-            await put(store, new(row.id, "1"))
+            row = store.channel("ADT")
+            await put(store, new(row, "1"))
             shutil.rmtree(path.parent)
-            (refusal,) = await put(store, new(row.id, "2"))
+            (refusal,) = await put(store, new(row, "2"))
             assert refusal.startswith("storage error")
-            row = await store.channel("ADT", "")
-            assert await put(store, new(row.id, "3")) == ["stored"]
+            row = store.channel("ADT")
+            assert await put(store, new(row, "3")) == ["stored"]
             assert rows(path) == ["3"]
 
     run(scenario)
@@ -714,10 +880,10 @@ def test_the_folder_vanishes_and_comes_back(path: Path) -> None:
 def test_a_message_is_never_acknowledged_into_a_deleted_file(path: Path) -> None:
     async def scenario() -> None:
         async with opened(path) as store:
-            await put(store, new((await store.channel("ADT", "")).id, "1"))
+            await put(store, new(store.channel("ADT"), "1"))
             for file in path.parent.iterdir():
                 file.unlink()
-            (outcome,) = await put(store, new(1, "2"))
+            (outcome,) = await put(store, new(ma.ChannelRow("x", "", 1), "2"))
             assert outcome.startswith("storage error") or rows(path) == ["2"]
 
     run(scenario)
@@ -729,11 +895,25 @@ def test_a_message_is_never_acknowledged_into_a_deleted_file(path: Path) -> None
 def test_a_call_that_fails_fails_alone(path: Path, error: Exception) -> None:
     async def scenario() -> None:
         async with opened(path) as store:
-            row = await store.channel("ADT", "")
+            row = store.channel("ADT")
             with pytest.raises((ma.StorageError, type(error))):
                 await store.call(failing(error))
-            assert await put(store, new(row.id, "1")) == ["stored"]
-            assert store.tally[ma.QUEUED] == 1
+            assert await put(store, new(row, "1")) == ["stored"]
+            assert await states(store) == {"queued": 1}
+
+    run(scenario)
+
+
+def test_what_cannot_be_read_is_a_storage_error(path: Path) -> None:
+    async def scenario() -> None:
+        async with opened(path) as store:
+            row = store.channel("ADT")
+            await put(store, new(row, "1"))
+            with pytest.raises(ma.StorageError):
+                await store.read(lambda db: db.execute("SELECT nothing FROM nowhere").fetchall())
+            with pytest.raises(ma.StorageError):
+                await store.read(lambda db: db.execute("DELETE FROM message"))
+            assert len(await store.queued(row, 0, 5)) == 1
 
     run(scenario)
 
@@ -741,10 +921,10 @@ def test_a_call_that_fails_fails_alone(path: Path, error: Exception) -> None:
 def test_a_message_that_cannot_be_written_is_refused_and_the_writer_lives(path: Path) -> None:
     async def scenario() -> None:
         async with opened(path) as store:
-            row = await store.channel("ADT", "")
-            (refusal,) = await put(store, new(row.id, "1", remote="\ud800"))
+            row = store.channel("ADT")
+            (refusal,) = await put(store, new(row, "1", remote="\ud800"))
             assert refusal.startswith("storage error")
-            assert await put(store, new(row.id, "1")) == ["stored"]
+            assert await put(store, new(row, "1")) == ["stored"]
 
     run(scenario)
 
@@ -752,13 +932,13 @@ def test_a_message_that_cannot_be_written_is_refused_and_the_writer_lives(path: 
 def test_a_failing_table_refuses_and_recovers(path: Path) -> None:
     async def scenario() -> None:
         async with opened(path) as store:
-            row = await store.channel("ADT", "")
-            message = new(row.id, "1")
+            row = store.channel("ADT")
+            message = new(row, "1")
             await put(store, message)
             await store.call(lambda db: db.execute("ALTER TABLE message RENAME TO gone"))
             message.state, done = ma.PROCESSED, asyncio.get_running_loop().create_future()
-            store.update(message, ma.QUEUED, then=lambda: done.set_result(None))
-            (refusal,) = await put(store, new(row.id, "2"))
+            store.update(message, then=lambda: done.set_result(None))
+            (refusal,) = await put(store, new(row, "2"))
             assert refusal.startswith("storage error") and "message" not in refusal
             assert not done.done()
             with contextlib.closing(sqlite3.connect(path, timeout=10)) as db:
@@ -766,10 +946,73 @@ def test_a_failing_table_refuses_and_recovers(path: Path) -> None:
                 db.commit()
             await done
             assert rows(path, "SELECT control_id, state FROM message") == [("1", ma.PROCESSED)]
-            assert store.tally == {0: 0, 1: 0, 2: 1, 3: 0, 4: 0, 5: 0}
-            assert await put(store, new(row.id, "2")) == ["stored"]
+            assert await states(store) == {"processed": 1}
+            assert await put(store, new(row, "2")) == ["stored"]
 
     run(scenario)
+
+
+# --- files of older versions ---
+
+
+def test_a_file_with_a_tally_keeps_its_messages_and_loses_the_tally(path: Path) -> None:
+    """Version 2 counted its messages by state in a table of its own."""
+
+    async def first() -> None:
+        async with opened(path) as store:
+            row = store.channel("ADT", "PID-3")
+            await store.call(lambda db: None)  # the row of the channel is there
+            messages = [new(row, str(n), assign=True) for n in range(5)]
+            assert await put(store, *messages) == ["stored"] * 5
+            await settled(store, messages[0])
+            await settled(store, messages[1], ma.FAILED)
+
+    run(first)
+    everything = "SELECT * FROM message ORDER BY id"
+    before = rows(path, everything)
+    with contextlib.closing(sqlite3.connect(path)) as db:
+        db.executescript(
+            "CREATE TABLE tally (state INTEGER PRIMARY KEY, n INTEGER NOT NULL);"
+            "INSERT INTO tally VALUES (0, 3), (1, 0), (2, 1), (3, 0), (4, 1), (5, 0); PRAGMA user_version = 2;"
+        )
+
+    async def second() -> None:
+        async with opened(path) as store:
+            assert store.healthy
+            assert rows(path, everything) == before
+            assert rows(path, "SELECT count(*) FROM sqlite_master WHERE name = 'tally'") == [0]
+            assert rows(path, "PRAGMA user_version") == [ma.SCHEMA_VERSION]
+            assert await states(store) == {"queued": 3, "processed": 1, "failed": 1}
+            row = store.channel("ADT", "PID-3")
+            message = new(row, "5", assign=True)
+            assert await put(store, message, new(row, "3", assign=True)) == ["stored", "same"]
+            assert (row.epoch, message.seq_no) == (0, 5)
+        async with opened(path) as store:
+            assert await states(store) == {"queued": 4, "processed": 1, "failed": 1}
+
+    run(second)
+
+
+def test_a_file_of_the_first_version_goes_through_every_migration(path: Path) -> None:
+    async def first() -> None:
+        async with opened(path) as store:
+            await put(store, new(store.channel("ADT"), "1"))
+
+    run(first)
+    with contextlib.closing(sqlite3.connect(path)) as db:
+        db.executescript(
+            "DROP INDEX spooled; ALTER TABLE message DROP COLUMN spool;"
+            "CREATE TABLE tally (state INTEGER PRIMARY KEY, n INTEGER NOT NULL); PRAGMA user_version = 1;"
+        )
+
+    async def second() -> None:
+        async with opened(path) as store:
+            row = store.channel("ADT")
+            assert await put(store, new(row, "2", spool="file")) == ["stored"]
+            assert [message.spool for message, _ in await store.queued(row, 0, 9)] == [None, "file"]
+            assert rows(path, "SELECT count(*) FROM sqlite_master WHERE name = 'tally'") == [0]
+
+    run(second)
 
 
 # --- the disk is full ---
@@ -781,19 +1024,19 @@ def test_a_nearly_full_disk_refuses_messages_and_keeps_settling(path: Path, monk
 
     async def scenario() -> None:
         async with opened(path) as store:
-            row = await store.channel("ADT", "")
-            message = new(row.id, "1")
+            row = store.channel("ADT")
+            message = new(row, "1")
             await put(store, message)
             monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(total=10**12, free=ma.MIB))
             full = "storage error: the disk of the agent is full"
             done = asyncio.get_running_loop().create_future()
             message.state = ma.PROCESSED
-            store.update(message, ma.QUEUED, then=lambda: done.set_result(None))
-            assert await in_one_batch(store, new(row.id, "2"), new(row.id, "3")) == [full, full]
+            store.update(message, then=lambda: done.set_result(None))
+            assert await in_one_batch(store, new(row, "2"), new(row, "3")) == [full, full]
             await done
             assert rows(path, "SELECT control_id, state FROM message") == [("1", ma.PROCESSED)]
             monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(total=10**12, free=10**11))
-            assert await put(store, new(row.id, "2")) == ["stored"]
+            assert await put(store, new(row, "2")) == ["stored"]
             said = CONSOLE.getvalue()
             assert said.count("cannot be written") == 1 and said.count("can be written again") == 1
 
@@ -823,10 +1066,10 @@ def test_a_really_full_disk(small_disk: Path, monkeypatch: pytest.MonkeyPatch) -
 
     async def scenario() -> None:
         async with opened(path) as store:
-            row = await store.channel("ADT", "")
+            row = store.channel("ADT")
             stored, outcome = [], ""
             for n in range(200):
-                message = new(row.id, str(n), b"x" * 50_000)
+                message = new(row, str(n), b"x" * 50_000)
                 (outcome,) = await put(store, message)
                 if outcome != "stored":
                     break
@@ -834,10 +1077,10 @@ def test_a_really_full_disk(small_disk: Path, monkeypatch: pytest.MonkeyPatch) -
             assert outcome == "storage error: the disk of the agent is full"
             assert len(stored) > 5
             settling = [asyncio.ensure_future(settled(store, message, response="y" * 500)) for message in stored]
-            assert (await put(store, new(row.id, "refused", b"x" * 50_000)))[0].startswith("storage error")
+            assert (await put(store, new(row, "refused", b"x" * 50_000)))[0].startswith("storage error")
             ballast.unlink()
             await asyncio.gather(*settling)
-            assert await put(store, new(row.id, "again")) == ["stored"]
+            assert await put(store, new(row, "again")) == ["stored"]
             expected = [(message.control_id, ma.PROCESSED) for message in stored]
             assert rows(path, "SELECT control_id, state FROM message ORDER BY id") == [*expected, ("again", ma.QUEUED)]
 
@@ -847,13 +1090,13 @@ def test_a_really_full_disk(small_disk: Path, monkeypatch: pytest.MonkeyPatch) -
 def test_close_writes_what_waits(path: Path) -> None:
     async def scenario() -> None:
         async with opened(path) as store:
-            row = await store.channel("ADT", "")
-            message = new(row.id, "1")
+            row = store.channel("ADT")
+            message = new(row, "1")
             await put(store, message)
             message.state = ma.FAILED
-            store.update(message, ma.QUEUED)
+            store.update(message)
             for n in range(100):
-                store.put(new(row.id, f"last {n}"))
+                store.put(new(row, f"last {n}"))
         assert len(rows(path)) == 101
         assert rows(path, f"SELECT count(*) FROM message WHERE state = {ma.FAILED}") == [1]
 

@@ -193,7 +193,7 @@ class Process:
     """A child and its own children (the one-file program has one)."""
 
     def __init__(self, command: Sequence[str], directory: Path, **options: Any):
-        env = {**os.environ, "PYTHONPATH": str(ROOT)}
+        env = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "packaging")))}
         self.child = subprocess.Popen(command, cwd=directory, env=env, **options)
 
     def _pids(self) -> list[int]:

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "packaging")]
 
 from tests.bench import bench  # noqa: E402 - a script finds the module beside it only now
 from tests.bench.peers import stdin_line, tell  # noqa: E402
