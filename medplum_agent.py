@@ -22,11 +22,13 @@ from __future__ import annotations
 import argparse
 import asyncio
 import base64
+import collections
 import dataclasses
 import datetime
 import enum
 import errno
 import gc
+import hashlib
 import io
 import ipaddress
 import itertools
@@ -41,6 +43,7 @@ import signal
 import socket
 import sqlite3
 import ssl
+import stat
 import struct
 import sys
 import threading
@@ -67,6 +70,7 @@ import certifi
 import tomli
 import truststore
 import urllib3
+import webencodings
 from websockets.asyncio.client import ClientConnection, connect
 from websockets.exceptions import WebSocketException
 from websockets.frames import Frame, Opcode
@@ -113,6 +117,10 @@ RESOLVE_SECS = 2.0  # to look up the host of an Endpoint address
 SOCKET_BACKLOG = 512  # connections waiting for accept(): a whole site reconnecting at once
 BIND_RETRY_SECS = 0.25  # a port held by the agent that we replace is free within moments
 GRACEFUL_CLOSE_SECS = 5.0  # a device connection that is closed by us may finish what is being stored
+UNREAD_SECS = 60.0  # a device that does not read its answers for so long is worth a word
+UNFINISHED_BYTES = 128 * MIB  # of messages that are not complete, over all connections
+LONE_END_SECS = 0.3  # of silence after 0x1C without 0x0D: the frame has ended
+JUNK_SECS = 1.0  # what is no message is answered at most this often
 ENDED_SECS = 60.0  # a device that ended its side may wait so long for its answers
 STOP_ANSWER_SECS = 3.0  # at shutdown, wait this long for answers that devices are waiting for
 STOP_SECS = 9.0  # the whole clean stop; service managers kill after 10 s
@@ -124,6 +132,7 @@ UNCOMMITTED_MESSAGES = 8192  # the same for small messages
 LAZY_SECS = 0.1  # finished rows are marked with the next batch, or after this time
 COMMITMENT_POLL_MS = 1000  # a storage commitment looks this often whether its objects have reached the server
 COMPLAIN_SECS = 5.0  # failed tries of one queue are logged at most this often
+POISON_TRIES, POISON_DELAY_MS = 3, 3000  # a message that is refused where others pass: three tries within 10 s
 MAX_WARNINGS = 20  # warnings of one channel within that time
 WINDOW_MESSAGES = 8192  # queued messages of a channel known in memory; the rest stays on disk
 WINDOW_BYTES = 4 * MIB  # bodies among them that are kept in memory
@@ -131,6 +140,7 @@ INFLIGHT_BYTES = 16 * MIB  # of one channel with the server at once
 REFILL_MESSAGES = 1024  # rows read from disk in one go: a few ms of the interpreter
 PAGE_BYTES = 8192  # SQLite page: large messages want large pages, random control ids small ones
 CHECKPOINT_PAGES = 2000  # 16 MiB of WAL: more gives stalls of 30-100 ms
+MUST_SECS = 1.0  # what was acknowledged in pieces and cannot be stored is tried again
 STORE_REOPEN_SECS = 5.0  # a store that cannot be opened is tried again
 ALIVE_SECS = 5.0  # a running agent says so this often, for `health`
 DEAD_SECS = 30.0  # one that has not said so for so long hangs or is gone
@@ -142,11 +152,12 @@ RELOAD_START_SECS = 3.0  # a reload asked for while the agent starts waits this 
 HTTP_TIMEOUT_SECS = 30.0  # one HTTP request
 TRANSFER_TIMEOUT_SECS = 120.0  # of silence while a file is sent or fetched, however long it takes as a whole
 TRANSFERS = 4  # files under way to or from the server at once
+SEARCH_RESOURCES = 10_000  # of one FHIR search
 TRANSFER_BLOCK_BYTES = 256 * KIB  # read and written in one go
 HTTP_ATTEMPTS = 3  # uplink contract 1: 429, 5xx and network errors
 TOKEN_MARGIN_SECS = 300.0  # refresh this long before the token expires
 TOKEN_REFRESH_SPACING_SECS = 5.0  # a server that hands out nearly expired tokens must not be asked per message
-CONNECT_TIMEOUT_SECS = 10.0  # TCP, proxy, TLS and WebSocket handshake together
+CONNECT_TIMEOUT_SECS = 8.0  # TCP, proxy, TLS and WebSocket handshake together
 RECONNECT_BASE_SECS, RECONNECT_MAX_SECS = 1.0, 10.0  # full jitter between 0 and base * 2^n, capped
 SUSPECT_LOSSES = 3  # connections lost in a row with messages in flight: one of these may be the cause
 STABLE_SECS = 5.0  # a connection that lived this long resets the back-off
@@ -159,6 +170,9 @@ PUSH_STORED_SECS = 30.0  # one try of a stored push
 PUSH_FRAME_BYTES = 16 * MIB  # of what a device answers, before it is looked at
 LATE_ACK_SECS = 2.0  # a connection whose push ended without its ACK is kept for it so long, and then closed
 HANG_UP_SECS = 1.0  # a device may take so long to close its side of a connection that makes way for another
+NAMED_FILE_BYTES = MIB  # of a certificate, a key or a secret
+KNOWN_IDS = 2000  # control ids of one connection that are remembered, for a warning
+LOCKED_BYTE = 1 << 30  # of a lock file, on Windows
 PUSHED_IDS = 256  # pushes to connected devices whose late ACKs are still known
 DEVICE_IDLE_SECS = 10.0  # without keepAlive an unused device connection is closed after this time
 DICOM_PUSH_SECS = 600.0  # one try of a stored push to an imaging device: large objects, slow archives
@@ -189,6 +203,31 @@ Json = dict[str, Any]
 def now_ms() -> int:
     """Epoch milliseconds: the unit of every time in the store."""
     return time.time_ns() // 1_000_000
+
+
+def private(path: str, flags: int) -> int:
+    """Opener of files that only we may read; a link in their place is not followed."""
+    return os.open(path, flags | getattr(os, "O_NOFOLLOW", 0), 0o600)
+
+
+def sync(descriptor: int) -> None:
+    """To the disk itself: on macOS fsync leaves it in the drive's cache."""
+    if sys.platform == "darwin":
+        import fcntl
+
+        fcntl.fcntl(descriptor, fcntl.F_FULLFSYNC)
+    else:
+        os.fsync(descriptor)
+
+
+def sync_folder(folder: Path) -> None:
+    """The names in it."""
+    if os.name == "posix":
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            sync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def back_off(failures: int) -> float:
@@ -229,12 +268,27 @@ class LocalError(AgentError):
     """Something on our side: a setting, a file, the disk."""
 
 
+class Problem(str):
+    """What the cloud may read; `log` says more, for our own log."""
+
+    log: str
+
+    def __new__(cls, text: str, log: str) -> Problem:
+        problem = super().__new__(cls, text)
+        problem.log = log
+        return problem
+
+
 class ConfigError(LocalError):
     """A configuration that cannot be used; `problems` lists everything that is wrong with it."""
 
     def __init__(self, problems: Sequence[str]):
         super().__init__("; ".join(problems))
         self.problems = tuple(problems)
+
+
+class FilesError(LocalError):
+    """Files that a Device.url names cannot be used; the text is for our own log, not for the cloud."""
 
 
 class StorageError(LocalError):
@@ -329,6 +383,32 @@ def destinations(text: str) -> dict[str, Peer]:
     return found
 
 
+class PushTarget(NamedTuple):
+    """Where pushes may go; `scheme` and `ports` empty: any."""
+
+    scheme: str
+    network: ipaddress.IPv4Network | ipaddress.IPv6Network
+    ports: range
+
+    def holds(self, scheme: str, host: str, port: int) -> bool:
+        fits = self.scheme in ("", scheme) and (not self.ports or port in self.ports)
+        return fits and ipaddress.ip_address(host.split("%")[0]) in self.network
+
+
+@cache
+def push_targets(text: str) -> list[PushTarget]:
+    """Comma-separated `[scheme://]network[:port[-port]]`; an IPv6 network stands in brackets. ValueError."""
+    found = []
+    for part in filter(None, (part.strip() for part in text.split(","))):
+        match = re.fullmatch(r"(?:([a-z]+)://)?(?:\[([^]]+)\]|([^:]+))(?::(?:\*|(\d+)(?:-(\d+))?))?", part)
+        if not match:
+            raise ValueError(f"'{part}' needs the form mllp://10.1.0.0/16:2575, where scheme and port may be left away")
+        scheme, six, four, first, last = match.groups()
+        ports = range(int(first), int(last or first) + 1) if first else range(0)
+        found.append(PushTarget(scheme or "", ipaddress.ip_network(six or four, strict=False), ports))
+    return found
+
+
 @cache
 def parse_key(spec: str) -> tuple[FieldPath, ...]:
     """`SEG-field[.component[.subcomponent]]`, comma separated; ValueError names the bad part."""
@@ -366,11 +446,24 @@ def auto_responses(text: str) -> dict[bytes, bytes]:
     return rules
 
 
+def codec_of(label: str) -> str:
+    """Python's codec for a label as the Encoding Standard maps it; names that only Python knows stay as they are.
+
+    What the labels mean in practice: shift_jis is windows-31j, gb2312 is gbk, euc-kr is windows-949, big5 has the
+    characters of Hong Kong. iso-8859-1 stays exact, for Python's loses none of the C1 bytes.
+    """
+    name = re.sub(r"^win(?:dows)?[-_ ]?(\d{3,4})$", r"windows-\1", label.strip().lower())
+    found = webencodings.lookup(re.sub(r"^(?:iso[-_ ]?)?8859[-_/ ]?(\d{1,2})$", r"iso-8859-\1", name))
+    if found is None or re.fullmatch(r"(iso.*8859.*1|latin.?1|l1|ascii|us-ascii)", name):
+        return name
+    return "cp949" if found.name == "euc-kr" else str(found.codec_info.name)
+
+
 def check_encoding(name: str) -> None:
     """ValueError where text in this encoding cannot be framed by MLLP: ASCII, with the marks, must stay as it is."""
     ascii_text = "".join(map(chr, range(1, 127)))
     try:
-        if ascii_text.encode(name, "replace") == ascii_text.encode():
+        if ascii_text.encode(codec_of(name), "replace") == ascii_text.encode():
             return
     except LookupError:
         text = f"encoding '{name}' is unknown; use a name such as utf-8, iso-8859-1 or windows-1252"
@@ -428,6 +521,9 @@ class ProcessSettings:
     caFile: str = setting("", "CA file", "PEM file of further certificate authorities to trust", env="MEDPLUM_CA_FILE")
     stateDir: str = setting("", "State directory",
         "queue, logs and last configuration; default: see below", env="MEDPLUM_STATE_DIR")
+    pushTargets: str = setting("", "Push targets",
+        "where pushes may go, comma separated, such as `mllp://10.1.0.0/16:2575` or `192.168.5.7`; default: anywhere",
+        check=push_targets)
     heartbeatSecs: float = setting(10.0, "Heartbeat", "seconds between heartbeats; two unanswered reconnect", low=0.1)
     compression: bool = setting(False, "Compression", "compress the uplink (costs 30-60 % of its speed)")
 
@@ -504,9 +600,11 @@ class Hl7Settings(ChannelSettings):
     assignSeqNo: bool = setting(False, "Sequence number", "write a running number into MSH-13")
     messagesPerMin: int = setting(0, "Rate limit", "messages a minute read from one connection; 0: no limit")
     duplicateBehavior: str = setting("idempotent", "Duplicates",
-        "a control id seen before: `idempotent` answers equal bytes as before and rejects others, `reject` "
-        "rejects both, `accept` treats every message as new",
+        "a message that came before: `idempotent` answers it as before, `reject` rejects its control id, `accept` "
+        "treats every message as new",
         choices=("idempotent", "reject", "accept"))
+    duplicateWindowHours: float = setting(24.0, "Duplicates' window",
+        "hours within which the same message from the same sender counts as a repetition", low=0)
     logicalChannelKey: str = setting("", "Ordering key",
         "fields such as `PID-3.1,MSH-4` whose equal values stay in order; default: the patient",
         agent="channelLogicalChannelKey", check=parse_key)
@@ -548,6 +646,8 @@ class StreamSettings(ChannelSettings, BytesSettings):
     stripControlChars: bool = setting(False, "Strip control characters", "raw: remove bytes below 0x20 from the body")
     keepControlChars: str = setting("", "Keep control characters", "raw: bytes that stripControlChars leaves",
         check=byte_sequences)
+    answerWaitMins: float = setting(10.0, "Wait for the instrument",
+        "minutes that an answer waits for an instrument that closed its line", low=0)
     ignoreResponse: bool = setting(False, "Ignore answers", "do not write the Bot's answer to the device")
     strictFrameNumbers: bool = setting(False, "Strict frame numbers",
         "ASTM: NAK a frame out of sequence instead of accepting it with a warning")
@@ -582,6 +682,15 @@ class DicomSettings(ChannelSettings):
     moveDestinations: str = setting("", "Move destinations",
         "`AETITLE@host:port`, comma separated: where C-MOVE may send to, and storage commitment reports go",
         check=destinations)
+    storage: str = setting("binary", "Storage",
+        "where objects go: `binary`, or `dicomweb` (STOW-RS; the server needs version 5.1.28)",
+        choices=("binary", "dicomweb"))
+    answer: str = setting("bot", "Answers of queries",
+        "who answers C-FIND, C-MOVE and C-GET of studies: the Bot, or what the `server` has stored by STOW-RS",
+        choices=("bot", "server"))
+    dicomJson: str = setting("reference", "JSON without values",
+        "an attribute without a value has `[\"\"]`, as the reference writes it, or no Value (`standard`, PS3.18 F.2.5)",
+        choices=("reference", "standard"))
     answerWaitSecs: float = setting(10.0, "Wait for the Bot",
         "MPPS: seconds to wait for the Bot's answer before success is reported (the request is on disk)", low=0)
 
@@ -704,7 +813,7 @@ def _flatten(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 def read_config_file(path: Path) -> Source:
     """agent.toml or agent.properties, flat; ConfigError when it cannot be read or parsed."""
     try:
-        text = path.read_bytes().decode("utf-8-sig")
+        text = named_file(str(path)).decode("utf-8-sig")
         values = parse_properties(text) if path.suffix == ".properties" else _flatten(tomli.loads(text))
     except (OSError, ValueError) as error:  # tomli's and Unicode's errors are ValueErrors
         raise ConfigError([f"cannot read the configuration file {path}: {error}"]) from None
@@ -771,7 +880,7 @@ def _read_secret_file(sources: Sequence[Source], problems: dict[str, str]) -> li
             break
         if path := source.values.get("clientSecretFile"):
             try:
-                secret = Path(str(path)).read_text("utf-8-sig").strip()
+                secret = named_file(str(path)).decode("utf-8-sig").strip()
                 read[index] = Source(f"{path}", {**source.values, "clientSecret": secret})
             except (OSError, ValueError) as error:
                 problems["clientSecret"] = f"clientSecretFile {path} (from {source.name}) cannot be read: {error}"
@@ -822,7 +931,7 @@ def _logger_settings(which: str, found: Source | None, level: str, warnings: lis
 
 HL7_TYPE, PING_TYPE, BYTES_TYPE = "x-application/hl7-v2+er7", "x-application/ping", "application/octet-stream"
 ASTM_TYPE = "x-application/astm-e1394"
-JSON_TYPE, DICOM_TYPE = "application/json", "application/dicom"
+JSON_TYPE, DICOM_TYPE, DICOM_JSON_TYPE = "application/json", "application/dicom", "application/dicom+json"
 
 
 class Protocol(NamedTuple):
@@ -855,6 +964,7 @@ class Policy(NamedTuple):
     multiplier: float
     attempts: int  # failed tries that make a dead letter; 0: no limit
     dead_letter_hours: float  # of failed tries that make a dead letter; 0: no limit
+    written: bool = False  # somebody wrote these figures: they count as they are
 
     def delay_ms(self, failures: int) -> int:
         """Back-off after so many failures, with jitter (channel contract 5.5)."""
@@ -864,9 +974,9 @@ class Policy(NamedTuple):
             delay = self.max_delay_ms
         return round(random.uniform(delay / 2, delay))
 
-    def spent(self, failures: int, first_failed_at: int, tries: int = 3) -> bool:
-        """Whether a message was tried often enough, or long enough: a clock that jumps once buries nothing."""
-        old = self.dead_letter_hours and now_ms() - first_failed_at > self.dead_letter_hours * 3_600_000
+    def spent(self, failures: int, failing_ms: int, tries: int = 3) -> bool:
+        """Whether a message was tried often enough, or failed long enough while there was a connection."""
+        old = self.dead_letter_hours and failing_ms > self.dead_letter_hours * 3_600_000
         return bool((old and tries >= 3) or (self.attempts and failures >= self.attempts))
 
 
@@ -927,7 +1037,9 @@ class ChannelPlan:
         waiting = isinstance(s, Hl7Settings) and not s.enhanced  # the device still owns its message
         mode = s.retryMode or ("original" if waiting else "enhanced")
         policy = delivery_policy(f"Channel '{self.name}'", s, mode, self.workers, s.responseTimeoutSecs)
-        return policy._replace(attempts=10) if mode == "normal" and "autoRetryMaxAttempts" not in self.given else policy
+        if mode == "normal" and "autoRetryMaxAttempts" not in self.given:
+            policy = policy._replace(attempts=10)
+        return policy._replace(written=any(name.startswith("autoRetry") for name in self.given))
 
 
 @dataclass(frozen=True)
@@ -1053,7 +1165,26 @@ def _check_tls(values: dict[str, Any], where: str) -> None:
     try:
         listening_tls(values)
     except OSError as error:
-        raise ConfigError([f"{where}: TLS cannot be set up: {error}"]) from None
+        text = f"{where}: TLS cannot be set up with certFile, keyFile and clientCa; our main log says why"
+        raise ConfigError([Problem(text, f"{where}: TLS cannot be set up: {error}")]) from None
+
+
+def named_file(path: str) -> bytes:
+    """A file that configuration or cloud names: regular and small, whatever it turns out to be; OSError."""
+    flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_NOCTTY", 0)
+    descriptor = os.open(path, flags)  # a pipe or terminal must not hold us up
+    with open(descriptor, "rb") as file:
+        found = os.fstat(descriptor)
+        if not stat.S_ISREG(found.st_mode) or found.st_size > NAMED_FILE_BYTES:
+            raise OSError(errno.EINVAL, "it is no regular file, or too large")
+        return file.read(NAMED_FILE_BYTES)
+
+
+def load_identity(context: ssl.SSLContext, cert_file: str, key_file: str) -> None:
+    """Our certificate and its key; OSError."""
+    for path in filter(None, (cert_file, key_file)):
+        named_file(path)
+    context.load_cert_chain(cert_file, key_file or None)
 
 
 def listening_tls(values: Mapping[str, Any]) -> ssl.SSLContext:
@@ -1061,10 +1192,10 @@ def listening_tls(values: Mapping[str, Any]) -> ssl.SSLContext:
     context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
     name = f"certFile {values['certFile']}" + (f" with keyFile {values['keyFile']}" if values.get("keyFile") else "")
     try:
-        context.load_cert_chain(values["certFile"], values.get("keyFile") or None)
+        load_identity(context, values["certFile"], values.get("keyFile") or "")
         if values.get("clientCa"):
             name = f"clientCa {values['clientCa']}"
-            context.load_verify_locations(values["clientCa"])
+            context.load_verify_locations(cadata=named_file(values["clientCa"]).decode("ascii", "replace"))
             context.verify_mode = ssl.CERT_REQUIRED
     except ssl.SSLError as error:
         wanted = "a certificate in PEM" if name.startswith("clientCa") else "a certificate and its key in PEM"
@@ -1147,6 +1278,19 @@ def _check_port(plan: ChannelPlan, channels: Mapping[str, ChannelPlan]) -> None:
         raise ConfigError([f"Invalid agent config. {both} declare use of port {plan.port}"])
 
 
+def shape_problem(agent: Json) -> str:
+    """What in an Agent resource has another shape than FHIR gives it, or an empty string."""
+    for name in ("channel", "setting"):
+        entries = agent.get(name) or []
+        if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
+            return f"{name} is no list of objects"
+    for entry in agent.get("channel") or []:
+        endpoint = entry.get("endpoint") or {}
+        if not isinstance(endpoint, dict) or not isinstance(endpoint.get("reference") or "", str):
+            return "the endpoint of a channel is no reference"
+    return ""
+
+
 def endpoint_references(agent: Json) -> list[str]:
     """The distinct Endpoint references of an Agent, in order; none when it is off."""
     entries = (agent.get("channel") or []) if agent.get("status") != "off" else []
@@ -1221,6 +1365,7 @@ def settings_markdown() -> str:
 # =====================================================================================================================
 
 LOG_FILE = re.compile(r"medplum-agent-(main|channels)-(\d{4}-\d\d-\d\d)\.log(?:\.(\d+))?")
+_CONTROLS = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 SEVERITY: Final = {level: rank for rank, level in enumerate(LEVELS)}
 
 
@@ -1286,7 +1431,8 @@ class Log:
     def _show(self, level: str, stamp: str, text: str, line: bytes) -> None:
         assert self._console is not None
         with suppress(OSError, ValueError):  # a closed terminal must not stop the agent
-            shown = f"{stamp[11:19]} {level:5} {text}" if self._console.isatty() else line.decode().rstrip()
+            plain = _CONTROLS.sub(" ", text)  # what the server sends must not steer a terminal
+            shown = f"{stamp[11:19]} {level:5} {plain}" if self._console.isatty() else line.decode().rstrip()
             print(shown, file=self._console, flush=True)
 
     def flush(self) -> None:
@@ -1319,7 +1465,7 @@ class Log:
         elif newest.stat().st_size >= limit:
             suffix += 1
         path = self._path(today, suffix)
-        self._file = open(path, "ab", opener=lambda p, flags: os.open(p, flags, 0o600))  # noqa: SIM115
+        self._file = open(path, "ab", opener=private)  # noqa: SIM115
         for old in log_files(self.directory, self.name)[self._settings.filesToKeep :]:
             old.unlink(missing_ok=True)
 
@@ -1437,29 +1583,102 @@ ACK_TEXT = {
 MERGE_EVENTS = frozenset("A17 A18 A24 A30 A34 A35 A36 A37 A39 A40 A41 A42 A43 A44 A45 A46 A47 A48 A49 A50 A51".split())
 _MARKS = "^~\\&"  # the usual MSH-2
 LINE_ENDS = re.compile(r"[\r\n]+")
+_BLANKS = "\ufeff \t\r\n"  # what may come before MSH
+_WRAPPERS = (b"FHS", b"BHS", b"BTS", b"FTS")  # segments around the messages of a batch (HL7 v2.5.1 2.10.3)
 _control_ids = itertools.count(time.time_ns() // 1000)  # 16 digits, unique in a process and across restarts
+# Character sets that HL7 names in its own way (table 0211)
+_CHARACTER_SETS = {
+    "UNICODE UTF-8": "utf-8", "UNICODE": "utf-8", "GB 18030-2000": "gb18030", "KS X 1001": "cp949",
+    "BIG-5": "big5hkscs", "ISO IR87": "iso2022_jp_ext", "ISO IR14": "iso2022_jp_ext", "ISO IR159": "iso2022_jp_ext",
+}  # fmt: skip
 
 
 def decode_hl7(content: bytes, encoding: str) -> str:
     """The text of a frame with single carriage returns between segments (channel contract 4.2).
 
-    Raises PeerError when it does not start with MSH and a field separator.
+    A line feed in a message whose segments end in CR is text. Raises PeerError when it does not start with MSH and a
+    field separator.
     """
-    text = content.decode(encoding, "replace")
-    if text[:1] == "\ufeff":
-        text = text[1:]
+    text = content.decode(encoding, "replace").lstrip(_BLANKS)
     if not text.startswith("MSH") or len(text) < 4 or text[3].isalnum() or text[3] in "\r\n":
         raise PeerError("Invalid HL7 message: it does not start with MSH and a field separator")
-    return LINE_ENDS.sub("\r", text) if "\n" in text or b"\r\r" in content else text
+    if "\n" not in text:
+        return LINE_ENDS.sub("\r", text) if b"\r\r" in content else text
+    first, size = LINE_ENDS.search(text), len(text)
+    if first and "\r" not in first[0]:
+        return LINE_ENDS.sub("\r", text)
+    return LINE_ENDS.sub(lambda end: "\r" if "\r" in end[0] or end.end() == size else end[0], text)
+
+
+def split_batch(content: bytes) -> tuple[list[bytes], bytes]:
+    """The messages of a frame that holds several, or a batch; and what stood around them."""
+    if content[:3] == b"MSH" and content.find(b"\rMSH") < 0 and content.find(b"\nMSH") < 0:
+        return [content], b""
+    messages: list[list[bytes]] = []
+    around: list[bytes] = []
+    for line in re.split(rb"(?<=[\r\n])(?=MSH|FHS|BHS|BTS|FTS)", content.lstrip(b"\xef\xbb\xbf \t\r\n")):
+        if line.startswith(_WRAPPERS):
+            around.append(line)
+        else:
+            messages.append([line])
+    return [b"".join(lines) for lines in messages] or [content], b"".join(around)
+
+
+def character_set(content: bytes) -> str:
+    """The codec that MSH-18 of a message names, or an empty string."""
+    start = content.find(b"MSH")
+    end = content.find(b"\r", start)
+    fields = content[start : end if end > 0 else None].split(content[start + 3 : start + 4] or b"|", 18)
+    name = fields[17].decode("latin-1").split("~")[0].strip().upper() if len(fields) > 17 else ""
+    with suppress(ValueError):
+        codec = _CHARACTER_SETS.get(name) or codec_of(name)
+        check_encoding(codec)
+        return "" if name in ("", "ASCII") else codec
+    return ""
+
+
+def message_hash(content: bytes) -> int:
+    """Of a message without its time (MSH-7): equal for a repetition. 62 bits, never 0 or 1."""
+    end = content.find(b"\r")
+    head, rest = (content, b"") if end < 0 else (content[:end], content[end:])
+    fields = head.split(head[3:4] or b"|", 7)
+    del fields[6:7]
+    digest = hashlib.blake2b(b"\0".join((*fields, rest)), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 2 | 2
+
+
+def is_ack(message_type: str) -> bool:
+    """MSH-9.1 is ACK: nothing answers it (HL7 v2.5.1 2.9.2)."""
+    return message_type[:3] == "ACK" and not message_type[3:4].isalnum()
+
+
+def undecodable(content: bytes, encoding: str) -> str:
+    """The first byte that the encoding does not have, and where it stands."""
+    try:
+        content.decode(encoding)
+    except UnicodeDecodeError as error:
+        segment = re.split(rb"[\r\n]", content[: error.start])[-1]
+        name, field = segment[:3].decode("latin-1"), segment.count(content[3:4] or b"|")
+        return f"byte 0x{content[error.start]:02X} in {name}-{field + (name == 'MSH')}"
+    return ""
+
+
+def framed(text: str) -> str:
+    """A text without the bytes that would end or begin its frame, and with its last carriage return."""
+    if "\x1c" in text or "\x0b" in text:
+        text = text.replace("\x1c\r", "\\X1C\\\\X0D\\").replace("\x1c", "\\X1C\\").replace("\x0b", "\\X0B\\")
+    return text if text.endswith("\r") else text + "\r"
 
 
 class Header:
     """The MSH segment: `fields[n - 1]` is MSH-n (HL7 v2.5.1 2.15.9); missing fields read as empty."""
 
-    __slots__ = ("component", "fields", "repetition", "separator")
+    __slots__ = ("component", "encoding", "fields", "raw_id", "repetition", "separator")
 
-    def __init__(self, text: str):
+    def __init__(self, text: str, encoding: str = ""):
         end = text.find("\r")
+        self.encoding = encoding  # of the message, as a codec; "": the line's
+        self.raw_id = b""  # MSH-10 as received, where it cannot be decoded
         self.separator = text[3]
         self.fields = (text if end < 0 else text[:end]).split(self.separator)
         marks = self.fields[1] if len(self.fields) > 1 else ""
@@ -1475,6 +1694,11 @@ class Header:
     @property
     def message_type(self) -> str:
         return self.fields[8] if len(self.fields) > 8 else ""
+
+    @property
+    def sender(self) -> str:
+        """MSH-3 and MSH-4: with the control id they name a message."""
+        return "|".join(self.fields[2:4])
 
 
 def segments_named(text: str, name: str, separator: str) -> Iterator[str]:
@@ -1621,17 +1845,27 @@ def passes_filter(settings: Hl7Settings, code: str) -> bool:
 # MLLP
 #
 # The frame layer (HL7 Minimal Lower Layer Protocol, release 1): <0x0B> content <0x1C 0x0D>. Bytes in, events out.
-# Whatever arrives, in one piece or byte by byte, gives the same frames and PeerErrors and never anything else.
+# Whatever arrives, in one piece or byte by byte, gives the same frames and FrameErrors and never anything else.
 #
-# | state   | bytes                  | event                        | next    |
-# | outside | up to 0x0B             | - (skipped, counted)         | inside  |
-# | inside  | ... 0x1C 0x0D          | frame                        | outside |
-# | inside  | ... 0x0B MSH ...       | PeerError for the part before| inside  |
-# | inside  | more than the limit    | PeerError                    | too big |
-# | too big | ... 0x1C 0x0D          | - (dropped)                  | outside |
+# | state   | bytes                      | event                         | next    |
+# | outside | up to 0x0B                 | - (skipped, counted)          | inside  |
+# | inside  | ... 0x1C, and 0x0D or 0x0A | frame                         | outside |
+# | inside  | ... 0x1C, and then nothing | frame (when `expired`)        | outside |
+# | inside  | ... 0x0B MSH ...           | FrameError for the part before| inside  |
+# | inside  | more than the limit        | FrameError                    | too big |
+# | too big | ... 0x1C 0x0D              | - (dropped)                   | outside |
 # =====================================================================================================================
 
 START, END, RESTART = b"\x0b", b"\x1c\r", b"\x0bMSH"
+HEAD_BYTES = 1024  # of a frame that is not taken: its MSH, for the answer
+
+
+class FrameError(PeerError):
+    """A frame that is not taken; `head` is how it began."""
+
+    def __init__(self, text: str, head: bytes):
+        super().__init__(text)
+        self.head = head[:HEAD_BYTES]
 
 
 def mllp_frame(content: bytes) -> bytes:
@@ -1648,43 +1882,60 @@ def _find(source: bytes | bytearray, mark: bytes, start: int, stop: int) -> int:
     return at
 
 
+def _find_end(source: bytes | bytearray, start: int) -> int:
+    """Where 0x1C lies with a line end behind it, or -1."""
+    at = source.find(b"\x1c", start)
+    while at >= 0 and source[at + 1 : at + 2] not in (b"\r", b"\n"):
+        at = source.find(b"\x1c", at + 1)
+    return at
+
+
 class Mllp:
     """The receiving side of one connection. `limit`: largest content in bytes."""
 
-    __slots__ = ("_buffer", "_inside", "_oversize", "_scanned", "limit", "skipped")
+    __slots__ = ("_buffer", "_oversize", "_scanned", "inside", "limit", "skipped")
 
     def __init__(self, limit: int):
         self.limit = limit
-        self.skipped = 0  # bytes outside of frames: some senders pad, garbage is worth a warning
+        self.skipped = 0  # bytes outside of frames, but for line ends: some senders pad, garbage is worth a warning
+        self.inside = False  # in the middle of a frame: the sender owes us bytes
         self._buffer = bytearray()
-        self._inside = False
         self._oversize = False
         self._scanned = 0  # bytes of the unfinished frame that were already searched for a mark
 
     @property
-    def inside(self) -> bool:
-        """True in the middle of a frame: the sender owes us bytes."""
-        return self._inside
+    def held(self) -> int:
+        """Bytes of the unfinished frame."""
+        return len(self._buffer)
 
-    def receive(self, chunk: bytes) -> list[bytes | PeerError]:
+    @property
+    def half_ended(self) -> bool:
+        """The last byte may have ended the frame."""
+        return self.inside and self._buffer.endswith(END[:1])
+
+    def expired(self) -> list[bytes | FrameError]:
+        """Nothing came for a while: a lone 0x1C has ended the frame."""
+        return self.receive(END[1:]) if self.half_ended else []
+
+    def receive(self, chunk: bytes) -> list[bytes | FrameError]:
         """The frames (their content) and errors that these bytes complete."""
-        events: list[bytes | PeerError] = []
+        events: list[bytes | FrameError] = []
         source: bytes | bytearray = chunk
         if self._buffer:
             self._buffer += chunk
             source = self._buffer
         position, end = 0, -2  # the next end mark: -2 not searched for, -1 there is none
-        while self._inside or (position := self._enter(source, position)) >= 0:
+        while self.inside or (position := self._enter(source, position)) >= 0:
             at = position + self._scanned
             if end == -2 or -1 < end < at:
-                end = _find(source, END, at, len(source))
+                end = _find_end(source, at)
             restart = _find(source, RESTART, at, len(source) if end < 0 else end)
             if restart >= 0:
                 self._finish(bytes(source[position:restart]), events, whole=False)
                 position = restart + 1
             elif end >= 0:
                 self._finish(bytes(source[position:end]), events, whole=True)
-                position, self._inside = end + 2, False
+                position, self.inside = end + 2, False
             else:
                 break
             self._scanned = 0
@@ -1694,32 +1945,33 @@ class Mllp:
     def _enter(self, source: bytes | bytearray, position: int) -> int:
         """The first byte of the next frame, or -1 when only bytes between frames are left."""
         start = source.find(START, position)
-        self._inside = start >= 0
-        self.skipped += (start if self._inside else len(source)) - position
-        return start + 1 if self._inside else -1
+        self.inside = start >= 0
+        between = source[position : start if self.inside else len(source)]
+        self.skipped += len(between) - between.count(b"\r") - between.count(b"\n")
+        return start + 1 if self.inside else -1
 
-    def _finish(self, content: bytes, events: list[bytes | PeerError], *, whole: bool) -> None:
+    def _finish(self, content: bytes, events: list[bytes | FrameError], *, whole: bool) -> None:
         """A frame ended, or was cut off by the start of the next: then it counts if a lone 0x1C ended it."""
         ended = whole or content.endswith(END[:1])
         content = content if whole or not ended else content[:-1]
         if self._oversize:
             self._oversize = False
         elif len(content) > self.limit:
-            events.append(self._too_large())
+            events.append(self._too_large(content))
         elif ended:
             events.append(content)
         else:
-            events.append(PeerError("the message was cut off by the start of the next one"))
+            events.append(FrameError("the message was cut off by the start of the next one", content))
 
-    def _too_large(self) -> PeerError:
-        return PeerError(f"the message is larger than {self.limit} bytes (maxMessageBytes)")
+    def _too_large(self, content: bytes) -> FrameError:
+        return FrameError(f"the message is larger than {self.limit} bytes (maxMessageBytes)", content)
 
-    def _keep(self, source: bytes | bytearray, position: int, events: list[bytes | PeerError]) -> None:
+    def _keep(self, source: bytes | bytearray, position: int, events: list[bytes | FrameError]) -> None:
         """Hold back the unfinished frame; of one that is too large only what could be the first half of a mark."""
-        rest = len(source) - position if self._inside else 0
+        rest = len(source) - position if self.inside else 0
         if rest > self.limit + len(RESTART) and not self._oversize:
             self._oversize = True
-            events.append(self._too_large())
+            events.append(self._too_large(bytes(source[position : position + HEAD_BYTES])))
         if self._oversize:
             rest = min(rest, len(RESTART) - 1)
         self._scanned = max(0, rest - len(RESTART) + 1)
@@ -1873,6 +2125,7 @@ def stream_answer(body: str, settings: StreamSettings) -> bytes:
 # - 6.2 ENQ is answered by ACK. An ENQ inside a session ends that session first.
 # - 6.3 A frame is STX, number, text, ETB (more of this record follows) or ETX, checksum, CR, LF. It is answered after
 #   its checksum, as some instruments leave CR LF away, and pad with NULs. STX inside a frame begins it anew.
+# - Some instruments send no numbers: where the first frame of a session has none, all of them are text from STX on.
 # - 6.3.2 Numbers count 1..7, 0. A frame repeats the last one only if number and bytes are equal: then ACK, nothing
 #   appended. Any other number is accepted with a warning (strictFrameNumbers: NAK).
 # - 6.5.2 A sender that hears nothing for 15 s gives up. When a frame takes longer to store and something came after it,
@@ -2015,6 +2268,7 @@ class Astm:
         self._size = 0  # of the session, in bytes
         self._partial = False  # the last text goes on in the next frame
         self._refused = False  # the last frame got NAK
+        self._numbered: bool | None = None  # whether the frames of the session have numbers; None: not known yet
 
     # --- what the caller does ---
 
@@ -2047,7 +2301,7 @@ class Astm:
         self._records[-1] += frame.content
         self._partial = frame.end == ETB
         self._size += len(frame.content) + FRAME_COST_BYTES
-        self._last, self._expected = frame, (ord(frame.number) + 1) % 8
+        self._last, self._expected = frame, (ord(frame.number or "0") + 1) % 8
         if self._waiting.strip(b"\r\n\0") and now >= self._due:
             self._refused, self._state = True, Link.NOISE
         else:
@@ -2169,6 +2423,7 @@ class Astm:
     def _begin_session(self, byte: int) -> None:
         self._records, self._size, self._last, self._expected = [], 0, None, 1
         self._partial = self._refused = False
+        self._numbered = None
         self._text.clear()
 
     def _open(self, byte: int) -> None:
@@ -2221,8 +2476,7 @@ class Astm:
         self._finish("" if self._terminated() else reason)
 
     def _terminated(self) -> bool:
-        last = bytes(self._records[-1]).strip(b"\r\n\0 ") if self._records and not self._partial else b""
-        return re.split(rb"[\r\n]", last)[-1].startswith(b"L")
+        return not self._partial and is_terminated(self._records)
 
     def _finish(self, reason: str) -> None:
         if self._records:
@@ -2243,6 +2497,9 @@ class Astm:
 
     def _take_number(self, byte: int) -> None:
         self._number = byte
+        if byte not in b"01234567":  # the first of the text, and no number
+            self._number = 0
+            self._text.append(byte)
 
     def _go_on(self, byte: int) -> None:
         """The EOT was part of the text, which is for the checksum to judge."""
@@ -2265,14 +2522,17 @@ class Astm:
 
     def _judge(self) -> None:
         """The frame is complete."""
-        frame = FrameAccepted(chr(self._number), bytes(self._text), self._sum[0])
+        frame = FrameAccepted(chr(self._number) if self._number else "", bytes(self._text), self._sum[0])
         wanted = b"%02X" % ((self._number + sum(self._text) + frame.end) % 256)
         self._text.clear()
-        expected = ord(frame.number) == ord("0") + self._expected
+        expected = not frame.number or ord(frame.number) == ord("0") + self._expected
         if self.settings.checksum == "on" and self._sum[1:].upper() != wanted:
             self._answer(NAK)
         elif frame == self._last:
             self._answer(ACK)
+        elif self._numbered not in (None, bool(frame.number)):
+            self._warn("a frame without number came among numbered ones, or the other way round; it is refused")
+            self._answer(NAK)
         elif self._size + len(frame.content) + FRAME_COST_BYTES > self.settings.maxMessageBytes:
             self._warn(f"the session is larger than {self.settings.maxMessageBytes} bytes (maxMessageBytes)")
             self._answer(NAK)
@@ -2280,6 +2540,9 @@ class Astm:
             self._warn(f"frame {frame.number!r} came where {self._expected} was due; it is refused")
             self._answer(NAK)
         else:
+            if self._numbered is None and not frame.number:
+                self._warn("its frames have no numbers")
+            self._numbered = bool(frame.number)
             if not expected:
                 self._warn(f"frame {frame.number!r} came where {self._expected} was due; it is accepted")
             self._state, self._pending = Link.COMMIT, frame
@@ -2437,6 +2700,18 @@ def delimiters(record: bytes) -> Delimiters:
     return Delimiters(text[1], *(declared + "".join(usual[1:])[len(declared) :]))
 
 
+def is_terminated(records: Sequence[bytes | bytearray]) -> bool:
+    """The last record is an L record (LIS02-A2 14)."""
+    last = bytes(records[-1]).strip(b"\r\n\0 ") if records else b""
+    return re.split(rb"[\r\n]", last)[-1].startswith(b"L")
+
+
+def half_session(records: Sequence[bytes]) -> str:
+    """Why a session is no message, or an empty string: it begins with its H record (LIS02-A2 6)."""
+    first = b"".join(records[:1]).lstrip(b"\r\n\0 ")
+    return "" if first[:1] in b"Hh" else "its first record is no H record: the beginning is missing"
+
+
 def _records_of(text: str) -> list[str]:
     lines = re.split(r"[\r\n]", text)
     clean = ("".join(c for c in line if c >= " ") for line in lines)
@@ -2445,13 +2720,13 @@ def _records_of(text: str) -> list[str]:
 
 def records_text(records: Sequence[bytes], settings: StreamSettings) -> str:
     """The body sent to the server: every record ends in LF, blank ones and other control characters are left out."""
-    text = "\n".join(record.decode(settings.encoding, "replace") for record in records)
+    text = "\n".join(record.decode(codec_of(settings.encoding), "replace") for record in records)
     return "".join(line + "\n" for line in _records_of(text))
 
 
 def text_records(body: str, settings: StreamSettings) -> list[bytes]:
     """The records of an answer, each ending in CR as they are sent."""
-    return [line.encode(settings.encoding, "replace") + b"\r" for line in _records_of(body)]
+    return [line.encode(codec_of(settings.encoding), "replace") + b"\r" for line in _records_of(body)]
 
 
 # =====================================================================================================================
@@ -2489,12 +2764,12 @@ CREATE TABLE message (
   original BLOB NOT NULL, encoding TEXT NOT NULL, finalized TEXT, seq_no INTEGER, return_ack TEXT,
   received_at INTEGER NOT NULL,
   attempts INTEGER NOT NULL DEFAULT 0, failures INTEGER NOT NULL DEFAULT 0,
-  next_attempt_at INTEGER NOT NULL DEFAULT 0, first_failed_at INTEGER NOT NULL DEFAULT 0,
+  next_attempt_at INTEGER NOT NULL DEFAULT 0, failing_ms INTEGER NOT NULL DEFAULT 0,
   sent_at INTEGER NOT NULL DEFAULT 0, settled_at INTEGER NOT NULL DEFAULT 0, response TEXT, status_code INTEGER,
   outcome INTEGER NOT NULL DEFAULT 0, error_code TEXT, last_error TEXT, spool TEXT);
 CREATE TABLE partial (session TEXT, number INTEGER, channel INTEGER NOT NULL, remote TEXT NOT NULL,
   frame BLOB NOT NULL, PRIMARY KEY (session, number)) WITHOUT ROWID;
-CREATE UNIQUE INDEX duplicate ON message (channel, control_id) WHERE checked;
+CREATE UNIQUE INDEX duplicate ON message (channel, control_id, checked) WHERE checked;
 CREATE INDEX unsettled ON message (channel, id) WHERE state < {PROCESSED};
 CREATE INDEX dead ON message (id) WHERE state > {PROCESSED};
 CREATE INDEX spooled ON message (spool) WHERE spool IS NOT NULL;
@@ -2509,16 +2784,17 @@ PRAGMA user_version = {SCHEMA_VERSION};
 """
 _MIGRATIONS = {  # from each older version of the schema to the next
     1: "ALTER TABLE message ADD COLUMN spool TEXT; CREATE INDEX spooled ON message (spool) WHERE spool IS NOT NULL",
-    2: "DROP TABLE IF EXISTS tally",
+    2: "DROP TABLE IF EXISTS tally; DROP INDEX IF EXISTS duplicate; CREATE UNIQUE INDEX duplicate ON message (channel, "
+    "control_id, checked) WHERE checked",
 }
 # Columns are members of Message: those of a new row, those that change later, and those that are read back.
 _NEW = """id channel epoch state remote control_id checked type key original encoding finalized seq_no return_ack
   received_at settled_at outcome error_code last_error spool""".split()
-_CHANGED = """id state remote attempts failures next_attempt_at first_failed_at sent_at settled_at response status_code
+_CHANGED = """id state remote attempts failures next_attempt_at failing_ms sent_at settled_at response status_code
   outcome error_code last_error""".split()
 _READ = [*_CHANGED, *"channel epoch control_id type key encoding received_at return_ack spool".split()]
 _INSERT = f"""INSERT INTO message ({", ".join(_NEW)}) VALUES {{rows}}
-  ON CONFLICT (channel, control_id) WHERE checked DO NOTHING"""
+  ON CONFLICT (channel, control_id, checked) WHERE checked DO NOTHING"""
 _UPDATE = f"""UPDATE message SET {", ".join(f"{name} = column{n}" for n, name in enumerate(_CHANGED, 1) if n > 1)}
   FROM (VALUES {{rows}}) WHERE id = column1"""
 _SELECT = f"SELECT {', '.join(_READ)}"
@@ -2538,11 +2814,47 @@ class Message:
     """One message: its row, and what is known of it in memory. Times are epoch milliseconds."""
 
     __slots__ = (
-        "assign", "attempts", "binary", "channel", "checked", "control_id", "deadline", "earlier", "encoding", "epoch",
-        "error_code", "failures", "finalized", "first_failed_at", "id", "key", "last_error", "losses",
-        "next_attempt_at", "original", "outcome", "prepared", "received_at", "refusal", "remote", "response",
-        "return_ack", "sent_at", "seq_no", "session", "settled_at", "size", "source", "spool", "state", "status_code",
-        "text", "type",
+        "assign",
+        "attempts",
+        "binary",
+        "channel",
+        "checked",
+        "control_id",
+        "deadline",
+        "earlier",
+        "encoding",
+        "epoch",
+        "error_code",
+        "failing_ms",
+        "failing_since",
+        "failures",
+        "finalized",
+        "id",
+        "key",
+        "last_error",
+        "losses",
+        "must",
+        "next_attempt_at",
+        "original",
+        "outcome",
+        "prepared",
+        "received_at",
+        "refusal",
+        "remote",
+        "response",
+        "return_ack",
+        "sent_at",
+        "seq_no",
+        "session",
+        "settled_at",
+        "size",
+        "source",
+        "spool",
+        "state",
+        "status_code",
+        "text",
+        "type",
+        "window_ms",
     )  # fmt: skip
 
     def __init__(self, row: ChannelRow, remote: str, original: bytes, encoding: str = "utf-8"):
@@ -2554,7 +2866,9 @@ class Message:
         self.size = len(original)
         self.control_id = self.type = ""
         self.key: str | None = ""
-        self.checked: bool | None = None  # True: the control id must be new
+        self.checked: int | None = None  # with the control id it must be new: a hash of what makes a repetition
+        self.window_ms = 0  # for so long
+        self.must = False  # it was acknowledged in pieces: stored without any limit, and tried until it is
         self.assign = False  # MSH-13 is written at insertion
         self.seq_no: int | None = None
         self.session: str | None = None  # of an ASTM message: its frames in `partial` are replaced by it
@@ -2564,14 +2878,15 @@ class Message:
         self.prepared = True  # nothing has to happen before it can be sent
         self.received_at = now_ms()
         self.state, self.outcome = QUEUED, PENDING
-        self.attempts = self.failures = self.next_attempt_at = self.first_failed_at = self.sent_at = self.settled_at = 0
+        self.attempts = self.failures = self.next_attempt_at = self.failing_ms = self.sent_at = self.settled_at = 0
+        self.failing_since = 0.0  # on the loop's clock, while there is a connection; 0: it has not failed on this one
         self.losses = 0  # connections that worked for others and were lost while this message was in flight
         self.deadline = math.inf  # of the answer that is awaited; the event loop's clock
         self.response: str | None = None
         self.status_code: int | None = None
         self.error_code: str | None = None
         self.last_error: str | None = None
-        self.earlier: Earlier | None = None  # set when the message is a repetition
+        self.earlier: Message | None = None  # set when the message is a repetition: what it repeats
         self.refusal: str | None = None  # set when it could not be stored
         self.source: Callable[[Message], None] | None = None  # told when it is on disk or refused
 
@@ -2587,13 +2902,6 @@ class Message:
         """It is finished before anything was sent."""
         self.state, self.outcome, self.settled_at = state, outcome, self.received_at
         self.error_code, self.last_error = error_code, reason
-
-
-class Earlier(NamedTuple):
-    """The stored message that a repetition repeats; `same` tells whether the bytes are equal."""
-
-    message: Message
-    same: bool
 
 
 class _Update(NamedTuple):
@@ -2634,8 +2942,10 @@ class SpoolFile(io.FileIO):
         self._kept = False
         path = spool.folder / f"{spool.new_name()}.part"
         try:
-            spool.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-            super().__init__(path, "x", opener=lambda p, flags: os.open(p, flags, 0o600))
+            if not spool.folder.is_dir():
+                spool.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+                sync_folder(spool.folder.parent)
+            super().__init__(path, "x", opener=private)
         except OSError as error:
             self.error = _storage_text(error)
             super().__init__(os.devnull, "w")
@@ -2654,18 +2964,13 @@ class SpoolFile(io.FileIO):
         self.spool.count(len(content))
         return len(content)
 
-    def keep(self) -> str:
-        """Put the file on disk under its final name and return that; OSError."""
-        name = Path(self.name).stem
-        os.fsync(self)
+    def keep(self, mark: str = "") -> str:
+        """Put the file on disk under its final name, which ends in `mark`, and return that; OSError."""
+        name = Path(self.name).stem + mark
+        sync(self.fileno())
         self.close()
         Path(self.name).rename(self.spool.path(name))
-        if os.name == "posix":
-            folder = os.open(self.spool.folder, os.O_RDONLY)
-            try:
-                os.fsync(folder)
-            finally:
-                os.close(folder)
+        sync_folder(self.spool.folder)
         self._kept = True
         return name
 
@@ -2731,6 +3036,7 @@ class Store:
 
     def __init__(self, path: Path, log: Log):
         self.path = path
+        self._seed = ""
         self.uuid = ""  # of the queue, without its last 12 digits: with a row's number it names a message for ever
         self.trouble = "the queue is not open yet"
         self.max_bytes = 0  # 0: no limit but the disk's
@@ -2777,7 +3083,8 @@ class Store:
 
     def put(self, message: Message) -> None:
         """Store a message; `message.source` hears of it when it is on disk, a repetition, or refused."""
-        if reason := self._refusal(message.size) or ("" if message.channel else "the queue is not open yet"):
+        refusal = self.trouble if message.must else self.refusal(message.size)
+        if reason := refusal or ("" if message.channel else "the queue is not open yet"):
             message.refusal = reason
             self._loop.call_soon(self._release, [message])
             return
@@ -2789,14 +3096,18 @@ class Store:
         if self._sleeping:
             self._bell.put(None)
 
-    def _refusal(self, size: int) -> str:
+    def refusal(self, size: int = 0) -> str:
+        """Why a message of this size would be refused now, or an empty string."""
         if not self.trouble and self.max_bytes and self.total_bytes + self._uncommitted_bytes + size > self.max_bytes:
             return f"storage error: the queue has reached its limit of {self.max_bytes // MIB} MiB"
         return self.trouble
 
+    def disk_refusal(self) -> str:
+        return _storage_text(OSError("disk full")) if self._disk_full() else ""
+
     def _spool_refusal(self, size: int) -> str:
-        """Why a file of the spool may not grow to this size, or ``; called from any thread."""
-        return self._refusal(size) or (_storage_text(OSError("disk full")) if self._disk_full() else "")
+        """Why a file of the spool may not grow to this size, or an empty string; called from any thread."""
+        return self.refusal(size) or self.disk_refusal()
 
     def update(self, message: Message, then: Callable[[], None] | None = None) -> None:
         """Write a message's progress with the next batch; with `then`, now, and call it once committed."""
@@ -3028,8 +3339,8 @@ class Store:
         rows = [item for item in batch if isinstance(item, ChannelRow)]
         try:
             self._check_file()
-            if messages and self._disk_full():  # so that what is stored can still be settled
-                raise StorageError("database or disk is full")
+            if not all(message.must for message in messages) and self._disk_full():
+                raise StorageError("database or disk is full")  # so that what is stored can still be settled
             db.execute("BEGIN IMMEDIATE")
             for row in rows:
                 self._save_channel(db, row)
@@ -3090,6 +3401,8 @@ class Store:
             for message in plain:
                 if not db.execute("SELECT 1 FROM message WHERE id = ?", (message.id,)).fetchone():
                     message.earlier = self._find_earlier(db, message)
+                    if message.earlier is None:
+                        _execute_many(db, _INSERT, [_new_row(message)])
         for message in messages:
             if message.session:
                 db.execute("DELETE FROM partial WHERE session = ?", (message.session,))
@@ -3105,10 +3418,15 @@ class Store:
         _execute_many(db, _INSERT, [_new_row(message)])
         db.execute("UPDATE channel SET next_seq = ? WHERE id = ?", (number + 1, message.channel))
 
-    def _find_earlier(self, db: sqlite3.Connection, message: Message) -> Earlier | None:
-        sql = f"{_SELECT}, original FROM message WHERE channel = ? AND control_id = ? AND checked"
-        row = db.execute(sql, (message.channel, message.control_id)).fetchone()
-        return Earlier(Message._from_row(row), row[-1] == message.original) if row else None
+    def _find_earlier(self, db: sqlite3.Connection, message: Message) -> Message | None:
+        """What a message repeats; None when that is too long ago."""
+        sql = f"{_SELECT} FROM message WHERE channel = ? AND control_id = ? AND checked = ?"
+        row = db.execute(sql, (message.channel, message.control_id, message.checked)).fetchone()
+        earlier = Message._from_row(row) if row else None
+        if earlier and message.window_ms and message.received_at - earlier.received_at > message.window_ms:
+            db.execute("UPDATE message SET checked = NULL WHERE id = ?", (earlier.id,))
+            return None
+        return earlier
 
     def _after_failure(self, db: sqlite3.Connection) -> sqlite3.Connection | None:
         """Wait a moment; a file that is damaged is closed and opened anew (a person may have mended it)."""
@@ -3131,7 +3449,10 @@ class Store:
         self._loop.call_soon_threadsafe(self._committed, refused, (), (), ())
 
     def _disk_full(self) -> bool:
-        usage = shutil.disk_usage(self.path.parent)
+        try:
+            usage = shutil.disk_usage(self.path.parent)
+        except OSError:
+            return False  # the folder is gone: that is found when the file is used
         return usage.free < min(DISK_RESERVE_BYTES, usage.total // 50)
 
     def _check_file(self) -> None:
@@ -3158,6 +3479,7 @@ class Store:
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._lock_queue()
+            self._inspect_wal()
             os.close(os.open(self.path, os.O_RDWR | os.O_CREAT, 0o600))
             db = sqlite3.connect(self.path, isolation_level=None, check_same_thread=False, timeout=5)
             self._prepare(db)
@@ -3175,17 +3497,45 @@ class Store:
         return db
 
     @property
+    def _high_path(self) -> Path:
+        return self.path.with_name(self.path.name + ".high")
+
+    def _remembered(self) -> str:
+        with suppress(OSError, ValueError):
+            return self._high_path.read_text("ascii")
+        return ""
+
+    def remember(self) -> None:
+        """How far the row numbers got, beside the queue: a copy that is put in its place must not use them again."""
+        if self.healthy:
+            with suppress(OSError), open(self._high_path, "wb", opener=private) as file:
+                file.write(f"{self._seed} {self._next_id}".encode())
+
+    @property
     def _lock_path(self) -> Path:
         return self.path.with_name(self.path.name + ".lock")
 
     def _lock_queue(self) -> None:
         """Two agents must never share a queue: their row numbers would clash."""
         if self._lock_file is None:
-            file = open(self._lock_path, "a+b", opener=lambda p, flags: os.open(p, flags, 0o600))  # noqa: SIM115
+            file = open(self._lock_path, "a+b", opener=private)  # noqa: SIM115
             if not lock_file(file):
                 file.close()
                 raise StorageError("foreign file: another agent uses this queue (queueDbPath)")
             self._lock_file = file
+
+    def _inspect_wal(self) -> None:
+        """SQLite ends its recovery at the first bad frame and overwrites the rest: say so, and keep copies."""
+        wal = self.path.with_name(self.path.name + "-wal")
+        lost = lost_frames(wal.read_bytes()) if wal.exists() else 0
+        if lost:
+            stamp = f"damaged-{now_ms()}"
+            for path in (self.path, wal):
+                shutil.copy2(path, path.with_name(f"{path.name}.{stamp}"))
+            text = (
+                f"the last {lost} pages that were written to the queue are lost, with messages that were acknowledged"
+            )
+            self._log.error(f"{wal} is damaged: {text}. Copies of both files are beside them ({stamp}).")
 
     def _prepare(self, db: sqlite3.Connection) -> None:
         new, version = not db.execute("SELECT count(*) FROM sqlite_master").fetchone()[0], 0
@@ -3197,12 +3547,15 @@ class Store:
             (version,) = db.execute("PRAGMA user_version").fetchone()
             if application != APPLICATION_ID or version > SCHEMA_VERSION:
                 raise StorageError("foreign file: it is not a queue of this version of the agent")
-        for pragma in ("journal_mode=WAL", "synchronous=FULL", f"wal_autocheckpoint={CHECKPOINT_PAGES}"):
+        for pragma in ("journal_mode=WAL", "synchronous=FULL", "fullfsync=1", f"wal_autocheckpoint={CHECKPOINT_PAGES}"):
             db.execute(f"PRAGMA {pragma}")
         db.execute("PRAGMA cache_size=-16000")
         if new:
             seed = uuid.uuid4().hex[:19]
             db.executescript(f"BEGIN; {_SCHEMA} INSERT INTO identity (seed) VALUES ('{seed}'); COMMIT;")
+        if not new and any(row[1] == "first_failed_at" for row in db.execute("PRAGMA table_info(message)")):
+            db.execute("ALTER TABLE message RENAME COLUMN first_failed_at TO failing_ms")
+            db.execute("UPDATE message SET failing_ms = 0")  # it was an epoch time
         for older in range(SCHEMA_VERSION if new else version, SCHEMA_VERSION):
             db.executescript(f"BEGIN; {_MIGRATIONS[older]}; PRAGMA user_version = {older + 1}; COMMIT;")
         self._inspect(db)
@@ -3210,7 +3563,6 @@ class Store:
     def _inspect(self, db: sqlite3.Connection) -> None:
         """Learn what is in the file; a new one in the place of another gets the channels that are running."""
         (seed,) = db.execute("SELECT seed FROM identity").fetchone()
-        self.uuid = f"{seed[:8]}-{seed[8:12]}-4{seed[12:15]}-a{seed[15:18]}"
         for row in list(self._channels.values()):
             self._save_channel(db, row)
         for id_, name, spec, epoch in db.execute("SELECT id, name, key_spec, epoch FROM channel"):
@@ -3218,6 +3570,13 @@ class Store:
         self._next_channel = max((row.id for row in self._channels.values()), default=0) + 1
         (last,) = db.execute("SELECT ifnull(max(id), 0) FROM message").fetchone()
         (deleted,) = db.execute("SELECT last_deleted_id FROM identity").fetchone()
+        known, _, high = self._remembered().partition(" ")
+        if known == seed and high.isdecimal() and int(high) > max(last, deleted) + 1 and not self._opened.is_set():
+            seed = uuid.uuid4().hex[:19]  # its row numbers were used already: callbacks must not repeat
+            db.execute("UPDATE identity SET seed = ?", (seed,))
+            self._log.warn(f"The queue {self.path} is older than what was here before, such as a restored copy.")
+        self._seed = seed
+        self.uuid = f"{seed[:8]}-{seed[8:12]}-4{seed[12:15]}-a{seed[15:18]}"
         self._next_id = max(self._next_id, last + 1, deleted + 1)
         if not self.spool.tidied:
             sql = f"SELECT spool FROM message WHERE spool IS NOT NULL AND state <> {PROCESSED}"
@@ -3248,6 +3607,9 @@ class Store:
 
     def _release(self, messages: list[Message]) -> None:
         for message in messages:
+            if message.must and message.refusal:
+                self._loop.call_later(MUST_SECS, self.put, message)
+                continue
             message.original = None
             try:
                 if message.source is not None:
@@ -3298,6 +3660,33 @@ class Store:
         return total
 
 
+def lost_frames(wal: bytes) -> int:
+    """Frames with the right salts from the first on whose checksum is wrong, where that is not the last (SQLite's file
+    format, 4.1 to 4.3); 0 for a file that is whole, or torn at its end."""
+    if len(wal) < 32:
+        return 0
+    magic, _, page = struct.unpack(">III", wal[:12])
+    order, salts = ">" if magic & 1 else "<", wal[16:24]
+    sums = _wal_checksum(wal[:24], order, (0, 0))
+    size = 24 + page
+    found = [at for at in range(32, len(wal) - size + 1, size) if wal[at + 8 : at + 16] == salts]
+    for number, at in enumerate(found):
+        sums = _wal_checksum(wal[at + 24 : at + size], order, _wal_checksum(wal[at : at + 8], order, sums))
+        if struct.pack(">II", *sums) != wal[at + 16 : at + 24]:
+            rest = len(found) - number
+            return rest if rest > 1 else 0
+    return 0
+
+
+def _wal_checksum(content: bytes, order: str, sums: tuple[int, int]) -> tuple[int, int]:
+    first, second = sums
+    words = struct.unpack(f"{order}{len(content) // 4}I", content)
+    for one, two in zip(words[::2], words[1::2], strict=True):
+        first = (first + one + second) & 0xFFFFFFFF
+        second = (second + two + first) & 0xFFFFFFFF
+    return first, second
+
+
 @cache
 def _statement(template: str, columns: int, rows: int) -> str:
     return template.format(rows=",".join([f"({','.join('?' * columns)})"] * rows))
@@ -3319,16 +3708,18 @@ def lock_file(file: typing.BinaryIO) -> bool:
         if sys.platform == "win32":
             import msvcrt
 
+            file.seek(LOCKED_BYTE)  # behind the process id, which must stay readable
             msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+            file.seek(0)
         else:
             import fcntl
 
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        file.truncate(0)
+        file.write(str(os.getpid()).encode())
+        file.flush()
     except OSError:
         return False
-    file.truncate(0)
-    file.write(str(os.getpid()).encode())
-    file.flush()
     return True
 
 
@@ -3388,8 +3779,8 @@ def tls_context(ca_file: str) -> ssl.SSLContext:
     context.load_verify_locations(certifi.where())
     if ca_file:
         try:
-            context.load_verify_locations(ca_file)
-        except (OSError, ssl.SSLError) as error:
+            context.load_verify_locations(cadata=named_file(ca_file).decode("ascii", "replace"))
+        except (OSError, ssl.SSLError, ValueError) as error:
             raise ConfigError([f"caFile {ca_file} holds no usable PEM certificate: {error}"]) from None
     return context
 
@@ -3418,10 +3809,11 @@ def _proxy_problem(proxy: str) -> str:
 def http_pool(url: str, context: ssl.SSLContext) -> urllib3.PoolManager:
     """A connection pool for the server of `url`, through its proxy if there is one."""
     retries = urllib3.Retry(
-        total=HTTP_ATTEMPTS - 1, backoff_factor=0.5, status_forcelist=[429, *range(500, 600)], allowed_methods=None,
-        raise_on_status=False, respect_retry_after_header=False,
+        total=HTTP_ATTEMPTS - 1, connect=0, backoff_factor=0.5, status_forcelist=[429, *range(500, 600)],
+        allowed_methods=None, raise_on_status=False, respect_retry_after_header=False,
     )  # fmt: skip
-    common: Json = {"ssl_context": context, "retries": retries, "timeout": HTTP_TIMEOUT_SECS, "maxsize": 8}
+    timeout = urllib3.Timeout(connect=CONNECT_TIMEOUT_SECS, read=HTTP_TIMEOUT_SECS)
+    common: Json = {"ssl_context": context, "retries": retries, "timeout": timeout, "maxsize": 8}
     common["blocksize"] = TRANSFER_BLOCK_BYTES
     proxy = proxy_for(url)
     if not proxy:
@@ -3448,9 +3840,10 @@ def outcome_text(resource: Any) -> str:
     """The text of an OperationOutcome: details, diagnostics in parentheses, issues joined by `; `."""
     issues = resource.get("issue") if isinstance(resource, dict) else None
     texts = []
-    for issue in issues if isinstance(issues, list) else []:
-        text = (issue.get("details") or {}).get("text") or issue.get("code") or "error"
-        texts.append(f"{text} ({issue['diagnostics']})" if issue.get("diagnostics") else text)
+    for issue in [issue for issue in issues if isinstance(issue, dict)] if isinstance(issues, list) else []:
+        details = issue.get("details")
+        text = (details.get("text") if isinstance(details, dict) else "") or issue.get("code") or "error"
+        texts.append(f"{text} ({issue['diagnostics']})" if issue.get("diagnostics") else f"{text}")
     return "; ".join(texts)
 
 
@@ -3458,7 +3851,7 @@ class Fhir:
     """The server's HTTP interface with one login. Raises ServerError; coroutines belong to the event loop."""
 
     def __init__(self, settings: ProcessSettings, context: ssl.SSLContext, log: Log):
-        self.base = settings.baseUrl.rstrip("/") + "/"
+        self.base = re.sub(r"/fhir(/R4)?/?$", "", settings.baseUrl).rstrip("/") + "/"  # people give the FHIR URL, too
         self.token: Token | None = None
         self._settings, self._log = settings, log
         self._pool = http_pool(self.base, context)
@@ -3555,6 +3948,48 @@ class Fhir:
             response = await loop.run_in_executor(executor, request, self._headers(await self.fresh_token()))
         return response
 
+    async def search(self, query: str) -> list[Json]:
+        """All resources that a FHIR search finds, page by page."""
+        found: list[Json] = []
+        url = f"{self.base}fhir/R4/{query}"
+        while url and len(found) < SEARCH_RESOURCES:
+            response = await self._authorized(None, lambda headers, url=url: self._http("GET", url, headers=headers))  # type: ignore[misc]
+            bundle = self._checked(response, query.split("?")[0])
+            found += [
+                entry["resource"] for entry in bundle.get("entry") or [] if isinstance(entry.get("resource"), dict)
+            ]
+            links = {link.get("relation"): link.get("url") for link in bundle.get("link") or []}
+            url = urllib.parse.urljoin(url, str(links["next"])) if links.get("next") else ""
+        return found
+
+    async def stow(self, path: Path, instance: str) -> None:
+        """STOW-RS of a Part 10 file, streamed from disk (PS3.18 10.5, uplink contract 2).
+
+        Success is 200 with `instance`, the SOP Instance UID, among what was stored; else ServerError. OSError.
+        """
+        boundary = f"medplum-{now_ms()}"
+        head = f"--{boundary}\r\nContent-Type: {DICOM_TYPE}\r\n\r\n".encode()
+        tail = f"\r\n--{boundary}--\r\n".encode()
+        kind = f"multipart/related; type={DICOM_TYPE}; boundary={boundary}"
+
+        def send(headers: dict[str, str]) -> urllib3.BaseHTTPResponse:
+            with open(path, "rb") as file:
+                length = os.fstat(file.fileno()).st_size + len(head) + len(tail)
+                described = headers | {"Content-Type": kind, "Content-Length": str(length), "Accept": DICOM_JSON_TYPE}
+                blocks = iter(partial(file.read, TRANSFER_BLOCK_BYTES), b"")
+                body = itertools.chain((head,), blocks, (tail,))
+                url = f"{self.base}dicomweb/studies"
+                return self._http("POST", url, headers=described, body=body, timeout=TRANSFER_TIMEOUT_SECS, once=True)
+
+        response = await self._authorized(self._uploads, send)
+        stored: list[str] = []
+        with suppress(ValueError, KeyError, TypeError, AttributeError, IndexError):
+            answer = load_json(response.data)
+            items = (answer[0] if isinstance(answer, list) else answer)["00081199"]["Value"]
+            stored = [item["00081155"]["Value"][0] for item in items]
+        if response.status != 200 or instance not in stored:
+            raise ServerError(f"STOW-RS was answered with status {response.status}", response.status)
+
     async def upload(self, path: Path, name: str, content_type: str) -> str:
         """POST a file as a Binary, streamed from disk, and return its reference; OSError when it cannot be read."""
         url = f"{self.base}fhir/R4/Binary?_filename={urllib.parse.quote(name)}"
@@ -3595,7 +4030,7 @@ class Fhir:
     def _headers(self, token: str) -> dict[str, str]:
         return {
             "Authorization": f"Bearer {token}", "Accept": "application/fhir+json, */*; q=0.1", "X-Medplum": "extended",
-            "Cache-Control": "max-age=0", "User-Agent": f"medplum-agent/{VERSION}",
+            "Accept-Encoding": "identity", "Cache-Control": "max-age=0", "User-Agent": f"medplum-agent/{VERSION}",
         }  # fmt: skip
 
     def _http(
@@ -3604,24 +4039,51 @@ class Fhir:
         url: str,
         *,
         headers: dict[str, str],
-        body: str | typing.BinaryIO | None = None,
+        body: str | typing.BinaryIO | Iterable[bytes] | None = None,
         timeout: float = HTTP_TIMEOUT_SECS,
         stream: bool = False,
+        once: bool = False,
     ) -> urllib3.BaseHTTPResponse:
-        """`stream`: the body is left for the caller to read, and a redirect (to a store of files) is followed."""
+        """`stream`: the body is left for the caller to read, and a redirect (to a store of files) is followed.
+
+        `once`: a body that cannot be read again is not sent again.
+        """
         try:
             return self._pool.request(
-                method, url, body=body, headers=headers, redirect=stream, timeout=timeout, preload_content=not stream
+                method,
+                url,
+                body=body,
+                headers=headers,
+                redirect=stream,
+                timeout=timeout,
+                preload_content=not stream,
+                decode_content=False,  # a small gzip may be a large answer
+                retries=False if once else None,
             )
         except urllib3.exceptions.HTTPError as error:
-            reason = getattr(error, "reason", None) or error
-            raise ServerError(f"{urllib.parse.urlsplit(url).netloc} cannot be reached: {reason}") from None
+            raise ServerError(
+                f"{urllib.parse.urlsplit(url).netloc} cannot be reached: {_http_reason(url, error)}"
+            ) from None
 
     def _checked(self, response: urllib3.BaseHTTPResponse, what: str) -> Json:
         answer = _json_object(response.data)
         if response.status >= 300 or not answer:
             raise ServerError(outcome_text(answer) or f"HTTP status {response.status} for {what}", response.status)
         return answer
+
+
+def _http_reason(url: str, error: Exception) -> str:
+    """What an error of the connection means, for who looks after firewall, proxy and address."""
+    reason = getattr(error, "reason", None) or error
+    parts = urllib.parse.urlsplit(url)
+    if isinstance(reason, urllib3.exceptions.NewConnectionError):
+        return str(reason).rpartition(": ")[2]
+    if isinstance(reason, urllib3.exceptions.ConnectTimeoutError):
+        port = parts.port or (443 if parts.scheme == "https" else 80)
+        return f"no answer from {parts.hostname}:{port} within {CONNECT_TIMEOUT_SECS:g} s: firewall or proxy?"
+    if "WRONG_VERSION_NUMBER" in str(reason) or "record layer failure" in str(reason):
+        return "it answers https with something else: is this a plain port, and http:// meant?"
+    return str(reason)
 
 
 def _json_object(text: bytes) -> Json:
@@ -3719,9 +4181,10 @@ _RETRIED["enhanced"] = _RETRIED["original"] | {"server-rejected"}
 _RETRIED["upload"] = _RETRIED["enhanced"] | {"file-unreadable"}  # of a file, which comes before the message
 _RETRIED["guaranteed"] = _RETRIED["enhanced"] | {"upstream-error"}
 _RETRIED["device"] = frozenset({"device-unreachable", "device-silent", "device-error"})
+_POISON = frozenset({"server-rejected", "upstream-error"})  # a refusal, about this message where others pass
 _UPSTREAM = {"AE": "upstream-error", "CE": "upstream-error", "AR": "upstream-rejected", "CR": "upstream-rejected"}
 _REJECTED = frozenset(
-    {"server-rejected", "upstream-rejected", "too-large", "file-too-large", "device-rejected"}
+    "server-rejected upstream-rejected too-large file-too-large device-rejected forbidden stow-missing stow-refused".split()
 )  # final state `rejected`, else `failed`
 
 
@@ -3751,6 +4214,11 @@ _REASONS = {
     "response-timeout": "no answer from the server in time; see the server's log for this channel and its Bot",
     "connection-lost": "the connection was lost each time it was sent",
     "interrupted": "the agent stopped while the server worked on it, and retryMode does not allow to send it twice",
+    "forbidden": "the access policy of the ClientApplication forbids it (status 403): storage=binary needs create "
+    "and read on Binary, dicomweb also on DicomStudy, DicomSeries and DicomInstance; then send it again",
+    "stow-missing": "the server has no DICOMweb (status 404): update it to 5.1.28, or use storage=binary; then send it "
+    "again",
+    "stow-refused": "the server stored nothing by STOW-RS (status {status}); see its log, then send it again",
     "file-too-large": "its file is larger than the server takes (status 413); raise the limit there and send it again",
     "file-unreadable": "its file in the spool folder beside the queue cannot be read",
     "file-lost": "its file is missing in the spool folder beside the queue",
@@ -3760,6 +4228,9 @@ _REASONS = {
 
 DICOM_STORED = ("C-STORE", COMMITMENT, "N-CREATE", "N-SET")  # types of messages from DICOM devices
 _CONTENT_TYPES = {kind: kind for kind in (ASTM_TYPE, BYTES_TYPE)} | dict.fromkeys(DICOM_STORED, JSON_TYPE)
+
+
+STOWED = ".stow"  # ends the spool name of an object that goes to the server by STOW-RS
 
 
 def spool_reference(name: str) -> str:
@@ -3823,6 +4294,7 @@ class Queue:
         self.ahead_at = 0.0  # after an upload failed, the next is tried ahead of its turn then
         self._inflight_bytes = 0
         self._timer: asyncio.TimerHandle | None = None
+        self._refused: set[int] = set()  # messages that were refused since the last success
         self._complained = -math.inf
         self._loop = asyncio.get_running_loop()
 
@@ -3845,7 +4317,7 @@ class Queue:
         """The device sent a message again that had ended in an error: a fresh try."""
         message.state, message.outcome, message.response, message.status_code = QUEUED, PENDING, None, None
         message.error_code = message.last_error = None
-        message.failures = message.next_attempt_at = message.first_failed_at = message.settled_at = 0
+        message.failures = message.next_attempt_at = message.failing_ms = message.settled_at = 0
         self._store.update(message)
         self._enter(message)
         self.pump()
@@ -4062,6 +4534,8 @@ class Queue:
             self.failed(message, error, status, relay=relayed)
             return
         self.round_trips.append(now_ms() - message.received_at)
+        if self._refused:
+            self._refused.clear()
         message.outcome = DELIVERED if self.owner.answer(message, body, "") else UNDELIVERED
         self.settle(message, PROCESSED)
 
@@ -4077,12 +4551,16 @@ class Queue:
         if message.id not in self.inflight:
             return
         message.failures += counts
-        message.first_failed_at = message.first_failed_at or now_ms()
-        spent = self.policy.spent(message.failures, message.first_failed_at, message.attempts)
-        if spent or error not in _RETRIED[mode or self.policy.mode]:
+        now = self._loop.time()
+        message.failing_ms += round((now - (message.failing_since or now)) * 1000)  # not by the wall clock: it jumps
+        message.failing_since = now
+        poison = error in _POISON and not mode and not self.policy.written and self._is_poison(message)
+        spent = self.policy.spent(message.failures, message.failing_ms, message.attempts)
+        if spent or error not in _RETRIED[mode or self.policy.mode] or (poison and message.failures >= POISON_TRIES):
             self.bury(message, error, status, relay=relay)
             return
-        delay_ms = self.policy.delay_ms(message.failures if counts else message.attempts)
+        tries = message.failures if counts else message.attempts
+        delay_ms = POISON_DELAY_MS if poison else self.policy.delay_ms(tries)
         message.error_code, message.last_error = error, _REASONS[error].format(status=status)
         message.state = QUEUED
         self.park(message, delay_ms)
@@ -4092,6 +4570,12 @@ class Queue:
             tried = f"message {message.id}, try {message.attempts} failed: {message.last_error}"
             self._log.warn(f"{self.policy.name}: {tried}.")
         self.pump()
+
+    def _is_poison(self, message: Message) -> bool:
+        """A refusal is about this message where others pass: nobody else was refused since the last success."""
+        others = self._refused - {message.id}
+        self._refused.add(message.id)
+        return not others
 
     def bury(self, message: Message, error: str, status: int = 0, *, relay: bool = False) -> None:
         """End in a dead letter, and tell a sender that still waits."""
@@ -4126,12 +4610,9 @@ class Queue:
         if self.policy.mode in ("none", "normal"):
             return
         self._bodiless.clear()
-        sent = [message for id_, message in self.inflight.items() if id_ not in self._preparing]
-        for message in sent:
-            message.first_failed_at = message.first_failed_at or now_ms()
-            if self.policy.spent(0, message.first_failed_at, message.attempts):
-                self.bury(message, "connection-lost")
-        self._unsend(sent)
+        for message in self.window.values():
+            message.failing_since = 0.0  # time without a connection does not count
+        self._unsend([message for id_, message in self.inflight.items() if id_ not in self._preparing])
 
     @property
     def idle(self) -> bool:
@@ -4163,12 +4644,14 @@ def percentiles(samples: Iterable[int]) -> dict[str, float]:
 # =====================================================================================================================
 
 
-def _upload_error(error: Exception) -> str:
+def _upload_error(error: Exception, stow: bool) -> str:
     """Why a file could not be uploaded, as a key of _REASONS."""
     if isinstance(error, OSError):
         return "file-lost" if isinstance(error, FileNotFoundError) else "file-unreadable"
     status = error.status if isinstance(error, ServerError) else 0
-    named = {0: "connection-lost", 413: "file-too-large", 429: "server-rate-limited"}
+    named = {0: "connection-lost", 403: "forbidden", 413: "file-too-large", 429: "server-rate-limited"}
+    if stow:
+        named |= {404: "stow-missing"} | dict.fromkeys((200, 400, 415), "stow-refused")
     return named.get(status) or ("server-error" if status >= 500 else "server-rejected")
 
 
@@ -4213,6 +4696,7 @@ class Uplink:
 
     def __init__(self, settings: ProcessSettings, fhir: Fhir, context: ssl.SSLContext, log: Log):
         self.live = False
+        self.away_since = asyncio.get_running_loop().time()
         self.outstanding = 0  # heartbeats without any sign of life since
         self.ping_ms = -1
         self.store: Store | None = None
@@ -4386,7 +4870,9 @@ class Uplink:
             self._losses = 0
             self._loop.call_soon(self.pump)
         status, body, callback = answer.get("statusCode"), answer.get("body"), answer.get("callback")
-        status = status if isinstance(status, int) and status else 200
+        if not isinstance(status, int) or isinstance(status, bool):
+            status = 200
+        status = status if 0 < status < 1000 else 500 if status else 200  # no status of HTTP is larger
         if not callback:
             self._without_callback(answer, status, body)
         elif asked := self._asked.get(str(callback)):
@@ -4452,19 +4938,24 @@ class Uplink:
             await self._after_objects(self.store, queue, message)
             return
         path, name = self.store.spool.path(message.spool), spool_reference(message.spool)
-        token = False
+        token, stow, reference = False, message.spool.endswith(STOWED), ""
         try:
             token = bool(await self._fhir.fresh_token())
-            reference = await self._fhir.upload(path, "dicom.dcm", DICOM_TYPE)
+            if stow:
+                await self._fhir.stow(path, message.control_id)
+            else:
+                reference = await self._fhir.upload(path, "dicom.dcm", DICOM_TYPE)
             await self.store.finalize(message, name, reference)  # so that it is not sent twice, also after a restart
         except (ServerError, StorageError, OSError) as error:
             status = error.status if token and isinstance(error, ServerError) else 0
-            reason = _upload_error(error) if token else "connection-lost"  # a login that fails is nobody's message
+            reason = (
+                _upload_error(error, stow) if token else "connection-lost"
+            )  # a login that fails is nobody's message
             queue.ahead_at = self._loop.time() + COMPLAIN_SECS
             queue.failed(message, reason, status, counts=status > 0, mode="upload")
             return
         message.prepared, message.binary = True, reference
-        if message.text is not None:
+        if message.text is not None and reference:
             queue.hold(message, message.text.replace(name, reference), was=len(message.text))
 
     @staticmethod
@@ -4534,6 +5025,7 @@ class Uplink:
     def _ended(self, sock: _Socket) -> None:
         self._socket = None
         was_live, self.live = self.live, False
+        self.away_since = self._loop.time() if was_live else self.away_since
         sock.transport.abort()
         if was_live:
             self._lost(sock.protocol.close_code or 1006)
@@ -4748,6 +5240,28 @@ def set_device_options(sock: socket.socket) -> None:
             sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), seconds)
 
 
+class Unfinished:
+    """Bytes of messages that are not complete, of all lines together: above the limit the largest goes."""
+
+    def __init__(self) -> None:
+        self.total = 0
+        self._lines: dict[Line, int] = {}
+
+    def count(self, line: Line, held: int) -> None:
+        self.total += held - self._lines.pop(line, 0)
+        if held:
+            self._lines[line] = held
+        while self.total > UNFINISHED_BYTES:
+            largest = max(self._lines, key=lambda line: self._lines[line])
+            text = f"unfinished messages take {self.total} bytes in all, and its own takes most"
+            largest.owner.warn(f"{largest.remote} was disconnected: {text}")
+            self.total -= self._lines.pop(largest)
+            largest.abort()
+
+
+UNFINISHED = Unfinished()
+
+
 class LineOwner(typing.Protocol):
     """What a line knows of its channel, or of the device that was called."""
 
@@ -4786,6 +5300,8 @@ class Line(asyncio.Protocol):
         self.ended = False  # the device sends nothing more
         self._loop = asyncio.get_running_loop()
         self.active_at = self._loop.time()
+        self._begun_at = 0.0  # when the message under way began; 0: there is none
+        self._unread_at = math.inf  # since when the device does not read
         self._outbox: list[bytes] = []
         self._paused: set[str] = set()
         self._closing = False
@@ -4803,6 +5319,11 @@ class Line(asyncio.Protocol):
     def inside(self) -> bool:
         """In the middle of a message: the device owes us bytes."""
         return False
+
+    @property
+    def held(self) -> int:
+        """Bytes of it that are in memory."""
+        return 0
 
     def receive(self, received: bytes) -> None:
         """Bytes from the device."""
@@ -4853,11 +5374,17 @@ class Line(asyncio.Protocol):
     def connection_lost(self, error: Exception | None) -> None:
         self._closing = True
         self.lost.set()
+        UNFINISHED.count(self, 0)
         self.owner.closed(self)
 
     def data_received(self, data: bytes) -> None:
         self.active_at = self._loop.time()
+        before = self.messages
         self.receive(data)
+        if self.inside or self._begun_at:
+            begun = self._begun_at if before == self.messages else 0
+            self._begun_at = (begun or self.active_at) if self.inside else 0
+            UNFINISHED.count(self, self.held)
         if self.owner.congested(self):
             self.pause("store")
 
@@ -4867,9 +5394,11 @@ class Line(asyncio.Protocol):
         return self.pending > 0 or self.awaiting > 0 or self.holding
 
     def pause_writing(self) -> None:
+        self._unread_at = self._loop.time()
         self.pause("slow reader")
 
     def resume_writing(self) -> None:
+        self._unread_at = math.inf
         self.resume("slow reader")
 
     # --- flow ---
@@ -4949,10 +5478,13 @@ class Line(asyncio.Protocol):
         silent = now - self.active_at
         if self.ended and silent > ENDED_SECS and not self.pending:
             return "its sender ended it, and the answer takes long: it is kept for a repetition"
+        if now - self._unread_at > UNREAD_SECS:
+            self._unread_at = math.inf
+            self.owner.warn(f"{self.remote} has not read its answers for {UNREAD_SECS:.0f} s")
         if self._paused or self._closing:
             return ""
-        if inside and self.inside and silent > inside:
-            return f"it stopped in the middle of a message {silent:.0f} s ago"
+        if inside and self._begun_at and now - self._begun_at > inside:
+            return f"it was still in the middle of a message after {now - self._begun_at:.0f} s"
         if idle and silent > idle and not self.awaiting:
             return f"it was silent for {silent:.0f} s"
         return ""
@@ -5004,12 +5536,37 @@ class MllpLine(Line):
         self.quiet = False
         for frame in self.core.receive(received):
             self.intake(frame)
+        if self.core.half_ended:
+            self._loop.call_later(LONE_END_SECS, self._lone_end, self.active_at)
 
-    def write(self, text: str) -> None:
-        self.send(mllp_frame(text.encode(self.encoding, "replace")))
+    def _lone_end(self, since: float) -> None:
+        if self.active_at == since and not self._closing:
+            for frame in self.core.expired():
+                self.intake(frame)
+
+    @property
+    def held(self) -> int:
+        return self.core.held
+
+    def write(self, text: str, encoding: str = "") -> None:
+        """A message; characters that the device's encoding does not have become `?`, and are warned about."""
+        text, encoding = framed(text), encoding or self.encoding
+        try:
+            content = text.encode(encoding)
+        except UnicodeEncodeError as error:
+            self.owner.warn(
+                f"{self.remote}: {encoding} lacks the character U+{ord(text[error.start]):04X} of an answer"
+            )
+            content = text.encode(encoding, "replace")
+        self.send(mllp_frame(content))
 
     async def ask(self, push: Push) -> str:
         """Send, and wait for the acknowledgment; it is matched by MSA-2, wherever it arrives."""
+        try:
+            framed(push.text).encode(self.encoding)
+        except UnicodeEncodeError as error:
+            missing = f"the device's encoding {self.encoding} lacks the character '{error.object[error.start]}'"
+            raise DeviceError(f"{self.owner.name}: {missing}", "device-rejected") from None
         exchange = Exchange(push, self, self._loop.create_future())
         self.owner.asked.append(exchange)
         self.quiet, self.words = True, ""
@@ -5055,7 +5612,10 @@ class Hl7Line(MllpLine):
 
     def __init__(self, owner: Channel):
         super().__init__(owner, owner.plan.settings.maxMessageBytes)
-        self.encoding = self.settings.encoding
+        self.encoding = codec_of(self.settings.encoding)
+        self._warned: set[str] = set()  # what was warned about on this connection
+        self._ids: dict[str, int] = {}  # the last control ids, and what they named
+        self._junk_at = -math.inf
         self._delayed: deque[bytes | PeerError] = deque()
         self._next_at = 0.0
 
@@ -5064,12 +5624,22 @@ class Hl7Line(MllpLine):
         return cast(Hl7Settings, self.owner.plan.settings)
 
     def replan(self, changed: bool) -> None:
-        self.core.limit, self.encoding = self.settings.maxMessageBytes, self.settings.encoding
+        self.core.limit, self.encoding = self.settings.maxMessageBytes, codec_of(self.settings.encoding)
 
     def connection_lost(self, error: Exception | None) -> None:
         super().connection_lost(error)
-        if self.core.skipped and not self.messages:
-            self.owner.warn(f"{self.remote} sent {self.core.skipped} bytes and no MLLP frame (0x0B ... 0x1C 0x0D)")
+        skipped, held = self.core.skipped, self.core.held
+        if skipped and not self.messages:
+            self.owner.warn(f"{self.remote} sent {skipped} bytes and no MLLP frame (0x0B ... 0x1C 0x0D)")
+        elif skipped:
+            self.owner.warn(f"{self.remote} sent {skipped} bytes outside of its frames, which were dropped")
+        if self.core.inside:
+            self.owner.warn(f"{self.remote} ended inside a frame of {held} bytes: its end, 0x1C 0x0D, is missing")
+
+    def _warn_once(self, kind: str, text: str) -> None:
+        if kind not in self._warned:
+            self._warned.add(kind)
+            self.owner.warn(f"{self.remote}: {text}")
 
     @property
     def may_adopt(self) -> bool:
@@ -5089,6 +5659,8 @@ class Hl7Line(MllpLine):
         self._delayed.clear()
 
     def receive(self, received: bytes) -> None:
+        if not self.messages and received.lstrip(b"\r\n ").startswith(b"MSH") and not self.core.inside:
+            self._warn_once("bare", "a message came without 0x0B before it: is its sender set to MLLP?")
         if self.settings.messagesPerMin <= 0 and not self._delayed:
             super().receive(received)
             return
@@ -5110,47 +5682,98 @@ class Hl7Line(MllpLine):
     # --- messages ---
 
     def intake(self, frame: bytes | PeerError) -> None:
-        """One frame: check it, and hand it to the store."""
-        self.messages += 1
-        owner, settings = self.owner, self.settings
+        """One frame, with one message or several."""
         if isinstance(frame, PeerError):
-            self._refuse(frame)
+            self._refuse(frame, frame.head if isinstance(frame, FrameError) else b"")
             return
+        messages, around = split_batch(frame)
+        if around:
+            self.owner.note(f"[Batch]: {around.decode(self.encoding, 'replace')}")
+        for content in messages:
+            self._take(content)
+
+    def _take(self, content: bytes) -> None:
+        """One message: check it, and hand it to the store."""
+        self.messages += 1
+        owner, settings, encoding = self.owner, self.settings, self.encoding
+        if "encoding" not in owner.plan.given:  # MSH-18 counts where the address names none
+            encoding = character_set(content) or encoding
         try:
-            text = decode_hl7(frame, settings.encoding)
+            text = decode_hl7(content, encoding)
         except PeerError as error:
-            self._refuse(error, frame)
+            self._refuse(error, content)
             return
-        header = Header(text)
+        header = Header(text, encoding)
+        if "\ufffd" in text:
+            self._lossy(header, content)
         owner.note(f"[Received -- ID: {header.control_id}]: {text}")
         if (owner.asked or owner.pushed) and self._answers_push(text):
             return
-        message = Message(owner.queue.row, self.remote, frame, settings.encoding)
-        message.text, message.control_id, message.type = text, header.control_id, header.message_type
+        message = Message(owner.queue.row, self.remote, content, encoding)
+        message.text, message.type = text, header.message_type
+        message.control_id = header.raw_id.decode("latin-1") if header.raw_id else header.control_id
         message.key = ordering_key(text, header, owner.plan.key_spec)
-        message.checked = (bool(header.control_id) and settings.duplicateBehavior != "accept") or None
+        if message.control_id and settings.duplicateBehavior != "accept":
+            self._check_repetition(header, message, content)
         message.assign = settings.assignSeqNo
         message.source = partial(self.stored, header)
         self.pending += 1
         owner.store.put(message)
+
+    def _lossy(self, header: Header, content: bytes) -> None:
+        """Bytes that the encoding does not have: the queue keeps them, and MSH-10 is compared and echoed as it is."""
+        if bad := undecodable(content, header.encoding):
+            advice = "name the device's encoding with encoding= in the address"
+            self._warn_once("bytes", f"{bad} is not {header.encoding} and goes to the server as U+FFFD: {advice}")
+        if "\ufffd" in header.control_id:
+            head = re.split(rb"[\r\n]", content[content.find(b"MSH") :], maxsplit=1)[0]
+            header.raw_id = head.split(header.separator.encode())[9]
+
+    def _check_repetition(self, header: Header, message: Message, content: bytes) -> None:
+        """Sender and control id name a message; in a repetition of it all bytes are the same but for MSH-7."""
+        settings, whole = self.settings, message_hash(content)
+        name = f"{header.sender}|{message.control_id}"
+        if settings.duplicateBehavior == "reject":
+            whole = message_hash(name.encode())
+        elif self._ids.setdefault(name, whole) != whole:
+            self._warn_once("ids", "a control id came again with other content: it is taken as a new message")
+            self._ids[name] = whole
+        if len(self._ids) > KNOWN_IDS:
+            self._ids.clear()
+        message.checked, message.window_ms = whole, round(settings.duplicateWindowHours * 3_600_000)
 
     def _answers_push(self, text: str) -> bool:
         """A message that acknowledges a push, also late or again, is no message for the server."""
         ack = read_ack(text)
         return ack is not None and (self.acknowledges(ack, text) or ack.control_id in self.owner.pushed)
 
-    def _refuse(self, error: PeerError, content: bytes = b"") -> None:
-        """A frame that is not a message: the sender is told, the connection goes on."""
-        self.owner.warn(f"{self.remote}: {error}")
+    def _refuse(self, error: PeerError, content: bytes) -> None:
+        """A frame that is not a message: its sender is told, if it was to be one, and the connection goes on."""
+        if content in (b"\x06", b"\x15"):  # the commit acknowledgments of MLLP release 2
+            self.words = "its commit acknowledgment came (MLLP release 2)"
+            return
         self.owner.note(f"[Refused]: {error}: {content[:200]!r}")
-        self._acknowledge(Header("MSH|^~\\&|"), error.code, str(error))
+        head, now = content.decode(self.encoding, "replace").lstrip(_BLANKS), self._loop.time()
+        message = head.startswith("MSH") and len(head) > 8
+        if not message and (isinstance(error, FrameError) or now - self._junk_at < JUNK_SECS):
+            return
+        self._junk_at = self._junk_at if message else now
+        self.owner.warn(f"{self.remote}: {error}")
+        self._acknowledge(Header(LINE_ENDS.sub("\r", head) if message else "MSH|^~\\&|"), error.code, str(error))
 
     def _acknowledge(self, header: Header, kind: str, text: str = "") -> None:
         """An acknowledgment of ours: `kind` A, E or R becomes CA/CE/CR in enhanced mode, else AA/AE/AR."""
-        if header.message_type.startswith("ACK"):
-            return  # an acknowledgment is never acknowledged (HL7 v2.5.1 2.9.2)
+        if is_ack(header.message_type):
+            return
         code = ("C" if self.settings.enhanced == "true" else "A") + kind
-        self.write(build_ack(header, code, text and clean_text(text, header.separator + header.field(2))))
+        ack = build_ack(header, code, text and clean_text(text, header.separator + header.field(2)))
+        if not header.raw_id:
+            self.write(ack, header.encoding)
+            return
+        mark, codec = header.separator, header.encoding or self.encoding
+        named = f"{mark}{code}{mark}{header.control_id}{mark}".encode(codec, "replace")
+        as_it_was = f"{mark}{code}{mark}".encode() + header.raw_id + mark.encode()
+        self.send(mllp_frame(ack.encode(codec, "replace").replace(named, as_it_was)))
 
     def stored(self, header: Header, message: Message) -> None:
         """The store has spoken: on disk, a repetition, or refused."""
@@ -5161,7 +5784,7 @@ class Hl7Line(MllpLine):
             spawn(self._repeated(header, message, message.earlier))
         else:
             self._commit_accept(header)
-            self.awaiting += self._owes_answer
+            self.awaiting += self._owes_answer and not is_ack(message.type)
             self.owner.queue.stored(message)
 
     def _commit_accept(self, header: Header) -> None:
@@ -5176,19 +5799,20 @@ class Hl7Line(MllpLine):
 
     # --- repetitions (channel contract 5.3) ---
 
-    async def _repeated(self, header: Header, message: Message, earlier: Earlier) -> None:
-        """The same control id as before."""
-        if not earlier.same or self.settings.duplicateBehavior == "reject":
-            self._reject(header, message, earlier.same)
+    async def _repeated(self, header: Header, message: Message, earlier: Message) -> None:
+        """The same message as before."""
+        if self.settings.duplicateBehavior == "reject":
+            self._reject(header, message)
             return
         queue, store = self.owner.queue, self.owner.store
-        row = queue.window.get(earlier.message.id, earlier.message)
-        if row is earlier.message and row.state < PROCESSED:  # on disk, or settled a moment ago
+        row = queue.window.get(earlier.id, earlier)
+        if row is earlier and row.state < PROCESSED:  # on disk, or settled a moment ago
             self.pending += 1
             with suppress(StorageError):
                 row = await store.message(row.id) or row
             self.settled()
             row = queue.window.get(row.id, row)
+        self.owner.say(f"message {row.id} came again from {self.remote}, and is answered from the queue")
         if row.state < PROCESSED:
             self._claim(row)
             self._commit_accept(header)
@@ -5205,8 +5829,8 @@ class Hl7Line(MllpLine):
             row.text = message.text
             self.answer(row, "", "")
 
-    def _reject(self, header: Header, message: Message, same: bool) -> None:
-        reason = "duplicate control id" if same else "control id was used before with other content"
+    def _reject(self, header: Header, message: Message) -> None:
+        reason = "duplicate control id"
         self.owner.warn(f"message from {self.remote} rejected: {reason}; duplicateBehavior=accept takes it as new")
         self._acknowledge(header, "R", reason)
         original = (message.text or "").encode(message.encoding, "replace")
@@ -5230,17 +5854,21 @@ class Hl7Line(MllpLine):
         ack = read_ack(text)
         if not text or (ack and not passes_filter(self.settings, ack.code)):
             return False
-        self.write(LINE_ENDS.sub("\r", text))
+        self.write(LINE_ENDS.sub("\r", text), row.encoding)
         return True
 
     # --- answers ---
 
     def answer(self, message: Message, body: object, error: str) -> bool:
         """The Bot's HL7 as the mode lets it through; else, in original mode, botErrorAck or botEmptyAck."""
+        if is_ack(message.type):
+            return True
         settings, owed = self.settings, self._owes_answer
         if owed:
             self.not_owed()
         if not (text := hl7_text(body)):
+            if body and not error and not str(body).startswith(BOT_LOG):
+                self._warn_once("body", "the Bot returned something that is no HL7: the device gets botEmptyAck for it")
             return self._own_answer(message, error)
         ack = read_ack(text)
         if ack and not passes_filter(settings, ack.code):
@@ -5250,7 +5878,7 @@ class Hl7Line(MllpLine):
             self.owner.warn(f"message {message.id}: {gone}")
             return False
         self.owner.note(f"[Sending ACK -- ID: {ack.control_id if ack else ''}]: {text}")
-        self.write(LINE_ENDS.sub("\r", text) if "\n" in text else text)
+        self.write(LINE_ENDS.sub("\r", text) if "\n" in text else text, message.encoding)
         return True
 
     def _own_answer(self, message: Message, error: str) -> bool:
@@ -5260,7 +5888,7 @@ class Hl7Line(MllpLine):
         code = settings.botErrorAck if error else settings.botEmptyAck
         if code == "none" or not self.attached or message.text is None:
             return False
-        self.write(build_ack(Header(message.text), code, error and f"not processed: {error}"))
+        self.write(build_ack(Header(message.text), code, error and f"not processed: {error}"), message.encoding)
         return True
 
     async def ask(self, push: Push) -> str:
@@ -5285,6 +5913,7 @@ class StreamLine(Line):
         super().__init__(owner)
         self.core = self._make_core()
         self._replies: list[bytes] = []  # automatic answers that wait until what they acknowledge is on disk
+        self._in_pieces = False  # a part of the message under way was acknowledged
 
     @property
     def settings(self) -> StreamSettings:
@@ -5306,22 +5935,28 @@ class StreamLine(Line):
         for event in self.core.receive(received):
             if isinstance(event, StreamMessage):
                 self.messages += 1
+                must, self._in_pieces = self._in_pieces, False
                 if text := stream_body(event.content, self.settings):  # else nothing is left of it
-                    self.intake(event.content, text, "latin-1")
+                    self.intake(event.content, text, "latin-1", must=must)
             elif isinstance(event, PeerError):
                 self.owner.warn(f"{self.remote}: {event}")
             elif self.pending:
                 self._replies.append(event.content)
-            else:
+            elif not (refusal := self.owner.store.refusal()):
+                self._in_pieces |= self.core.inside
                 self.send(event.content)
+            else:
+                self.owner.warn(f"{self.remote}: {refusal}; what it sends is not acknowledged")
 
-    def intake(self, original: bytes, text: str, encoding: str, session: str = "", interrupted: str = "") -> None:
+    def intake(
+        self, original: bytes, text: str, encoding: str, session: str = "", interrupted: str = "", must: bool = False
+    ) -> None:
         """A message for the store; `interrupted`: why it becomes a dead letter at once."""
         message = Message(self.owner.queue.row, self.remote, original, encoding)
         message.type, message.text = self.owner.plan.content_type, text
         message.key = "" if self.owner.plan.key_spec == "*" else self.host
         self.owner.note(f"[Received]: {text}")
-        message.control_id, message.session = session, session or None
+        message.control_id, message.session, message.must = session, session or None, must
         if interrupted:
             self.interrupt(self.owner, message, interrupted)
         message.source = self.stored
@@ -5355,7 +5990,7 @@ class StreamLine(Line):
         if self.settings.ignoreResponse:
             return True
         if not self.attached:
-            self.owner.warn(f"message {message.id}: the device is not connected any more; its answer is in the queue")
+            self.owner.hold(message, body)
             return False
         self.owner.note(f"[Sending]: {body}")
         try:
@@ -5438,7 +6073,11 @@ class AstmLine(StreamLine):
     # --- sessions up ---
 
     def keep(self, frame: FrameAccepted) -> None:
-        """The frame is on disk before the core may acknowledge it."""
+        """The frame is on disk before the core may acknowledge it; none is, whose session would not be stored."""
+        if not self.session and (refusal := self.owner.store.refusal() or self.owner.store.disk_refusal()):
+            self.owner.warn(f"{self.remote}: {refusal}; its frames are refused with NAK")
+            self._loop.call_soon(self._do, self.core.refused)
+            return
         self.session = self.session or uuid.uuid4().hex
         self._frames += 1
         self.pending += 1
@@ -5461,24 +6100,34 @@ class AstmLine(StreamLine):
         self.messages += 1
         session, self.session = self.session, ""
         if text := records_text(event.records, self.settings):
-            reason = event.reason if isinstance(event, Interrupted) else ""
-            self.intake(text.encode(), text, "utf-8", session, reason)
+            reason = event.reason if isinstance(event, Interrupted) else half_session(event.records)
+            self.intake(text.encode(), text, "utf-8", session, reason, must=True)
         else:  # nothing but blanks: its frames shall not become a dead letter at the next start
             self.owner.store.drop_frames(session)
 
-    unstored = "the session becomes a dead letter at the next start"
+    unstored = "the session is not lost, and stored as soon as that is possible"
 
     @classmethod
     async def recover(cls, channel: Channel) -> None:
-        """Frames that were acknowledged before a crash, and whose session never ended, become a dead letter."""
+        """Frames that were acknowledged before a crash: a session that was complete is one, others are dead letters."""
         live = {line.session for line in channel.lines.values() if isinstance(line, cls)}
         for session, remote, frames in await channel.store.frames(channel.queue.row):
-            if session not in live:
-                text = records_text([frames], cast(StreamSettings, channel.plan.settings))
-                message = Message(channel.queue.row, remote, text.encode())
-                message.control_id, message.session, message.type = session, session, ASTM_TYPE
+            if session in live:
+                continue
+            text = records_text([frames], cast(StreamSettings, channel.plan.settings))
+            message = Message(channel.queue.row, remote, text.encode())
+            message.control_id, message.session, message.type = session, session, ASTM_TYPE
+            message.key = "" if channel.plan.key_spec == "*" else remote.rsplit(":", 1)[0]
+            message.must = True
+            if half_session([frames]) or not is_terminated([frames]):
                 cls.interrupt(channel, message, "the agent stopped before the session ended")
-                channel.store.put(message)
+            message.source = partial(cls._recovered, channel)
+            channel.store.put(message)
+
+    @staticmethod
+    def _recovered(channel: Channel, message: Message) -> None:
+        if message.state == QUEUED and not message.refusal:
+            channel.queue.stored(message)
 
     # --- records down ---
 
@@ -5558,6 +6207,9 @@ class Channel:
         self.loop = asyncio.get_running_loop()
         self.lines: dict[str, Line] = {}
         self.asked: list[Exchange] = []
+        self._held: list[
+            tuple[float, Message, str]
+        ] = []  # answers for instruments that closed their line, and until when
         self.pushed: deque[str] = deque(maxlen=PUSHED_IDS)  # control ids of pushes to connected devices, the last ones
         self.tls: ssl.SSLContext | None = None
         self._log, self._channel_log = parts.log, parts.channel_log
@@ -5652,10 +6304,9 @@ class Channel:
             line.abort()
             return
         if len(self.lines) >= self.room:
-            spare = [old for old in self.lines.values() if old.ended] or [
-                o for o in self.lines.values() if not o.messages
-            ]
-            for old in spare[:1]:
+            hosts = collections.Counter(old.host for old in self.lines.values())
+            silent = sorted((o for o in self.lines.values() if not o.messages), key=lambda o: -hosts[o.host])
+            for old in ([old for old in self.lines.values() if old.ended] + silent)[:1]:
                 self.lines.pop(old.remote)
                 old.abort()
         if len(self.lines) >= self.room:
@@ -5664,6 +6315,23 @@ class Channel:
             return
         self.lines[line.remote] = line
         self._log.debug(f"Channel '{self.plan.name}': {line.remote} connected.")
+        if self._held:
+            self.loop.call_soon(self._offer_held, line)
+
+    def hold(self, message: Message, body: str) -> None:
+        """An answer whose instrument is gone waits for it a while."""
+        minutes = cast(StreamSettings, self.plan.settings).answerWaitMins
+        self.warn(f"message {message.id}: the device is not connected any more; its answer waits {minutes:g} minutes")
+        self._held.append((self.loop.time() + 60 * minutes, message, body))
+
+    def _offer_held(self, line: Line) -> None:
+        held, self._held = self._held, []
+        for until, message, body in held:
+            if message.remote.rsplit(":", 1)[0] != line.host or not line.attached:
+                self._held.append((until, message, body))
+            elif line.answer(message, body, ""):
+                message.outcome = DELIVERED
+                self.store.update(message)
 
     def _may_connect(self, host: str) -> bool:
         allowed = networks(self.plan.settings.peers)
@@ -5685,6 +6353,9 @@ class Channel:
             if reason := line.check_time(now, settings.idleTimeoutSecs, settings.frameTimeoutSecs):
                 self.warn(f"{line.remote} was disconnected: {reason}")
                 line.close()
+        for _, message, _ in [entry for entry in self._held if entry[0] < now]:
+            self.warn(f"message {message.id}: its device did not come back; the answer is in the queue as undelivered")
+        self._held = [entry for entry in self._held if entry[0] >= now]
         self._watcher = self.loop.call_later(1, self._watch)
 
     def warn(self, text: str) -> None:
@@ -5697,6 +6368,9 @@ class Channel:
             last = self._warnings == MAX_WARNINGS
             more = "; further warnings of this channel are held back for a while" if last else ""
             self._log.warn(f"Channel '{self.plan.name}': {text}{more}.")
+
+    def say(self, text: str) -> None:
+        self._log.info(f"Channel '{self.plan.name}': {text}.")
 
     def tell(self, text: str) -> None:
         """A warning from any thread."""
@@ -5879,9 +6553,9 @@ def device_tls(settings: DeviceSettings) -> ssl.SSLContext:
         context = tls_context(settings.caFile)
         context.check_hostname = settings.checkHost
         if settings.certFile:
-            context.load_cert_chain(settings.certFile, settings.keyFile or None)
+            load_identity(context, settings.certFile, settings.keyFile)
     except (ConfigError, OSError) as error:
-        raise LocalError(f"TLS cannot be set up: {error}") from None
+        raise FilesError(str(error)) from None
     return context
 
 
@@ -5892,7 +6566,7 @@ class CallLine(MllpLine):
 
     def __init__(self, owner: Device, settings: DeviceSettings):
         super().__init__(owner, PUSH_FRAME_BYTES)
-        self.encoding, self.security = settings.encoding, security_of(settings)
+        self.encoding, self.security = codec_of(settings.encoding), security_of(settings)
         self.reusable = self.final = False  # its last push ended by its acknowledgment; no other may come for it
         self.idle_since = 0.0
 
@@ -5937,13 +6611,18 @@ class BytesCall(Line):
     async def ask(self, push: Push) -> str:
         """The body is hex unless bodyEncoding says text, and so is the answer; text that is no hex is sent as text."""
         settings = push.target.settings
-        content = push.text.encode(settings.encoding, "replace")
-        if settings.bodyEncoding == "hex":
-            with suppress(ValueError):
-                content = bytes.fromhex(push.text)
+        try:
+            content = bytes.fromhex(push.text) if settings.bodyEncoding == "hex" else b""
+        except ValueError:
+            content = b""
+        try:
+            content = content or push.text.encode(codec_of(settings.encoding))
+        except UnicodeEncodeError as error:
+            missing = f"the device's encoding {error.encoding} lacks the character '{error.object[error.start]}'"
+            raise DeviceError(f"{push.target.key}: {missing}", "device-rejected") from None
         self.send(content)
         answer = await self._answer if self._end else b""
-        return answer.hex() if settings.bodyEncoding == "hex" else answer.decode(settings.encoding, "replace")
+        return answer.hex() if settings.bodyEncoding == "hex" else answer.decode(codec_of(settings.encoding), "replace")
 
 
 class RecordsCall(AstmLine):
@@ -6028,8 +6707,16 @@ class Device:
         self._opening += 1
         try:
             async with within(self.name, settings.connectTimeoutSecs):
-                context = device_tls(settings) if settings.tls else None
-                return (await self._loop.create_connection(line, target.host, target.port, ssl=context))[1]
+                context = await self._devices.tls(settings, self.warn) if settings.tls else None
+                name = target.host if context else None
+                last: OSError | None = None
+                for address in await self._devices.addresses(target):
+                    try:
+                        made = self._loop.create_connection(line, *address, ssl=context, server_hostname=name)
+                        return (await made)[1]
+                    except OSError as error:
+                        last = error
+                raise last or OSError("the name has no address")
         finally:
             self._opening -= 1
 
@@ -6039,7 +6726,7 @@ class Device:
         for line in self._idle[::-1]:
             if keep and line.reusable and line.attached and line.security == security_of(target.settings):
                 self._idle.remove(line)
-                line.encoding = target.settings.encoding
+                line.encoding = codec_of(target.settings.encoding)
                 return line
         surplus = len(self.lines) + self._opening + 1 - self.limit
         for number, line in enumerate(list(self._idle)):
@@ -6047,6 +6734,8 @@ class Device:
                 self._idle.remove(line)
                 self._leaving.add(leaving := spawn(line.hang_up()))
                 leaving.add_done_callback(self._leaving.discard)
+        if self._leaving:  # many a device takes one connection at a time
+            await asyncio.wait(self._leaving)
         while self._leaving and len(self.lines) + self._opening >= self.limit:
             await asyncio.wait(self._leaving, return_when=asyncio.FIRST_COMPLETED)
         return None
@@ -6075,6 +6764,8 @@ class Device:
         self.note(f"[Sending -- ID: {push.control_id}]: {push.text}")
         self.encoding = target.settings.encoding
         if target.is_dicom:
+            async with within(self.name, seconds):
+                await self._devices.addresses(target)
             return await self._devices.imaging(push, DICOM_PUSH_SECS if seconds == PUSH_STORED_SECS else seconds)
         started = now_ms()
         self.users += 1
@@ -6165,7 +6856,8 @@ class Device:
         try:
             await self.ask(push, PUSH_STORED_SECS)
         except DeviceError as error:
-            self._devices.log.error(f"A push that could not be stored failed: {error}.")
+            self._devices.log.error(f"A push that could not be stored failed: {error}; it is tried again.")
+            self._loop.call_later(STORE_REOPEN_SECS, self._put, push)
 
     @property
     def is_open(self) -> bool:
@@ -6224,7 +6916,9 @@ class Device:
 class Devices:
     """All devices that were pushed to."""
 
-    def __init__(self, parts: Parts, channels: Mapping[str, Channel]):
+    def __init__(self, parts: Parts, channels: Mapping[str, Channel], allowed: str = ""):
+        self.allowed = allowed  # pushTargets
+        self._lookups = ThreadPoolExecutor(8, "lookup")
         self.open = self.active = True
         self.settings = AgentSettings()
         self.plan: Plan | None = None
@@ -6249,6 +6943,26 @@ class Devices:
     def policy(self, key: str) -> Policy:
         defaults = self.plan.defaults if self.plan else ChannelSettings()
         return delivery_policy(f"Device {key}", defaults, "device", self.limit if self._limited else 1, math.inf)
+
+    async def addresses(self, target: Target) -> list[tuple[str, int]]:
+        """Where a device is; DeviceError where we may not go. Lookups have threads of their own: some take long."""
+        look_up = partial(socket.getaddrinfo, target.host, target.port, type=socket.SOCK_STREAM)
+        found = await asyncio.get_running_loop().run_in_executor(self._lookups, look_up)
+        allowed = push_targets(self.allowed)
+        addresses = list(dict.fromkeys((str(address[0]), int(address[1])) for *_, address in found))
+        if allowed and not all(any(one.holds(target.scheme, *address) for one in allowed) for address in addresses):
+            raise DeviceError(f"{target.key} is not among pushTargets of agent.toml", "device-rejected")
+        return addresses
+
+    async def tls(self, settings: DeviceSettings, warn: Callable[[str], None]) -> ssl.SSLContext:
+        """As `device_tls`, in a thread; the cloud hears nothing of what our files are."""
+        try:
+            return await asyncio.to_thread(device_tls, settings)
+        except FilesError as error:
+            warn(f"TLS cannot be set up: {error}")
+            raise LocalError(
+                "TLS cannot be set up with the files that the address names; our main log says why"
+            ) from None
 
     def device(self, key: str) -> Device:
         if (found := self._devices.get(key)) is None:
@@ -6902,6 +7616,8 @@ def write_dataset(dataset: Dataset, syntax: str) -> bytes:
 
 # --- data sets as JSON -----------------------------------------------------------------------------------------------
 
+_TEXT = frozenset("LO LT PN SH ST UC UT".split())  # what Specific Character Set is for (PS3.5 6.1.2.3)
+_ESCAPES = re.compile(r"\x1b[ -/]+[0-~]")
 _SWAPPED = {"OW": 2, "OF": 4, "OL": 4, "OD": 8, "OV": 8}  # bytes of a unit (PS3.5 6.2)
 
 
@@ -6943,6 +7659,13 @@ def _as_text(tag: int, raw: Any) -> Json | None:
     return None
 
 
+def _without_escapes(value: Any) -> Any:
+    """A text without escape sequences that its decoder left (ISO 2022 IR 58, PS3.5 K.2)."""
+    if isinstance(value, dict):
+        return {name: _without_escapes(part) for name, part in value.items()}
+    return _ESCAPES.sub("", value) if isinstance(value, str) else value
+
+
 def _plain(element: Json, swap: bool, standard: bool) -> Json | None:
     """An element of DICOM JSON without values too large to be inline; None when nothing is left of it."""
     vr, values = element["vr"], element.get("Value")
@@ -6962,6 +7685,8 @@ def _plain(element: Json, swap: bool, standard: bool) -> Json | None:
         return element
     if not values or values in ([""], [None]):
         return {"vr": vr} if standard else {"vr": vr, "Value": [] if vr == "PN" else [""]}
+    if vr in _TEXT:
+        element["Value"] = values = [_without_escapes(value) for value in values]
     if len(values) > 1:
         element["Value"] = [None if value in ("", {}, {"Alphabetic": ""}) else value for value in values]
     return element
@@ -7571,11 +8296,14 @@ class DicomChannel(Channel):
             if file is not None:
                 if file.error or (limit and file.size > limit):
                     raise Refusal(OUT_OF_RESOURCES, file.error or f"larger than {limit} bytes (maxMessageBytes)")
-                study = await self._decode(self._describe, file, request, body)
-                body["binary"] = {"reference": spool_reference(Path(file.name).stem)}
+                study = await self._decode(self._describe, file, request, body, self.settings.dicomJson == "standard")
+                if self.settings.storage == "binary":
+                    body["binary"] = {"reference": spool_reference(Path(file.name).stem)}
             message = self._new_message(line, request.name, request.uid, study or request.uid, body)
             if file is not None:
-                message.spool, message.prepared = await self.loop.run_in_executor(self.threads, file.keep), False
+                mark = STOWED if self.settings.storage == "dicomweb" else ""
+                message.spool = await self.loop.run_in_executor(self.threads, file.keep, mark)
+                message.prepared = False
         except OSError as error:
             raise Refusal(OUT_OF_RESOURCES, _storage_text(error)) from None
         if refusal := await self._keep(message):
@@ -7584,7 +8312,7 @@ class DicomChannel(Channel):
         return {"Status": SUCCESS}, None
 
     @staticmethod
-    def _describe(file: SpoolFile, request: Request, body: Json) -> str:
+    def _describe(file: SpoolFile, request: Request, body: Json, standard: bool) -> str:
         """In a thread: add the data set to the body; returns the Study Instance UID."""
         omitted: list[str] = []
         try:
@@ -7592,7 +8320,8 @@ class DicomChannel(Channel):
                 if not syntax_of(request.context.syntaxes[0])[2]:
                     check_whole(reading, file.start, request.context.syntaxes[0])
             dataset = imaging().pydicom.dcmread(file.name, defer_size=LARGE_VALUE_BYTES, force=True)
-            body["dataset"] = dicom_json(dataset.file_meta, []) | dicom_json(dataset, omitted)
+            meta = dicom_json(dataset.file_meta, [], standard=standard)
+            body["dataset"] = meta | dicom_json(dataset, omitted, standard=standard)
             uids = [str(dataset.get(key, "") or "") for key in ("SOPClassUID", "SOPInstanceUID", "StudyInstanceUID")]
         except Refusal:
             raise
@@ -7666,8 +8395,12 @@ class DicomChannel(Channel):
 
     async def _find(self, line: DicomLine, request: Request) -> Answer:
         """C-FIND (PS3.4 C.4.1, K.4.1)."""
-        words = await self._ask(line, request)
-        matches = words.get("datasets") if isinstance(words, dict) else words
+        matches: Any
+        if self._answers_itself(request):
+            matches = [dataset for dataset, _ in await self._search(request)]
+        else:
+            words = await self._ask(line, request)
+            matches = words.get("datasets") if isinstance(words, dict) else words
         if not isinstance(matches, list):
             raise Refusal(UNABLE_TO_PROCESS, "the Bot's answer is no list of data sets")
         asked = await self._decode(request.dataset)
@@ -7683,7 +8416,45 @@ class DicomChannel(Channel):
             await line.respond(request, {"Status": PENDING_MATCH}, dataset)
         return {"Status": SUCCESS}, None
 
+    # answer=server: the query is a FHIR search, one level below the other
+
+    def _answers_itself(self, request: Request) -> bool:
+        return self.settings.answer == "server" and request.context.abstract.startswith(_QUERY_ROOTS["STUDY"])
+
+    async def _search(self, request: Request) -> list[tuple[Json, Json]]:
+        """(data set, resource) of what matches, at the level that is asked for; of images for a retrieval."""
+        try:
+            asked = await self._decode(request.dataset)
+            level = LEVELS_OF_QUERIES.index(str(asked.get("QueryRetrieveLevel", "")))
+        except Exception:
+            raise Refusal(
+                CANNOT_UNDERSTAND, "the identifier cannot be read, or its level is none of a study root"
+            ) from None
+        wanted = asked if request.name == "C-FIND" else _uids_of(asked)
+        depth = level if request.name == "C-FIND" else len(LEVELS_OF_QUERIES) - 1
+        try:
+            found = await unless_cancelled(request, self._descend(wanted, depth))
+        except ServerError as error:
+            raise Refusal(UNABLE_TO_PROCESS, f"the server cannot be asked: {error}") from None
+        return found
+
+    async def _descend(self, wanted: Dataset, depth: int) -> list[tuple[Json, Json]]:
+        found: list[tuple[Json, Json]] = [({}, {})]
+        for kind, parent, parameters in _SEARCHES[: depth + 1]:
+            below: list[tuple[Json, Json]] = []
+            for dataset, above in found:
+                query = _search_query(wanted, parameters) | ({parent: _reference_to(above)} if parent else {})
+                for resource in await self._fhir.search(f"{kind}?{urllib.parse.urlencode(query)}"):
+                    described = dataset | resource_json(resource)
+                    if await self._decode(matches_query, wanted, described):
+                        below.append((described, resource))
+            found = below
+        return found
+
     async def _references(self, line: DicomLine, request: Request, **more: str) -> list[str]:
+        if self._answers_itself(request):
+            raw = [(resource.get("raw") or {}).get("reference") for _, resource in await self._search(request)]
+            return [reference for reference in raw if isinstance(reference, str)]
         words = await self._ask(line, request, **more)
         try:
             return [reference_of(item) for item in (words["binaries"] if isinstance(words, dict) else words)]
@@ -7856,13 +8627,16 @@ class DicomChannel(Channel):
 
     async def _report(self, message: Message, text: str, line: DicomLine | None) -> None:
         """Report what the Bot says is safe; everything else has failed (PS3.4 J.3.3)."""
+        asked = message.text or (await self.store.bodies([message.id]))[message.id][0].decode()
+        request = load_json(asked)
         committed: set[str] | None = None
         try:
             committed = {str(uid) for uid in bot_words(text)["committed"]}
         except (Refusal, KeyError, TypeError):
+            if self.settings.storage == "dicomweb" and (not text or text.startswith(BOT_LOG)):
+                committed = await self._known_to_server(request)
+        if committed is None:
             self.warn(f"message {message.id}: the Bot confirmed nothing; the device hears that the commitment failed")
-        asked = message.text or (await self.store.bodies([message.id]))[message.id][0].decode()
-        request = load_json(asked)
         report, kind = await self._decode(commitment_report, request, committed)
         for seconds in COMMITMENT_REPORT_SECS:
             await asyncio.sleep(seconds)
@@ -7871,6 +8645,18 @@ class DicomChannel(Channel):
                 self.store.update(message)
                 return
             self.warn(f"message {message.id}: the storage commitment report was not taken: {problem}")
+
+    async def _known_to_server(self, request: Json) -> set[str] | None:
+        """Which of the objects the server has, by its own DicomInstances; None when it cannot say."""
+        found: set[str] = set()
+        try:
+            for uid, _ in referenced_objects(request):
+                instances = await self._fhir.search(f"DicomInstance?sop-instance-uid={urllib.parse.quote(uid)}")
+                found |= {uid} & {str(instance.get("sopInstanceUid")) for instance in instances}
+        except ServerError as error:
+            self.warn(f"the server cannot say what it has: {error}")
+            return None
+        return found
 
     async def recover(self) -> None:
         """After a start: go on with the reports that no device has taken yet."""
@@ -7917,6 +8703,97 @@ def _report_by_call(peer: Peer, title: str, own: str, report: Dataset, kind: int
     finally:
         if association is not None and association.is_established:
             association.release()
+
+
+# --- queries that the server's own resources answer ------------------------------------------------------------------
+
+LEVELS_OF_QUERIES = ("STUDY", "SERIES", "IMAGE")
+# Resource, the parameter that names the one above, and parameters by the keyword that they search
+_SEARCHES: tuple[tuple[str, str, Mapping[str, str]], ...] = (
+    ("DicomStudy", "", {
+        "StudyInstanceUID": "study-instance-uid", "AccessionNumber": "accession-number", "PatientID": "patient-id",
+        "ModalitiesInStudy": "modalities", "StudyDate": "study-date",
+    }),
+    ("DicomSeries", "study", {"SeriesInstanceUID": "series-instance-uid"}),
+    ("DicomInstance", "series", {"SOPInstanceUID": "sop-instance-uid"}),
+)  # fmt: skip
+
+
+def _reference_to(resource: Json) -> str:
+    return f"{resource.get('resourceType')}/{resource.get('id')}"
+
+
+def _search_query(wanted: Dataset, parameters: Mapping[str, str]) -> dict[str, Any]:
+    """What FHIR can search for: exact values, lists of UIDs, beginnings before a wildcard, and the day that begins."""
+    query: dict[str, Any] = {"_count": 1000}
+    for keyword, parameter in parameters.items():
+        value = wanted.get(keyword)
+        values = [str(part) for part in (value if not isinstance(value, str) and value is not None else [value or ""])]
+        text = ",".join(part.replace(",", "\\,") for part in values)
+        if keyword == "StudyDate":
+            first = text.split("-")[0]
+            text = f"ge{first[:4]}-{first[4:6]}-{first[6:8]}" if len(first) == 8 else ""
+        text = re.split(r"[*?]", text)[0]
+        query |= {parameter: text} if text else {}
+    return query
+
+
+def resource_json(resource: Json) -> Json:
+    """A DicomStudy, DicomSeries or DicomInstance as a data set: its members are named like the attributes."""
+    library = imaging().pydicom
+    dataset: Json = {}
+    for member, value in resource.items():
+        keyword = member[:1].upper() + member[1:]
+        for ours, theirs in (
+            ("Uid", "UID"),
+            ("FromUtc", "FromUTC"),
+            ("Sop", "SOP"),
+            ("PhysiciansName", "PhysicianName"),
+        ):
+            keyword = keyword.replace(ours, theirs)
+        keyword = re.sub(r"Id$", "ID", keyword)
+        tag = library.datadict.tag_for_keyword(keyword)
+        if tag is None or isinstance(value, dict):
+            continue
+        vr = library.datadict.dictionary_VR(tag)
+        values = value if isinstance(value, list) else [value]
+        if vr in ("DA", "TM"):
+            values = [re.sub("[-:]", "", str(one)) for one in values]
+        dataset[f"{tag:08X}"] = {"vr": vr, "Value": [{"Alphabetic": one} if vr == "PN" else one for one in values]}
+    return dataset
+
+
+def _uids_of(identifier: Dataset) -> Dataset:
+    """The unique keys of a retrieval (PS3.4 C.4.2.1.4.1); the others do not narrow it."""
+    found: Dataset = imaging().Dataset()
+    for keyword in ("StudyInstanceUID", "SeriesInstanceUID", "SOPInstanceUID", "PatientID"):
+        if identifier.get(keyword):
+            setattr(found, keyword, identifier.get(keyword))
+    return found
+
+
+def matches_query(wanted: Dataset, described: Json) -> bool:
+    """The matching of PS3.4 C.2.2.2 for the attributes that the server's resources have: single value, list of UIDs,
+    wildcard, range; an empty key matches everything."""
+    for element in wanted:
+        found = described.get(f"{element.tag:08X}")
+        if element.VR == "SQ" or found is None or element.is_empty or element.keyword == "SpecificCharacterSet":
+            continue
+        keys = [str(key) for key in (element.value if element.VM > 1 else [element.value])]
+        values = [str(v.get("Alphabetic", "") if isinstance(v, dict) else v) for v in found["Value"]]
+        if not any(_matches(element.VR, key, value) for key in keys for value in values):
+            return False
+    return True
+
+
+def _matches(vr: str, key: str, value: str) -> bool:
+    if vr in ("DA", "TM", "DT") and "-" in key:
+        first, last = key.split("-", 1)
+        return (first or value) <= value <= (last or value) or (bool(last) and value.startswith(last))
+    if vr == "PN":
+        key, value = key.casefold().rstrip("^= "), value.casefold().rstrip("^= ")
+    pattern = "".join(".*" if c == "*" else "." if c == "?" else re.escape(c) for c in key)
+    return re.fullmatch(pattern if vr not in ("UI", "DA", "TM", "IS") else re.escape(key), value) is not None
 
 
 async def unless_cancelled(request: Request, work: Coroutine[Any, Any, T]) -> T:
@@ -7991,8 +8868,8 @@ class ImagingCaller:
 
     COMMANDS = ("C-ECHO", "C-STORE", "C-FIND", "C-MOVE")
 
-    def __init__(self, spool: Spool, fhir: Fhir, channel_log: Log):
-        self._spool, self._fhir, self._channel_log = spool, fhir, channel_log
+    def __init__(self, spool: Spool, fhir: Fhir, log: Log):
+        self._spool, self._fhir, self._log = spool, fhir, log
         # those that somebody waits for do not stand behind those that are tried again and again
         self._awaited, self._stored = (ThreadPoolExecutor(DICOM_PUSHES, name) for name in ("dicom-push", "dicom-queue"))
 
@@ -8061,7 +8938,12 @@ class ImagingCaller:
         entity = library.Entity(s.callingAeTitle)
         entity.connection_timeout, entity.acse_timeout = s.connectTimeoutSecs, min(seconds, DIMSE_SECS)
         entity.dimse_timeout = entity.network_timeout = seconds
-        tls = (device_tls(s), target.host) if s.tls else None
+        try:
+            tls = (device_tls(s), target.host) if s.tls else None
+        except FilesError as error:
+            self._log.warn(f"Device {target.key}: TLS cannot be set up: {error}.")
+            text = f"{target.key}: TLS cannot be set up with the files that the address names; our main log says why"
+            raise DeviceError(text, "device-unreachable") from None
         peer, title = Peer(target.host, target.port), target.path
         if request["command"] == "C-STORE":
             return self._store(target, Sender(entity, peer, title, tls), cast(SpoolFile, file))
@@ -8199,8 +9081,11 @@ class Agent:
         self.log = self._open_log("main", self.config.main_log, self._console)
         self.channel_log = self._open_log("channels", self.config.channel_log, None)
         self.log.info(f"Medplum Agent {VERSION} starts for {self.config.settings.baseUrl}; state in {self.state_dir}.")
-        for warning in self.config.warnings:
+        for warning in (*self.config.warnings, *folder_problems(self.state_dir, self.log.directory)):
             self.log.warn(f"{warning}.")
+        url = urllib.parse.urlsplit(self.config.settings.baseUrl)
+        if url.scheme == "http" and url.hostname not in ("localhost", "127.0.0.1", "::1"):
+            self.log.warn(f"baseUrl uses http: secret and messages go to {url.hostname} in clear. Use https.")
 
     def _open_log(self, name: str, settings: LoggerSettings, console: typing.TextIO | None) -> Log:
         directory = Path(settings.logDir or os.environ.get("LOGS_DIRECTORY", "").split(":")[0] or self.state_dir)
@@ -8254,6 +9139,7 @@ class Agent:
             if (last := self._saved_config()) is not None:
                 self.log.warn(f"The configuration cannot be read: {reason}. Starting with the last good one.")
                 return *last, True
+            self._say_alive(f"it is retrying the login: {reason}")
             if reason != said:
                 self.log.error(f"The configuration cannot be read: {reason}. Trying again until it can.")
                 said = reason
@@ -8261,6 +9147,8 @@ class Agent:
 
     async def _read_config(self) -> tuple[Json, dict[str, Json | AgentError]]:
         agent = await self.fhir.read(f"Agent/{self.config.settings.agentId}")
+        if problem := shape_problem(agent):
+            raise ServerError(f"the Agent that the server sent cannot be understood: {problem}")
         references = endpoint_references(agent)
         found = await asyncio.gather(*(self.fhir.read(reference) for reference in references), return_exceptions=True)
         endpoints: dict[str, Json | AgentError] = {}
@@ -8276,7 +9164,7 @@ class Agent:
         try:
             saved = load_json((self.state_dir / CONFIG_FILE).read_bytes())
             agent, endpoints = saved["agent"], saved["endpoints"]
-            if agent["id"] != self.config.settings.agentId:
+            if agent["id"] != self.config.settings.agentId or shape_problem(agent):
                 return None
             return agent, {f"Endpoint/{endpoint['id']}": endpoint for endpoint in endpoints}
         except (OSError, ValueError, KeyError, TypeError):
@@ -8289,10 +9177,10 @@ class Agent:
         path = self.state_dir / CONFIG_FILE
         try:
             temporary = path.with_suffix(".new")
-            with open(temporary, "wb", opener=lambda p, flags: os.open(p, flags, 0o600)) as file:
+            with open(temporary, "wb", opener=private) as file:
                 file.write(dump_json(saved))
                 file.flush()
-                os.fsync(file.fileno())
+                sync(file.fileno())
             temporary.replace(path)
         except OSError as error:
             self.log.error(
@@ -8314,7 +9202,7 @@ class Agent:
 
     def _report_problems(self, problems: Sequence[str], consequence: str) -> None:
         for problem in problems:
-            self.log.error(f"Configuration: {problem}; {consequence}.")
+            self.log.error(f"Configuration: {getattr(problem, 'log', problem)}; {consequence}.")
 
     async def _open_store(self, plan: Plan) -> None:
         path = Path(plan.settings.queueDbPath or self.state_dir / QUEUE_FILE)
@@ -8322,8 +9210,8 @@ class Agent:
         await self.store.open()
         self.uplink.store = self.store
         self._parts = Parts(self.store, self.uplink, self.fhir, self.log, self.channel_log)
-        self.devices = Devices(self._parts, self.channels)
-        self.devices.imaging = ImagingCaller(self.store.spool, self.fhir, self.channel_log)
+        self.devices = Devices(self._parts, self.channels, self.config.settings.pushTargets)
+        self.devices.imaging = ImagingCaller(self.store.spool, self.fhir, self.log)
 
     # --- plans ---
 
@@ -8386,6 +9274,8 @@ class Agent:
             await self._unbind(opened, moved)
             raise ConfigError(problems)
         self._report_problems(problems, "it is tried again until it can be opened")
+        if problems and not opened:
+            self.log.error("No port can be opened: is another agent running, perhaps with the same agentId?")
         return opened
 
     def _close_same_port(self, bind: tuple[str, int]) -> list[Listener]:
@@ -8642,8 +9532,8 @@ class Agent:
         while True:
             if loop.time() >= next_alive:
                 next_alive = loop.time() + ALIVE_SECS
-                with suppress(OSError):
-                    (self.state_dir / ALIVE_FILE).touch(0o600)
+                self.store.remember()
+                self._say_alive()
             await asyncio.sleep(LAZY_SECS)
             await asyncio.to_thread(self.channel_log.flush)
             self.devices.tidy()
@@ -8655,6 +9545,16 @@ class Agent:
             if loop.time() >= next_sweep:
                 next_sweep = loop.time() + settings.queueSweepIntervalSecs
                 spawn(self._sweep(settings))
+
+    def _say_alive(self, problem: str = "") -> None:
+        """What `health` reads: nothing of it is patient data."""
+        plans = self.plan.channels if self.plan else ()
+        wanted = [plan for plan in plans if plan.active and not plan.dials and plan.bind not in self._listeners]
+        closed = [f"port {plan.port} of channel '{plan.name}' is not open" for plan in wanted]
+        away = 0 if self.uplink.live else asyncio.get_running_loop().time() - self.uplink.away_since
+        state = {"problems": [problem] if problem else closed, "away": round(away)}
+        with suppress(OSError), open(self.state_dir / ALIVE_FILE, "wb", opener=private) as file:
+            file.write(dump_json(state))
 
     async def _log_stats(self) -> None:
         self.log.info("Agent stats", stats=await self.stats())
@@ -8717,6 +9617,14 @@ class Agent:
             await asyncio.sleep(0.02)
 
 
+def folder_problems(*folders: Path | None) -> Iterator[str]:
+    """Folders with patient data that are not ours, or open to others."""
+    for folder in dict.fromkeys(filter(None, folders)):
+        found = folder.stat()
+        if os.name == "posix" and (found.st_uid != os.geteuid() or found.st_mode & 0o022):
+            yield f"the folder {folder} belongs to another user or may be written by others: chown and chmod 700 it"
+
+
 def _silent_parts(plan: Plan) -> tuple[str, ...]:
     """What is allowed, and still not what somebody wants who looks for his messages."""
     if plan.status == "off":
@@ -8772,6 +9680,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--settings-schema", nargs="?", const="json", choices=("json", "markdown"), help="print every setting and exit"
     )
+    parser.add_argument(
+        "--server-secs", type=float, metavar="N", help="health: fail when the server has been away for so long"
+    )
     parser.add_argument("--once", action="store_true", help="demo: end after the example traffic")
     parser.add_argument("--version", action="version", version=VERSION)
     return parser
@@ -8821,15 +9732,21 @@ def _health(options: argparse.Namespace) -> int:
         print(f"The settings in {installed} cannot be read by this user: use sudo.")
         return 1
     state_dir = _process_config(options).state_dir
+    path = state_dir / ALIVE_FILE
     try:
-        alive = time.time() - (state_dir / ALIVE_FILE).stat().st_mtime < DEAD_SECS
+        alive = time.time() - path.stat().st_mtime < DEAD_SECS
+        state = _json_object(path.read_bytes()) if alive else {}
     except PermissionError:
         print(f"The state of the agent in {state_dir} cannot be read by this user: use sudo.")
         return 1
     except OSError:
-        alive = False
-    print(f"The agent with its state in {state_dir} {'is alive' if alive else 'does not run, or has not started yet'}.")
-    return int(not alive)
+        alive, state = False, {}
+    problems = [] if alive else ["it does not run, or has not started yet"]
+    problems += [str(problem) for problem in state.get("problems") or []]
+    if options.server_secs is not None and (away := state.get("away", 0)) > options.server_secs:
+        problems.append(f"the server has been away for {away} s")
+    print(f"The agent with its state in {state_dir}: {'; '.join(problems) or 'it is alive'}.")
+    return int(bool(problems))
 
 
 def _run_agent(options: argparse.Namespace) -> NoReturn:
@@ -8874,10 +9791,13 @@ def _demo_module() -> types.ModuleType:
 def _stop_on_signals(agent: Agent) -> None:
     """SIGINT, SIGTERM and SIGHUP begin the clean stop; a second one ends the process at once."""
     loop = asyncio.get_running_loop()
+    first = math.inf
 
     def stop() -> None:
-        if agent._stop.is_set():
+        nonlocal first
+        if loop.time() - first > 1:  # systemd signals both processes of the one file
             os._exit(1)
+        first = min(first, loop.time())
         agent.stop()
 
     for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK"):

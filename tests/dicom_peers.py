@@ -4,6 +4,7 @@ import contextlib
 import http.client
 import json
 import os
+import re
 import shutil
 import socket
 import ssl
@@ -11,7 +12,7 @@ import struct
 import subprocess
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
@@ -24,6 +25,8 @@ from pydicom.dataset import Dataset
 from pydicom.filebase import DicomBytesIO
 from pydicom.filewriter import write_dataset
 from pynetdicom import AE, evt
+from pynetdicom.association import Association
+from pynetdicom.presentation import build_context, build_role
 from pynetdicom.sop_class import StorageCommitmentPushModel, Verification  # type: ignore[attr-defined]
 
 from medplum_agent import HL7_TYPE, JSON_TYPE
@@ -33,10 +36,15 @@ IMPLICIT, EXPLICIT, DEFLATED, BIG_ENDIAN = (
     "1.2.840.10008.1.2", "1.2.840.10008.1.2.1", "1.2.840.10008.1.2.1.99", "1.2.840.10008.1.2.2",
 )  # fmt: skip
 VERIFICATION, CT, SECONDARY = "1.2.840.10008.1.1", "1.2.840.10008.5.1.4.1.1.2", "1.2.840.10008.5.1.4.1.1.7"
+STUDY_FIND, STUDY_MOVE, STUDY_GET = (f"1.2.840.10008.5.1.4.1.2.2.{n}" for n in (1, 2, 3))
+PATIENT_FIND, PATIENT_MOVE, PATIENT_GET = (f"1.2.840.10008.5.1.4.1.2.1.{n}" for n in (1, 2, 3))
+WORKLIST, MPPS = "1.2.840.10008.5.1.4.31", "1.2.840.10008.3.1.2.3.3"
+COMMITMENT, COMMITMENT_INSTANCE = "1.2.840.10008.1.20.1", "1.2.840.10008.1.20.1.1"
 SUCCESS, CANCEL, OUT_OF_RESOURCES, MISMATCH, NOT_UNDERSTOOD = 0x0000, 0xFE00, 0xA700, 0xA900, 0xC000
 MOVE_UNKNOWN, UNABLE = 0xA801, 0xC001
 ECHO_RQ, STORE_RQ = 0x0030, 0x0001
 RJ, P_DATA, RELEASE_RQ, RELEASE_RP, ABORT = 3, 4, 5, 6, 7
+FAST = "autoRetryBaseDelayMs=20&autoRetryMaxDelayMs=200&autoRetryMaxAttempts=0&deadLetterAfterHours=0"
 ROOT_UID = "1.2.826.0.1.3680043.8.498.77"  # pydicom's; what tests make is below it
 
 needs_dcmtk = pytest.mark.skipif(not shutil.which("storescu"), reason="NO DCMTK: its programs were not tried")
@@ -181,6 +189,15 @@ def part10(instance: Instance) -> bytes:
         element(n, v) for n, v in ((2, instance.sop_class), (3, instance.uid), (16, instance.syntax), (18, ROOT_UID))
     )
     return bytes(128) + b"DICM" + struct.pack("<HH2sHI", 2, 0, b"UL", 4, len(rest)) + rest + instance.content
+
+
+def write(folder: Path, *instances: Instance) -> list[Path]:
+    """Part 10 files."""
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = [folder / f"{number:04}.dcm" for number in range(len(instances))]
+    for path, instance in zip(paths, instances, strict=True):
+        path.write_bytes(part10(instance))
+    return paths
 
 
 # --- a client of our own: every byte is ours ---
@@ -377,6 +394,10 @@ def store(port: int, *instances: Instance, **options: Any) -> list[int]:
         return [scu.store(instance) for instance in instances]
 
 
+def cancel_of(message: int) -> bytes:
+    return command_set({0x0100: 0x0FFF, 0x0120: message, 0x0800: 0x0101})
+
+
 # --- dcmtk ---
 
 
@@ -566,6 +587,87 @@ JPEGS = (
 )  # fmt: skip
 
 
+# --- pynetdicom as a device that asks ---
+
+
+def data_set(**elements: Any) -> Dataset:
+    """Elements by keyword."""
+    dataset = Dataset()
+    for name, value in elements.items():
+        setattr(dataset, name, value)
+    return dataset
+
+
+@contextlib.contextmanager
+def associated(
+    here: Site, *classes: str, calling: str = "WORKSTATION", storage: Sequence[tuple[str, str]] = (),
+    handlers: Sequence[tuple[Any, Callable[..., Any]]] = (),
+) -> Iterator[Association]:  # fmt: skip
+    """A pynetdicom SCU with an association; `storage` (class, syntax) is what it takes as SCP (C-GET)."""
+    ae = AE(ae_title=calling)
+    ae.dimse_timeout = ae.acse_timeout = ae.network_timeout = 15
+    contexts = [build_context(uid) for uid in classes] + [build_context(uid, syntax) for uid, syntax in storage]
+    roles = [build_role(uid, scp_role=True) for uid in sorted({uid for uid, _ in storage})]
+    association = ae.associate(
+        "127.0.0.1", here.ports["PACS"], contexts, "AGENT", ext_neg=list(roles), evt_handlers=list(handlers)
+    )
+    assert association.is_established
+    try:
+        yield association
+    finally:
+        if association.is_established:
+            association.release()
+
+
+COUNTS = ("Remaining", "Completed", "Failed", "Warning")
+
+
+def counts(status: Dataset) -> tuple[int | None, ...]:
+    return tuple(status.get(f"NumberOf{name}Suboperations") for name in COUNTS)
+
+
+class Receiving:
+    """Handler of a C-GET's C-STORE requests."""
+
+    def __init__(self, *answers: int):
+        self.answers, self.got = list(answers), list[tuple[str, bytes]]()
+        self.handlers = [(evt.EVT_C_STORE, self.store)]
+
+    def store(self, event: Any) -> int:
+        self.got.append((str(event.request.AffectedSOPInstanceUID), event.request.DataSet.getvalue()))
+        return self.answers.pop(0) if self.answers else 0
+
+
+class Reports:
+    """Handler of N-EVENT-REPORT on an association of the device."""
+
+    def __init__(self) -> None:
+        self.got: list[tuple[int, Dataset]] = []
+        self.answered = False  # only then may the association be released: pynetdicom does not look after itself
+        self.handlers: list[tuple[Any, Callable[..., Any]]] = [
+            (evt.EVT_N_EVENT_REPORT, self.report),
+            (evt.EVT_PDU_SENT, self.sent),
+        ]
+
+    def report(self, event: Any) -> tuple[int, None]:
+        self.got.append((event.event_type, event.event_information))
+        return 0, None
+
+    def sent(self, event: Any) -> None:
+        self.answered = bool(self.got)
+
+
+def commit(scu: Association, transaction: str, *instances: Instance) -> int:
+    items = [data_set(ReferencedSOPClassUID=i.sop_class, ReferencedSOPInstanceUID=i.uid) for i in instances]
+    request = data_set(TransactionUID=transaction, ReferencedSOPSequence=items)
+    status, _ = scu.send_n_action(request, 1, COMMITMENT, COMMITMENT_INSTANCE)
+    return int(status.Status)
+
+
+def uids_of(sequence: Any) -> list[str]:
+    return [item.ReferencedSOPInstanceUID for item in sequence or ()]
+
+
 # --- the agent ---
 
 
@@ -670,6 +772,13 @@ def assert_works(here: Site, channel: str = "PACS", **options: Any) -> None:
 def spooled(here: Site) -> list[Path]:
     folder = here.agent.queue_path.with_suffix(".spool")
     return sorted(folder.iterdir()) if folder.exists() else []
+
+
+def memory_kb(here: Site, name: str) -> int:
+    assert here.agent.process is not None
+    with open(f"/proc/{here.agent.process.pid}/status") as status:
+        (found,) = re.findall(rf"{name}:\s+(\d+)", status.read())
+    return int(found)
 
 
 _strays: set[Path] = set()

@@ -229,11 +229,21 @@ def test_surprising_numbers(strict: bool) -> None:
         assert without_warnings(events) == [ACKED] * 4 + [Session((b"H|a\r", b"other\r", b"R|5\r"))]
 
 
-def test_a_number_that_is_no_digit() -> None:
-    body = b"xR|1\r\x03"
-    events = Line().hear(ENQ + STX + body + b"%02X\r\n" % (sum(body) % 256) + EOT)
-    assert without_warnings(events) == [ACKED, ACKED, Session((b"R|1\r",))]
-    assert warnings(events) == ["frame 'x' came where 1 was due; it is accepted"]
+def test_an_instrument_without_frame_numbers() -> None:
+    """A byte that is no digit after STX is text where the whole session is like that."""
+    bodies = [b"H|\\^&\r\x03", b"R|1\r\x03", b"L|1\r\x03"]
+    frames = [STX + body + b"%02X\r\n" % (sum(body) % 256) for body in bodies]
+    events = Line().hear(ENQ + b"".join(frames) + EOT)
+    assert without_warnings(events) == [*[ACKED] * 4, Session((b"H|\\^&\r", b"R|1\r", b"L|1\r"))]
+    assert warnings(events) == ["its frames have no numbers"]
+
+
+@pytest.mark.parametrize("numbered_first", [True, False])
+def test_a_frame_without_number_among_numbered_ones_is_refused(numbered_first: bool) -> None:
+    body = b"R|1\r\x03"
+    bare, numbered = STX + body + b"%02X\r\n" % (sum(body) % 256), astm_frame(1, b"R|1\r", 3)
+    first, second = (numbered, bare) if numbered_first else (bare, numbered)
+    assert without_warnings(Line().hear(ENQ + first + second)) == [ACKED, ACKED, NAKED]
 
 
 def test_numbers_wrap() -> None:

@@ -29,6 +29,7 @@ from tests.dicom_peers import (
     CT,
     DEFLATED,
     EXPLICIT,
+    FAST,
     IMPLICIT,
     MISMATCH,
     NOT_UNDERSTOOD,
@@ -53,9 +54,9 @@ from tests.dicom_peers import (
     imaging_site,
     made,
     made_dataset,
+    memory_kb,
     needs_dcmtk,
     new_uid,
-    part10,
     pydicom_files,
     read_instance,
     silent_bot,
@@ -66,12 +67,12 @@ from tests.dicom_peers import (
     transmits,
     uid_of,
     uploaded,
+    write,
 )
 from tests.support import Site, control_id, eventually, message, setting
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:pydicom.*")
 
-FAST = "autoRetryBaseDelayMs=20&autoRetryMaxDelayMs=200&autoRetryMaxAttempts=0&deadLetterAfterHours=0"
 LOCAL = "dicom://127.0.0.1:{port}?"
 FILES = pydicom_files()
 KILLS = int(os.environ.get("DICOM_KILLS", "5"))
@@ -112,23 +113,7 @@ def here(shared_site):
     shared_site.sandbox.bot = silent_bot
 
 
-def memory_kb(here: Site, name: str) -> int:
-    assert here.agent.process is not None
-    with open(f"/proc/{here.agent.process.pid}/status") as status:
-        (found,) = re.findall(rf"{name}:\s+(\d+)", status.read())
-    return int(found)
-
-
 # --- dcmtk ---
-
-
-def write(folder: Path, *instances: Instance) -> list[Path]:
-    """Part 10 files."""
-    folder.mkdir(parents=True, exist_ok=True)
-    paths = [folder / f"{number:04}.dcm" for number in range(len(instances))]
-    for path, instance in zip(paths, instances, strict=True):
-        path.write_bytes(part10(instance))
-    return paths
 
 
 def results(output: str) -> list[str]:
@@ -409,7 +394,7 @@ def test_the_announcement_exactly(here):
         "00091001": {"vr": "OB", "InlineBinary": base64.b64encode(bytes(range(256))).decode()},
         "00100010": {"vr": "PN", "Value": [{"Alphabetic": "Müller^Jörg"}]},
         "00100020": {"vr": "LO", "Value": ["PAT-1"]},
-        "00100030": {"vr": "DA"},
+        "00100030": {"vr": "DA", "Value": [""]},  # as the reference writes it
         "00180050": {"vr": "DS", "Value": [1.5]},
         "0020000D": {"vr": "UI", "Value": [dataset.StudyInstanceUID]},
         "0020000E": {"vr": "UI", "Value": [dataset.SeriesInstanceUID]},

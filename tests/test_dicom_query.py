@@ -1,6 +1,5 @@
 """What imaging devices ask, and what the cloud asks of them: C-FIND, C-MOVE, C-GET, MPPS, commitment, push."""
 
-import contextlib
 import json
 import re
 import shutil
@@ -9,7 +8,7 @@ import ssl
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,21 +17,33 @@ import pytest
 from pydicom.dataset import Dataset
 from pynetdicom import AE, evt
 from pynetdicom.association import Association
-from pynetdicom.presentation import build_context, build_role
 
 from tests.dicom_peers import (
     BIG_ENDIAN,
     CANCEL,
+    COMMITMENT,
+    COMMITMENT_INSTANCE,
     CT,
     EXPLICIT,
+    FAST,
     IMPLICIT,
     JPEGS,
+    MPPS,
+    PATIENT_FIND,
+    PATIENT_GET,
+    PATIENT_MOVE,
     SECONDARY,
+    STUDY_FIND,
+    STUDY_GET,
+    STUDY_MOVE,
     SUCCESS,
+    WORKLIST,
     Bot,
     Destination,
     Instance,
     Orthanc,
+    Receiving,
+    Reports,
     Scu,
     Storescp,
     Tls,
@@ -41,7 +52,11 @@ from tests.dicom_peers import (
     assert_no_spool,
     assert_same_elements,
     assert_works,
-    command_set,
+    associated,
+    cancel_of,
+    commit,
+    counts,
+    data_set,
     dcmtk,
     forget_strays,
     imaging_site,
@@ -56,6 +71,7 @@ from tests.dicom_peers import (
     start,
     store,
     transmits,
+    uids_of,
 )
 from tests.support import ROOT, Pushed, Site, eventually, free_ports
 
@@ -65,13 +81,8 @@ pytestmark = pytest.mark.filterwarnings(
     "ignore::pytest.PytestUnraisableExceptionWarning",  # sockets that pynetdicom, here as the device, forgets
 )
 
-STUDY_FIND, STUDY_MOVE, STUDY_GET = (f"1.2.840.10008.5.1.4.1.2.2.{n}" for n in (1, 2, 3))
-PATIENT_FIND, PATIENT_MOVE, PATIENT_GET = (f"1.2.840.10008.5.1.4.1.2.1.{n}" for n in (1, 2, 3))
-WORKLIST, MPPS = "1.2.840.10008.5.1.4.31", "1.2.840.10008.3.1.2.3.3"
-COMMITMENT, COMMITMENT_INSTANCE = "1.2.840.10008.1.20.1", "1.2.840.10008.1.20.1.1"
 UNABLE, UNKNOWN_DESTINATION, PROCESSING_FAILURE = 0xC001, 0xA801, 0x0110
 PENDING = (0xFF00, 0xFF01)
-FAST = "autoRetryBaseDelayMs=20&autoRetryMaxDelayMs=200&autoRetryMaxAttempts=0&deadLetterAfterHours=0"
 OUTCOME = '{"resourceType":"OperationOutcome"}'
 
 
@@ -141,37 +152,8 @@ def bot(here):
     return bot
 
 
-def data_set(**elements: Any) -> Dataset:
-    """Elements by keyword."""
-    dataset = Dataset()
-    for name, value in elements.items():
-        setattr(dataset, name, value)
-    return dataset
-
-
 def ui(*uids: str) -> dict[str, Any]:
     return {"vr": "UI", "Value": list(uids)}
-
-
-@contextlib.contextmanager
-def associated(
-    here: Site, *classes: str, calling: str = "WORKSTATION", storage: Sequence[tuple[str, str]] = (),
-    handlers: Sequence[tuple[Any, Callable[..., Any]]] = (),
-) -> Iterator[Association]:  # fmt: skip
-    """A pynetdicom SCU with an association; `storage` (class, syntax) is what it takes as SCP (C-GET)."""
-    ae = AE(ae_title=calling)
-    ae.dimse_timeout = ae.acse_timeout = ae.network_timeout = 15
-    contexts = [build_context(uid) for uid in classes] + [build_context(uid, syntax) for uid, syntax in storage]
-    roles = [build_role(uid, scp_role=True) for uid in sorted({uid for uid, _ in storage})]
-    association = ae.associate(
-        "127.0.0.1", here.ports["PACS"], contexts, "AGENT", ext_neg=list(roles), evt_handlers=list(handlers)
-    )
-    assert association.is_established
-    try:
-        yield association
-    finally:
-        if association.is_established:
-            association.release()
 
 
 def keep(here: Site, *instances: Instance) -> list[str]:
@@ -304,10 +286,6 @@ def test_find_is_cancelled_while_the_bot_thinks(here, bot):
         assert time.monotonic() - begin < 0.8
 
 
-def cancel_of(message: int) -> bytes:
-    return command_set({0x0100: 0x0FFF, 0x0120: message, 0x0800: 0x0101})
-
-
 FAILURES = [
     ({"status": "0xA700", "comment": "too busy"}, 0xA700, "too busy"),
     ({"status": 49154}, 0xC002, ""),
@@ -374,13 +352,6 @@ def test_no_server(here, bot):
 
 
 # --- C-MOVE ---
-
-COUNTS = ("Remaining", "Completed", "Failed", "Warning")
-
-
-def counts(status: Dataset) -> tuple[int | None, ...]:
-    return tuple(status.get(f"NumberOf{name}Suboperations") for name in COUNTS)
-
 
 STUDY = data_set(QueryRetrieveLevel="STUDY", StudyInstanceUID="1.2.3.4")
 
@@ -534,18 +505,6 @@ def test_getscu(here, bot, tmp_path):
     got = {content for _, content in (split_part10(path.read_bytes()) for path in tmp_path.iterdir())}
     assert got == {instance.content for instance in instances}
     assert "destination" not in bot.question()
-
-
-class Receiving:
-    """Handler of a C-GET's C-STORE requests."""
-
-    def __init__(self, *answers: int):
-        self.answers, self.got = list(answers), list[tuple[str, bytes]]()
-        self.handlers = [(evt.EVT_C_STORE, self.store)]
-
-    def store(self, event: Any) -> int:
-        self.got.append((str(event.request.AffectedSOPInstanceUID), event.request.DataSet.getvalue()))
-        return self.answers.pop(0) if self.answers else 0
 
 
 @pytest.mark.parametrize("model", [STUDY_GET, PATIENT_GET])
@@ -712,36 +671,6 @@ def test_procedure_steps_while_the_server_is_away(tmp_path):
 
 
 # --- storage commitment ---
-
-
-class Reports:
-    """Handler of N-EVENT-REPORT on an association of the device."""
-
-    def __init__(self) -> None:
-        self.got: list[tuple[int, Dataset]] = []
-        self.answered = False  # only then may the association be released: pynetdicom does not look after itself
-        self.handlers: list[tuple[Any, Callable[..., Any]]] = [
-            (evt.EVT_N_EVENT_REPORT, self.report),
-            (evt.EVT_PDU_SENT, self.sent),
-        ]
-
-    def report(self, event: Any) -> tuple[int, None]:
-        self.got.append((event.event_type, event.event_information))
-        return 0, None
-
-    def sent(self, event: Any) -> None:
-        self.answered = bool(self.got)
-
-
-def commit(scu: Association, transaction: str, *instances: Instance) -> int:
-    items = [data_set(ReferencedSOPClassUID=i.sop_class, ReferencedSOPInstanceUID=i.uid) for i in instances]
-    request = data_set(TransactionUID=transaction, ReferencedSOPSequence=items)
-    status, _ = scu.send_n_action(request, 1, COMMITMENT, COMMITMENT_INSTANCE)
-    return int(status.Status)
-
-
-def uids_of(sequence: Any) -> list[str]:
-    return [item.ReferencedSOPInstanceUID for item in sequence or ()]
 
 
 @pytest.mark.parametrize("safe", [3, 1, 0])

@@ -55,9 +55,7 @@ def test_decode_follows_the_encoding() -> None:
     assert ma.decode_hl7("MSH|€".encode("windows-1252"), "windows-1252") == "MSH|€"
 
 
-@pytest.mark.parametrize(
-    "content", [b"", b"M", b"MSH", b"msh|a", b" MSH|a", b"\rMSH|a", b"PID|a", b"MSHA", b"MSH1|", b"MSH\r|", b"MSH\n|"]
-)
+@pytest.mark.parametrize("content", [b"", b"M", b"MSH", b"msh|a", b"PID|a", b"MSHA", b"MSH1|", b"MSH\r|", b"MSH\n|"])
 def test_what_is_not_a_message_is_the_peers_fault(content: bytes) -> None:
     with pytest.raises(ma.PeerError, match=r"^Invalid HL7 message") as caught:
         ma.decode_hl7(content, "utf-8")
@@ -387,7 +385,7 @@ def test_only_peer_errors_are_raised(rest: str, start: str, spec: str) -> None:
         text = ma.decode_hl7((start + rest).encode(), "utf-8")
     except ma.PeerError:
         return
-    assert "\n" not in text and "\r\r" not in text
+    assert "\r\r" not in text and not re.search(r"\r\n|\n\r|\n$", text)
     header = ma.Header(text)
     for rule in (spec, "", "*"):
         assert isinstance(ma.ordering_key(text, header, rule), str | None)

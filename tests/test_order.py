@@ -284,17 +284,17 @@ def test_any_multiplier_gives_a_back_off(multiplier: str) -> None:
     ],
 )  # fmt: skip
 def test_attempts(query: str, attempts: int) -> None:
-    tried, now = policy(query), ma.now_ms()
+    tried = policy(query)
     assert tried.attempts == attempts
-    assert not tried.spent(attempts - 1 if attempts else 10_000, now)
-    assert tried.spent(attempts, now) is bool(attempts)
+    assert not tried.spent(attempts - 1 if attempts else 10_000, 0)
+    assert tried.spent(attempts, 0) is bool(attempts)
 
 
 def test_a_message_that_failed_too_long_is_spent() -> None:
     hour = 3_600_000
-    assert policy("deadLetterAfterHours=1").spent(1, ma.now_ms() - hour - 1000)
-    assert not policy("deadLetterAfterHours=1").spent(1, ma.now_ms() - hour + 60_000)
-    assert not policy("deadLetterAfterHours=0").spent(1, 1)
+    assert policy("deadLetterAfterHours=1").spent(1, hour + 1000)
+    assert not policy("deadLetterAfterHours=1").spent(1, hour - 60_000)
+    assert not policy("deadLetterAfterHours=0").spent(1, 1000 * hour)
 
 
 # --- percentiles (channel contract 12) ---

@@ -63,14 +63,14 @@ class Kept(NamedTuple):
         if self.message.refusal:
             return self.message.refusal
         if self.message.earlier:
-            return "same" if self.message.earlier.same else "different"
+            return "same"
         return "stored"
 
 
 def new(row: ma.ChannelRow, control_id: str, body: bytes = b"", **members: Any) -> ma.Message:
     message = ma.Message(row, "10.0.0.1:5", body or f"MSH|^~\\&|{control_id}\r".encode())
     message.text = (message.original or b"").decode(errors="replace")
-    message.control_id, message.checked = control_id, bool(control_id) or None
+    message.control_id, message.checked = control_id, ma.message_hash(message.original or b"") if control_id else None
     for name, value in members.items():
         setattr(message, name, value)
     return message
@@ -456,10 +456,10 @@ def test_repetitions_within_one_batch(path: Path) -> None:
                 new(row, "2"),
                 new(ma.ChannelRow("x", "", 99), "1"),
             )
-            assert found == ["stored", "same", "different", "stored", "stored"]
-            assert repetition.earlier is not None and repetition.earlier.message.id == 1
-            assert rows(path) == ["1", "2", "1"]
-            assert await states(store) == {"queued": 3}
+            assert found == ["stored", "same", "stored", "stored", "stored"]
+            assert repetition.earlier is not None and repetition.earlier.id == 1
+            assert rows(path) == ["1", "1", "2", "1"]
+            assert await states(store) == {"queued": 4}
 
     run(scenario)
 
@@ -473,9 +473,9 @@ def test_repetitions_across_a_restart_and_after_the_end(path: Path) -> None:
             await settled(store, first, ma.PROCESSED, response="MSH|answer", outcome=ma.DELIVERED, status_code=200)
         async with opened(path) as store:
             again = new(row, "1")
-            assert await put(store, again, new(row, "2"), new(row, "2", b"MSH|x")) == ["same", "same", "different"]
+            assert await put(store, again, new(row, "2"), new(row, "2", b"MSH|x")) == ["same", "same", "stored"]
             assert again.earlier is not None
-            earlier = again.earlier.message
+            earlier = again.earlier
             assert (earlier.state, earlier.response, earlier.outcome) == (ma.PROCESSED, "MSH|answer", ma.DELIVERED)
 
     run(scenario)
@@ -836,7 +836,7 @@ def test_a_damaged_file_is_refused_and_its_good_copy_taken(path: Path) -> None:
             row = store.channel("ADT")
             assert (await states(store))["queued"] == len(await store.queued(row, 0, 99)) == 50
             assert [(found.name, found.waiting) for found in await store.backlog()] == [("ADT", 50)]
-            assert await put(store, new(row, "1"), new(row, "50")) == ["different", "stored"]
+            assert await put(store, new(row, "1"), new(row, "50")) == ["stored", "stored"]
 
     run(second)
 
@@ -974,6 +974,7 @@ def test_a_file_with_a_tally_keeps_its_messages_and_loses_the_tally(path: Path) 
         db.executescript(
             "CREATE TABLE tally (state INTEGER PRIMARY KEY, n INTEGER NOT NULL);"
             "INSERT INTO tally VALUES (0, 3), (1, 0), (2, 1), (3, 0), (4, 1), (5, 0); PRAGMA user_version = 2;"
+            "ALTER TABLE message RENAME COLUMN failing_ms TO first_failed_at;"
         )
 
     async def second() -> None:
@@ -1002,7 +1003,7 @@ def test_a_file_of_the_first_version_goes_through_every_migration(path: Path) ->
     with contextlib.closing(sqlite3.connect(path)) as db:
         db.executescript(
             "DROP INDEX spooled; ALTER TABLE message DROP COLUMN spool;"
-            "CREATE TABLE tally (state INTEGER PRIMARY KEY, n INTEGER NOT NULL); PRAGMA user_version = 1;"
+            "CREATE TABLE tally (state INTEGER PRIMARY KEY, n INTEGER NOT NULL); ALTER TABLE message RENAME COLUMN failing_ms TO first_failed_at; PRAGMA user_version = 1;"
         )
 
     async def second() -> None:
