@@ -58,7 +58,7 @@ from asyncio.sslproto import SSLProtocol
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, asynccontextmanager, suppress
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from functools import cache, cached_property, lru_cache, partial
 from operator import attrgetter
@@ -187,6 +187,7 @@ INLINE_BYTES = 4096  # base64 of a binary value that may be part of the JSON
 LARGE_VALUE_BYTES = 512 * KIB  # a value above this is not read for the JSON
 BODY_BYTES = 900_000  # of a message's JSON inside its frame; the server closes the connection at 1 MiB by default
 COMMITMENT_REPORT_DAYS = 3  # a report that no device took is tried again at each start for so long
+IDENTIFIER_BYTES = 8 * MIB  # of a data set that is no object: a query, a procedure step, a list to commit
 COMMITMENT_REPORT_SECS = (0.0, 5.0, 30.0, 120.0, 600.0)  # before each try to report a storage commitment
 PING_SECS = 8.0  # a whole ping, whatever its count: below the server's 10 s
 PING_MAX = 100  # echo requests of one ping
@@ -336,8 +337,11 @@ class ServerError(PeerError):
 # Endpoint address, then the Agent setting named in `agent=`, then the default. May touch: files, environment.
 # =====================================================================================================================
 
-LEVELS = ("NONE", "ERROR", "WARN", "INFO", "DEBUG")
-RETRY_MODES = ("none", "normal", "guaranteed")
+LEVELS = "NONE ERROR WARN INFO DEBUG".split()
+RETRY_MODES = "none normal guaranteed".split()
+Row = dataclasses.Field[Any]
+Rows = dict[str, Row]
+Warn = Callable[[str], object]
 
 
 class FieldPath(NamedTuple):
@@ -358,29 +362,33 @@ class Peer(NamedTuple):
 
 def ae_titles(text: str) -> list[str]:
     """Comma-separated AE titles; ValueError for what is none (PS3.5 6.2: 1 to 16 printable characters)."""
-    titles = [part.strip() for part in text.split(",") if part.strip()]
-    for title in titles:
-        if len(title) > 16 or not title.isascii() or not title.isprintable() or "\\" in title:
+    for title in listed(text):
+        if not re.fullmatch(r"[ -\[\]-~]{1,16}", title):
             raise ValueError(f"'{title}' is no AE title: 1 to 16 printable ASCII characters without backslash")
-    return titles
+    return listed(text)
 
 
 @cache
 def networks(text: str) -> list[ipaddress.IPv4Network | ipaddress.IPv6Network]:
     """Comma-separated addresses and networks; ValueError names the bad one."""
-    return [ipaddress.ip_network(part.strip(), strict=False) for part in text.split(",") if part.strip()]
+    return [ipaddress.ip_network(part, strict=False) for part in listed(text)]
 
 
 def destinations(text: str) -> dict[str, Peer]:
     """Comma-separated `AET@host:port` by AE title."""
     found: dict[str, Peer] = {}
-    for part in filter(None, (part.strip() for part in text.split(","))):
-        title, at, address = part.rpartition("@")
+    for part in listed(text):
+        title, _, address = part.rpartition("@")
         url = urllib.parse.urlsplit(f"//{address}")
-        if not (at and ae_titles(title) and url.hostname and url.port):
+        if not (ae_titles(title) and url.hostname and url.port):
             raise ValueError(f"'{part}' needs the form AETITLE@host:port")
         found[title] = Peer(url.hostname, url.port)
     return found
+
+
+def listed(text: str) -> list[str]:
+    """The parts of a comma-separated list."""
+    return [part for part in map(str.strip, text.split(",")) if part]
 
 
 class PushTarget(NamedTuple):
@@ -399,7 +407,7 @@ class PushTarget(NamedTuple):
 def push_targets(text: str) -> list[PushTarget]:
     """Comma-separated `[scheme://]network[:port[-port]]`; an IPv6 network stands in brackets. ValueError."""
     found = []
-    for part in filter(None, (part.strip() for part in text.split(","))):
+    for part in listed(text):
         match = re.fullmatch(r"(?:([a-z]+)://)?(?:\[([^]]+)\]|([^:]+))(?::(?:\*|(\d+)(?:-(\d+))?))?", part)
         if not match:
             raise ValueError(f"'{part}' needs the form mllp://10.1.0.0/16:2575, where scheme and port may be left away")
@@ -413,12 +421,12 @@ def push_targets(text: str) -> list[PushTarget]:
 def parse_key(spec: str) -> tuple[FieldPath, ...]:
     """`SEG-field[.component[.subcomponent]]`, comma separated; ValueError names the bad part."""
     paths = []
-    for token in spec.split(","):
-        match = re.fullmatch(r"([A-Z][A-Z0-9]{2})-([1-9]\d*)(?:\.([1-9]\d*))?(?:\.([1-9]\d*))?", token.strip())
+    for part in map(str.strip, spec.split(",")):
+        match = re.fullmatch(r"([A-Z][A-Z0-9]{2})-([1-9]\d*)(?:\.([1-9]\d*))?(?:\.([1-9]\d*))?", part)
         if not match:
-            raise ValueError(f"'{token.strip()}' is not of the form PID-3 or PID-3.1")
-        segment, *indices = match.groups()
-        paths.append(FieldPath(str(segment), *(int(index or 0) for index in indices)))
+            raise ValueError(f"'{part}' is not of the form PID-3 or PID-3.1")
+        segment, *indices = match.groups("0")
+        paths.append(FieldPath(segment, *map(int, indices)))
     return tuple(paths)
 
 
@@ -446,6 +454,17 @@ def auto_responses(text: str) -> dict[bytes, bytes]:
     return rules
 
 
+def base_url(text: str) -> None:
+    """ValueError for what is no address of a server."""
+    try:
+        url = urllib.parse.urlsplit(text)
+        good = url.scheme in ("http", "https") and url.hostname and url.port != 0
+    except ValueError:
+        good = False
+    if not good:
+        raise ValueError("must start with http:// or https:// and name a host")
+
+
 def codec_of(label: str) -> str:
     """Python's codec for a label as the Encoding Standard maps it; names that only Python knows stay as they are.
 
@@ -461,37 +480,41 @@ def codec_of(label: str) -> str:
 
 def check_encoding(name: str) -> None:
     """ValueError where text in this encoding cannot be framed by MLLP: ASCII, with the marks, must stay as it is."""
-    ascii_text = "".join(map(chr, range(1, 127)))
+    ascii_bytes = bytes(range(1, 127))
     try:
-        if ascii_text.encode(codec_of(name), "replace") == ascii_text.encode():
+        if ascii_bytes.decode().encode(codec_of(name), "replace") == ascii_bytes:
             return
     except LookupError:
         text = f"encoding '{name}' is unknown; use a name such as utf-8, iso-8859-1 or windows-1252"
         raise ValueError(text) from None
-    except (UnicodeError, ValueError):
+    except ValueError:  # Unicode's errors, too
         pass
     raise ValueError(f"encoding '{name}' cannot be framed by MLLP; use utf-8 or a single-byte encoding")
 
 
 def setting(
-    default: T, label: str, meaning: str, *, low: float | None = None, high: float | None = None,
-    choices: tuple[str, ...] = (), agent: str = "", env: str = "", check: Callable[[str], object] | None = None,
-    guard: bool = False,
+    default: T, text: str, *, low: float | None = None, high: float | None = None, choices: str = "", agent: str = "",
+    env: str = "", check: Callable[[str], object] | None = None, guard: bool = False,
 ) -> T:  # fmt: skip
-    """One row of the table of settings: `agent` names the Agent setting a channel falls back to.
+    """One row of the table of settings; `text` is its label and its meaning, `choices` are separated by spaces.
 
-    `check` raises ValueError. `guard`: a bad value is an error and never left at its default.
+    `agent` names the Agent setting a channel falls back to. `check` raises ValueError. `guard`: a bad value is an
+    error and never left at its default.
     """
-    row = {name: value for name, value in locals().items() if name != "default"}
-    return cast(T, dataclasses.field(default=cast(Any, default), metadata=row))
+    label, _, meaning = text.partition(": ")
+    metadata = {
+        "label": label, "meaning": meaning, "low": low, "high": high, "choices": choices.split(), "agent": agent,
+        "env": env, "check": check, "guard": guard,
+    }  # fmt: skip
+    return dataclasses.field(default=default, metadata=metadata)
 
 
 def again(cls: type[Any], name: str, default: T, **other: Any) -> T:
     """The same row with another default."""
-    return cast(T, dataclasses.field(default=cast(Any, default), metadata={**rows_of(cls)[name].metadata, **other}))
+    return dataclasses.field(default=default, metadata={**rows_of(cls)[name].metadata, **other})
 
 
-def rows_of(cls: type[Any]) -> dict[str, dataclasses.Field[Any]]:
+def rows_of(cls: type[Any]) -> Rows:
     """The rows of a settings class by name."""
     return {row.name: row for row in dataclasses.fields(cls)}
 
@@ -501,134 +524,131 @@ def rows_of(cls: type[Any]) -> dict[str, dataclasses.Field[Any]]:
 class LoggerSettings:
     """`logger.main.*` and `logger.channel.*`; `[logger.main]` in agent.toml."""
 
-    logLevel: str = setting("INFO", "Level", "least severe level that is written", choices=LEVELS)
-    logDir: str = setting("", "Directory", "where the log files go; default: the state directory")
-    maxFileSizeMb: int = setting(10, "File size", "a file is rotated above this size (MiB)", low=1)
-    filesToKeep: int = setting(10, "Files kept", "newest files kept, older ones are deleted", low=1)
+    logLevel: str = setting("INFO", "Level: least severe level that is written", choices=" ".join(LEVELS))
+    logDir: str = setting("", "Directory: where the log files go; default: the state directory")
+    maxFileSizeMb: int = setting(10, "File size: a file is rotated above this size (MiB)", low=1)
+    filesToKeep: int = setting(10, "Files kept: newest files kept, older ones are deleted", low=1)
 
 
 @dataclass(frozen=True)
 class ProcessSettings:
     """What one agent process needs to start: arguments, then environment, then agent.toml or agent.properties."""
 
-    baseUrl: str = setting("", "Server", "base URL of the Medplum server", env="MEDPLUM_BASE_URL")
-    clientId: str = setting("", "Client id", "id of the ClientApplication", env="MEDPLUM_CLIENT_ID")
-    clientSecret: str = setting("", "Client secret", "secret of the ClientApplication", env="MEDPLUM_CLIENT_SECRET")
-    agentId: str = setting("", "Agent id", "id of the Agent resource", env="MEDPLUM_AGENT_ID")
-    logLevel: str = setting("", "Log level", "level of both logs", choices=LEVELS, env="MEDPLUM_LOG_LEVEL")
-    clientSecretFile: str = setting("", "Secret file",
-        "file that holds the client secret, instead of clientSecret", env="MEDPLUM_CLIENT_SECRET_FILE")
-    caFile: str = setting("", "CA file", "PEM file of further certificate authorities to trust", env="MEDPLUM_CA_FILE")
-    stateDir: str = setting("", "State directory",
-        "queue, logs and last configuration; default: see below", env="MEDPLUM_STATE_DIR")
-    pushTargets: str = setting("", "Push targets",
-        "where pushes may go, comma separated, such as `mllp://10.1.0.0/16:2575` or `192.168.5.7`; default: anywhere",
-        check=push_targets)
-    heartbeatSecs: float = setting(10.0, "Heartbeat", "seconds between heartbeats; two unanswered reconnect", low=0.1)
-    compression: bool = setting(False, "Compression", "compress the uplink (costs 30-60 % of its speed)")
+    baseUrl: str = setting("", "Server: base URL of the Medplum server", check=base_url, env="MEDPLUM_BASE_URL")
+    clientId: str = setting("", "Client id: id of the ClientApplication", env="MEDPLUM_CLIENT_ID")
+    clientSecret: str = setting("", "Client secret: secret of the ClientApplication", env="MEDPLUM_CLIENT_SECRET")
+    agentId: str = setting("", "Agent id: id of the Agent resource", env="MEDPLUM_AGENT_ID")
+    logLevel: str = setting("", "Log level: level of both logs", choices=" ".join(LEVELS), env="MEDPLUM_LOG_LEVEL")
+    clientSecretFile: str = setting("", "Secret file: file that holds the client secret, instead of clientSecret",
+        env="MEDPLUM_CLIENT_SECRET_FILE")
+    caFile: str = setting("", "CA file: PEM file of further certificate authorities to trust", env="MEDPLUM_CA_FILE")
+    stateDir: str = setting("", "State directory: queue, logs and last configuration; default: see below",
+        env="MEDPLUM_STATE_DIR")
+    pushTargets: str = setting("",
+        "Push targets: where pushes may go, comma separated, such as `mllp://10.1.0.0/16:2575` or `192.168.5.7`; "
+        "default: anywhere", check=push_targets)
+    heartbeatSecs: float = setting(10.0, "Heartbeat: seconds between heartbeats; two unanswered reconnect", low=0.1)
+    compression: bool = setting(False, "Compression: compress the uplink (costs 30-60 % of its speed)")
 
 
 @dataclass(frozen=True)
 class AgentSettings:
     """`Agent.setting[]`: the first entry of a name counts, and only its value member of the right type."""
 
-    keepAlive: bool = setting(False, "Keep alive", "keep outbound device connections open and reuse them")
-    maxClientsPerRemote: int = setting(5, "Clients per remote",
-        "outbound connections per device; 1 with keepAlive", low=1)
-    logStatsFreqSecs: int = setting(-1, "Stats in the log",
-        "seconds between two stats lines in the main log; -1 is off")
-    durableQueue: bool = setting(True, "Durable queue", "accepted for compatibility: the queue is always on")
-    queueDbPath: str = setting("", "Queue file",
-        "path of the queue; default: in the state directory; read at start only")
-    queueRetentionDays: int = setting(7, "Retention", "days that finished messages are kept", low=0)
-    queueRetentionMaxMb: int = setting(512, "Retention size",
-        "finished messages go, oldest first, above this size (MiB)", low=1)
-    queueErroredRetentionDays: int = setting(90, "Dead-letter retention",
-        "least days that dead letters are kept", low=0)
-    queueSweepIntervalSecs: int = setting(3600, "Sweep interval", "seconds between two retention sweeps", low=1)
-    queueMaxMb: int = setting(0, "Queue limit",
-        "queue size (MiB) above which devices get CE/AE; 0: until the disk is nearly full", low=0)
-    strictConfigValidation: bool = setting(False, "Strict validation", "a configuration warning rejects the reload")
+    keepAlive: bool = setting(False, "Keep alive: keep outbound device connections open and reuse them")
+    maxClientsPerRemote: int = setting(5, "Clients per remote: outbound connections per device; 1 with keepAlive",
+        low=1)
+    logStatsFreqSecs: int = setting(-1, "Stats in the log: seconds between two stats lines in the main log; -1 is off")
+    durableQueue: bool = setting(True, "Durable queue: accepted for compatibility: the queue is always on")
+    queueDbPath: str = setting("", "Queue file: path of the queue; default: in the state directory; read at start only")
+    queueRetentionDays: int = setting(7, "Retention: days that finished messages are kept", low=0)
+    queueRetentionMaxMb: int = setting(512, "Retention size: finished messages go, oldest first, above this size (MiB)",
+        low=1)
+    queueErroredRetentionDays: int = setting(90, "Dead-letter retention: least days that dead letters are kept", low=0)
+    queueSweepIntervalSecs: int = setting(3600, "Sweep interval: seconds between two retention sweeps", low=1)
+    queueMaxMb: int = setting(0,
+        "Queue limit: queue size (MiB) above which devices get CE/AE; 0: until the disk is nearly full", low=0)
+    strictConfigValidation: bool = setting(False, "Strict validation: a configuration warning rejects the reload")
 
 
 @dataclass(frozen=True)
 class ChannelSettings:
     """Query parameters of the address of any channel: delivery and connections."""
 
-    retryMode: str = setting("", "Retry mode",
-        "what is tried again; without it: as `guaranteed`, and a Bot's AE goes to the device",
-        choices=RETRY_MODES, agent="channelRetryMode")
-    autoRetryBaseDelayMs: int = setting(1000, "Retry base delay",
-        "first back-off (ms)", low=1, agent="channelAutoRetryBaseDelayMs")
-    autoRetryMaxDelayMs: int = setting(60_000, "Retry delay limit",
-        "largest back-off (ms)", low=1, agent="channelAutoRetryMaxDelayMs")
-    autoRetryMaxAttempts: int = setting(20, "Retry attempts",
-        "tries before a message becomes a dead letter; 0: no limit", low=0, agent="channelAutoRetryMaxAttempts")
-    autoRetryBackoffMultiplier: float = setting(2.0, "Retry multiplier",
-        "growth of the back-off", low=1, agent="channelAutoRetryBackoffMultiplier")
-    deadLetterAfterHours: int = setting(72, "Dead-letter age",
-        "hours of failed tries after which a message becomes a dead letter; 0: no limit", low=0,
+    retryMode: str = setting("",
+        "Retry mode: what is tried again; without it: as `guaranteed`, and a Bot's AE goes to the device",
+        choices=" ".join(RETRY_MODES), agent="channelRetryMode")
+    autoRetryBaseDelayMs: int = setting(1000, "Retry base delay: first back-off (ms)", low=1,
+        agent="channelAutoRetryBaseDelayMs")
+    autoRetryMaxDelayMs: int = setting(60_000, "Retry delay limit: largest back-off (ms)", low=1,
+        agent="channelAutoRetryMaxDelayMs")
+    autoRetryMaxAttempts: int = setting(20, "Retry attempts: tries before a message becomes a dead letter; 0: no limit",
+        low=0, agent="channelAutoRetryMaxAttempts")
+    autoRetryBackoffMultiplier: float = setting(2.0, "Retry multiplier: growth of the back-off", low=1,
+        agent="channelAutoRetryBackoffMultiplier")
+    deadLetterAfterHours: int = setting(72,
+        "Dead-letter age: hours of failed tries after which a message becomes a dead letter; 0: no limit", low=0,
         agent="deadLetterAfterHours")
-    maxWorkers: int = setting(64, "Workers",
-        "messages in flight at once; 1 keeps the whole channel in order", low=1, high=500, agent="channelMaxWorkers")
-    responseTimeoutSecs: float = setting(60.0, "Response time-out", "seconds to wait for the Bot's answer", low=0.1)
-    maxMessageBytes: int = setting(16 * MIB, "Message size", "larger messages are rejected (bytes)", low=1024)
-    maxConnections: int = setting(1000, "Connections", "device connections at once", low=1)
-    idleTimeoutSecs: float = setting(0.0, "Idle time-out",
-        "a silent connection is closed after so many seconds; 0: never", low=0)
-    frameTimeoutSecs: float = setting(60.0, "Frame time-out",
-        "a connection that stops inside a message is closed after so many seconds; 0: never", low=0)
-    peers: str = setting("", "Peers",
-        "addresses and networks such as `10.1.0.0/16` that may connect, comma separated; default: any",
+    maxWorkers: int = setting(64, "Workers: messages in flight at once; 1 keeps the whole channel in order", low=1,
+        high=500, agent="channelMaxWorkers")
+    responseTimeoutSecs: float = setting(60.0, "Response time-out: seconds to wait for the Bot's answer", low=0.1)
+    maxMessageBytes: int = setting(16 * MIB, "Message size: larger messages are rejected (bytes)", low=1024)
+    maxConnections: int = setting(1000, "Connections: device connections at once", low=1)
+    idleTimeoutSecs: float = setting(0.0,
+        "Idle time-out: a silent connection is closed after so many seconds; 0: never", low=0)
+    frameTimeoutSecs: float = setting(60.0,
+        "Frame time-out: a connection that stops inside a message is closed after so many seconds; 0: never", low=0)
+    peers: str = setting("",
+        "Peers: addresses and networks such as `10.1.0.0/16` that may connect, comma separated; default: any",
         check=networks, guard=True)
-    tls: bool = setting(False, "TLS", "listen with TLS; `mllps://` and `dicoms://` imply it")
-    certFile: str = setting("", "Certificate", "PEM file of our certificate, for TLS")
-    keyFile: str = setting("", "Key", "PEM file of its key, when it is not in certFile")
-    clientCa: str = setting("", "Client CA", "PEM file of the authority that must have signed the device's certificate")
-    handshakeTimeoutSecs: float = setting(10.0, "Handshake time-out", "seconds for the TLS handshake", low=0.1)
+    tls: bool = setting(False, "TLS: listen with TLS; `mllps://` and `dicoms://` imply it")
+    certFile: str = setting("", "Certificate: PEM file of our certificate, for TLS")
+    keyFile: str = setting("", "Key: PEM file of its key, when it is not in certFile")
+    clientCa: str = setting("", "Client CA: PEM file of the authority that must have signed the device's certificate")
+    handshakeTimeoutSecs: float = setting(10.0, "Handshake time-out: seconds for the TLS handshake", low=0.1)
 
 
 @dataclass(frozen=True)
 class Hl7Settings(ChannelSettings):
     """Query parameters of an `mllp://` Endpoint address."""
 
-    encoding: str = setting("utf-8", "Encoding", "character encoding of the device", check=check_encoding, guard=True)
-    enhanced: str = setting("", "Enhanced mode",
-        "`true`: CA when stored, Bot's answer later; `aa`: AA when stored", choices=("true", "aa"))
-    appLevelAck: str = setting("AL", "Application ACK",
-        "which of the Bot's answers pass in enhanced mode", choices=("AL", "ER", "NE", "SU"))
-    assignSeqNo: bool = setting(False, "Sequence number", "write a running number into MSH-13")
-    messagesPerMin: int = setting(0, "Rate limit", "messages a minute read from one connection; 0: no limit")
-    duplicateBehavior: str = setting("idempotent", "Duplicates",
-        "a message that came before: `idempotent` answers it as before, `reject` rejects its control id, `accept` "
-        "treats every message as new",
-        choices=("idempotent", "reject", "accept"))
-    duplicateWindowHours: float = setting(24.0, "Duplicates' window",
-        "hours within which the same message from the same sender counts as a repetition", low=0)
-    logicalChannelKey: str = setting("", "Ordering key",
-        "fields such as `PID-3.1,MSH-4` whose equal values stay in order; default: the patient",
+    encoding: str = setting("utf-8", "Encoding: character encoding of the device", check=check_encoding, guard=True)
+    enhanced: str = setting("", "Enhanced mode: `true`: CA when stored, Bot's answer later; `aa`: AA when stored",
+        choices="true aa")
+    appLevelAck: str = setting("AL", "Application ACK: which of the Bot's answers pass in enhanced mode",
+        choices="AL ER NE SU")
+    assignSeqNo: bool = setting(False, "Sequence number: write a running number into MSH-13")
+    messagesPerMin: int = setting(0, "Rate limit: messages a minute read from one connection; 0: no limit")
+    duplicateBehavior: str = setting("idempotent",
+        "Duplicates: a message that came before: `idempotent` answers it as before, `reject` rejects its control id, "
+        "`accept` treats every message as new", choices="idempotent reject accept")
+    duplicateWindowHours: float = setting(24.0,
+        "Duplicates' window: hours within which the same message from the same sender counts as a repetition", low=0)
+    logicalChannelKey: str = setting("",
+        "Ordering key: fields such as `PID-3.1,MSH-4` whose equal values stay in order; default: the patient",
         agent="channelLogicalChannelKey", check=parse_key)
-    botErrorAck: str = setting("AE", "Answer to a Bot failure",
-        "MSA-1 sent in original mode when the Bot failed", choices=("AE", "AR", "none"), agent="botErrorAck")
-    botEmptyAck: str = setting("AA", "Answer of a silent Bot",
-        "MSA-1 sent in original mode when the Bot returned nothing", choices=("AA", "AE", "none"), agent="botEmptyAck")
+    botErrorAck: str = setting("AE", "Answer to a Bot failure: MSA-1 sent in original mode when the Bot failed",
+        choices="AE AR none", agent="botErrorAck")
+    botEmptyAck: str = setting("AA",
+        "Answer of a silent Bot: MSA-1 sent in original mode when the Bot returned nothing", choices="AA AE none",
+        agent="botEmptyAck")
 
 
 @dataclass(frozen=True)
 class BytesSettings:
     """What a channel and a Device.url have in common where the device speaks no HL7."""
 
-    mode: str = setting("raw", "Mode", "what the device speaks: framed bytes, or ASTM sessions of records",
-        choices=("raw", "astm"))
-    bodyEncoding: str = setting("hex", "Body", "raw: how body and answer are written; ASTM bodies are always text",
-        choices=("hex", "utf-8", "utf8"))
-    checksum: str = setting("on", "Checksum", "ASTM: `off` for instruments without one", choices=("on", "off"))
-    maxFrame: int = setting(240, "Frame size", "ASTM: most characters of text in a frame that we send",
-        low=1, high=64_000)
-    replyTimeoutSecs: float = setting(15.0, "Reply time-out", "ASTM: seconds to wait for ACK or NAK", low=0.1)
-    contentionTimeoutSecs: float = setting(20.0, "Contention time-out",
-        "ASTM: seconds to wait after both sides asked to send", low=0.1)
-    nakDelaySecs: float = setting(10.0, "NAK delay", "ASTM: seconds to wait when the instrument is busy", low=0.1)
+    mode: str = setting("raw", "Mode: what the device speaks: framed bytes, or ASTM sessions of records",
+        choices="raw astm")
+    bodyEncoding: str = setting("hex", "Body: raw: how body and answer are written; ASTM bodies are always text",
+        choices="hex utf-8 utf8")
+    checksum: str = setting("on", "Checksum: ASTM: `off` for instruments without one", choices="on off")
+    maxFrame: int = setting(240, "Frame size: ASTM: most characters of text in a frame that we send", low=1,
+        high=64_000)
+    replyTimeoutSecs: float = setting(15.0, "Reply time-out: ASTM: seconds to wait for ACK or NAK", low=0.1)
+    contentionTimeoutSecs: float = setting(20.0,
+        "Contention time-out: ASTM: seconds to wait after both sides asked to send", low=0.1)
+    nakDelaySecs: float = setting(10.0, "NAK delay: ASTM: seconds to wait when the instrument is busy", low=0.1)
 
 
 @dataclass(frozen=True)
@@ -637,31 +657,33 @@ class StreamSettings(ChannelSettings, BytesSettings):
 
     maxMessageBytes: int = again(ChannelSettings, "maxMessageBytes", 8 * MIB)
     encoding: str = again(Hl7Settings, "encoding", "latin-1")
-    startChar: str = setting("", "Start", "raw: byte or bytes that start a message", check=byte_sequence)
-    endChar: str = setting("", "End", "raw: byte or bytes that end a message", check=byte_sequence)
-    autoRespond: str = setting("", "Automatic answers",
-        "raw: `<pattern>:<response>`, repeatable; answered wherever the pattern is received", check=auto_responses)
-    stripSequence: str = setting("", "Strip sequences", "raw: byte sequences removed from the body, repeatable",
+    startChar: str = setting("", "Start: raw: byte or bytes that start a message", check=byte_sequence)
+    endChar: str = setting("", "End: raw: byte or bytes that end a message", check=byte_sequence)
+    autoRespond: str = setting("",
+        "Automatic answers: raw: `<pattern>:<response>`, repeatable; answered wherever the pattern is received",
+        check=auto_responses)
+    stripSequence: str = setting("", "Strip sequences: raw: byte sequences removed from the body, repeatable",
         check=byte_sequences)
-    stripControlChars: bool = setting(False, "Strip control characters", "raw: remove bytes below 0x20 from the body")
-    keepControlChars: str = setting("", "Keep control characters", "raw: bytes that stripControlChars leaves",
+    stripControlChars: bool = setting(False, "Strip control characters: raw: remove bytes below 0x20 from the body")
+    keepControlChars: str = setting("", "Keep control characters: raw: bytes that stripControlChars leaves",
         check=byte_sequences)
-    answerWaitMins: float = setting(10.0, "Wait for the instrument",
-        "minutes that an answer waits for an instrument that closed its line", low=0)
-    ignoreResponse: bool = setting(False, "Ignore answers", "do not write the Bot's answer to the device")
-    strictFrameNumbers: bool = setting(False, "Strict frame numbers",
-        "ASTM: NAK a frame out of sequence instead of accepting it with a warning")
-    requireTerminator: bool = setting(False, "Require L record",
-        "ASTM: a session that ends without its L record counts as interrupted; for instruments that always send one")
-    ackEot: bool = setting(False, "ACK of EOT", "ASTM: acknowledge EOT, against the standard, for analyzers that wait")
-    role: str = setting("server", "Role", "`client`: we connect to the device", choices=("server", "client"))
-    receiveTimeoutSecs: float = setting(30.0, "Receive time-out",
-        "ASTM: a session that is silent for so many seconds is interrupted", low=0.1)
-    baudRate: int = setting(9600, "Baud rate", "serial: bits a second", low=50)
-    dataBits: int = setting(8, "Data bits", "serial: 5 to 8", low=5, high=8)
-    parity: str = setting("none", "Parity", "serial", choices=("none", "even", "odd", "mark", "space"))
-    stopBits: float = setting(1.0, "Stop bits", "serial: 1, 1.5 or 2", low=1, high=2)
-    flow: str = setting("none", "Flow control", "serial", choices=("none", "rtscts", "xonxoff"))
+    answerWaitMins: float = setting(10.0,
+        "Wait for the instrument: minutes that an answer waits for an instrument that closed its line", low=0)
+    ignoreResponse: bool = setting(False, "Ignore answers: do not write the Bot's answer to the device")
+    strictFrameNumbers: bool = setting(False,
+        "Strict frame numbers: ASTM: NAK a frame out of sequence instead of accepting it with a warning")
+    requireTerminator: bool = setting(False,
+        "Require L record: ASTM: a session that ends without its L record counts as interrupted; for instruments that "
+        "always send one")
+    ackEot: bool = setting(False, "ACK of EOT: ASTM: acknowledge EOT, against the standard, for analyzers that wait")
+    role: str = setting("server", "Role: `client`: we connect to the device", choices="server client")
+    receiveTimeoutSecs: float = setting(30.0,
+        "Receive time-out: ASTM: a session that is silent for so many seconds is interrupted", low=0.1)
+    baudRate: int = setting(9600, "Baud rate: serial: bits a second", low=50)
+    dataBits: int = setting(8, "Data bits: serial: 5 to 8", low=5, high=8)
+    parity: str = setting("none", "Parity: serial", choices="none even odd mark space")
+    stopBits: float = setting(1.0, "Stop bits: serial: 1, 1.5 or 2", low=1, high=2)
+    flow: str = setting("none", "Flow control: serial", choices="none rtscts xonxoff")
 
 
 @dataclass(frozen=True)
@@ -672,27 +694,29 @@ class DicomSettings(ChannelSettings):
         meaning="larger objects are refused (bytes); 0: as long as the disk and queueMaxMb have room")
     maxConnections: int = again(ChannelSettings, "maxConnections", 50)
     idleTimeoutSecs: float = again(ChannelSettings, "idleTimeoutSecs", 60.0)
-    associationTimeoutSecs: float = setting(30.0, "Association time-out",
-        "seconds for the association request, and for the release", low=0.1)
-    calledAeTitle: str = setting("", "Called AE title",
-        "our AE title: associations that call another are rejected; default: any", check=ae_titles, guard=True)
-    callingAeTitles: str = setting("", "Calling AE titles",
-        "AE titles that may associate, comma separated; default: any", check=ae_titles, guard=True)
-    maxPdu: int = setting(131_072, "PDU size", "largest PDU that we receive (bytes)", low=4096, high=MIB)
-    moveDestinations: str = setting("", "Move destinations",
-        "`AETITLE@host:port`, comma separated: where C-MOVE may send to, and storage commitment reports go",
-        check=destinations)
-    storage: str = setting("binary", "Storage",
-        "where objects go: `binary`, or `dicomweb` (STOW-RS; the server needs version 5.1.28)",
-        choices=("binary", "dicomweb"))
-    answer: str = setting("bot", "Answers of queries",
-        "who answers C-FIND, C-MOVE and C-GET of studies: the Bot, or what the `server` has stored by STOW-RS",
-        choices=("bot", "server"))
-    dicomJson: str = setting("reference", "JSON without values",
-        "an attribute without a value has `[\"\"]`, as the reference writes it, or no Value (`standard`, PS3.18 F.2.5)",
-        choices=("reference", "standard"))
-    answerWaitSecs: float = setting(10.0, "Wait for the Bot",
-        "MPPS: seconds to wait for the Bot's answer before success is reported (the request is on disk)", low=0)
+    associationTimeoutSecs: float = setting(30.0,
+        "Association time-out: seconds for the association request, and for the release", low=0.1)
+    calledAeTitle: str = setting("",
+        "Called AE title: our AE title: associations that call another are rejected; default: any", check=ae_titles,
+        guard=True)
+    callingAeTitles: str = setting("", "Calling AE titles: AE titles that may associate, comma separated; default: any",
+        check=ae_titles, guard=True)
+    maxPdu: int = setting(131_072, "PDU size: largest PDU that we receive (bytes)", low=4096, high=MIB)
+    moveDestinations: str = setting("",
+        "Move destinations: `AETITLE@host:port`, comma separated: where C-MOVE may send to, and storage commitment "
+        "reports go", check=destinations)
+    storage: str = setting("binary",
+        "Storage: where objects go: `binary`, or `dicomweb` (STOW-RS; the server needs version 5.1.28)",
+        choices="binary dicomweb")
+    answer: str = setting("bot",
+        "Answers of queries: who answers C-FIND, C-MOVE and C-GET of studies: the Bot, or what the `server` has "
+        "stored by STOW-RS", choices="bot server")
+    dicomJson: str = setting("reference",
+        "JSON without values: an attribute without a value has `[\"\"]`, as the reference writes it, or no Value "
+        "(`standard`, PS3.18 F.2.5)", choices="reference standard")
+    answerWaitSecs: float = setting(10.0,
+        "Wait for the Bot: MPPS: seconds to wait for the Bot's answer before success is reported (the request is on "
+        "disk)", low=0)
 
 
 @dataclass(frozen=True)
@@ -700,61 +724,88 @@ class DeviceSettings(BytesSettings):
     """Query parameters of a Device.url that is pushed to."""
 
     encoding: str = again(Hl7Settings, "encoding", "utf-8")
-    defaultReturnAck: str = setting("first", "ACK awaited", "`first`: any; `application`: not a CA",
-        choices=("first", "application"))
-    connectTimeoutSecs: float = setting(5.0, "Connect time-out", "seconds to connect", low=0.1)
-    ackTimeoutSecs: float = setting(0.0, "ACK time-out",
-        "seconds for a whole try; 0: 9 when a caller waits (below its default of 10), else 30", low=0)
-    tls: bool = setting(False, "TLS", "connect with TLS; `mllps://` implies it")
-    checkHost: bool = setting(True, "Host check", "the device's certificate must name its host")
-    caFile: str = setting("", "CA file", "PEM file of further authorities for the device's certificate")
-    certFile: str = setting("", "Client certificate", "PEM file of our certificate, if the device wants one")
-    keyFile: str = setting("", "Client key", "PEM file of its key, when it is not in certFile")
-    endChar: str = setting("", "End character", "`tcp://` only: wait for an answer up to this character")
-    callingAeTitle: str = setting("MEDPLUM", "Calling AE title", "`dicom://` only: our AE title",
-        check=ae_titles, guard=True)
+    defaultReturnAck: str = setting("first", "ACK awaited: `first`: any; `application`: not a CA",
+        choices="first application")
+    connectTimeoutSecs: float = setting(5.0, "Connect time-out: seconds to connect", low=0.1)
+    ackTimeoutSecs: float = setting(0.0,
+        "ACK time-out: seconds for a whole try; 0: 9 when a caller waits (below its default of 10), else 30", low=0)
+    tls: bool = setting(False, "TLS: connect with TLS; `mllps://` implies it")
+    checkHost: bool = setting(True, "Host check: the device's certificate must name its host")
+    caFile: str = setting("", "CA file: PEM file of further authorities for the device's certificate")
+    certFile: str = setting("", "Client certificate: PEM file of our certificate, if the device wants one")
+    keyFile: str = setting("", "Client key: PEM file of its key, when it is not in certFile")
+    endChar: str = setting("", "End character: `tcp://` only: wait for an answer up to this character")
+    callingAeTitle: str = setting("MEDPLUM", "Calling AE title: `dicom://` only: our AE title", check=ae_titles,
+        guard=True)
 # fmt: on
 
 
-def kind_of(row: dataclasses.Field[Any]) -> str:
+def kind_of(row: Row) -> str:
     """`string`, `boolean`, `integer` or `decimal`: also the FHIR value[x] member, `value<Kind>`."""
     return {"str": "string", "bool": "boolean", "int": "integer", "float": "decimal"}[str(row.type)]
 
 
-def parse_setting(row: dataclasses.Field[Any], value: Any) -> Any:
+def parse_setting(row: Row, value: Any) -> Any:
     """The checked value of a row, from text or from a typed member; ValueError says what is allowed."""
-    kind, meta = kind_of(row), row.metadata
+    kind, low = kind_of(row), row.metadata["low"]
     if kind == "boolean":
-        return value if isinstance(value, bool) else str(value).strip().lower() == "true"
+        return str(value).strip().lower() == "true"
     if kind == "string":
-        if not isinstance(value, str):
-            raise ValueError("must be text in quotes")
-        if meta["check"] and (value or meta["guard"]):
-            meta["check"](value)
-        value = value.strip(" ")  # control characters may be what is meant
-        match = next((choice for choice in meta["choices"] if choice.lower() == value.lower()), None)
-        if meta["choices"] and match is None:
-            raise ValueError(f"must be one of {', '.join(meta['choices'])}")
-        return match or value
-    number = _parse_number(kind, value)
-    if meta["low"] is not None and number < meta["low"]:
-        raise ValueError(f"must be at least {meta['low']:g}")
-    return number
-
-
-def _parse_number(kind: str, value: Any) -> float:
+        return _parse_text(row.metadata, value)
     try:
-        number: float = float(value) if kind == "decimal" else int(str(value).strip())
-        if isinstance(value, bool) or not math.isfinite(number):
-            raise ValueError(value)
-    except (ValueError, TypeError, OverflowError):
+        number = (float if kind == "decimal" else int)(str(value))
+        if not math.isfinite(number):  # OverflowError for a whole number beyond them
+            raise ValueError
+    except (ValueError, OverflowError):
         raise ValueError("is not a number" if kind == "decimal" else "is not a whole number") from None
+    if low is not None and number < low:
+        raise ValueError(f"must be at least {low:g}")
     return number
+
+
+def _parse_text(meta: Mapping[str, Any], value: Any) -> str:
+    if not isinstance(value, str):
+        raise ValueError("must be text in quotes")
+    if meta["check"] and (value or meta["guard"]):
+        meta["check"](value)
+    text = value.strip(" ")  # control characters may be what is meant
+    for choice in meta["choices"]:
+        if choice.lower() == text.lower():
+            return str(choice)
+    if meta["choices"]:
+        raise ValueError(f"must be one of {', '.join(meta['choices'])}")
+    return text
+
+
+def read_settings(
+    rows: Rows, given: Iterable[tuple[str, Any]], where: str, fate: str, warn: Warn, source: str = ""
+) -> dict[str, Any]:
+    """The checked values of what is given, by name; a bad one is warned about and left out, `fate` says what follows.
+
+    ConfigError for a bad value of a guarded row.
+    """
+    values: dict[str, Any] = {}
+    for name, value in given:
+        if name not in rows:
+            warn(f"{where}unknown parameter '{name}' is ignored")
+            continue
+        what, meta = where + name, rows[name].metadata
+        try:
+            values[name] = parse_setting(rows[name], value)
+        except ValueError as error:
+            if meta["guard"]:
+                raise ConfigError([f"{what} '{value}': {error}"]) from None
+            warn(f"{what} '{value}'{source} {error}; {fate}")
+            continue
+        if meta["high"] is not None and values[name] > meta["high"]:
+            warn(f"{what} {values[name]} is above the limit and was set to {meta['high']}")
+            values[name] = meta["high"]
+    return values
 
 
 # --- the process: arguments, environment, agent.toml, agent.properties -----------------------------------------------
 
-ARGUMENTS = ("baseUrl", "clientId", "clientSecret", "agentId", "logLevel")
+ARGUMENTS = "baseUrl clientId clientSecret agentId logLevel".split()
 
 
 class Source(NamedTuple):
@@ -776,9 +827,7 @@ class ProcessConfig:
     @property
     def state_dir(self) -> Path:
         """The folder of queue, logs and saved configuration: one for each Agent."""
-        if self.settings.stateDir:
-            return Path(self.settings.stateDir)
-        return default_state_root() / self.settings.agentId
+        return Path(self.settings.stateDir or default_state_root() / self.settings.agentId)
 
 
 _MAC_FOLDER = "/Library/Application Support/MedplumAgent"
@@ -789,18 +838,18 @@ def default_state_root() -> Path:
     if given := os.environ.get("STATE_DIRECTORY"):
         return Path(given.split(":")[0])
     if sys.platform == "win32":
-        return Path(os.environ.get("PROGRAMDATA", r"C:\ProgramData")) / "MedplumAgent"
+        return Path(os.environ.get("PROGRAMDATA", r"C:\ProgramData"), "MedplumAgent")
     if os.geteuid() == 0:
         return Path(_MAC_FOLDER if sys.platform == "darwin" else "/var/lib/medplum-agent")
     if sys.platform == "darwin":
         return Path.home() / _MAC_FOLDER[1:]
-    return Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local/state") / "medplum-agent"
+    return Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local/state", "medplum-agent")
 
 
 def parse_properties(text: str) -> dict[str, str]:
     """`key=value` lines; `=` may occur in a value, `#` and `!` start a comment, there are no escapes."""
-    pairs = (line.split("=", 1) for line in text.lstrip("\ufeff").splitlines() if "=" in line)
-    return {key.strip(): value.strip() for key, value in pairs if not key.lstrip().startswith(("#", "!"))}
+    lines = (line.strip().partition("=") for line in text.splitlines() if "=" in line)
+    return {key.strip(): value.strip() for key, _, value in lines if not key.startswith(("#", "!"))}
 
 
 def _flatten(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -829,102 +878,71 @@ def installed_config_file() -> Path:
 
 def find_config_file(given: str | None) -> Source | None:
     """--config, else agent.toml, else agent.properties in the working directory, else what a package installed."""
-    if given:
-        return read_config_file(Path(given))
-    here = next((p for n in ("agent.toml", "agent.properties") if (p := Path(n)).is_file()), None)
-    if here is None and os.access(installed_config_file(), os.R_OK):  # another user's agent is not our business
-        here = installed_config_file()
-    return read_config_file(here) if here else None
+    paths = [Path(given)] if given else [p for n in ("agent.toml", "agent.properties") if (p := Path(n)).is_file()]
+    installed = installed_config_file()
+    if not paths and os.access(installed, os.R_OK):  # another user's agent is not our business
+        paths = [installed]
+    return read_config_file(paths[0]) if paths else None
 
 
 def resolve_process(
     arguments: Sequence[str], options: Mapping[str, str], environ: Mapping[str, str], config_file: str | None
 ) -> ProcessConfig:
     """The settings of this process from all sources; ConfigError lists everything that is wrong or missing."""
-    rows = rows_of(ProcessSettings)
-    named = {n: environ[r.metadata["env"]] for n, r in rows.items() if environ.get(r.metadata["env"])}
+    rows, values = rows_of(ProcessSettings), dict[str, Any]()
     given = dict(zip(ARGUMENTS, arguments, strict=False)) | dict(options)
-    sources = [Source("the command line", given), Source("the environment", named)]
-    if found := find_config_file(config_file):
-        sources.append(found)
+    named = {name: environ[env] for name, row in rows.items() if environ.get(env := row.metadata["env"])}
+    file = find_config_file(config_file) or Source("", {})
     problems: dict[str, str] = {}  # by the name of the setting
-    sources = _read_secret_file(sources, problems)
-    values = {name: value for name, row in rows.items() if (value := _first_value(row, sources, problems)) is not None}
-    _check_process(values, sources, problems)
+    found = _first_values((Source("the command line", given), Source("the environment", named), file), problems)
+    for name in (name for name in rows if name in found):
+        value, source = found[name]
+        try:
+            values[name] = parse_setting(rows[name], value)
+        except ValueError as error:
+            shown = "" if "ecret" in name else f" '{value}'"
+            problems[name] = f"{name}{shown} (from {source}) {error}"
+    _check_process(values, problems)
     if problems:
         raise ConfigError(list(problems.values()))
     warnings: list[str] = []
     settings = ProcessSettings(**values)
-    main, channel = (_logger_settings(which, found, settings.logLevel, warnings) for which in ("main", "channel"))
+    main, channel = (_logger_settings(which, file, settings.logLevel, warnings) for which in ("main", "channel"))
     return ProcessConfig(settings, main, channel, tuple(warnings))
 
 
-def _first_value(row: dataclasses.Field[Any], sources: Sequence[Source], problems: dict[str, str]) -> Any:
-    for source in sources:
-        if row.name not in source.values:
-            continue
-        try:
-            return parse_setting(row, source.values[row.name])
-        except ValueError as error:
-            shown = "" if "ecret" in row.name else f" '{source.values[row.name]}'"
-            problems[row.name] = f"{row.name}{shown} (from {source.name}) {error}"
-            return None
-    return None
-
-
-def _read_secret_file(sources: Sequence[Source], problems: dict[str, str]) -> list[Source]:
-    """The sources, with the secret from its file where the first source that knows of one names a file."""
-    read = list(sources)
-    for index, source in enumerate(sources):
-        if "clientSecret" in source.values:
-            break
-        if path := source.values.get("clientSecretFile"):
+def _first_values(sources: Iterable[Source], problems: dict[str, str]) -> dict[str, tuple[Any, str]]:
+    """Each value and the name of the first source that has it; the file of a secret counts as the secret itself."""
+    found: dict[str, tuple[Any, str]] = {}
+    for source, values in sources:
+        found = {name: (value, source) for name, value in values.items()} | found
+        path = values.get("clientSecretFile")
+        if path and "clientSecret" not in found:
             try:
-                secret = named_file(str(path)).decode("utf-8-sig").strip()
-                read[index] = Source(f"{path}", {**source.values, "clientSecret": secret})
+                found["clientSecret"] = named_file(str(path)).decode("utf-8-sig").strip(), str(path)
             except (OSError, ValueError) as error:
-                problems["clientSecret"] = f"clientSecretFile {path} (from {source.name}) cannot be read: {error}"
-            break
-    return read
+                problems["clientSecret"] = f"clientSecretFile {path} (from {source}) cannot be read: {error}"
+                found["clientSecret"] = "", source
+    return found
 
 
-def _is_base_url(url: str) -> bool:
-    try:
-        parts = urllib.parse.urlsplit(url)
-        return parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
-    except ValueError:
-        return False
-
-
-def _check_process(values: dict[str, Any], sources: Sequence[Source], problems: dict[str, str]) -> None:
-    for position, name in enumerate(ARGUMENTS[:4], 1):
-        if not values.get(name) and name not in problems:
-            env = rows_of(ProcessSettings)[name].metadata["env"]
-            how = f"give it as argument {position}, as {env}, or as {name} in agent.toml"
-            problems[name] = f"{name} is missing: {how}"
-    url = values.get("baseUrl", "")
-    where = next((s.name for s in sources if "baseUrl" in s.values), "")
-    if url and not _is_base_url(url):
-        problems["baseUrl"] = f"baseUrl '{url}' (from {where}) must start with http:// or https:// and name a host"
-    if (agent_id := values.get("agentId")) and not re.fullmatch(r"[A-Za-z0-9\-.]{1,64}", agent_id):
+def _check_process(values: Json, problems: dict[str, str]) -> None:
+    for position, (name, row) in enumerate([*rows_of(ProcessSettings).items()][:4], 1):
+        if not (values.get(name) or name in problems):
+            how = f"argument {position}, as {row.metadata['env']}, or as {name} in agent.toml"
+            problems[name] = f"{name} is missing: give it as {how}"
+    agent_id, ca = values.get("agentId"), values.get("caFile")
+    if agent_id and not re.fullmatch(r"[A-Za-z0-9\-.]{1,64}", agent_id):
         problems["agentId"] = f"agentId '{agent_id}' is not the id of a FHIR resource (letters, digits, - and .)"
-    if (ca := values.get("caFile")) and not Path(ca).is_file():
+    if ca and not Path(ca).is_file():
         problems["caFile"] = f"caFile {ca} does not exist"
 
 
-def _logger_settings(which: str, found: Source | None, level: str, warnings: list[str]) -> LoggerSettings:
-    values: dict[str, Any] = {}
-    for name, row in rows_of(LoggerSettings).items():
-        key = f"logger.{which}.{name}"
-        if found is None or key not in found.values:
-            continue
-        try:
-            values[name] = parse_setting(row, found.values[key])
-        except ValueError as error:
-            warnings.append(f"{key} '{found.values[key]}' (from {found.name}) {error}; the default is used")
-    if level:
-        values["logLevel"] = level
-    return LoggerSettings(**values)
+def _logger_settings(which: str, file: Source, level: str, warnings: list[str]) -> LoggerSettings:
+    where, rows = f"logger.{which}.", rows_of(LoggerSettings)
+    given = [(name, file.values[where + name]) for name in rows if where + name in file.values]
+    values = read_settings(rows, given, where, "the default is used", warnings.append, f" (from {file.name})")
+    return LoggerSettings(**values | ({"logLevel": level} if level else {}))
 
 
 # --- the Agent and its Endpoints -> a frozen plan --------------------------------------------------------------------
@@ -934,22 +952,17 @@ ASTM_TYPE = "x-application/astm-e1394"
 JSON_TYPE, DICOM_TYPE, DICOM_JSON_TYPE = "application/json", "application/dicom", "application/dicom+json"
 
 
-class Protocol(NamedTuple):
-    """What an address's scheme stands for: the name used in logs, and the settings of its parameters."""
-
-    name: str
-    settings: type[ChannelSettings]
-
-
-PROTOCOLS = {  # by prefix of the address
-    "mllp": Protocol("HL7", Hl7Settings),
-    "tcp": Protocol("Byte Stream", StreamSettings),
-    "serial": Protocol("Byte Stream", StreamSettings),
-    "dicom": Protocol("DICOM", DicomSettings),
+PROTOCOLS: dict[str, tuple[str, type[ChannelSettings]]] = {  # name and settings by what an address begins with
+    "mllp": ("HL7", Hl7Settings),
+    "tcp": ("Byte Stream", StreamSettings),
+    "serial": ("Byte Stream", StreamSettings),
+    "dicom": ("DICOM", DicomSettings),
 }
-LIST_PARAMETERS = (  # repeated ones are joined by commas
-    "autoRespond", "stripSequence", "keepControlChars", "callingAeTitles", "peers", "moveDestinations",
-)  # fmt: skip
+
+
+LIST_PARAMETERS = frozenset(  # repeated ones are joined by commas
+    "autoRespond stripSequence keepControlChars callingAeTitles peers moveDestinations".split()
+)
 
 
 class Policy(NamedTuple):
@@ -968,10 +981,9 @@ class Policy(NamedTuple):
 
     def delay_ms(self, failures: int) -> int:
         """Back-off after so many failures, with jitter (channel contract 5.5)."""
-        try:
-            delay = min(self.max_delay_ms, self.base_delay_ms * self.multiplier ** (failures - 1))
-        except OverflowError:
-            delay = self.max_delay_ms
+        delay = self.max_delay_ms
+        with suppress(OverflowError):
+            delay = min(delay, self.base_delay_ms * self.multiplier ** (failures - 1))
         return round(random.uniform(delay / 2, delay))
 
     def spent(self, failures: int, failing_ms: int, tries: int = 3) -> bool:
@@ -1057,51 +1069,34 @@ class Plan:
 
 
 AGENT_ROWS = rows_of(AgentSettings) | {  # what an Agent may set: its own, and the defaults of its channels
-    row.metadata["agent"]: row
-    for cls in (ChannelSettings, Hl7Settings)
-    for row in dataclasses.fields(cls)
-    if row.metadata["agent"]
+    row.metadata["agent"]: row for row in dataclasses.fields(Hl7Settings) if row.metadata["agent"]
 }
 
 
 def agent_settings(agent: Json, warnings: list[str]) -> dict[str, Any]:
     """`Agent.setting[]` parsed: the first entry of a name counts; bad values are warned about and left out."""
-    values, seen = dict[str, Any](), set[str]()
+    given: dict[str, Any] = {}
     for entry in agent.get("setting") or []:
-        name = entry.get("name") if isinstance(entry, dict) else None
-        row = AGENT_ROWS.get(name) if isinstance(name, str) else None
-        if row is None or not isinstance(name, str) or name in seen:
+        name = str(entry.get("name")) if isinstance(entry, dict) else ""
+        if name not in AGENT_ROWS or name in given:
             continue
-        seen.add(name)
-        value = entry.get("value" + kind_of(row).capitalize())
-        if value is None and kind_of(row) == "decimal":
-            value = entry.get("valueInteger")
-        if value is None:
-            warnings.append(f"setting {name} needs a value{kind_of(row).capitalize()}; the default is used")
-            continue
-        try:
-            values[name] = _clamped(row, parse_setting(row, value), f"setting {name}", warnings.append)
-        except ValueError as error:
-            warnings.append(f"setting {name} '{value}' {error}; the default is used")
-    return values
-
-
-def _clamped(row: dataclasses.Field[Any], value: Any, what: str, warn: Callable[[str], None]) -> Any:
-    high = row.metadata["high"]
-    if high is None or value <= high:
-        return value
-    warn(f"{what} {value} is above the limit and was set to {high}")
-    return high
+        member = "value" + kind_of(AGENT_ROWS[name]).capitalize()
+        given[name] = entry.get(member)
+        if given[name] is None and member == "valueDecimal":
+            given[name] = entry.get("valueInteger")
+        if given[name] is None:
+            warnings.append(f"setting {name} needs a {member}; the default is used")
+    right = [(name, value) for name, value in given.items() if value is not None]
+    return read_settings(AGENT_ROWS, right, "setting ", "the default is used", warnings.append)
 
 
 def channel_settings(
     cls: type[S], query: str, where: str, given: Mapping[str, Any], warnings: list[str]
 ) -> tuple[S, frozenset[str]]:
     """The parameters of one address over the Agent's settings, as a `cls`; ConfigError for what cannot run."""
-    values = read_parameters(cls, query, where, warnings.append)
-    for name, row in rows_of(cls).items():
-        if (fallback := row.metadata["agent"]) in given:
-            values.setdefault(name, given[fallback])
+    fallbacks = ((name, row.metadata["agent"]) for name, row in rows_of(cls).items())
+    values = {name: given[agent] for name, agent in fallbacks if agent in given}
+    values |= read_parameters(cls, query, where, warnings.append)
     written = frozenset(values)
     base, limit = values.get("autoRetryBaseDelayMs", 1000), values.get("autoRetryMaxDelayMs", 60_000)
     if limit < base:
@@ -1109,64 +1104,50 @@ def channel_settings(
         values["autoRetryMaxDelayMs"] = base
     if values.get("assignSeqNo") and values.get("maxWorkers", 1) > 1:
         warnings.append(f"{where}: assignSeqNo with maxWorkers above 1: numbers may reach the server out of order")
-    _check_tls(values, where)
+    problem = _tls_problem(values, where)
     if cls is StreamSettings:
-        _check_stream(values, where, warnings)
+        problem = problem or _stream_problem(values, where, warnings)
+    if problem:
+        raise ConfigError([f"{where}: {problem}"])
     return cls(**values), written
 
 
-def _check_stream(values: dict[str, Any], where: str, warnings: list[str]) -> None:
-    raw_only = ("startChar", "endChar", "autoRespond", "stripSequence", "stripControlChars", "keepControlChars")
+def _stream_problem(values: dict[str, Any], where: str, warnings: list[str]) -> str:
+    """Why a byte stream cannot run, or an empty string; ASTM knows its own frames."""
     if values.get("mode") == "astm":
+        raw_only = "startChar endChar autoRespond stripSequence stripControlChars keepControlChars".split()
         warnings += [f"{where}: {name} is ignored in ASTM mode" for name in raw_only if values.pop(name, None)]
     elif not (values.get("startChar") and values.get("endChar")):
-        text = "Failed to parse startChar and/or endChar query param(s); give both, or mode=astm"
-        raise ConfigError([f"{where}: {text}"])
+        return "Failed to parse startChar and/or endChar query param(s); give both, or mode=astm"
+    return ""
 
 
-def read_parameters(cls: type[Any], query: str, where: str, warn: Callable[[str], None]) -> dict[str, Any]:
+def read_parameters(cls: type[Any], query: str, where: str, warn: Warn) -> dict[str, Any]:
     """The values that the query of an address sets; bad ones are warned about and left out."""
     pairs = urllib.parse.parse_qsl(query, keep_blank_values=True)
-    parameters = dict(reversed(pairs))  # the first of a name counts
-    for name in LIST_PARAMETERS:
-        if name in parameters:
-            parameters[name] = ",".join(text for other, text in pairs if other == name)
-    rows, values = rows_of(cls), dict[str, Any]()
-    for name, text in parameters.items():
-        if name not in rows:
-            warn(f"{where}: unknown parameter '{name}' is ignored")
-            continue
-        try:
-            given = _leading_integer(text) if name == "messagesPerMin" else text
-            values[name] = _clamped(rows[name], parse_setting(rows[name], given), f"{where}: {name}", warn)
-        except ValueError as error:
-            if rows[name].metadata["guard"]:
-                raise ConfigError([f"{where}: {name} '{text}': {error}"]) from None
-            warn(f"{where}: {name} '{text}' {error}; it is ignored")
-    return values
+    given = dict(reversed(pairs))  # the first of a name counts
+    for name in LIST_PARAMETERS & given.keys():
+        given[name] = ",".join(text for other, text in pairs if other == name)
+    if rate := given.get("messagesPerMin"):  # the reference reads the integer that it begins with
+        given["messagesPerMin"] = re.sub(r"(?s)^(\s*[+-]?\d+).*", r"\1", rate)
+    return read_settings(rows_of(cls), given.items(), f"{where}: ", "it is ignored", warn)
 
 
-def _leading_integer(text: str) -> str:
-    match = re.match(r"\s*[+-]?\d+", text)
-    return match.group() if match else text
-
-
-def _check_tls(values: dict[str, Any], where: str) -> None:
-    """A channel that shall be safe does not start without its certificate."""
+def _tls_problem(values: Mapping[str, Any], where: str) -> str:
+    """Why a channel that shall be safe cannot be (it does not start then), or an empty string."""
     if not values.get("tls"):
-        if idle := [name for name in ("certFile", "keyFile", "clientCa") if values.get(name)]:
-            advice = "write mllps:// or dicoms://, or tls=true"
-            raise ConfigError([f"{where}: {', '.join(idle)} would do nothing without TLS: {advice}"])
-        return
+        idle = ", ".join(name for name in ("certFile", "keyFile", "clientCa") if values.get(name))
+        return idle and f"{idle} would do nothing without TLS: write mllps:// or dicoms://, or tls=true"
     if values.get("role") == "client":
-        raise ConfigError([f"{where}: tls is for listening; a channel that connects to its device cannot use it"])
+        return "tls is for listening; a channel that connects to its device cannot use it"
     if not values.get("certFile"):
-        raise ConfigError([f"{where}: TLS needs certFile, a PEM file with our certificate"])
+        return "TLS needs certFile, a PEM file with our certificate"
     try:
         listening_tls(values)
     except OSError as error:
         text = f"{where}: TLS cannot be set up with certFile, keyFile and clientCa; our main log says why"
         raise ConfigError([Problem(text, f"{where}: TLS cannot be set up: {error}")]) from None
+    return ""
 
 
 def named_file(path: str) -> bytes:
@@ -1190,44 +1171,42 @@ def load_identity(context: ssl.SSLContext, cert_file: str, key_file: str) -> Non
 def listening_tls(values: Mapping[str, Any]) -> ssl.SSLContext:
     """Our certificate, and who may connect, as the files say now (TLS 1.2 and later, PS3.15 B.12); OSError."""
     context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
-    name = f"certFile {values['certFile']}" + (f" with keyFile {values['keyFile']}" if values.get("keyFile") else "")
+    cert, key, authority = (values.get(name) or None for name in ("certFile", "keyFile", "clientCa"))
+    what, wanted = f"certFile {cert}" + (f" with keyFile {key}" if key else ""), "a certificate and its key in PEM"
     try:
-        load_identity(context, values["certFile"], values.get("keyFile") or "")
-        if values.get("clientCa"):
-            name = f"clientCa {values['clientCa']}"
-            context.load_verify_locations(cadata=named_file(values["clientCa"]).decode("ascii", "replace"))
+        load_identity(context, values["certFile"], key or "")
+        if authority:
+            what, wanted = f"clientCa {authority}", "a certificate in PEM"
+            context.load_verify_locations(cadata=named_file(authority).decode("ascii", "replace"))
             context.verify_mode = ssl.CERT_REQUIRED
     except ssl.SSLError as error:
-        wanted = "a certificate in PEM" if name.startswith("clientCa") else "a certificate and its key in PEM"
-        raise OSError(f"{name}: {error.reason or 'not usable'}; it must hold {wanted}") from None
+        raise OSError(f"{what}: {error.reason or 'not usable'}; it must hold {wanted}") from None
     except OSError as error:
-        raise OSError(f"{name}: {error.strerror}") from None
+        raise OSError(f"{what}: {error.strerror}") from None
     return context
 
 
 def channel_plan(name: str, endpoint: Json, given: Mapping[str, Any], warnings: list[str]) -> ChannelPlan:
     """One `Agent.channel[]` with its Endpoint; ConfigError names the channel and what is wrong."""
-    address = str(endpoint.get("address") or "").strip()
+    where, address = f"channel '{name}'", str(endpoint.get("address") or "").strip()
     if not address:
-        raise ConfigError([f"Invalid empty endpoint address for channel '{name}'"])
-    protocol = next((p for prefix, p in PROTOCOLS.items() if address.startswith(prefix)), None)
-    if protocol is None:
-        scheme = address.split(":")[0]
-        supported = f"supported: {', '.join(PROTOCOLS)}"
-        raise ConfigError([f"channel '{name}': unsupported endpoint type '{scheme}' in {address}; {supported}"])
+        raise ConfigError([f"Invalid empty endpoint address for {where}"])
+    prefix = next(filter(address.startswith, PROTOCOLS), None)
+    if prefix is None:
+        what = f"unsupported endpoint type '{address.split(':')[0]}' in {address}"
+        raise ConfigError([f"{where}: {what}; supported: {', '.join(PROTOCOLS)}"])
     try:
         url = urllib.parse.urlsplit(address)
-        port = 0 if url.scheme == "serial" else url.port
+        serial = url.scheme == "serial"  # serial://COM3 or serial:///dev/ttyUSB0
+        host, port = (url.netloc or url.path, 0) if serial else (url.hostname or "", url.port or 0)
     except ValueError as error:
-        raise ConfigError([f"channel '{name}': invalid address {address}: {error}"]) from None
-    serial = url.scheme == "serial"
-    host = url.netloc or url.path if serial else url.hostname or ""  # serial://COM3 or serial:///dev/ttyUSB0
+        raise ConfigError([f"{where}: invalid address {address}: {error}"]) from None
     if not (host if serial else port):
-        raise ConfigError([f"channel '{name}': the address {address} needs a port from 1 to 65535"])
+        raise ConfigError([f"{where}: the address {address} needs a port from 1 to 65535"])
     query = ("tls=true&" if url.scheme in ("mllps", "dicoms") else "") + url.query
-    parsed, written = channel_settings(protocol.settings, query, f"channel '{name}'", given, warnings)
-    active = endpoint.get("status") != "off"
-    return ChannelPlan(name, address, protocol.name, host, port or 0, active, parsed, written)
+    protocol, cls = PROTOCOLS[prefix]
+    settings, written = channel_settings(cls, query, where, given, warnings)
+    return ChannelPlan(name, address, protocol, host, port, endpoint.get("status") != "off", settings, written)
 
 
 def build_plan(agent: Json, endpoints: Mapping[str, Json | AgentError]) -> tuple[Plan, list[str]]:
@@ -1240,21 +1219,25 @@ def build_plan(agent: Json, endpoints: Mapping[str, Json | AgentError]) -> tuple
     given = agent_settings(agent, warnings)
     settings = AgentSettings(**{name: given[name] for name in rows_of(AgentSettings) if name in given})
     defaults, _ = channel_settings(ChannelSettings, "", "the Agent's settings", given, warnings)
-    status = str(agent.get("status") or "")
-    channels: dict[str, ChannelPlan] = {}
+    channels: list[ChannelPlan] = []
     names: set[str] = set()
-    for entry in (agent.get("channel") or []) if status != "off" else []:
+    for entry in _entries(agent):
         try:
-            name, endpoint = _resolve_channel(entry, endpoints, names)
-            plan = channel_plan(name, endpoint, given, warnings)
+            plan = channel_plan(*_resolve_channel(entry, endpoints, names), given, warnings)
             _check_port(plan, channels)
-            channels[name] = plan
+            channels.append(plan)
         except ConfigError as error:
             problems += error.problems
     if settings.strictConfigValidation:
         problems += warnings
     known = tuple({**e, "id": ref.rpartition("/")[2]} for ref, e in endpoints.items() if isinstance(e, dict))
-    return Plan(status, settings, given, defaults, tuple(channels.values()), tuple(warnings), agent, known), problems
+    status = str(agent.get("status") or "")
+    return Plan(status, settings, given, defaults, tuple(channels), tuple(warnings), agent, known), problems
+
+
+def _entries(agent: Json) -> list[Json]:
+    """The channels of an Agent; none when it is off."""
+    return [] if agent.get("status") == "off" else agent.get("channel") or []
 
 
 def _resolve_channel(entry: Json, endpoints: Mapping[str, Json | AgentError], names: set[str]) -> tuple[str, Json]:
@@ -1271,11 +1254,11 @@ def _resolve_channel(entry: Json, endpoints: Mapping[str, Json | AgentError], na
     return name, endpoint
 
 
-def _check_port(plan: ChannelPlan, channels: Mapping[str, ChannelPlan]) -> None:
-    others = () if plan.dials else channels.values()
-    if clash := next((other for other in others if other.port == plan.port and not other.dials), None):
-        both = f"Both '{clash.name}' ({clash.address}) and '{plan.name}' ({plan.address})"
-        raise ConfigError([f"Invalid agent config. {both} declare use of port {plan.port}"])
+def _check_port(plan: ChannelPlan, others: Iterable[ChannelPlan]) -> None:
+    for other in others:
+        if other.port == plan.port and not (plan.dials or other.dials):
+            both = f"Both '{other.name}' ({other.address}) and '{plan.name}' ({plan.address})"
+            raise ConfigError([f"Invalid agent config. {both} declare use of port {plan.port}"])
 
 
 def shape_problem(agent: Json) -> str:
@@ -1293,12 +1276,11 @@ def shape_problem(agent: Json) -> str:
 
 def endpoint_references(agent: Json) -> list[str]:
     """The distinct Endpoint references of an Agent, in order; none when it is off."""
-    entries = (agent.get("channel") or []) if agent.get("status") != "off" else []
-    references = [(entry.get("endpoint") or {}).get("reference") for entry in entries]
-    return list(dict.fromkeys(reference for reference in references if reference))
+    references = ((entry.get("endpoint") or {}).get("reference") for entry in _entries(agent))
+    return list(dict.fromkeys(filter(None, references)))
 
 
-SETTING_GROUPS: tuple[tuple[str, str, dict[str, dataclasses.Field[Any]]], ...] = (
+SETTING_GROUPS: tuple[tuple[str, str, Rows], ...] = (
     ("process", "Process: argument, environment or agent.toml", rows_of(ProcessSettings)),
     ("logger", "Logs: `logger.main.*` and `logger.channel.*`", rows_of(LoggerSettings)),
     ("agent", "Agent settings: `Agent.setting[]`", AGENT_ROWS),
@@ -1309,51 +1291,49 @@ SETTING_GROUPS: tuple[tuple[str, str, dict[str, dataclasses.Field[Any]]], ...] =
 )
 
 
-def _meaning(name: str, row: dataclasses.Field[Any]) -> str:
-    return f"default of `{row.name}` for all channels" if name != row.name else str(row.metadata["meaning"])
+def _described(category: str, name: str, row: Row) -> Json:
+    """A row as `--settings-schema` shows it, without what is empty."""
+    meta = row.metadata
+    meaning = meta["meaning"] if name == row.name else f"default of `{row.name}` for all channels"
+    agent = "" if category == "agent" else meta["agent"]
+    shown = {
+        "name": name, "type": kind_of(row), "label": meta["label"], "description": meaning, "category": category,
+        "default": row.default, "min": meta["low"], "max": meta["high"], "choices": meta["choices"],
+        "env": meta["env"], "agentSetting": agent,
+    }  # fmt: skip
+    return {member: value for member, value in shown.items() if value not in (None, "", [])}
 
 
 def settings_schema() -> Json:
     """Every setting as one JSON document: `--settings-schema`."""
-    rows = [
-        {
-            "name": name, "type": kind_of(row), "label": row.metadata["label"],
-            "description": _meaning(name, row), "category": category, "default": row.default,
-            "min": row.metadata["low"], "max": row.metadata["high"], "choices": list(row.metadata["choices"]),
-            "env": row.metadata["env"], "agentSetting": row.metadata["agent"] if category != "agent" else "",
-        }
-        for category, _, group in SETTING_GROUPS
-        for name, row in group.items()
-    ]  # fmt: skip
-    shown = [{k: v for k, v in row.items() if v not in (None, "", [])} for row in rows]
+    shown = [_described(category, *named) for category, _, rows in SETTING_GROUPS for named in rows.items()]
     return {"agentVersion": VERSION, "settings": shown}
 
 
 def settings_markdown() -> str:
     """The same as README's tables; what is the same for every channel is listed once."""
-    lines: list[str] = []
-    common = rows_of(ChannelSettings)
+    lines, common = list[str](), rows_of(ChannelSettings)
     every = ("", "Every channel: parameters of its address", common)
-    for category, title, group in (*SETTING_GROUPS[:3], every, *SETTING_GROUPS[3:]):
+    for category, title, rows in (*SETTING_GROUPS[:3], every, *SETTING_GROUPS[3:]):
         lines += [f"### {title}", "", "| Name | Type | Default | Meaning |", "| --- | --- | --- | --- |"]
-        for name, row in group.items():
-            same = common.get(name)
-            if (
-                category
-                and same
-                and (same.default, same.metadata) == (row.default, row.metadata)
-                and category != "agent"
-            ):
-                continue
-            meta = row.metadata
-            choices = f" ({', '.join(f'`{choice}`' for choice in meta['choices'])})" if meta["choices"] else ""
-            default = f"`{json.dumps(row.default)}`" if row.default != "" else ""
-            env = f"; `{meta['env']}`" if meta["env"] else ""
-            agent = f"; Agent setting `{meta['agent']}`" if meta["agent"] and category != "agent" else ""
-            meaning = f"{_meaning(name, row)}{choices}{env}{agent}"
-            lines.append(f"| `{name}` | {kind_of(row)} | {default} | {meaning} |")
+        for name, row in rows.items():
+            if category in ("", "agent") or row is not common.get(name):  # inherited rows are the same objects
+                lines.append(_markdown(_described(category, name, row)))
         lines.append("")
     return "\n".join(lines)
+
+
+def _markdown(shown: Json) -> str:
+    default = f"`{json.dumps(shown['default'])}`" if "default" in shown else ""
+    choices = ", ".join(f"`{choice}`" for choice in shown.get("choices", ()))
+    meaning = shown["description"]
+    if choices:
+        meaning += f" ({choices})"
+    if "env" in shown:
+        meaning += f"; `{shown['env']}`"
+    if "agentSetting" in shown:
+        meaning += f"; Agent setting `{shown['agentSetting']}`"
+    return f"| `{shown['name']}` | {shown['type']} | {default} | {meaning} |"
 
 
 # =====================================================================================================================
@@ -1376,17 +1356,21 @@ def iso_second(second: int) -> str:
 
 
 class Log:
-    """One rotating log. `console` gets every line as well; a `directory` of None means console only."""
+    """One rotating log. `console` gets every line as well; a `directory` of None means console only.
+
+    error(text, **extra), warn, info and debug write one line; `extra` are further members of it.
+    """
 
     def __init__(
         self,
         name: str,
         settings: LoggerSettings,
         directory: Path | None,
-        console: io.TextIOBase | typing.TextIO | None,
+        console: typing.TextIO | None,
         lazy: bool = False,
     ):
         self.name, self.directory, self.lazy = name, directory, lazy
+        self.error, self.warn, self.info, self.debug = (partial(self._write, level) for level in LEVELS[1:])
         self._settings, self._console = settings, console
         self._rank = SEVERITY[settings.logLevel]
         self._lines: list[bytes] = []
@@ -1398,19 +1382,7 @@ class Log:
     def enabled(self, level: str) -> bool:
         return SEVERITY[level] <= self._rank
 
-    def error(self, text: str, **extra: Any) -> None:
-        self._write("ERROR", text, extra)
-
-    def warn(self, text: str, **extra: Any) -> None:
-        self._write("WARN", text, extra)
-
-    def info(self, text: str, **extra: Any) -> None:
-        self._write("INFO", text, extra)
-
-    def debug(self, text: str, **extra: Any) -> None:
-        self._write("DEBUG", text, extra)
-
-    def _write(self, level: str, text: str, extra: Json) -> None:
+    def _write(self, level: str, text: str, **extra: Any) -> None:
         if SEVERITY[level] > self._rank:
             return
         second, millisecond = divmod(now_ms(), 1000)
@@ -1423,17 +1395,13 @@ class Log:
         with self._lock:
             self._lines.append(line)
             self._bytes += len(line)
-        if self._console is not None:
-            self._show(level, stamp, text, line)
+        if (console := self._console) is not None:
+            with suppress(OSError, ValueError):  # a closed terminal must not stop the agent
+                plain = _CONTROLS.sub(" ", text)  # what the server sends must not steer a terminal
+                shown = f"{stamp[11:19]} {level:5} {plain}" if console.isatty() else line.decode().rstrip()
+                print(shown, file=console, flush=True)
         if not self.lazy or self._bytes > LOG_HELD_BYTES:
             self.flush()
-
-    def _show(self, level: str, stamp: str, text: str, line: bytes) -> None:
-        assert self._console is not None
-        with suppress(OSError, ValueError):  # a closed terminal must not stop the agent
-            plain = _CONTROLS.sub(" ", text)  # what the server sends must not steer a terminal
-            shown = f"{stamp[11:19]} {level:5} {plain}" if self._console.isatty() else line.decode().rstrip()
-            print(shown, file=self._console, flush=True)
 
     def flush(self) -> None:
         """Write what is gathered. A log that cannot be written (disk full) never stops the agent."""
@@ -1443,35 +1411,28 @@ class Log:
             if not lines or self.directory is None:
                 return
             try:
-                self._rotate()
-                assert self._file is not None
-                self._file.write(b"".join(lines))
-                self._file.flush()
+                file = self._todays(self.directory)
+                file.write(b"".join(lines))
+                file.flush()
             except OSError:
                 self.close_file()
 
-    def _rotate(self) -> None:
+    def _todays(self, directory: Path) -> io.BufferedWriter:
+        """Today's newest file, or a new one where that is full."""
         today = f"{datetime.datetime.now().astimezone():%Y-%m-%d}"
         limit = self._settings.maxFileSizeMb * MIB
         if self._file is not None and self._day == today and self._file.tell() < limit:
-            return
-        assert self.directory is not None
-        self._day = today
+            return self._file
         self.close_file()
-        newest = next(iter(log_files(self.directory, self.name)), None)
-        day, suffix = _rotation(newest.name) if newest else ("", 0)
-        if newest is None or day != today:
-            suffix = 0
-        elif newest.stat().st_size >= limit:
-            suffix += 1
-        path = self._path(today, suffix)
+        self._day, suffix = today, 0
+        newest = log_files(directory, self.name)[:1]
+        if newest and _rotation(newest[0].name)[0] == today:
+            suffix = _rotation(newest[0].name)[1] + (newest[0].stat().st_size >= limit)
+        path = directory / f"medplum-agent-{self.name}-{today}.log{f'.{suffix}' if suffix else ''}"
         self._file = open(path, "ab", opener=private)  # noqa: SIM115
-        for old in log_files(self.directory, self.name)[self._settings.filesToKeep :]:
+        for old in log_files(directory, self.name)[self._settings.filesToKeep :]:
             old.unlink(missing_ok=True)
-
-    def _path(self, day: str, suffix: int) -> Path:
-        assert self.directory is not None
-        return self.directory / (f"medplum-agent-{self.name}-{day}.log" + (f".{suffix}" if suffix else ""))
+        return self._file
 
     def close_file(self) -> None:
         file, self._file = self._file, None
@@ -1482,10 +1443,8 @@ class Log:
 
 def log_files(directory: Path, name: str) -> list[Path]:
     """The files of one log, newest first."""
-    found = [
-        (m[2], int(m[3] or 0), p) for p in directory.iterdir() if (m := LOG_FILE.fullmatch(p.name)) and m[1] == name
-    ]
-    return [path for _, _, path in sorted(found, reverse=True)]
+    found = [path for path in directory.iterdir() if (m := LOG_FILE.fullmatch(path.name)) and m[1] == name]
+    return sorted(found, key=lambda path: _rotation(path.name), reverse=True)
 
 
 class LogPage(NamedTuple):
@@ -1500,15 +1459,14 @@ def read_log_page(directory: Path, name: str, limit: int, before: str | None) ->
 
     Raises ValueError for a cursor that is not one of ours. Source: uplink contract 4.12.
     """
-    start_file, start_offset = _parse_cursor(before)
+    first, first_end = _parse_cursor(before)
     entries: list[Json] = []
     for path in log_files(directory, name):
-        if start_file and _rotation(path.name) > _rotation(start_file):
+        if first and _rotation(path.name) > _rotation(first):
             continue
-        end = min(start_offset, path.stat().st_size) if path.name == start_file else path.stat().st_size
-        for offset, line in _lines_backwards(path, end):
-            entry = _log_entry(line)
-            if entry is None:
+        size = path.stat().st_size
+        for offset, line in _lines_backwards(path, min(first_end, size) if path.name == first else size):
+            if (entry := _log_entry(line)) is None:
                 continue
             if len(entries) == limit:
                 return LogPage(entries, _cursor(path.name, offset + len(line) + 1))
@@ -1525,18 +1483,17 @@ def _cursor(name: str, offset: int) -> str:
     return base64.urlsafe_b64encode(f"{name}:{offset}".encode()).decode()
 
 
-def _parse_cursor(text: object) -> tuple[str, int]:
+def _parse_cursor(text: Any) -> tuple[str, int]:
+    """The file and offset of a cursor; ("", 0) where there is none."""
     if text is None:
         return "", 0
     try:
-        if not isinstance(text, str):
-            raise ValueError(text)
-        name, offset = base64.urlsafe_b64decode(text.encode()).decode().rsplit(":", 1)
-        if not LOG_FILE.fullmatch(name) or not re.fullmatch(r"\d{1,15}", offset):
-            raise ValueError(name)
-        return name, int(offset)
-    except ValueError:
-        raise ValueError("Invalid cursor: use the nextBefore of an earlier answer") from None
+        name, offset = base64.urlsafe_b64decode(text).decode().rsplit(":", 1)
+        if LOG_FILE.fullmatch(name) and re.fullmatch(r"\d{1,15}", offset):
+            return name, int(offset)
+    except (ValueError, TypeError):
+        pass
+    raise ValueError("Invalid cursor: use the nextBefore of an earlier answer")
 
 
 def _log_entry(line: bytes) -> Json | None:
@@ -3949,17 +3906,22 @@ class Fhir:
         return response
 
     async def search(self, query: str) -> list[Json]:
-        """All resources that a FHIR search finds, page by page."""
+        """All resources that a FHIR search finds, page by page; ServerError for more than SEARCH_RESOURCES."""
         found: list[Json] = []
-        url = f"{self.base}fhir/R4/{query}"
-        while url and len(found) < SEARCH_RESOURCES:
+        url, home, pages = f"{self.base}fhir/R4/{query}", urllib.parse.urlsplit(self.base), 0
+        while url:
+            pages += 1
+            if max(pages, len(found)) > SEARCH_RESOURCES:
+                raise ServerError(f"the search finds more than {SEARCH_RESOURCES} resources", 400)
             response = await self._authorized(None, lambda headers, url=url: self._http("GET", url, headers=headers))  # type: ignore[misc]
             bundle = self._checked(response, query.split("?")[0])
             found += [
                 entry["resource"] for entry in bundle.get("entry") or [] if isinstance(entry.get("resource"), dict)
             ]
             links = {link.get("relation"): link.get("url") for link in bundle.get("link") or []}
-            url = urllib.parse.urljoin(url, str(links["next"])) if links.get("next") else ""
+            there = urllib.parse.urlsplit(urllib.parse.urljoin(url, str(links.get("next") or "")))
+            # our token goes to our server only, by whatever name it calls itself
+            url = there._replace(scheme=home.scheme, netloc=home.netloc).geturl() if links.get("next") else ""
         return found
 
     async def stow(self, path: Path, instance: str) -> None:
@@ -4183,9 +4145,8 @@ _RETRIED["guaranteed"] = _RETRIED["enhanced"] | {"upstream-error"}
 _RETRIED["device"] = frozenset({"device-unreachable", "device-silent", "device-error"})
 _POISON = frozenset({"server-rejected", "upstream-error"})  # a refusal, about this message where others pass
 _UPSTREAM = {"AE": "upstream-error", "CE": "upstream-error", "AR": "upstream-rejected", "CR": "upstream-rejected"}
-_REJECTED = frozenset(
-    "server-rejected upstream-rejected too-large file-too-large device-rejected forbidden stow-missing stow-refused".split()
-)  # final state `rejected`, else `failed`
+_REJECTED = frozenset({"server-rejected", "upstream-rejected", "device-rejected", "too-large", "file-too-large"})
+_REJECTED |= {"forbidden", "stow-missing", "stow-refused"}  # final state `rejected`, else `failed`
 
 
 def judge(mode: str, status: int, body: object) -> Judgment:
@@ -4651,7 +4612,7 @@ def _upload_error(error: Exception, stow: bool) -> str:
     status = error.status if isinstance(error, ServerError) else 0
     named = {0: "connection-lost", 403: "forbidden", 413: "file-too-large", 429: "server-rate-limited"}
     if stow:
-        named |= {404: "stow-missing"} | dict.fromkeys((200, 400, 415), "stow-refused")
+        named |= {404: "stow-missing"} | dict.fromkeys((200, 400, 409, 415), "stow-refused")
     return named.get(status) or ("server-error" if status >= 500 else "server-rejected")
 
 
@@ -7025,58 +6986,54 @@ async def ping(host: str, count: int) -> str:
         found = await asyncio.get_running_loop().getaddrinfo(host, None, type=socket.SOCK_DGRAM)
     except OSError:
         raise PingError(f"Unable to ping {host}: the name is unknown") from None
-    address = found[0][4][0]
     interval, timeout = min(1.0, PING_SECS / 2 / count), min(2.0, PING_SECS / 3 / count)
     for privileged in (False, True):  # a datagram socket where users may have one, else a raw one where we may
         try:
-            pinging = icmplib.async_ping(address, count, interval, timeout, privileged=privileged)
+            pinging = icmplib.async_ping(found[0][4][0], count, interval, timeout, privileged=privileged)
             result = await asyncio.wait_for(pinging, PING_SECS)
-            break
         except TimeoutError:
             raise PingError(f"Command failed: ping -c {count} {host}: no answer within {PING_SECS:g} s") from None
         except icmplib.SocketPermissionError:
             continue
         except icmplib.ICMPLibError as error:
             raise PingError(f"Unable to ping {host}: {error}") from None
-    else:
-        return await _system_ping(host, count)
-    text = _ping_text(host, result)
-    if not result.is_alive:
-        raise PingError(f"Command failed: ping -c {count} {host}\n{text}")
-    return text
+        text = _ping_text(host, result)
+        if not result.is_alive:
+            raise PingError(f"Command failed: ping -c {count} {host}\n{text}")
+        return text
+    return await _system_ping(host, count)
 
 
 def _ping_text(host: str, result: icmplib.Host) -> str:
-    times = result.rtts
-    lines = [f"PING {host} ({result.address}) 56(84) bytes of data."]
-    lines += [f"64 bytes from {result.address}: icmp_seq={n} time={ms:.3g} ms" for n, ms in enumerate(times, 1)]
-    sent, received = result.packets_sent, result.packets_received
-    lost = round(100 * result.packet_loss)
-    lines += ["", f"--- {host} ping statistics ---"]
-    lines += [f"{sent} packets transmitted, {received} received, {lost}% packet loss, time {sum(times):.0f}ms"]
+    import statistics
+
+    address, times, sent, received = result.address, result.rtts, result.packets_sent, result.packets_received
+    replies = (f"64 bytes from {address}: icmp_seq={n} time={ms:.3g} ms\n" for n, ms in enumerate(times, 1))
+    text = (
+        f"PING {host} ({address}) 56(84) bytes of data.\n{''.join(replies)}\n--- {host} ping statistics ---\n"
+        f"{sent} packets transmitted, {received} received, {round(100 * result.packet_loss)}% packet loss, "
+        f"time {sum(times):.0f}ms"
+    )
     if times:
-        deviation = math.sqrt(sum((ms - result.avg_rtt) ** 2 for ms in times) / len(times))
-        figures = (result.min_rtt, result.avg_rtt, result.max_rtt, deviation)
-        lines.append("rtt min/avg/max/mdev = " + "/".join(f"{ms:.3f}" for ms in figures) + " ms")
-    return "\n".join(lines)
+        figures = result.min_rtt, result.avg_rtt, result.max_rtt, statistics.pstdev(times)
+        text += f"\nrtt min/avg/max/mdev = {'/'.join(f'{ms:.3f}' for ms in figures)} ms"
+    return text
 
 
 async def _system_ping(host: str, count: int) -> str:
     """Where a process may not send ICMP itself: the operating system's program."""
     if host.startswith("-") or (program := shutil.which("ping")) is None:
         raise PingError(f"Unable to ping {host}: this user may not send ICMP, and there is no ping program")
-    flag = "/n" if sys.platform == "win32" else "-c"
-    interval = () if sys.platform == "win32" else ("-i", f"{max(0.2, min(1.0, PING_SECS / 2 / count)):.1f}")
-    process = await asyncio.create_subprocess_exec(
-        program, flag, str(count), *interval, host, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE
-    )
+    flag, *pause = ["/n"] if sys.platform == "win32" else ["-c", f"-i{max(0.2, min(1.0, PING_SECS / 2 / count)):.1f}"]
+    failed, pipe = f"Command failed: ping {flag} {count} {host}", asyncio.subprocess.PIPE
+    process = await asyncio.create_subprocess_exec(program, *pause, flag, str(count), host, stdout=pipe, stderr=pipe)
     try:
         output, errors = await asyncio.wait_for(process.communicate(), PING_SECS)
     except TimeoutError:
         process.kill()
-        raise PingError(f"Command failed: ping {flag} {count} {host}: no answer within {PING_SECS:g} s") from None
+        raise PingError(f"{failed}: no answer within {PING_SECS:g} s") from None
     if process.returncode:
-        raise PingError(f"Command failed: ping {flag} {count} {host}\n{errors.decode('utf-8', 'replace')}")
+        raise PingError(f"{failed}\n{errors.decode('utf-8', 'replace')}")
     return output.decode("utf-8", "replace").strip()
 
 
@@ -7087,11 +7044,11 @@ def parse_ping(host: object, body: object) -> tuple[str, int]:
         name = str(ipaddress.ip_address(name))
     if not is_host(name):
         raise PingError(f"Invalid IP address or host name: '{name[:80]}'")
-    words = str(body or "").split()
-    if not words or not words[0].startswith("PING") or len(words) < 2:
+    verb, number, *_ = [*str(body or "").split(), "", ""]
+    if not (verb.startswith("PING") and number):
         return name, 1
-    if not (match := re.match(r"[+-]?\d+", words[1])):
-        raise PingError(f'Unable to ping {name} "{words[1]}" times. "{words[1]}" is not a number.')
+    if not (match := re.match(r"[+-]?\d+", number)):
+        raise PingError(f'Unable to ping {name} "{number}" times. "{number}" is not a number.')
     count = int(match.group())
     if not 1 <= count <= PING_MAX:
         raise PingError(f"Unable to ping {name} {count} times: the count must be from 1 to {PING_MAX}")
@@ -7168,6 +7125,7 @@ _ABORTS = (
     "unexpected parameter",
     "invalid parameter",
 )  # fmt: skip  (PS3.8 9.3.8)
+ITEM_BYTES = 65_000  # of an item, whose length has two bytes
 _NO_DATA = 0x0101  # Command Data Set Type (PS3.7 E.1)
 # Command elements of group 0000 by element: keyword and kind (PS3.7 E.1)
 _COMMAND = {
@@ -7301,6 +7259,7 @@ class Dimse:
         self._command = bytearray()
         self._data_of = 0  # the context whose data set is due
         self._request = b""
+        self._deaf = False  # we aborted: nothing that still comes counts (AA-6)
 
     @property
     def inside(self) -> bool:
@@ -7315,7 +7274,7 @@ class Dimse:
         """What these bytes bring, and the bytes to answer."""
         at = 0
         with memoryview(received) as view:
-            while at < len(view) and self.state != "Sta1":
+            while at < len(view) and self.state != "Sta1" and not self._deaf:
                 if self._fragment:
                     taken = bytes(view[at : at + self._fragment])
                     at += len(taken)
@@ -7378,14 +7337,14 @@ class Dimse:
                 parts = list(_items(item[4:]))
                 abstract = next((_uid(part) for sub, part in parts if sub == 0x30), "")
                 syntaxes = tuple(_uid(part) for sub, part in parts if sub == 0x40)
-                if not item[0] % 2:
-                    raise PeerError("a presentation context with an even number")
+                if not item[0] % 2 or item[0] in {context.id for context in contexts}:
+                    raise PeerError("presentation contexts whose numbers are not odd and unique")
                 contexts.append(Context(item[0], abstract, syntaxes))
             elif kind == 0x50:
                 self._take_user_information(item, roles)
         self._request = content[:68]
         self.state = "Sta3"
-        calling, called = _uid(content[20:36]), _uid(content[4:20])
+        calling, called = (_uid(t.strip(b" \0").split(b"\0")[0]) for t in (content[20:36], content[4:20]))
         self._events.append(Associate(calling, called, tuple(contexts), roles))
 
     def _take_user_information(self, content: bytes, roles: dict[str, tuple[int, int]]) -> None:
@@ -7408,6 +7367,8 @@ class Dimse:
         user = _item(0x51, struct.pack(">I", self.max_pdu)) + _item(0x52, IMPLEMENTATION[0].encode())
         for uid, (scu, scp) in roles.items():
             name = uid.encode("latin-1")
+            if len(user) + len(name) > ITEM_BYTES:
+                break  # no device means so many
             user += _item(0x54, struct.pack(">H", len(name)) + name + bytes((scu, scp)))
         items += [_item(0x50, user + _item(0x55, IMPLEMENTATION[1].encode()))]
         self.state = "Sta6"
@@ -7449,14 +7410,12 @@ class Dimse:
 
     def abort(self, reason: str, *, by_provider: int = -1) -> None:
         """A-ABORT (PS3.8 9.3.8); `by_provider`: with this reason, else by us as the service user."""
-        was, self.state = self.state, "Sta13"
+        was, self.state, self._deaf = self.state, "Sta13", True
         source = 2 if by_provider >= 0 else 0
         self._left, self._fragment, self._held = -1, 0, bytearray()
         self._out.append(self._pdu(ABORT, bytes((0, 0, source, max(0, by_provider)))))
         if was != "Sta13":
             self._events.append(Ended(f"aborted: {reason}"))
-        else:
-            self.state = "Sta1"
 
     def aborting(self, reason: str) -> bytes:
         """The bytes of an abort that we want."""
@@ -7621,25 +7580,37 @@ _ESCAPES = re.compile(r"\x1b[ -/]+[0-~]")
 _SWAPPED = {"OW": 2, "OF": 4, "OL": 4, "OD": 8, "OV": 8}  # bytes of a unit (PS3.5 6.2)
 
 
-def dicom_json(dataset: Dataset, omitted: list[str], large: int = LARGE_VALUE_BYTES, *, standard: bool = True) -> Json:
+def dicom_json(
+    dataset: Dataset, omitted: list[str], large: int = LARGE_VALUE_BYTES, *, standard: bool = True,
+    swap: bool | None = None,
+) -> Json:  # fmt: skip
     """The DICOM JSON Model (PS3.18 F.2) of a data set; tags that cannot be part of it are added to `omitted`.
 
     Pixel data is never part of it; neither are binary values larger than INLINE_BYTES, nor any of `large` bytes.
     `standard`: an attribute without a value has no Value (F.2.5); else `[""]`, which Bots in the field read.
+    `swap`, of the items of a sequence: the data set is big endian.
     """
     found: Json = {}
-    swap = dataset.original_encoding[1] is False
+    nested, swap = swap is not None, dataset.original_encoding[1] is False if swap is None else swap
     for tag in dataset.keys():  # noqa: SIM118 - iterating over the data set itself would read every value
         key = f"{tag:08X}"
-        if key in _PIXEL_DATA:
-            continue
+        if key in _PIXEL_DATA or (key.endswith("0000") and not key.startswith("0002")):
+            continue  # no group lengths (F.2.2), nor the zeros of a padding
         raw = dataset.get_item(tag)
         length, element = getattr(raw, "length", 0), None
         unread = length == 0xFFFFFFFF and getattr(raw, "value", "") is None
         if not unread and length not in range(large, 0xFFFFFFFF):
             try:
-                element = _plain(dataset[tag].to_json_dict(lambda bulk: "", INLINE_BYTES), swap, standard)
-                dump_json([element])
+                read = dataset[tag]
+                if read.VR == "SQ":
+                    items = [dicom_json(item, omitted, large, standard=standard, swap=swap) for item in read.value]
+                    element = {"vr": "SQ", "Value": items} if items or not standard else {"vr": "SQ"}
+                elif read.VR == "PN" and read.VM:
+                    element = _plain(_names(read.value if read.VM > 1 else [read.value]), swap, standard)
+                else:
+                    element = _plain(read.to_json_dict(lambda bulk: "", INLINE_BYTES), swap, standard)
+                if not (nested and read.VR == "SQ"):
+                    dump_json([element])
             except Exception:  # whatever a device's value is that pydicom cannot read or JSON cannot write
                 element = _as_text(tag, raw)
         if element is None:
@@ -7650,13 +7621,31 @@ def dicom_json(dataset: Dataset, omitted: list[str], large: int = LARGE_VALUE_BY
 
 
 def _as_text(tag: int, raw: Any) -> Json | None:
-    """A number that is none, as the text that it is (PS3.18 F.2.3.1 allows that); None for anything else."""
+    """Numbers that are none as the text that they are (PS3.18 F.2.3.1 allows that), names that are not all there.
+
+    None for anything else.
+    """
     vr, value = getattr(raw, "VR", None), getattr(raw, "value", None)
     with suppress(KeyError, UnicodeError):
         vr = vr or imaging().pydicom.datadict.dictionary_VR(tag)
         if vr in ("IS", "DS") and isinstance(value, bytes):
-            return {"vr": vr, "Value": [part.strip() for part in value.decode("ascii").rstrip(" \0").split("\\")]}
+            parts = [part.strip() for part in value.decode("ascii").rstrip(" \0").split("\\")]
+            return {"vr": vr, "Value": [_number(vr, part) for part in parts]}
     return None
+
+
+def _number(vr: str, text: str) -> Any:
+    with suppress(ValueError):
+        number = int(text) if vr == "IS" else float(text)
+        return number if (abs(number) < 2**63 if vr == "IS" else math.isfinite(number)) else text
+    return text or None
+
+
+def _names(values: Any) -> Json:
+    """Person names of which some are empty, which pydicom cannot write."""
+    groups = ("Alphabetic", "Ideographic", "Phonetic")
+    names = [{g: str(part) for g, part in zip(groups, str(name).split("="), strict=False) if part} for name in values]
+    return {"vr": "PN", "Value": [name or None for name in names]}
 
 
 def _without_escapes(value: Any) -> Any:
@@ -7671,12 +7660,6 @@ def _plain(element: Json, swap: bool, standard: bool) -> Json | None:
     vr, values = element["vr"], element.get("Value")
     if "BulkDataURI" in element:
         return None
-    if vr == "SQ":
-        items = [
-            {key: kept for key, e in item.items() if key not in _PIXEL_DATA and (kept := _plain(e, swap, standard))}
-            for item in values or []
-        ]
-        return element | {"Value": items} if items or not standard else {"vr": vr}
     if inline := element.get("InlineBinary"):
         if swap and (unit := _SWAPPED.get(vr)):  # little endian, whatever it was (F.2.7)
             content = base64.b64decode(inline)
@@ -7685,6 +7668,9 @@ def _plain(element: Json, swap: bool, standard: bool) -> Json | None:
         return element
     if not values or values in ([""], [None]):
         return {"vr": vr} if standard else {"vr": vr, "Value": [] if vr == "PN" else [""]}
+    if vr in ("AE", "CS", "LO", "SH"):  # blanks around them mean nothing (PS3.5 6.2)
+        values = [value.strip(" ") if isinstance(value, str) else value for value in values]
+        element["Value"] = values
     if vr in _TEXT:
         element["Value"] = values = [_without_escapes(value) for value in values]
     if len(values) > 1:
@@ -7766,9 +7752,7 @@ def reference_of(item: object) -> str:
 
 # --- whether a data set is whole -------------------------------------------------------------------------------------
 
-_LONG = frozenset(
-    b"OB OD OF OL OV OW SQ SV UC UN UR UT UV".split()
-)  # explicit VRs with 4 bytes of length (PS3.5 7.1.2)
+_LONG = frozenset(b"OB OD OF OL OV OW SQ SV UC UN UR UT UV".split())  # with 4 bytes of length (PS3.5 7.1.2)
 _VRS = _LONG | frozenset(b"AE AS AT CS DA DS DT FD FL IS LO LT PN SH SL SS ST TM UI UL US".split())
 
 
@@ -7790,7 +7774,7 @@ def check_whole(file: typing.BinaryIO, start: int, syntax: str) -> None:
         if file.tell() + length > size:
             raise Refusal(CANNOT_UNDERSTAND, "the data set breaks off inside a value")
         file.seek(length, os.SEEK_CUR)
-    if inside or head.strip(b"\0 \r\n"):
+    if inside or (head.strip(b"\0") and head not in (b" ", b"\r\n")):
         raise Refusal(CANNOT_UNDERSTAND, "the data set breaks off")
 
 
@@ -7805,7 +7789,9 @@ def _value_length(file: typing.BinaryIO, head: bytes, order: str, implicit: bool
     if group != 0xFFFE and not implicit and vr.isalpha() and vr.isupper():
         if vr not in _LONG:
             return int(struct.unpack(order + "H", head[6:])[0])
-        length, nested = struct.unpack(order + "I", file.read(4).ljust(4, b"\0"))[0], vr == b"UN"  # PS3.5 6.2.2
+        if len(rest := file.read(4)) < 4:
+            return 1  # what is not there cannot be passed over
+        length, nested = struct.unpack(order + "I", rest)[0], vr == b"UN"  # PS3.5 6.2.2
     if length == 0xFFFFFFFF:
         inside.append(nested)
         return 0
@@ -8065,6 +8051,7 @@ class DicomLine(Line):
             return
         name = DIMSE_NAMES.get(number, "")
         if name == "C-CANCEL":
+            self._coming = Request("", self.core.contexts[event.context], fields) if event.has_data else None
             for request in (self._serving, *self._requests):
                 if request and request.fields.get("MessageID") == fields.get("MessageIDBeingRespondedTo"):
                     request.cancelled.set()
@@ -8078,14 +8065,16 @@ class DicomLine(Line):
             request.data = bytearray()
             return
         request.file = SpoolFile(self.owner.store.spool)
-        head = part10_head(fields.get("AffectedSOPClassUID", ""), request.uid, request.context.syntaxes[0])
+        sop_class = fields.get("AffectedSOPClassUID") or request.context.abstract
+        head = part10_head(sop_class, request.uid or "0", request.context.syntaxes[0])
         request.file.start = request.held = len(head)
         request.blocks.append(head)
 
     def _take(self, piece: Fragment) -> None:
         """A piece of the data set."""
         request = self._coming
-        assert request is not None
+        if request is None:  # aborted by a piece before
+            return
         if request.file is not None:
             request.blocks.append(piece.content)
             request.held += len(piece.content)
@@ -8094,7 +8083,8 @@ class DicomLine(Line):
                 self._write_blocks(request, request.file)
         elif request.data is not None:
             request.data += piece.content
-            if len(request.data) > UPLINK_FRAME_BYTES:
+            if len(request.data) > IDENTIFIER_BYTES:
+                self._coming = None
                 self.send(self.core.aborting("a data set that is too large"))
                 self._end("aborted: a data set that is too large")
                 return
@@ -8288,6 +8278,8 @@ class DicomChannel(Channel):
     async def _store(self, line: DicomLine, request: Request) -> Answer:
         """C-STORE (PS3.4 B.2.3)."""
         file, limit = request.file, self.settings.maxMessageBytes
+        if not (request.uid and request.fields.get("AffectedSOPClassUID")):
+            raise Refusal(CANNOT_UNDERSTAND, "the request names no class or no instance")
         if not is_storage(request.context.abstract):
             raise Refusal(NO_SUCH_CLASS, "not a presentation context for objects")
         body: Json = {"association": line.titles}
@@ -8430,31 +8422,37 @@ class DicomChannel(Channel):
             raise Refusal(
                 CANNOT_UNDERSTAND, "the identifier cannot be read, or its level is none of a study root"
             ) from None
+        if request.name != "C-FIND" and not asked.get(_SEARCHES[level][3][0]):
+            raise Refusal(SOP_MISMATCH, f"a retrieval at this level needs {_SEARCHES[level][3][0]}")
         wanted = asked if request.name == "C-FIND" else _uids_of(asked)
         depth = level if request.name == "C-FIND" else len(LEVELS_OF_QUERIES) - 1
         try:
             found = await unless_cancelled(request, self._descend(wanted, depth))
         except ServerError as error:
             raise Refusal(UNABLE_TO_PROCESS, f"the server cannot be asked: {error}") from None
-        return found
+        tags = [f"{element.tag:08X}" for element in asked]
+        return [({t: described[t] for t in tags if t in described}, resource) for described, resource in found]
 
     async def _descend(self, wanted: Dataset, depth: int) -> list[tuple[Json, Json]]:
         found: list[tuple[Json, Json]] = [({}, {})]
-        for kind, parent, parameters in _SEARCHES[: depth + 1]:
+        for kind, parent, parameters, keywords in _SEARCHES[: depth + 1]:
             below: list[tuple[Json, Json]] = []
             for dataset, above in found:
                 query = _search_query(wanted, parameters) | ({parent: _reference_to(above)} if parent else {})
                 for resource in await self._fhir.search(f"{kind}?{urllib.parse.urlencode(query)}"):
-                    described = dataset | resource_json(resource)
+                    described = dataset | resource_json(resource, keywords)
                     if await self._decode(matches_query, wanted, described):
                         below.append((described, resource))
             found = below
-        return found
+        tag = f"{imaging().pydicom.datadict.tag_for_keyword(_SEARCHES[depth][3][0]):08X}"
+        return list({described[tag]["Value"][0]: (described, resource) for described, resource in found}.values())
 
     async def _references(self, line: DicomLine, request: Request, **more: str) -> list[str]:
         if self._answers_itself(request):
-            raw = [(resource.get("raw") or {}).get("reference") for _, resource in await self._search(request)]
-            return [reference for reference in raw if isinstance(reference, str)]
+            found = [
+                resource for _, resource in await self._search(request)
+            ]  # one without its object fails, and counts
+            return [str((it.get("raw") or {}).get("reference") or f"DicomInstance/{it.get('id')}") for it in found]
         words = await self._ask(line, request, **more)
         try:
             return [reference_of(item) for item in (words["binaries"] if isinstance(words, dict) else words)]
@@ -8649,13 +8647,19 @@ class DicomChannel(Channel):
     async def _known_to_server(self, request: Json) -> set[str] | None:
         """Which of the objects the server has, by its own DicomInstances; None when it cannot say."""
         found: set[str] = set()
-        try:
-            for uid, _ in referenced_objects(request):
-                instances = await self._fhir.search(f"DicomInstance?sop-instance-uid={urllib.parse.quote(uid)}")
-                found |= {uid} & {str(instance.get("sopInstanceUid")) for instance in instances}
-        except ServerError as error:
-            self.warn(f"the server cannot say what it has: {error}")
-            return None
+        for uid, _ in referenced_objects(request):
+            for seconds in COMMITMENT_REPORT_SECS:
+                await asyncio.sleep(seconds)
+                try:
+                    instances = await self._fhir.search(f"DicomInstance?sop-instance-uid={urllib.parse.quote(uid)}")
+                    found |= {uid} & {str(instance.get("sopInstanceUid")) for instance in instances}
+                    break
+                except ServerError as error:
+                    self.warn(f"the server cannot say what it has: {error}")
+                    if not error.transient:
+                        return None
+            else:
+                return None
         return found
 
     async def recover(self) -> None:
@@ -8708,14 +8712,22 @@ def _report_by_call(peer: Peer, title: str, own: str, report: Dataset, kind: int
 # --- queries that the server's own resources answer ------------------------------------------------------------------
 
 LEVELS_OF_QUERIES = ("STUDY", "SERIES", "IMAGE")
-# Resource, the parameter that names the one above, and parameters by the keyword that they search
-_SEARCHES: tuple[tuple[str, str, Mapping[str, str]], ...] = (
+# Resource, the parameter that names the one above, parameters by the keyword that they search, and the keywords of its
+# members; the first is that of its UID
+_SEARCHES: tuple[tuple[str, str, Mapping[str, str], Sequence[str]], ...] = (
     ("DicomStudy", "", {
         "StudyInstanceUID": "study-instance-uid", "AccessionNumber": "accession-number", "PatientID": "patient-id",
         "ModalitiesInStudy": "modalities", "StudyDate": "study-date",
-    }),
-    ("DicomSeries", "study", {"SeriesInstanceUID": "series-instance-uid"}),
-    ("DicomInstance", "series", {"SOPInstanceUID": "sop-instance-uid"}),
+    }, """StudyInstanceUID StudyID StudyDate StudyTime AccessionNumber InstanceAvailability ModalitiesInStudy
+        ReferringPhysicianName TimezoneOffsetFromUTC PatientName PatientID PatientBirthDate PatientSex
+        NumberOfStudyRelatedSeries NumberOfStudyRelatedInstances""".split()),
+    ("DicomSeries", "study", {"SeriesInstanceUID": "series-instance-uid"},
+     """SeriesInstanceUID SeriesNumber Modality TimezoneOffsetFromUTC SeriesDescription NumberOfSeriesRelatedInstances
+        PerformedProcedureStepStartDate PerformedProcedureStepStartTime ScheduledProcedureStepID
+        RequestedProcedureID""".split()),
+    ("DicomInstance", "series", {"SOPInstanceUID": "sop-instance-uid"},
+     """SOPInstanceUID SOPClassUID InstanceAvailability TimezoneOffsetFromUTC InstanceNumber Rows Columns BitsAllocated
+        NumberOfFrames""".split()),
 )  # fmt: skip
 
 
@@ -8729,37 +8741,30 @@ def _search_query(wanted: Dataset, parameters: Mapping[str, str]) -> dict[str, A
     for keyword, parameter in parameters.items():
         value = wanted.get(keyword)
         values = [str(part) for part in (value if not isinstance(value, str) and value is not None else [value or ""])]
-        text = ",".join(part.replace(",", "\\,") for part in values)
         if keyword == "StudyDate":
-            first = text.split("-")[0]
-            text = f"ge{first[:4]}-{first[4:6]}-{first[6:8]}" if len(first) == 8 else ""
-        text = re.split(r"[*?]", text)[0]
-        query |= {parameter: text} if text else {}
+            first = values[0].split("-")[0]
+            values = [f"ge{first[:4]}-{first[4:6]}-{first[6:8]}" if len(first) == 8 else ""]
+        exact = keyword == "ModalitiesInStudy"  # a token: FHIR knows no beginnings of it
+        found = ["" if exact and re.search("[*?]", one) else re.split("[*?]", one)[0] for one in values]
+        if all(found):
+            query[parameter] = ",".join(one.replace(",", "\\,") for one in found)
     return query
 
 
-def resource_json(resource: Json) -> Json:
+def resource_json(resource: Json, keywords: Iterable[str]) -> Json:
     """A DicomStudy, DicomSeries or DicomInstance as a data set: its members are named like the attributes."""
-    library = imaging().pydicom
+    library = imaging().pydicom.datadict
     dataset: Json = {}
-    for member, value in resource.items():
-        keyword = member[:1].upper() + member[1:]
-        for ours, theirs in (
-            ("Uid", "UID"),
-            ("FromUtc", "FromUTC"),
-            ("Sop", "SOP"),
-            ("PhysiciansName", "PhysicianName"),
-        ):
-            keyword = keyword.replace(ours, theirs)
-        keyword = re.sub(r"Id$", "ID", keyword)
-        tag = library.datadict.tag_for_keyword(keyword)
-        if tag is None or isinstance(value, dict):
-            continue
-        vr = library.datadict.dictionary_VR(tag)
-        values = value if isinstance(value, list) else [value]
+    for keyword in keywords:
+        member = "referringPhysiciansName" if keyword == "ReferringPhysicianName" else keyword
+        for theirs, ours in (("SOP", "Sop"), ("UID", "Uid"), ("UTC", "Utc"), ("ID", "Id")):
+            member = member.replace(theirs, ours)
+        value, vr = resource.get(member[:1].lower() + member[1:]), library.dictionary_VR(keyword)
+        values = value if isinstance(value, list) else [] if value is None else [value]
         if vr in ("DA", "TM"):
             values = [re.sub("[-:]", "", str(one)) for one in values]
-        dataset[f"{tag:08X}"] = {"vr": vr, "Value": [{"Alphabetic": one} if vr == "PN" else one for one in values]}
+        shown = [{"Alphabetic": one} if vr == "PN" else one for one in values]
+        dataset[f"{library.tag_for_keyword(keyword):08X}"] = {"vr": vr} | ({"Value": shown} if shown else {})
     return dataset
 
 
@@ -8780,7 +8785,8 @@ def matches_query(wanted: Dataset, described: Json) -> bool:
         if element.VR == "SQ" or found is None or element.is_empty or element.keyword == "SpecificCharacterSet":
             continue
         keys = [str(key) for key in (element.value if element.VM > 1 else [element.value])]
-        values = [str(v.get("Alphabetic", "") if isinstance(v, dict) else v) for v in found["Value"]]
+        shown = found.get("Value") or [""]
+        values = [str(v.get("Alphabetic", "") if isinstance(v, dict) else v) for v in shown]
         if not any(_matches(element.VR, key, value) for key in keys for value in values):
             return False
     return True
@@ -8789,7 +8795,7 @@ def matches_query(wanted: Dataset, described: Json) -> bool:
 def _matches(vr: str, key: str, value: str) -> bool:
     if vr in ("DA", "TM", "DT") and "-" in key:
         first, last = key.split("-", 1)
-        return (first or value) <= value <= (last or value) or (bool(last) and value.startswith(last))
+        return (bool(value) and (first or value) <= value <= (last or value)) or (bool(last) and value.startswith(last))
     if vr == "PN":
         key, value = key.casefold().rstrip("^= "), value.casefold().rstrip("^= ")
     pattern = "".join(".*" if c == "*" else "." if c == "?" else re.escape(c) for c in key)
@@ -9661,30 +9667,18 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
-        prog=Path(sys.argv[0]).name,
-        usage=_USAGE,
-        description="Carries messages between hospital devices and a Medplum server.",
-    )
-    parser.add_argument(
-        "arguments", nargs="*", metavar="base_url client_id client_secret agent_id [log_level]", help="or: demo"
-    )
-    parser.add_argument(
-        "--config", metavar="FILE", help="agent.toml or agent.properties; default: the one in the working directory"
-    )
-    parser.add_argument(
-        "--state-dir",
-        metavar="DIR",
-        help="queue, logs and last configuration; default: a folder for each agent id in the system's place for state",
-    )
-    parser.add_argument(
-        "--settings-schema", nargs="?", const="json", choices=("json", "markdown"), help="print every setting and exit"
-    )
-    parser.add_argument(
-        "--server-secs", type=float, metavar="N", help="health: fail when the server has been away for so long"
-    )
-    parser.add_argument("--once", action="store_true", help="demo: end after the example traffic")
-    parser.add_argument("--version", action="version", version=VERSION)
+    description = "Carries messages between hospital devices and a Medplum server."
+    parser = _Parser(prog=Path(sys.argv[0]).name, usage=_USAGE, description=description)
+    add = parser.add_argument
+    add("arguments", nargs="*", metavar="base_url client_id client_secret agent_id [log_level]", help="or: demo")
+    add("--config", metavar="FILE", help="agent.toml or agent.properties; default: the one in the working directory")
+    place = "default: a folder for each agent id in the system's place for state"
+    add("--state-dir", metavar="DIR", help=f"queue, logs and last configuration; {place}")
+    formats = ("json", "markdown")
+    add("--settings-schema", nargs="?", const="json", choices=formats, help="print every setting and exit")
+    add("--server-secs", type=float, metavar="N", help="health: fail when the server has been away for so long")
+    add("--once", action="store_true", help="demo: end after the example traffic")
+    add("--version", action="version", version=VERSION)
     return parser
 
 
@@ -9698,12 +9692,11 @@ def _parse(argv: list[str]) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code: 0 after a clean stop, 1 when it cannot start."""
-    options = _parse(list(sys.argv[1:] if argv is None else argv))
+    options = _parse(sys.argv[1:] if argv is None else list(argv))
     if options.settings_schema:
         print(settings_markdown() if options.settings_schema == "markdown" else json.dumps(settings_schema(), indent=2))
         return 0
-    if hasattr(os, "umask"):
-        os.umask(0o077)
+    os.umask(0o077)
     gc.freeze()  # what is loaded stays: collections look at messages only, and seldom
     gc.set_threshold(50_000, 20, 50)
     sys.setswitchinterval(0.001)  # the writer thread must not wait 5 ms for the interpreter after each commit
@@ -9712,11 +9705,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             return _run_demo(options.state_dir, stay=not options.once)
         if options.arguments == ["health"]:
             return _health(options)
-        _run_agent(options)
+        _run_agent(_process_config(options, *options.arguments[:4], *filter(None, options.arguments[4:5])))
     except ConfigError as error:
-        for problem in error.problems:
-            print(f"{_parser().prog}: {problem}", file=sys.stderr)
-        print("Try --help.", file=sys.stderr)
+        print(*(f"{_parser().prog}: {problem}" for problem in error.problems), "Try --help.", sep="\n", file=sys.stderr)
         return 1
 
 
@@ -9749,9 +9740,7 @@ def _health(options: argparse.Namespace) -> int:
     return int(bool(problems))
 
 
-def _run_agent(options: argparse.Namespace) -> NoReturn:
-    config = _process_config(options, *options.arguments[:4], *filter(None, options.arguments[4:5]))
-
+def _run_agent(config: ProcessConfig) -> NoReturn:
     async def serve() -> None:
         agent = Agent(config, sys.stdout)
         _stop_on_signals(agent)
@@ -9764,28 +9753,18 @@ def _run_agent(options: argparse.Namespace) -> NoReturn:
 
 
 def _run_demo(state_dir: str | None, *, stay: bool) -> int:
+    """packaging/demo.py, which builds on this very module under its importable name."""
     import tempfile
 
-    with ExitStack() as stack:
-        folder = Path(
-            state_dir
-            or stack.enter_context(
-                tempfile.TemporaryDirectory(prefix="medplum-agent-demo-", ignore_cleanup_errors=True)
-            )
-        )
-        asyncio.run(_demo_module().Demo(folder, stay).run(_stop_on_signals))
-    return 0
-
-
-def _demo_module() -> types.ModuleType:
-    """packaging/demo.py, which builds on this very module under its importable name."""
     sys.modules.setdefault("medplum_agent", sys.modules[__name__])
     sys.path.append(str(Path(__file__).with_name("packaging")))
     try:
         import demo
     except ModuleNotFoundError:
         raise ConfigError(["the demo is not beside this file: use the source tree, or one of the binaries"]) from None
-    return demo
+    with tempfile.TemporaryDirectory(prefix="medplum-agent-demo-", ignore_cleanup_errors=True) as folder:
+        asyncio.run(demo.Demo(Path(state_dir or folder), stay).run(_stop_on_signals))
+    return 0
 
 
 def _stop_on_signals(agent: Agent) -> None:
@@ -9800,12 +9779,11 @@ def _stop_on_signals(agent: Agent) -> None:
         first = min(first, loop.time())
         agent.stop()
 
-    for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK"):
-        if (number := getattr(signal, name, None)) is not None:
-            try:
-                loop.add_signal_handler(number, stop)
-            except NotImplementedError:  # Windows: no loop support; the handler runs in the main thread
-                signal.signal(number, lambda *_: loop.call_soon_threadsafe(stop))
+    for number in filter(None, (getattr(signal, f"SIG{name}", None) for name in "INT TERM HUP BREAK".split())):
+        try:
+            loop.add_signal_handler(number, stop)
+        except NotImplementedError:  # Windows: no loop support; the handler runs in the main thread
+            signal.signal(number, lambda *_: loop.call_soon_threadsafe(stop))
 
 
 if __name__ == "__main__":

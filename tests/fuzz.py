@@ -131,6 +131,81 @@ def _astm_events(kind: int, pieces: list[list[bytes]], late: bool) -> list[str]:
     return [*map(repr, heard), str(core.skipped)]
 
 
+DIMSE_STATES = ("Sta2", "Sta3", "Sta6", "Sta7", "Sta10", "Sta13")
+DIMSE_ENDS = (ma.RELEASE_RP, ma.ABORT)
+
+
+def dimse(content: bytes) -> None:
+    """The first byte chooses the state; whole and byte by byte give the same events and the same answer.
+
+    Memory is bounded; after the end there are no events, and at most one A-ABORT is the last that is said.
+    """
+    state, stream = DIMSE_STATES[content[0] % len(DIMSE_STATES) if content else 0], content[1:]
+    whole, single = _dimse_in(state), _dimse_in(state)
+    expected, found = _dimse_heard(whole, [stream]), _dimse_heard(single, _singly(stream))
+    assert found == expected, f"{found} != {expected}"
+    assert (single.state, single.inside) == (whole.state, whole.inside)
+    events, answer = expected
+    assert not any(isinstance(event, ma.Ended) for event in events[:-1]), events
+    said = [answer[at] for at in range(0, len(answer), 10)]
+    assert len(answer) == 10 * len(said) and said in ([], [ma.RELEASE_RP], [ma.ABORT], [*DIMSE_ENDS]), answer.hex()
+    if events and isinstance(asked := events[-1], ma.Associate):
+        accepted = whole.accept([ma.DicomLine._negotiated(context) for context in asked.contexts], asked.roles)
+        assert accepted[0] == ma.ASSOCIATE_AC and len(accepted) == 6 + int.from_bytes(accepted[2:6], "big")
+    with contextlib.suppress(ma.PeerError):
+        assert "CommandField" in ma.read_command(stream)
+
+
+def _dimse_in(state: str) -> ma.Dimse:
+    core = ma.Dimse(16384)
+    if state == "Sta2":
+        return core
+    core.receive(ASSOCIATE)
+    if state != "Sta3":
+        core.accept([(ma.Context(number, "1.2", (ma.IMPLICIT,)), 0) for number in (1, 3)], {})
+    if state in ("Sta7", "Sta10"):
+        core.release()
+    if state in ("Sta10", "Sta13"):
+        core.receive(_pdu(ma.RELEASE_RQ, bytes(4)))
+    assert core.state == state
+    return core
+
+
+def _dimse_heard(core: ma.Dimse, chunks: list[bytes]) -> tuple[list[ma.DimseEvent], bytes]:
+    """All that a core says, the pieces of a data set joined."""
+    heard, said = list[ma.DimseEvent](), b""
+    for chunk in chunks:
+        events, answer = core.receive(chunk)
+        said += answer
+        for event in events:
+            before = heard[-1] if heard else None
+            if isinstance(event, ma.Fragment) and isinstance(before, ma.Fragment) and not before.last:
+                event = ma.Fragment(before.content + event.content, event.last)
+                heard.pop()
+            heard.append(event)
+        assert len(core._held) <= ma.PDU_BYTES and len(core._command) <= ma.COMMAND_BYTES + len(chunk)
+    return heard, said
+
+
+def _pdu(kind: int, content: bytes) -> bytes:
+    return ma.Dimse._pdu(kind, content)
+
+
+def _value(context: int, control: int, content: bytes) -> bytes:
+    return (len(content) + 2).to_bytes(4, "big") + bytes((context, control)) + content
+
+
+ASSOCIATE = _pdu(
+    ma.ASSOCIATE_RQ,
+    b"\0\1\0\0" + b"AGENT".ljust(16) + b"CT1".ljust(16) + bytes(32) + ma._item(0x10, b"1.2")
+    + ma._item(0x20, b"\1\0\0\0" + ma._item(0x30, b"1.2") + ma._item(0x40, b"1.2.840.10008.1.2"))
+    + ma._item(0x50, ma._item(0x51, b"\0\0\x40\0") + ma._item(0x54, b"\0\0031.2\1\1") + ma._item(0x58, b"\1\0")),
+)  # fmt: skip
+COMMAND = ma.command_set({"CommandField": 1, "MessageID": 7, "CommandDataSetType": 1})
+STORED = _pdu(ma.P_DATA, _value(1, 3, COMMAND) + _value(1, 0, b"ab")) + _pdu(ma.P_DATA, _value(1, 2, b"c"))
+ENDINGS = b"".join(_pdu(kind, bytes(4)) for kind in (ma.RELEASE_RQ, ma.RELEASE_RP, ma.ABORT))
+
+
 def hl7(content: bytes) -> None:
     """Decoding, header, keys, acknowledgments and answers: PeerError or a result."""
     said = content.decode("utf-8", "replace")
@@ -230,6 +305,13 @@ TARGETS: dict[str, tuple[Callable[[bytes], None], tuple[bytes, ...]]] = {
             b"\x03" + SESSION.replace(b"\x03", b"\x17"), b"\x80\x06\x06\x15\x06" + SESSION, b"\x83" + b"\x06" * 9,
             b"\x80\x05" + SESSION + PAUSE + b"\x06\x04" + PAUSE + b"\x06",
             b"\xc1\x06\x04" + SESSION + PAUSE + b"\x06\x06",
+        ),
+    ),
+    "dimse": (
+        dimse,
+        (
+            b"\0" + ASSOCIATE + STORED, b"\1" + ENDINGS, b"\2" + STORED + ENDINGS, b"\3" + STORED + ENDINGS,
+            b"\4" + ENDINGS[10:], b"\5" + STORED + ASSOCIATE, b"\2" + STORED.replace(b"\1\3", b"\1\1"), b"\2" + COMMAND,
         ),
     ),
     "hl7": (

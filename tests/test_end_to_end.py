@@ -215,7 +215,7 @@ def test_a_control_id_with_other_content_is_a_new_message(here, channel):
     with here.device(channel) as device:
         for text in (message(control), message(control, text="changed"), message(control).replace("|ADT1|", "|ADT2|")):
             device.send(text)
-            assert [code for code, _ in device.heard(count)][0] in ("AA", "CA")
+            assert device.heard(count)[0][0] in ("AA", "CA")
     here.sandbox.wait_for(lambda: len(here.sandbox.of(control)) == 3)
     assert here.agent.main_log().count(b"came again with other content") >= 1
 

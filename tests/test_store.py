@@ -1003,7 +1003,8 @@ def test_a_file_of_the_first_version_goes_through_every_migration(path: Path) ->
     with contextlib.closing(sqlite3.connect(path)) as db:
         db.executescript(
             "DROP INDEX spooled; ALTER TABLE message DROP COLUMN spool;"
-            "CREATE TABLE tally (state INTEGER PRIMARY KEY, n INTEGER NOT NULL); ALTER TABLE message RENAME COLUMN failing_ms TO first_failed_at; PRAGMA user_version = 1;"
+            "CREATE TABLE tally (state INTEGER PRIMARY KEY, n INTEGER NOT NULL);"
+            "ALTER TABLE message RENAME COLUMN failing_ms TO first_failed_at; PRAGMA user_version = 1;"
         )
 
     async def second() -> None:
