@@ -465,6 +465,7 @@ def base_url(text: str) -> None:
         raise ValueError("must start with http:// or https:// and name a host")
 
 
+@lru_cache(64)
 def codec_of(label: str) -> str:
     """Python's codec for a label as the Encoding Standard maps it; names that only Python knows stay as they are.
 
@@ -1019,21 +1020,21 @@ class ChannelPlan:
         """We open the line: to an instrument that listens, or a serial port."""
         return isinstance(self.settings, StreamSettings) and (self.settings.role == "client" or not self.port)
 
-    @property
+    @cached_property
     def is_astm(self) -> bool:
         return isinstance(self.settings, StreamSettings) and self.settings.mode == "astm"
 
-    @property
+    @cached_property
     def content_type(self) -> str:
         return ASTM_TYPE if self.is_astm else BYTES_TYPE
 
-    @property
+    @cached_property
     def workers(self) -> int:
         """A sequence number means order, so assignSeqNo alone implies one message in flight."""
         numbered = isinstance(self.settings, Hl7Settings) and self.settings.assignSeqNo
         return 1 if numbered and "maxWorkers" not in self.given else self.settings.maxWorkers
 
-    @property
+    @cached_property
     def key_spec(self) -> str:
         """What orders it: `*` the whole feed, `@` the device, `study`, a logical channel key, or `` the patient."""
         if self.workers == 1:
@@ -1586,7 +1587,12 @@ def character_set(content: bytes) -> str:
     start = content.find(b"MSH")
     end = content.find(b"\r", start)
     fields = content[start : end if end > 0 else None].split(content[start + 3 : start + 4] or b"|", 18)
-    name = fields[17].decode("latin-1").split("~")[0].strip().upper() if len(fields) > 17 else ""
+    return _named_codec(fields[17]) if len(fields) > 17 and fields[17] else ""
+
+
+@lru_cache(64)
+def _named_codec(field: bytes) -> str:
+    name = field.decode("latin-1").split("~")[0].strip().upper()
     with suppress(ValueError):
         codec = _CHARACTER_SETS.get(name) or codec_of(name)
         check_encoding(codec)
@@ -1627,35 +1633,27 @@ def framed(text: str) -> str:
     return text if text.endswith("\r") else text + "\r"
 
 
+_NO_FIELDS = ("",) * 12
+
+
 class Header:
     """The MSH segment: `fields[n - 1]` is MSH-n (HL7 v2.5.1 2.15.9); missing fields read as empty."""
 
-    __slots__ = ("component", "encoding", "fields", "raw_id", "repetition", "separator")
+    __slots__ = (
+        "component", "control_id", "encoding", "fields", "message_type", "raw_id", "repetition", "separator",
+    )  # fmt: skip
 
     def __init__(self, text: str, encoding: str = ""):
         end = text.find("\r")
         self.encoding = encoding  # of the message, as a codec; "": the line's
         self.raw_id = b""  # MSH-10 as received, where it cannot be decoded
         self.separator = text[3]
-        self.fields = (text if end < 0 else text[:end]).split(self.separator)
-        marks = self.fields[1] if len(self.fields) > 1 else ""
+        self.fields = [*(text if end < 0 else text[:end]).split(self.separator), *_NO_FIELDS]
+        marks, self.message_type, self.control_id = self.fields[1], self.fields[8], self.fields[9]
         self.component, self.repetition = marks[0:1] or "^", marks[1:2] or "~"
 
     def field(self, number: int) -> str:
         return self.fields[number - 1] if number <= len(self.fields) else ""
-
-    @property
-    def control_id(self) -> str:
-        return self.fields[9] if len(self.fields) > 9 else ""
-
-    @property
-    def message_type(self) -> str:
-        return self.fields[8] if len(self.fields) > 8 else ""
-
-    @property
-    def sender(self) -> str:
-        """MSH-3 and MSH-4: with the control id they name a message."""
-        return "|".join(self.fields[2:4])
 
 
 def segments_named(text: str, name: str, separator: str) -> Iterator[str]:
@@ -1736,14 +1734,14 @@ def hl7_timestamp() -> str:
 
 def build_ack(header: Header, code: str, text: str = "") -> str:
     """MSH and MSA answering `header` (HL7 v2.5.1 2.9.2, channel contract 4.4); `text` goes to MSA-3."""
-    s, c, field = header.separator, header.component, header.field
+    s, c, fields = header.separator, header.component, header.fields
     kind = header.message_type.split(c, 2)
     ack_type = "ACK"
     if len(kind) > 1 and kind[1]:
         ack_type = f"ACK{c}{kind[1]}{c}ACK" if len(kind) > 2 and kind[2] else f"ACK{c}{kind[1]}"
     return (
-        f"MSH{s}{field(2) or _MARKS}{s}{field(5)}{s}{field(6)}{s}{field(3)}{s}{field(4)}{s}{hl7_timestamp()}{s}{s}"
-        f"{ack_type}{s}{next(_control_ids)}{s}{field(11) or 'P'}{s}{field(12) or '2.5.1'}\r"
+        f"MSH{s}{fields[1] or _MARKS}{s}{fields[4]}{s}{fields[5]}{s}{fields[2]}{s}{fields[3]}{s}{hl7_timestamp()}{s}{s}"
+        f"{ack_type}{s}{next(_control_ids)}{s}{fields[10] or 'P'}{s}{fields[11] or '2.5.1'}\r"
         f"MSA{s}{code}{s}{header.control_id}{s}{text or ACK_TEXT[code]}\r"
     )
 
@@ -5573,18 +5571,15 @@ class Hl7Line(MllpLine):
 
     def __init__(self, owner: Channel):
         super().__init__(owner, owner.plan.settings.maxMessageBytes)
-        self.encoding = codec_of(self.settings.encoding)
+        self.replan(changed=True)
         self._warned: set[str] = set()  # what was warned about on this connection
         self._ids: dict[str, int] = {}  # the last control ids, and what they named
         self._junk_at = -math.inf
         self._delayed: deque[bytes | PeerError] = deque()
         self._next_at = 0.0
 
-    @property
-    def settings(self) -> Hl7Settings:
-        return cast(Hl7Settings, self.owner.plan.settings)
-
     def replan(self, changed: bool) -> None:
+        self.settings = cast(Hl7Settings, self.owner.plan.settings)
         self.core.limit, self.encoding = self.settings.maxMessageBytes, codec_of(self.settings.encoding)
 
     def connection_lost(self, error: Exception | None) -> None:
@@ -5693,7 +5688,7 @@ class Hl7Line(MllpLine):
     def _check_repetition(self, header: Header, message: Message, content: bytes) -> None:
         """Sender and control id name a message; in a repetition of it all bytes are the same but for MSH-7."""
         settings, whole = self.settings, message_hash(content)
-        name = f"{header.sender}|{message.control_id}"
+        name = "|".join((*header.fields[2:4], message.control_id))
         if settings.duplicateBehavior == "reject":
             whole = message_hash(name.encode())
         elif self._ids.setdefault(name, whole) != whole:
@@ -5870,15 +5865,12 @@ class StreamLine(Line):
 
     owner: Channel
 
-    def __init__(self, owner: Channel):
+    def __init__(self, owner: Channel, settings: StreamSettings | None = None):
         super().__init__(owner)
+        self.settings = settings or cast(StreamSettings, owner.plan.settings)
         self.core = self._make_core()
         self._replies: list[bytes] = []  # automatic answers that wait until what they acknowledge is on disk
         self._in_pieces = False  # a part of the message under way was acknowledged
-
-    @property
-    def settings(self) -> StreamSettings:
-        return cast(StreamSettings, self.owner.plan.settings)
 
     def _make_core(self) -> Any:
         return ByteStream(self.settings)
@@ -5984,8 +5976,8 @@ class AstmLine(StreamLine):
 
     core: Astm
 
-    def __init__(self, owner: Channel):
-        super().__init__(owner)
+    def __init__(self, owner: Channel, settings: StreamSettings | None = None):
+        super().__init__(owner, settings)
         self.session = ""  # names the frames on disk that belong to no message yet
         self._frames = 0
         self._sends: deque[asyncio.Future[str]] = deque()  # in the order of the core
@@ -6592,12 +6584,7 @@ class RecordsCall(AstmLine):
     def __init__(self, owner: Device, settings: DeviceSettings):
         shared = rows_of(StreamSettings).keys() & rows_of(DeviceSettings).keys()
         given = {name: getattr(settings, name) for name in shared - {"mode", "bodyEncoding", "endChar"}}
-        self._settings = StreamSettings(mode="astm", **given)
-        super().__init__(cast(Channel, owner))
-
-    @property
-    def settings(self) -> StreamSettings:
-        return self._settings
+        super().__init__(cast(Channel, owner), StreamSettings(mode="astm", **given))
 
     def keep(self, frame: FrameAccepted) -> None:
         self._do(self.core.refused)
@@ -9709,6 +9696,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ConfigError as error:
         print(*(f"{_parser().prog}: {problem}" for problem in error.problems), "Try --help.", sep="\n", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:  # before the agent listens for signals
+        return 130
 
 
 def _process_config(options: argparse.Namespace, *arguments: str) -> ProcessConfig:
@@ -9768,7 +9757,7 @@ def _run_demo(state_dir: str | None, *, stay: bool) -> int:
 
 
 def _stop_on_signals(agent: Agent) -> None:
-    """SIGINT, SIGTERM and SIGHUP begin the clean stop; a second one ends the process at once."""
+    """SIGINT, SIGTERM and SIGHUP begin the clean stop; another one, a second later or more, ends the process at once."""
     loop = asyncio.get_running_loop()
     first = math.inf
 

@@ -797,32 +797,23 @@ DEMO_PUSH = (
     "RXD|1|GLUCOSE|20260101121000|5|mg\r"
 )
 
-DEMO_PORT = 8103
+# The server's; the channels' and the pump's follow. Below those that systems give to outgoing connections: nobody may
+# take a channel's port before the agent listens. A second demo finds the first one's server, and takes the next ten.
+DEMO_PORTS = range(8103, 8203, 10)
 DEMO_SECS = 60.0  # for the agent's start and all the example traffic, which take two
 DEMO_AGAIN = "Start it again; with --state-dir DIR the agent's log stays in DIR"
 
 
-def _listen() -> socket.socket:
-    """The server's port; ConfigError where this machine cannot reach itself."""
-    try:
-        try:
-            ear = socket.create_server(("127.0.0.1", DEMO_PORT))
-        except OSError:
-            ear = socket.create_server(("127.0.0.1", 0))
-        socket.create_connection(ear.getsockname(), 5).close()
-    except OSError as error:
-        raise ConfigError([
-            f"the demo cannot connect to 127.0.0.1, this machine itself: {error.strerror or error}. Bring the loopback "
-            "interface up (Linux: ip link set lo up) or allow it in the firewall, and start the demo again"
-        ]) from None  # fmt: skip
-    return ear
+def _listen(*ports: int) -> socket.socket:
+    """At the first of these ports that is free, else at any; OSError."""
+    for port in ports:
+        with contextlib.suppress(OSError, OverflowError):
+            return socket.create_server(("127.0.0.1", port))
+    return socket.create_server(("127.0.0.1", 0))
 
 
-def _free_port(preferred: int) -> int:
-    for port in (preferred, 0):
-        with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", port)) as probe:
-            return int(probe.getsockname()[1])
-    raise ConfigError(["no TCP port of 127.0.0.1 is free: end a program that listens, and start the demo again"])
+def _port(ear: socket.socket) -> int:
+    return int(ear.getsockname()[1])
 
 
 class DemoAgent(Agent):
@@ -839,11 +830,20 @@ class Demo:
     """The sandbox, an agent connected to it and example devices, in one process and without a network."""
 
     def __init__(self, state_dir: Path, stay: bool):
-        self._state_dir, self._stay, self._ear = state_dir, stay, _listen()
-        port = int(self._ear.getsockname()[1])
-        first = 56000 if port == DEMO_PORT else 0  # beside another demo, which may just be about to take its own
-        *channels, self.pump_port = (_free_port(first and first + n) for n in range(len(DEMO_CHANNELS) + 1))
-        self.ports = dict(zip(DEMO_CHANNELS, channels, strict=True))
+        self._state_dir, self._stay, self.ports = state_dir, stay, dict[str, int]()
+        try:
+            self._ear = _listen(*DEMO_PORTS)
+            socket.create_connection(self._ear.getsockname(), 5).close()
+            for number, name in enumerate(DEMO_CHANNELS, _port(self._ear) + 1):
+                with _listen(number) as probe:
+                    self.ports[name] = _port(probe)
+            self._pump_ear = _listen(max(self.ports.values()) + 1)
+        except OSError as error:
+            raise ConfigError([
+                f"the demo cannot connect to 127.0.0.1, this machine itself: {error.strerror or error}. Bring the "
+                "loopback interface up (Linux: ip link set lo up) or allow it in the firewall, and start the demo again"
+            ]) from None  # fmt: skip
+        self.pump_port = _port(self._pump_ear)
         addresses = {
             name: f"{scheme}://127.0.0.1:{self.ports[name]}{query}"
             for name, (scheme, query, _) in DEMO_CHANNELS.items()
@@ -852,7 +852,7 @@ class Demo:
         self.sandbox = Sandbox(sandbox_resources(DEMO_AGENT, addresses) | {"Device/pump": device})
         self.sandbox.on_transmit = self._show_transmit
         self.sandbox.bot = self._bot
-        self.sandbox.port = port
+        self.sandbox.port = _port(self._ear)
 
     @staticmethod
     def say(who: str, text: str) -> None:
@@ -867,11 +867,13 @@ class Demo:
         agent.devices_at_work = devices = asyncio.create_task(self._devices(agent))
         on_agent(agent)  # before anything that waits: from here on Ctrl-C is the agent's clean stop
         await self.sandbox.start(ear=self._ear)
+        pump = await asyncio.start_server(self._pump, sock=self._pump_ear)
         self.say("server", f"the stand-in Medplum server listens on {self.sandbox.url}")
         serving = asyncio.create_task(agent.run())
         await asyncio.wait({serving, devices}, return_when=asyncio.FIRST_COMPLETED)
         agent.stop()
         await asyncio.wait({serving, devices})
+        pump.close()
         await self.sandbox.stop()
         serving.result()
         if not devices.cancelled():
@@ -887,7 +889,7 @@ class Demo:
         except TimeoutError:
             raise ConfigError([f"the demo was not done after {DEMO_SECS:.0f} s. {DEMO_AGAIN}"]) from None
         except (OSError, EOFError, urllib3.exceptions.HTTPError):
-            raise ConfigError([f"the demo broke off: the agent closed a connection. {DEMO_AGAIN}"]) from None
+            raise ConfigError([f"the demo broke off: the agent refused or closed a connection. {DEMO_AGAIN}"]) from None
         if self._stay:
             self._invite()
             await asyncio.get_running_loop().create_future()
@@ -902,7 +904,6 @@ class Demo:
             else:
                 await asyncio.to_thread(self._scanner, self.ports[name])
         print(f"\nFrom the cloud to Device/pump, an infusion pump on port {self.pump_port}: $push")
-        await asyncio.start_server(self._pump, "127.0.0.1", self.pump_port)
         await self._push()
 
     async def _analyzer(self, port: int) -> None:

@@ -162,6 +162,17 @@ def test_stops_cleanly(tmp_path: Path, number: int) -> None:
         assert not list(temporary.iterdir())
 
 
+def test_ctrl_c_in_a_terminal_reaches_boot_process_and_program(tmp_path: Path) -> None:
+    with subprocess.Popen(
+        [str(ONE_FILE), "demo"], cwd=tmp_path, env={"TMPDIR": str(tmp_path)}, stdout=subprocess.PIPE, text=True,
+        start_new_session=True,
+    ) as process:  # fmt: skip
+        assert process.stdout is not None and any("every frame" in line for line in process.stdout)
+        os.killpg(process.pid, signal.SIGINT)
+        assert process.wait(5) == 0
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_killed_boot_process_takes_the_program_along_and_the_next_start_tidies_up(tmp_path: Path) -> None:
     with started(tmp_path) as (process, temporary):
         (program,) = children(process)
