@@ -3000,6 +3000,7 @@ class Store:
         self.on_resume: list[Callable[[], None]] = []  # called once when congestion ends
         self._log = log
         self._loop = asyncio.get_running_loop()
+        self._started_ms = now_ms() - round(self._loop.time() * 1000)
         self._inbox: deque[_Item] = deque()
         self._bell: SimpleQueue[None] = SimpleQueue()  # wakes the writer in a third of an Event's time
         self._sleeping = self._stopping = False
@@ -3581,9 +3582,8 @@ class Store:
 
     async def sweep(self, settings: AgentSettings) -> tuple[int, int]:
         """Delete what is finished and old, or oldest when the file is too large; (processed, dead letters) deleted."""
-        day = 86_400_000
-        old = now_ms() - settings.queueRetentionDays * day
-        floor = now_ms() - settings.queueErroredRetentionDays * day
+        day, now = 86_400_000, min(now_ms(), self._started_ms + round(self._loop.time() * 1000))  # clocks jump ahead
+        old, floor = now - settings.queueRetentionDays * day, now - settings.queueErroredRetentionDays * day
         limit = settings.queueRetentionMaxMb * MIB
         answered = f"((state = {PROCESSED} AND outcome <> {UNDELIVERED}) OR state = {NACKED})"
         dead = f"(state IN ({REJECTED}, {FAILED}) OR (state = {PROCESSED} AND outcome = {UNDELIVERED}))"
@@ -9757,7 +9757,7 @@ def _run_demo(state_dir: str | None, *, stay: bool) -> int:
 
 
 def _stop_on_signals(agent: Agent) -> None:
-    """SIGINT, SIGTERM and SIGHUP begin the clean stop; another one, a second later or more, ends the process at once."""
+    """SIGINT, SIGTERM and SIGHUP begin the clean stop; another one after a second ends the process at once."""
     loop = asyncio.get_running_loop()
     first = math.inf
 

@@ -77,7 +77,9 @@ def message(
 
 
 def control_id(body: str) -> str:
-    return body.split("|", 10)[9]
+    """MSH-10 of a message; of anything else an empty string."""
+    fields = body.split("|", 10)
+    return fields[9] if len(fields) > 9 else ""
 
 
 def bot(code: str, text: str = "bot") -> Callable[[Transmit], BotResult]:

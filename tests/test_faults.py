@@ -2,16 +2,12 @@
 
 import asyncio
 import contextlib
-import functools
 import io
 import json
 import os
 import re
-import shutil
 import signal
 import socket
-import sqlite3
-import struct
 import subprocess
 import sys
 import threading
@@ -24,7 +20,7 @@ import pytest
 from demo import Transmit
 
 import medplum_agent
-from medplum_agent import AgentSettings, ChannelPlan, ChannelRow, Hl7Settings, Message, Policy, Queue, StreamSettings
+from medplum_agent import AgentSettings, ChannelPlan, ChannelRow, Hl7Settings, Message, Policy, Queue
 from tests.instruments import ACK, ENQ, EOT, NAK, Instrument, body_of, frames_of, of, rows
 from tests.support import (
     AGENT_ID,
@@ -47,7 +43,6 @@ from tests.support import (
 
 ASTM = "tcp://127.0.0.1:{port}?mode=astm"
 RAW = "tcp://127.0.0.1:{port}?startChar=%02&endChar=%03&bodyEncoding=utf-8"
-CALM = "PING"
 RESULT = ("H|\\^&|||ABC", "P|1", "O|1|S1|GLU", "R|1|^^^GLU|5.4|mg/dL", "L|1|N")
 SHORT_TIMES = "m.UNREAD_SECS = 0.5; m.UNFINISHED_BYTES = 6 * m.MIB; m.BIND_RETRY_SECS = 0.1"
 
@@ -163,16 +158,24 @@ def here(shared_site: Site) -> Iterator[Site]:
 
 
 def fill(here: Site, channel: str) -> None:
-    """Send until the queue has reached its limit."""
+    """Bring the queue above its limit, which is then 1 MiB."""
     with here.device(channel) as device:
-        codes = (device.ask(message(f"FILL-{n}", patient=f"F{n}", size=200_000))[0] for n in range(20))
-        assert "CE" in codes
+        for n in range(6):
+            assert device.ask(message(f"FILL-{n}", patient=f"F{n}", size=250_000))[0] == "CA"
+        here.sandbox.resource(f"Agent/{AGENT_ID}")["setting"] = [setting("queueMaxMb", 1)]
+        assert here.sandbox.reload()["statusCode"] == 200
+        assert device.ask(message("FILLED"))[0] == "CE"
+
+
+def open_again(here: Site) -> None:
+    """Start the agent, and wait for the ports of all its channels."""
+    here.agent.start()
+    eventually(lambda: all(accepts(("127.0.0.1", port)) for port in here.ports.values()))
 
 
 def test_a1_a_full_queue_refuses_a_session_before_it_acknowledges_it(tmp_path):
-    settings = [setting("queueMaxMb", 1)]
     channels = {"A": "?enhanced=true", "ASTM": ASTM, "REPLY": f"{RAW}&autoRespond=%05:%06,%03:%06"}
-    with site(tmp_path, channels, settings) as here:
+    with site(tmp_path, channels) as here:
         here.sandbox.faults.silent = True
         begun = Instrument.at(here.ports["ASTM"])
         pieces = Instrument.at(here.ports["REPLY"])
@@ -197,7 +200,7 @@ def test_a1_a_full_queue_refuses_a_session_before_it_acknowledges_it(tmp_path):
             body_with(here, "half\x05whole")
         here.agent.kill()
         here.sandbox.faults.silent = False
-        here.agent.start()
+        open_again(here)
         eventually(lambda: [r["state"] for name in ("ASTM", "REPLY") for r in rows(here, name)] == ["processed"] * 2)
 
 
@@ -230,7 +233,7 @@ def test_a1_a_kill_between_the_last_ack_and_eot_delivers_the_session(tmp_path):
             whole.session(*RESULT, eot=False)
             half.session(*RESULT[:3], eot=False)
             here.agent.kill()
-        here.agent.start()
+        open_again(here)
         assert body_with(here, "L|1|N").body == body_of(*RESULT)
         eventually(lambda: sorted(r["state"] for r in rows(here, "ASTM")) == ["failed", "processed"])
         (letter,) = dead(here, "ASTM")
@@ -405,9 +408,10 @@ class Clock:
 
 
 class Rows:
-    """A store without rows; `written` are copies of what was updated."""
+    """A store with one row; `failing` is what was written of its time of failing."""
 
-    def __init__(self) -> None:
+    def __init__(self, *messages: Message) -> None:
+        self.messages = list(messages)
         self.failing: list[int] = []
 
     def update(self, message: Message, then: Callable[[], None] | None = None) -> None:
@@ -417,7 +421,8 @@ class Rows:
         return 0
 
     async def queued(self, *arguments: object) -> list[Any]:
-        return []
+        found, self.messages = self.messages, []
+        return [(message, b"text") for message in found]
 
 
 class Way:
@@ -441,13 +446,14 @@ class Way:
         return True
 
 
-def queue_of(clock: Clock, query: str = "enhanced") -> tuple[Queue, Rows]:
+def queue_of(clock: Clock, message: Message) -> tuple[Queue, Rows]:
     plan = ChannelPlan("A", "mllp://h:1", "HL7", "", 1, True, Hl7Settings(enhanced="true"), frozenset())
     log: Any = medplum_agent.Log("main", medplum_agent.LoggerSettings(logLevel="NONE"), None, None)
-    store: Any = Rows()
+    store: Any = Rows(message)
     way: Any = Way()
     queue = Queue(ChannelRow("A", "", 1), plan.policy, store, way, way, log)
     queue._loop = clock  # type: ignore[assignment]
+    queue.pump()
     return queue, store
 
 
@@ -474,9 +480,8 @@ async def fails(queue: Queue, message: Message, error: str = "server-error", *, 
 def test_a6_time_without_a_connection_does_not_age_a_message():
     async def run() -> None:
         clock = Clock()
-        queue, store = queue_of(clock)
         message = stored_message(1)
-        queue.stored(message)
+        queue, store = queue_of(clock, message)
         for _ in range(3):  # the link flaps
             await fails(queue, message, "connection-lost", counts=False)
             queue.lost()
@@ -502,10 +507,9 @@ def test_a6_time_without_a_connection_does_not_age_a_message():
 def test_a6_the_time_of_failing_outlives_a_restart():
     async def run() -> None:
         clock = Clock()
-        queue, _ = queue_of(clock)
         message = stored_message(1)
         message.failing_ms, message.attempts = round(71.5 * HOUR * 1000), 30  # as it was read from disk
-        queue.stored(message)
+        queue, _ = queue_of(clock, message)
         await fails(queue, message)
         assert message.state == medplum_agent.QUEUED
         clock.ahead += HOUR
@@ -520,9 +524,8 @@ def test_a6_the_time_of_failing_outlives_a_restart():
 def test_a6_a_clock_that_jumps_buries_nothing(monkeypatch, jump_days):
     async def run() -> None:
         clock = Clock()
-        queue, _ = queue_of(clock)
         message = stored_message(1)
-        queue.stored(message)
+        queue, _ = queue_of(clock, message)
         for _ in range(3):
             await fails(queue, message)
             clock.ahead += 1
@@ -562,3 +565,947 @@ def test_a6_a_clock_that_jumps_lets_the_sweep_drop_no_dead_letter(tmp_path, monk
         await store.close()
 
     asyncio.run(run())
+
+
+# A7: the write-ahead log
+
+
+def filled_wal(here: Site) -> Path:
+    """A queue whose newest messages are in the WAL alone, of an agent that was killed."""
+    here.sandbox.faults.silent = True
+    here.agent.start()
+    with here.device("A") as device:
+        for n in range(12):
+            assert device.ask(message(f"WAL-{n}", patient=f"W{n}", size=9000))[0] == "CA"
+    here.agent.kill()
+    here.sandbox.faults.silent = False
+    wal = here.agent.queue_path.with_name(here.agent.queue_path.name + "-wal")
+    assert wal.stat().st_size > 32 + 10 * (24 + medplum_agent.PAGE_BYTES)
+    return wal
+
+
+def flip(path: Path, at: int) -> None:
+    with path.open("r+b") as file:
+        file.seek(at)
+        byte = file.read(1)
+        file.seek(at)
+        file.write(bytes((byte[0] ^ 1,)))
+
+
+FRAME = 24 + medplum_agent.PAGE_BYTES
+
+
+@pytest.mark.parametrize(
+    "at",
+    [32 + 2 * FRAME + 24 + 4000, 32 + FRAME + 3, 32 + 2 * FRAME + 9, 32 + FRAME + 20, 11, 17, 25],
+    ids=["page", "page number", "salt", "checksum", "header size", "header salt", "header checksum"],
+)
+def test_a7_a_flipped_bit_in_the_wal_is_said_and_both_files_are_kept(tmp_path, at):
+    with site(tmp_path, {"A": "?enhanced=true"}, start=False) as here:
+        wal = filled_wal(here)
+        flip(wal, at)
+        damaged, main = wal.read_bytes(), here.agent.queue_path.read_bytes()
+        before = mark(here)
+        here.agent.start()
+        eventually(lambda: said(here, "lost", level="ERROR", since=before), what="ERROR that names the loss")
+        copies = {path.read_bytes() for path in here.agent.state_dir.glob("*damaged*")}
+        assert copies == {damaged, main}
+        with here.device("A") as device:
+            assert device.ask(message("AFTER-WAL", patient="NEW"))[0] == "CA"
+        here.agent.wait_state("AFTER-WAL", "processed")
+
+
+@pytest.mark.parametrize("torn", [1, 100, FRAME - 10, "flip"])
+def test_a7_a_torn_last_frame_is_what_a_power_cut_leaves(tmp_path, torn):
+    with site(tmp_path, {"A": "?enhanced=true"}, start=False) as here:
+        wal = filled_wal(here)
+        if isinstance(torn, int):
+            os.truncate(wal, wal.stat().st_size - torn)
+        else:
+            flip(wal, wal.stat().st_size - 100)
+        before = mark(here)
+        here.agent.start()
+        with here.device("A") as device:
+            assert device.ask(message("AFTER-WAL", patient="NEW"))[0] == "CA"
+        here.sandbox.wait_ids("WAL-0", "WAL-9", "AFTER-WAL")
+        assert not said(here, level="ERROR", since=before)
+        assert not [*here.agent.state_dir.glob("*damaged*")]
+
+
+# A8: text that the encoding does not hold
+
+
+@pytest.mark.parametrize(
+    ("channel", "codec", "text"),
+    [
+        ("SJIS", "cp932", "髙﨑^①"),
+        ("SJIS", "cp932", "ソ表〜"),
+        ("GB", "gb18030", "镕^喆"),
+        ("KR", "cp949", "똠방^각하"),
+        ("HK", "big5hkscs", "鰂^咗"),
+        ("CP1252", "cp1252", "Müller^€"),
+        ("LATIN", "latin-1", "Müller^\x85"),
+    ],
+)
+def test_a8_a_name_of_an_encoding_means_what_devices_send(here, channel, codec, text):
+    control = f"CODEC-{channel}-{len(text)}-{ord(text[0])}"
+    here.sandbox.bot = lambda transmit: (200, bot("AA", text)(transmit)[1])
+    with here.device(channel) as device:
+        device.send(raw_message(control.encode(), text.encode(codec)))
+        answer = device.receive_bytes().decode(codec)
+    assert f"||{text}\r" in body_with(here, control).body
+    assert f"MSA|AA|{control}|{text}" in answer
+
+
+@pytest.mark.parametrize(
+    ("name", "codec"),
+    [
+        ("win1252", "cp1252"), ("windows1252", "cp1252"), ("Windows-1252", "cp1252"), ("iso88591", "latin-1"),
+        ("latin1", "latin-1"), ("ISO-8859-1", "latin-1"), ("8859/1", "latin-1"), ("iso8859-15", "iso8859-15"),
+        ("utf8", "utf-8"), ("UTF-8", "utf-8"), ("shift-jis", "cp932"), ("Shift_JIS", "cp932"), ("sjis", "cp932"),
+        ("ms932", "cp932"), ("windows-31j", "cp932"), ("euc-kr", "cp949"), ("ks_c_5601-1987", "cp949"),
+        ("gb2312", "gb18030"), ("big5", "big5hkscs"), ("koi8-r", "koi8-r"), ("cp1251", "cp1251"),
+    ],
+)  # fmt: skip
+def test_a8_all_usual_spellings(name, codec):
+    medplum_agent.check_encoding(name)
+    samples = {"cp932": "髙①", "gb18030": "镕", "cp949": "똠", "big5hkscs": "鰂"}
+    text = samples.get(codec, "ж" if codec in ("koi8-r", "cp1251") else "é")
+    assert text.encode(codec).decode(medplum_agent.codec_of(name)) == text
+    if name.lower().replace("-", "").replace("_", "") in ("iso88591", "latin1"):
+        assert bytes(range(128, 160)).decode(medplum_agent.codec_of(name)).encode("latin-1")[5] == 0x85
+
+
+def test_a8_bytes_that_cannot_be_decoded_are_named_once_and_kept(here):
+    before = mark(here)
+    with here.device("ORIGINAL") as device:
+        for n in range(3):
+            content = raw_message(b"BYTES-%d" % n, b"M\xfcller")
+            device.send(content)
+            assert device.ack() == ("AA", f"BYTES-{n}")
+        text = says(here, name_of(device), "0xFC", "PID-5", "encoding=", since=before)
+        assert "ller" not in text
+    assert here.agent.rows("BYTES-2")[0]["original"] == content
+
+
+@pytest.mark.parametrize(
+    ("charset", "codec"), [(b"8859/1", "latin-1"), (b"8859/2", "iso8859-2"), (b"GB 18030-2000", "gb18030")]
+)
+def test_a8_msh_18_counts_where_the_address_names_no_encoding(here, charset, codec):
+    control, before = f"MSH18-{codec}", mark(here)
+    text = "漢" if codec == "gb18030" else "Mü"
+    here.sandbox.bot = lambda transmit: (200, bot("AA", text)(transmit)[1])
+    with here.device("ORIGINAL") as device, here.device("SJIS") as other:
+        device.send(raw_message(control.encode(), text.encode(codec), charset=charset))
+        assert text in device.receive_bytes().decode(codec)
+        other.send(raw_message(f"{control}-SJIS".encode(), "髙".encode("cp932"), charset=charset))
+        other.receive_bytes()
+    assert f"||{text}\r" in body_with(here, f"|{control}|").body
+    assert "||髙\r" in body_with(here, f"|{control}-SJIS|").body
+    assert not said(here, "U+FFFD", since=before)
+
+
+def test_a8_a_control_id_is_compared_and_echoed_byte_for_byte(here):
+    with here.device("ORIGINAL") as device:
+        for control in (b"ID-\xe9", b"ID-\xe8", b"ID-\xe9\xff"):
+            device.send(raw_message(control, b"x"))
+            assert b"|" + control + b"|" in device.receive_bytes() + b"|"
+    with here.device("ENHANCED") as device:
+        for control in (b"ID-\xe9", b"ID-\xe8"):
+            device.send(raw_message(control, b"x"))
+            answers = [device.receive_bytes(), device.receive_bytes()]
+            assert b"MSA|CA|" + control + b"|" in answers[0], answers
+    with contextlib.closing(here.agent.database()) as db:
+        assert db.execute("SELECT count(*) FROM queue WHERE control_id LIKE 'ID-%'").fetchone() == (5,)
+
+
+@pytest.mark.parametrize(
+    ("scheme", "query", "body", "kind"),
+    [
+        ("mllp", "?encoding=latin1", message("LACKS-1", text="5 €"), medplum_agent.HL7_TYPE),
+        ("mllp", "?encoding=shift_jis", message("LACKS-2", text="5 €"), medplum_agent.HL7_TYPE),
+        ("tcp", "?bodyEncoding=utf-8&encoding=latin1", "5 €", medplum_agent.BYTES_TYPE),
+        ("tcp", "?mode=astm&encoding=latin1", "H|\\^&\nP|1||5 €\nL|1|N\n", medplum_agent.ASTM_TYPE),
+    ],
+)
+def test_a8_a_push_that_its_device_cannot_hold_is_refused(here, scheme, query, body, kind):
+    with socket.create_server(("127.0.0.1", 0)) as listener, here.caller() as caller:
+        url = f"{scheme}://127.0.0.1:{listener.getsockname()[1]}{query}"
+        answer = caller.push(url, body, contentType=kind)
+        assert answer.status == 400 and "€" in answer.text, answer
+        assert answer.seconds < 5
+        caller.store(url, body, contentType=kind)
+        with contextlib.closing(here.agent.database()) as db:
+
+            def letters() -> list[Any]:
+                sql = (
+                    "SELECT state, last_error FROM queue WHERE channel_name LIKE ? AND state IN ('rejected', 'failed')"
+                )
+                return db.execute(sql, (f"push %{listener.getsockname()[1]}%",)).fetchall()
+
+            eventually(letters, what="a dead letter")
+
+
+def test_a8_a_bots_answer_that_its_device_cannot_hold_goes_out_with_a_warning(here):
+    before = mark(here)
+    here.sandbox.bot = bot("AA", "5 €")
+    with here.device("LATIN") as device:
+        device.send(message("LACKS-3"))
+        assert "|5 ?" in device.receive_bytes().decode("latin-1")
+        says(here, name_of(device), "20AC", since=before)
+    here.sandbox.bot = lambda transmit: (200, "H|\\^&\nP|1||5 €\nL|1|N\n")
+    with Instrument.at(here.ports["ASTM-7"]) as instrument:
+        instrument.session(*RESULT)
+        assert b"P|1||5 ?\r" in instrument.accept()
+        says(here, "ASTM-7", "20AC", since=before)
+
+
+@pytest.mark.parametrize(
+    ("held", "sent"),
+    [("a\x1c\rb", "a\\X1C\\\\X0D\\b"), ("a\x0bb", "a\\X0B\\b"), ("a\x1cb", "a\\X1C\\b"), ("\x0bMSH|x", "\\X0B\\MSH|x")],
+)
+def test_a8_what_would_end_a_frame_is_escaped(here, held, sent):
+    control = f"FRAME-{abs(hash(held))}"
+    here.sandbox.bot = bot("AA", held)
+    with here.device("ORIGINAL") as device:
+        device.send(message(control))
+        assert f"MSA|AA|{control}|{sent}" in device.receive()
+    with Receiver() as receiver, here.caller() as caller:
+        assert caller.push(receiver.url(), message(control, text=held)).status == 200
+        receiver.wait_ids(control)
+        assert f"NTE|1||{sent}\r" in receiver.heard[0]
+
+
+# A9: poison
+
+POISON = "POISON"
+
+
+def refuses_poison(transmit: Transmit) -> tuple[int, Any]:
+    if POISON in transmit.body:
+        return 400, {"resourceType": "OperationOutcome", "issue": [{"code": "exception"}]}
+    return (200, "") if transmit.channel in ("ASTM", "RAW") else bot("AA")(transmit)
+
+
+def test_a9_poison_gives_way_within_ten_seconds(tmp_path):
+    """Real times, on all kinds of channel at once."""
+    fast = "autoRetryBaseDelayMs=5&autoRetryMaxDelayMs=10"
+    channels = {
+        "ENHANCED": "?enhanced=true",
+        "AA": "?enhanced=aa",
+        "TWO": "?enhanced=true",
+        "SINGLE": "?enhanced=aa&maxWorkers=1",
+        "WRITTEN": f"?enhanced=aa&autoRetryMaxAttempts=6&{fast}",
+        "ASTM": ASTM,
+        "RAW": RAW,
+    }
+    with site(tmp_path, channels) as here:
+        here.sandbox.bot = refuses_poison
+        started = time.monotonic()
+        devices = {name: here.device(name) for name in channels if name not in ("ASTM", "RAW")}
+        instruments = {name: Instrument.at(here.ports[name]) for name in ("ASTM", "RAW")}
+        with contextlib.ExitStack() as stack:
+            for line in (*devices.values(), *instruments.values()):
+                stack.enter_context(line)
+            for name, device in devices.items():
+                device.send(message(f"{POISON}-{name}", "A"))
+                if name == "TWO":
+                    device.send(message(f"{POISON}-OTHER", "B"))
+                others = [message(f"{name}-1", ""), message(f"{name}-2", "A"), message(f"{name}-3", "C")]
+                device.send(*others, message(f"{name}-4", ""))
+            instruments["ASTM"].session("H|\\^&", f"R|1|{POISON}", "L|1")
+            instruments["ASTM"].session("H|\\^&", "R|1|ASTM-1", "L|1")
+            instruments["RAW"].write(f"\x02{POISON}\x03\x02RAW-1\x03".encode())
+            for name in devices:
+                if name != "TWO":
+                    here.sandbox.wait_ids(*(f"{name}-{n}" for n in range(1, 5)), timeout=12)
+            body_with(here, "ASTM-1", 12)
+            body_with(here, "RAW-1", 12)
+            assert time.monotonic() - started < 12
+            for name in ("ENHANCED", "AA", "SINGLE", "WRITTEN"):
+                row = here.agent.wait_state(f"{POISON}-{name}", "rejected")
+                assert row["attempts"] == (6 if name == "WRITTEN" else 3)
+            for name in ("ASTM", "RAW"):
+                assert len(dead(here, name, "server-rejected")) == 1
+            for name in ("ENHANCED", "AA", "SINGLE", "ASTM", "RAW"):
+                told = [*said(here, f"'{name}'", level="WARN"), *said(here, f"'{name}'", level="ERROR")]
+                assert 1 <= len(told) <= 3, told
+            here.sandbox.wait_ids(*(f"TWO-{n}" for n in range(1, 5)), timeout=15)
+
+
+def test_a9_an_outage_keeps_the_long_schedule(tmp_path):
+    """The Bot refuses everybody: nothing but the first becomes a dead letter soon."""
+    with site(tmp_path, {"A": "?enhanced=true", "B": "?enhanced=aa"}, start=False) as here:
+        changed(here.agent, "m.POISON_DELAY_MS = 50")
+        here.agent.start()
+        here.sandbox.bot = lambda transmit: (400, "") if transmit.channel == "A" else (503, "")
+        with here.device("A") as device, here.device("B") as other:
+            for n in range(8):
+                assert device.ask(message(f"OUT-{n}", f"P{n}"))[0] == "CA"
+                assert other.ask(message(f"DOWN-{n}", f"P{n}"))[0] == "AA"
+            here.sandbox.wait_for(lambda: len(here.sandbox.of("OUT-7")) >= 4, 15)
+            states = [here.agent.rows(f"OUT-{n}")[0]["state"] for n in range(8)]
+            assert states.count("rejected") <= 1, states
+            assert {here.agent.rows(f"DOWN-{n}")[0]["state"] for n in range(8)} == {"queued"}
+            here.sandbox.bot = bot("AA")
+            here.sandbox.wait_for(lambda: here.agent.rows("OUT-7")[0]["state"] == "processed", 25)
+
+
+# --- B. feeds that stop -----------------------------------------------------------------------------------------------
+
+
+def test_b10_sender_and_control_id_name_a_message(here):
+    """Further cases: test_end_to_end's test_a_control_id_with_other_content_is_a_new_message and its neighbours."""
+    before = mark(here)
+    first = message("SAME-1", "S1")
+    with here.device("ENHANCED") as device, here.device("ENHANCED") as other:
+        for text in (first, first.replace("|ADT1|", "|ADT2|"), first.replace("|WARD|", "|LAB|")):
+            device.send(text)
+            assert device.heard(2) == [("CA", "SAME-1"), ("AA", "SAME-1")]
+        assert not said(here, "other content", since=before)
+        other.send(first.replace("20260101120000", "20260101120001"))
+        assert other.heard(2) in ([("CA", "SAME-1"), ("AA", "SAME-1")], [("AA", "SAME-1")])
+        assert len(here.sandbox.of("SAME-1")) == 3
+        says(here, "came again", name_of(other), level="INFO", since=before)
+        for n in range(3):
+            device.send(first.replace("Paula", f"Paula{n}"))
+            assert ("CA", "SAME-1") in device.heard(2)
+        says(here, name_of(device), "other content", since=before)
+        assert len(here.sandbox.of("SAME-1")) == 6
+
+
+def test_b10_a_repetition_after_the_window_is_new(here):
+    with here.device("WINDOW") as device:
+        for count in (1, 2, 3):
+            assert device.ask(message("WINDOW-1")) == ("AA", "WINDOW-1")
+            assert len(here.sandbox.of("WINDOW-1")) == count
+            until = time.time() + 0.01
+            eventually(lambda until=until: time.time() > until)
+
+
+@pytest.mark.parametrize("channel", ["ORIGINAL", "ENHANCED", "AA"])
+def test_b11_acknowledgments_are_not_acknowledged(here, channel):
+    before = len(here.sandbox.seen)
+    with here.device(channel) as device:
+        device.send(*[b"\x06", b"\x15"] * 20)
+        assert silent_for(device) == b""
+    with here.device(channel) as device:
+        for kind in ("ACK", "ACK^A01", "ACK^A01^ACK"):
+            text = f"MSH|^~\\&|A|B|C|D|20260101||{kind}|ACK-{channel}-{len(kind)}|P|2.5.1\rMSA|CA|X\r"
+            device.send(text, text, text.replace("|20260101|", "|20260102|"))
+            here.sandbox.wait_ids(f"ACK-{channel}-{len(kind)}")
+        assert silent_for(device) == b""
+        here.agent.wait_state(f"ACK-{channel}-3", "processed")
+        device.send(text)  # a repetition of what is processed
+        assert silent_for(device) == b""
+        assert device.ask(message(f"AFTER-ACK-{channel}"))[1] == f"AFTER-ACK-{channel}"
+    here.agent.wait_state(f"AFTER-ACK-{channel}", "processed")
+    assert len(here.sandbox.seen) == before + 4
+
+
+def test_b11_a_refused_acknowledgment_is_not_acknowledged(here):
+    with here.device("SMALL") as device:
+        device.send("MSH|^~\\&|A|B|C|D|20260101||ACK|BIG-ACK|P|2.5.1\rMSA|AA|X|" + "x" * 3000)
+        assert silent_for(device) == b""
+
+
+def test_b11_junk_gets_one_refusal_a_second_at_most(here):
+    with here.device("ORIGINAL") as device:
+        started, answers = time.monotonic(), 0
+        device.send(*[b"junk"] * 500, message("AFTER-JUNK"))
+        while device.ack() != ("AA", "AFTER-JUNK"):
+            answers += 1
+        assert answers <= 1 + int(time.monotonic() - started)
+
+
+PROXY_V2 = b"\r\n\r\n\x00\r\nQUIT\n\x21\x11\x00\x0c\x0a\x00\x0b\x01\x0a\x0b\x00\x02\x0b\x0b\x09\xf7"
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda m: b"\x0b\x0b" + m + b"\x1c\r\x1c\r",
+        lambda m: b"\x0b\x0b\x0b" + m + b"\x1c\r",
+        lambda m: PROXY_V2 + b"\x0b" + m + b"\x1c\r",
+        lambda m: PROXY_V2[:18] + b"\x0b" + m + b"\x1c\r",
+        lambda m: b"\x0bjunk\x0b" + m + b"\x1c\r",
+        lambda m: b"\x0b\xef\xbb\xbf\r\n" + m + b"\x1c\r",
+        lambda m: b"\x0b\r\n \r" + m + b"\x1c\r",
+        lambda m: b"\x0b" + m + b"\x1c\n",
+        lambda m: b"\x0b" + m + b"\x1c\r\n",
+        lambda m: b"\x0b" + m + b"\x1c",
+        lambda m: b"\x0b" + m.rstrip(b"\r") + b"\x1c\r",
+    ],
+    ids="framed-twice three-VT proxy-v2 proxy-v2-short junk BOM blank-lines FS-LF FS-CR-LF lone-FS no-CR".split(),
+)
+def test_b12_only_the_message_is_answered_and_every_end_is_an_end(here, request, wrap):
+    control = f"END-{request.node.callspec.id}"
+    with here.device("ORIGINAL") as device:
+        device.send_raw(wrap(message(control).encode()))
+        assert device.ack() == ("AA", control)
+        assert silent_for(device, 0.15) == b""
+        assert device.ask(message(f"{control}-2")) == ("AA", f"{control}-2")
+    assert len(here.sandbox.of(control)) == 1
+
+
+def test_b12_a_lone_end_before_the_next_start_is_an_end(here):
+    with here.device("ORIGINAL") as device:
+        device.send_raw(b"".join(b"\x0b%b\x1c" % message(f"LONE-{n}").encode() for n in range(3)))
+        assert [device.ack() for _ in range(3)] == [("AA", f"LONE-{n}") for n in range(3)]
+
+
+def test_b12_a_refusal_of_a_frame_names_the_message_and_its_sender(here):
+    with here.device("SMALL") as device:
+        device.send(message("TOO-LARGE", size=3000))
+        large = device.receive()
+        assert acknowledgment(large) == ("AR", "TOO-LARGE")
+        assert large.split("|")[2:6] == ["AGENT", "SITE", "ADT1", "WARD"]
+        device.send_raw(b"\x0b" + message("CUT-OFF").encode()[:-10])
+        device.send(message("AFTER-CUT"))
+        cut = device.receive()
+        assert acknowledgment(cut) == ("AR", "CUT-OFF")
+        assert cut.split("|")[2:6] == ["AGENT", "SITE", "ADT1", "WARD"]
+        assert device.ack() == ("AA", "AFTER-CUT")
+
+
+@pytest.mark.parametrize(
+    ("control", "text", "body"),
+    [
+        ("LF-1", "NTE|1||first\nsecond\rNTE|2||x\r", "NTE|1||first\nsecond\rNTE|2||x\r"),
+        ("LF-2", "OBX|1|TX|X||a\n\nb\nMSH is no header\n\r", "OBX|1|TX|X||a\n\nb\nMSH is no header\n\r"),
+        ("LF-3", "OBX|1|TX|X||a\nMSH|^~\\&|not one\r", "OBX|1|TX|X||a\nMSH|^~\\&|not one\r"),
+    ],
+)
+def test_b13_a_line_feed_in_a_field_is_text(here, control, text, body):
+    with here.device("ORIGINAL") as device:
+        assert device.ask(message(control) + text) == ("AA", control)
+        assert silent_for(device, 0.1) == b""
+    assert here.sandbox.of(control)[0].body in (
+        message(control) + body,
+        (message(control) + body).replace("\n\r", "\r"),
+    )
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_b13_other_separators_become_carriage_returns(here, end):
+    control = f"LINES-{len(end)}"
+    with here.device("ORIGINAL") as device:
+        assert device.ask(message(control, text="x").replace("\r", end)) == ("AA", control)
+    assert here.sandbox.of(control)[0].body == message(control, text="x")
+
+
+@pytest.mark.parametrize("end", ["\r", "\n", "\r\n"])
+@pytest.mark.parametrize("wrapped", [True, False])
+def test_b13_several_messages_in_a_frame_are_each_stored_and_acknowledged(here, end, wrapped):
+    ids = [f"BATCH-{len(end)}{ord(end[0])}-{wrapped}-{n}" for n in range(3)]
+    whole = "".join(map(message, ids))
+    if wrapped:
+        whole = f"FHS|^~\\&|FILE-{ids[0]}\rBHS|^~\\&|B\r{whole}BTS|3\rFTS|1\r"
+    with here.device("ENHANCED") as device:
+        device.send(whole.replace("\r", end))
+        heard = device.heard(6)
+    assert [control for code, control in heard if code == "CA"] == ids
+    assert sorted(control for code, control in heard if code == "AA") == ids
+    assert [transmit.body for control in ids for transmit in here.sandbox.of(control)] == list(map(message, ids))
+    if wrapped:
+
+        def channel_log() -> bytes:
+            return b"".join(path.read_bytes() for path in here.agent.state_dir.glob("medplum-agent-channels-*"))
+
+        eventually(lambda: all(mark in channel_log() for mark in (f"FILE-{ids[0]}".encode(), b"BTS|3", b"FTS|1")))
+
+
+@pytest.mark.parametrize("ending", ["", "\r"])
+def test_b14_answers_and_pushes_end_with_their_carriage_return(here, ending):
+    control = f"FINAL-{len(ending)}"
+    here.sandbox.bot = lambda transmit: (200, str(bot("AA")(transmit)[1]) + ending)
+    with here.device("ORIGINAL") as device:
+        device.send(message(control))
+        answer = device.receive()
+        assert answer.endswith("|bot\r")
+        device.send(b"junk")
+        assert device.receive().endswith("\r")
+    with Receiver() as receiver, here.caller() as caller:
+        assert caller.push(receiver.url(), message(control).rstrip("\r") + ending).status == 200
+        assert receiver.heard == [message(control)]
+
+
+@pytest.mark.parametrize("channel", ["ORIGINAL", "RAW"])
+def test_b15_unfinished_bytes_have_one_budget(here, channel):
+    """6 MiB here: the largest goes, the small one is finished."""
+    before, begun = mark(here), b"\x0bMSH|^~\\&|" if channel == "ORIGINAL" else b"\x02"
+    with contextlib.ExitStack() as stack:
+        small = stack.enter_context(here.device("ORIGINAL"))
+        small.send_raw(b"\x0b" + message("UNFINISHED").encode()[:60])
+        large = [stack.enter_context(here.device(channel)) for _ in range(10)]
+        for device in large:
+            with contextlib.suppress(OSError):
+                device.send_raw(begun + bytes(2**20))
+        eventually(lambda: said(here, "unfinished", level="WARN", since=before), what="WARN")
+        eventually(lambda: sum(device.closed_by_peer(0.05) for device in large) >= 4)
+        assert any(not device.closed_by_peer(0.05) for device in large)
+        small.send_raw(message("UNFINISHED").encode()[60:] + b"\x1c\r")
+        assert small.ack() == ("AA", "UNFINISHED")
+
+
+@pytest.mark.parametrize("talks", [False, True])
+def test_b15_one_host_does_not_take_all_places(here, talks):
+    """`talks`: its connections have brought messages."""
+    with contextlib.ExitStack() as stack:
+        for n in range(9 if talks else 30):
+            device = stack.enter_context(here.device("TEN"))
+            if talks:
+                assert device.ask(message(f"PLACE-{n}", f"P{n}"))[0] == "AA"
+        for n, host in enumerate(("127.0.0.2", "127.0.0.3") if talks else ("127.0.0.1", "127.0.0.2")):
+            with Instrument.at(here.ports["TEN"], host) as other:
+                other.write(b"\x0b" + message(f"OTHER-{talks}-{n}").encode() + b"\x1c\r")
+                assert other.more(5) and b"MSA|AA|OTHER" in other.buffer
+
+
+def test_b15_a_byte_now_and_then_does_not_defeat_the_frame_time_out(here):
+    with here.device("TEN") as device:
+        device.send_raw(b"\x0bMSH|")
+        started = time.monotonic()
+        while not device.closed_by_peer(0.1):
+            assert time.monotonic() - started < 6
+            with contextlib.suppress(OSError):
+                device.send_raw(b"x")
+
+
+@pytest.mark.parametrize("channel", ["SHUT", "RAW-SHUT"])
+def test_b15_peers_says_who_may_connect(here, channel):
+    with contextlib.suppress(ConnectionError), here.device(channel) as device:
+        assert device.closed_by_peer()
+    assert said(here, channel, "peers", level="WARN")
+    if channel == "SHUT":
+        with Instrument.at(here.ports[channel], "127.0.0.2") as friend:
+            friend.write(b"\x0b" + message("FRIEND").encode() + b"\x1c\r")
+            assert friend.more(5) and b"MSA|AA|FRIEND" in friend.buffer
+
+
+ORDER = "H|\\^&\nO|1|T1\nL|1|N\n"
+
+
+def test_b16_an_answer_waits_for_an_instrument_that_comes_back(here):
+    def late(transmit: Transmit) -> tuple[int, Any]:
+        return 200, ORDER if transmit.channel.startswith("ASTM") else "ORDER"
+
+    here.sandbox.bot, here.sandbox.faults.delay = late, lambda: 0.3
+    with Instrument.at(here.ports["ASTM-7"]) as instrument:
+        instrument.session("H|\\^&", "Q|1|B16", "L|1")
+    with Instrument.at(here.ports["RAW"]) as instrument:
+        instrument.write(b"\x02QUERY-B16\x03")
+    body_with(here, "Q|1|B16")
+    body_with(here, "QUERY-B16")
+    for channel in ("ASTM-7", "RAW"):
+        eventually(lambda c=channel: rows(here, c)[-1]["ack_outcome"] == "undelivered")
+    with Instrument.at(here.ports["ASTM-7"], "127.0.0.2") as stranger:
+        assert stranger.quiet(0.2) == b""
+    with Instrument.at(here.ports["ASTM-7"]) as instrument:
+        assert b"O|1|T1\r" in instrument.accept()
+    with Instrument.at(here.ports["RAW"]) as instrument:
+        assert instrument.take(5) == b"ORDER"
+    for channel in ("ASTM-7", "RAW"):
+        eventually(lambda c=channel: rows(here, c)[-1]["ack_outcome"] == "delivered")
+
+
+def test_b16_an_answer_does_not_wait_for_ever(here):
+    here.sandbox.bot, here.sandbox.faults.delay = lambda transmit: (200, "ORDER"), lambda: 0.2
+    before = mark(here)
+    with Instrument.at(here.ports["RAW-SHORT"]) as instrument:  # 0.3 s
+        instrument.write(b"\x02QUERY-SHORT\x03")
+    says(here, "RAW-SHORT", "did not come back", since=before)
+    with Instrument.at(here.ports["RAW-SHORT"]) as instrument:
+        assert instrument.quiet(0.2) == b""
+    assert rows(here, "RAW-SHORT")[-1]["ack_outcome"] == "undelivered"
+
+
+# --- C. silence where a person needs a word ---------------------------------------------------------------------------
+
+
+def test_c17_what_goes_wrong_on_a_line_is_one_warning_each(here):
+    before = mark(here)
+    with here.device("ORIGINAL") as unfinished, here.device("ORIGINAL") as between:
+        names = name_of(unfinished), name_of(between)
+        unfinished.send_raw(b"\x0b" + message("C17").encode())
+        assert between.ask(message("C17-1")) == ("AA", "C17-1")
+        between.send_raw(b"0123456789")
+        assert between.ask(message("C17-2")) == ("AA", "C17-2")
+    says(here, names[0], str(len(message("C17"))), "0x1C", since=before)
+    says(here, names[1], "10 bytes", since=before)
+    with here.device("ORIGINAL") as bare:
+        bare.send_raw(message("C17-3").encode())
+        says(here, name_of(bare), "0x0B", since=before)  # while it waits
+    with here.device("ORIGINAL") as unread:  # not a warning: a clean connection
+        assert unread.ask(message("C17-4")) == ("AA", "C17-4")
+        name = name_of(unread)
+    assert not said(here, name, level="WARN", since=before)
+
+
+def test_c17_an_unfinished_message_of_a_byte_stream(here):
+    before = mark(here)
+    with Instrument.at(here.ports["RAW"]) as instrument:
+        instrument.write(b"\x02never ended")
+        port = instrument.line.getsockname()[1] if isinstance(instrument.line, socket.socket) else 0
+    says(here, "RAW", f":{port}", since=before, timeout=5)
+
+
+def test_c17_a_sender_that_does_not_read(here):
+    """UNREAD_SECS is half a second here."""
+    before = mark(here)
+    here.sandbox.bot = bot("AA", "x" * 50_000)
+    device = Device(here.ports["ORIGINAL"], receive_buffer=4096)
+    with device:
+        device.send(*(message(f"UNREAD-{n}", f"U{n}") for n in range(200)))
+        says(here, name_of(device), "has not read", since=before)
+
+
+@pytest.mark.parametrize("body", ["Patient created", {"resourceType": "Patient"}])
+def test_c17_a_bot_that_returns_no_hl7(here, body):
+    before = mark(here)
+    here.sandbox.bot = lambda transmit: (200, body)
+    with here.device("ORIGINAL") as device:
+        for n in range(3):
+            control = f"NOHL7-{type(body).__name__}-{n}"
+            assert device.ask(message(control)) == ("AA", control)
+        says(here, name_of(device), "no HL7", since=before)
+
+
+@contextlib.contextmanager
+def meets(folder: Path, url: str, code: str = "", **options: Any) -> Iterator[AgentProcess]:
+    """An agent whose base URL leads elsewhere."""
+    with SandboxThread({}) as sandbox:
+        agent = AgentProcess(sandbox, folder / "state", url=url, **options)
+        if code:
+            changed(agent, code)
+        try:
+            agent.start(ready=False)
+            yield agent
+        finally:
+            if agent.process is not None:
+                agent.process.kill()
+            agent.discard()
+
+
+def causes(agent: AgentProcess, words: str) -> list[str]:
+    """What the main log says with these words."""
+    return [line["msg"] for line in log_lines(agent.main_log()) if words in line["msg"]]
+
+
+def test_c18_a_firewall_that_drops_packets_is_said_within_ten_seconds(tmp_path):
+    with socket.create_server(("127.0.0.1", 0), backlog=0) as listener, contextlib.ExitStack() as stack:
+        port = listener.getsockname()[1]
+        for _ in range(3):  # its queue is full: further connects are dropped
+            filler = stack.enter_context(socket.socket())
+            filler.setblocking(False)
+            filler.connect_ex(("127.0.0.1", port))
+        assert medplum_agent.CONNECT_TIMEOUT_SECS < 9
+        with meets(tmp_path, f"http://127.0.0.1:{port}/", "m.CONNECT_TIMEOUT_SECS = 1.5") as agent:
+            agent.logged(f"no answer from 127.0.0.1:{port} within", 9)
+            assert "firewall or proxy?" in agent.main_log().decode()
+            agent.terminate()
+            assert len(causes(agent, "firewall or proxy?")) == 1
+
+
+@pytest.mark.parametrize("path", ["fhir/R4", "fhir/R4/"])
+def test_c18_the_fhir_url_is_understood(tmp_path, path):
+    with site(tmp_path, {"A": ""}, start=False) as here:
+        here.agent._url = here.sandbox.url + path
+        here.agent.start()
+        with here.device("A") as device:
+            assert device.ask(message("FHIR-URL")) == ("AA", "FHIR-URL")
+
+
+def test_c18_https_on_a_plain_port(tmp_path):
+    with SandboxThread({}) as plain, meets(tmp_path, plain.url.replace("http:", "https:")) as agent:
+        agent.logged("plain port")
+        agent.terminate()
+        assert len(causes(agent, "plain port")) == 1
+
+
+def test_c18_the_secret_in_clear(tmp_path):
+    with meets(tmp_path, "http://192.0.2.1:9/") as agent:
+        assert '"WARN"' in agent.logged("in clear")
+
+
+def test_c18_two_agents_with_one_id(tmp_path):
+    with site(tmp_path, {"A": "", "B": ""}) as here:
+        other = AgentProcess(here.sandbox, tmp_path / "second")
+        try:
+            other.start(ready=False)
+            other.logged("is another agent running?")
+        finally:
+            other.discard()
+
+
+def health(agent: AgentProcess, *options: str) -> tuple[int, str]:
+    """Exit code and words of `health`."""
+    environment = {
+        "MEDPLUM_BASE_URL": agent._url or agent.sandbox.url, "MEDPLUM_CLIENT_ID": "sandbox-client",
+        "MEDPLUM_CLIENT_SECRET": "sandbox-secret", "MEDPLUM_AGENT_ID": AGENT_ID,
+    }  # fmt: skip
+    command = [*AgentProcess.COMMAND, "health", "--state-dir", str(agent.state_dir), *options]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | environment, timeout=20)
+    return done.returncode, done.stdout + done.stderr
+
+
+def test_c19_health_fails_with_its_reason(tmp_path):
+    with site(tmp_path, {"A": "", "B": ""}, start=False) as here:
+        changed(here.agent, "m.ALIVE_SECS = 0.1; m.BIND_RETRY_SECS = 0.1")
+        with socket.create_server(("", here.ports["B"]), family=socket.AF_INET6, dualstack_ipv6=True):
+            here.agent.start(ready=False)
+            here.agent.wait_connected()
+            eventually(lambda: health(here.agent)[0] == 1 and str(here.ports["B"]) in health(here.agent)[1])
+        here.agent.wait_listening()
+        eventually(lambda: health(here.agent, "--server-secs", "1")[0] == 0, what="healthy")
+        here.sandbox.stop()
+        eventually(lambda: health(here.agent, "--server-secs", "1")[0] == 1)
+        code, words = health(here.agent, "--server-secs", "1")
+        assert code == 1 and "server" in words
+        assert health(here.agent)[0] == 0  # not asked for
+        here.sandbox.start()
+
+
+def test_c19_health_says_that_the_login_is_retried(tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+    code = "m.ALIVE_SECS = 0.1; m.RECONNECT_BASE_SECS = m.RECONNECT_MAX_SECS = 0.1"
+    with meets(tmp_path, f"http://127.0.0.1:{port}/", code) as agent:
+        eventually(lambda: "retrying the login" in health(agent)[1])
+        assert health(agent)[0] == 1
+
+
+# --- D. small ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("numbers", [(signal.SIGTERM, signal.SIGTERM), (signal.SIGINT, signal.SIGTERM)])
+def test_d20_a_second_signal_at_once_is_the_first(tmp_path, numbers):
+    with site(tmp_path, {"A": ""}) as here, here.device("A") as device:
+        here.sandbox.faults.delay = lambda: 0.5
+        device.send(message("SIGNAL-1"))
+        here.sandbox.wait_ids("SIGNAL-1")
+        assert here.agent.process is not None
+        for number in numbers:
+            here.agent.process.send_signal(number)
+        assert device.ack() == ("AA", "SIGNAL-1")
+        assert here.agent.wait_exit() == 0
+
+
+def test_d20_a_small_gzip_answer_is_no_large_one(tmp_path):
+    import gzip
+
+    bomb = gzip.compress(b'{"access_token":"' + b"x" * 300 * 2**20 + b'"}', 1)
+    head = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Encoding: gzip\r\nContent-Length: %d\r\n\r\n"
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def serve() -> None:
+            with contextlib.suppress(OSError):
+                while True:
+                    accepted, _ = listener.accept()
+                    with accepted:
+                        accepted.recv(65536)
+                        accepted.sendall(head % len(bomb) + bomb)
+
+        threading.Thread(target=serve, daemon=True).start()
+        with meets(tmp_path, f"http://127.0.0.1:{listener.getsockname()[1]}/") as agent:
+            agent.logged("configuration cannot be read", 20)
+            assert agent.process is not None
+            status = Path(f"/proc/{agent.process.pid}/status").read_text()
+            match = re.search(r"VmHWM:\s+(\d+) kB", status)
+            assert match and int(match[1]) < 200_000
+        listener.shutdown(socket.SHUT_RDWR)
+
+
+def test_d20_slow_lookups_hold_up_nobody_else(tmp_path):
+    with site(tmp_path, {"A": ""}, start=False) as here:
+        changed(
+            here.agent,
+            "import socket, threading; look_up = socket.getaddrinfo\n"
+            "def slow(host, *rest, **options):\n"
+            "    if str(host).endswith('.slow.example'): threading.Event().wait(60)\n"
+            "    return look_up(host, *rest, **options)\n"
+            "socket.getaddrinfo = slow",
+        )
+        here.agent.start()
+        with here.caller() as caller, Receiver() as receiver:
+            for n in range(40):
+                caller.store(f"mllp://d{n}.slow.example:5000", message(f"SLOW-{n}"))
+            started = time.monotonic()
+            assert here.sandbox.reload()["statusCode"] == 200
+            assert time.monotonic() - started < 3
+            with here.device("A") as device:
+                assert device.ask(message("SLOW-A")) == ("AA", "SLOW-A")
+            assert caller.push(receiver.url(), message("ADDRESS")).status == 200  # an address needs no lookup
+
+
+def test_d20_a_lock_that_cannot_be_written_is_no_lock():
+    class Full(io.FileIO):
+        def write(self, content: Any) -> int:
+            raise OSError(28, "No space left on device")
+
+    with Full(os.devnull, "r+") as file:
+        assert medplum_agent.lock_file(file) is False  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", ["agent.alive", "agent.lock", "medplum-agent-applied-config.new"])
+def test_d20_a_link_in_the_state_folder_is_not_followed(tmp_path, name):
+    victim = tmp_path / "victim"
+    victim.write_text("precious")
+    (tmp_path / "state").mkdir()
+    (tmp_path / "state" / name).symlink_to(victim)
+    with site(tmp_path, {"A": ""}, start=False) as here:
+        here.agent.start(ready=False)
+        assert here.agent.process is not None
+        process = here.agent.process
+        eventually(lambda: process.poll() is not None or said(here, "started successfully"))
+        here.agent.discard()
+    assert victim.read_text() == "precious"
+
+
+def test_d20_a_folder_that_others_may_write_is_warned_about(tmp_path):
+    (tmp_path / "state").mkdir()
+    (tmp_path / "state").chmod(0o777)
+    with site(tmp_path, {"A": ""}) as here:
+        assert len(said(here, str(tmp_path / "state"), "others", level="WARN")) == 1
+
+
+def test_d20_stored_pushes_resume_when_the_queue_could_not_be_opened_at_first(tmp_path):
+    with Receiver() as receiver, site(tmp_path, {"A": ""}, start=False) as here, here.caller() as caller:
+        changed(here.agent, "m.STORE_REOPEN_SECS = 0.1")
+        receiver.stop()
+        here.agent.start()
+        caller.store(receiver.url(), message("RESUME-1"))
+        eventually(lambda: here.agent.rows("RESUME-1"))
+        here.agent.terminate()
+        away = tmp_path / "away.sqlite"
+        here.agent.queue_path.rename(away)
+        here.agent.queue_path.mkdir()
+        receiver.start()
+        here.agent.start()
+        here.agent.logged("cannot be opened")
+        here.agent.queue_path.rmdir()
+        away.rename(here.agent.queue_path)
+        receiver.wait_ids("RESUME-1")
+
+
+@pytest.mark.parametrize("ends", ["stop", "kill"])
+def test_d20_callbacks_never_repeat_after_a_snapshot_was_restored(tmp_path, ends):
+    with site(tmp_path, {"A": "?enhanced=true"}) as here:
+        with here.device("A") as device:
+            assert device.ask(message("SNAP-1"))[0] == "CA"
+            here.sandbox.wait_ids("SNAP-1")
+            here.agent.terminate()
+            copy = here.agent.queue_path.read_bytes()
+        here.agent.start()
+        with here.device("A") as device:
+            assert {device.ask(message(f"LOST-{n}", f"L{n}"))[1] for n in range(3)} and device.drain(0.1) is not None
+            here.sandbox.wait_ids("LOST-0", "LOST-1", "LOST-2")
+        here.agent.terminate() if ends == "stop" else here.agent.kill()
+        for path in here.agent.state_dir.glob(f"{here.agent.queue_path.name}-*"):
+            path.unlink()
+        here.agent.queue_path.write_bytes(copy)
+        here.agent.start()
+        with here.device("A") as device:
+            for n in range(3):
+                device.send(message(f"AGAIN-{n}", f"A{n}"))
+            here.sandbox.wait_ids("AGAIN-0", "AGAIN-1", "AGAIN-2")
+        callbacks = [transmit.callback.split("#")[0] for _, transmit in here.sandbox.seen]
+        assert len(set(callbacks)) == len({control_id(t.body) for _, t in here.sandbox.seen}), callbacks
+
+
+def test_d20_the_name_of_the_spool_folder_is_synced(tmp_path, monkeypatch):
+    synced: list[Path] = []
+    monkeypatch.setattr(medplum_agent, "sync_folder", synced.append)
+    spool = medplum_agent.Spool(tmp_path / "state" / "queue.spool", lambda size: "")
+    file = medplum_agent.SpoolFile(spool)
+    file.write(b"x")
+    file.keep()
+    assert synced == [tmp_path / "state", tmp_path / "state" / "queue.spool"]
+
+
+def test_d20_what_the_server_sends_never_steers_a_terminal(tmp_path):
+    import pty
+
+    with site(tmp_path, {"A": ""}, start=False) as here:
+        ours, theirs = pty.openpty()
+        here.sandbox.sandbox.faults.refuse_connect = "\x1b[2J\x1b]0;owned\x07 \x9b2J"
+        shown = b""
+        arguments = [here.sandbox.url, "sandbox-client", "sandbox-secret", AGENT_ID, "--state-dir", str(tmp_path / "s")]
+        process = subprocess.Popen([*AgentProcess.COMMAND, *arguments], stdout=theirs, stderr=theirs, cwd=tmp_path)
+        try:
+            while b"refuses this agent" not in shown or not shown.endswith(b"\n"):
+                shown += os.read(ours, 65536)
+        finally:
+            process.kill()
+            process.wait()
+            os.close(ours)
+            os.close(theirs)
+    assert b"\x1b" not in shown and b"\x07" not in shown and "\x9b" not in shown.decode()
+
+
+def test_d20_fsync_means_the_disk_on_macos_too(tmp_path, monkeypatch):
+    import fcntl
+
+    calls: list[tuple[int, int]] = []
+    monkeypatch.setattr(fcntl, "F_FULLFSYNC", 51, raising=False)
+    monkeypatch.setattr(fcntl, "fcntl", lambda descriptor, command: calls.append((descriptor, command)))
+    monkeypatch.setattr(sys, "platform", "darwin")
+    medplum_agent.sync(7)
+    assert calls == [(7, 51)]
+    monkeypatch.undo()
+    pragmas: list[str] = []
+
+    async def run() -> None:
+        log: Any = medplum_agent.Log("main", medplum_agent.LoggerSettings(logLevel="NONE"), None, None)
+        store = medplum_agent.Store(tmp_path / "queue.sqlite", log)
+        await store.open()
+        pragmas.extend(await store.call(lambda db: [str(db.execute(f"PRAGMA {p}").fetchone()[0]) for p in names]))
+        await store.close()
+
+    names = ("fullfsync", "synchronous")
+    asyncio.run(run())
+    assert pragmas == ["1", "2"]
+
+
+TARGETS = (
+    ("mllp://127.0.0.1", True),
+    ("mllp://127.0.0.0/8:{port}", True),
+    ("127.0.0.1:*", True),
+    ("10.0.0.0/8, 127.0.0.1:{port}-{port}", True),
+    ("tcp://127.0.0.1", False),
+    ("mllp://127.0.0.1:1-1023", False),
+    ("10.0.0.0/8", False),
+    ("[::1]:{port}", False),
+)
+
+
+def test_d21_push_targets_of_agent_toml_say_where_pushes_may_go(tmp_path):
+    with Receiver() as receiver:
+        for number, (targets, allowed) in enumerate(TARGETS):
+            folder = tmp_path / str(number)
+            folder.mkdir()
+            config = f'pushTargets = "{targets.format(port=receiver.port)}"\n'
+            with site(folder, {"A": ""}, config=config) as here, here.caller() as caller:
+                agent = here.sandbox.resource(f"Agent/{AGENT_ID}")
+                agent["setting"] = [setting("pushTargets", "0.0.0.0/0")]  # the cloud cannot change it
+                here.sandbox.reload()
+                for host in ("127.0.0.1", "localhost"):
+                    answer = caller.push(f"mllp://{host}:{receiver.port}", message(f"TARGET-{number}"))
+                    assert (answer.status == 200) is (allowed and host == "127.0.0.1") or host == "localhost", (
+                        targets,
+                        answer,
+                    )
+                    if not allowed:
+                        assert answer.status == 400 and "pushTargets" in answer.text
+                if not allowed:
+                    caller.store(receiver.url(), message(f"STORED-{number}"))
+                    here.agent.wait_state(f"STORED-{number}", "rejected")
+        assert {name.split("-")[0] for name in receiver.ids()} == {"TARGET"}
+        assert len(receiver.heard) >= sum(allowed for _, allowed in TARGETS)
+
+
+def test_d21_bad_push_targets_are_said_at_the_start():
+    for text in ("mllp://10.0.0.0/33", "10.1.2.3:x", "host.example"):
+        with pytest.raises(ValueError):
+            medplum_agent.push_targets(text)
