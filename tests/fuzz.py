@@ -5,10 +5,7 @@ hold of the result. With atheris the bytes are guided by coverage (one target a 
 random. The first input that breaks a target is printed as hex, and the exit code is 1:
 
     python tests/fuzz.py hl7 --input 4d53487c
-
-`live` alone fuzzes a running agent instead, on all protocols and its uplink at once; it is not among the default:
-
-    python tests/fuzz.py live --secs 600
+    python tests/fuzz.py live --secs 600  # a running agent instead, all protocols and its uplink at once
 """
 
 import argparse
@@ -31,16 +28,17 @@ import traceback
 import urllib.parse
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(1, str(Path(__file__).resolve().parent.parent / "packaging"))
+
+from demo import accepting_bot
 
 import medplum_agent as ma
-
-if TYPE_CHECKING:
-    from demo import BotResult, Transmit
-
-    from tests.support import Site
+from tests import dicom_peers as peers
+from tests import support
+from tests.instruments import Instrument
 
 MESSAGE = b"MSH|^~\\&|LAB|HOSP|EHR|CLINIC|20260101||ADT^A01^ADT_A01|MSG1|P|2.5.1\rPID|1||123^^^HOSP^MR\rMRG|1\r"
 ACK = b"MSH|^~\\&|BOT|S|||20260101||ACK|1|P|2.5.1\rMSA|AA|MSG1|OK\r"
@@ -453,57 +451,47 @@ def guided(name: str, seconds: float) -> None:
     atheris.Fuzz()
 
 
-# --- live: a running agent, all protocols and the uplink at once ---
+# --- live: a running agent, all protocols and its uplink at once ---
 
-LIVE_CHANNELS = {
-    "ENH": "?enhanced=true&", "ORIG": "?", "RAW": "tcp://127.0.0.1:{port}?startChar=%02&endChar=%03&bodyEncoding=utf-8"
-    "&autoRespond=%05:%06,%03:%06&", "ASTM": "tcp://127.0.0.1:{port}?mode=astm&replyTimeoutSecs=0.5&nakDelaySecs=0.2"
-    "&contentionTimeoutSecs=0.3&receiveTimeoutSecs=1&answerWaitMins=0.02&",
-    "PACS": "dicom://127.0.0.1:{port}?moveDestinations=GONE@127.0.0.1:9&associationTimeoutSecs=2&answerWaitSecs=1&",
-}  # fmt: skip
-LIVE_OPTIONS = (
-    "frameTimeoutSecs=2&idleTimeoutSecs=5&responseTimeoutSecs=2&autoRetryBaseDelayMs=20&autoRetryMaxDelayMs=200"
-    "&autoRetryMaxAttempts=3"
-)
-LIVE_SETTINGS = {"queueRetentionMaxMb": 8, "queueErroredRetentionDays": 0, "queueSweepIntervalSecs": 5}
-LIVE_REST = 0.02  # seconds between two inputs of one sender
-LIVE_CHECKS = 20  # of the whole time
-LIVE_GROWTH = 1.3  # of the resident memory after the first fifth of the time
-LIVE_TROUBLE = re.compile(r"Internal error|Fatal|Traceback|could not be handled", re.IGNORECASE)
+# fmt: off
+LIVE_CHANNELS = {name: f"{query}&frameTimeoutSecs=2&idleTimeoutSecs=5&responseTimeoutSecs=2&autoRetryMaxAttempts=3"
+                 "&autoRetryBaseDelayMs=20&autoRetryMaxDelayMs=200" for name, query in {
+    "ENH": "?enhanced=true", "ORIG": "?botErrorAck=AE",
+    "RAW": "tcp://127.0.0.1:{port}?startChar=%02&endChar=%03&bodyEncoding=utf-8&autoRespond=%05:%06,%03:%06",
+    "ASTM": "tcp://127.0.0.1:{port}?mode=astm&replyTimeoutSecs=0.5&nakDelaySecs=0.2&contentionTimeoutSecs=0.3"
+            "&receiveTimeoutSecs=1&answerWaitMins=0.02",
+    "PACS": "dicom://127.0.0.1:{port}?moveDestinations=GONE@127.0.0.1:9&associationTimeoutSecs=2&answerWaitSecs=1",
+}.items()}
+LIVE_REST, LIVE_CHECKS = 0.02, 20  # seconds between two inputs of one sender; checks in the whole time
+LIVE_LONG, LIVE_GROWTH, LIVE_FILES = 100, 1.3, 12  # in runs of so many seconds memory and descriptors are judged
+LIVE_TROUBLE = re.compile(r"Internal error|Fatal|Traceback|type [a-z][a-z:]* could not be handled", re.IGNORECASE)
 STRANGE: tuple[Any, ...] = (
-    None, True, 0, -1, 200, 404, 2**70, 1e300, 0.5, "", " ", "x", "\0", "\ud800", "x" * 200_000, [], {}, [[]], [None],
-    {"a": 1}, [{"00100010": {"vr": "PN", "Value": [1]}}], [{"00100010": 5}], [{"": {}}], "MSH|", "MSA|AA", "0D0A", "zz",
-    MESSAGE.decode(), ACK.decode(), "H|\\^&\nL|1|N", "H", '{"status": "x"}', '[{"00080018": {"vr": "UI"}}]',
-)  # fmt: skip
+    2**70, "\ud800", None, True, 0, -1, 1e300, "", "\0", "x" * 200_000, [], {}, [[]], [None], {"a": 1}, "MSH|", "MSA|A",
+    MESSAGE.decode(), "H|\\^&\nL|1|N", [{"00100010": {"vr": "PN", "Value": [1]}}], [{"00100010": 5}], [{"": {}}])
 REMOTES = (
-    "mllp://127.0.0.1:9", "mllp://127.0.0.1:9?encoding=latin1&ackTimeoutSecs=0.2", "mllp://127.0.0.1:9?" + "a" * 9000,
-    "mllps://127.0.0.1:9", "tcp://127.0.0.1:9", "tcp://127.0.0.1:9?mode=astm", "tcp://127.0.0.1:9?endChar=%zz",
-    "dicom://GONE@127.0.0.1:9", "dicom://127.0.0.1:9?callingAeTitle=", "mllp://127.0.0.1:99999", "mllp://127.0.0.1:-1",
-    "mllp://[127.0.0.1:9", "serial:/nowhere", "127.0.0.1", "://", "mllp:127.0.0.1:9", *STRANGE[:11], [], {}, ["x"],
-)  # fmt: skip
+    "mllp://127.0.0.1:9", "mllp://127.0.0.1:9?" + "a" * 9000, "mllps://127.0.0.1:9", "tcp://127.0.0.1:9",
+    "tcp://127.0.0.1:9?mode=astm", "dicom://GONE@127.0.0.1:9", "mllp://127.0.0.1:-1", "mllp://[127.0.0.1:9",
+    "serial:/nowhere", "127.0.0.1", "://", "mllp:127.0.0.1:9", *STRANGE[:11], [], {}, ["x"])
 KINDS = ("transmit:request", "transmit:response", "logs:request", "stats:request", "upgrade:request", "error",
-         "reloadconfig:request", "connect:response", "heartbeat:request", "heartbeat:response", "what")  # fmt: skip
+         "reloadconfig:request", "connect:response", "heartbeat:request", "heartbeat:response", "what")
+TYPES = (ma.HL7_TYPE, ma.PING_TYPE, ma.BYTES_TYPE, ma.ASTM_TYPE, ma.JSON_TYPE, ma.DICOM_TYPE, None, 7)
+BROKEN_FRAMES = (b"\x83\x01x", b"\x81\x02\xff\xff", b"\x89\x7e\x00\x7e", b"\x01\x01{", b"\x80\x00", b"\x82\x7f\xff")
+# fmt: on
 
 
 class Live:
-    """A site under fuzzing. `troubles` are what must not be in the log, with the inputs that came last."""
+    """A site under fuzzing. `troubles` are what must not be in its logs, with the inputs that came last."""
 
-    def __init__(self, here: "Site", seed: int):
+    def __init__(self, here: Any, seed: int):
         self.here, self.seed, self.draw = here, seed, random.Random(seed)
-        self.tried: collections.Counter[str] = collections.Counter()
-        self.recent: collections.deque[str] = collections.deque(maxlen=60)
+        self.tried, self.read = collections.Counter[str](), collections.Counter[Path]()  # `read`: bytes of logs
+        self.recent, self.callbacks = collections.deque[str](maxlen=60), collections.deque([""], maxlen=50)
         self.troubles: dict[str, str] = {}
-        self.callbacks: collections.deque[str] = collections.deque([""], maxlen=50)
-        self.recordings: dict[str, list[tuple[bytes, ...]]] = {}
-        self.stopped, self.calm = threading.Event(), threading.Event()
-
-    # --- devices ---
+        self.recordings: dict[str, list[tuple[bytes, ...]]] = {"PACS": []}
+        self.stopped, self.calm = threading.Event(), threading.Event()  # `calm`: the server is well
 
     def record(self) -> None:
         """What devices say when all is well, in the pieces between which they listen."""
-        from tests import dicom_peers as peers
-        from tests.support import message
-
         said = list[bytes]()
 
         class Recorder(peers.Scu):
@@ -511,245 +499,181 @@ class Live:
                 said.append(_pdu(kind, content))
                 super().pdu(kind, content)
 
-        hl7 = [ma.mllp_frame(message(f"M{n}", f"P{n % 3}", text="\u00e4", size=n * 900).encode()) for n in range(4)]
-        raw = (b"\x05\x02ab\x03", b"x\x02c\x02d\x03", b"\x02" + b"e" * 3000 + b"\x03")
+        texts = [support.message(f"M{n}", f"P{n % 3}", text="\u00e4", size=n * 900) for n in range(4)]
+        hl7, raw = [ma.mllp_frame(text.encode()) for text in texts], (b"\x05\x02ab\x03", b"x\x02c\x02d\x03\x02ee\x03")
+        self.recordings["ENH"] = self.recordings["ORIG"] = [(hl7[1],), (hl7[3],), tuple(hl7), (b"".join(hl7),)]
+        self.recordings["RAW"] = [raw, (b"".join(raw),), (b"\x02" + b"e" * 3000 + b"\x03",)]
         frames = ma.astm_frames((b"H|\\^&|||A\r", b"Q|1|^TUBE\r", b"R|1|^^^GLU|5.4\r", b"L|1|N\r"), 12)
-        self.recordings = {
-            name: [(frame,) for frame in hl7] + [tuple(hl7), (b"".join(hl7),)] for name in ("ENH", "ORIG")
-        }
-        self.recordings |= {"RAW": [raw, (b"".join(raw),)], "PACS": []}
         self.recordings["ASTM"] = [(b"\x05", *frames, b"\x04"), (SESSION, SESSION), (b"\x05\x04", b"\x06" * 9, SESSION)]
-        whole, query = peers.made(3000), peers.encoded(peers.data_set(QueryRetrieveLevel="STUDY", PatientID="1"))
-        commit = peers.encoded(peers.data_set(TransactionUID=peers.new_uid(), ReferencedSOPSequence=[
-            peers.data_set(ReferencedSOPClassUID=whole.sop_class, ReferencedSOPInstanceUID=whole.uid)]))  # fmt: skip
-        requests: list[tuple[str, dict[int, int | str], bytes]] = [
-            (whole.sop_class, {2: whole.sop_class, 0x100: 1, 0x1000: whole.uid}, whole.content),
-            (peers.STUDY_FIND, {2: peers.STUDY_FIND, 0x100: 0x20}, query),
-            (peers.WORKLIST, {2: peers.WORKLIST, 0x100: 0x20}, query),
-            (peers.STUDY_MOVE, {2: peers.STUDY_MOVE, 0x100: 0x21, 0x600: "GONE"}, query),
-            (peers.STUDY_GET, {2: peers.STUDY_GET, 0x100: 0x10}, query),
-            (peers.MPPS, {2: peers.MPPS, 0x100: 0x140, 0x1000: peers.new_uid()}, query),
-            (peers.COMMITMENT, {3: peers.COMMITMENT, 0x100: 0x130, 0x1001: peers.COMMITMENT_INSTANCE, 0x1008: 1},
-             commit),
-        ]  # fmt: skip
-        for name, command, content in requests:
+        item = peers.data_set(ReferencedSOPClassUID=peers.CT, ReferencedSOPInstanceUID="1.2")
+        whole = peers.made(300, QueryRetrieveLevel="STUDY", TransactionUID="1.2.3", ReferencedSOPSequence=[item])
+        for name, number in {
+            whole.sop_class: 1, peers.STUDY_FIND: 0x20, peers.WORKLIST: 0x20, peers.STUDY_MOVE: 0x21,
+            peers.STUDY_GET: 0x10, peers.MPPS: 0x140, peers.COMMITMENT: 0x130,
+        }.items():  # fmt: skip
             said.clear()
+            asked: dict[int, int | str] = {2: name, 3: name, 0x100: number, 0x600: "GONE", 0x1000: whole.uid, 0x1008: 1}
             with Recorder(self.here.ports["PACS"], [(name, [peers.EXPLICIT])]) as scu:
-                scu.request(scu.accepted[name, peers.EXPLICIT], command, content)
+                scu.request(scu.accepted[name, peers.EXPLICIT], asked | {0x1001: f"{name}.1"}, whole.content)
                 scu.response()
             self.recordings["PACS"].append(tuple(said))
 
     def sender(self, name: str, number: int) -> None:
-        draw = random.Random(f"{self.seed} {name} {number}")
+        """A device: one connection after the other, its pieces mutated, mixed, cut or slow, ended in any way."""
+        draw, pool = random.Random(f"{self.seed} {name} {number}"), self.recordings[name]
         while not self.stopped.wait(LIVE_REST):
-            pieces = [mutated_live(p, draw) if draw.random() < 0.4 else p for p in draw.choice(self.recordings[name])]
+            pieces, head = list(draw.choice(pool)), draw.choice((12, 4000))  # a DICOM PDU has its lengths in the head
+            for at in draw.sample(range(len(pieces)), draw.randint(0, min(3, len(pieces)))):
+                pieces[at] = mutated(pieces[at][:head], draw) + pieces[at][head:]
             if draw.random() < 0.2:
-                pieces.insert(draw.randint(0, len(pieces)), draw.choice(draw.choice(self.recordings[name])))
+                pieces.insert(draw.randint(0, len(pieces)), draw.choice(draw.choice(pool)))
             self.tried[name] += 1
             self.recent.append(f"{time.time():.3f} {name} {' '.join(piece.hex() for piece in pieces)[:20_000]}")
-            with contextlib.suppress(OSError):
-                self._send(self.here.ports[name], pieces, draw)
+            with contextlib.suppress(OSError), self.here.device(name, timeout=2) as device:
+                self._send(device.socket, pieces, draw)
 
-    def _send(self, port: int, pieces: list[bytes], draw: random.Random) -> None:
-        with socket.create_connection(("127.0.0.1", port), 2) as line:
-            for piece in pieces:
-                cut = draw.randint(0, len(piece)) if draw.random() < 0.1 else len(piece)
-                slow = draw.random() < 0.05
-                for at in range(0, cut, 1 if slow and cut < 200 else 4096):
-                    line.sendall(piece[at : min(cut, at + (1 if slow and cut < 200 else 4096))])
-                    if slow:
-                        time.sleep(0.003)
-                if cut < len(piece):
-                    break
-                if select.select([line], [], [], draw.choice((0, 0.02, 0.2)))[0] and not line.recv(65536):
-                    return
-            match draw.randrange(4):
-                case 0:
-                    line.shutdown(socket.SHUT_WR)
-                    while select.select([line], [], [], 0.3)[0] and line.recv(65536):
-                        pass
-                case 1:
-                    line.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-                case 2:
-                    self.stopped.wait(draw.random())
+    def _send(self, line: socket.socket, pieces: list[bytes], draw: random.Random) -> None:
+        for piece in pieces:
+            cut = draw.randint(0, len(piece)) if draw.random() < 0.1 else len(piece)
+            step = 1 if cut < 200 and draw.random() < 0.1 else 4096
+            for at in range(0, cut, step):
+                line.sendall(piece[at : min(cut, at + step)])
+                time.sleep(0.003 if step == 1 else 0)
+            if select.select([line], [], [], draw.choice((0, 0.02, 0.2)))[0] and not line.recv(65536):
+                return
+        if draw.random() < 0.3:
+            line.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # a reset
+        elif draw.random() < 0.5:
+            line.shutdown(socket.SHUT_WR)
+        self.stopped.wait(draw.choice((0, draw.random())))
 
-    # --- the server ---
-
-    def bot(self, transmit: "Transmit") -> "BotResult":
-        """Good messages are answered well, others now and then with anything."""
-        from demo import accepting_bot
-
+    def bot(self, transmit: Any) -> tuple[int, Any]:
+        """Good messages are answered well, others now and then with anything that the stand-in server can encode."""
         self.callbacks.append(transmit.callback)
         if "GOOD" not in transmit.body and not self.calm.is_set() and self.draw.random() < 0.15:
-            body = self.draw.choice([one for one in STRANGE if one not in (2**70, "\ud800")])  # those it cannot encode
-            return self.draw.choice((0, -5, 200, 201, 400, 404, 503, 99999, True)), body
+            return self.draw.choice((0, -5, 200, 201, 400, 404, 503, 99999, True)), self.draw.choice(STRANGE[2:])
         if transmit.content_type == ma.HL7_TYPE:
             return accepting_bot(transmit)
         return 200, "H|\\^&\nL|1|N" if "TUBE" in transmit.body else "\x06" if transmit.channel == "RAW" else ""
 
-    def server(self) -> None:
+    def server(self, draw: random.Random) -> None:
         """Frames now and then, in the loop of the stand-in server."""
-        sandbox, draw = self.here.sandbox, random.Random(f"{self.seed} server")
-        while not self.stopped.wait(0.05):
-            if not self.calm.is_set():
-                self.tried["uplink"] += 1
-                sandbox.loop.call_soon_threadsafe(self._frame, draw)
-
-    def _frame(self, draw: random.Random) -> None:
-        if (agent := self.here.sandbox.sandbox.agents.get("agent-1")) is None or self.calm.is_set():
+        if not self.stopped.is_set():
+            self.here.sandbox.loop.call_later(0.05, self.server, draw)
+        agent, chance = self.here.sandbox.sandbox.agents.get("agent-1"), draw.random()
+        if agent is None or self.calm.is_set() or agent._protocol.state.name != "OPEN":
             return
-        protocol, chance = agent._protocol, draw.random()
-        message: dict[str, Any] = {
-            "type": f"agent:{draw.choice(KINDS)}",
-            "limit": 5,
-            "channel": draw.choice([*LIVE_CHANNELS]),
-        }
-        message |= {
-            "statusCode": 200,
-            "body": draw.choice(STRANGE),
-            "contentType": ma.HL7_TYPE,
-            "remote": "127.0.0.1:9",
-        }
-        message["callback"] = str(draw.choice(self.callbacks))
-        if draw.random() < 0.3 and message["callback"]:
-            message["callback"] = mutated(message["callback"].encode(), draw).decode("latin-1")
-        if message["type"] == "agent:transmit:request":
-            kinds = (ma.HL7_TYPE, ma.PING_TYPE, ma.BYTES_TYPE, ma.ASTM_TYPE, ma.JSON_TYPE, ma.DICOM_TYPE, None, 7)
-            message |= {"remote": draw.choice(REMOTES), "contentType": draw.choice(kinds)}
-            message |= {"returnAck": draw.choice(("first", "application", 5, []))} if draw.random() < 0.3 else {}
-        for name in draw.sample([*message], draw.choice((0, 0, 1, 1, 2))):
-            if name != "remote":
-                message[name] = draw.choice(STRANGE)
+        known = draw.choice(self.callbacks).encode()
+        message = {
+            "type": f"agent:{draw.choice(KINDS)}", "limit": 5, "channel": draw.choice([*LIVE_CHANNELS]),
+            "statusCode": 200, "body": draw.choice(STRANGE), "contentType": ma.HL7_TYPE, "returnAck":
+            draw.choice(("first", "application", "", 5)), "callback": draw.choice((known, known, mutated(known, draw)))
+            .decode("latin-1"),
+        }  # fmt: skip
+        message |= {name: draw.choice(STRANGE) for name in draw.sample([*message], draw.choice((0, 0, 1, 1, 2)))}
+        message |= {"remote": draw.choice(REMOTES), "contentType": draw.choice(TYPES)} if draw.random() < 0.8 else {}
         for name in draw.sample([*message], draw.choice((0, 0, 0, 1, 3))):
             del message[name]
-        text = json.dumps(message).encode()
-        if chance < 0.2 and "remote" not in message:  # mutated bytes must not become another host's address
+        text = json.dumps(message).encode() if chance > 0.02 else b"[" * draw.choice((1, 900, 100_000))
+        if chance < 0.3 and "remote" not in message:  # mutated bytes must not become another host's address
             text = mutated(text, draw)
-        elif chance < 0.23:
-            text = b"[" * draw.choice((1, 900, 100_000))
+        self.tried["uplink"] += 1
         self.recent.append(f"{time.time():.3f} uplink {text[:20_000]!r}")
         if chance > 0.995:
-            draw.choice((agent.close, lambda: protocol.send_close(draw.choice((1000, 1001, 1009, 1011, 4000)), "x")))()
+            agent.close() if draw.random() < 0.5 else agent._protocol.send_close(draw.choice((1000, 1009, 1011, 4000)))
         elif chance > 0.99:
-            agent._writer.write(
-                draw.choice((b"\x83\x01x", b"\x81\x02\xff\xff", b"\x89\x7e\x00\x7e", draw.randbytes(9)))
-            )
-        elif chance > 0.9:
-            protocol.send_binary(text)
+            agent._writer.write(draw.choice(BROKEN_FRAMES))
         elif chance > 0.85:
-            protocol.send_text(text[:9], fin=False)
-            protocol.send_continuation(text[9:], fin=True)
+            agent._protocol.send_text(text[:9], fin=False)
+            agent._protocol.send_continuation(text[9:], fin=True)
         else:
-            protocol.send_text(text)
+            (agent._protocol.send_binary if chance > 0.75 else agent._protocol.send_text)(text)
         agent._flush()
 
-    # --- what must hold ---
-
-    def good(self, mark: str) -> None:
-        """A message passes each channel while others are fuzzed; the server is well meanwhile."""
-        from tests import dicom_peers as peers
-        from tests.support import Device, eventually, message
-
-        here, (enhanced, original, raw, astm) = self.here, [f"GOOD-{name}-{mark}" for name in "EORA"]
+    def check(self, mark: str) -> tuple[int, int]:
+        """A message passes each channel while others are fuzzed and the server is well; the figures."""
         self.calm.set()
-        here.sandbox.wait_for(lambda: here.sandbox.connected, 60, "the agent is connected")
-        for channel, name, code in (("ENH", enhanced, "CA"), ("ORIG", original, "AA")):
-            with Device(here.ports[channel], timeout=30) as device:
-                assert device.ask(message(name, name)) == (code, name), channel
-        with Device(here.ports["RAW"], timeout=30) as device:
-            device.send_raw(f"\x02{raw}\x03".encode())
-            assert device.socket.recv(1) == b"\x06"
-        eventually(lambda: self._session(astm), 30, f"{astm} acknowledged")
-        image = peers.made(1000, PatientID=f"GOOD-{mark}")
-        assert peers.store(here.ports["PACS"], image, calling="GOOD") == [peers.SUCCESS]
-        for name in (enhanced, raw, astm, image.uid):
-            here.sandbox.wait_for(lambda name=name: any(name in t.body for _, t in here.sandbox.seen), 60, name)  # type: ignore[misc]
-        for kept in (
-            here.sandbox.seen,
-            here.sandbox.answered,
-            here.sandbox.sandbox.requests,
-            here.sandbox.sandbox.errors,
-        ):
-            kept.clear()
-        here.sandbox.sandbox.binaries.clear()
+        try:
+            self._good(mark)
+        except (OSError, EOFError, AssertionError):
+            self.troubles[mark] = traceback.format_exc()
         self.calm.clear()
-
-    def _session(self, name: str) -> bool:
-        """Whether an analyzer's session is taken; the agent may want to send at the same time."""
-        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", self.here.ports["ASTM"]), 2) as line:
-            frames = ma.astm_frames((b"H|\\^&\r", f"R|1|{name}\r".encode(), b"L|1|N\r"), 240)
-            for piece in (b"\x05", *frames):
-                line.sendall(piece)
-                if line.recv(1) != b"\x06":
-                    return False
-            line.sendall(b"\x04")
-            return True
-        return False
-
-    def look(self) -> None:
-        """New troubles in the logs."""
-        process = self.here.agent.process
-        assert process is not None and process.poll() is None, f"the agent ended: {self.here.agent.output()[-3000:]}"
-        for line in (self.here.agent.main_log().decode("utf-8", "replace") + self.here.agent.output()).splitlines():
-            if LIVE_TROUBLE.search(line):
-                what = re.sub(r'"timestamp":"[^"]*"|message \d+', "", line)
-                if what not in self.troubles:
-                    self.troubles[what] = "\n".join([line, *self.recent])
+        self.look()
+        return self.figures()
 
     def figures(self) -> tuple[int, int]:
-        """Resident kB and open descriptors, where the system tells; else 0."""
-        folder = Path(f"/proc/{self.here.agent.process.pid if self.here.agent.process else 0}")
-        if not folder.exists():
+        """Resident kB and open descriptors, where the system tells."""
+        if not (folder := Path(f"/proc/{self.here.agent.process.pid}")).exists():
             return 0, 0
-        resident = re.search(r"VmRSS:\s+(\d+)", (folder / "status").read_text())
-        return int(resident[1]) if resident else 0, len([*(folder / "fd").iterdir()])
+        resident = (folder / "status").read_text().partition("VmRSS:")[2].split()[0]
+        return int(resident), len([*(folder / "fd").iterdir()])
 
+    def _good(self, mark: str) -> None:
+        here, seen = self.here, self.here.sandbox.seen
+        here.sandbox.wait_for(lambda: here.sandbox.connected, 60, "the agent is connected")
+        image = peers.made(1000, PatientID=f"GOOD-{mark}")
+        names = [*(f"GOOD-{name}-{mark}" for name in "EORA"), image.uid]
+        enhanced, original, raw, astm, _ = names
+        for channel, sent, answer in (
+            ("ENH", support.message(enhanced, enhanced), f"MSA|CA|{enhanced}"),
+            ("ORIG", support.message(original, original), f"MSA|AA|{original}"), ("RAW", f"\x02{raw}\x03", "\x06"),
+        ):  # fmt: skip
+            with here.device(channel, timeout=30) as device:
+                device.send_raw(sent.encode() if channel == "RAW" else ma.mllp_frame(sent.encode()))
+                heard = b""
+                while answer.encode() not in heard:  # among answers to devices that went away
+                    heard += device.socket.recv(4096) or b"closed"
+                    assert not heard.endswith(b"closed"), channel
+        with Instrument.at(here.ports["ASTM"], "127.0.0.2") as instrument:  # an address that no order waits for
+            instrument.session("H|\\^&", f"R|1|{astm}", "L|1|N")
+        assert peers.store(here.ports["PACS"], image, calling="GOOD") == [peers.SUCCESS]
+        here.sandbox.wait_for(lambda: all(any(n in t.body for _, t in seen) for n in names), 60, f"arrival of {names}")
+        for kept in (seen, here.sandbox.answered, here.sandbox.sandbox.requests, here.sandbox.sandbox.binaries):
+            kept.clear()
 
-def mutated_live(content: bytes, draw: random.Random) -> bytes:
-    """As `mutated`, but what is behind 4000 bytes stays; a DICOM header's length is hit more often."""
-    work = mutated(content[:4000], draw) + content[4000:]
-    return work if draw.random() < 0.8 else content[:2] + mutated(content[2:12], draw) + content[12:]
+    def look(self) -> None:
+        """New troubles in the logs, as soon as they are there."""
+        agent = self.here.agent
+        assert agent.process.poll() is None, f"the agent ended: {agent.output()[-3000:]}"
+        for path in [*agent.state_dir.glob("medplum-agent-main-*"), agent.output_path]:
+            with path.open("rb") as file:
+                file.seek(self.read[path])
+                lines = file.read().rpartition(b"\n")[0]
+            self.read[path] += len(lines)
+            for line in filter(LIVE_TROUBLE.search, lines.decode("utf-8", "replace").splitlines()):
+                what = re.sub(r'"timestamp":"[^"]*"|message \d+', "", line)
+                self.troubles.setdefault(what, "\n".join([line, *self.recent]))
 
 
 def live(seconds: float, seed: int) -> dict[str, str]:
     """Fuzz a running agent for so long, print the figures, and return the troubles; AssertionError."""
-    sys.path[1:1] = [str(Path(ma.__file__).parent / "packaging")]
-    from tests.support import accepts, eventually, setting, site
-
-    addresses = {name: query + LIVE_OPTIONS for name, query in LIVE_CHANNELS.items()}
-    settings = [setting(name, value) for name, value in LIVE_SETTINGS.items()]
-    with (
-        tempfile.TemporaryDirectory() as folder,
-        site(Path(folder), addresses, settings, config='pushTargets = "127.0.0.1"\n') as here,
-    ):
-        eventually(lambda: all(accepts(("127.0.0.1", port)) for port in here.ports.values()), 20, "ports open")
+    settings = {"queueRetentionMaxMb": 8, "queueErroredRetentionDays": 0, "queueSweepIntervalSecs": 5}
+    entries, only = [*map(support.setting, settings, settings.values())], 'pushTargets = "127.0.0.1"'
+    with tempfile.TemporaryDirectory() as at, support.site(Path(at), LIVE_CHANNELS, entries, config=only) as here:
+        support.eventually(lambda: all(support.accepts(("127.0.0.1", port)) for port in here.ports.values()))
         run, sandbox = Live(here, seed), here.sandbox.sandbox
         sandbox.keep_transmits, here.sandbox.bot, answered = False, run.bot, sandbox.answered
-        sandbox.answered = lambda message: answered(message) if isinstance(message.get("callback"), str) else None  # type: ignore[method-assign]
+        sandbox.answered = lambda message: isinstance(message.get("callback"), str) and answered(message)  # type: ignore[assignment,method-assign]
         run.record()
-        run.good("start")
-        before, rows = run.figures(), list[tuple[int, int]]()
-        jobs = [threading.Thread(target=run.sender, args=(n, k), daemon=True) for n in LIVE_CHANNELS for k in (1, 2)]
-        jobs.append(threading.Thread(target=run.server, daemon=True))
-        for job in jobs:
-            job.start()
+        before, long, rows = run.check("before"), seconds > LIVE_LONG, list[tuple[int, int]]()
+        here.sandbox.loop.call_soon_threadsafe(run.server, random.Random(seed))
+        for number, name in enumerate([*LIVE_CHANNELS] * 2):
+            threading.Thread(target=run.sender, args=(name, number), daemon=True).start()
         for number in range(1, LIVE_CHECKS + 1):
-            run.stopped.wait(seconds / LIVE_CHECKS)
-            run.look()
-            if number % 5 == 0 or seconds > 100:
-                run.good(str(number))
-            rows.append(run.figures())
+            until = time.monotonic() + seconds / LIVE_CHECKS
+            while time.monotonic() < until:
+                time.sleep(0.1)
+                run.look()
+            rows.append(run.check(f"check {number}") if long or number % 5 == 0 else run.figures())
         run.stopped.set()
-        for job in jobs:
-            job.join(10)
-        run.good("end")
-        run.look()
-        eventually(lambda: run.figures()[1] <= before[1] + 20, 30, f"descriptors closed: {before}, {run.figures()}")
-        end, warm = run.figures(), rows[LIVE_CHECKS // 5 - 1]
-        print(f"live: seed {seed}, inputs {dict(run.tried)}, (kB resident, descriptors): before {before}, after 20 % "
-              f"{warm}, middle {rows[LIVE_CHECKS // 2 - 1]}, last {rows[-1]}, at rest {end}", flush=True)  # fmt: skip
-        if seconds > 100 and max(rows[-1][0], end[0]) > warm[0] * LIVE_GROWTH:
-            run.troubles["memory"] = f"resident memory grows: {rows}"
+        with contextlib.suppress(AssertionError):
+            support.eventually(lambda: run.figures()[1] <= before[1] + LIVE_FILES, 30 if long else 0)
+        end = run.check("end")
+        print(f"live: seed {seed}, inputs {dict(run.tried)}; kB resident and descriptors: before {before}, after 20 % "
+              f"{rows[3]}, in the middle {rows[9]}, at the end {rows[-1]}, at rest {end}", flush=True)  # fmt: skip
+        if long and (max(rows[-1], end)[0] > rows[3][0] * LIVE_GROWTH or end[1] > before[1] + LIVE_FILES):
+            run.troubles["figures"] = f"memory grows or descriptors stay open: {rows}"
+        print(*run.troubles.values(), f"live: {'BROKEN' if run.troubles else 'ok'}", sep="\n\n")
         return run.troubles
 
 
@@ -761,9 +685,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--input", type=bytes.fromhex, help="try this one input")
     options = parser.parse_args(arguments)
     if options.targets == ["live"]:
-        troubles = live(options.seconds, options.seed)
-        print(*troubles.values(), "live: BROKEN" if troubles else "live: ok", sep="\n\n")
-        return int(bool(troubles))
+        return int(bool(live(options.seconds, options.seed)))
     names = options.targets or list(TARGETS)
     if unknown := set(names) - set(TARGETS):
         parser.error(f"no target {', '.join(sorted(unknown))}; there are {', '.join(TARGETS)}")

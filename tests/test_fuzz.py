@@ -1,4 +1,4 @@
-"""Each fuzz target for a second with a fixed seed; tests/fuzz.py runs them for as long as one likes."""
+"""Each fuzz target for a second with a fixed seed, an agent for five; tests/fuzz.py runs for as long as one likes."""
 
 import pytest
 
@@ -21,3 +21,7 @@ def test_a_broken_target_is_reported(monkeypatch: pytest.MonkeyPatch, capsys: py
     assert fuzz.main(["fragile", "--input", "000b"]) == 1
     assert "BROKEN by 000b" in capsys.readouterr().out
     assert fuzz.main(["fragile", "--input", "00"]) == 0
+
+
+def test_a_running_agent() -> None:
+    assert fuzz.live(5, seed=20260101) == {}

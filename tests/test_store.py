@@ -8,6 +8,7 @@ import shutil
 import sqlite3
 import subprocess
 import threading
+import uuid
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -254,6 +255,7 @@ def test_files_are_private(path: Path) -> None:
             await put(store, new(store.channel("ADT"), "1"))
             assert {file.name: file.stat().st_mode & 0o777 for file in path.parent.iterdir()} == {
                 "queue.sqlite": 0o600, "queue.sqlite-wal": 0o600, "queue.sqlite-shm": 0o600, "queue.sqlite.lock": 0o600,
+                "queue.sqlite.high": 0o600,
             }  # fmt: skip
 
     old = os.umask(0o022)
@@ -274,7 +276,7 @@ def test_close_leaves_nothing_open(path: Path) -> None:
         await store.close()
         links = [str(fd.readlink()) for fd in Path("/proc/self/fd").iterdir() if fd.is_symlink()]
         assert [link for link in links if link.startswith(str(path))] == []
-        assert [file.name for file in path.parent.iterdir()] == ["queue.sqlite"]
+        assert sorted(file.name for file in path.parent.iterdir()) == ["queue.sqlite", "queue.sqlite.high"]
 
     run(scenario)
 
@@ -477,6 +479,31 @@ def test_repetitions_across_a_restart_and_after_the_end(path: Path) -> None:
             assert again.earlier is not None
             earlier = again.earlier
             assert (earlier.state, earlier.response, earlier.outcome) == (ma.PROCESSED, "MSH|answer", ma.DELIVERED)
+
+    run(scenario)
+
+
+@pytest.mark.parametrize("kept", ["", "copy"])
+def test_no_number_is_given_twice_and_what_waits_keeps_its_name(path: Path, kept: str) -> None:
+    """Over a restart after repetitions, which take numbers and leave no row, and over a copy that was put back."""
+    numbers: set[int] = set()
+    names: set[str] = set()
+
+    async def scenario() -> None:
+        for _ in range(2):
+            async with opened(path) as store:
+                row = store.channel("ADT")
+                messages = [new(row, "1"), new(row, "1"), *(new(row, uuid.uuid4().hex) for _ in range(5))]
+                assert (await put(store, *messages))[2:] == ["stored"] * 5
+                assert not numbers & {message.id for message in messages}
+                numbers.update(message.id for message in messages)
+                names.add(store.uuid)
+                if kept and not (path.parent / kept).exists():
+                    with contextlib.closing(sqlite3.connect(path)) as db:
+                        db.execute("VACUUM INTO ?", (str(path.parent / kept),))
+            if kept:
+                shutil.copy(path.parent / kept, path)
+        assert len(names) == 1
 
     run(scenario)
 
