@@ -4971,11 +4971,10 @@ class Uplink:
                 return
             stable = self._loop.time() - started > STABLE_SECS and not self._refused
             failures = 1 if stable else failures + 1
-            if reason in (last_reason, self._fhir.said) or self.store is None:  # before, the configuration says it
-                reason = last_reason
-            else:
+            if self.store and reason not in (last_reason, self._fhir.said):  # until then the configuration says it
                 self._log.error(f"No connection to {self.url}: {reason}. Messages are kept on disk; trying again.")
-            last_reason = "" if stable else reason
+                last_reason = reason
+            last_reason = "" if stable else last_reason
             await asyncio.sleep(back_off(failures))
 
     async def _session(self) -> str:
@@ -6146,7 +6145,7 @@ class AstmLine(StreamLine):
 
     async def _offer(self, body: str, message: Message) -> None:
         try:
-            self.encode(body, codec_of(self.settings.encoding))
+            self.encode(body, codec_of(self.settings.encoding))  # for its warning: records are encoded one by one
             await self._send_records(body)
         except DeviceError as error:
             self.owner.warn(f"{self.remote}: the Bot's answer was not taken: {error}")

@@ -47,6 +47,11 @@ RJ, P_DATA, RELEASE_RQ, RELEASE_RP, ABORT = 3, 4, 5, 6, 7
 FAST = "autoRetryBaseDelayMs=20&autoRetryMaxDelayMs=200&autoRetryMaxAttempts=0&deadLetterAfterHours=0"
 ROOT_UID = "1.2.826.0.1.3680043.8.498.77"  # pydicom's; what tests make is below it
 
+QUIET = pytest.mark.filterwarnings(
+    "ignore::UserWarning:pydicom.*",
+    "ignore::UserWarning:pynetdicom.*",
+    "ignore::pytest.PytestUnraisableExceptionWarning",  # sockets that pynetdicom, here as the device, forgets
+)
 needs_dcmtk = pytest.mark.skipif(not shutil.which("storescu"), reason="NO DCMTK: its programs were not tried")
 needs_orthanc = pytest.mark.skipif(not shutil.which("Orthanc"), reason="NO ORTHANC: it was not tried")
 

@@ -32,6 +32,7 @@ from tests.dicom_peers import (
     PATIENT_FIND,
     PATIENT_GET,
     PATIENT_MOVE,
+    QUIET,
     SECONDARY,
     STUDY_FIND,
     STUDY_GET,
@@ -75,11 +76,7 @@ from tests.dicom_peers import (
 )
 from tests.support import ROOT, Pushed, Site, eventually, free_ports
 
-pytestmark = pytest.mark.filterwarnings(
-    "ignore::UserWarning:pydicom.*",
-    "ignore::UserWarning:pynetdicom.*",
-    "ignore::pytest.PytestUnraisableExceptionWarning",  # sockets that pynetdicom, here as the device, forgets
-)
+pytestmark = QUIET
 
 UNABLE, UNKNOWN_DESTINATION, PROCESSING_FAILURE = 0xC001, 0xA801, 0x0110
 PENDING = (0xFF00, 0xFF01)

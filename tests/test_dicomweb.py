@@ -26,6 +26,7 @@ from tests.dicom_peers import (
     FAST,
     IMPLICIT,
     PATIENT_FIND,
+    QUIET,
     SECONDARY,
     STUDY_FIND,
     STUDY_GET,
@@ -70,11 +71,7 @@ from tests.dicom_peers import (
 )
 from tests.support import Site, eventually
 
-pytestmark = pytest.mark.filterwarnings(
-    "ignore::UserWarning:pydicom.*",
-    "ignore::UserWarning:pynetdicom.*",
-    "ignore::pytest.PytestUnraisableExceptionWarning",  # sockets that pynetdicom, here as the device, forgets
-)
+pytestmark = QUIET
 
 LOCAL = f"dicom://127.0.0.1:{{port}}?{FAST}&"
 STOW = "/dicomweb/studies"

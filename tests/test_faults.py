@@ -1458,7 +1458,9 @@ def test_d20_callbacks_never_repeat_after_a_snapshot_was_restored(tmp_path, ends
             copy = here.agent.queue_path.read_bytes()
         here.agent.start()
         with here.device("A") as device:
-            assert {device.ask(message(f"LOST-{n}", f"L{n}"))[1] for n in range(3)} and device.drain(0.1) is not None
+            for n in range(3):
+                assert device.ask(message(f"LOST-{n}", f"L{n}"))[0] == "CA"
+                assert device.ack() == ("AA", f"LOST-{n}")
             here.sandbox.wait_ids("LOST-0", "LOST-1", "LOST-2")
         here.agent.terminate() if ends == "stop" else here.agent.kill()
         for path in here.agent.state_dir.glob(f"{here.agent.queue_path.name}-*"):
