@@ -2653,25 +2653,6 @@ _LINK: dict[Link, _Row] = {
 # fmt: on
 
 
-class Delimiters(NamedTuple):
-    """How the records of a message are divided (LIS02-A2 6.4)."""
-
-    field: str
-    repeat: str
-    component: str
-    escape: str
-
-
-def delimiters(record: bytes) -> Delimiters:
-    """As the H record declares them; the standard's where it does not."""
-    usual = Delimiters("|", "\\", "^", "&")
-    text = record.lstrip(b"\r\n\0 ").split(b"\r")[0].decode("latin-1")
-    if not text.startswith("H") or len(text) < 2 or text[1].isalnum() or text[1].isspace():
-        return usual
-    declared = text[2:5].split(text[1])[0]
-    return Delimiters(text[1], *(declared + "".join(usual[1:])[len(declared) :]))
-
-
 def is_terminated(records: Sequence[bytes | bytearray]) -> bool:
     """The last record is an L record (LIS02-A2 14)."""
     last = bytes(records[-1]).strip(b"\r\n\0 ") if records else b""

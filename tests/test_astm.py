@@ -17,7 +17,6 @@ from medplum_agent import (
     TURN_SECS,
     WAITING_BYTES,
     Astm,
-    Delimiters,
     FrameAccepted,
     Interrupted,
     LineWarning,
@@ -29,7 +28,6 @@ from medplum_agent import (
     Write,
     astm_frame,
     astm_frames,
-    delimiters,
     records_text,
     text_records,
 )
@@ -746,22 +744,3 @@ def test_body_up() -> None:
 def test_body_down() -> None:
     assert text_records("H|\\^&\r\nO|1|ä\n\n\x02L|1\r", USUAL) == [b"H|\\^&\r", b"O|1|\xe4\r", b"L|1\r"]
     assert text_records("R|€", USUAL) == [b"R|?\r"]
-
-
-@pytest.mark.parametrize(
-    ("record", "expected"),
-    [
-        (b"H|\\^&|||x\r", "|\\^&"),
-        (b"H|@^\\|||x", "|@^\\"),
-        (b"H|@^&|x", "|@^&"),
-        (b"H!~$%!", "!~$%"),
-        (b"H|\\^|x", "|\\^&"),
-        (b"H|", "|\\^&"),
-        (b"H", "|\\^&"),
-        (b"", "|\\^&"),
-        (b"P|@^&", "|\\^&"),
-        (b"Hello", "|\\^&"),
-    ],
-)
-def test_delimiters(record: bytes, expected: str) -> None:
-    assert delimiters(record) == Delimiters(*expected)
