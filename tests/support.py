@@ -496,6 +496,7 @@ class Link:
     def __init__(self, receiver: "Receiver", accepted: socket.socket, number: int):
         self.receiver, self.socket, self.number = receiver, accepted, number
         self.frames = 0  # received on this connection
+        self.last = ""  # of them
         accepted.settimeout(60)
         accepted.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
@@ -615,7 +616,7 @@ class Receiver:
                 text = content[1:].decode(self.encoding)
                 with self.changed:
                     self.heard.append(text)
-                    link.frames += 1
+                    link.frames, link.last = link.frames + 1, text
                     self.changed.notify_all()
                 self.behaviour(link, text)
 

@@ -1149,8 +1149,8 @@ def test_explicit_limit_sends_patients_in_parallel(tmp_path):
         device.wait_for(lambda: len(device.heard) == 3)
         assert sorted(device.ids()) == ["PAR-0", "PAR-2", "PAR-3"]
         device.behaviour = accepts_all
-        for link, control in zip(device.links, device.ids(), strict=True):
-            link.ack("AA", control)
+        for link in list(device.links):
+            link.ack("AA", control_id(link.last))
         here.agent.wait_state("PAR-1", "processed")
         here.agent.wait_state("PAR-4", "processed")
         assert device.most == 3 and sorted(device.ids()) == [f"PAR-{n}" for n in range(5)]
