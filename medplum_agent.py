@@ -4129,13 +4129,6 @@ class Fence:
     key = BARRIER
 
 
-class Judgment(NamedTuple):
-    """What an answer means: `error` is empty when the server accepted it; `hl7` tells that the body can be relayed."""
-
-    error: str
-    hl7: bool
-
-
 # Channel contract 5.5: which errors are tried again, by retry mode. `original` and `enhanced` are the modes of a
 # channel without retryMode. In original mode the device still owns its message: a refusal goes back to it at once.
 _RETRIED: dict[str, frozenset[str]] = {
@@ -4153,17 +4146,14 @@ _REJECTED = frozenset({"server-rejected", "upstream-rejected", "device-rejected"
 _REJECTED |= {"forbidden", "stow-missing", "stow-refused"}  # final state `rejected`, else `failed`
 
 
-def judge(mode: str, status: int, body: object) -> Judgment:
-    """Classify a response by status code and, in guaranteed mode, by the MSA-1 of its body (channel contract 5.5)."""
-    ack = read_ack(body) if mode == "guaranteed" else None
-    is_hl7 = bool(hl7_text(body))
-    if ack is not None:
-        return Judgment(_UPSTREAM.get(ack.code, ""), is_hl7)
-    if status == 429:
-        return Judgment("server-rate-limited", is_hl7)
-    if status >= 500:
-        return Judgment("server-error", is_hl7)
-    return Judgment("server-rejected" if status >= 400 else "", is_hl7)
+def judge(mode: str, status: int, body: object) -> str:
+    """The error that a response means, or an empty string where the server accepted: by status code and, in guaranteed
+    mode, by the MSA-1 of its body (channel contract 5.5)."""
+    if mode == "guaranteed" and (ack := read_ack(body)):
+        return _UPSTREAM.get(ack.code, "")
+    if status < 400:
+        return ""
+    return "server-rate-limited" if status == 429 else "server-error" if status >= 500 else "server-rejected"
 
 
 _REASONS = {
@@ -4396,17 +4386,20 @@ class Queue:
             self._prepare(message)
         elif self.policy.mode in ("none", "normal"):
             message.state = SENT
-            self._store.update(message, then=partial(self._start, message))
+            self._store.update(message, then=partial(self._start_marked, message))
         else:
             self._start(message)
 
-    def _start(self, message: Message) -> None:
-        if not self.way.is_open:
-            if message.state == SENT:
-                message.state = QUEUED
-                self._store.update(message)
+    def _start_marked(self, message: Message) -> None:
+        """It is on disk that the message was sent; if it cannot be, by now, that is taken back."""
+        if self.way.is_open:
+            self._start(message)
+        else:
+            message.state = QUEUED
+            self._store.update(message)
             self._unsend([message])
-            return
+
+    def _start(self, message: Message) -> None:
         message.attempts += 1
         message.sent_at = now_ms()
         message.deadline = self._loop.time() + self.policy.timeout_secs
@@ -4472,8 +4465,8 @@ class Queue:
             self.failed(message, "server-error", mode="upload")
         finally:
             self._preparing.discard(message.id)
-        if message.id in self.inflight and message.deadline == math.inf and message.state < PROCESSED:
-            self._send(message)
+        if message.deadline == math.inf:  # its turn had come
+            self._unsend([message])
         self.pump()
 
     def _prepare_ahead(self) -> None:
@@ -4489,7 +4482,7 @@ class Queue:
 
     def answered(self, message: Message, attempt: int, status: int, body: object) -> None:
         """A response from the server; also late, for an earlier attempt, or for a dead letter."""
-        error, relayed = judge(self.policy.mode, status, body)
+        error = judge(self.policy.mode, status, body)
         if message.state >= PROCESSED and not (message.state == FAILED and not error):
             return
         if error and attempt not in (0, message.attempts):
@@ -4497,9 +4490,8 @@ class Queue:
         message.response = body if isinstance(body, str) else dump_json(body).decode()
         message.status_code = status
         if error:
-            self.failed(message, error, status, relay=relayed)
+            self.failed(message, error, status, relay=bool(hl7_text(body)))
             return
-        self.round_trips.append(now_ms() - message.received_at)
         self._refused.clear()
         self._passed_at = time.monotonic()
         message.outcome = DELIVERED if self.owner.answer(message, body, "") else UNDELIVERED
@@ -4556,6 +4548,8 @@ class Queue:
     def settle(self, message: Message, state: int) -> None:
         """The message has reached its final state."""
         message.state, message.settled_at = state, now_ms()
+        if state == PROCESSED:
+            self.round_trips.append(message.settled_at - message.received_at)
         self._store.update(message)
         if message.spool and state == PROCESSED:  # in a thread: a disk may take its time over a large file
             self._loop.run_in_executor(None, self._store.spool.remove, message.spool)
@@ -4568,8 +4562,8 @@ class Queue:
 
     def _forget(self, message: Message) -> None:
         del self.window[message.id]
-        if message.text is not None:
-            self.hold(message, None, was=len(message.text))
+        self._bytes -= len(message.text or "")
+        message.text = None
         self._order.settle(message)
 
     def lost(self) -> None:
@@ -4670,12 +4664,16 @@ class Uplink:
         self.queues: list[Queue] = []  # of the channels
         self.on_message: Callable[[Json], None] = lambda message: None
         self._settings, self._fhir, self._log = settings, fhir, log
+        self._agent = (
+            f"Agent/{settings.agentId}-"  # begins a callback; a UUID follows, for a row with its number as end
+        )
         scheme = "wss" if settings.baseUrl.startswith("https") else "ws"
         parts = urllib.parse.urlsplit(settings.baseUrl)
         self.url = urllib.parse.urlunsplit((scheme, parts.netloc, "/ws/agent", parts.query, ""))
         self._context = context if scheme == "wss" else None
         self._socket: _Socket | None = None
         self._outgoing: list[bytes] = []
+        self._warned_at = -math.inf
         self._largest = self._largest_id = 0  # bytes of the connection's largest text, and the message it carried
         self._masks = b""
         self._loop = asyncio.get_running_loop()
@@ -4726,15 +4724,9 @@ class Uplink:
 
     def transmit(self, queue: Queue, message: Message) -> None:
         """A message of a device; its callback is the same for each try, but for the number of the try behind `#`."""
-        assert self.store is not None
-        callback = f"{self._callbacks}{message.id:012x}#{message.attempts}"
         kind = _CONTENT_TYPES.get(message.type, HL7_TYPE)
+        callback = f"{self._agent}{self.store.uuid if self.store else ''}-{message.id:012x}#{message.attempts}"
         self._transmit(queue.row.name, message.remote, kind, message.text or "", callback, message.id)
-
-    @property
-    def _callbacks(self) -> str:
-        """How they begin: `Agent/<id>-` and a UUID without its last 12 digits, which are the row's number."""
-        return f"Agent/{self._settings.agentId}-{self.store.uuid if self.store else ''}-"
 
     def _transmit(self, channel: str, remote: str, kind: str, body: str, callback: str, id_: int = 0) -> None:
         self._write({
@@ -4754,25 +4746,19 @@ class Uplink:
             self._largest, self._largest_id = len(text), id_
         if self._settings.compression:
             self._socket.protocol.send_text(text)
-        else:
-            self._outgoing.append(self._text_frame(text))
+        else:  # a masked text frame (RFC 6455 5.2); a random number for each would cost a system call and the GIL
+            if len(self._masks) < 4:
+                self._masks = os.urandom(4096)
+            mask, self._masks = self._masks[:4], self._masks[4:]
+            size = len(text)
+            if size < 126:
+                head = struct.pack("!BB", 0x81, 0x80 | size)
+            else:
+                head = struct.pack("!BBH", 0x81, 0xFE, size) if size < 65536 else struct.pack("!BBQ", 0x81, 0xFF, size)
+            self._outgoing += (head, mask, apply_mask(text, mask))
         if not self._flushing:
             self._flushing = True
             self._loop.call_soon(self._flush)
-
-    def _text_frame(self, payload: bytes) -> bytes:
-        """A masked text frame (RFC 6455 5.2); a random number for each would cost a system call and the GIL."""
-        if len(self._masks) < 4:
-            self._masks = os.urandom(4096)
-        mask, self._masks = self._masks[:4], self._masks[4:]
-        size = len(payload)
-        if size < 126:
-            head = struct.pack("!BB", 0x81, 0x80 | size)
-        elif size < 65536:
-            head = struct.pack("!BBH", 0x81, 0xFE, size)
-        else:
-            head = struct.pack("!BBQ", 0x81, 0xFF, size)
-        return head + mask + apply_mask(payload, mask)
 
     def _flush(self) -> None:
         self._flushing = False
@@ -4793,7 +4779,7 @@ class Uplink:
             if not isinstance(kind, str):
                 raise TypeError
         except (ValueError, KeyError, TypeError):
-            self._log.warn(f"The server sent {len(text)} bytes that are not a JSON message with a type; ignored.")
+            self.warn(f"The server sent {len(text)} bytes that are not a JSON message with a type; ignored.")
             return
         try:
             if kind in ("agent:transmit:response", "transmit"):
@@ -4813,6 +4799,12 @@ class Uplink:
             if message.get("callback"):
                 words = "The agent could not handle this message"
                 self.send({"type": "agent:error", "body": words, "callback": message["callback"]})
+
+    def warn(self, text: str) -> None:
+        """A server that errs a thousand times fills the log with a few lines."""
+        if self._loop.time() - self._warned_at > COMPLAIN_SECS:
+            self._warned_at = self._loop.time()
+            self._log.warn(text)
 
     def _accepted(self) -> None:
         if not self.live:
@@ -4849,11 +4841,11 @@ class Uplink:
                 asked.set_result(answer)
         else:
             stem, _, attempt = str(callback).partition("#")
-            prefix, number = stem[:-12], stem[-12:]
-            if prefix != self._callbacks or not re.fullmatch(r"[0-9a-f]{12}", number):
-                self._log.warn("An answer with an unknown callback was ignored.")
+            ours = self.store and stem.startswith(f"{self._agent}{self.store.uuid}-")
+            if not ours or not re.fullmatch(r"[0-9a-f]{12}", stem[-12:]):
+                self.warn("An answer with an unknown callback was ignored.")
                 return
-            message_id, tried = int(number, 16), int(attempt) if attempt.isdecimal() else 0
+            message_id, tried = int(stem[-12:], 16), int(attempt) if attempt.isdecimal() else 0
             for queue in self.queues:
                 if message := queue.window.get(message_id):
                     queue.answered(message, tried, status, body)
@@ -4871,7 +4863,7 @@ class Uplink:
         """Old servers leave it out: match MSA-2 with a message in flight, else pass it to the device named."""
         remote, ack = answer.get("remote"), read_ack(body)
         for queue in (queue for queue in self.queues if queue.row.name == answer.get("channel")):
-            self._log.warn(f"{queue.policy.name}: an answer came without callback.")
+            self.warn(f"{queue.policy.name}: an answer came without callback.")
             sent = queue.inflight.values()
             matches = [m for m in sent if (m.control_id == ack.control_id if ack else m.remote == remote)]
             if matches:
@@ -4888,7 +4880,7 @@ class Uplink:
         """
         if not self.is_open:
             raise ServerError("the server is not connected")
-        callback = f"Agent/{self._settings.agentId}-{uuid.uuid4()}"
+        callback = f"{self._agent}{uuid.uuid4()}"
         answer: asyncio.Future[Json] = self._loop.create_future()
         self._asked[callback] = answer
         try:
@@ -9404,7 +9396,7 @@ class Agent:
         elif (operation := self._operations.get(kind)) is not None:
             spawn(self._perform(operation, message, callback))
         else:
-            self.log.warn("The server sent a message of an unknown type.")
+            self.uplink.warn("The server sent a message of an unknown type.")
             self._fail(f"Unknown message type: {kind}", callback)
 
     @cached_property

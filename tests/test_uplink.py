@@ -376,6 +376,15 @@ def test_strange_messages_of_the_server_end_nothing(tmp_path):
         assert connects(here) == 1
 
 
+def test_a_server_that_errs_a_thousand_times_fills_the_log_with_a_few_lines(tmp_path):
+    with site(tmp_path, {"A": ""}) as here:
+        for _ in range(300):
+            for raw in (b"nonsense", b'{"type":"agent:unknown"}', STRANGE[14]):
+                here.sandbox.tell(raw)
+        works(here)
+        assert 1 <= here.agent.main_log().count(b'"WARN"') < 10
+
+
 def test_unknown_type_is_answered_with_the_callback(tmp_path):
     with site(tmp_path, {"A": ""}) as here:
         answer = here.sandbox.ask("agent:dance:request")
