@@ -121,6 +121,7 @@ def faults(places: dict[str, int], call: str) -> Iterator[Fault]:
     yield from every if EVERY else random.Random(call).sample(every, min(2, len(every)))
 
 
+@pytest.mark.timeout(7200 if EVERY else 300)
 @pytest.mark.parametrize("call", CALLS)
 def test_what_was_acknowledged_on_a_disk_that_errs_arrives(places, tmp_path, call):
     for fault in faults(places, call):
