@@ -89,6 +89,7 @@ class Faults:
     # "Endpoint/x", "Binary", "DicomStudy" or "dicomweb/studies" -> HTTP status
     read_failures: dict[str, int] = dataclasses.field(default_factory=dict)
     hold: str = ""  # requests whose path begins so are answered when this is empty again
+    no_wado: bool = False  # objects are to be had as Binaries only
     stow_forgets: bool = False  # STOW-RS stores nothing, and answers 200 without naming the instance
     stow_cuts: list[str] = dataclasses.field(default_factory=list)  # of the next ones: the connection, before or `late`
     never_connect: bool = False  # connect requests stay unanswered
@@ -200,11 +201,10 @@ class Sandbox:
         if not cut:
             return False
         body = await self._body(reader, headers)
-        if method == "GET" and (found := self._binary(target, headers)) is not None:
-            writer.write(
-                f"HTTP/1.1 200 X\r\nContent-Type: {DICOM_TYPE}\r\nContent-Length: {len(found)}\r\n\r\n".encode()
-            )
-            writer.write(found)
+        if method == "GET" and (found := self._file(target.split("?")[0], headers)) is not None:
+            kind, content = found
+            writer.write(f"HTTP/1.1 200 X\r\nContent-Type: {kind}\r\nContent-Length: {len(content)}\r\n\r\n".encode())
+            writer.write(content)
             await writer.drain()
             return True
         status, answer = await self._respond(method, target, headers, body)
@@ -241,11 +241,25 @@ class Sandbox:
                 length -= len(block)
         return path
 
-    def _binary(self, target: str, headers: Headers) -> bytes | None:
-        content = self.binaries.get(target.removeprefix("/fhir/R4/"))
-        if content is None or not self.token_valid(headers.get("Authorization", "").removeprefix("Bearer ")):
+    def _file(self, path: str, headers: Headers) -> tuple[str, bytes] | None:
+        """Content type and content of a Binary, or of an instance by WADO-RS (PS3.18 10.4)."""
+        if not self.token_valid(headers.get("Authorization", "").removeprefix("Bearer ")):
             return None
-        return content.read_bytes() if isinstance(content, Path) else content
+        reference, instance = (
+            path.removeprefix("/fhir/R4/"),
+            re.fullmatch(r"/dicomweb/studies/.*/instances/([0-9.]+)", path),
+        )
+        if instance and not self.faults.no_wado:
+            found = (r for r in self.resources.values() if r.get("sopInstanceUid") == instance[1])
+            reference = next((r["raw"]["reference"] for r in found), "")
+        content = self.binaries.get(reference)
+        if content is None:
+            return None
+        content = content.read_bytes() if isinstance(content, Path) else content
+        if not instance:
+            return DICOM_TYPE, content
+        part = b"--part\r\nContent-Type: %b\r\n\r\n%b\r\n--part--\r\n" % (DICOM_TYPE.encode(), content)
+        return f'multipart/related; type="{DICOM_TYPE}"; boundary="part"', part
 
     async def _respond(self, method: str, target: str, headers: Headers, body: bytes | Path) -> tuple[int, Json | str]:
         path = urllib.parse.urlsplit(target).path

@@ -214,14 +214,14 @@ class Longer(bytes):
 def cut_downloads(here: Site, reference: str, *, at_once: bool) -> Iterator[None]:
     """Downloads of this Binary end before all is sent: at once, or with the block."""
     server, gate, cut = here.sandbox.sandbox, asyncio.Event(), set[int]()
-    request, binary = server._request, server._binary
+    request, file = server._request, server._file
 
-    def cutting(target: str, *rest: Any) -> bytes | None:
-        content = binary(target, *rest)
-        if not target.endswith(reference) or content is None:
-            return content
+    def cutting(path: str, *rest: Any) -> tuple[str, bytes] | None:
+        found = file(path, *rest)
+        if not path.endswith(reference) or found is None:
+            return found
         cut.add(id(asyncio.current_task()))
-        return Longer(content)
+        return found[0], Longer(found[1])
 
     async def requested(*streams: Any) -> bool:
         goes_on = await request(*streams)
@@ -231,7 +231,7 @@ def cut_downloads(here: Site, reference: str, *, at_once: bool) -> Iterator[None
             await gate.wait()
         return False  # which closes the connection
 
-    with mock.patch.object(server, "_binary", cutting), mock.patch.object(server, "_request", requested):
+    with mock.patch.object(server, "_file", cutting), mock.patch.object(server, "_request", requested):
         try:
             yield
         finally:
