@@ -121,6 +121,7 @@ UNREAD_SECS = 60.0  # a device that does not read its answers for so long is wor
 UNFINISHED_BYTES = 128 * MIB  # of messages that are not complete, over all connections
 LONE_END_SECS = 0.3  # of silence after 0x1C without 0x0D: the frame has ended
 JUNK_SECS = 1.0  # what is no message is answered at most this often
+GIVE_WAY_SECS = 0.008  # images wait so long where another device has just sent something: its CA comes as if alone
 ENDED_SECS = 60.0  # a device that ended its side may wait so long for its answers
 STOP_ANSWER_SECS = 3.0  # at shutdown, wait this long for answers that devices are waiting for
 STOP_SECS = 9.0  # the whole clean stop; service managers kill after 10 s
@@ -183,7 +184,7 @@ DIMSE_SECS = 60.0  # to wait for the peer's answer to a DIMSE request of ours
 SENT_PDU_BYTES = 128 * KIB  # largest PDU that we send, where the device takes any
 COMMAND_BYTES = 64 * KIB  # a DIMSE command
 SPOOL_BLOCK_BYTES = 512 * KIB  # of an object, written in one go
-DICOM_BUFFER_BYTES = 256 * KIB  # read from an imaging device in one go, and unsent to it
+DICOM_BUFFER_BYTES = 256 * KIB  # unsent to an imaging device
 PDU_BYTES = MIB + KIB  # a longer PDU is not read: more than maxPdu can be, and than association requests are
 INLINE_BYTES = 4096  # base64 of a binary value that may be part of the JSON
 LARGE_VALUE_BYTES = 512 * KIB  # a value above this is not read for the JSON
@@ -5048,7 +5049,7 @@ class Uplink:
 
 
 # =====================================================================================================================
-# Lines (1100 lines, 7650 tokens)
+# Lines (1110 lines, 7700 tokens)
 #
 # One open connection to a device, whoever dialled; each protocol has one class here, which owns its core. A line takes
 # bytes (`receive`), makes messages of them (`intake`), acknowledges when the store says durable (`stored`), writes down
@@ -5281,6 +5282,8 @@ class Line(asyncio.Protocol):
     # --- what each protocol does in its own way ---
 
     unanswered = "not taken"  # said when the time of a push is over
+    gives_way = False  # what it brings may wait a moment for what others bring
+    heard_at = -math.inf  # when one of those others last brought something
 
     def came(self) -> str:
         """What came instead of the answer to a push."""
@@ -5359,6 +5362,8 @@ class Line(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         self.active_at = self._loop.time()
+        if not self.gives_way:
+            Line.heard_at = self.active_at
         before = self.messages
         self.receive(data)
         if self.inside or self._begun_at:
@@ -7076,7 +7081,7 @@ def parse_ping(host: object, body: object) -> tuple[str, int]:
 
 
 # =====================================================================================================================
-# DICOM (1960 lines, 16550 tokens)
+# DICOM (1970 lines, 16550 tokens)
 #
 # Imaging devices (DICOM PS3.4, PS3.7, PS3.8; channel contract 8). `Dimse` is a core like the others: bytes in, events
 # out. Its line runs requests as coroutines; what takes long (fsync, decoding, JSON) goes to a few threads. pydicom and
@@ -7911,10 +7916,12 @@ class Request:
 class DicomLine(Line, asyncio.BufferedProtocol):
     """One association of an imaging device; its requests are served one after the other.
 
-    It reads little at a time: in a turn of the event loop an HL7 message waits for one such piece of each association.
+    It reads little at a time, and nothing for a moment when another device has sent something: an HL7 message meets few
+    pieces of images in the event loop, the writer and the pool, however many devices send at full speed.
     """
 
     owner: DicomChannel
+    gives_way = True
 
     def __init__(self, owner: DicomChannel):
         super().__init__(owner)
@@ -7946,12 +7953,13 @@ class DicomLine(Line, asyncio.BufferedProtocol):
 
     def buffer_updated(self, nbytes: int) -> None:
         self.data_received(bytes(self._room[:nbytes]))
+        if (until := Line.heard_at + GIVE_WAY_SECS) > self._loop.time():
+            self.pause("others")
+            self._loop.call_at(until, self.resume, "others")
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(transport)
         cast(asyncio.Transport, transport).set_write_buffer_limits(high=DICOM_BUFFER_BYTES)
-        if hasattr(transport, "max_size"):
-            transport.max_size = DICOM_BUFFER_BYTES
 
     def receive(self, received: bytes) -> None:
         self._got = True
