@@ -281,6 +281,7 @@ def test_find_is_cancelled_while_the_bot_thinks(here, bot):
         scu.fragments(1, 1, cancel_of(1))
         assert scu.status() == CANCEL
         assert time.monotonic() - begin < 0.8
+    here.sandbox.wait_for(lambda: bot.asked, what="the Bot's turn, which no other test shall see")
 
 
 FAILURES = [
