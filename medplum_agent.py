@@ -25,6 +25,7 @@ import base64
 import collections
 import dataclasses
 import datetime
+import email.message
 import enum
 import errno
 import gc
@@ -157,6 +158,7 @@ TRANSFER_TIMEOUT_SECS = 120.0  # of silence while a file is sent or fetched, how
 TRANSFERS = 4  # files under way to or from the server at once
 SEARCH_RESOURCES = 10_000  # of one FHIR search
 TRANSFER_BLOCK_BYTES = 256 * KIB  # read and written in one go
+MULTIPART_END_BYTES = 4 * KIB  # of a multipart body: its last boundary, and what may stand behind it
 HTTP_ATTEMPTS = 3  # uplink contract 1: 429, 5xx and network errors
 TOKEN_MARGIN_SECS = 300.0  # refresh this long before the token expires
 TOKEN_REFRESH_SPACING_SECS = 5.0  # a server that hands out nearly expired tokens must not be asked per message
@@ -3719,7 +3721,7 @@ def _trouble_of(error: Exception) -> tuple[str, str]:
 
 
 # =====================================================================================================================
-# FHIR (350 lines, 2800 tokens)
+# FHIR (370 lines, 3000 tokens)
 #
 # The HTTPS side of the server: OAuth2 client-credentials login and FHIR reads (uplink contract 1 and 2). urllib3 does
 # the work in worker threads: pools, proxies, TLS, retries. May touch: HTTPS.
@@ -3974,17 +3976,20 @@ class Fhir:
         return f"Binary/{created['id']}"
 
     async def download(self, reference: str, file: typing.BinaryIO) -> None:
-        """GET the content of a Binary, streamed into `file`."""
-        url = f"{self.base}fhir/R4/{reference}"
+        """GET, streamed into `file`, the content of a Binary, or by WADO-RS (PS3.18 10.4) what `dicomweb/...` names."""
+        instance = reference.startswith("dicomweb/")
+        url = self.base + ("" if instance else "fhir/R4/") + reference
+        one = f'multipart/related; type="{DICOM_TYPE}"; transfer-syntax=*' if instance else DICOM_TYPE
 
         def fetch(headers: dict[str, str]) -> urllib3.BaseHTTPResponse:
-            wanted = headers | {"Accept": f"{DICOM_TYPE}, application/octet-stream, */*; q=0.1"}
+            wanted = headers | {"Accept": f"{one}, application/octet-stream; q=0.2, */*; q=0.1"}
             with self._http("GET", url, headers=wanted, timeout=TRANSFER_TIMEOUT_SECS, stream=True) as response:
+                kind = response.headers.get("Content-Type", "")
                 try:
-                    if response.status >= 300 or "json" in response.headers.get("Content-Type", ""):
+                    if response.status >= 300 or "json" in kind:
                         response.read(cache_content=True)
                     else:
-                        for block in response.stream(TRANSFER_BLOCK_BYTES):
+                        for block in only_part(kind, response.stream(TRANSFER_BLOCK_BYTES)):
                             file.write(block)
                 except urllib3.exceptions.HTTPError as error:
                     raise ServerError(f"the connection broke: {type(error).__name__}") from None
@@ -4037,6 +4042,27 @@ class Fhir:
         if response.status >= 300 or not answer:
             raise ServerError(outcome_text(answer) or f"HTTP status {response.status} for {what}", response.status)
         return answer
+
+
+def only_part(content_type: str, blocks: Iterable[bytes]) -> Iterator[bytes]:
+    """The content of the one part of a multipart body (RFC 2046 5.1.1), or another body as it is; ServerError."""
+    described = email.message.Message()
+    described["Content-Type"] = content_type
+    if described.get_content_maintype() != "multipart":
+        yield from blocks
+        return
+    mark, held, inside = f"--{described.get_boundary()}".encode(), b"", False
+    for block in blocks:
+        held += block
+        if not inside and (at := held.find(b"\r\n\r\n", held.find(mark))) >= 0 and mark in held[:at]:
+            held, inside = held[at + 4 :], True
+        if inside and len(held) > MULTIPART_END_BYTES:
+            yield held[:-MULTIPART_END_BYTES]
+            held = held[-MULTIPART_END_BYTES:]
+    content, end, _ = held.rpartition(b"\r\n" + mark)
+    if not inside or not end:
+        raise ServerError("the multipart answer of the server breaks off")
+    yield content
 
 
 def _http_reason(url: str, error: Exception) -> str:
@@ -7081,7 +7107,7 @@ def parse_ping(host: object, body: object) -> tuple[str, int]:
 
 
 # =====================================================================================================================
-# DICOM (1970 lines, 16550 tokens)
+# DICOM (1980 lines, 16700 tokens)
 #
 # Imaging devices (DICOM PS3.4, PS3.7, PS3.8; channel contract 8). `Dimse` is a core like the others: bytes in, events
 # out. Its line runs requests as coroutines; what takes long (fsync, decoding, JSON) goes to a few threads. pydicom and
@@ -7775,6 +7801,13 @@ def reference_of(item: object) -> str:
     return item
 
 
+def _places(found: Json) -> list[str]:
+    """Where an object that the server has can be had: by WADO-RS, and as the Binary that the server made of it."""
+    uids = [(found.get(tag, {}).get("Value") or [""])[0] for tag in ("0020000D", "0020000E", "00080018")]
+    raw = (found["raw"] or {}).get("reference")
+    return ["dicomweb/studies/{}/series/{}/instances/{}".format(*uids), *([str(raw)] if raw else [])]
+
+
 # --- whether a data set is whole -------------------------------------------------------------------------------------
 
 _LONG = frozenset(b"OB OD OF OL OV OW SQ SV UC UN UR UT UV".split())  # with 4 bytes of length (PS3.5 7.1.2)
@@ -8427,7 +8460,7 @@ class DicomChannel(Channel):
         """C-FIND (PS3.4 C.4.1, K.4.1)."""
         matches: Any
         if self._answers_itself(request):
-            matches = [dataset for dataset, _ in await self._search(request)]
+            matches = await self._search(request)
         else:
             words = await self._ask(line, request)
             matches = words.get("datasets") if isinstance(words, dict) else words
@@ -8451,8 +8484,8 @@ class DicomChannel(Channel):
     def _answers_itself(self, request: Request) -> bool:
         return self.settings.answer == "server" and request.context.abstract.startswith(_QUERY_ROOTS["STUDY"])
 
-    async def _search(self, request: Request) -> list[tuple[Json, Json]]:
-        """(data set, resource) of what matches, at the level that is asked for; of images for a retrieval."""
+    async def _search(self, request: Request) -> list[Json]:
+        """The data sets of what matches, at the level that is asked for; for a retrieval of images, and their `raw`."""
         try:
             asked = await self._decode(request.dataset)
             level = LEVELS_OF_QUERIES.index(str(asked.get("QueryRetrieveLevel", "")))
@@ -8468,8 +8501,10 @@ class DicomChannel(Channel):
             found = await unless_cancelled(request, self._descend(wanted, depth))
         except ServerError as error:
             raise Refusal(UNABLE_TO_PROCESS, f"the server cannot be asked: {error}") from None
+        if request.name != "C-FIND":
+            return [described | {"raw": resource.get("raw")} for described, resource in found]
         tags = [f"{element.tag:08X}" for element in asked]
-        return [({t: described[t] for t in tags if t in described}, resource) for described, resource in found]
+        return [{tag: described[tag] for tag in tags if tag in described} for described, _ in found]
 
     async def _descend(self, wanted: Dataset, depth: int) -> list[tuple[Json, Json]]:
         found: list[tuple[Json, Json]] = [({}, {})]
@@ -8485,15 +8520,13 @@ class DicomChannel(Channel):
         tag = f"{imaging().pydicom.datadict.tag_for_keyword(_SEARCHES[depth][3][0]):08X}"
         return list({described[tag]["Value"][0]: (described, resource) for described, resource in found}.values())
 
-    async def _references(self, line: DicomLine, request: Request, **more: str) -> list[str]:
+    async def _references(self, line: DicomLine, request: Request, **more: str) -> list[list[str]]:
+        """Of each object where it can be had, the best place first; one that can be had nowhere fails, and counts."""
         if self._answers_itself(request):
-            found = [
-                resource for _, resource in await self._search(request)
-            ]  # one without its object fails, and counts
-            return [str((it.get("raw") or {}).get("reference") or f"DicomInstance/{it.get('id')}") for it in found]
+            return [_places(found) for found in await self._search(request)]
         words = await self._ask(line, request, **more)
         try:
-            return [reference_of(item) for item in (words["binaries"] if isinstance(words, dict) else words)]
+            return [[reference_of(item)] for item in (words["binaries"] if isinstance(words, dict) else words)]
         except (ValueError, TypeError, KeyError):
             raise Refusal(UNABLE_TO_PROCESS, "the Bot's answer is no list of references to Binaries") from None
 
@@ -8549,16 +8582,16 @@ class DicomChannel(Channel):
         return open_[syntax], fields, [write_dataset(library.pydicom.dcmread(file.name), syntax)]
 
     async def _retrieve(
-        self, line: DicomLine, request: Request, references: list[str], send: Callable[[SpoolFile], Awaitable[int]],
-        worthwhile: Callable[[], bool],
+        self, line: DicomLine, request: Request, references: list[list[str]],
+        send: Callable[[SpoolFile], Awaitable[int]], worthwhile: Callable[[], bool],
     ) -> Answer:  # fmt: skip
         """Each object as it comes from the server, and a pending answer after each; the last says what failed."""
         counts = {"Completed": 0, "Failed": 0, "Warning": 0}
         failed: list[str] = []
-        for done, reference in enumerate(references, 1):
+        for done, places in enumerate(references, 1):
             if request.cancelled.is_set():
                 return {"Status": CANCELLED, **_suboperations(len(references) - done + 1, counts)}, _failed_list(failed)
-            outcome, uid = await self._send_one(reference, send) if worthwhile() else ("Failed", "")
+            outcome, uid = await self._send_one(places, send) if worthwhile() else ("Failed", "")
             counts[outcome] += 1
             failed += [uid] if outcome == "Failed" and uid else []
             left = _suboperations(len(references) - done, counts)
@@ -8569,11 +8602,17 @@ class DicomChannel(Channel):
         )
         return {"Status": status, **_suboperations(None, counts)}, _failed_list(failed) if bad else None
 
-    async def _send_one(self, reference: str, send: Callable[[SpoolFile], Awaitable[int]]) -> tuple[str, str]:
-        """A Binary through a file of the spool to where it shall go: what came of it, and its SOP Instance UID."""
+    async def _send_one(self, places: list[str], send: Callable[[SpoolFile], Awaitable[int]]) -> tuple[str, str]:
+        """An object through a file of the spool to where it shall go: what came of it, and its SOP Instance UID."""
         file, uid = SpoolFile(self.store.spool), ""
         try:
-            await self._fhir.download(reference, file)
+            for place in places:
+                try:
+                    await self._fhir.download(place, file)
+                    break
+                except ServerError as error:
+                    if place == places[-1] or error.status < 400:
+                        raise
             if file.error:
                 raise ServerError(file.error)
             file.close()
@@ -8582,7 +8621,7 @@ class DicomChannel(Channel):
             return "Completed" if status == SUCCESS else "Warning" if status >> 12 == 0xB else "Failed", uid
         except Exception as error:  # no DICOM file, or nobody who takes it: the next one may go
             said = str(error) if isinstance(error, AgentError | ValueError) else type(error).__name__
-            self.warn(f"{reference} cannot be {'sent' if uid else 'fetched'}: {said}")
+            self.warn(f"{places[-1]} cannot be {'sent' if uid else 'fetched'}: {said}")
             return "Failed", uid
         finally:
             file.discard()

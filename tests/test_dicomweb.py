@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import pydicom
 import pytest
 
+from medplum_agent import ServerError, only_part
 from tests.dicom_peers import (
     CANCEL,
     COMMITMENT,
@@ -762,6 +763,53 @@ def test_retrieve(archive, dest, command, level, keys, expected):
     assert dict(got) == wanted and len(got) == len(wanted)
     assert not archive.here.sandbox.bot.asked
     assert_no_spool(archive.here)
+
+
+@pytest.mark.parametrize("wado", [True, False])
+def test_objects_come_by_wado_and_else_as_the_binaries_of_the_server(archive, dest, wado):
+    """PS3.18 10.4; a server without it has them as DicomInstance.raw."""
+    server = archive.here.sandbox.sandbox
+    server.faults.no_wado = not wado
+    del server.requests[:]
+    with retrieving(archive, "C-MOVE", dest) as (retrieve, got):
+        last = retrieve(identifier(archive, "SERIES", {"StudyInstanceUID": "A", "SeriesInstanceUID": "A1"}))
+    assert (last.Status, len(got)) == (SUCCESS, 2)
+    asked = [request for request in server.requests if request.startswith("GET /dicomweb/studies/")]
+    below = f"GET /dicomweb/studies/{archive.uids['A']}/series/{archive.uids['A1']}/instances/"
+    assert sorted(asked) == sorted(below + archive.uids[label] for label in ("A1a", "A1b"))
+    assert sum("Binary" in request for request in server.requests) == (0 if wado else 2)
+
+
+def multipart(content: bytes, before: bytes = b"", after: bytes = b"", head: bytes = b"A: b") -> bytes:
+    return before + b"--x\r\n" + head + b"\r\n\r\n" + content + b"\r\n--x--\r\n" + after
+
+
+@pytest.mark.parametrize(
+    ("body", "content"),
+    [
+        (multipart(b"content"), b"content"),
+        (multipart(b""), b""),
+        (multipart(b"\r\n\r\n--y\r\n"), b"\r\n\r\n--y\r\n"),
+        (multipart(b"c", b"words\r\n\r\nbefore\r\n", b"words after"), b"c"),
+        (multipart(bytes(20_000)), bytes(20_000)),
+        (b"--x\r\n\r\nno headers\r\n--x--", b"no headers"),
+        (multipart(b"content")[:-9], None),
+        (b"--x\r\nA: b\r\n", None),
+        (b"", None),
+        (multipart(bytes(20_000))[:-9], None),
+    ],
+)
+def test_the_one_part_of_a_multipart_body(body, content):
+    """However it is cut, and nothing of one that breaks off."""
+    for size in (1, 2, 7, 4096, max(1, len(body))):
+        blocks = [body[at : at + size] for at in range(0, len(body), size)]
+        part = only_part('multipart/related; type="application/dicom"; boundary="x"', blocks)
+        if content is not None:
+            assert b"".join(part) == content
+        else:
+            with pytest.raises(ServerError):
+                b"".join(part)
+    assert b"".join(only_part("application/dicom", [body])) == body
 
 
 @pytest.mark.parametrize("command", ["C-MOVE", "C-GET"])
