@@ -555,8 +555,8 @@ class ProcessSettings:
     stateDir: str = setting("", "State directory: queue, logs and last configuration; default: see below",
         env="MEDPLUM_STATE_DIR")
     pushTargets: str = setting("",
-        "Push targets: where pushes may go, comma separated, such as `mllp://10.1.0.0/16:2575` or `192.168.5.7`; "
-        "default: anywhere", check=push_targets)
+        "Push targets: where pushes and pings may go, comma separated, such as `mllp://10.1.0.0/16:2575` or "
+        "`192.168.5.7`; default: anywhere", check=push_targets)
     heartbeatSecs: float = setting(10.0, "Heartbeat: seconds between heartbeats; two unanswered reconnect", low=0.1)
     compression: bool = setting(False, "Compression: compress the uplink (costs 30-60 % of its speed)")
 
@@ -6550,7 +6550,7 @@ def _bind_address(family: int, address: Any, count: int) -> socket.socket | None
 
 
 # =====================================================================================================================
-# Devices (560 lines, 4400 tokens)
+# Devices (560 lines, 4450 tokens)
 #
 # From the cloud to the device. A push that somebody waits for is tried once and answered within the caller's window.
 # One that nobody waits for is stored first, and then tried in order until the device accepts it or it becomes a dead
@@ -7029,18 +7029,21 @@ class Devices:
         }
 
 
-async def ping(host: str, count: int) -> str:
-    """Echo requests to an IPv4 or IPv6 address or a host name, as `ping` prints them; raises PingError."""
+async def ping(host: str, count: int, allowed: Sequence[PushTarget] = ()) -> str:
+    """Echo requests to an address or host name, where pushes may go too, as `ping` prints them; raises PingError."""
     import icmplib  # 4 MB that only a ping needs
 
     try:
         found = await asyncio.get_running_loop().getaddrinfo(host, None, type=socket.SOCK_DGRAM)
     except OSError:
         raise PingError(f"Unable to ping {host}: the name is unknown") from None
+    address = str(found[0][4][0])
+    if allowed and not any(one.holds(one.scheme, address, next(iter(one.ports), 0)) for one in allowed):
+        raise PingError(f"Unable to ping {host}: it is not among pushTargets of agent.toml")
     interval, timeout = min(1.0, PING_SECS / 2 / count), min(2.0, PING_SECS / 3 / count)
     for privileged in (False, True):  # a datagram socket where users may have one, else a raw one where we may
         try:
-            pinging = icmplib.async_ping(found[0][4][0], count, interval, timeout, privileged=privileged)
+            pinging = icmplib.async_ping(address, count, interval, timeout, privileged=privileged)
             result = await asyncio.wait_for(pinging, PING_SECS)
         except TimeoutError:
             raise PingError(f"Command failed: ping -c {count} {host}: no answer within {PING_SECS:g} s") from None
@@ -9493,7 +9496,8 @@ class Agent:
         answer |= {"channel": message["channel"]} if "channel" in message else {}
         try:
             if is_ping:
-                body = await ping(*parse_ping(message.get("remote"), message.get("body")))
+                asked = parse_ping(message.get("remote"), message.get("body"))
+                body = await ping(*asked, push_targets(self.devices.allowed))
                 return answer | {"contentType": PING_TYPE, "statusCode": 200, "body": body}
             push = self._checked_push(message)
             if not message.get("callback"):

@@ -271,3 +271,11 @@ def test_the_program_hangs(not_permitted, monkeypatch, tmp_path):
 
     asyncio.run(main())
     assert time.monotonic() - started < 5
+
+
+@pytest.mark.parametrize(("targets", "status"), [("192.0.2.0/24, tcp://[::1]:80", 400), ("tcp://127.0.0.0/8:80", 200)])
+def test_push_targets_limit_pings_too(tmp_path, icmp, targets, status):
+    """By address: a ping has neither scheme nor port."""
+    with site(tmp_path, {"LAB": ""}, config=f'pushTargets = "{targets}"\n') as here, here.caller() as caller:
+        answer = caller.ping("127.0.0.1")
+        assert (answer.status, "pushTargets" in answer.text) == (status, status == 400), answer
