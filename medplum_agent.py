@@ -5494,7 +5494,7 @@ class Line(asyncio.Protocol):
         """Why this connection should be closed for its silence, or an empty string."""
         silent = now - self.active_at
         if self.ended and silent > ENDED_SECS and not self.pending:
-            return "its sender ended it, and the answer takes long: it is kept for when the sender comes back"
+            return "its sender ended it, and the answer takes long: it is kept for a repetition"
         if now - self._unread_at > UNREAD_SECS:
             self._unread_at = math.inf
             self.owner.warn(f"{self.remote} has not read its answers for {UNREAD_SECS:.0f} s")
@@ -5989,7 +5989,6 @@ class StreamLine(Line):
         if message.refusal:
             self.owner.warn(f"{self.remote}: {message.refusal}; {self.unstored}")
         elif message.state == QUEUED:
-            self.awaiting += not (self.settings.ignoreResponse or self.owner.plan.is_astm)
             self.owner.queue.stored(message)
         if message.refusal or not self.pending:
             replies, self._replies = self._replies, []
@@ -6000,7 +5999,6 @@ class StreamLine(Line):
 
     def answer(self, message: Message, body: object, error: str) -> bool:
         """The Bot's words; the log text of a Bot that returned nothing is not for the device."""
-        self.not_owed()
         if error or not isinstance(body, str) or not body or body.startswith(BOT_LOG):
             return not error
         if self.settings.ignoreResponse:

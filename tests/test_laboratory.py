@@ -213,20 +213,6 @@ def test_the_bots_answer_is_written_back(here, over, channel, answer, written):
     assert settled(here, channel + over, b"\x02answer me\x03")["ack_outcome"] == "delivered"
 
 
-@pytest.mark.parametrize(("channel", "answer"), [("TEXT", "words"), ("TEXT", ""), ("IGNORE", "024103")])
-def test_a_device_that_ended_its_side_gets_its_answers_and_then_the_end(here, channel, answer):
-    """As `nc` and many a script do; where no answer comes the line is closed as soon as that is known."""
-    here.sandbox.faults.delay = lambda: 0.3
-    here.sandbox.bot = lambda transmit: (200, answer)
-    with instrument(here, channel) as device:
-        device.write(b"\x02ended 1\x03\x02ended 2\x03")
-        assert isinstance(device.line, socket.socket)
-        device.line.shutdown(socket.SHUT_WR)
-        assert device.take(2 * len(answer) if channel == "TEXT" else 0) == (b"words" * 2 if answer == "words" else b"")
-        assert device.ended()
-    assert settled(here, channel, b"\x02ended 2\x03")["ack_outcome"] == "delivered"
-
-
 def test_an_answer_that_is_no_hex_is_complained_about(here, over):
     here.sandbox.bot = lambda transmit: (200, "no hex")
     with instrument(here, "HEX" + over) as device:
