@@ -13,6 +13,7 @@ import subprocess
 import sys
 import threading
 import time
+import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -1405,6 +1406,23 @@ def test_d20_a_lock_that_cannot_be_written_is_no_lock():
 
     with Full(os.devnull, "r+") as file:
         assert medplum_agent.lock_file(file) is False
+
+
+def test_d20_on_windows_one_far_byte_is_locked_whatever_the_file_holds(tmp_path, monkeypatch):
+    """msvcrt.locking, as its documentation has it, with a stand-in: from the file's own position on."""
+    taken = set[int]()
+
+    def locking(descriptor: int, mode: int, count: int) -> None:
+        at = os.lseek(descriptor, 0, os.SEEK_CUR)
+        if at in taken:
+            raise OSError(13, "Permission denied")
+        taken.add(at)
+
+    monkeypatch.setitem(sys.modules, "msvcrt", types.SimpleNamespace(LK_NBLCK=2, locking=locking))
+    monkeypatch.setattr(sys, "platform", "win32")
+    with open(tmp_path / "lock", "a+b") as first, open(tmp_path / "lock", "a+b") as second:
+        assert medplum_agent.lock_file(first) and not medplum_agent.lock_file(second)
+        assert (tmp_path / "lock").read_text() == str(os.getpid()) and min(taken) > 1_000_000
 
 
 @pytest.mark.parametrize("name", ["agent.alive", "agent.lock", "medplum-agent-applied-config.new"])
