@@ -103,7 +103,7 @@ except ImportError:  # pragma: no cover - platforms without a wheel: slower, the
 
 
 # =====================================================================================================================
-# Version, limits (160 lines, 700 tokens)
+# Version, limits (160 lines, 670 tokens)
 #
 # Every bound has a name, a unit and a reason. What a site could need to change is a setting instead (next section).
 # =====================================================================================================================
@@ -113,7 +113,9 @@ BUILD = "0000000"  # the commit; stamped by `build.py binary`
 VERSION: Final = f"{__version__}-{BUILD}"
 
 KIB, MIB = 1024, 1024 * 1024
-READ_BYTES = 65_536 * KIB  # asyncio's 256 KiB costs a memory map per read: a factor of three in lockstep traffic
+# Of one connection in a turn of the event loop. asyncio's own 256 KiB cost a memory map per read, a factor of three in
+# lockstep traffic, and from an association HL7 2 ms a turn.
+READ_BYTES = 65_536
 RESOLVE_SECS = 2.0  # to look up the host of an Endpoint address
 SOCKET_BACKLOG = 512  # connections waiting for accept(): a whole site reconnecting at once
 BIND_RETRY_SECS = 0.25  # a port held by the agent that we replace is free within moments
@@ -192,7 +194,6 @@ INLINE_BYTES = 4096  # base64 of a binary value that may be part of the JSON
 LARGE_VALUE_BYTES = 512 * KIB  # a value above this is not read for the JSON
 BODY_BYTES = 900_000  # of a message's JSON inside its frame; the server closes the connection at 1 MiB by default
 COMMITMENT_REPORT_DAYS = 3  # a report that no device took is tried again at each start for so long
-READ_BYTES = 65_536  # of one association in a turn of the event loop; asyncio's own 256 KiB cost HL7 2 ms a turn
 IDENTIFIER_BYTES = 8 * MIB  # of a data set that is no object: a query, a procedure step, a list to commit
 COMMITMENT_REPORT_SECS = (0.0, 5.0, 30.0, 120.0, 600.0)  # before each try to report a storage commitment
 PING_SECS = 8.0  # a whole ping, whatever its count: below the server's 10 s
@@ -261,7 +262,7 @@ def _done(task: asyncio.Task[Any]) -> None:
 
 
 # =====================================================================================================================
-# Errors (80 lines, 250 tokens)
+# Errors (75 lines, 215 tokens)
 #
 # One root. LocalError: our side (configuration, disk). PeerError: theirs, with the answer to send.
 # =====================================================================================================================
@@ -279,11 +280,6 @@ class Problem(str):
     """What the cloud may read; `log` says more, for our own log."""
 
     log: str
-
-    def __new__(cls, text: str, log: str) -> Problem:
-        problem = super().__new__(cls, text)
-        problem.log = log
-        return problem
 
 
 class ConfigError(LocalError):
@@ -336,11 +332,11 @@ class ServerError(PeerError):
 
 
 # =====================================================================================================================
-# Settings (1020 lines, 7500 tokens)
+# Settings (970 lines, 6700 tokens)
 #
-# One setting, one row: a field of one of four frozen dataclasses. The parser, the checks, `--settings-schema` and
-# README's tables come from the row. Names are the wire's own (camelCase). Precedence for a channel, field by field:
-# Endpoint address, then the Agent setting named in `agent=`, then the default. May touch: files, environment.
+# One setting, one row: a field of a frozen dataclass. The parser, the checks, `--settings-schema` and README's tables
+# come from the row. Names are the wire's own (camelCase). Precedence for a channel, field by field: Endpoint address,
+# then the Agent setting named in `agent=`, then the default. May touch: files, environment.
 # =====================================================================================================================
 
 LEVELS = "NONE ERROR WARN INFO DEBUG".split()
@@ -398,14 +394,14 @@ def listed(text: str) -> list[str]:
 
 
 class PushTarget(NamedTuple):
-    """Where pushes may go; `scheme` and `ports` empty: any."""
+    """Where pushes may go; `scheme` empty: any."""
 
     scheme: str
     network: ipaddress.IPv4Network | ipaddress.IPv6Network
     ports: range
 
     def holds(self, scheme: str, host: str, port: int) -> bool:
-        fits = self.scheme in ("", scheme) and (not self.ports or port in self.ports)
+        fits = self.scheme in ("", scheme) and port in self.ports
         return fits and ipaddress.ip_address(host.split("%")[0]) in self.network
 
 
@@ -417,9 +413,9 @@ def push_targets(text: str) -> list[PushTarget]:
         match = re.fullmatch(r"(?:([a-z]+)://)?(?:\[([^]]+)\]|([^:]+))(?::(?:\*|(\d+)(?:-(\d+))?))?", part)
         if not match:
             raise ValueError(f"'{part}' needs the form mllp://10.1.0.0/16:2575, where scheme and port may be left away")
-        scheme, six, four, first, last = match.groups()
-        ports = range(int(first), int(last or first) + 1) if first else range(0)
-        found.append(PushTarget(scheme or "", ipaddress.ip_network(six or four, strict=False), ports))
+        scheme, six, four, first, last = match.groups("")
+        ports = range(int(first or 0), int(last or first or 65_535) + 1)
+        found.append(PushTarget(scheme, ipaddress.ip_network(six or four, strict=False), ports))
     return found
 
 
@@ -462,13 +458,11 @@ def auto_responses(text: str) -> dict[bytes, bytes]:
 
 def base_url(text: str) -> None:
     """ValueError for what is no address of a server."""
-    try:
+    with suppress(ValueError):
         url = urllib.parse.urlsplit(text)
-        good = url.scheme in ("http", "https") and url.hostname and url.port != 0
-    except ValueError:
-        good = False
-    if not good:
-        raise ValueError("must start with http:// or https:// and name a host")
+        if url.scheme in ("http", "https") and url.hostname and url.port != 0:
+            return
+    raise ValueError("must start with http:// or https:// and name a host")
 
 
 @lru_cache(64)
@@ -503,18 +497,19 @@ def check_encoding(name: str) -> None:
 
 
 def setting(
-    default: T, text: str, *, low: float | None = None, high: float | None = None, choices: str = "", agent: str = "",
-    env: str = "", check: Callable[[str], object] | None = None, guard: bool = False,
+    default: T, text: str, low: float | None = None, high: float | None = None, *, agent: str = "", env: str = "",
+    check: Callable[[str], object] | None = None, guard: bool = False,
 ) -> T:  # fmt: skip
-    """One row of the table of settings; `text` is its label and its meaning, `choices` are separated by spaces.
+    """One row of the table of settings; `text` is `Label: meaning [choice another]`.
 
-    `agent` names the Agent setting a channel falls back to. `check` raises ValueError. `guard`: a bad value is an
-    error and never left at its default.
+    Below `low` is wrong, above `high` becomes `high`. `agent` names the Agent setting a channel falls back to. `check`
+    raises ValueError. `guard`: a bad value is an error and never left at its default.
     """
+    text, _, choices = text.partition(" [")
     label, _, meaning = text.partition(": ")
     metadata = {
-        "label": label, "meaning": meaning, "low": low, "high": high, "choices": choices.split(), "agent": agent,
-        "env": env, "check": check, "guard": guard,
+        "label": label, "description": meaning, "min": low, "max": high, "choices": choices.strip("]").split(),
+        "env": env, "agentSetting": agent, "check": check, "guard": guard,
     }  # fmt: skip
     return dataclasses.field(default=default, metadata=metadata)
 
@@ -534,21 +529,24 @@ def rows_of(cls: type[Any]) -> Rows:
 class LoggerSettings:
     """`logger.main.*` and `logger.channel.*`; `[logger.main]` in agent.toml."""
 
-    logLevel: str = setting("INFO", "Level: least severe level that is written", choices=" ".join(LEVELS))
+    logLevel: str = setting("INFO", f"Level: least severe level that is written [{' '.join(LEVELS)}]")
     logDir: str = setting("", "Directory: where the log files go; default: the state directory")
-    maxFileSizeMb: int = setting(10, "File size: a file is rotated above this size (MiB)", low=1)
-    filesToKeep: int = setting(10, "Files kept: newest files kept, older ones are deleted", low=1)
+    maxFileSizeMb: int = setting(10, "File size: a file is rotated above this size (MiB)", 1)
+    filesToKeep: int = setting(10, "Files kept: newest files kept, older ones are deleted", 1)
 
 
 @dataclass(frozen=True)
 class ProcessSettings:
-    """What one agent process needs to start: arguments, then environment, then agent.toml or agent.properties."""
+    """What one agent process needs to start: arguments, then environment, then agent.toml or agent.properties.
+
+    The first five are the arguments, in this order; the first four must be there.
+    """
 
     baseUrl: str = setting("", "Server: base URL of the Medplum server", check=base_url, env="MEDPLUM_BASE_URL")
     clientId: str = setting("", "Client id: id of the ClientApplication", env="MEDPLUM_CLIENT_ID")
     clientSecret: str = setting("", "Client secret: secret of the ClientApplication", env="MEDPLUM_CLIENT_SECRET")
     agentId: str = setting("", "Agent id: id of the Agent resource", env="MEDPLUM_AGENT_ID")
-    logLevel: str = setting("", "Log level: level of both logs", choices=" ".join(LEVELS), env="MEDPLUM_LOG_LEVEL")
+    logLevel: str = setting("", f"Log level: level of both logs [{' '.join(LEVELS)}]", env="MEDPLUM_LOG_LEVEL")
     clientSecretFile: str = setting("", "Secret file: file that holds the client secret, instead of clientSecret",
         env="MEDPLUM_CLIENT_SECRET_FILE")
     caFile: str = setting("", "CA file: PEM file of further certificate authorities to trust", env="MEDPLUM_CA_FILE")
@@ -557,7 +555,7 @@ class ProcessSettings:
     pushTargets: str = setting("",
         "Push targets: where pushes and pings may go, comma separated, such as `mllp://10.1.0.0/16:2575` or "
         "`192.168.5.7`; default: anywhere", check=push_targets)
-    heartbeatSecs: float = setting(10.0, "Heartbeat: seconds between heartbeats; two unanswered reconnect", low=0.1)
+    heartbeatSecs: float = setting(10.0, "Heartbeat: seconds between heartbeats; two unanswered reconnect", 0.1)
     compression: bool = setting(False, "Compression: compress the uplink (costs 30-60 % of its speed)")
 
 
@@ -566,56 +564,61 @@ class AgentSettings:
     """`Agent.setting[]`: the first entry of a name counts, and only its value member of the right type."""
 
     keepAlive: bool = setting(False, "Keep alive: keep outbound device connections open and reuse them")
-    maxClientsPerRemote: int = setting(5, "Clients per remote: outbound connections per device; 1 with keepAlive",
-        low=1)
+    maxClientsPerRemote: int = setting(5, "Clients per remote: outbound connections per device; 1 with keepAlive", 1)
     logStatsFreqSecs: int = setting(-1, "Stats in the log: seconds between two stats lines in the main log; -1 is off")
     durableQueue: bool = setting(True, "Durable queue: accepted for compatibility: the queue is always on")
     queueDbPath: str = setting("", "Queue file: path of the queue; default: in the state directory; read at start only")
-    queueRetentionDays: int = setting(7, "Retention: days that finished messages are kept", low=0)
+    queueRetentionDays: int = setting(7, "Retention: days that finished messages are kept", 0)
     queueRetentionMaxMb: int = setting(512, "Retention size: finished messages go, oldest first, above this size (MiB)",
-        low=1)
-    queueErroredRetentionDays: int = setting(90, "Dead-letter retention: least days that dead letters are kept", low=0)
-    queueSweepIntervalSecs: int = setting(3600, "Sweep interval: seconds between two retention sweeps", low=1)
+        1)
+    queueErroredRetentionDays: int = setting(90, "Dead-letter retention: least days that dead letters are kept", 0)
+    queueSweepIntervalSecs: int = setting(3600, "Sweep interval: seconds between two retention sweeps", 1)
     queueMaxMb: int = setting(0,
-        "Queue limit: queue size (MiB) above which devices get CE/AE; 0: until the disk is nearly full", low=0)
+        "Queue limit: queue size (MiB) above which devices get CE/AE; 0: until the disk is nearly full", 0)
     strictConfigValidation: bool = setting(False, "Strict validation: a configuration warning rejects the reload")
 
 
 @dataclass(frozen=True)
-class ChannelSettings:
+class TlsSettings:
+    """What every channel and a Device.url have in common."""
+
+    tls: bool = setting(False, "TLS: use TLS; `mllps://` and `dicoms://` imply it")
+    certFile: str = setting("", "Certificate: PEM file of our certificate: TLS channels need it, some devices want it")
+    keyFile: str = setting("", "Key: PEM file of its key, when it is not in certFile")
+
+
+@dataclass(frozen=True)
+class ChannelSettings(TlsSettings):
     """Query parameters of the address of any channel: delivery and connections."""
 
     retryMode: str = setting("",
-        "Retry mode: what is tried again; without it: as `guaranteed`, and a Bot's AE goes to the device",
-        choices=" ".join(RETRY_MODES), agent="channelRetryMode")
-    autoRetryBaseDelayMs: int = setting(1000, "Retry base delay: first back-off (ms)", low=1,
+        "Retry mode: what is tried again; without it: as `guaranteed`, and a Bot's AE goes to the device "
+        f"[{' '.join(RETRY_MODES)}]", agent="channelRetryMode")
+    autoRetryBaseDelayMs: int = setting(1000, "Retry base delay: first back-off (ms)", 1,
         agent="channelAutoRetryBaseDelayMs")
-    autoRetryMaxDelayMs: int = setting(60_000, "Retry delay limit: largest back-off (ms)", low=1,
+    autoRetryMaxDelayMs: int = setting(60_000, "Retry delay limit: largest back-off (ms)", 1,
         agent="channelAutoRetryMaxDelayMs")
     autoRetryMaxAttempts: int = setting(20, "Retry attempts: tries before a message becomes a dead letter; 0: no limit",
-        low=0, agent="channelAutoRetryMaxAttempts")
-    autoRetryBackoffMultiplier: float = setting(2.0, "Retry multiplier: growth of the back-off", low=1,
+        0, agent="channelAutoRetryMaxAttempts")
+    autoRetryBackoffMultiplier: float = setting(2.0, "Retry multiplier: growth of the back-off", 1,
         agent="channelAutoRetryBackoffMultiplier")
     deadLetterAfterHours: int = setting(72,
-        "Dead-letter age: hours of failed tries after which a message becomes a dead letter; 0: no limit", low=0,
+        "Dead-letter age: hours of failed tries after which a message becomes a dead letter; 0: no limit", 0,
         agent="deadLetterAfterHours")
-    maxWorkers: int = setting(64, "Workers: messages in flight at once; 1 keeps the whole channel in order", low=1,
-        high=500, agent="channelMaxWorkers")
-    responseTimeoutSecs: float = setting(60.0, "Response time-out: seconds to wait for the Bot's answer", low=0.1)
-    maxMessageBytes: int = setting(16 * MIB, "Message size: larger messages are rejected (bytes)", low=1024)
-    maxConnections: int = setting(1000, "Connections: device connections at once", low=1)
+    maxWorkers: int = setting(64, "Workers: messages in flight at once; 1 keeps the whole channel in order", 1, 500,
+        agent="channelMaxWorkers")
+    responseTimeoutSecs: float = setting(60.0, "Response time-out: seconds to wait for the Bot's answer", 0.1)
+    maxMessageBytes: int = setting(16 * MIB, "Message size: larger messages are rejected (bytes)", 1024)
+    maxConnections: int = setting(1000, "Connections: device connections at once", 1)
     idleTimeoutSecs: float = setting(0.0,
-        "Idle time-out: a silent connection is closed after so many seconds; 0: never", low=0)
+        "Idle time-out: a silent connection is closed after so many seconds; 0: never", 0)
     frameTimeoutSecs: float = setting(60.0,
-        "Frame time-out: a connection that stops inside a message is closed after so many seconds; 0: never", low=0)
+        "Frame time-out: a connection that stops inside a message is closed after so many seconds; 0: never", 0)
     peers: str = setting("",
         "Peers: addresses and networks such as `10.1.0.0/16` that may connect, comma separated; default: any",
         check=networks, guard=True)
-    tls: bool = setting(False, "TLS: listen with TLS; `mllps://` and `dicoms://` imply it")
-    certFile: str = setting("", "Certificate: PEM file of our certificate, for TLS")
-    keyFile: str = setting("", "Key: PEM file of its key, when it is not in certFile")
     clientCa: str = setting("", "Client CA: PEM file of the authority that must have signed the device's certificate")
-    handshakeTimeoutSecs: float = setting(10.0, "Handshake time-out: seconds for the TLS handshake", low=0.1)
+    handshakeTimeoutSecs: float = setting(10.0, "Handshake time-out: seconds for the TLS handshake", 0.1)
 
 
 @dataclass(frozen=True)
@@ -623,24 +626,23 @@ class Hl7Settings(ChannelSettings):
     """Query parameters of an `mllp://` Endpoint address."""
 
     encoding: str = setting("utf-8", "Encoding: character encoding of the device", check=check_encoding, guard=True)
-    enhanced: str = setting("", "Enhanced mode: `true`: CA when stored, Bot's answer later; `aa`: AA when stored",
-        choices="true aa")
-    appLevelAck: str = setting("AL", "Application ACK: which of the Bot's answers pass in enhanced mode",
-        choices="AL ER NE SU")
+    enhanced: str = setting("",
+        "Enhanced mode: `true`: CA when stored, Bot's answer later; `aa`: AA when stored [true aa]")
+    appLevelAck: str = setting("AL", "Application ACK: which of the Bot's answers pass in enhanced mode [AL ER NE SU]")
     assignSeqNo: bool = setting(False, "Sequence number: write a running number into MSH-13")
     messagesPerMin: int = setting(0, "Rate limit: messages a minute read from one connection; 0: no limit")
     duplicateBehavior: str = setting("idempotent",
         "Duplicates: a message that came before: `idempotent` answers it as before, `reject` rejects its control id, "
-        "`accept` treats every message as new", choices="idempotent reject accept")
+        "`accept` treats every message as new [idempotent reject accept]")
     duplicateWindowHours: float = setting(24.0,
-        "Duplicates' window: hours within which the same message from the same sender counts as a repetition", low=0)
+        "Duplicates' window: hours within which the same message from the same sender counts as a repetition", 0)
     logicalChannelKey: str = setting("",
         "Ordering key: fields such as `PID-3.1,MSH-4` whose equal values stay in order; default: the patient",
         agent="channelLogicalChannelKey", check=parse_key)
-    botErrorAck: str = setting("AE", "Answer to a Bot failure: MSA-1 sent in original mode when the Bot failed",
-        choices="AE AR none", agent="botErrorAck")
+    botErrorAck: str = setting("AE",
+        "Answer to a Bot failure: MSA-1 sent in original mode when the Bot failed [AE AR none]", agent="botErrorAck")
     botEmptyAck: str = setting("AA",
-        "Answer of a silent Bot: MSA-1 sent in original mode when the Bot returned nothing", choices="AA AE none",
+        "Answer of a silent Bot: MSA-1 sent in original mode when the Bot returned nothing [AA AE none]",
         agent="botEmptyAck")
 
 
@@ -648,17 +650,15 @@ class Hl7Settings(ChannelSettings):
 class BytesSettings:
     """What a channel and a Device.url have in common where the device speaks no HL7."""
 
-    mode: str = setting("raw", "Mode: what the device speaks: framed bytes, or ASTM sessions of records",
-        choices="raw astm")
-    bodyEncoding: str = setting("hex", "Body: raw: how body and answer are written; ASTM bodies are always text",
-        choices="hex utf-8 utf8")
-    checksum: str = setting("on", "Checksum: ASTM: `off` for instruments without one", choices="on off")
-    maxFrame: int = setting(240, "Frame size: ASTM: most characters of text in a frame that we send", low=1,
-        high=64_000)
-    replyTimeoutSecs: float = setting(15.0, "Reply time-out: ASTM: seconds to wait for ACK or NAK", low=0.1)
+    mode: str = setting("raw", "Mode: what the device speaks: framed bytes, or ASTM sessions of records [raw astm]")
+    bodyEncoding: str = setting("hex",
+        "Body: raw: how body and answer are written; ASTM bodies are always text [hex utf-8 utf8]")
+    checksum: str = setting("on", "Checksum: ASTM: `off` for instruments without one [on off]")
+    maxFrame: int = setting(240, "Frame size: ASTM: most characters of text in a frame that we send", 1, 64_000)
+    replyTimeoutSecs: float = setting(15.0, "Reply time-out: ASTM: seconds to wait for ACK or NAK", 0.1)
     contentionTimeoutSecs: float = setting(20.0,
-        "Contention time-out: ASTM: seconds to wait after both sides asked to send", low=0.1)
-    nakDelaySecs: float = setting(10.0, "NAK delay: ASTM: seconds to wait when the instrument is busy", low=0.1)
+        "Contention time-out: ASTM: seconds to wait after both sides asked to send", 0.1)
+    nakDelaySecs: float = setting(10.0, "NAK delay: ASTM: seconds to wait when the instrument is busy", 0.1)
 
 
 @dataclass(frozen=True)
@@ -678,7 +678,7 @@ class StreamSettings(ChannelSettings, BytesSettings):
     keepControlChars: str = setting("", "Keep control characters: raw: bytes that stripControlChars leaves",
         check=byte_sequences)
     answerWaitMins: float = setting(10.0,
-        "Wait for the instrument: minutes that an answer waits for an instrument that closed its line", low=0)
+        "Wait for the instrument: minutes that an answer waits for an instrument that closed its line", 0)
     ignoreResponse: bool = setting(False, "Ignore answers: do not write the Bot's answer to the device")
     strictFrameNumbers: bool = setting(False,
         "Strict frame numbers: ASTM: NAK a frame out of sequence instead of accepting it with a warning")
@@ -686,64 +686,59 @@ class StreamSettings(ChannelSettings, BytesSettings):
         "Require L record: ASTM: a session that ends without its L record counts as interrupted; for instruments that "
         "always send one")
     ackEot: bool = setting(False, "ACK of EOT: ASTM: acknowledge EOT, against the standard, for analyzers that wait")
-    role: str = setting("server", "Role: `client`: we connect to the device", choices="server client")
+    role: str = setting("server", "Role: `client`: we connect to the device [server client]")
     receiveTimeoutSecs: float = setting(30.0,
-        "Receive time-out: ASTM: a session that is silent for so many seconds is interrupted", low=0.1)
-    baudRate: int = setting(9600, "Baud rate: serial: bits a second", low=50)
-    dataBits: int = setting(8, "Data bits: serial: 5 to 8", low=5, high=8)
-    parity: str = setting("none", "Parity: serial", choices="none even odd mark space")
-    stopBits: float = setting(1.0, "Stop bits: serial: 1, 1.5 or 2", low=1, high=2)
-    flow: str = setting("none", "Flow control: serial", choices="none rtscts xonxoff")
+        "Receive time-out: ASTM: a session that is silent for so many seconds is interrupted", 0.1)
+    baudRate: int = setting(9600, "Baud rate: serial: bits a second", 50)
+    dataBits: int = setting(8, "Data bits: serial: 5 to 8", 5, 8)
+    parity: str = setting("none", "Parity: serial [none even odd mark space]")
+    stopBits: float = setting(1.0, "Stop bits: serial: 1, 1.5 or 2", 1, 2)
+    flow: str = setting("none", "Flow control: serial [none rtscts xonxoff]")
 
 
 @dataclass(frozen=True)
 class DicomSettings(ChannelSettings):
     """Query parameters of a `dicom://` or `dicoms://` Endpoint address."""
 
-    maxMessageBytes: int = again(ChannelSettings, "maxMessageBytes", 0, low=0,
-        meaning="larger objects are refused (bytes); 0: as long as the disk and queueMaxMb have room")
+    maxMessageBytes: int = again(ChannelSettings, "maxMessageBytes", 0, min=0,
+        description="larger objects are refused (bytes); 0: as long as the disk and queueMaxMb have room")
     maxConnections: int = again(ChannelSettings, "maxConnections", 50)
     idleTimeoutSecs: float = again(ChannelSettings, "idleTimeoutSecs", 60.0)
     associationTimeoutSecs: float = setting(30.0,
-        "Association time-out: seconds for the association request, and for the release", low=0.1)
+        "Association time-out: seconds for the association request, and for the release", 0.1)
     calledAeTitle: str = setting("",
         "Called AE title: our AE title: associations that call another are rejected; default: any", check=ae_titles,
         guard=True)
     callingAeTitles: str = setting("", "Calling AE titles: AE titles that may associate, comma separated; default: any",
         check=ae_titles, guard=True)
-    maxPdu: int = setting(131_072, "PDU size: largest PDU that we receive (bytes)", low=4096, high=MIB)
+    maxPdu: int = setting(131_072, "PDU size: largest PDU that we receive (bytes)", 4096, MIB)
     moveDestinations: str = setting("",
         "Move destinations: `AETITLE@host:port`, comma separated: where C-MOVE may send to, and storage commitment "
         "reports go", check=destinations)
     storage: str = setting("binary",
-        "Storage: where objects go: `binary`, or `dicomweb` (STOW-RS; the server needs version 5.1.28)",
-        choices="binary dicomweb")
+        "Storage: where objects go: `binary`, or `dicomweb` (STOW-RS; needs server version 5.1.28) [binary dicomweb]")
     answer: str = setting("bot",
         "Answers of queries: who answers C-FIND, C-MOVE and C-GET of studies: the Bot, or what the `server` has "
-        "stored by STOW-RS", choices="bot server")
+        "stored by STOW-RS [bot server]")
     dicomJson: str = setting("reference",
         "JSON without values: an attribute without a value has `[\"\"]`, as the reference writes it, or no Value "
-        "(`standard`, PS3.18 F.2.5)", choices="reference standard")
+        "(`standard`, PS3.18 F.2.5) [reference standard]")
     answerWaitSecs: float = setting(10.0,
         "Wait for the Bot: MPPS: seconds to wait for the Bot's answer before success is reported (the request is on "
-        "disk)", low=0)
+        "disk)", 0)
 
 
 @dataclass(frozen=True)
-class DeviceSettings(BytesSettings):
+class DeviceSettings(BytesSettings, TlsSettings):
     """Query parameters of a Device.url that is pushed to."""
 
     encoding: str = again(Hl7Settings, "encoding", "utf-8")
-    defaultReturnAck: str = setting("first", "ACK awaited: `first`: any; `application`: not a CA",
-        choices="first application")
-    connectTimeoutSecs: float = setting(5.0, "Connect time-out: seconds to connect", low=0.1)
+    defaultReturnAck: str = setting("first", "ACK awaited: `first`: any; `application`: not a CA [first application]")
+    connectTimeoutSecs: float = setting(5.0, "Connect time-out: seconds to connect", 0.1)
     ackTimeoutSecs: float = setting(0.0,
-        "ACK time-out: seconds for a whole try; 0: 9 when a caller waits (below its default of 10), else 30", low=0)
-    tls: bool = setting(False, "TLS: connect with TLS; `mllps://` implies it")
+        "ACK time-out: seconds for a whole try; 0: 9 when a caller waits (below its default of 10), else 30", 0)
     checkHost: bool = setting(True, "Host check: the device's certificate must name its host")
     caFile: str = setting("", "CA file: PEM file of further authorities for the device's certificate")
-    certFile: str = setting("", "Client certificate: PEM file of our certificate, if the device wants one")
-    keyFile: str = setting("", "Client key: PEM file of its key, when it is not in certFile")
     endChar: str = setting("", "End character: `tcp://` only: wait for an answer up to this character")
     callingAeTitle: str = setting("MEDPLUM", "Calling AE title: `dicom://` only: our AE title", check=ae_titles,
         guard=True)
@@ -757,72 +752,59 @@ def kind_of(row: Row) -> str:
 
 def parse_setting(row: Row, value: Any) -> Any:
     """The checked value of a row, from text or from a typed member; ValueError says what is allowed."""
-    kind, low = kind_of(row), row.metadata["low"]
+    kind, meta = kind_of(row), row.metadata
     if kind == "boolean":
         return str(value).strip().lower() == "true"
     if kind == "string":
-        return _parse_text(row.metadata, value)
+        if not isinstance(value, str):
+            raise ValueError("must be text in quotes")
+        if meta["check"] and (value or meta["guard"]):
+            meta["check"](value)
+        text = value.strip(" ")  # control characters may be what is meant
+        if not meta["choices"]:
+            return text
+        for choice in meta["choices"]:
+            if choice.lower() == text.lower():
+                return choice
+        raise ValueError(f"must be one of {', '.join(meta['choices'])}")
     try:
         number = (float if kind == "decimal" else int)(str(value))
         if not math.isfinite(number):  # OverflowError for a whole number beyond them
             raise ValueError
     except (ValueError, OverflowError):
         raise ValueError("is not a number" if kind == "decimal" else "is not a whole number") from None
-    if low is not None and number < low:
-        raise ValueError(f"must be at least {low:g}")
+    if meta["min"] is not None and number < meta["min"]:
+        raise ValueError(f"must be at least {meta['min']:g}")
     return number
-
-
-def _parse_text(meta: Mapping[str, Any], value: Any) -> str:
-    if not isinstance(value, str):
-        raise ValueError("must be text in quotes")
-    if meta["check"] and (value or meta["guard"]):
-        meta["check"](value)
-    text = value.strip(" ")  # control characters may be what is meant
-    for choice in meta["choices"]:
-        if choice.lower() == text.lower():
-            return str(choice)
-    if meta["choices"]:
-        raise ValueError(f"must be one of {', '.join(meta['choices'])}")
-    return text
 
 
 def read_settings(
     rows: Rows, given: Iterable[tuple[str, Any]], where: str, fate: str, warn: Warn, source: str = ""
-) -> dict[str, Any]:
+) -> Json:
     """The checked values of what is given, by name; a bad one is warned about and left out, `fate` says what follows.
 
     ConfigError for a bad value of a guarded row.
     """
-    values: dict[str, Any] = {}
+    values = Json()
     for name, value in given:
-        if name not in rows:
+        if (row := rows.get(name)) is None:
             warn(f"{where}unknown parameter '{name}' is ignored")
             continue
-        what, meta = where + name, rows[name].metadata
         try:
-            values[name] = parse_setting(rows[name], value)
+            values[name] = parse_setting(row, value)
         except ValueError as error:
-            if meta["guard"]:
-                raise ConfigError([f"{what} '{value}': {error}"]) from None
-            warn(f"{what} '{value}'{source} {error}; {fate}")
+            if row.metadata["guard"]:
+                raise ConfigError([f"{where}{name} '{value}': {error}"]) from None
+            warn(f"{where}{name} '{value}'{source} {error}; {fate}")
             continue
-        if meta["high"] is not None and values[name] > meta["high"]:
-            warn(f"{what} {values[name]} is above the limit and was set to {meta['high']}")
-            values[name] = meta["high"]
+        high = row.metadata["max"]
+        if high is not None and values[name] > high:
+            warn(f"{where}{name} {values[name]} is above the limit and was set to {high}")
+            values[name] = high
     return values
 
 
 # --- the process: arguments, environment, agent.toml, agent.properties -----------------------------------------------
-
-ARGUMENTS = "baseUrl clientId clientSecret agentId logLevel".split()
-
-
-class Source(NamedTuple):
-    """Where values came from, said in errors."""
-
-    name: str
-    values: Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -840,7 +822,7 @@ class ProcessConfig:
         return Path(self.settings.stateDir or default_state_root() / self.settings.agentId)
 
 
-_MAC_FOLDER = "/Library/Application Support/MedplumAgent"
+_MAC_FOLDER = "Library/Application Support/MedplumAgent"
 
 
 def default_state_root() -> Path:
@@ -849,110 +831,96 @@ def default_state_root() -> Path:
         return Path(given.split(":")[0])
     if sys.platform == "win32":
         return Path(os.environ.get("PROGRAMDATA", r"C:\ProgramData"), "MedplumAgent")
-    if os.geteuid() == 0:
-        return Path(_MAC_FOLDER if sys.platform == "darwin" else "/var/lib/medplum-agent")
+    service = os.geteuid() == 0
     if sys.platform == "darwin":
-        return Path.home() / _MAC_FOLDER[1:]
-    return Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local/state", "medplum-agent")
+        return Path("/" if service else Path.home(), _MAC_FOLDER)
+    own = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local/state"
+    return Path("/var/lib" if service else own, "medplum-agent")
 
 
 def parse_properties(text: str) -> dict[str, str]:
     """`key=value` lines; `=` may occur in a value, `#` and `!` start a comment, there are no escapes."""
-    lines = (line.strip().partition("=") for line in text.splitlines() if "=" in line)
-    return {key.strip(): value.strip() for key, _, value in lines if not key.startswith(("#", "!"))}
+    lines = (line.partition("=") for line in text.splitlines() if "=" in line and line.strip()[0] not in "#!")
+    return {key.strip(): value.strip() for key, _, value in lines}
 
 
-def _flatten(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
+def _flatten(table: Json, prefix: str = "") -> Json:
+    flat = Json()
     for key, value in table.items():
         flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
     return flat
-
-
-def read_config_file(path: Path) -> Source:
-    """agent.toml or agent.properties, flat; ConfigError when it cannot be read or parsed."""
-    try:
-        text = named_file(str(path)).decode("utf-8-sig")
-        values = parse_properties(text) if path.suffix == ".properties" else _flatten(tomli.loads(text))
-    except (OSError, ValueError) as error:  # tomli's and Unicode's errors are ValueErrors
-        raise ConfigError([f"cannot read the configuration file {path}: {error}"]) from None
-    return Source(str(path), values)
 
 
 def installed_config_file() -> Path:
     """Where packages put the settings."""
     if sys.platform == "win32":
         return default_state_root() / "agent.toml"
-    return Path(_MAC_FOLDER if sys.platform == "darwin" else "/etc/medplum-agent", "agent.toml")
+    return Path("/", _MAC_FOLDER if sys.platform == "darwin" else "etc/medplum-agent", "agent.toml")
 
 
-def find_config_file(given: str | None) -> Source | None:
-    """--config, else agent.toml, else agent.properties in the working directory, else what a package installed."""
-    paths = [Path(given)] if given else [p for n in ("agent.toml", "agent.properties") if (p := Path(n)).is_file()]
+def read_config_file(given: str | None) -> tuple[str, Json]:
+    """Name and flat content of --config, else agent.toml or agent.properties here, else what a package installed.
+
+    ConfigError when it cannot be read or parsed.
+    """
+    here = filter(Path.is_file, map(Path, ("agent.toml", "agent.properties")))
     installed = installed_config_file()
-    if not paths and os.access(installed, os.R_OK):  # another user's agent is not our business
-        paths = [installed]
-    return read_config_file(paths[0]) if paths else None
+    path = Path(given) if given else next(here, installed)
+    if path is installed and not os.access(path, os.R_OK):  # another user's agent is not our business
+        return "", {}
+    try:
+        text = named_file(str(path)).decode("utf-8-sig")
+        return str(path), parse_properties(text) if path.suffix == ".properties" else _flatten(tomli.loads(text))
+    except (OSError, ValueError) as error:  # tomli's and Unicode's errors are ValueErrors
+        raise ConfigError([f"cannot read the configuration file {path}: {error}"]) from None
 
 
 def resolve_process(
     arguments: Sequence[str], options: Mapping[str, str], environ: Mapping[str, str], config_file: str | None
 ) -> ProcessConfig:
-    """The settings of this process from all sources; ConfigError lists everything that is wrong or missing."""
-    rows, values = rows_of(ProcessSettings), dict[str, Any]()
-    given = dict(zip(ARGUMENTS, arguments, strict=False)) | dict(options)
-    named = {name: environ[env] for name, row in rows.items() if environ.get(env := row.metadata["env"])}
-    file = find_config_file(config_file) or Source("", {})
-    problems: dict[str, str] = {}  # by the name of the setting
-    found = _first_values((Source("the command line", given), Source("the environment", named), file), problems)
-    for name in (name for name in rows if name in found):
-        value, source = found[name]
-        try:
-            values[name] = parse_setting(rows[name], value)
-        except ValueError as error:
-            shown = "" if "ecret" in name else f" '{value}'"
-            problems[name] = f"{name}{shown} (from {source}) {error}"
-    _check_process(values, problems)
-    if problems:
-        raise ConfigError(list(problems.values()))
-    warnings: list[str] = []
-    settings = ProcessSettings(**values)
-    main, channel = (_logger_settings(which, file, settings.logLevel, warnings) for which in ("main", "channel"))
-    return ProcessConfig(settings, main, channel, tuple(warnings))
+    """The settings of this process from all sources; ConfigError lists everything that is wrong or missing.
 
-
-def _first_values(sources: Iterable[Source], problems: dict[str, str]) -> dict[str, tuple[Any, str]]:
-    """Each value and the name of the first source that has it; the file of a secret counts as the secret itself."""
-    found: dict[str, tuple[Any, str]] = {}
-    for source, values in sources:
-        found = {name: (value, source) for name, value in values.items()} | found
-        path = values.get("clientSecretFile")
-        if path and "clientSecret" not in found:
-            try:
-                found["clientSecret"] = named_file(str(path)).decode("utf-8-sig").strip(), str(path)
-            except (OSError, ValueError) as error:
-                problems["clientSecret"] = f"clientSecretFile {path} (from {source}) cannot be read: {error}"
-                found["clientSecret"] = "", source
-    return found
-
-
-def _check_process(values: Json, problems: dict[str, str]) -> None:
-    for position, (name, row) in enumerate([*rows_of(ProcessSettings).items()][:4], 1):
-        if not (values.get(name) or name in problems):
+    The first source that has a setting counts, whether it is right or wrong there.
+    """
+    rows, values, problems = rows_of(ProcessSettings), Json(), dict[str, str]()
+    given = dict(zip(rows, arguments, strict=False)) | dict(options)
+    named = {name: text for name, row in rows.items() if (text := environ.get(row.metadata["env"]))}
+    file, in_file = read_config_file(config_file)
+    for position, (name, row) in enumerate(rows.items(), 1):
+        for source, found in (("the command line", given), ("the environment", named), (file, in_file)):
+            path = found.get("clientSecretFile") if name == "clientSecret" else None  # counts as the secret itself
+            if name in found:
+                try:
+                    values[name] = parse_setting(row, found[name])
+                except ValueError as error:
+                    shown = "" if "ecret" in name else f" '{found[name]}'"
+                    problems[name] = f"{name}{shown} (from {source}) {error}"
+                break
+            if path:
+                try:
+                    values[name] = named_file(str(path)).decode("utf-8-sig").strip()
+                except (OSError, ValueError) as error:
+                    problems[name] = f"clientSecretFile {path} (from {source}) cannot be read: {error}"
+                break
+        if position <= 4 and not values.get(name):
             how = f"argument {position}, as {row.metadata['env']}, or as {name} in agent.toml"
-            problems[name] = f"{name} is missing: give it as {how}"
+            problems.setdefault(name, f"{name} is missing: give it as {how}")
     agent_id, ca = values.get("agentId"), values.get("caFile")
     if agent_id and not re.fullmatch(r"[A-Za-z0-9\-.]{1,64}", agent_id):
         problems["agentId"] = f"agentId '{agent_id}' is not the id of a FHIR resource (letters, digits, - and .)"
     if ca and not Path(ca).is_file():
         problems["caFile"] = f"caFile {ca} does not exist"
+    if problems:
+        raise ConfigError(list(problems.values()))
+    settings, rows, warnings = ProcessSettings(**values), rows_of(LoggerSettings), list[str]()
 
+    def logger(where: str) -> LoggerSettings:
+        found = [(name, in_file[where + name]) for name in rows if where + name in in_file]
+        read = read_settings(rows, found, where, "the default is used", warnings.append, f" (from {file})")
+        level = {"logLevel": settings.logLevel} if settings.logLevel else {}
+        return LoggerSettings(**read | level)
 
-def _logger_settings(which: str, file: Source, level: str, warnings: list[str]) -> LoggerSettings:
-    where, rows = f"logger.{which}.", rows_of(LoggerSettings)
-    given = [(name, file.values[where + name]) for name in rows if where + name in file.values]
-    values = read_settings(rows, given, where, "the default is used", warnings.append, f" (from {file.name})")
-    return LoggerSettings(**values | ({"logLevel": level} if level else {}))
+    return ProcessConfig(settings, logger("logger.main."), logger("logger.channel."), tuple(warnings))
 
 
 # --- the Agent and its Endpoints -> a frozen plan --------------------------------------------------------------------
@@ -979,32 +947,27 @@ class Policy(NamedTuple):
     """How stored messages are delivered: to the server for a channel, to a device for pushes."""
 
     name: str  # of the queue, for the log
-    workers: int  # messages in flight at once
+    settings: ChannelSettings  # their delays, and the failed tries and hours of them that make a dead letter
     mode: str  # a key of _RETRIED
+    workers: int  # messages in flight at once
     timeout_secs: float  # to wait for an answer
-    base_delay_ms: float
-    max_delay_ms: float
-    multiplier: float
-    attempts: int  # failed tries that make a dead letter; 0: no limit
-    dead_letter_hours: float  # of failed tries that make a dead letter; 0: no limit
-    written: bool = False  # somebody wrote these figures: they count as they are
+    written: bool = False  # somebody wrote the figures of settings: they count as they are
+
+    @property
+    def max_delay_ms(self) -> int:
+        return self.settings.autoRetryMaxDelayMs
 
     def delay_ms(self, failures: int) -> int:
         """Back-off after so many failures, with jitter (channel contract 5.5)."""
-        delay = self.max_delay_ms
+        s, delay = self.settings, float(self.settings.autoRetryMaxDelayMs)
         with suppress(OverflowError):
-            delay = min(delay, self.base_delay_ms * self.multiplier ** (failures - 1))
+            delay = min(delay, s.autoRetryBaseDelayMs * s.autoRetryBackoffMultiplier ** (failures - 1))
         return round(random.uniform(delay / 2, delay))
 
     def spent(self, failures: int, failing_ms: int, tries: int = 3) -> bool:
         """Whether a message was tried often enough, or failed long enough while there was a connection."""
-        old = self.dead_letter_hours and failing_ms > self.dead_letter_hours * 3_600_000
-        return bool((old and tries >= 3) or (self.attempts and failures >= self.attempts))
-
-
-def delivery_policy(name: str, s: ChannelSettings, mode: str, workers: int, timeout_secs: float) -> Policy:
-    delays = s.autoRetryBaseDelayMs, s.autoRetryMaxDelayMs, s.autoRetryBackoffMultiplier
-    return Policy(name, workers, mode, timeout_secs, *delays, s.autoRetryMaxAttempts, s.deadLetterAfterHours)
+        attempts, hours = self.settings.autoRetryMaxAttempts, self.settings.deadLetterAfterHours
+        return 0 < attempts <= failures or (tries >= 3 and 0 < hours * 3_600_000 < failing_ms)
 
 
 @dataclass(frozen=True)
@@ -1058,10 +1021,10 @@ class ChannelPlan:
         s = self.settings
         waiting = isinstance(s, Hl7Settings) and not s.enhanced  # the device still owns its message
         mode = s.retryMode or ("original" if waiting else "enhanced")
-        policy = delivery_policy(f"Channel '{self.name}'", s, mode, self.workers, s.responseTimeoutSecs)
         if mode == "normal" and "autoRetryMaxAttempts" not in self.given:
-            policy = policy._replace(attempts=10)
-        return policy._replace(written=any(name.startswith("autoRetry") for name in self.given))
+            s = dataclasses.replace(s, autoRetryMaxAttempts=10)
+        written = any(name.startswith("autoRetry") for name in self.given)
+        return Policy(f"Channel '{self.name}'", s, mode, self.workers, s.responseTimeoutSecs, written)
 
 
 @dataclass(frozen=True)
@@ -1079,60 +1042,49 @@ class Plan:
 
 
 AGENT_ROWS = rows_of(AgentSettings) | {  # what an Agent may set: its own, and the defaults of its channels
-    row.metadata["agent"]: row for row in dataclasses.fields(Hl7Settings) if row.metadata["agent"]
+    row.metadata["agentSetting"]: row for row in dataclasses.fields(Hl7Settings) if row.metadata["agentSetting"]
 }
 
 
-def agent_settings(agent: Json, warnings: list[str]) -> dict[str, Any]:
+def agent_settings(agent: Json, warnings: list[str]) -> Json:
     """`Agent.setting[]` parsed: the first entry of a name counts; bad values are warned about and left out."""
-    given: dict[str, Any] = {}
-    for entry in agent.get("setting") or []:
-        name = str(entry.get("name")) if isinstance(entry, dict) else ""
-        if name not in AGENT_ROWS or name in given:
-            continue
-        member = "value" + kind_of(AGENT_ROWS[name]).capitalize()
-        given[name] = entry.get(member)
-        if given[name] is None and member == "valueDecimal":
-            given[name] = entry.get("valueInteger")
-        if given[name] is None:
-            warnings.append(f"setting {name} needs a {member}; the default is used")
-    right = [(name, value) for name, value in given.items() if value is not None]
-    return read_settings(AGENT_ROWS, right, "setting ", "the default is used", warnings.append)
+    entries = {str(entry.get("name")): entry for entry in reversed(agent.get("setting") or [])}
+    given = Json()
+    for name, row in AGENT_ROWS.items():
+        if (entry := entries.get(name)) is not None:
+            member = "value" + kind_of(row).capitalize()
+            value = entry.get(member, entry.get("valueInteger") if member == "valueDecimal" else None)
+            if value is None:
+                warnings.append(f"setting {name} needs a {member}; the default is used")
+            else:
+                given[name] = value
+    return read_settings(AGENT_ROWS, given.items(), "setting ", "the default is used", warnings.append)
 
 
 def channel_settings(
     cls: type[S], query: str, where: str, given: Mapping[str, Any], warnings: list[str]
 ) -> tuple[S, frozenset[str]]:
     """The parameters of one address over the Agent's settings, as a `cls`; ConfigError for what cannot run."""
-    fallbacks = ((name, row.metadata["agent"]) for name, row in rows_of(cls).items())
+    fallbacks = ((name, row.metadata["agentSetting"]) for name, row in rows_of(cls).items())
     values = {name: given[agent] for name, agent in fallbacks if agent in given}
     values |= read_parameters(cls, query, where, warnings.append)
     written = frozenset(values)
-    base, limit = values.get("autoRetryBaseDelayMs", 1000), values.get("autoRetryMaxDelayMs", 60_000)
-    if limit < base:
-        warnings.append(f"{where}: autoRetryMaxDelayMs {limit} is below the base delay and was set to {base}")
-        values["autoRetryMaxDelayMs"] = base
-    if values.get("assignSeqNo") and values.get("maxWorkers", 1) > 1:
-        warnings.append(f"{where}: assignSeqNo with maxWorkers above 1: numbers may reach the server out of order")
-    problem = _tls_problem(values, where)
-    if cls is StreamSettings:
-        problem = problem or _stream_problem(values, where, warnings)
-    if problem:
-        raise ConfigError([f"{where}: {problem}"])
-    return cls(**values), written
-
-
-def _stream_problem(values: dict[str, Any], where: str, warnings: list[str]) -> str:
-    """Why a byte stream cannot run, or an empty string; ASTM knows its own frames."""
-    if values.get("mode") == "astm":
+    if values.get("mode") == "astm":  # it knows its own frames
         raw_only = "startChar endChar autoRespond stripSequence stripControlChars keepControlChars".split()
         warnings += [f"{where}: {name} is ignored in ASTM mode" for name in raw_only if values.pop(name, None)]
-    elif not (values.get("startChar") and values.get("endChar")):
-        return "Failed to parse startChar and/or endChar query param(s); give both, or mode=astm"
-    return ""
+    s = cls(**values)
+    if s.autoRetryMaxDelayMs < (base := s.autoRetryBaseDelayMs):
+        limit = f"autoRetryMaxDelayMs {s.autoRetryMaxDelayMs}"
+        warnings.append(f"{where}: {limit} is below the base delay and was set to {base}")
+        s = dataclasses.replace(s, autoRetryMaxDelayMs=base)
+    if values.get("assignSeqNo") and values.get("maxWorkers", 1) > 1:
+        warnings.append(f"{where}: assignSeqNo with maxWorkers above 1: numbers may reach the server out of order")
+    if problem := _problem(s, where):
+        raise ConfigError([f"{where}: {problem}"])
+    return s, written
 
 
-def read_parameters(cls: type[Any], query: str, where: str, warn: Warn) -> dict[str, Any]:
+def read_parameters(cls: type[Any], query: str, where: str, warn: Warn) -> Json:
     """The values that the query of an address sets; bad ones are warned about and left out."""
     pairs = urllib.parse.parse_qsl(query, keep_blank_values=True)
     given = dict(reversed(pairs))  # the first of a name counts
@@ -1143,20 +1095,24 @@ def read_parameters(cls: type[Any], query: str, where: str, warn: Warn) -> dict[
     return read_settings(rows_of(cls), given.items(), f"{where}: ", "it is ignored", warn)
 
 
-def _tls_problem(values: Mapping[str, Any], where: str) -> str:
-    """Why a channel that shall be safe cannot be (it does not start then), or an empty string."""
-    if not values.get("tls"):
-        idle = ", ".join(name for name in ("certFile", "keyFile", "clientCa") if values.get(name))
+def _problem(s: ChannelSettings, where: str) -> str:
+    """Why a channel cannot run, or not as safely as it shall, or an empty string."""
+    stream = s if isinstance(s, StreamSettings) else None
+    if stream and stream.mode == "raw" and not (stream.startChar and stream.endChar):
+        return "Failed to parse startChar and/or endChar query param(s); give both, or mode=astm"
+    if not s.tls:
+        idle = ", ".join(name for name in ("certFile", "keyFile", "clientCa") if getattr(s, name))
         return idle and f"{idle} would do nothing without TLS: write mllps:// or dicoms://, or tls=true"
-    if values.get("role") == "client":
+    if stream and stream.role == "client":
         return "tls is for listening; a channel that connects to its device cannot use it"
-    if not values.get("certFile"):
+    if not s.certFile:
         return "TLS needs certFile, a PEM file with our certificate"
     try:
-        listening_tls(values)
+        listening_tls(vars(s))
     except OSError as error:
-        text = f"{where}: TLS cannot be set up with certFile, keyFile and clientCa; our main log says why"
-        raise ConfigError([Problem(text, f"{where}: TLS cannot be set up: {error}")]) from None
+        problem = Problem(f"{where}: TLS cannot be set up with certFile, keyFile and clientCa; our main log says why")
+        problem.log = f"{where}: TLS cannot be set up: {error}"
+        raise ConfigError([problem]) from None
     return ""
 
 
@@ -1181,10 +1137,10 @@ def load_identity(context: ssl.SSLContext, cert_file: str, key_file: str) -> Non
 def listening_tls(values: Mapping[str, Any]) -> ssl.SSLContext:
     """Our certificate, and who may connect, as the files say now (TLS 1.2 and later, PS3.15 B.12); OSError."""
     context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
-    cert, key, authority = (values.get(name) or None for name in ("certFile", "keyFile", "clientCa"))
+    cert, key, authority = values["certFile"], values["keyFile"], values["clientCa"]
     what, wanted = f"certFile {cert}" + (f" with keyFile {key}" if key else ""), "a certificate and its key in PEM"
     try:
-        load_identity(context, values["certFile"], key or "")
+        load_identity(context, cert, key)
         if authority:
             what, wanted = f"clientCa {authority}", "a certificate in PEM"
             context.load_verify_locations(cadata=named_file(authority).decode("ascii", "replace"))
@@ -1231,10 +1187,22 @@ def build_plan(agent: Json, endpoints: Mapping[str, Json | AgentError]) -> tuple
     defaults, _ = channel_settings(ChannelSettings, "", "the Agent's settings", given, warnings)
     channels: list[ChannelPlan] = []
     names: set[str] = set()
-    for entry in _entries(agent):
+    for name, reference in _channels(agent):
         try:
-            plan = channel_plan(*_resolve_channel(entry, endpoints, names), given, warnings)
-            _check_port(plan, channels)
+            if not name:
+                raise ConfigError(["a channel of the Agent has no name"])
+            if name in names:
+                raise ConfigError([f"two channels are named '{name}'"])
+            names.add(name)
+            endpoint = endpoints.get(reference)
+            if not isinstance(endpoint, dict):
+                reason = f"{endpoint or 'it has no Endpoint'} ({reference or 'no reference'})"
+                raise ConfigError([f"channel '{name}': {reason}"])
+            plan = channel_plan(name, endpoint, given, warnings)
+            for other in channels:
+                if other.port == plan.port and not (plan.dials or other.dials):
+                    both = f"Both '{other.name}' ({other.address}) and '{name}' ({plan.address})"
+                    raise ConfigError([f"Invalid agent config. {both} declare use of port {plan.port}"])
             channels.append(plan)
         except ConfigError as error:
             problems += error.problems
@@ -1245,52 +1213,28 @@ def build_plan(agent: Json, endpoints: Mapping[str, Json | AgentError]) -> tuple
     return Plan(status, settings, given, defaults, tuple(channels), tuple(warnings), agent, known), problems
 
 
-def _entries(agent: Json) -> list[Json]:
-    """The channels of an Agent; none when it is off."""
-    return [] if agent.get("status") == "off" else agent.get("channel") or []
-
-
-def _resolve_channel(entry: Json, endpoints: Mapping[str, Json | AgentError], names: set[str]) -> tuple[str, Json]:
-    name = str(entry.get("name") or "")
-    if not name:
-        raise ConfigError(["a channel of the Agent has no name"])
-    if name in names:
-        raise ConfigError([f"two channels are named '{name}'"])
-    names.add(name)
-    reference = (entry.get("endpoint") or {}).get("reference") or ""
-    endpoint = endpoints.get(reference)
-    if not isinstance(endpoint, dict):
-        raise ConfigError([f"channel '{name}': {endpoint or 'it has no Endpoint'} ({reference or 'no reference'})"])
-    return name, endpoint
-
-
-def _check_port(plan: ChannelPlan, others: Iterable[ChannelPlan]) -> None:
-    for other in others:
-        if other.port == plan.port and not (plan.dials or other.dials):
-            both = f"Both '{other.name}' ({other.address}) and '{plan.name}' ({plan.address})"
-            raise ConfigError([f"Invalid agent config. {both} declare use of port {plan.port}"])
+def _channels(agent: Json) -> list[tuple[str, str]]:
+    """Name and Endpoint reference of the channels of an Agent; none when it is off."""
+    entries = [] if agent.get("status") == "off" else agent.get("channel") or []
+    return [(str(e.get("name") or ""), (e.get("endpoint") or {}).get("reference") or "") for e in entries]
 
 
 def shape_problem(agent: Json) -> str:
     """What in an Agent resource has another shape than FHIR gives it, or an empty string."""
     for name in ("channel", "setting"):
-        entries = agent.get(name) or []
-        if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
-            return f"{name} is no list of objects"
-    for entry in agent.get("channel") or []:
-        endpoint = entry.get("endpoint") or {}
-        if not isinstance(endpoint, dict) or not isinstance(endpoint.get("reference") or "", str):
-            return "the endpoint of a channel is no reference"
+        try:
+            "".join((entry.get("endpoint") or {}).get("reference") or "" for entry in agent.get(name) or [])
+        except (AttributeError, TypeError):
+            return f"{name} is no list of objects, or an endpoint in it no reference"
     return ""
 
 
 def endpoint_references(agent: Json) -> list[str]:
     """The distinct Endpoint references of an Agent, in order; none when it is off."""
-    references = ((entry.get("endpoint") or {}).get("reference") for entry in _entries(agent))
-    return list(dict.fromkeys(filter(None, references)))
+    return list(dict.fromkeys(reference for _, reference in _channels(agent) if reference))
 
 
-SETTING_GROUPS: tuple[tuple[str, str, Rows], ...] = (
+SETTING_GROUPS = (
     ("process", "Process: argument, environment or agent.toml", rows_of(ProcessSettings)),
     ("logger", "Logs: `logger.main.*` and `logger.channel.*`", rows_of(LoggerSettings)),
     ("agent", "Agent settings: `Agent.setting[]`", AGENT_ROWS),
@@ -1303,14 +1247,12 @@ SETTING_GROUPS: tuple[tuple[str, str, Rows], ...] = (
 
 def _described(category: str, name: str, row: Row) -> Json:
     """A row as `--settings-schema` shows it, without what is empty."""
-    meta = row.metadata
-    meaning = meta["meaning"] if name == row.name else f"default of `{row.name}` for all channels"
-    agent = "" if category == "agent" else meta["agent"]
-    shown = {
-        "name": name, "type": kind_of(row), "label": meta["label"], "description": meaning, "category": category,
-        "default": row.default, "min": meta["low"], "max": meta["high"], "choices": meta["choices"],
-        "env": meta["env"], "agentSetting": agent,
-    }  # fmt: skip
+    shown = {"name": name, "type": kind_of(row), "category": category, "default": row.default, **row.metadata}
+    del shown["check"], shown["guard"]
+    if category == "agent":
+        del shown["agentSetting"]
+    if name != row.name:
+        shown["description"] = f"default of `{row.name}` for all channels"
     return {member: value for member, value in shown.items() if value not in (None, "", [])}
 
 
@@ -1327,7 +1269,8 @@ def settings_markdown() -> str:
     for category, title, rows in (*SETTING_GROUPS[:3], every, *SETTING_GROUPS[3:]):
         lines += [f"### {title}", "", "| Name | Type | Default | Meaning |", "| --- | --- | --- | --- |"]
         for name, row in rows.items():
-            if category in ("", "agent") or row is not common.get(name):  # inherited rows are the same objects
+            inherited = row is common.get(name) and category not in ("", "agent", "device")
+            if not inherited:
                 lines.append(_markdown(_described(category, name, row)))
         lines.append("")
     return "\n".join(lines)
@@ -1335,10 +1278,9 @@ def settings_markdown() -> str:
 
 def _markdown(shown: Json) -> str:
     default = f"`{json.dumps(shown['default'])}`" if "default" in shown else ""
-    choices = ", ".join(f"`{choice}`" for choice in shown.get("choices", ()))
     meaning = shown["description"]
-    if choices:
-        meaning += f" ({choices})"
+    if "choices" in shown:
+        meaning += f" (`{'`, `'.join(shown['choices'])}`)"
     if "env" in shown:
         meaning += f"; `{shown['env']}`"
     if "agentSetting" in shown:
@@ -1347,16 +1289,15 @@ def _markdown(shown: Json) -> str:
 
 
 # =====================================================================================================================
-# Logs (190 lines, 1350 tokens)
+# Logs (160 lines, 1150 tokens)
 #
 # Two logs as JSON lines, each a rotating file: the main log says what the agent does and never holds patient data
 # (messages are named by their row number in the queue); the channel log holds the messages. On a terminal the main
 # log is shown as readable lines. Lines of the channel log are gathered in memory and written off the hot path.
 # =====================================================================================================================
 
-LOG_FILE = re.compile(r"medplum-agent-(main|channels)-(\d{4}-\d\d-\d\d)\.log(?:\.(\d+))?")
+LOG_FILE = re.compile(r"medplum-agent-(main|channels)-(\d{4}-\d\d-\d\d)\.log(?:\.(\d{1,9}))?")
 _CONTROLS = re.compile(r"[\x00-\x1f\x7f-\x9f]")
-SEVERITY: Final = {level: rank for rank, level in enumerate(LEVELS)}
 
 
 @lru_cache(maxsize=2)
@@ -1382,18 +1323,15 @@ class Log:
         self.name, self.directory, self.lazy = name, directory, lazy
         self.error, self.warn, self.info, self.debug = (partial(self._write, level) for level in LEVELS[1:])
         self._settings, self._console = settings, console
-        self._rank = SEVERITY[settings.logLevel]
-        self._lines: list[bytes] = []
-        self._bytes = 0
-        self._lock, self._write_lock = threading.Lock(), threading.Lock()
+        self._levels = LEVELS[1 : LEVELS.index(settings.logLevel) + 1]
+        self._lines: deque[bytes] = deque()
+        self._bytes = 0  # about so many in _lines: threads count without a lock
+        self._lock = threading.Lock()
         self._file: io.BufferedWriter | None = None
         self._day = ""
 
-    def enabled(self, level: str) -> bool:
-        return SEVERITY[level] <= self._rank
-
     def _write(self, level: str, text: str, **extra: Any) -> None:
-        if SEVERITY[level] > self._rank:
+        if level not in self._levels:
             return
         second, millisecond = divmod(now_ms(), 1000)
         stamp = f"{iso_second(second)}.{millisecond:03d}Z"
@@ -1402,9 +1340,8 @@ class Log:
             line = dump_json(entry) + b"\n"
         except TypeError:  # lone surrogates, as in names of files
             line = json.dumps(entry, ensure_ascii=False, default=str).encode("utf-8", "replace") + b"\n"
-        with self._lock:
-            self._lines.append(line)
-            self._bytes += len(line)
+        self._lines.append(line)
+        self._bytes += len(line)
         if (console := self._console) is not None:
             with suppress(OSError, ValueError):  # a closed terminal must not stop the agent
                 plain = _CONTROLS.sub(" ", text)  # what the server sends must not steer a terminal
@@ -1415,9 +1352,9 @@ class Log:
 
     def flush(self) -> None:
         """Write what is gathered. A log that cannot be written (disk full) never stops the agent."""
-        with self._write_lock:
-            with self._lock:
-                lines, self._lines, self._bytes = self._lines, [], 0
+        with self._lock:
+            lines = [self._lines.popleft() for _ in range(len(self._lines))]
+            self._bytes = 0
             if not lines or self.directory is None:
                 return
             try:
@@ -1435,30 +1372,30 @@ class Log:
             return self._file
         self.close_file()
         self._day, suffix = today, 0
-        newest = log_files(directory, self.name)[:1]
-        if newest and _rotation(newest[0].name)[0] == today:
-            suffix = _rotation(newest[0].name)[1] + (newest[0].stat().st_size >= limit)
+        for (day, number), newest in log_files(directory, self.name)[:1]:
+            if day == today:
+                suffix = number + (newest.stat().st_size >= limit)
         path = directory / f"medplum-agent-{self.name}-{today}.log{f'.{suffix}' if suffix else ''}"
         self._file = open(path, "ab", opener=private)  # noqa: SIM115
-        for old in log_files(directory, self.name)[self._settings.filesToKeep :]:
+        for _, old in log_files(directory, self.name)[self._settings.filesToKeep :]:
             old.unlink(missing_ok=True)
         return self._file
 
     def close_file(self) -> None:
-        file, self._file = self._file, None
-        if file is not None:
+        if self._file is not None:
             with suppress(OSError):  # what could not be written cannot be flushed either
-                file.close()
+                self._file.close()
+            self._file = None
 
 
-def log_files(directory: Path, name: str) -> list[Path]:
-    """The files of one log, newest first."""
-    found = [path for path in directory.iterdir() if (m := LOG_FILE.fullmatch(path.name)) and m[1] == name]
-    return sorted(found, key=lambda path: _rotation(path.name), reverse=True)
+def log_files(directory: Path, name: str) -> list[tuple[tuple[str, int], Path]]:
+    """The files of one log by day and number within it, newest first."""
+    found = ((LOG_FILE.fullmatch(path.name), path) for path in directory.iterdir())
+    return sorted((((m[2], int(m[3] or 0)), path) for m, path in found if m and m[1] == name), reverse=True)
 
 
 class LogPage(NamedTuple):
-    """Entries newest first, and the cursor of the next older page (None at the end)."""
+    """Entries newest first, and the cursor of the next older page, file:offset (None at the end)."""
 
     entries: list[Json]
     before: str | None
@@ -1469,69 +1406,43 @@ def read_log_page(directory: Path, name: str, limit: int, before: str | None) ->
 
     Raises ValueError for a cursor that is not one of ours. Source: uplink contract 4.12.
     """
-    first, first_end = _parse_cursor(before)
+    first, offset = ("~", 0), 0  # newer than every file
+    if before is not None:
+        match = re.fullmatch(LOG_FILE.pattern + r":(\d{1,15})", str(before))
+        if match is None:
+            raise ValueError("Invalid cursor: use the nextBefore of an earlier answer")
+        first, offset = (match[2], int(match[3] or 0)), int(match[4])
     entries: list[Json] = []
-    for path in log_files(directory, name):
-        if first and _rotation(path.name) > _rotation(first):
+    for file, path in log_files(directory, name):
+        if file > first:
             continue
         size = path.stat().st_size
-        for offset, line in _lines_backwards(path, min(first_end, size) if path.name == first else size):
-            if (entry := _log_entry(line)) is None:
+        for behind, line in _lines_backwards(path, min(offset, size) if file == first else size):
+            try:
+                parsed = load_json(line)
+                entry = {member: parsed[member] for member in ("level", "msg", "timestamp")}
+            except (ValueError, KeyError, TypeError):
                 continue
             if len(entries) == limit:
-                return LogPage(entries, _cursor(path.name, offset + len(line) + 1))
+                return LogPage(entries, f"{path.name}:{behind}")
             entries.append(entry)
     return LogPage(entries, None)
 
 
-def _rotation(name: str) -> tuple[str, int]:
-    match = LOG_FILE.fullmatch(name)
-    return (match[2], int(match[3] or 0)) if match else ("", 0)
-
-
-def _cursor(name: str, offset: int) -> str:
-    return base64.urlsafe_b64encode(f"{name}:{offset}".encode()).decode()
-
-
-def _parse_cursor(text: Any) -> tuple[str, int]:
-    """The file and offset of a cursor; ("", 0) where there is none."""
-    if text is None:
-        return "", 0
-    try:
-        name, offset = base64.urlsafe_b64decode(text).decode().rsplit(":", 1)
-        if LOG_FILE.fullmatch(name) and re.fullmatch(r"\d{1,15}", offset):
-            return name, int(offset)
-    except (ValueError, TypeError):
-        pass
-    raise ValueError("Invalid cursor: use the nextBefore of an earlier answer")
-
-
-def _log_entry(line: bytes) -> Json | None:
-    try:
-        parsed = load_json(line)
-        return {member: parsed[member] for member in ("level", "msg", "timestamp")}
-    except (ValueError, KeyError, TypeError):
-        return None
-
-
 def _lines_backwards(path: Path, end: int) -> Iterator[tuple[int, bytes]]:
-    """(offset, line without its newline) from `end` to the start of the file."""
-    tail = b""
+    """(offset behind it, line without its newline) from `end` to the start of the file."""
+    tail, start = b"", end
     with path.open("rb") as file:
-        while end > 0:
-            start = max(0, end - LOG_BLOCK_BYTES)
+        while start > 0:
+            block = min(start, LOG_BLOCK_BYTES)
+            start -= block
             file.seek(start)
-            block = file.read(end - start) + tail
-            first, *lines = block.split(b"\n")
-            position = start + len(block)
+            first, *lines = (file.read(block) + tail).split(b"\n")
             for line in reversed(lines):
-                position -= len(line)
-                if line:
-                    yield position, line
-                position -= 1
-            tail, end = first, start
-    if tail:
-        yield 0, tail
+                yield end, line
+                end -= len(line) + 1
+            tail = first
+    yield end, tail
 
 
 # =====================================================================================================================
@@ -6950,7 +6861,7 @@ class Devices:
 
     def policy(self, key: str) -> Policy:
         defaults = self.plan.defaults if self.plan else ChannelSettings()
-        return delivery_policy(f"Device {key}", defaults, "device", self.limit if self._limited else 1, math.inf)
+        return Policy(f"Device {key}", defaults, "device", self.limit if self._limited else 1, math.inf)
 
     async def addresses(self, target: Target) -> list[tuple[str, int]]:
         """Where a device is; DeviceError where we may not go. Lookups have threads of their own: some take long."""

@@ -287,7 +287,7 @@ def cursor(content: bytes) -> None:
         (Path(folder) / "medplum-agent-main-2026-01-02.log").write_bytes(lines)
         cursors = [None, before.decode("latin1")]
         if before.isdigit():
-            cursors.append(ma._cursor("medplum-agent-main-2026-01-02.log", int(before[:400])))
+            cursors.append(f"medplum-agent-main-2026-01-02.log:{int(before[:400])}")
         for one in cursors:
             try:
                 pages, at = 0, one

@@ -552,7 +552,7 @@ def test_a6_a_clock_that_jumps_buries_nothing(monkeypatch, jump_days):
 
 
 def test_a6_a_policy_counts_failing_time_and_tries():
-    policy = Policy("x", 1, "enhanced", 60, 1000, 60_000, 2, 20, 72)
+    policy = Policy("x", Hl7Settings(autoRetryMaxAttempts=20, deadLetterAfterHours=72), "enhanced", 1, 60)
     assert not policy.spent(3, 0) and not policy.spent(19, round(72 * HOUR * 1000))
     assert policy.spent(3, round(72 * HOUR * 1000) + 1) and policy.spent(20, 0)
 

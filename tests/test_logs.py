@@ -1,6 +1,5 @@
 """The two logs: lines, levels, rotation by size and day, disks that fail; and reading them backwards by pages."""
 
-import base64
 import datetime
 import errno
 import io
@@ -95,7 +94,6 @@ def test_levels(tmp_path: Path, level: str, written: int) -> None:
     expected = ["ERROR", "WARN", "INFO", "DEBUG"][:written]
     assert [json.loads(line)["level"] for line in console.getvalue().splitlines()] == expected
     assert everything(tmp_path) == [one.lower() for one in reversed(expected)]
-    assert [quiet.enabled(one) for one in ma.LEVELS[1:]] == [one in expected for one in ma.LEVELS[1:]]
 
 
 def test_a_terminal_gets_readable_lines() -> None:
@@ -201,7 +199,7 @@ def test_files_sort_by_number_not_by_text(tmp_path: Path) -> None:
     base = "medplum-agent-main-2026-03-04.log"
     for name in (base, f"{base}.2", f"{base}.10", "medplum-agent-main-2026-03-05.log", "medplum-agent-channels-x.log"):
         (tmp_path / name).touch()
-    found = [path.name for path in ma.log_files(tmp_path, "main")]
+    found = [path.name for _, path in ma.log_files(tmp_path, "main")]
     assert found == ["medplum-agent-main-2026-03-05.log", f"{base}.10", f"{base}.2", base]
 
 
@@ -381,21 +379,16 @@ def test_a_file_that_was_deleted_while_paging_is_passed_over(tmp_path: Path) -> 
     assert [one["msg"] for one in ma.read_log_page(tmp_path, "main", 5, page.before).entries] == ["2", "1"]
 
 
-def cursor(text: str) -> str:
-    return base64.urlsafe_b64encode(text.encode()).decode()
-
-
 FILE = f"medplum-agent-main-{DAY}.log"
 
 
 @pytest.mark.parametrize(
     "before",
-    ["", "x", "%%%", "é", "\ud800", cursor("no colon"), cursor(f"{FILE}:x"), cursor(":5"), cursor("../etc/passwd:5"),
-     cursor(f"../{FILE}:5"), cursor(f"{FILE}:"), cursor(f"{FILE}:{'9' * 30}"),
-     base64.b64encode(b"\xff\xff:1").decode()],
+    ["", "x", "%%%", "é", "\ud800", "no colon", f"{FILE}:x", ":5", "../etc/passwd:5", f"../{FILE}:5", f"{FILE}:",
+     f"{FILE}:{'9' * 30}", f"{FILE}.{'9' * 5000}:1", f"{FILE}:1\n", f"{FILE}:-1", 5, ["x"], {}],
     ids=ascii,
 )  # fmt: skip
-def test_a_bad_cursor_is_refused(tmp_path: Path, before: str) -> None:
+def test_a_bad_cursor_is_refused(tmp_path: Path, before: Any) -> None:
     write(tmp_path, "", entry("1"))
     with pytest.raises(ValueError, match=re.escape("Invalid cursor")):
         ma.read_log_page(tmp_path, "main", 5, before)
@@ -430,13 +423,13 @@ def test_a_cursor_outside_of_the_file_costs_nothing(
 
     monkeypatch.setattr(Path, "open", counting)
     try:
-        page = ma.read_log_page(tmp_path, "main", 5, cursor(f"{FILE}:{offset}"))
+        page = ma.read_log_page(tmp_path, "main", 5, f"{FILE}:{offset}")
     except ValueError:
         return
     assert page.before is None and len(page.entries) <= 1
 
 
-@given(st.one_of(st.text(), st.binary().map(lambda raw: base64.urlsafe_b64encode(raw).decode())))
+@given(st.one_of(st.text(), st.from_regex(ma.LOG_FILE).map(lambda name: f"{name}:5")))
 @settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_any_cursor_gives_a_page_or_a_value_error(tmp_path: Path, before: str) -> None:
     try:
@@ -449,4 +442,4 @@ def test_lines_backwards_gives_offsets(tmp_path: Path) -> None:
     path = tmp_path / "file"
     path.write_bytes(b"one\ntwo\n\nthree")
     found: Iterator[tuple[int, bytes]] = ma._lines_backwards(path, path.stat().st_size)
-    assert list(found) == [(9, b"three"), (4, b"two"), (0, b"one")]
+    assert list(found) == [(14, b"three"), (8, b""), (7, b"two"), (3, b"one")]

@@ -278,7 +278,7 @@ def test_any_multiplier_gives_a_back_off(multiplier: str) -> None:
 )  # fmt: skip
 def test_attempts(query: str, attempts: int) -> None:
     tried = policy(query)
-    assert tried.attempts == attempts
+    assert tried.settings.autoRetryMaxAttempts == attempts
     assert not tried.spent(attempts - 1 if attempts else 10_000, 0)
     assert tried.spent(attempts, 0) is bool(attempts)
 

@@ -39,13 +39,13 @@ def each(rows: list[tuple[str, str, Row]]) -> pytest.MarkDecorator:
 
 @each(ROWS)
 def test_default_is_valid_as_text_and_as_value(row: Row) -> None:
-    assert row.metadata["label"] and row.metadata["meaning"]
+    assert row.metadata["label"] and row.metadata["description"]
     if row.default == "":  # not given: another rule says what happens then
         return
     assert ma.parse_setting(row, row.default) == row.default
     assert ma.parse_setting(row, str(row.default)) == row.default
     assert type(ma.parse_setting(row, str(row.default))) is type(row.default)
-    assert row.metadata["high"] is None or row.default <= row.metadata["high"]
+    assert row.metadata["max"] is None or row.default <= row.metadata["max"]
 
 
 @pytest.mark.parametrize(
@@ -60,7 +60,7 @@ def test_bad_numbers(kind: str, bad: object) -> None:
 
 @each(NUMBERS)
 def test_lower_bound(row: Row) -> None:
-    low = row.metadata["low"]
+    low = row.metadata["min"]
     if low is None:
         assert ma.parse_setting(row, "-5") == -5
         return
@@ -629,7 +629,11 @@ def test_largest_back_off_is_raised_to_the_base() -> None:
     assert plan.settings.autoRetryMaxDelayMs >= 70000 and len(warnings) == 1
 
 
-FALLBACKS = [(row.name, row.metadata["agent"]) for row in dataclasses.fields(ma.Hl7Settings) if row.metadata["agent"]]
+FALLBACKS = [
+    (row.name, row.metadata["agentSetting"])
+    for row in dataclasses.fields(ma.Hl7Settings)
+    if row.metadata["agentSetting"]
+]
 SAMPLES: dict[str, tuple[Any, Any]] = {  # two values, both unlike the default: of the Agent, of the address
     "retryMode": ("none", "guaranteed"), "logicalChannelKey": ("PID-3.1", "MSH-4"), "botErrorAck": ("AR", "none"),
     "botEmptyAck": ("AE", "none"), "autoRetryBackoffMultiplier": (3.0, 4.0),
@@ -665,8 +669,8 @@ def test_defaults_of_agent_and_channel_agree(name: str, agent: str) -> None:
 def test_every_protocol_has_the_same_agent_settings(cls: type[ma.ChannelSettings]) -> None:
     rows = ma.rows_of(cls)
     for name, row in ma.rows_of(ma.ChannelSettings).items():
-        assert rows[name].metadata["agent"] == row.metadata["agent"]
-    assert {row.metadata["agent"] for row in rows.values()} <= {"", *ma.AGENT_ROWS}
+        assert rows[name].metadata["agentSetting"] == row.metadata["agentSetting"]
+    assert {row.metadata["agentSetting"] for row in rows.values()} <= {"", *ma.AGENT_ROWS}
 
 
 def test_sequence_numbers_mean_order() -> None:
@@ -739,7 +743,7 @@ def test_any_parameters_give_a_plan_or_problems(parameters: dict[str, str], sett
     assert plan.channels or found
     for one in plan.channels:
         for row in dataclasses.fields(one.settings):
-            value, low, high = getattr(one.settings, row.name), row.metadata["low"], row.metadata["high"]
+            value, low, high = getattr(one.settings, row.name), row.metadata["min"], row.metadata["max"]
             assert (low is None or value >= low) and (high is None or value <= high)
 
 
@@ -754,7 +758,7 @@ def test_schema_lists_every_row() -> None:
     for (*_, row), shown in zip(ROWS, schema["settings"], strict=True):
         assert shown["type"] == ma.kind_of(row) and shown["label"] and shown["description"] and shown["category"]
         assert shown.get("default", "") == row.default
-        assert shown.get("min") == row.metadata["low"] and shown.get("max") == row.metadata["high"]
+        assert shown.get("min") == row.metadata["min"] and shown.get("max") == row.metadata["max"]
     assert json.loads(json.dumps(schema)) == schema
 
 
@@ -783,7 +787,9 @@ def test_markdown_lists_every_row() -> None:
     rows = [line for line in lines if line.startswith("| `")]
     common = {name: (row.default, row.metadata) for name, row in ma.rows_of(ma.ChannelSettings).items()}
     own = [
-        name for category, name, row in ROWS if category == "agent" or common.get(name) != (row.default, row.metadata)
+        name
+        for category, name, row in ROWS
+        if category in ("agent", "device") or common.get(name) != (row.default, row.metadata)
     ]
     assert sorted(line.split("`")[1] for line in rows) == sorted([*common, *own])  # what is the same is listed once
     assert all(line.replace("\\|", "").count("|") == 5 for line in rows)
