@@ -103,7 +103,7 @@ except ImportError:  # pragma: no cover - platforms without a wheel: slower, the
 
 
 # =====================================================================================================================
-# Version, limits (160 lines, 670 tokens)
+# Version, limits (170 lines, 700 tokens)
 #
 # Every bound has a name, a unit and a reason. What a site could need to change is a setting instead (next section).
 # =====================================================================================================================
@@ -262,7 +262,7 @@ def _done(task: asyncio.Task[Any]) -> None:
 
 
 # =====================================================================================================================
-# Errors (75 lines, 215 tokens)
+# Errors (80 lines, 250 tokens)
 #
 # One root. LocalError: our side (configuration, disk). PeerError: theirs, with the answer to send.
 # =====================================================================================================================
@@ -332,7 +332,7 @@ class ServerError(PeerError):
 
 
 # =====================================================================================================================
-# Settings (970 lines, 6700 tokens)
+# Settings (960 lines, 6700 tokens)
 #
 # One setting, one row: a field of a frozen dataclass. The parser, the checks, `--settings-schema` and README's tables
 # come from the row. Names are the wire's own (camelCase). Precedence for a channel, field by field: Endpoint address,
@@ -415,6 +415,8 @@ def push_targets(text: str) -> list[PushTarget]:
             raise ValueError(f"'{part}' needs the form mllp://10.1.0.0/16:2575, where scheme and port may be left away")
         scheme, six, four, first, last = match.groups("")
         ports = range(int(first or 0), int(last or first or 65_535) + 1)
+        if not ports:
+            raise ValueError(f"'{part}' ends its ports before it begins them")
         found.append(PushTarget(scheme, ipaddress.ip_network(six or four, strict=False), ports))
     return found
 
@@ -1338,7 +1340,7 @@ class Log:
         entry = {"level": level, "msg": text.replace("\r", "\n"), "timestamp": stamp, **extra}
         try:
             line = dump_json(entry) + b"\n"
-        except TypeError:  # lone surrogates, as in names of files
+        except (TypeError, ValueError):  # lone surrogates, as in names of files
             line = json.dumps(entry, ensure_ascii=False, default=str).encode("utf-8", "replace") + b"\n"
         self._lines.append(line)
         self._bytes += len(line)
@@ -1997,7 +1999,7 @@ def stream_answer(body: str, settings: StreamSettings) -> bytes:
 
 
 # =====================================================================================================================
-# ASTM (630 lines, 4350 tokens)
+# ASTM (610 lines, 4200 tokens)
 #
 # The link layer of laboratory instruments (ASTM E1381, CLSI LIS01-A2), both roles, and the little of the records
 # (E1394, LIS02-A2) that it needs. Bytes and times in, events out. The caller commits a frame to disk between
@@ -3999,7 +4001,7 @@ def _json_object(text: bytes) -> Json:
 
 
 # =====================================================================================================================
-# Delivery (550 lines, 4000 tokens)
+# Delivery (540 lines, 3950 tokens)
 #
 # What is on its way, the same for every protocol and in both directions. `Order` decides what may be in flight, `judge`
 # what an answer means; `Queue` keeps a window of the stored messages of one destination, which is the server or one
@@ -4533,7 +4535,7 @@ def percentiles(samples: Iterable[int]) -> dict[str, float]:
 
 
 # =====================================================================================================================
-# Uplink (460 lines, 3500 tokens)
+# Uplink (460 lines, 3550 tokens)
 #
 # One WSS connection to the server (uplink contract 3 and 4): connect, heartbeats both ways, forced reconnect when it is
 # silent or never live, full-jitter back-off. websockets does TCP, proxy, TLS, handshake and frames; its receive queue
@@ -6461,7 +6463,7 @@ def _bind_address(family: int, address: Any, count: int) -> socket.socket | None
 
 
 # =====================================================================================================================
-# Devices (560 lines, 4450 tokens)
+# Devices (570 lines, 4500 tokens)
 #
 # From the cloud to the device. A push that somebody waits for is tried once and answered within the caller's window.
 # One that nobody waits for is stored first, and then tried in order until the device accepts it or it becomes a dead
@@ -7021,7 +7023,7 @@ def parse_ping(host: object, body: object) -> tuple[str, int]:
 
 
 # =====================================================================================================================
-# DICOM (1980 lines, 16700 tokens)
+# DICOM (1770 lines, 14800 tokens)
 #
 # Imaging devices (DICOM PS3.4, PS3.7, PS3.8; channel contract 8). `Dimse` is a core like the others: bytes in, events
 # out. Its line runs requests as coroutines; what takes long (fsync, decoding, JSON) goes to a few threads. pydicom and
@@ -7053,11 +7055,79 @@ _PIXEL_DATA = frozenset({"7FE00008", "7FE00009", "7FE00010"})
 
 
 class Refusal(PeerError):
-    """A DIMSE request that is not done: the status and comment of its answer."""
+    """A DIMSE request that is not done: status and comment of its answer; a PDU that is aborted: the reason."""
 
     def __init__(self, status: int, text: str):
         super().__init__(text)
         self.status = status
+
+
+# --- libraries -------------------------------------------------------------------------------------------------------
+
+pydicom: Any  # both from `imaging`
+pynetdicom: Any
+
+
+@cache
+def imaging() -> types.SimpleNamespace:
+    """Load pydicom and pynetdicom and set them up for us: 16 MB and 130 ms that only imaging needs."""
+    global pydicom, pynetdicom
+    sys.modules.setdefault("pydicom.examples", types.ModuleType("pydicom.examples"))  # wants files a binary has not
+    import pydicom.charset
+    import pydicom.config
+    import pynetdicom.dsutils
+    from pynetdicom import _config
+
+    for name in ("pydicom", "pynetdicom"):  # their words may quote a patient; what matters we log ourselves
+        logger = logging.getLogger(name)
+        logger.addHandler(logging.NullHandler())
+        logger.propagate, logger.level = False, logging.CRITICAL
+        warnings.filterwarnings("ignore", module=name)
+    pydicom.config.settings.reading_validation_mode = pydicom.config.IGNORE  # devices deviate: it goes up as it is
+    pydicom.config.settings.writing_validation_mode = pydicom.config.IGNORE
+    _config.LOG_HANDLER_LEVEL, _config.CODECS = "none", ("ascii", "latin-1")
+    _config.LOG_REQUEST_IDENTIFIERS = _config.LOG_RESPONSE_IDENTIFIERS = False
+    _config.STORE_SEND_CHUNKED_DATASET = True
+    return types.SimpleNamespace(pydicom=pydicom, Entity=pynetdicom.AE, context=pynetdicom.build_context)
+
+
+async def load_imaging() -> None:
+    """Load it in a thread: it takes longer than a device should wait for an ACK."""
+    if not imaging.cache_info().currsize:
+        await asyncio.to_thread(imaging)
+
+
+def is_storage(uid: str) -> bool:
+    """Every storage SOP class, and what nobody knows: private ones, and those that the dictionary does not have yet."""
+    found = pydicom.uid.UID(uid)
+    if uid in SERVICE_CLASSES or uid == "1.2.840.10008.1.3.10":  # a DICOMDIR is no object
+        return False
+    return (found.type == "SOP Class" and "Storage" in found.name) or found.is_private or not found.keyword
+
+
+def syntax_of(uid: str) -> tuple[bool, bool, bool]:
+    """Implicit, little endian, deflated."""
+    syntax = pydicom.uid.UID(uid)
+    if not syntax.is_transfer_syntax or syntax.is_private:
+        return False, True, False
+    return syntax.is_implicit_VR, syntax.is_little_endian, syntax.is_deflated
+
+
+def write_dataset(dataset: Dataset, syntax: str) -> bytes:
+    """ValueError when it cannot be written."""
+    content = pynetdicom.dsutils.encode(dataset, *syntax_of(syntax))
+    if content is None:
+        raise ValueError("a data set that cannot be written")
+    return cast(bytes, content)
+
+
+def part10_head(sop_class: str, sop_instance: str, syntax: str) -> bytes:
+    """Preamble and file meta information (PS3.10 7.1)."""
+    codec, uid = pynetdicom.dsutils, pydicom.uid.UID
+    meta = codec.create_file_meta(
+        sop_class_uid=uid(sop_class), sop_instance_uid=uid(sop_instance), transfer_syntax=uid(syntax)
+    )
+    return bytes(128) + b"DICM" + cast(bytes, codec.encode_file_meta(meta))
 
 
 # --- the core: PDUs and DIMSE messages -------------------------------------------------------------------------------
@@ -7073,14 +7143,14 @@ class Refusal(PeerError):
 # | Sta13 waiting for the close | AA-7           | AA-6      | AA-6          | AA-6         | AA-2 closed |
 
 ASSOCIATE_RQ, ASSOCIATE_AC, ASSOCIATE_RJ, P_DATA, RELEASE_RQ, RELEASE_RP, ABORT = range(1, 8)
-_STATES: dict[tuple[str, int], str] = {  # the method that a PDU calls
-    ("Sta2", ASSOCIATE_RQ): "_requested", ("Sta2", ABORT): "_aborted", ("Sta3", ABORT): "_aborted",
-    ("Sta6", P_DATA): "_fragments", ("Sta6", RELEASE_RQ): "_released", ("Sta6", ABORT): "_aborted",
-    ("Sta7", P_DATA): "_fragments", ("Sta7", RELEASE_RQ): "_collided", ("Sta7", RELEASE_RP): "_finished",
-    ("Sta7", ABORT): "_aborted", ("Sta10", RELEASE_RP): "_released", ("Sta10", ABORT): "_aborted",
-    **{("Sta13", pdu): "_ignored" for pdu in (P_DATA, ASSOCIATE_AC, ASSOCIATE_RJ, RELEASE_RQ, RELEASE_RP)},
-    ("Sta13", ABORT): "_aborted",
-}  # fmt: skip
+_STATES = {  # the state behind a PDU
+    "Sta2": {ASSOCIATE_RQ: "Sta3", ABORT: "Sta1"},
+    "Sta3": {ABORT: "Sta1"},
+    "Sta6": {P_DATA: "Sta6", RELEASE_RQ: "Sta13", ABORT: "Sta1"},
+    "Sta7": {P_DATA: "Sta7", RELEASE_RQ: "Sta10", RELEASE_RP: "Sta1", ABORT: "Sta1"},
+    "Sta10": {RELEASE_RP: "Sta13", ABORT: "Sta1"},
+    "Sta13": dict.fromkeys(range(ASSOCIATE_AC, ABORT), "Sta13") | {ABORT: "Sta1"},
+}
 _ABORTS = (
     "reason not specified",
     "unrecognized PDU",
@@ -7092,22 +7162,10 @@ _ABORTS = (
 )  # fmt: skip  (PS3.8 9.3.8)
 ITEM_BYTES = 65_000  # of an item, whose length has two bytes
 _NO_DATA = 0x0101  # Command Data Set Type (PS3.7 E.1)
-# Command elements of group 0000 by element: keyword and kind (PS3.7 E.1)
-_COMMAND = {
-    0x0002: ("AffectedSOPClassUID", "UI"), 0x0003: ("RequestedSOPClassUID", "UI"), 0x0100: ("CommandField", "US"),
-    0x0110: ("MessageID", "US"), 0x0120: ("MessageIDBeingRespondedTo", "US"), 0x0600: ("MoveDestination", "AE"),
-    0x0700: ("Priority", "US"), 0x0800: ("CommandDataSetType", "US"), 0x0900: ("Status", "US"),
-    0x0902: ("ErrorComment", "LO"), 0x1000: ("AffectedSOPInstanceUID", "UI"),
-    0x1001: ("RequestedSOPInstanceUID", "UI"), 0x1002: ("EventTypeID", "US"), 0x1008: ("ActionTypeID", "US"),
-    0x1020: ("NumberOfRemainingSuboperations", "US"), 0x1021: ("NumberOfCompletedSuboperations", "US"),
-    0x1022: ("NumberOfFailedSuboperations", "US"), 0x1023: ("NumberOfWarningSuboperations", "US"),
-}  # fmt: skip
-_ELEMENTS = {keyword: (element, kind) for element, (keyword, kind) in _COMMAND.items()}
 DIMSE_NAMES = {
     0x0001: "C-STORE", 0x0010: "C-GET", 0x0020: "C-FIND", 0x0021: "C-MOVE", 0x0030: "C-ECHO", 0x0100: "N-EVENT-REPORT",
     0x0110: "N-GET", 0x0120: "N-SET", 0x0130: "N-ACTION", 0x0140: "N-CREATE", 0x0150: "N-DELETE", 0x0FFF: "C-CANCEL",
 }  # fmt: skip
-_FIELDS = {name: field for field, name in DIMSE_NAMES.items()}
 
 
 class Context(NamedTuple):
@@ -7154,56 +7212,49 @@ DimseEvent = Associate | Command | Fragment | Ended
 def command_set(fields: Json) -> bytes:
     """A command in Implicit VR Little Endian with its group length (PS3.7 6.3.1)."""
     body = b""
-    for element, kind, value in sorted((*_ELEMENTS[keyword], value) for keyword, value in fields.items()):
-        if kind == "US":
-            content = struct.pack("<H", value)
-        else:
-            content = value.encode("ascii", "replace")
-            content += (b"\0" if kind == "UI" else b" ") * (len(content) % 2)
-        body += struct.pack("<HHI", 0, element, len(content)) + content
+    for tag, keyword in sorted((pydicom.datadict.tag_for_keyword(keyword), keyword) for keyword in fields):
+        value = fields[keyword]
+        content = struct.pack("<H", value) if isinstance(value, int) else value.encode("ascii", "replace")
+        content += (b"\0" if keyword.endswith("UID") else b" ") * (len(content) % 2)
+        body += struct.pack("<II", tag << 16, len(content)) + content
     return struct.pack("<HHII", 0, 0, 4, len(body)) + body
 
 
 def read_command(content: bytes) -> Json:
     """The fields of a command that we know, by keyword; PeerError for what cannot be read."""
     fields: Json = {}
-    at = 0
-    while at < len(content):
-        if at + 8 > len(content):
-            raise PeerError("a command that breaks off")
-        group, element, length = struct.unpack_from("<HHI", content, at)
-        value = content[at + 8 : at + 8 + length]
-        at += 8 + length
-        if group or len(value) != length:
-            raise PeerError("a command that breaks off")
-        keyword, kind = _COMMAND.get(element, ("", ""))
-        if kind == "US" and length == 2:
-            fields[keyword] = struct.unpack("<H", value)[0]
-        elif kind and kind != "US":
-            fields[keyword] = value.decode("latin-1").strip(" \0")
+    known = pydicom.datadict
+    for tag, value in _items(content, "<II"):
+        element = tag >> 16
+        if tag != element << 16:
+            raise PeerError("a command with an element of another group")
+        kind = known.dictionary_VR(element) if known.dictionary_has_tag(element) else ""
+        if kind == "US" and len(value) == 2:
+            fields[known.keyword_for_tag(element)] = int.from_bytes(value, "little")
+        elif kind in ("AE", "LO", "UI"):
+            fields[known.keyword_for_tag(element)] = _text(value)
     if "CommandField" not in fields:
         raise PeerError("a command without its field")
     return fields
 
 
-def _items(content: bytes) -> Iterator[tuple[int, bytes]]:
-    """(type, content) of the items of a PDU (PS3.8 9.3.2); PeerError."""
-    at = 0
+def _items(content: bytes, head: str = ">BxH") -> Iterator[tuple[int, bytes]]:
+    """(type, content) of the items of a PDU (PS3.8 9.3.2), or (tag, value) of elements; PeerError."""
+    at, size = 0, struct.calcsize(head)
     while at < len(content):
-        if at + 4 > len(content):
-            raise PeerError("an item that breaks off")
-        kind, length = struct.unpack_from(">BxH", content, at)
-        if at + 4 + length > len(content):
-            raise PeerError("an item that breaks off")
-        yield kind, content[at + 4 : at + 4 + length]
-        at += 4 + length
+        kind, length = struct.unpack(head, content[at : at + size].ljust(size))
+        at += size + length
+        if at > len(content):
+            raise PeerError("an item or element that breaks off")
+        yield kind, content[at - length : at]
 
 
 def _item(kind: int, content: bytes) -> bytes:
     return struct.pack(">BxH", kind, len(content)) + content
 
 
-def _uid(content: bytes) -> str:
+def _text(content: bytes) -> str:
+    """A UID or a title, which may be padded."""
     return content.decode("latin-1").strip(" \0")
 
 
@@ -7213,23 +7264,17 @@ class Dimse:
     def __init__(self, max_pdu: int):
         self.max_pdu = max_pdu
         self.state = "Sta2"
+        self.inside = False  # in the middle of a PDU
         self.contexts: dict[int, Context] = {}  # accepted ones
         self.peer_pdu = 0  # the largest PDU that the device takes; 0: any
-        self._out: list[bytes] = []
+        self._out = b""
         self._events: list[DimseEvent] = []
-        self._held = bytearray()  # the beginning of a PDU's or fragment's head, or of a PDU that is no data
-        self._type, self._left = 0, -1  # of the PDU under way, bytes of it that are still to come; -1: none
-        self._fragment = 0  # bytes of the fragment under way that are still to come
-        self._context, self._control = 0, 0
+        self._request = b""
         self._command = bytearray()
         self._data_of = 0  # the context whose data set is due
-        self._request = b""
-        self._deaf = False  # we aborted: nothing that still comes counts (AA-6)
-
-    @property
-    def inside(self) -> bool:
-        """In the middle of a PDU."""
-        return bool(self._held) or self._left > 0
+        self._held = bytearray()  # the beginning of what is wanted whole
+        self._reader = self._read()
+        self._wanted = next(self._reader)
 
     @property
     def established(self) -> bool:
@@ -7238,56 +7283,53 @@ class Dimse:
     def receive(self, received: bytes) -> tuple[list[DimseEvent], bytes]:
         """What these bytes bring, and the bytes to answer."""
         at = 0
-        with memoryview(received) as view:
-            while at < len(view) and self.state != "Sta1" and not self._deaf:
-                if self._fragment:
-                    taken = bytes(view[at : at + self._fragment])
-                    at += len(taken)
-                    self._take(taken)
-                    continue
-                data = self._type == P_DATA
-                need = 6 if self._left < 0 or data else self._left
-                taken = bytes(view[at : at + need - len(self._held)])
-                at += len(taken)
-                self._held += taken
-                if len(self._held) == need:
-                    held, self._held = bytes(self._held), bytearray()
-                    self._step(held)
-        return self._done()
-
-    def _done(self) -> tuple[list[DimseEvent], bytes]:
-        events, self._events, out, self._out = self._events, [], b"".join(self._out), []
+        try:
+            while at < len(received) and self.state != "Sta1":
+                piece = received[at : at + abs(self._wanted) - len(self._held)]
+                at += len(piece)
+                self.inside = True
+                if self._wanted > 0:
+                    self._held += piece
+                    if len(self._held) < self._wanted:
+                        break
+                    piece = bytes(self._held)
+                    self._held.clear()
+                self._wanted = self._reader.send(piece)
+        except PeerError as error:
+            if self.state != "Sta13":
+                self._events.append(Ended(f"aborted: {error}"))
+            self._out += self.aborting(2, error.status if isinstance(error, Refusal) else 6)
+        events, self._events, out, self._out = self._events, [], self._out, b""
         return events, out
 
-    def _step(self, held: bytes) -> None:
-        """The head of a PDU, the head of a fragment, or a whole PDU."""
-        try:
-            if self._left < 0:
-                self._begin(*struct.unpack(">BxI", held))
-            elif self._type == P_DATA:
-                self._begin_fragment(*struct.unpack(">IBB", held))
+    def _read(self) -> typing.Generator[int, bytes, None]:
+        """PDUs. Yields how many bytes it wants: whole, or, where negative, what there is of so many."""
+        while True:
+            kind, length = struct.unpack(">BxI", (yield 6))
+            if kind not in _STATES[self.state]:
+                known = ASSOCIATE_RQ <= kind <= ABORT
+                raise Refusal(2 if known else 1, f"an {'unexpected' if known else 'unknown'} PDU of type {kind}")
+            if length > PDU_BYTES:
+                raise PeerError(f"a PDU of {length} bytes")
+            if kind == P_DATA and self.state != "Sta13":
+                yield from self._fragments(length)
             else:
-                self._finish_pdu(held)
-        except PeerError as error:
-            self.abort(str(error), by_provider=6)
+                self._step(kind, (yield length) if length else b"")
+            self.inside = False
 
-    def _begin(self, kind: int, length: int) -> None:
-        action = _STATES.get((self.state, kind))
-        if action is None:
-            known = ASSOCIATE_RQ <= kind <= ABORT
-            text = f"an unexpected PDU of type {kind}" if known else f"an unknown PDU of type {kind}"
-            self.abort(text, by_provider=2 if known else 1)
-        elif length > PDU_BYTES or (kind == P_DATA and 0 < length < 6):
-            raise PeerError(f"a PDU of {length} bytes")
-        else:
-            self._type, self._left = kind, length
-            if not length:
-                self._finish_pdu(b"")
-
-    def _finish_pdu(self, content: bytes) -> None:
-        kind, self._type, self._left = self._type, 0, -1
-        if kind != P_DATA:
-            getattr(self, _STATES[self.state, kind])(content)
+    def _step(self, kind: int, content: bytes) -> None:
+        was, self.state = self.state, _STATES[self.state][kind]
+        if kind == ASSOCIATE_RQ:
+            self._requested(content)
+        elif kind == ABORT and was != "Sta13":
+            source, reason = content[2:4] if len(content) >= 4 else (0, 0)
+            words = "".join(_ABORTS[reason : reason + 1]) if source == 2 else ""
+            self._events.append(Ended(f"the device aborted it{f' ({words})' if words else ''}"))
+        elif kind == RELEASE_RP and was == "Sta7":  # AR-3
+            self._events.append(Ended(""))
+        elif self.state == "Sta13" and was != "Sta13":  # AR-2 and AR-4, also at the end of a collision (AR-10)
+            self._out += self._pdu(RELEASE_RP, bytes(4))
+            self._events.append(Ended(""))
 
     # --- the association ---
 
@@ -7295,98 +7337,62 @@ class Dimse:
         """AE-6 (PS3.8 9.3.2): unknown items and sub-items are passed over (9.3.1, PS3.7 D.3.3)."""
         if len(content) < 68:
             raise PeerError("an association request that breaks off")
-        contexts: list[Context] = []
+        contexts: dict[int, Context] = {}
         roles: dict[str, tuple[int, int]] = {}
         for kind, item in _items(content[68:]):
             if kind == 0x20 and len(item) >= 4:
-                parts = list(_items(item[4:]))
-                abstract = next((_uid(part) for sub, part in parts if sub == 0x30), "")
-                syntaxes = tuple(_uid(part) for sub, part in parts if sub == 0x40)
-                if not item[0] % 2 or item[0] in {context.id for context in contexts}:
+                number, parts = item[0], list(_items(item[4:]))
+                abstract = next((_text(part) for sub, part in parts if sub == 0x30), "")
+                if not number % 2 or number in contexts:
                     raise PeerError("presentation contexts whose numbers are not odd and unique")
-                contexts.append(Context(item[0], abstract, syntaxes))
+                contexts[number] = Context(number, abstract, tuple(_text(part) for sub, part in parts if sub == 0x40))
             elif kind == 0x50:
                 self._take_user_information(item, roles)
         self._request = content[:68]
-        self.state = "Sta3"
-        calling, called = (_uid(t.strip(b" \0").split(b"\0")[0]) for t in (content[20:36], content[4:20]))
-        self._events.append(Associate(calling, called, tuple(contexts), roles))
+        calling, called = (_text(title.strip(b" \0").split(b"\0")[0]) for title in (content[20:36], content[4:20]))
+        self._events.append(Associate(calling, called, tuple(contexts.values()), roles))
 
     def _take_user_information(self, content: bytes, roles: dict[str, tuple[int, int]]) -> None:
         for kind, item in _items(content):
+            size = int.from_bytes(item[:2])
             if kind == 0x51 and len(item) == 4:
-                self.peer_pdu = struct.unpack(">I", item)[0]
-            elif kind == 0x54 and len(item) >= 4:
-                size = struct.unpack_from(">H", item)[0]
-                if len(item) >= size + 4:
-                    roles[_uid(item[2 : 2 + size])] = (item[size + 2], item[size + 3])
+                self.peer_pdu = int.from_bytes(item)
+            elif kind == 0x54 and len(item) >= size + 4:
+                roles[_text(item[2 : 2 + size])] = item[size + 2], item[size + 3]
 
     def accept(self, contexts: Sequence[tuple[Context, int]], roles: Mapping[str, tuple[int, int]]) -> bytes:
         """A-ASSOCIATE-AC (PS3.8 9.3.3): each context with its result (0 accepted, 3 and 4 refused) and its syntax."""
-        items = [_item(0x10, b"1.2.840.10008.3.1.1.1")]
+        items = _item(0x10, b"1.2.840.10008.3.1.1.1")
         for context, result in contexts:
             if not result:
                 self.contexts[context.id] = context
             syntax = (context.syntaxes or (IMPLICIT,))[0].encode("latin-1")
-            items.append(_item(0x21, bytes((context.id, 0, result, 0)) + _item(0x40, syntax)))
+            items += _item(0x21, bytes((context.id, 0, result, 0)) + _item(0x40, syntax))
         user = _item(0x51, struct.pack(">I", self.max_pdu)) + _item(0x52, IMPLEMENTATION[0].encode())
-        for uid, (scu, scp) in roles.items():
+        for uid, role in roles.items():
             name = uid.encode("latin-1")
             if len(user) + len(name) > ITEM_BYTES:
                 break  # no device means so many
-            user += _item(0x54, struct.pack(">H", len(name)) + name + bytes((scu, scp)))
-        items += [_item(0x50, user + _item(0x55, IMPLEMENTATION[1].encode()))]
+            user += _item(0x54, struct.pack(">H", len(name)) + name + bytes(role))
+        items += _item(0x50, user + _item(0x55, IMPLEMENTATION[1].encode()))
         self.state = "Sta6"
-        return self._pdu(ASSOCIATE_AC, b"\0\1" + self._request[2:] + b"".join(items))
+        return self._pdu(ASSOCIATE_AC, b"\0\1" + self._request[2:] + items)
 
     def reject(self, result: int, source: int, reason: int) -> bytes:
         """A-ASSOCIATE-RJ (PS3.8 9.3.4): result 1 permanent or 2 transient."""
         self.state = "Sta13"
         return self._pdu(ASSOCIATE_RJ, bytes((0, result, source, reason)))
 
-    def _released(self, content: bytes) -> None:
-        """AR-2 and AR-4, also at the end of a collision (AR-10)."""
-        self.state = "Sta13"
-        self._out.append(self._pdu(RELEASE_RP, bytes(4)))
-        self._events.append(Ended(""))
-
-    def _collided(self, content: bytes) -> None:
-        """AR-8: both sides asked; the requestor answers first."""
-        self.state = "Sta10"
-
-    def _finished(self, content: bytes) -> None:
-        self.state = "Sta1"
-        self._events.append(Ended(""))
-
-    def _aborted(self, content: bytes) -> None:
-        was, self.state = self.state, "Sta1"
-        source, reason = (content[2], content[3]) if len(content) >= 4 else (0, 0)
-        words = _ABORTS[reason] if source == 2 and reason < len(_ABORTS) else ""
-        if was != "Sta13":
-            self._events.append(Ended(f"the device aborted it{f' ({words})' if words else ''}"))
-
-    def _ignored(self, content: bytes) -> None:
-        """AA-6."""
-
     def release(self) -> bytes:
         """A-RELEASE-RQ of ours, when nothing is under way."""
         self.state = "Sta7"
         return self._pdu(RELEASE_RQ, bytes(4))
 
-    def abort(self, reason: str, *, by_provider: int = -1) -> None:
-        """A-ABORT (PS3.8 9.3.8); `by_provider`: with this reason, else by us as the service user."""
-        was, self.state, self._deaf = self.state, "Sta13", True
-        source = 2 if by_provider >= 0 else 0
-        self._left, self._fragment, self._held = -1, 0, bytearray()
-        self._out.append(self._pdu(ABORT, bytes((0, 0, source, max(0, by_provider)))))
-        if was != "Sta13":
-            self._events.append(Ended(f"aborted: {reason}"))
-
-    def aborting(self, reason: str) -> bytes:
-        """The bytes of an abort that we want."""
-        self.abort(reason)
-        self._events.clear()
-        return self._done()[1]
+    def aborting(self, source: int = 0, reason: int = 0) -> bytes:
+        """A-ABORT (PS3.8 9.3.8), by us as the service user or as the provider: nothing that still comes counts."""
+        self.state, self.inside = "Sta1", False
+        self._held.clear()
+        return self._pdu(ABORT, bytes((0, 0, source, reason)))
 
     @staticmethod
     def _pdu(kind: int, content: bytes) -> bytes:
@@ -7394,55 +7400,45 @@ class Dimse:
 
     # --- messages ---
 
-    def _begin_fragment(self, length: int, context: int, control: int) -> None:
-        """A presentation data value (PS3.8 9.3.5.1, annex E.2)."""
-        if self.state == "Sta13":
-            self._left -= min(6, self._left)
-            length = max(2, min(length, self._left + 2))
-        elif length < 2 or length - 2 > self._left - 6:
-            raise PeerError("a fragment that is longer than its PDU")
-        elif context not in self.contexts:
-            raise PeerError("a fragment of no accepted presentation context")
-        elif control & 1 and self._data_of:
-            raise PeerError("a command inside of a data set")
-        elif not control & 1 and context != self._data_of:
-            raise PeerError("a data set without its command")
-        else:
-            self._left -= 6
-        self._context, self._control, self._fragment = context, control, length - 2
-        if not self._fragment:
-            self._take(b"")
+    def _fragments(self, length: int) -> typing.Generator[int, bytes, None]:
+        """The presentation data values of a PDU (PS3.8 9.3.5.1, annex E.2)."""
+        while length:
+            if length < 6:
+                raise PeerError("a PDU with bytes left over")
+            size, context, control = struct.unpack(">IBB", (yield 6))
+            length -= 4 + size
+            if size < 2 or length < 0:
+                raise PeerError("a fragment that is longer than its PDU")
+            if context not in self.contexts:
+                raise PeerError("a fragment of no accepted presentation context")
+            if control & 1 and self._data_of:
+                raise PeerError("a command inside of a data set")
+            if not control & 1 and context != self._data_of:
+                raise PeerError("a data set without its command")
+            left = size - 2
+            while True:
+                piece = (yield -left) if left else b""
+                left -= len(piece)
+                self._take(context, control, piece, last=not left and bool(control & 2))
+                if not left:
+                    break
 
-    def _take(self, content: bytes) -> None:
+    def _take(self, context: int, control: int, piece: bytes, *, last: bool) -> None:
         """Bytes of the fragment under way."""
-        self._fragment -= len(content)
-        self._left -= len(content)
-        last = not self._fragment and bool(self._control & 2)
-        try:
-            if self.state == "Sta13":
-                pass
-            elif self._control & 1:
-                self._command += content
-                if len(self._command) > COMMAND_BYTES:
-                    raise PeerError("a command that is too large")
-                if last:
-                    self._complete_command()
-            elif content or last:
-                self._events.append(Fragment(content, last))
-                self._data_of = 0 if last else self._data_of
-        except PeerError as error:
-            self.abort(str(error), by_provider=6)
-        if not self._fragment and not self._left:
-            self._finish_pdu(b"")
-        elif 0 < self._left < 6 and not self._fragment:
-            self.abort("a PDU with bytes left over", by_provider=6)
-
-    def _complete_command(self) -> None:
-        content, self._command = bytes(self._command), bytearray()
-        fields = read_command(content)
-        has_data = fields.get("CommandDataSetType", _NO_DATA) != _NO_DATA
-        self._data_of = self._context if has_data else 0
-        self._events.append(Command(self._context, fields, has_data))
+        if not control & 1:
+            if piece or last:
+                self._events.append(Fragment(piece, last))
+            self._data_of = 0 if last else self._data_of
+            return
+        self._command += piece
+        if len(self._command) > COMMAND_BYTES:
+            raise PeerError("a command that is too large")
+        if last:
+            fields = read_command(bytes(self._command))
+            self._command.clear()
+            has_data = fields.get("CommandDataSetType", _NO_DATA) != _NO_DATA
+            self._data_of = context if has_data else 0
+            self._events.append(Command(context, fields, has_data))
 
     def message(self, context: int, fields: Json, data: bytes | None = None) -> bytes:
         """The PDUs of a message (PS3.7 6.3)."""
@@ -7459,83 +7455,6 @@ class Dimse:
             value = bytes((context, command | final << 1)) + content[at : at + size]
             parts.append(self._pdu(P_DATA, struct.pack(">I", len(value)) + value))
         return b"".join(parts)
-
-
-# --- libraries -------------------------------------------------------------------------------------------------------
-
-_LOADING = threading.Lock()
-
-
-def imaging() -> types.SimpleNamespace:
-    """pydicom and pynetdicom, set up for us."""
-    with _LOADING:
-        return _load_imaging()
-
-
-async def load_imaging() -> None:
-    """Load it in a thread: it takes longer than a device should wait for an ACK."""
-    if not _load_imaging.cache_info().currsize:
-        await asyncio.to_thread(imaging)
-
-
-@cache
-def _load_imaging() -> types.SimpleNamespace:
-    """16 MB and 130 ms that only imaging needs."""
-    sys.modules.setdefault("pydicom.examples", types.ModuleType("pydicom.examples"))  # wants files a binary has not
-    import pydicom
-    import pydicom.charset
-    import pydicom.config
-    import pynetdicom
-    from pynetdicom import _config, dsutils, presentation, service_class, sop_class
-
-    for name in ("pydicom", "pynetdicom"):  # their words may quote a patient; what matters we log ourselves
-        logger = logging.getLogger(name)
-        logger.addHandler(logging.NullHandler())
-        logger.propagate, logger.level = False, logging.CRITICAL
-        warnings.filterwarnings("ignore", module=name)
-    pydicom.config.settings.reading_validation_mode = pydicom.config.IGNORE  # devices deviate: it goes up as it is
-    pydicom.config.settings.writing_validation_mode = pydicom.config.IGNORE
-    _config.LOG_HANDLER_LEVEL, _config.CODECS = "none", ("ascii", "latin-1")
-    _config.LOG_REQUEST_IDENTIFIERS = _config.LOG_RESPONSE_IDENTIFIERS = False
-    _config.STORE_SEND_CHUNKED_DATASET = True
-    return types.SimpleNamespace(
-        pydicom=pydicom, Dataset=pydicom.Dataset, Entity=pynetdicom.AE, context=presentation.build_context,
-        role=presentation.build_role, codec=dsutils, service_of=sop_class.uid_to_service_class,
-        known=(service_class.StorageServiceClass, service_class.ServiceClass),
-    )  # fmt: skip
-
-
-def is_storage(uid: str) -> bool:
-    """Every storage SOP class, and what nobody knows: private ones, and those that the dictionary does not have yet."""
-    library = imaging()
-    found = library.pydicom.uid.UID(uid)
-    storage, unknown = library.known
-    service = library.service_of(found)
-    if uid in SERVICE_CLASSES or uid == "1.2.840.10008.1.3.10":  # a DICOMDIR is no object
-        return False
-    retired = service is unknown and found.type == "SOP Class" and "Storage" in found.name
-    without_patient = "NonPatientObject" in service.__name__  # palettes, protocols (PS3.4 GG)
-    return service is storage or without_patient or retired or found.is_private or not found.keyword
-
-
-def syntax_of(uid: str) -> tuple[bool, bool, bool]:
-    """Implicit, little endian, deflated."""
-    syntax = imaging().pydicom.uid.UID(uid)
-    if not syntax.is_transfer_syntax or syntax.is_private:
-        return False, True, False
-    return syntax.is_implicit_VR, syntax.is_little_endian, syntax.is_deflated
-
-
-def read_dataset(content: bytes, syntax: str) -> Dataset:
-    return cast("Dataset", imaging().codec.decode(io.BytesIO(content), *syntax_of(syntax)))
-
-
-def write_dataset(dataset: Dataset, syntax: str) -> bytes:
-    """ValueError when it cannot be written."""
-    content = imaging().codec.encode(dataset, *syntax_of(syntax))
-    if content is None:
-        raise ValueError("a data set that cannot be written")
-    return cast(bytes, content)
 
 
 # --- data sets as JSON -----------------------------------------------------------------------------------------------
@@ -7592,7 +7511,7 @@ def _as_text(tag: int, raw: Any) -> Json | None:
     """
     vr, value = getattr(raw, "VR", None), getattr(raw, "value", None)
     with suppress(KeyError, UnicodeError):
-        vr = vr or imaging().pydicom.datadict.dictionary_VR(tag)
+        vr = vr or pydicom.datadict.dictionary_VR(tag)
         if vr in ("IS", "DS") and isinstance(value, bytes):
             parts = [part.strip() for part in value.decode("ascii").rstrip(" \0").split("\\")]
             return {"vr": vr, "Value": [_number(vr, part) for part in parts]}
@@ -7600,9 +7519,10 @@ def _as_text(tag: int, raw: Any) -> Json | None:
 
 
 def _number(vr: str, text: str) -> Any:
+    kind, limit = (int, 2**63) if vr == "IS" else (float, math.inf)
     with suppress(ValueError):
-        number = int(text) if vr == "IS" else float(text)
-        return number if (abs(number) < 2**63 if vr == "IS" else math.isfinite(number)) else text
+        if abs(number := kind(text)) < limit:
+            return number
     return text or None
 
 
@@ -7613,11 +7533,13 @@ def _names(values: Any) -> Json:
     return {"vr": "PN", "Value": [name or None for name in names]}
 
 
-def _without_escapes(value: Any) -> Any:
-    """A text without escape sequences that its decoder left (ISO 2022 IR 58, PS3.5 K.2)."""
+def _clean(vr: str, value: Any) -> Any:
+    """A text without escape sequences that its decoder left, nor blanks around it that mean nothing."""
     if isinstance(value, dict):
-        return {name: _without_escapes(part) for name, part in value.items()}
-    return _ESCAPES.sub("", value) if isinstance(value, str) else value
+        return {name: _clean(vr, part) for name, part in value.items()}
+    if isinstance(value, str) and vr in ("AE", "CS", "LO", "SH"):  # PS3.5 6.2
+        value = value.strip(" ")
+    return _ESCAPES.sub("", value) if isinstance(value, str) and vr in _TEXT else value  # ISO 2022 IR 58, PS3.5 K.2
 
 
 def _plain(element: Json, swap: bool, standard: bool) -> Json | None:
@@ -7633,23 +7555,18 @@ def _plain(element: Json, swap: bool, standard: bool) -> Json | None:
         return element
     if not values or values in ([""], [None]):
         return {"vr": vr} if standard else {"vr": vr, "Value": [] if vr == "PN" else [""]}
-    if vr in ("AE", "CS", "LO", "SH"):  # blanks around them mean nothing (PS3.5 6.2)
-        values = [value.strip(" ") if isinstance(value, str) else value for value in values]
-        element["Value"] = values
-    if vr in _TEXT:
-        element["Value"] = values = [_without_escapes(value) for value in values]
+    values = [_clean(vr, value) for value in values]
     if len(values) > 1:
-        element["Value"] = [None if value in ("", {}, {"Alphabetic": ""}) else value for value in values]
-    return element
+        values = [None if value in ("", {}, {"Alphabetic": ""}) else value for value in values]
+    return {"vr": vr, "Value": values}
 
 
 def fitted(body: Json) -> str:
     """The body as JSON text, without its largest elements if the server would not take the frame otherwise."""
     text = dump_json(body).decode()
-    if len(text) < BODY_BYTES // 2 or len(dump_json(text)) <= BODY_BYTES:
+    if len(text) < BODY_BYTES // 2 or (excess := len(dump_json(text)) - BODY_BYTES) <= 0:
         return text
-    sizes = sorted(((len(dump_json(dump_json(value).decode())), key) for key, value in body["dataset"].items()))
-    excess = len(dump_json(text)) - BODY_BYTES
+    sizes = sorted((len(dump_json(dump_json(value).decode())), key) for key, value in body["dataset"].items())
     while excess > 0 and sizes:
         size, key = sizes.pop()
         del body["dataset"][key]
@@ -7663,7 +7580,7 @@ def dataset_of(elements: object) -> Dataset:
     if not isinstance(elements, dict):
         raise ValueError("a data set in DICOM JSON is an object")
     try:
-        dataset: Dataset = imaging().Dataset.from_json(elements)
+        dataset: Dataset = pydicom.Dataset.from_json(elements)
         text = dump_json(elements).decode()
         if not text.isascii() and not _holds(dataset.get("SpecificCharacterSet"), text):
             dataset.SpecificCharacterSet = "ISO_IR 192"
@@ -7676,7 +7593,7 @@ def _holds(charset: Any, text: str) -> bool:
     """Whether the first of the character sets can write all of the text; what it cannot would leave as `?`."""
     names = [charset] if isinstance(charset, str) else list(charset or ())
     try:
-        return len(names) == 1 and bool(text.encode(imaging().pydicom.charset.convert_encodings(names)[0]))
+        return len(names) == 1 and bool(text.encode(pydicom.charset.convert_encodings(names)[0]))
     except (UnicodeError, LookupError):
         return False
 
@@ -7686,7 +7603,7 @@ def bot_words(text: object) -> Any:
 
     A Bot that returns an object has it as the body, one that returns a string of JSON that string (uplink contract 5).
     """
-    if text in (None, "") or (isinstance(text, str) and text.startswith(BOT_LOG)):
+    if is_silence(text):
         raise Refusal(UNABLE_TO_PROCESS, "the Bot returned nothing")
     try:
         words = load_json(text) if isinstance(text, str) else text
@@ -7695,6 +7612,11 @@ def bot_words(text: object) -> Any:
     if isinstance(words, dict) and (status := dimse_status(words.get("status", 0))):
         raise Refusal(status, str(words.get("comment") or "the Bot refused the request"))
     return words
+
+
+def is_silence(text: object) -> bool:
+    """Nothing, or only the Bot's log."""
+    return text in (None, "") or (isinstance(text, str) and text.startswith(BOT_LOG))
 
 
 def dimse_status(value: object) -> int:
@@ -7770,67 +7692,69 @@ def _value_length(file: typing.BinaryIO, head: bytes, order: str, implicit: bool
     return int(length)
 
 
-# --- objects to an application entity --------------------------------------------------------------------------------
+# --- requests to application entities --------------------------------------------------------------------------------
 
 
 class Sender:
-    """Objects to one application entity, over associations made as the objects need them; used in a thread."""
+    """Requests to one application entity, over associations made as they need them; used in a thread."""
 
     def __init__(self, entity: AE, peer: Peer, title: str, tls: tuple[ssl.SSLContext, str] | None = None):
         self._associate = partial(entity.associate, peer.host, peer.port, ae_title=title, tls_args=tls)
         self._association: Association | None = None
-        self._contexts: dict[tuple[str, str], Any] = {}
+        self._contexts: dict[tuple[str, ...], Any] = {}  # SOP class, syntaxes
         self.problem: DeviceError | None = None  # the peer cannot be associated with: nothing more is tried
 
     def send(self, path: str, **options: Any) -> Dataset:
         """C-STORE a file, as it is where the peer takes that; the status data set. DeviceError, ValueError."""
         if self.problem is not None:
             raise self.problem
-        meta = imaging().pydicom.filereader.read_file_meta_info(path)
-        association = self._with(meta.MediaStorageSOPClassUID, meta.TransferSyntaxUID)
+        meta = pydicom.filereader.read_file_meta_info(path)
+        syntaxes = {meta.TransferSyntaxUID} | ({IMPLICIT} if meta.TransferSyntaxUID in UNCOMPRESSED else set())
+        association = self.association(*((meta.MediaStorageSOPClassUID, syntax) for syntax in syntaxes))
         try:
             return association.send_c_store(path, **options)
         except ValueError:  # no presentation context for it as it is: in another uncompressed syntax
-            return association.send_c_store(imaging().pydicom.dcmread(path), **options)
+            return association.send_c_store(pydicom.dcmread(path), **options)
 
-    def _with(self, sop_class: str, syntax: str) -> Association:
-        """An association with the contexts for this kind of object, besides those needed so far (at most 128)."""
-        if self._association and (sop_class, syntax) in self._contexts and self._association.is_established:
+    def report(self, report: Dataset, kind: int) -> Dataset:
+        """N-EVENT-REPORT of a storage commitment, whose SCP we are (PS3.4 J.3.3); the status data set."""
+        try:
+            role = pynetdicom.build_role(COMMITMENT_CLASS, scp_role=True)
+            association = self.association((COMMITMENT_CLASS,), ext_neg=[role])
+            return association.send_n_event_report(report, kind, COMMITMENT_CLASS, COMMITMENT_INSTANCE)[0]
+        finally:
+            self.release()
+
+    def association(self, *contexts: tuple[str, ...], **options: Any) -> Association:
+        """One with these contexts, besides those needed so far (at most 128); DeviceError."""
+        if self._association and self._association.is_established and self._contexts.keys() >= set(contexts):
             return self._association
         self.release()
         if len(self._contexts) > 120:
             self._contexts.clear()
-        for one in {syntax, IMPLICIT} if syntax in UNCOMPRESSED else {syntax}:
-            self._contexts[sop_class, one] = imaging().context(sop_class, one)
-        self._association = made = self._associate(contexts=list(self._contexts.values()))
-        if not made.is_established:
-            problem = DeviceError(association_problem(made), rejection_kind(made))
-            if made.is_rejected or not made.acceptor.primitive:
-                self.problem = problem
-            raise problem
-        return made
+        for sop_class, *syntaxes in contexts:
+            self._contexts[sop_class, *syntaxes] = pynetdicom.build_context(sop_class, syntaxes or None)
+        self._association = made = self._associate(contexts=list(self._contexts.values()), **options)
+        if made.is_established:
+            return made
+        answer, kind = cast(Any, made.acceptor.primitive), "device-error"  # whoever answers may be mended by a person
+        if answer is None:
+            reason, kind = "it cannot be reached", "device-unreachable"
+        elif made.is_rejected:
+            reason = f"the association was rejected: {answer.reason_str}"
+        elif made.rejected_contexts and not made.accepted_contexts:
+            names = {cast(Any, context.abstract_syntax).name for context in made.rejected_contexts}
+            reason = f"it does not accept what is needed: {', '.join(sorted(names))}"
+        else:
+            reason = "the association was aborted"
+        problem = DeviceError(reason, kind)
+        if answer is None or made.is_rejected:
+            self.problem = problem
+        raise problem
 
     def release(self) -> None:
         if self._association is not None:
             self._association.release()
-
-
-def association_problem(association: Association) -> str:
-    """Why an association was not made."""
-    answer = cast(Any, association.acceptor.primitive)
-    if answer is None:
-        return "it cannot be reached"
-    if association.is_rejected:
-        return f"the association was rejected: {answer.reason_str}"
-    if association.rejected_contexts and not association.accepted_contexts:
-        names = {context.abstract_syntax.name for context in association.rejected_contexts}  # type: ignore[union-attr]
-        return f"it does not accept what is needed: {', '.join(sorted(names))}"
-    return "the association was aborted"
-
-
-def rejection_kind(association: Association) -> str:
-    """A device that answers, even with a rejection, may still be mended by a person: that is tried again."""
-    return "device-error" if association.acceptor.primitive else "device-unreachable"
 
 
 # --- the line --------------------------------------------------------------------------------------------------------
@@ -7838,26 +7762,26 @@ def rejection_kind(association: Association) -> str:
 
 @dataclass(eq=False)
 class Request:
-    """One DIMSE request of a device; its data set is in a file of the spool where it is an object, else in memory."""
+    """One DIMSE request of a device. An object goes to a file of the spool, what else it brings stays in memory."""
 
     name: str
     context: Context
     fields: Json
     file: SpoolFile | None = None
-    data: bytearray | None = None
-    cancelled: asyncio.Event = dataclasses.field(default_factory=asyncio.Event)  # also when the association is gone
-    blocks: list[bytes] = dataclasses.field(default_factory=list)  # on their way to the file
-    held: int = 0  # bytes in them
-    writing: bool = False
+    data: bytearray = dataclasses.field(default_factory=bytearray)  # of an object: what is not in the file yet
     complete: bool = False  # the last fragment has come
+    writing: bool = False
+    cancelled: asyncio.Event = dataclasses.field(default_factory=asyncio.Event)  # also when the association is gone
 
     @property
     def uid(self) -> str:
         """The instance that it is about."""
         return str(self.fields.get("AffectedSOPInstanceUID") or self.fields.get("RequestedSOPInstanceUID") or "")
 
+    @cached_property
     def dataset(self) -> Dataset:
-        return read_dataset(bytes(self.data or b""), self.context.syntaxes[0])
+        content = io.BytesIO(self.data)
+        return cast("Dataset", pynetdicom.dsutils.decode(content, *syntax_of(self.context.syntaxes[0])))
 
 
 class DicomLine(Line, asyncio.BufferedProtocol):
@@ -7873,21 +7797,16 @@ class DicomLine(Line, asyncio.BufferedProtocol):
     def __init__(self, owner: DicomChannel):
         super().__init__(owner)
         self._room = memoryview(bytearray(READ_BYTES))
-        self.core = Dimse(self.settings.maxPdu)
+        self.core = Dimse(owner.settings.maxPdu)
         self.titles = {"callingAeTitle": "", "calledAeTitle": ""}
-        self._got = False  # any byte
+        self.commitments: set[int] = set()  # messages that asked for one
         self._coming: Request | None = None  # its data set is being received
-        self._requests: deque[Request] = deque()
-        self._serving: Request | None = None
+        self._requests: deque[Request] = deque()  # the first is being served
         self._answers: dict[int, asyncio.Future[Json]] = {}  # to requests of ours, by message id
         self._message_ids = itertools.cycle(range(1, 0x10000))
         self._drained = asyncio.Event()
         self._drained.set()
         self.turn = asyncio.Lock()  # a report of ours comes after the answer to what is being served
-
-    @property
-    def settings(self) -> DicomSettings:
-        return cast(DicomSettings, self.owner.plan.settings)
 
     @property
     def inside(self) -> bool:
@@ -7909,7 +7828,6 @@ class DicomLine(Line, asyncio.BufferedProtocol):
         cast(asyncio.Transport, transport).set_write_buffer_limits(high=DICOM_BUFFER_BYTES)
 
     def receive(self, received: bytes) -> None:
-        self._got = True
         events, answer = self.core.receive(received)
         if answer:
             self.send(answer)
@@ -7931,33 +7849,32 @@ class DicomLine(Line, asyncio.BufferedProtocol):
 
     async def write(self, content: bytes) -> None:
         """Bytes that wait while the device does not read."""
-        if self._outbox:
-            self._flush()
-        if self._transport is not None and not self._transport.is_closing():
-            self._transport.write(content)
+        self.send(content)
+        self._flush()
         await self._drained.wait()
+
+    def eof_received(self) -> bool:
+        return False
 
     def connection_lost(self, error: Exception | None) -> None:
         super().connection_lost(error)
-        if self._got and self.core.state == "Sta2":
+        if self.inside and self.core.state == "Sta2":
             self.owner.warn(f"{self.remote} sent no association request: is this the right port?")
         elif self.core.established:
             self.owner.warn(f"{self.remote}: the association of '{self._calling}' ended without release")
+        self.core.state = "Sta1"
         self._give_up()
 
     def _give_up(self) -> None:
         """Nothing more is answered, and what was not received whole is forgotten."""
         self._drained.set()
-        for request in (self._serving, *self._requests):
-            if request is not None:
-                request.cancelled.set()
+        for request in self._requests:
+            request.cancelled.set()
         for answer in self._answers.values():
             if not answer.done():
                 answer.set_exception(DeviceError("the association ended", "device-silent"))
-        for request in (self._coming, *self._requests):
-            if request is not None and request.file is not None and not request.writing:
-                request.file.discard()
-        self._requests.clear()
+        if self._coming and self._coming.file and not self._coming.writing:
+            self._coming.file.discard()
 
     # --- the association ---
 
@@ -7967,9 +7884,9 @@ class DicomLine(Line, asyncio.BufferedProtocol):
 
     def _associate(self, asked: Associate) -> None:
         """Accept or reject (PS3.8 9.3.4); AE titles are what they are, and compared where a setting names some."""
-        s, core = self.settings, self.core
+        s, core = self.owner.settings, self.core
         self.titles = {"callingAeTitle": asked.calling, "calledAeTitle": asked.called}
-        established = sum(line.core.established for line in self.owner.associations)
+        established = len(self.owner.associations)
         if core.state != "Sta3":
             return
         if s.calledAeTitle and asked.called != s.calledAeTitle.strip():
@@ -7980,12 +7897,13 @@ class DicomLine(Line, asyncio.BufferedProtocol):
             reason, answer = f"{established} associations are open (maxConnections)", (2, 3, 2)
         else:
             self.messages += 1
-            contexts = [self._negotiated(context) for context in asked.contexts]
-            self.send(core.accept(contexts, {uid: self._roles(uid, *asked.roles[uid]) for uid in asked.roles}))
+            both = {uid: is_storage(uid) or uid == COMMITMENT_CLASS for uid in asked.roles}  # PS3.7 D.3.3.4
+            roles = {uid: (scu, scp if both[uid] else 0) for uid, (scu, scp) in asked.roles.items()}
+            self.send(core.accept(list(map(self._negotiated, asked.contexts)), roles))
             return
         self.owner.warn(f"the association of '{asked.calling}' at {self.remote} was rejected: {reason}")
         self.send(core.reject(*answer))
-        self._loop.call_later(HANG_UP_SECS, self.abort)
+        self._end("")
 
     @staticmethod
     def _negotiated(context: Context) -> tuple[Context, int]:
@@ -7996,49 +7914,35 @@ class DicomLine(Line, asyncio.BufferedProtocol):
         chosen = usable[:1] or context.syntaxes[:1]
         return context._replace(syntaxes=tuple(chosen)), 0 if known and usable else 4 if known else 3
 
-    @staticmethod
-    def _roles(uid: str, scu: int, scp: int) -> tuple[int, int]:
-        """The device may be both for objects (C-GET) and for commitments (PS3.7 D.3.3.4)."""
-        return scu, scp if is_storage(uid) or uid == COMMITMENT_CLASS else 0
-
     def _end(self, reason: str) -> None:
         if reason:
             self.owner.warn(f"{self.remote}: the association of '{self._calling}' ended: {reason}")
         self._give_up()
         self._loop.call_later(HANG_UP_SECS, self.abort)  # the device closes first (PS3.8 9.2, ARTIM)
 
-    def eof_received(self) -> bool:
-        return False
-
     def close(self) -> None:
         if self.core.established:
-            self.send(self.core.aborting("it is not wanted any more"))
-        self._give_up()
-        self._loop.call_later(HANG_UP_SECS, self.abort)
+            self.send(self.core.aborting())
+        self._end("")
 
     def check_time(self, now: float, idle: float, inside: float) -> str:
         if not self.core.established:
-            late = now - self.active_at > self.settings.associationTimeoutSecs
-            return f"it was silent for {now - self.active_at:.0f} s" if late else ""
-        if self._serving is not None or self._requests:
-            return ""
-        return super().check_time(now, idle, inside)
+            return super().check_time(now, self.owner.settings.associationTimeoutSecs, 0)
+        return "" if self._requests else super().check_time(now, idle, inside)
 
     # --- requests ---
 
     def _begin(self, event: Command) -> None:
         """A command: an answer to us, a C-CANCEL, or a request."""
         fields, number = event.fields, event.fields["CommandField"]
+        name, about = DIMSE_NAMES.get(number, ""), fields.get("MessageIDBeingRespondedTo", 0)
         if number & 0x8000:
-            if (answer := self._answers.get(fields.get("MessageIDBeingRespondedTo", 0))) and not answer.done():
+            if (answer := self._answers.get(about)) and not answer.done():
                 answer.set_result(fields)
-            self._coming = Request("", self.core.contexts[event.context], fields) if event.has_data else None
             return
-        name = DIMSE_NAMES.get(number, "")
         if name == "C-CANCEL":
-            self._coming = Request("", self.core.contexts[event.context], fields) if event.has_data else None
-            for request in (self._serving, *self._requests):
-                if request and request.fields.get("MessageID") == fields.get("MessageIDBeingRespondedTo"):
+            for request in self._requests:
+                if request.fields.get("MessageID") == about:
                     request.cancelled.set()
             return
         request = Request(name, self.core.contexts[event.context], fields)
@@ -8046,173 +7950,133 @@ class DicomLine(Line, asyncio.BufferedProtocol):
             self._serve_soon(request)
             return
         self._coming = request
-        if name != "C-STORE":
-            request.data = bytearray()
-            return
-        request.file = SpoolFile(self.owner.store.spool)
-        sop_class = fields.get("AffectedSOPClassUID") or request.context.abstract
-        head = part10_head(sop_class, request.uid or "0", request.context.syntaxes[0])
-        request.file.start = request.held = len(head)
-        request.blocks.append(head)
+        if name == "C-STORE":
+            request.file = SpoolFile(self.owner.store.spool)
+            sop_class = fields.get("AffectedSOPClassUID") or request.context.abstract
+            request.data += part10_head(sop_class, request.uid or "0", request.context.syntaxes[0])
+            request.file.start = len(request.data)
 
     def _take(self, piece: Fragment) -> None:
-        """A piece of the data set."""
-        request = self._coming
-        if request is None:  # aborted by a piece before
+        """A piece of the data set; of an answer's, a C-CANCEL's or one that was aborted nobody wants it."""
+        if (request := self._coming) is None:
             return
-        if request.file is not None:
-            request.blocks.append(piece.content)
-            request.held += len(piece.content)
-            request.complete = piece.last
-            if piece.last or request.held >= SPOOL_BLOCK_BYTES:
-                self._write_blocks(request, request.file)
-        elif request.data is not None:
-            request.data += piece.content
-            if len(request.data) > IDENTIFIER_BYTES:
-                self._coming = None
-                self.send(self.core.aborting("a data set that is too large"))
-                self._end("aborted: a data set that is too large")
-                return
+        request.data += piece.content
+        request.complete = piece.last
         if piece.last:
             self._coming = None
-            if request.data is not None:
-                self._serve_soon(request)
+        if request.file is not None:
+            if not request.writing and (piece.last or len(request.data) >= SPOOL_BLOCK_BYTES):
+                request.writing = True
+                spawn(self._write(request, request.file))
+            elif len(request.data) > 4 * SPOOL_BLOCK_BYTES:
+                self.pause("spool")  # the device is faster than the disk
+        elif len(request.data) > IDENTIFIER_BYTES:
+            self._coming = None
+            self.send(self.core.aborting())
+            self._end("aborted: a data set that is too large")
+        elif piece.last:
+            self._serve_soon(request)
 
-    def _write_blocks(self, request: Request, file: SpoolFile) -> None:
-        """To the spool, in a thread; a device that is faster than the disk is not read meanwhile."""
-        if request.writing:
-            if request.held > 4 * SPOOL_BLOCK_BYTES:
-                self.pause("spool")
-            return
-        block, request.blocks, request.held = b"".join(request.blocks), [], 0
-        request.writing = True
-        writing = self._loop.run_in_executor(self.owner.threads, file.write, block)
-        writing.add_done_callback(partial(self._written, request, file))
-
-    def _written(self, request: Request, file: SpoolFile, done: asyncio.Future[int]) -> None:
+    async def _write(self, request: Request, file: SpoolFile) -> None:
+        """To the spool, in a thread, a block at a time."""
+        while len(request.data) >= SPOOL_BLOCK_BYTES or (request.complete and request.data):
+            block, request.data = request.data, bytearray()
+            await self._loop.run_in_executor(self.owner.threads, file.write, block)
+            if not self.core.established:
+                file.discard()
+                return
+            self.resume("spool")
         request.writing = False
-        if not self.core.established or self.lost.is_set():
-            file.discard()
-            return
-        self.resume("spool")
-        if request.held and (request.complete or request.held >= SPOOL_BLOCK_BYTES):
-            self._write_blocks(request, file)
-        elif request.complete:
+        if request.complete:
             self._serve_soon(request)
 
     def _serve_soon(self, request: Request) -> None:
         self.messages += 1
         self._requests.append(request)
-        if self._serving is None:
-            self._serving = request
+        if len(self._requests) == 1:
             spawn(self._serve())
 
     async def _serve(self) -> None:
-        try:
-            while self._requests:
-                self._serving = request = self._requests.popleft()
-                stored = request.name in DICOM_STORED
-                self.pending += stored
-                try:
-                    async with self.turn:
+        while self._requests:
+            request = self._requests[0]
+            stored = request.name in DICOM_STORED
+            self.pending += stored
+            try:
+                async with self.turn:
+                    if self.core.established:
                         await self._serve_one(request)
-                finally:
-                    self.pending -= stored
-                    self.active_at = self._loop.time()
-                    if request.file is not None:
-                        request.file.discard()  # what was kept has another name by now
-        finally:
-            self._serving = None
+            finally:
+                self.pending -= stored
+                self.active_at = self._loop.time()
+                self._requests.popleft()
+                if request.file is not None:
+                    request.file.discard()  # what was kept has another name by now
 
     async def _serve_one(self, request: Request) -> None:
         """Each request ends in one answer, whatever happens."""
-        serve = self.owner.services.get(request.name)
         try:
-            if serve is None:
+            if (serve := self.owner.services.get(request.name)) is None:
                 raise Refusal(UNRECOGNIZED, "an operation that is not supported")
-            fields, dataset = await serve(self, request)
-        except Refusal as refusal:
-            fields, dataset = self._refused(request, refusal), None
+            answer = await serve(self, request) or ({}, None)
+            await self.respond(request, *answer)
+            return
+        except Refusal as error:
+            refusal = error
         except Exception as error:
-            fields, dataset = self._refused(request, Refusal(PROCESSING_FAILURE, "internal error")), None
+            refusal = Refusal(PROCESSING_FAILURE, "internal error")
             context = {"message": f"Internal error: {type(error).__name__} serving {request.name}", "exception": error}
             self._loop.call_exception_handler(context)
-        await self.respond(request, fields, dataset)
-
-    def _refused(self, request: Request, refusal: Refusal) -> Json:
-        """The status of the answer to a request that is not done."""
+        fields: Json = {"Status": refusal.status}
         if refusal.status != CANCELLED:
             what = f"status 0x{refusal.status:04X}"
             self.owner.warn(f"a request of '{self._calling}' was answered with {what}; see the channel log")
             self.owner.note(f"[Refused]: {request.name}: {what}: {refusal}")
-        comment = {} if refusal.status == CANCELLED else {"ErrorComment": str(refusal)[:64]}
-        return {"Status": refusal.status, **comment}
+            fields["ErrorComment"] = str(refusal)[:64]
+        await self.respond(request, fields)
 
     async def respond(self, request: Request, fields: Json, dataset: Dataset | None = None) -> None:
-        """An answer; a data set that cannot be written is not sent."""
+        """An answer, of success unless its status says other; a data set that cannot be written is not sent."""
         if not self.core.established:
             return
-        data = None
+        data, asked = None, request.fields
         if dataset is not None:
             try:
                 data = write_dataset(dataset, request.context.syntaxes[0])
             except Exception:
                 fields = {"Status": UNABLE_TO_PROCESS, "ErrorComment": "the Bot's data set cannot be written"}
-        asked = request.fields
-        about = {name: asked[name] for name in ("AffectedSOPClassUID", "AffectedSOPInstanceUID") if asked.get(name)}
-        for requested, affected in (("RequestedSOPClassUID", "AffectedSOPClassUID"),
-                                    ("RequestedSOPInstanceUID", "AffectedSOPInstanceUID")):  # fmt: skip
-            about |= {affected: asked[requested]} if asked.get(requested) else {}
         answer = {
+            f"Affected{name}": uid
+            for name in ("SOPClassUID", "SOPInstanceUID")
+            if (uid := asked.get(f"Requested{name}") or asked.get(f"Affected{name}"))
+        } | {
             "CommandField": asked["CommandField"] | 0x8000,
-            "MessageIDBeingRespondedTo": asked.get("MessageID", 0),
-        }
-        await self.write(self.core.message(request.context.id, about | answer | fields, data))
+            "MessageIDBeingRespondedTo": asked.get("MessageID", 0), "Status": SUCCESS,
+        }  # fmt: skip
+        await self.write(self.core.message(request.context.id, answer | fields, data))
 
-    async def request(self, context: int, fields: Json, data: Iterable[bytes] | None = None) -> Json:
-        """A request of ours to the device; the fields of its answer. DeviceError."""
+    async def request(self, context: int, fields: Json, data: Iterable[tuple[bytes, bool]]) -> Json:
+        """A request of ours to the device, its data set in blocks with whether it is the last; the answer's fields."""
         number = next(self._message_ids)
-        answer: asyncio.Future[Json] = self._loop.create_future()
-        self._answers[number] = answer
-        fields = fields | {"MessageID": number, "CommandDataSetType": _NO_DATA if data is None else 1}
+        self._answers[number] = self._loop.create_future()
+        fields = fields | {"MessageID": number, "CommandDataSetType": 1}
         try:
             await self.write(self.core.fragments(context, command_set(fields), command=True, last=True))
-            for block, last in with_last(data or ()):
+            for block, last in data:
                 if not self.core.established:
                     raise DeviceError("the association ended", "device-silent")
                 await self.write(self.core.fragments(context, block, command=False, last=last))
             async with asyncio.timeout(DIMSE_SECS):
-                return await answer
+                return await self._answers[number]
         except TimeoutError:
             raise DeviceError(f"no answer within {DIMSE_SECS:g} s", "device-silent") from None
         finally:
             del self._answers[number]
 
 
-def with_last(blocks: Iterable[bytes]) -> Iterator[tuple[bytes, bool]]:
-    """Each with whether it is the last."""
-    before: bytes | None = None
-    for block in blocks:
-        if before is not None:
-            yield before, False
-        before = block
-    if before is not None:
-        yield before, True
-
-
-def part10_head(sop_class: str, sop_instance: str, syntax: str) -> bytes:
-    """Preamble and file meta information (PS3.10 7.1)."""
-    library = imaging()
-    uids = dict(
-        zip(("sop_class_uid", "sop_instance_uid", "transfer_syntax"), (sop_class, sop_instance, syntax), strict=True)
-    )
-    typed = {name: library.pydicom.uid.UID(uid) for name, uid in uids.items()}
-    return bytes(128) + b"DICM" + cast(bytes, library.codec.encode_file_meta(library.codec.create_file_meta(**typed)))
-
-
 # --- the channel -----------------------------------------------------------------------------------------------------
 
-Answer = tuple[Json, "Dataset | None"]
+Answer = tuple[Json, "Dataset | None"] | None  # fields and data set; None: success, and nothing more to say
+Send = Callable[[str], Awaitable[Any]]  # a file of the spool to where it shall go; what was answered
 
 
 class DicomChannel(Channel):
@@ -8225,7 +8089,6 @@ class DicomChannel(Channel):
     def __init__(self, plan: ChannelPlan, parts: Parts, queue: Queue | None = None):
         self._fhir = parts.fhir
         self._waiting: dict[int, asyncio.Future[str]] = {}  # devices that wait for the Bot, by message
-        self._committing: dict[int, DicomLine] = {}  # where a commitment was asked for, by message
         super().__init__(plan, parts, queue)
 
     @property
@@ -8255,62 +8118,57 @@ class DicomChannel(Channel):
     def _decode(self, work: Callable[..., T], *given: Any) -> Awaitable[T]:
         return self.loop.run_in_executor(self._decoding, partial(work, *given))
 
-    async def _echo(self, line: DicomLine, request: Request) -> Answer:
-        return {"Status": SUCCESS}, None
+    async def _echo(self, line: DicomLine, request: Request) -> None:
+        """C-ECHO (PS3.4 A.4)."""
 
     # --- objects ---
 
-    async def _store(self, line: DicomLine, request: Request) -> Answer:
+    async def _store(self, line: DicomLine, request: Request) -> None:
         """C-STORE (PS3.4 B.2.3)."""
-        file, limit = request.file, self.settings.maxMessageBytes
+        file, s = request.file, self.settings
         if not (request.uid and request.fields.get("AffectedSOPClassUID")):
             raise Refusal(CANNOT_UNDERSTAND, "the request names no class or no instance")
         if not is_storage(request.context.abstract):
             raise Refusal(NO_SUCH_CLASS, "not a presentation context for objects")
         body: Json = {"association": line.titles}
-        study = ""
+        study, spool = "", None
         try:
             if file is not None:
-                if file.error or (limit and file.size > limit):
-                    raise Refusal(OUT_OF_RESOURCES, file.error or f"larger than {limit} bytes (maxMessageBytes)")
-                study = await self._decode(self._describe, file, request, body, self.settings.dicomJson == "standard")
-                if self.settings.storage == "binary":
-                    body["binary"] = {"reference": spool_reference(Path(file.name).stem)}
-            message = self._new_message(line, request.name, request.uid, study or request.uid, body)
-            if file is not None:
-                mark = STOWED if self.settings.storage == "dicomweb" else ""
-                message.spool = await self.loop.run_in_executor(self.threads, file.keep, mark)
-                message.prepared = False
+                if file.error or (s.maxMessageBytes and file.size > s.maxMessageBytes):
+                    text = file.error or f"larger than {s.maxMessageBytes} bytes (maxMessageBytes)"
+                    raise Refusal(OUT_OF_RESOURCES, text)
+                study = await self._decode(self._describe, file, request, body, s.dicomJson == "standard")
+                mark = STOWED if s.storage == "dicomweb" else ""
+                spool = await self.loop.run_in_executor(self.threads, file.keep, mark)
+                body |= {} if mark else {"binary": {"reference": spool_reference(spool)}}
         except OSError as error:
             raise Refusal(OUT_OF_RESOURCES, _storage_text(error)) from None
-        if refusal := await self._keep(message):
-            self.store.spool.remove(message.spool or "")
-            raise Refusal(OUT_OF_RESOURCES, refusal)
-        return {"Status": SUCCESS}, None
+        message = self._new_message(line, request.name, request.uid, study or request.uid, body)
+        message.spool, message.prepared = spool, spool is None
+        await self._keep(message)
 
     @staticmethod
     def _describe(file: SpoolFile, request: Request, body: Json, standard: bool) -> str:
         """In a thread: add the data set to the body; returns the Study Instance UID."""
         omitted: list[str] = []
-        try:
+        syntax = request.context.syntaxes[0]
+        if not syntax_of(syntax)[2]:
             with open(file.name, "rb") as reading:
-                if not syntax_of(request.context.syntaxes[0])[2]:
-                    check_whole(reading, file.start, request.context.syntaxes[0])
-            dataset = imaging().pydicom.dcmread(file.name, defer_size=LARGE_VALUE_BYTES, force=True)
+                check_whole(reading, file.start, syntax)
+        try:
+            dataset = pydicom.dcmread(file.name, defer_size=LARGE_VALUE_BYTES, force=True)
+            described = dicom_json(dataset, omitted, standard=standard)
             meta = dicom_json(dataset.file_meta, [], standard=standard)
-            body["dataset"] = meta | dicom_json(dataset, omitted, standard=standard)
             uids = [str(dataset.get(key, "") or "") for key in ("SOPClassUID", "SOPInstanceUID", "StudyInstanceUID")]
-        except Refusal:
-            raise
+            if not {key for key in described if key > "0003"} - set(omitted):
+                raise ValueError("nothing in it")
         except Exception:
             raise Refusal(CANNOT_UNDERSTAND, "the data set cannot be read") from None
-        if not set(body["dataset"]) - set(omitted) - {key for key in body["dataset"] if key < "0003"}:
-            raise Refusal(CANNOT_UNDERSTAND, "the data set cannot be read")
-        commanded = request.fields.get("AffectedSOPClassUID"), request.uid
+        commanded = request.fields["AffectedSOPClassUID"], request.uid
         for what, found, command in zip(("class", "instance"), uids, commanded, strict=False):
             if found and found != command:
                 raise Refusal(SOP_MISMATCH, f"the SOP {what} UID of the data set is not that of the request")
-        body |= {"omitted": omitted} if omitted else {}
+        body |= {"dataset": meta | described} | ({"omitted": omitted} if omitted else {})
         return uids[2]
 
     def _new_message(self, line: DicomLine, command: str, uid: str, key: str, body: Json) -> Message:
@@ -8321,56 +8179,65 @@ class DicomChannel(Channel):
         message.text = text
         return message
 
-    async def _keep(self, message: Message, then: Callable[[], object] = lambda: None) -> str:
-        """Store a message; why it was refused, or an empty string. `then`: when it is on disk, before it is sent."""
-        done: asyncio.Future[str] = self.loop.create_future()
+    def _keep(self, message: Message) -> Awaitable[None]:
+        """Store a message; Refusal when it is over."""
+        done: asyncio.Future[None] = self.loop.create_future()
 
         def stored(message: Message) -> None:
-            if not message.refusal:
+            if message.refusal:
+                self.store.spool.remove(message.spool or "")
+                status = OUT_OF_RESOURCES if message.type == "C-STORE" else RESOURCE_LIMITATION
+                done.set_exception(Refusal(status, message.refusal))
+            else:
                 self.note(f"[Received {message.type}]: {message.control_id} from {message.remote}")
-                then()
                 self.queue.stored(message)
-            if not done.done():
-                done.set_result(message.refusal or "")
+                done.set_result(None)
 
         message.source = stored
         self.store.put(message)
-        return await done
+        return done
 
     # --- questions ---
+
+    async def _read(self, request: Request, refusal: Refusal, large: int = LARGE_VALUE_BYTES) -> Json:
+        """The data set of a request, as a part of the body of a message; `refusal` when it cannot be read."""
+        omitted: list[str] = []
+        try:
+            dataset = await self._decode(lambda: request.dataset)
+            elements = await self._decode(dicom_json, dataset, omitted, large)
+        except Exception:
+            raise refusal from None
+        return {"dataset": elements} | ({"omitted": omitted} if omitted else {})
 
     async def _ask(self, line: DicomLine, request: Request, **more: str) -> Any:
         """The Bot's answer to a query, as JSON; Refusal when there is none, also when the device cancels."""
         command, seconds = request.name, self.settings.responseTimeoutSecs
-        omitted: list[str] = []
-        try:
-            identifier = await self._decode(request.dataset)
-            worklist = request.context.abstract == WORKLIST_CLASS
-            level = "WORKLIST" if worklist else identifier.get("QueryRetrieveLevel", "")
-            dataset = await self._decode(dicom_json, identifier, omitted)
-        except Exception:
-            raise Refusal(CANNOT_UNDERSTAND, "the identifier cannot be read") from None
+        asked = await self._read(request, Refusal(CANNOT_UNDERSTAND, "the identifier cannot be read"))
+        if "omitted" in asked and command != "C-FIND":  # more would be retrieved than was asked for
+            unreadable = ", ".join(asked["omitted"])
+            raise Refusal(CANNOT_UNDERSTAND, f"the identifier has unreadable values: {unreadable}")
+        level = "WORKLIST" if request.context.abstract == WORKLIST_CLASS else _texts(asked["dataset"], "00080052")[0]
         body = {
             "association": line.titles, "command": command,
-            "sopClassUid": str(request.fields.get("AffectedSOPClassUID", "")), "level": str(level), "dataset": dataset,
-            **more,
+            "sopClassUid": str(request.fields.get("AffectedSOPClassUID", "")), "level": level, **asked, **more,
         }  # fmt: skip
-        if omitted and command != "C-FIND":  # more would be retrieved than was asked for
-            raise Refusal(CANNOT_UNDERSTAND, f"the identifier has unreadable values: {', '.join(omitted)}")
-        body |= {"omitted": omitted} if omitted else {}
         text = dump_json(body).decode()
         if len(dump_json(text)) > BODY_BYTES:
             raise Refusal(UNABLE_TO_PROCESS, "the identifier is larger than the server takes")
         self.note(f"[Received {command}]: {text}")
         asking = self.uplink.ask(self.plan.name, line.titles["callingAeTitle"], text, seconds)
         try:
-            return bot_words(_answer_body(await unless_cancelled(request, asking)))
+            answer = await unless_cancelled(request, asking)
         except TimeoutError:
             raise Refusal(UNABLE_TO_PROCESS, f"the Bot did not answer within {seconds:g} s") from None
         except ServerError as error:
             raise Refusal(UNABLE_TO_PROCESS, str(error)) from None
+        status = answer.get("statusCode")
+        if isinstance(status, int) and status >= 400:
+            raise Refusal(UNABLE_TO_PROCESS, f"the server or the Bot failed (status {status})")
+        return bot_words(answer.get("body"))
 
-    async def _find(self, line: DicomLine, request: Request) -> Answer:
+    async def _find(self, line: DicomLine, request: Request) -> None:
         """C-FIND (PS3.4 C.4.1, K.4.1)."""
         matches: Any
         if self._answers_itself(request):
@@ -8380,7 +8247,6 @@ class DicomChannel(Channel):
             matches = words.get("datasets") if isinstance(words, dict) else words
         if not isinstance(matches, list):
             raise Refusal(UNABLE_TO_PROCESS, "the Bot's answer is no list of data sets")
-        asked = await self._decode(request.dataset)
         for elements in matches:
             if request.cancelled.is_set():
                 raise Refusal(CANCELLED, "cancelled by the device")
@@ -8388,10 +8254,9 @@ class DicomChannel(Channel):
                 dataset = await self._decode(dataset_of, elements)
             except ValueError as error:
                 raise Refusal(UNABLE_TO_PROCESS, f"the Bot's answer is {error}") from None
-            if "QueryRetrieveLevel" in asked and "QueryRetrieveLevel" not in dataset:
-                dataset.QueryRetrieveLevel = asked.QueryRetrieveLevel
+            if "QueryRetrieveLevel" in request.dataset and "QueryRetrieveLevel" not in dataset:
+                dataset.QueryRetrieveLevel = request.dataset.QueryRetrieveLevel
             await line.respond(request, {"Status": PENDING_MATCH}, dataset)
-        return {"Status": SUCCESS}, None
 
     # answer=server: the query is a FHIR search, one level below the other
 
@@ -8400,39 +8265,39 @@ class DicomChannel(Channel):
 
     async def _search(self, request: Request) -> list[Json]:
         """The data sets of what matches, at the level that is asked for; for a retrieval of images, and their `raw`."""
+        text = "the identifier cannot be read, or its level is none of a study root"
+        refusal = Refusal(CANNOT_UNDERSTAND, text)
+        wanted = asked = (await self._read(request, refusal))["dataset"]
+        if (level := _texts(asked, "00080052")[0]) not in _SEARCHES:
+            raise refusal
+        depth, rows = list(_SEARCHES).index(level), list(_SEARCHES.values())
+        if request.name != "C-FIND":  # PS3.4 C.4.2.1.4.1: the unique keys; the others do not narrow it
+            uids = [next(iter(parameters)) for _, _, parameters, _ in rows]
+            if not asked.get(uids[depth], {}).get("Value"):
+                raise Refusal(SOP_MISMATCH, f"a retrieval at this level needs {rows[depth][3][0]}")
+            wanted = {tag: asked[tag] for tag in (*uids, "00100020") if tag in asked}
+            depth = len(rows) - 1
         try:
-            asked = await self._decode(request.dataset)
-            level = LEVELS_OF_QUERIES.index(str(asked.get("QueryRetrieveLevel", "")))
-        except Exception:
-            raise Refusal(
-                CANNOT_UNDERSTAND, "the identifier cannot be read, or its level is none of a study root"
-            ) from None
-        if request.name != "C-FIND" and not asked.get(_SEARCHES[level][3][0]):
-            raise Refusal(SOP_MISMATCH, f"a retrieval at this level needs {_SEARCHES[level][3][0]}")
-        wanted = asked if request.name == "C-FIND" else _uids_of(asked)
-        depth = level if request.name == "C-FIND" else len(LEVELS_OF_QUERIES) - 1
-        try:
-            found = await unless_cancelled(request, self._descend(wanted, depth))
+            found = await unless_cancelled(request, self._descend(wanted, rows[: depth + 1]))
         except ServerError as error:
             raise Refusal(UNABLE_TO_PROCESS, f"the server cannot be asked: {error}") from None
         if request.name != "C-FIND":
             return [described | {"raw": resource.get("raw")} for described, resource in found]
-        tags = [f"{element.tag:08X}" for element in asked]
-        return [{tag: described[tag] for tag in tags if tag in described} for described, _ in found]
+        return [{tag: described[tag] for tag in asked if tag in described} for described, _ in found]
 
-    async def _descend(self, wanted: Dataset, depth: int) -> list[tuple[Json, Json]]:
+    async def _descend(self, wanted: Json, rows: Iterable[_Search]) -> list[tuple[Json, Json]]:
         found: list[tuple[Json, Json]] = [({}, {})]
-        for kind, parent, parameters, keywords in _SEARCHES[: depth + 1]:
-            below: list[tuple[Json, Json]] = []
-            for dataset, above in found:
-                query = _search_query(wanted, parameters) | ({parent: _reference_to(above)} if parent else {})
+        uid = ""
+        for kind, parent, parameters, keywords in rows:
+            uid, above, found = next(iter(parameters)), found, []
+            for dataset, it in above:
+                query = _search_query(wanted, parameters)
+                query |= {parent: f"{it.get('resourceType')}/{it.get('id')}"} if parent else {}
                 for resource in await self._fhir.search(f"{kind}?{urllib.parse.urlencode(query)}"):
                     described = dataset | resource_json(resource, keywords)
                     if await self._decode(matches_query, wanted, described):
-                        below.append((described, resource))
-            found = below
-        tag = f"{imaging().pydicom.datadict.tag_for_keyword(_SEARCHES[depth][3][0]):08X}"
-        return list({described[tag]["Value"][0]: (described, resource) for described, resource in found}.values())
+                        found.append((described, resource))
+        return list({described[uid]["Value"][0]: (described, resource) for described, resource in found}.values())
 
     async def _references(self, line: DicomLine, request: Request, **more: str) -> list[list[str]]:
         """Of each object where it can be had, the best place first; one that can be had nowhere fails, and counts."""
@@ -8452,17 +8317,13 @@ class DicomChannel(Channel):
             self.warn(f"'{calling}' asked to move to '{title}': not among moveDestinations")
             raise Refusal(UNKNOWN_DESTINATION, "the destination is not among moveDestinations")
         references = await self._references(line, request, destination=title)
-        entity = imaging().Entity(self.settings.calledAeTitle or "MEDPLUM")
+        entity = pynetdicom.AE(self.settings.calledAeTitle or "MEDPLUM")
         entity.acse_timeout, entity.dimse_timeout = self.settings.associationTimeoutSecs, DIMSE_SECS
         sender = Sender(entity, peer, title)
-        options = {"originator_aet": calling, "originator_id": request.fields.get("MessageID", 0)}
-
-        async def send(file: SpoolFile) -> int:
-            answer = await self.loop.run_in_executor(self._sending, partial(sender.send, file.name, **options))
-            return int(answer.get("Status", PROCESSING_FAILURE))
-
+        send = partial(sender.send, originator_aet=calling, originator_id=request.fields.get("MessageID", 0))
         try:
-            return await self._retrieve(line, request, references, send, lambda: sender.problem is None)
+            sending = partial(self.loop.run_in_executor, self._sending, send)
+            return await self._retrieve(line, request, references, sending, sender)
         finally:
             if sender.problem is not None:
                 self.warn(f"objects could not be moved to '{title}': {sender.problem}")
@@ -8470,53 +8331,54 @@ class DicomChannel(Channel):
 
     async def _get(self, line: DicomLine, request: Request) -> Answer:
         """C-GET (PS3.4 C.4.3): the objects come as C-STORE on the same association."""
-        references = await self._references(line, request)
 
-        async def send(file: SpoolFile) -> int:
-            context, fields, blocks = await self._decode(self._prepared, line, file)
-            return int((await line.request(context, fields, blocks)).get("Status", PROCESSING_FAILURE))
+        async def send(path: str) -> Json:
+            return await line.request(*await self._decode(self._prepared, line, path))
 
-        return await self._retrieve(line, request, references, send, lambda: True)
+        return await self._retrieve(line, request, await self._references(line, request), send)
 
     @staticmethod
-    def _prepared(line: DicomLine, file: SpoolFile) -> tuple[int, Json, Iterable[bytes]]:
+    def _prepared(line: DicomLine, path: str) -> tuple[int, Json, Iterable[tuple[bytes, bool]]]:
         """In a thread: the context that takes the object, the command, and its data set; ValueError."""
-        library = imaging()
-        meta = library.pydicom.filereader.read_file_meta_info(file.name)
+        meta = pydicom.filereader.read_file_meta_info(path)
         sop_class, own = str(meta.MediaStorageSOPClassUID), str(meta.TransferSyntaxUID)
-        open_ = {c.syntaxes[0]: c.id for c in line.core.contexts.values() if c.abstract == sop_class}
-        fields = {"CommandField": _FIELDS["C-STORE"], "AffectedSOPClassUID": sop_class, "Priority": 0,
+        accepted = {c.syntaxes[0]: c.id for c in line.core.contexts.values() if c.abstract == sop_class}
+        fields = {"CommandField": 0x0001, "AffectedSOPClassUID": sop_class, "Priority": 0,
                   "AffectedSOPInstanceUID": str(meta.MediaStorageSOPInstanceUID)}  # fmt: skip
-        if own in open_:
-            start = 144 + int(meta.FileMetaInformationGroupLength)
-            return open_[own], fields, file_blocks(file.name, start)
-        syntax = next((syntax for syntax in open_ if syntax in UNCOMPRESSED and own in UNCOMPRESSED), "")
+        if own in accepted:
+            return accepted[own], fields, file_blocks(path, 144 + int(meta.FileMetaInformationGroupLength))
+        syntax = next((syntax for syntax in accepted if syntax in UNCOMPRESSED and own in UNCOMPRESSED), "")
         if not syntax:
             raise ValueError("no presentation context for it")
-        return open_[syntax], fields, [write_dataset(library.pydicom.dcmread(file.name), syntax)]
+        return accepted[syntax], fields, [(write_dataset(pydicom.dcmread(path), syntax), True)]
 
     async def _retrieve(
-        self, line: DicomLine, request: Request, references: list[list[str]],
-        send: Callable[[SpoolFile], Awaitable[int]], worthwhile: Callable[[], bool],
-    ) -> Answer:  # fmt: skip
+        self, line: DicomLine, request: Request, references: list[list[str]], send: Send, sender: Sender | None = None
+    ) -> Answer:
         """Each object as it comes from the server, and a pending answer after each; the last says what failed."""
-        counts = {"Completed": 0, "Failed": 0, "Warning": 0}
+        counts = {"Remaining": len(references), "Completed": 0, "Failed": 0, "Warning": 0}
         failed: list[str] = []
-        for done, places in enumerate(references, 1):
+
+        def answer(status: int) -> Json:
+            return {"Status": status} | {f"NumberOf{name}Suboperations": count for name, count in counts.items()}
+
+        for places in references:
             if request.cancelled.is_set():
-                return {"Status": CANCELLED, **_suboperations(len(references) - done + 1, counts)}, _failed_list(failed)
-            outcome, uid = await self._send_one(places, send) if worthwhile() else ("Failed", "")
+                status = CANCELLED
+                break
+            hopeless = sender is not None and sender.problem is not None
+            outcome, uid = ("Failed", "") if hopeless else await self._send_one(places, send)
+            counts["Remaining"] -= 1
             counts[outcome] += 1
             failed += [uid] if outcome == "Failed" and uid else []
-            left = _suboperations(len(references) - done, counts)
-            await line.respond(request, {"Status": PENDING_MATCH, **left})
-        bad = counts["Failed"] + counts["Warning"]
-        status = (
-            ALL_FAILED if bad and not (counts["Completed"] or counts["Warning"]) else SOME_FAILED if bad else SUCCESS
-        )
-        return {"Status": status, **_suboperations(None, counts)}, _failed_list(failed) if bad else None
+            await line.respond(request, answer(PENDING_MATCH))
+        else:
+            del counts["Remaining"]
+            bad = counts["Failed"] + counts["Warning"]
+            status = SUCCESS if not bad else ALL_FAILED if counts["Failed"] == len(references) else SOME_FAILED
+        return answer(status), None if status == SUCCESS else dataset_of({"00080058": {"vr": "UI", "Value": failed}})
 
-    async def _send_one(self, places: list[str], send: Callable[[SpoolFile], Awaitable[int]]) -> tuple[str, str]:
+    async def _send_one(self, places: list[str], send: Send) -> tuple[str, str]:
         """An object through a file of the spool to where it shall go: what came of it, and its SOP Instance UID."""
         file, uid = SpoolFile(self.store.spool), ""
         try:
@@ -8530,8 +8392,9 @@ class DicomChannel(Channel):
             if file.error:
                 raise ServerError(file.error)
             file.close()
-            uid = await self._decode(_instance_of, file.name)
-            status = await send(file)
+            meta = await self._decode(pydicom.filereader.read_file_meta_info, file.name)
+            uid = str(meta.MediaStorageSOPInstanceUID)
+            status = int((await send(file.name)).get("Status", PROCESSING_FAILURE))
             return "Completed" if status == SUCCESS else "Warning" if status >> 12 == 0xB else "Failed", uid
         except Exception as error:  # no DICOM file, or nobody who takes it: the next one may go
             said = str(error) if isinstance(error, AgentError | ValueError) else type(error).__name__
@@ -8544,61 +8407,49 @@ class DicomChannel(Channel):
 
     async def _step(self, line: DicomLine, request: Request) -> Answer:
         """MPPS N-CREATE and N-SET (PS3.4 F.7.2): stored; the Bot's answer goes back if it comes in time."""
-        create = request.name == "N-CREATE"
-        uid = request.uid or str(imaging().pydicom.uid.generate_uid())
-        heard: asyncio.Future[str] = self.loop.create_future()
-        message = await self._request(line, request, MPPS_CLASS, uid)
+        uid = request.uid or str(pydicom.uid.generate_uid())
+        body = await self._request(line, request, MPPS_CLASS, uid)
+        message, heard = self._new_message(line, request.name, uid, uid, body), self.loop.create_future()
         try:
-            if refusal := await self._keep(message, lambda: self._waiting.update({message.id: heard})):
-                raise Refusal(RESOURCE_LIMITATION, refusal)
-            answer = await self._heard(heard)
-        finally:
-            self._waiting.pop(message.id, None)
-        made = {"AffectedSOPInstanceUID": uid} if create and not request.uid else {}
-        return {"Status": SUCCESS, **made}, answer
-
-    async def _request(self, line: DicomLine, request: Request, sop_class: str, uid: str, **more: int) -> Message:
-        omitted: list[str] = []
-        try:
-            dataset = await self._decode(request.dataset)
-            elements = await self._decode(dicom_json, dataset, omitted, UPLINK_FRAME_BYTES)
-        except Exception:
-            raise Refusal(PROCESSING_FAILURE, "the data set cannot be read") from None
-        body = {"association": line.titles, "command": request.name, "sopClassUid": sop_class,
-                "sopInstanceUid": uid, **more, "dataset": elements}  # fmt: skip
-        body |= {"omitted": omitted} if omitted else {}
-        return self._new_message(line, request.name, uid, uid, body)
-
-    async def _heard(self, heard: asyncio.Future[str]) -> Dataset | None:
-        """The data set of the Bot's answer; none when it does not come in time, for the request is kept."""
-        try:
+            stored = self._keep(message)
+            self._waiting[message.id] = heard
+            await stored
             async with asyncio.timeout(self.settings.answerWaitSecs if self.uplink.live else 0):
                 words = bot_words(await heard)
             elements = words.get("dataset", {}) if isinstance(words, dict) else {}
-            return await self._decode(dataset_of, elements) if elements else None
-        except TimeoutError:
-            return None
+            answer = await self._decode(dataset_of, elements) if elements else None
+        except TimeoutError:  # the request is kept
+            answer = None
         except ValueError:
             raise Refusal(PROCESSING_FAILURE, "the Bot's answer is no data set in DICOM JSON") from None
+        finally:
+            self._waiting.pop(message.id, None)
+        return {"AffectedSOPInstanceUID": uid}, answer
 
-    async def _action(self, line: DicomLine, request: Request) -> Answer:
+    async def _request(self, line: DicomLine, request: Request, sop_class: str, uid: str, **more: int) -> Json:
+        """The body of a message about an N-service."""
+        refusal = Refusal(PROCESSING_FAILURE, "the data set cannot be read")
+        asked = await self._read(request, refusal, UPLINK_FRAME_BYTES)
+        about = {"association": line.titles, "command": request.name, "sopClassUid": sop_class, "sopInstanceUid": uid}
+        return about | more | asked
+
+    async def _action(self, line: DicomLine, request: Request) -> None:
         """Storage commitment N-ACTION (PS3.4 J.3.2): answered when stored; the report follows the Bot's answer."""
         if request.fields.get("RequestedSOPClassUID") != COMMITMENT_CLASS or request.fields.get("ActionTypeID") != 1:
             raise Refusal(NO_SUCH_ACTION, "an action that is not supported")
-        message = await self._request(line, request, COMMITMENT_CLASS, request.uid, actionTypeId=1)
+        body = await self._request(line, request, COMMITMENT_CLASS, request.uid, actionTypeId=1)
         try:
-            dataset = await self._decode(request.dataset)
-            wanted = [str(item.ReferencedSOPInstanceUID) for item in dataset.ReferencedSOPSequence]
-            key = f"commitment {dataset.TransactionUID}"
+            wanted = [str(item.ReferencedSOPInstanceUID) for item in request.dataset.ReferencedSOPSequence]
+            key = f"commitment {request.dataset.TransactionUID}"
         except Exception:  # no transaction, no objects, or unreadable ones
             raise Refusal(PROCESSING_FAILURE, "the request cannot be read") from None
+        message = self._new_message(line, request.name, request.uid, key, body)
         if not wanted or [uid for uid, _ in referenced_objects(load_json(message.text or ""))] != wanted:
             raise Refusal(RESOURCE_LIMITATION, "more objects than fit into one message; ask for fewer at a time")
         message.prepared = False
-        message.key = "" if self.plan.key_spec == "*" else key
-        if refusal := await self._keep(message, lambda: self._committing.update({message.id: line})):
-            raise Refusal(RESOURCE_LIMITATION, refusal)
-        return {"Status": SUCCESS}, None
+        stored = self._keep(message)
+        line.commitments.add(message.id)
+        await stored
 
     # --- answers of the Bot ---
 
@@ -8607,29 +8458,29 @@ class DicomChannel(Channel):
         heard = self._waiting.pop(message.id, None)
         if heard is not None and not heard.done():
             # a Bot that says nothing about a procedure step has nothing against it
-            silent = "{}" if not text or text.startswith(BOT_LOG) else text
-            heard.set_result(f'{{"status": {PROCESSING_FAILURE}}}' if error else silent)
+            heard.set_result(f'{{"status": {PROCESSING_FAILURE}}}' if error else "{}" if is_silence(text) else text)
         if message.type == COMMITMENT:
-            spawn(self._report(message, text, self._committing.pop(message.id, None)))
+            spawn(self._report(message, text))
             return False  # until the device has taken the report
         return heard is not None or not error
 
-    async def _report(self, message: Message, text: str, line: DicomLine | None) -> None:
+    async def _report(self, message: Message, text: str) -> None:
         """Report what the Bot says is safe; everything else has failed (PS3.4 J.3.3)."""
+        line = next((line for line in self.associations if message.id in line.commitments), None)
         asked = message.text or (await self.store.bodies([message.id]))[message.id][0].decode()
         request = load_json(asked)
         committed: set[str] | None = None
         try:
             committed = {str(uid) for uid in bot_words(text)["committed"]}
         except (Refusal, KeyError, TypeError):
-            if self.settings.storage == "dicomweb" and (not text or text.startswith(BOT_LOG)):
+            if self.settings.storage == "dicomweb" and is_silence(text):
                 committed = await self._known_to_server(request)
         if committed is None:
             self.warn(f"message {message.id}: the Bot confirmed nothing; the device hears that the commitment failed")
-        report, kind = await self._decode(commitment_report, request, committed)
+        report = await self._decode(commitment_report, request, committed)
         for seconds in COMMITMENT_REPORT_SECS:
             await asyncio.sleep(seconds)
-            if not (problem := await self._send_report(request["association"], report, kind, line)):
+            if not (problem := await self._send_report(request["association"], *report, line)):
                 message.outcome = DELIVERED
                 self.store.update(message)
                 return
@@ -8655,87 +8506,71 @@ class DicomChannel(Channel):
 
     async def recover(self) -> None:
         """After a start: go on with the reports that no device has taken yet."""
-        await load_imaging()
         since = now_ms() - COMMITMENT_REPORT_DAYS * 86_400_000
         for message in await self.store.unreported(self.queue.row, since):
-            spawn(self._report(message, message.response or "", None))
+            spawn(self._report(message, message.response or ""))
 
     async def _send_report(self, titles: Json, report: Dataset, kind: int, line: DicomLine | None) -> str:
         """N-EVENT-REPORT, on an association of our own where the device's address is known; why not, or ``."""
         calling = titles["callingAeTitle"]
-        if peer := destinations(self.settings.moveDestinations).get(calling):
-            own = titles["calledAeTitle"] or self.settings.calledAeTitle or "MEDPLUM"
-            return await self.loop.run_in_executor(self._sending, _report_by_call, peer, calling, own, report, kind)
-        if line is None or not line.core.established:
-            return f"'{calling}' is not connected; name its address in moveDestinations"
-        context = next(c for c in line.core.contexts.values() if c.abstract == COMMITMENT_CLASS)
-        fields = {"CommandField": _FIELDS["N-EVENT-REPORT"], "AffectedSOPClassUID": COMMITMENT_CLASS,
-                  "AffectedSOPInstanceUID": COMMITMENT_INSTANCE, "EventTypeID": kind}  # fmt: skip
         try:
-            async with line.turn:
-                content = await self._decode(write_dataset, report, context.syntaxes[0])
-                status = (await line.request(context.id, fields, [content])).get("Status")
-        except (DeviceError, ValueError) as error:
+            if peer := destinations(self.settings.moveDestinations).get(calling):
+                own = titles["calledAeTitle"] or self.settings.calledAeTitle or "MEDPLUM"
+                sender = Sender(pynetdicom.AE(own), peer, calling)
+                status = (await self.loop.run_in_executor(self._sending, sender.report, report, kind)).get("Status")
+            elif line is None or not line.core.established:
+                return f"'{calling}' is not connected; name its address in moveDestinations"
+            else:
+                context = next(c for c in line.core.contexts.values() if c.abstract == COMMITMENT_CLASS)
+                fields = {"CommandField": 0x0100, "AffectedSOPClassUID": COMMITMENT_CLASS,
+                          "AffectedSOPInstanceUID": COMMITMENT_INSTANCE, "EventTypeID": kind}  # fmt: skip
+                async with line.turn:
+                    content = await self._decode(write_dataset, report, context.syntaxes[0])
+                    status = (await line.request(context.id, fields, [(content, True)])).get("Status")
+        except DeviceError as error:
             return str(error)
+        except (ValueError, RuntimeError, OSError) as error:
+            return type(error).__name__
         return "" if status == SUCCESS else f"status {status}"
-
-
-def _report_by_call(peer: Peer, title: str, own: str, report: Dataset, kind: int) -> str:
-    """In a thread: the report on an association of our own (PS3.4 J.3.3: we are the SCP); why not, or ``."""
-    library = imaging()
-    association: Association | None = None
-    try:
-        role = library.role(COMMITMENT_CLASS, scp_role=True)
-        association = library.Entity(own).associate(*peer, contexts=[library.context(COMMITMENT_CLASS)], ae_title=title,
-                                                    ext_neg=[role])  # fmt: skip
-        if not association.is_established:
-            return association_problem(association)
-        answer, _ = association.send_n_event_report(report, kind, COMMITMENT_CLASS, COMMITMENT_INSTANCE)
-        status = answer.get("Status")
-        return "" if status == SUCCESS else f"status {status}"
-    except (ValueError, RuntimeError, OSError) as error:
-        return type(error).__name__
-    finally:
-        if association is not None and association.is_established:
-            association.release()
 
 
 # --- queries that the server's own resources answer ------------------------------------------------------------------
 
-LEVELS_OF_QUERIES = ("STUDY", "SERIES", "IMAGE")
-# Resource, the parameter that names the one above, parameters by the keyword that they search, and the keywords of its
-# members; the first is that of its UID
-_SEARCHES: tuple[tuple[str, str, Mapping[str, str], Sequence[str]], ...] = (
-    ("DicomStudy", "", {
-        "StudyInstanceUID": "study-instance-uid", "AccessionNumber": "accession-number", "PatientID": "patient-id",
-        "ModalitiesInStudy": "modalities", "StudyDate": "study-date",
+_Search = tuple[str, str, Mapping[str, str], Sequence[str]]
+# By level: resource, the parameter that names the one above, parameters by the tag that they search (the first is that
+# of its UID), and the keywords of its members
+_SEARCHES: dict[str, _Search] = {
+    "STUDY": ("DicomStudy", "", {
+        "0020000D": "study-instance-uid", "00080050": "accession-number", "00100020": "patient-id",
+        "00080061": "modalities", "00080020": "study-date",
     }, """StudyInstanceUID StudyID StudyDate StudyTime AccessionNumber InstanceAvailability ModalitiesInStudy
         ReferringPhysicianName TimezoneOffsetFromUTC PatientName PatientID PatientBirthDate PatientSex
         NumberOfStudyRelatedSeries NumberOfStudyRelatedInstances""".split()),
-    ("DicomSeries", "study", {"SeriesInstanceUID": "series-instance-uid"},
+    "SERIES": ("DicomSeries", "study", {"0020000E": "series-instance-uid"},
      """SeriesInstanceUID SeriesNumber Modality TimezoneOffsetFromUTC SeriesDescription NumberOfSeriesRelatedInstances
         PerformedProcedureStepStartDate PerformedProcedureStepStartTime ScheduledProcedureStepID
         RequestedProcedureID""".split()),
-    ("DicomInstance", "series", {"SOPInstanceUID": "sop-instance-uid"},
+    "IMAGE": ("DicomInstance", "series", {"00080018": "sop-instance-uid"},
      """SOPInstanceUID SOPClassUID InstanceAvailability TimezoneOffsetFromUTC InstanceNumber Rows Columns BitsAllocated
         NumberOfFrames""".split()),
-)  # fmt: skip
+}  # fmt: skip
 
 
-def _reference_to(resource: Json) -> str:
-    return f"{resource.get('resourceType')}/{resource.get('id')}"
+def _texts(dataset: Json, tag: str) -> list[str]:
+    """The values of an attribute, of names the first group; an empty one when there is none."""
+    values = dataset.get(tag, {}).get("Value") or [""]
+    return ["" if v is None else str(v.get("Alphabetic", "") if isinstance(v, dict) else v) for v in values]
 
 
-def _search_query(wanted: Dataset, parameters: Mapping[str, str]) -> dict[str, Any]:
+def _search_query(wanted: Json, parameters: Mapping[str, str]) -> dict[str, Any]:
     """What FHIR can search for: exact values, lists of UIDs, beginnings before a wildcard, and the day that begins."""
     query: dict[str, Any] = {"_count": 1000}
-    for keyword, parameter in parameters.items():
-        value = wanted.get(keyword)
-        values = [str(part) for part in (value if not isinstance(value, str) and value is not None else [value or ""])]
-        if keyword == "StudyDate":
+    for tag, parameter in parameters.items():
+        values = _texts(wanted, tag)
+        if parameter == "study-date":
             first = values[0].split("-")[0]
             values = [f"ge{first[:4]}-{first[4:6]}-{first[6:8]}" if len(first) == 8 else ""]
-        exact = keyword == "ModalitiesInStudy"  # a token: FHIR knows no beginnings of it
+        exact = parameter == "modalities"  # a token: FHIR knows no beginnings of it
         found = ["" if exact and re.search("[*?]", one) else re.split("[*?]", one)[0] for one in values]
         if all(found):
             query[parameter] = ",".join(one.replace(",", "\\,") for one in found)
@@ -8744,41 +8579,28 @@ def _search_query(wanted: Dataset, parameters: Mapping[str, str]) -> dict[str, A
 
 def resource_json(resource: Json, keywords: Iterable[str]) -> Json:
     """A DicomStudy, DicomSeries or DicomInstance as a data set: its members are named like the attributes."""
-    library = imaging().pydicom.datadict
+    known = pydicom.datadict
     dataset: Json = {}
     for keyword in keywords:
         member = "referringPhysiciansName" if keyword == "ReferringPhysicianName" else keyword
-        for theirs, ours in (("SOP", "Sop"), ("UID", "Uid"), ("UTC", "Utc"), ("ID", "Id")):
-            member = member.replace(theirs, ours)
-        value, vr = resource.get(member[:1].lower() + member[1:]), library.dictionary_VR(keyword)
+        member = re.sub("SOP|UID|UTC|ID", lambda found: found[0].title(), member)
+        value, vr = resource.get(member[:1].lower() + member[1:]), known.dictionary_VR(keyword)
         values = value if isinstance(value, list) else [] if value is None else [value]
         if vr in ("DA", "TM"):
             values = [re.sub("[-:]", "", str(one)) for one in values]
         shown = [{"Alphabetic": one} if vr == "PN" else one for one in values]
-        dataset[f"{library.tag_for_keyword(keyword):08X}"] = {"vr": vr} | ({"Value": shown} if shown else {})
+        dataset[f"{known.tag_for_keyword(keyword):08X}"] = {"vr": vr} | ({"Value": shown} if shown else {})
     return dataset
 
 
-def _uids_of(identifier: Dataset) -> Dataset:
-    """The unique keys of a retrieval (PS3.4 C.4.2.1.4.1); the others do not narrow it."""
-    found: Dataset = imaging().Dataset()
-    for keyword in ("StudyInstanceUID", "SeriesInstanceUID", "SOPInstanceUID", "PatientID"):
-        if identifier.get(keyword):
-            setattr(found, keyword, identifier.get(keyword))
-    return found
-
-
-def matches_query(wanted: Dataset, described: Json) -> bool:
+def matches_query(wanted: Json, described: Json) -> bool:
     """The matching of PS3.4 C.2.2.2 for the attributes that the server's resources have: single value, list of UIDs,
     wildcard, range; an empty key matches everything."""
-    for element in wanted:
-        found = described.get(f"{element.tag:08X}")
-        if element.VR == "SQ" or found is None or element.is_empty or element.keyword == "SpecificCharacterSet":
+    for tag, element in wanted.items():
+        vr, keys, values = element["vr"], _texts(wanted, tag), _texts(described, tag)
+        if tag not in described or vr == "SQ" or keys == [""] or tag == "00080005":
             continue
-        keys = [str(key) for key in (element.value if element.VM > 1 else [element.value])]
-        shown = found.get("Value") or [""]
-        values = [str(v.get("Alphabetic", "") if isinstance(v, dict) else v) for v in shown]
-        if not any(_matches(element.VR, key, value) for key in keys for value in values):
+        if not any(_matches(vr, key, value) for key in keys for value in values):
             return False
     return True
 
@@ -8806,27 +8628,13 @@ async def unless_cancelled(request: Request, work: Coroutine[Any, Any, T]) -> T:
         cancelled.cancel()
 
 
-def file_blocks(path: str, start: int) -> Iterator[bytes]:
-    """The rest of a file, a block at a time."""
+def file_blocks(path: str, start: int) -> Iterator[tuple[bytes, bool]]:
+    """The rest of a file, a block at a time, with whether it is the last."""
     with open(path, "rb") as file:
+        size = file.seek(0, os.SEEK_END)
         file.seek(start)
         while block := file.read(TRANSFER_BLOCK_BYTES):
-            yield block
-
-
-def _instance_of(path: str) -> str:
-    """In a thread: the SOP Instance UID of a Part 10 file."""
-    return str(imaging().pydicom.filereader.read_file_meta_info(path).MediaStorageSOPInstanceUID)
-
-
-def _suboperations(remaining: int | None, counts: Mapping[str, int]) -> Json:
-    found = {f"NumberOf{name}Suboperations": count for name, count in counts.items()}
-    return found if remaining is None else found | {"NumberOfRemainingSuboperations": remaining}
-
-
-def _failed_list(uids: list[str]) -> Dataset:
-    """The identifier of a last answer (PS3.4 C.4.2.1.4.2)."""
-    return dataset_of({"00080058": {"vr": "UI", "Value": uids}})
+            yield block, file.tell() == size
 
 
 def commitment_report(request: Json, committed: set[str] | None) -> tuple[Dataset, int]:
@@ -8834,27 +8642,18 @@ def commitment_report(request: Json, committed: set[str] | None) -> tuple[Datase
 
     `committed`: SOP Instance UIDs; None when nobody could say.
     """
-    report = dataset_of({"00081195": request["dataset"].get("00081195", {"vr": "UI"})})
     reason = PROCESSING_FAILURE if committed is None else NO_SUCH_INSTANCE
-    done, failed = [], []
+    done, failed = list[Json](), list[Json]()
     for uid, sop_class in referenced_objects(request):
         item: Json = {"00081150": {"vr": "UI", "Value": [sop_class]}, "00081155": {"vr": "UI", "Value": [uid]}}
         if uid in (committed or ()):
-            done.append(dataset_of(item))
+            done.append(item)
         else:
-            failed.append(dataset_of(item | {"00081197": {"vr": "US", "Value": [reason]}}))
-    if done:
-        report.ReferencedSOPSequence = done
-    if failed:
-        report.FailedSOPSequence = failed
-    return report, 1 if done and not failed else 2
-
-
-def _answer_body(answer: Json) -> object:
-    status = answer.get("statusCode")
-    if isinstance(status, int) and status >= 400:
-        raise Refusal(UNABLE_TO_PROCESS, f"the server or the Bot failed (status {status})")
-    return answer.get("body")
+            failed.append(item | {"00081197": {"vr": "US", "Value": [reason]}})
+    report = {"00081195": request["dataset"].get("00081195", {"vr": "UI"})}
+    for tag, items in (("00081199", done), ("00081198", failed)):
+        report |= {tag: {"vr": "SQ", "Value": items}} if items else {}
+    return dataset_of(report), 1 if done and not failed else 2
 
 
 # --- requests of the cloud to application entities -------------------------------------------------------------------
@@ -8902,97 +8701,84 @@ class ImagingCaller:
     async def __call__(self, push: Push, seconds: float) -> str:
         """Perform the request; its answer as JSON, or DeviceError, within `seconds`."""
         await load_imaging()
-        request, file = self.check(push), None
+        request, key, file = self.check(push), push.target.key, None
         threads = self._stored if seconds >= DICOM_PUSH_SECS else self._awaited
-        loop = asyncio.get_running_loop()
         try:
-            async with asyncio.timeout(seconds):
+            async with within(key, seconds) as attempt:
+                attempt.phase, attempt.kind = "not done", "device-silent"
                 if request["command"] == "C-STORE":
-                    file = SpoolFile(self._spool)
-                    await self._fetch(reference_of(request["binary"]), file)
-                answer = await loop.run_in_executor(threads, self._perform, push.target, request, file, seconds)
-                return dump_json({"command": request["command"], **answer}).decode()
-        except TimeoutError:
-            raise DeviceError(f"{push.target.key}: not done within {seconds:g} s", "device-silent") from None
-        except OSError as error:
-            raise DeviceError(f"{push.target.key}: {os_reason(error)}", "device-unreachable") from None
+                    file, reference = SpoolFile(self._spool), reference_of(request["binary"])
+                    try:
+                        await self._fhir.download(reference, file)
+                    except ServerError as error:
+                        kind = "device-error" if error.transient else "device-rejected"
+                        raise DeviceError(f"{reference} cannot be fetched: {error}", kind) from None
+                    if file.error:
+                        raise DeviceError(f"{reference}: {file.error}", "device-error")
+                perform = partial(self._perform, push.target, request, file, seconds)
+                answer = await asyncio.get_running_loop().run_in_executor(threads, perform)
+            return dump_json({"command": request["command"], **answer}).decode()
         finally:
             if file is not None:
                 file.discard()
 
-    async def _fetch(self, reference: str, file: SpoolFile) -> None:
-        try:
-            await self._fhir.download(reference, file)
-            if file.error:
-                raise DeviceError(f"{reference}: {file.error}", "device-error")
-        except ServerError as error:
-            kind = "device-error" if error.status in (0, 429) or error.status >= 500 else "device-rejected"
-            raise DeviceError(f"{reference} cannot be fetched: {error}", kind) from None
-
     def _perform(self, target: Target, request: Json, file: SpoolFile | None, seconds: float) -> Json:
         """In a thread: the association and the request."""
-        s, library = target.settings, imaging()
-        entity = library.Entity(s.callingAeTitle)
+        s, key = target.settings, target.key
+        entity = pynetdicom.AE(s.callingAeTitle)
         entity.connection_timeout, entity.acse_timeout = s.connectTimeoutSecs, min(seconds, DIMSE_SECS)
         entity.dimse_timeout = entity.network_timeout = seconds
         try:
             tls = (device_tls(s), target.host) if s.tls else None
         except FilesError as error:
-            self._log.warn(f"Device {target.key}: TLS cannot be set up: {error}.")
-            text = f"{target.key}: TLS cannot be set up with the files that the address names; our main log says why"
+            self._log.warn(f"Device {key}: TLS cannot be set up: {error}.")
+            text = f"{key}: TLS cannot be set up with the files that the address names; our main log says why"
             raise DeviceError(text, "device-unreachable") from None
-        peer, title = Peer(target.host, target.port), target.path
-        if request["command"] == "C-STORE":
-            return self._store(target, Sender(entity, peer, title, tls), cast(SpoolFile, file))
-        sop_class = VERIFICATION_CLASS if request["command"] == "C-ECHO" else self._model(request)
-        context = library.context(sop_class, list(UNCOMPRESSED))
-        association = entity.associate(*peer, contexts=[context], ae_title=title, tls_args=tls)
-        if not association.is_established:
-            raise DeviceError(f"{target.key}: {association_problem(association)}", rejection_kind(association))
+        sender = Sender(entity, Peer(target.host, target.port), target.path, tls)
         try:
-            return self._query(target, association, sop_class, request)
-        finally:
-            association.release()
-
-    @staticmethod
-    def _store(target: Target, sender: Sender, file: SpoolFile) -> Json:
-        try:
+            if file is None:
+                return self._query(sender, request)
             file.close()
-            return {"status": _checked_status(target, sender.send(file.name))}
+            return {"status": _checked_status(sender.send(file.name))}
         except DeviceError as error:
-            raise DeviceError(f"{target.key}: {error}", error.kind) from None
+            raise DeviceError(f"{key}: {error}", error.kind) from None
         except Exception as error:  # no DICOM file, or no presentation context that takes it
-            raise DeviceError(f"{target.key}: the object cannot be sent: {error}", "device-rejected") from None
+            if file is None:
+                raise
+            raise DeviceError(f"{key}: the object cannot be sent: {error}", "device-rejected") from None
         finally:
             sender.release()
 
-    @staticmethod
-    def _query(target: Target, association: Any, sop_class: str, request: Json) -> Json:
-        if request["command"] == "C-ECHO":
-            return {"status": _checked_status(target, association.send_c_echo())}
+    @classmethod
+    def _query(cls, sender: Sender, request: Json) -> Json:
+        command = request["command"]
+        sop_class = VERIFICATION_CLASS if command == "C-ECHO" else cls._model(request)
+        association = sender.association((sop_class, *UNCOMPRESSED))
+        if command == "C-ECHO":
+            return {"status": _checked_status(association.send_c_echo())}
         identifier = dataset_of(request.get("dataset", {}))
         if sop_class != WORKLIST_CLASS:
             identifier.QueryRetrieveLevel = request.get("level") or identifier.get("QueryRetrieveLevel") or "STUDY"
-        if request["command"] == "C-FIND":
+        if command == "C-FIND":
             answers = list(association.send_c_find(identifier, sop_class))
-            found = [dicom_json(dataset, []) for status, dataset in answers if dataset is not None]
-            return {"status": _checked_status(target, answers[-1][0]), "datasets": found}
+            found = [dicom_json(dataset, []) for _, dataset in answers if dataset is not None]
+            return {"status": _checked_status(answers[-1][0]), "datasets": found}
         last, _ = list(association.send_c_move(identifier, request["destination"], sop_class))[-1]
         names = ("Completed", "Failed", "Warning")
         counts = {name.lower(): int(last.get(f"NumberOf{name}Suboperations") or 0) for name in names}
-        return {"status": _checked_status(target, last), **counts}
+        return {"status": _checked_status(last), **counts}
 
 
-def _checked_status(target: Target, answer: Dataset) -> int:
+def _checked_status(answer: Dataset) -> int:
     """The status of an answer if it is success or a warning; DeviceError for failures and silence."""
     status = answer.get("Status")
     if status is None:
-        raise DeviceError(f"{target.key}: no answer came", "device-silent")
+        raise DeviceError("no answer came", "device-silent")
     if status == SUCCESS or status >> 12 == 0xB or status in (0x0001, 0x0107, 0x0116):  # PS3.7 C.3 and C.4
         return int(status)
     comment = f" ({answer.ErrorComment})" if answer.get("ErrorComment") else ""
     kind = "device-error" if status >> 8 == 0xA7 else "device-rejected"
-    raise DeviceError(f"{target.key}: status 0x{status:04X}{comment}", kind)
+    raise DeviceError(f"status 0x{status:04X}{comment}", kind)
 
 
 # =====================================================================================================================

@@ -143,6 +143,7 @@ def _astm_events(kind: int, pieces: list[list[bytes]], late: bool) -> list[str]:
     return [*map(repr, heard), str(core.skipped)]
 
 
+ma.imaging()  # commands need its dictionary
 DIMSE_STATES = ("Sta2", "Sta3", "Sta6", "Sta7", "Sta10", "Sta13")
 DIMSE_ENDS = (ma.RELEASE_RP, ma.ABORT)
 

@@ -1585,7 +1585,7 @@ def test_d21_push_targets_of_agent_toml_say_where_pushes_may_go(tmp_path):
 
 
 def test_d21_bad_push_targets_are_said_at_the_start():
-    for text in ("mllp://10.0.0.0/33", "10.1.2.3:x", "host.example"):
+    for text in ("mllp://10.0.0.0/33", "10.1.2.3:x", "host.example", "10.1.2.3:9-5"):
         with pytest.raises(ValueError):
             medplum_agent.push_targets(text)
 

@@ -1231,7 +1231,8 @@ def test_ten_thousand_pushes_and_ten_kills(tmp_path):
             here.agent.start()
         for text in texts[stored:]:
             caller.call(destination="Device/feed", contentType=medplum_agent.HL7_TYPE, body=text)
-        device.wait_for(lambda: f"B-{count - 1:05d}" in device.ids()[-3:], 60, "the last push")
+        last = f"B-{count - 1:05d}"
+        device.wait_for(lambda: last in map(control_id, device.heard[-3:]), 120, "the last push")
         here.agent.wait_state(f"B-{count - 1:05d}", "processed")
         spent = time.monotonic() - started
         heard = device.ids()
