@@ -188,7 +188,6 @@ DIMSE_SECS = 60.0  # to wait for the peer's answer to a DIMSE request of ours
 SENT_PDU_BYTES = 128 * KIB  # largest PDU that we send, where the device takes any
 COMMAND_BYTES = 64 * KIB  # a DIMSE command
 SPOOL_BLOCK_BYTES = 512 * KIB  # of an object, written in one go
-DICOM_BUFFER_BYTES = 256 * KIB  # unsent to an imaging device
 PDU_BYTES = MIB + KIB  # a longer PDU is not read: more than maxPdu can be, and than association requests are
 INLINE_BYTES = 4096  # base64 of a binary value that may be part of the JSON
 LARGE_VALUE_BYTES = 512 * KIB  # a value above this is not read for the JSON
@@ -7051,13 +7050,13 @@ SERVICE_CLASSES = (
 IMPLICIT, EXPLICIT, BIG_ENDIAN = "1.2.840.10008.1.2", "1.2.840.10008.1.2.1", "1.2.840.10008.1.2.2"
 UNCOMPRESSED = (EXPLICIT, IMPLICIT, BIG_ENDIAN)
 IMPLEMENTATION = ("1.2.826.0.1.3680043.9.3811.3.0.4", f"MEDPLUM_{__version__}"[:16])  # class UID, version name
-_PIXEL_DATA = frozenset({"7FE00008", "7FE00009", "7FE00010"})
+_PIXEL_DATA = ("7FE00008", "7FE00009", "7FE00010")
 
 
 class Refusal(PeerError):
     """A DIMSE request that is not done: status and comment of its answer; a PDU that is aborted: the reason."""
 
-    def __init__(self, status: int, text: str):
+    def __init__(self, text: str, status: int = UNABLE_TO_PROCESS):
         super().__init__(text)
         self.status = status
 
@@ -7079,9 +7078,7 @@ def imaging() -> types.SimpleNamespace:
     from pynetdicom import _config
 
     for name in ("pydicom", "pynetdicom"):  # their words may quote a patient; what matters we log ourselves
-        logger = logging.getLogger(name)
-        logger.addHandler(logging.NullHandler())
-        logger.propagate, logger.level = False, logging.CRITICAL
+        logging.getLogger(name).setLevel(logging.CRITICAL + 1)
         warnings.filterwarnings("ignore", module=name)
     pydicom.config.settings.reading_validation_mode = pydicom.config.IGNORE  # devices deviate: it goes up as it is
     pydicom.config.settings.writing_validation_mode = pydicom.config.IGNORE
@@ -7121,25 +7118,15 @@ def write_dataset(dataset: Dataset, syntax: str) -> bytes:
     return cast(bytes, content)
 
 
-def part10_head(sop_class: str, sop_instance: str, syntax: str) -> bytes:
-    """Preamble and file meta information (PS3.10 7.1)."""
-    codec, uid = pynetdicom.dsutils, pydicom.uid.UID
-    meta = codec.create_file_meta(
-        sop_class_uid=uid(sop_class), sop_instance_uid=uid(sop_instance), transfer_syntax=uid(syntax)
-    )
-    return bytes(128) + b"DICM" + cast(bytes, codec.encode_file_meta(meta))
-
-
 # --- the core: PDUs and DIMSE messages -------------------------------------------------------------------------------
 #
 # The states of an association that a device opens (PS3.8 9.2.3; names as there) and what a PDU does in them. Whatever
-# is not in the table, and whatever cannot be read, ends in A-ABORT by the provider (AA-1, AA-8).
+# is not in the table, and whatever cannot be read, ends in A-ABORT by the provider (AA-1, AA-8). We abort, and never
+# ask for a release: Sta7 to Sta12 do not occur.
 #
 # | state                       | A-ASSOCIATE-RQ | P-DATA-TF | A-RELEASE-RQ  | A-RELEASE-RP | A-ABORT     |
 # | Sta2 waiting for the request| AE-6 -> Sta3   |           |               |              | AA-2 closed |
 # | Sta6 established            |                | DT-2      | AR-2, AR-4 -> Sta13 |        | AA-3 closed |
-# | Sta7 our release is asked   |                | AR-6      | AR-8 -> Sta10 (collision) | AR-3 closed | AA-3 closed |
-# | Sta10 collision, acceptor   |                |           |               | AR-10, AR-4 -> Sta13 | AA-3 closed |
 # | Sta13 waiting for the close | AA-7           | AA-6      | AA-6          | AA-6         | AA-2 closed |
 
 ASSOCIATE_RQ, ASSOCIATE_AC, ASSOCIATE_RJ, P_DATA, RELEASE_RQ, RELEASE_RP, ABORT = range(1, 8)
@@ -7147,8 +7134,6 @@ _STATES = {  # the state behind a PDU
     "Sta2": {ASSOCIATE_RQ: "Sta3", ABORT: "Sta1"},
     "Sta3": {ABORT: "Sta1"},
     "Sta6": {P_DATA: "Sta6", RELEASE_RQ: "Sta13", ABORT: "Sta1"},
-    "Sta7": {P_DATA: "Sta7", RELEASE_RQ: "Sta10", RELEASE_RP: "Sta1", ABORT: "Sta1"},
-    "Sta10": {RELEASE_RP: "Sta13", ABORT: "Sta1"},
     "Sta13": dict.fromkeys(range(ASSOCIATE_AC, ABORT), "Sta13") | {ABORT: "Sta1"},
 }
 _ABORTS = (
@@ -7278,7 +7263,7 @@ class Dimse:
 
     @property
     def established(self) -> bool:
-        return self.state in ("Sta6", "Sta7")
+        return self.state == "Sta6"
 
     def receive(self, received: bytes) -> tuple[list[DimseEvent], bytes]:
         """What these bytes bring, and the bytes to answer."""
@@ -7308,7 +7293,7 @@ class Dimse:
             kind, length = struct.unpack(">BxI", (yield 6))
             if kind not in _STATES[self.state]:
                 known = ASSOCIATE_RQ <= kind <= ABORT
-                raise Refusal(2 if known else 1, f"an {'unexpected' if known else 'unknown'} PDU of type {kind}")
+                raise Refusal(f"an {'unexpected' if known else 'unknown'} PDU of type {kind}", 2 if known else 1)
             if length > PDU_BYTES:
                 raise PeerError(f"a PDU of {length} bytes")
             if kind == P_DATA and self.state != "Sta13":
@@ -7322,12 +7307,10 @@ class Dimse:
         if kind == ASSOCIATE_RQ:
             self._requested(content)
         elif kind == ABORT and was != "Sta13":
-            source, reason = content[2:4] if len(content) >= 4 else (0, 0)
+            source, reason = content.ljust(4)[2:4]
             words = "".join(_ABORTS[reason : reason + 1]) if source == 2 else ""
             self._events.append(Ended(f"the device aborted it{f' ({words})' if words else ''}"))
-        elif kind == RELEASE_RP and was == "Sta7":  # AR-3
-            self._events.append(Ended(""))
-        elif self.state == "Sta13" and was != "Sta13":  # AR-2 and AR-4, also at the end of a collision (AR-10)
+        elif was == "Sta6" and kind == RELEASE_RQ:  # AR-2 and AR-4
             self._out += self._pdu(RELEASE_RP, bytes(4))
             self._events.append(Ended(""))
 
@@ -7346,19 +7329,15 @@ class Dimse:
                 if not number % 2 or number in contexts:
                     raise PeerError("presentation contexts whose numbers are not odd and unique")
                 contexts[number] = Context(number, abstract, tuple(_text(part) for sub, part in parts if sub == 0x40))
-            elif kind == 0x50:
-                self._take_user_information(item, roles)
+            for sub, part in _items(item) if kind == 0x50 else ():
+                size = int.from_bytes(part[:2])
+                if sub == 0x51 and len(part) == 4:
+                    self.peer_pdu = int.from_bytes(part)
+                elif sub == 0x54 and len(part) >= size + 4:
+                    roles[_text(part[2 : 2 + size])] = part[size + 2], part[size + 3]
         self._request = content[:68]
         calling, called = (_text(title.strip(b" \0").split(b"\0")[0]) for title in (content[20:36], content[4:20]))
         self._events.append(Associate(calling, called, tuple(contexts.values()), roles))
-
-    def _take_user_information(self, content: bytes, roles: dict[str, tuple[int, int]]) -> None:
-        for kind, item in _items(content):
-            size = int.from_bytes(item[:2])
-            if kind == 0x51 and len(item) == 4:
-                self.peer_pdu = int.from_bytes(item)
-            elif kind == 0x54 and len(item) >= size + 4:
-                roles[_text(item[2 : 2 + size])] = item[size + 2], item[size + 3]
 
     def accept(self, contexts: Sequence[tuple[Context, int]], roles: Mapping[str, tuple[int, int]]) -> bytes:
         """A-ASSOCIATE-AC (PS3.8 9.3.3): each context with its result (0 accepted, 3 and 4 refused) and its syntax."""
@@ -7382,11 +7361,6 @@ class Dimse:
         """A-ASSOCIATE-RJ (PS3.8 9.3.4): result 1 permanent or 2 transient."""
         self.state = "Sta13"
         return self._pdu(ASSOCIATE_RJ, bytes((0, result, source, reason)))
-
-    def release(self) -> bytes:
-        """A-RELEASE-RQ of ours, when nothing is under way."""
-        self.state = "Sta7"
-        return self._pdu(RELEASE_RQ, bytes(4))
 
     def aborting(self, source: int = 0, reason: int = 0) -> bytes:
         """A-ABORT (PS3.8 9.3.8), by us as the service user or as the provider: nothing that still comes counts."""
@@ -7451,31 +7425,29 @@ class Dimse:
         size = max(1, min(self.peer_pdu or PDU_BYTES, SENT_PDU_BYTES) - 6)
         parts = []
         for at in range(0, len(content), size) or (0,):
-            final = last and at + size >= len(content)
-            value = bytes((context, command | final << 1)) + content[at : at + size]
-            parts.append(self._pdu(P_DATA, struct.pack(">I", len(value)) + value))
+            piece, final = content[at : at + size], last and at + size >= len(content)
+            control, length = command | final << 1, len(piece)
+            parts += [struct.pack(">BxIIBB", P_DATA, length + 6, length + 2, context, control), piece]
         return b"".join(parts)
 
 
 # --- data sets as JSON -----------------------------------------------------------------------------------------------
 
-_TEXT = frozenset("LO LT PN SH ST UC UT".split())  # what Specific Character Set is for (PS3.5 6.1.2.3)
+_TEXT = "LO LT PN SH ST UC UT".split()  # what Specific Character Set is for (PS3.5 6.1.2.3)
 _ESCAPES = re.compile(r"\x1b[ -/]+[0-~]")
 _SWAPPED = {"OW": 2, "OF": 4, "OL": 4, "OD": 8, "OV": 8}  # bytes of a unit (PS3.5 6.2)
 
 
 def dicom_json(
-    dataset: Dataset, omitted: list[str], large: int = LARGE_VALUE_BYTES, *, standard: bool = True,
-    swap: bool | None = None,
-) -> Json:  # fmt: skip
+    dataset: Dataset, omitted: list[str], large: int = LARGE_VALUE_BYTES, *, standard: bool = True, nested: bool = False
+) -> Json:
     """The DICOM JSON Model (PS3.18 F.2) of a data set; tags that cannot be part of it are added to `omitted`.
 
     Pixel data is never part of it; neither are binary values larger than INLINE_BYTES, nor any of `large` bytes.
     `standard`: an attribute without a value has no Value (F.2.5); else `[""]`, which Bots in the field read.
-    `swap`, of the items of a sequence: the data set is big endian.
     """
     found: Json = {}
-    nested, swap = swap is not None, dataset.original_encoding[1] is False if swap is None else swap
+    swap = dataset.original_encoding[1] is False
     for tag in dataset.keys():  # noqa: SIM118 - iterating over the data set itself would read every value
         key = f"{tag:08X}"
         if key in _PIXEL_DATA or (key.endswith("0000") and not key.startswith("0002")):
@@ -7487,10 +7459,11 @@ def dicom_json(
             try:
                 read = dataset[tag]
                 if read.VR == "SQ":
-                    items = [dicom_json(item, omitted, large, standard=standard, swap=swap) for item in read.value]
+                    items = [dicom_json(item, omitted, large, standard=standard, nested=True) for item in read.value]
                     element = {"vr": "SQ", "Value": items} if items or not standard else {"vr": "SQ"}
                 elif read.VR == "PN" and read.VM:
-                    element = _plain(_names(read.value if read.VM > 1 else [read.value]), swap, standard)
+                    names = read.value if read.VM > 1 else [read.value]
+                    element = _plain({"vr": "PN", "Value": names}, swap, standard)
                 else:
                     element = _plain(read.to_json_dict(lambda bulk: "", INLINE_BYTES), swap, standard)
                 if not (nested and read.VR == "SQ"):
@@ -7505,16 +7478,13 @@ def dicom_json(
 
 
 def _as_text(tag: int, raw: Any) -> Json | None:
-    """Numbers that are none as the text that they are (PS3.18 F.2.3.1 allows that), names that are not all there.
-
-    None for anything else.
-    """
+    """Numbers that are none as the text that they are (PS3.18 F.2.3.1 allows that); None for anything else."""
     vr, value = getattr(raw, "VR", None), getattr(raw, "value", None)
     with suppress(KeyError, UnicodeError):
         vr = vr or pydicom.datadict.dictionary_VR(tag)
         if vr in ("IS", "DS") and isinstance(value, bytes):
-            parts = [part.strip() for part in value.decode("ascii").rstrip(" \0").split("\\")]
-            return {"vr": vr, "Value": [_number(vr, part) for part in parts]}
+            parts = value.decode("ascii").rstrip(" \0").split("\\")
+            return {"vr": vr, "Value": [_number(vr, part.strip()) for part in parts]}
     return None
 
 
@@ -7526,20 +7496,14 @@ def _number(vr: str, text: str) -> Any:
     return text or None
 
 
-def _names(values: Any) -> Json:
-    """Person names of which some are empty, which pydicom cannot write."""
-    groups = ("Alphabetic", "Ideographic", "Phonetic")
-    names = [{g: str(part) for g, part in zip(groups, str(name).split("="), strict=False) if part} for name in values]
-    return {"vr": "PN", "Value": [name or None for name in names]}
-
-
 def _clean(vr: str, value: Any) -> Any:
-    """A text without escape sequences that its decoder left, nor blanks around it that mean nothing."""
-    if isinstance(value, dict):
-        return {name: _clean(vr, part) for name, part in value.items()}
-    if isinstance(value, str) and vr in ("AE", "CS", "LO", "SH"):  # PS3.5 6.2
-        value = value.strip(" ")
-    return _ESCAPES.sub("", value) if isinstance(value, str) and vr in _TEXT else value  # ISO 2022 IR 58, PS3.5 K.2
+    """A text without escape sequences that its decoder left, and blanks that mean nothing; a name by its groups."""
+    if vr == "PN":
+        groups = zip(("Alphabetic", "Ideographic", "Phonetic"), _ESCAPES.sub("", str(value)).split("="), strict=False)
+        return {group: part for group, part in groups if part} or None
+    if isinstance(value, str) and vr in _TEXT:  # ISO 2022 IR 58, PS3.5 K.2
+        value = _ESCAPES.sub("", value)
+    return value.strip(" ") if isinstance(value, str) and vr in ("AE", "CS", "LO", "SH") else value  # PS3.5 6.2
 
 
 def _plain(element: Json, swap: bool, standard: bool) -> Json | None:
@@ -7553,12 +7517,10 @@ def _plain(element: Json, swap: bool, standard: bool) -> Json | None:
             swapped = b"".join(content[at : at + unit][::-1] for at in range(0, len(content), unit))
             return element | {"InlineBinary": base64.b64encode(swapped).decode()}
         return element
-    if not values or values in ([""], [None]):
+    values = [_clean(vr, value) for value in values or ()]
+    if values in ([], [""], [None]):
         return {"vr": vr} if standard else {"vr": vr, "Value": [] if vr == "PN" else [""]}
-    values = [_clean(vr, value) for value in values]
-    if len(values) > 1:
-        values = [None if value in ("", {}, {"Alphabetic": ""}) else value for value in values]
-    return {"vr": vr, "Value": values}
+    return {"vr": vr, "Value": [None if value == "" else value for value in values] if len(values) > 1 else values}
 
 
 def fitted(body: Json) -> str:
@@ -7604,13 +7566,13 @@ def bot_words(text: object) -> Any:
     A Bot that returns an object has it as the body, one that returns a string of JSON that string (uplink contract 5).
     """
     if is_silence(text):
-        raise Refusal(UNABLE_TO_PROCESS, "the Bot returned nothing")
+        raise Refusal("the Bot returned nothing")
     try:
         words = load_json(text) if isinstance(text, str) else text
     except ValueError:
-        raise Refusal(UNABLE_TO_PROCESS, "the Bot's answer is not JSON") from None
+        raise Refusal("the Bot's answer is not JSON") from None
     if isinstance(words, dict) and (status := dimse_status(words.get("status", 0))):
-        raise Refusal(status, str(words.get("comment") or "the Bot refused the request"))
+        raise Refusal(str(words.get("comment") or "the Bot refused the request"), status)
     return words
 
 
@@ -7619,13 +7581,13 @@ def is_silence(text: object) -> bool:
     return text in (None, "") or (isinstance(text, str) and text.startswith(BOT_LOG))
 
 
-def dimse_status(value: object) -> int:
+def dimse_status(value: Any) -> int:
     """A status as a Bot writes it: 49153 or "0xC001"; what is no status is a failure."""
-    try:
-        status = int(value, 0) if isinstance(value, str) else int(cast(Any, value))
-        return status if 0 <= status <= 0xFFFF else UNABLE_TO_PROCESS
-    except (ValueError, TypeError):
-        return UNABLE_TO_PROCESS
+    with suppress(ValueError, TypeError):
+        status = int(value, 0) if isinstance(value, str) else int(value)
+        if 0 <= status <= 0xFFFF:
+            return status
+    return UNABLE_TO_PROCESS
 
 
 def reference_of(item: object) -> str:
@@ -7646,8 +7608,8 @@ def _places(found: Json) -> list[str]:
 
 # --- whether a data set is whole -------------------------------------------------------------------------------------
 
-_LONG = frozenset(b"OB OD OF OL OV OW SQ SV UC UN UR UT UV".split())  # with 4 bytes of length (PS3.5 7.1.2)
-_VRS = _LONG | frozenset(b"AE AS AT CS DA DS DT FD FL IS LO LT PN SH SL SS ST TM UI UL US".split())
+_LONG = b"OB OD OF OL OV OW SQ SV UC UN UR UT UV".split()  # with 4 bytes of length (PS3.5 7.1.2)
+_VRS = _LONG + b"AE AS AT CS DA DS DT FD FL IS LO LT PN SH SL SS ST TM UI UL US".split()
 
 
 def check_whole(file: typing.BinaryIO, start: int, syntax: str) -> None:
@@ -7656,40 +7618,32 @@ def check_whole(file: typing.BinaryIO, start: int, syntax: str) -> None:
     The file must not be deflated. Values are passed over, not read.
     """
     implicit, little, _ = syntax_of(syntax)
-    size = file.seek(0, os.SEEK_END)
+    order, size = "<" if little else ">", file.seek(0, os.SEEK_END)
     file.seek(start)
     if (begin := file.read(132))[128:] == b"DICM":
-        raise Refusal(CANNOT_UNDERSTAND, "the data set is a whole DICOM file, with preamble")
+        raise Refusal("the data set is a whole DICOM file, with preamble", CANNOT_UNDERSTAND)
     file.seek(start)
-    inside: list[bool] = []  # sequences and items of undefined length that are not closed: is implicit VR in them?
-    implicit = implicit and begin[4:6] not in _VRS  # devices say implicit and mean explicit
-    while len(head := file.read(8)) == 8 and (head != bytes(8) or inside):
-        length = _value_length(file, head, "<" if little else ">", implicit, inside)
-        if file.tell() + length > size:
-            raise Refusal(CANNOT_UNDERSTAND, "the data set breaks off inside a value")
-        file.seek(length, os.SEEK_CUR)
-    if inside or (head.strip(b"\0") and head not in (b" ", b"\r\n")):
-        raise Refusal(CANNOT_UNDERSTAND, "the data set breaks off")
-
-
-def _value_length(file: typing.BinaryIO, head: bytes, order: str, implicit: bool, inside: list[bool]) -> int:
-    """Of the element that begins so (PS3.5 7.1, 7.5); one of undefined length opens `inside`, and its end closes it."""
-    group, element, length = struct.unpack(order + "HHI", head)
-    implicit, vr = inside[-1] if inside else implicit, head[4:6]
-    if group == 0xFFFE and element != 0xE000:
-        del inside[-1:]
-        return 0
-    nested = implicit
-    if group != 0xFFFE and not implicit and vr.isalpha() and vr.isupper():
-        if vr not in _LONG:
-            return int(struct.unpack(order + "H", head[6:])[0])
-        if len(rest := file.read(4)) < 4:
-            return 1  # what is not there cannot be passed over
-        length, nested = struct.unpack(order + "I", rest)[0], vr == b"UN"  # PS3.5 6.2.2
-    if length == 0xFFFFFFFF:
-        inside.append(nested)
-        return 0
-    return int(length)
+    # is implicit VR in the data set (devices say so and mean explicit), and in each sequence or item of undefined
+    # length that is not closed?
+    inside = [implicit and begin[4:6] not in _VRS]
+    while len(head := file.read(8)) == 8 and (head != bytes(8) or inside[1:]):
+        group, element, length = struct.unpack(order + "HHI", head)
+        vr, nested = head[4:6], inside[-1]
+        if group == 0xFFFE and element != 0xE000:  # the end of one (PS3.5 7.5)
+            inside[1:], length = inside[1:-1], 0
+        elif group != 0xFFFE and not nested and vr.isalpha() and vr.isupper():
+            if vr in _LONG:  # a head that breaks off here makes a length that is not there
+                length, nested = struct.unpack(order + "I", file.read(4).ljust(4, b"\xff"))[0], vr == b"UN"  # 6.2.2
+            else:
+                length = struct.unpack(order + "H", head[6:])[0]
+        if length == 0xFFFFFFFF:
+            inside.append(nested)
+        elif file.tell() + length > size:
+            raise Refusal("the data set breaks off inside a value", CANNOT_UNDERSTAND)
+        else:
+            file.seek(length, os.SEEK_CUR)
+    if inside[1:] or (head.strip(b"\0") and head not in (b" ", b"\r\n")):
+        raise Refusal("the data set breaks off", CANNOT_UNDERSTAND)
 
 
 # --- requests to application entities --------------------------------------------------------------------------------
@@ -7704,13 +7658,11 @@ class Sender:
         self._contexts: dict[tuple[str, ...], Any] = {}  # SOP class, syntaxes
         self.problem: DeviceError | None = None  # the peer cannot be associated with: nothing more is tried
 
-    def send(self, path: str, **options: Any) -> Dataset:
+    def send(self, path: str, meta: Dataset, **options: Any) -> Dataset:
         """C-STORE a file, as it is where the peer takes that; the status data set. DeviceError, ValueError."""
-        if self.problem is not None:
-            raise self.problem
-        meta = pydicom.filereader.read_file_meta_info(path)
-        syntaxes = {meta.TransferSyntaxUID} | ({IMPLICIT} if meta.TransferSyntaxUID in UNCOMPRESSED else set())
-        association = self.association(*((meta.MediaStorageSOPClassUID, syntax) for syntax in syntaxes))
+        own, sop_class = meta.TransferSyntaxUID, meta.MediaStorageSOPClassUID
+        syntaxes = {own, IMPLICIT} if own in UNCOMPRESSED else {own}
+        association = self.association(*((sop_class, syntax) for syntax in syntaxes))
         try:
             return association.send_c_store(path, **options)
         except ValueError:  # no presentation context for it as it is: in another uncompressed syntax
@@ -7764,27 +7716,54 @@ class Sender:
 class Request:
     """One DIMSE request of a device. An object goes to a file of the spool, what else it brings stays in memory."""
 
+    line: DicomLine
     name: str
     context: Context
     fields: Json
+    data: bytearray  # of an object: what is not in the file yet
+    cancelled: asyncio.Event  # also when the association is gone
     file: SpoolFile | None = None
-    data: bytearray = dataclasses.field(default_factory=bytearray)  # of an object: what is not in the file yet
-    complete: bool = False  # the last fragment has come
     writing: bool = False
-    cancelled: asyncio.Event = dataclasses.field(default_factory=asyncio.Event)  # also when the association is gone
 
     @property
     def uid(self) -> str:
         """The instance that it is about."""
         return str(self.fields.get("AffectedSOPInstanceUID") or self.fields.get("RequestedSOPInstanceUID") or "")
 
+    @property
+    def head(self) -> bytes:
+        """Preamble and file meta information of its object (PS3.10 7.1)."""
+        codec, uid = pynetdicom.dsutils, pydicom.uid.UID
+        meta = codec.create_file_meta(
+            sop_class_uid=uid(self.fields.get("AffectedSOPClassUID") or self.context.abstract),
+            sop_instance_uid=uid(self.uid or "0"), transfer_syntax=uid(self.context.syntaxes[0]),
+        )  # fmt: skip
+        return bytes(128) + b"DICM" + cast(bytes, codec.encode_file_meta(meta))
+
     @cached_property
     def dataset(self) -> Dataset:
         content = io.BytesIO(self.data)
         return cast("Dataset", pynetdicom.dsutils.decode(content, *syntax_of(self.context.syntaxes[0])))
 
+    async def respond(self, fields: Json, dataset: Dataset | None = None) -> None:
+        """An answer, of success unless its status says other; a data set that cannot be written is not sent."""
+        if not self.line.core.established:
+            return
+        data, asked = None, self.fields
+        if dataset is not None:
+            try:
+                data = write_dataset(dataset, self.context.syntaxes[0])
+            except Exception:
+                fields = {"Status": UNABLE_TO_PROCESS, "ErrorComment": "the Bot's data set cannot be written"}
+        answer = {"CommandField": asked["CommandField"] | 0x8000, "Status": SUCCESS,
+                  "MessageIDBeingRespondedTo": asked.get("MessageID", 0)}  # fmt: skip
+        for name in ("SOPClassUID", "SOPInstanceUID"):
+            if uid := asked.get(f"Requested{name}") or asked.get(f"Affected{name}"):
+                answer[f"Affected{name}"] = uid
+        await self.line.write(self.line.core.message(self.context.id, answer | fields, data))
 
-class DicomLine(Line, asyncio.BufferedProtocol):
+
+class DicomLine(Line):
     """One association of an imaging device; its requests are served one after the other.
 
     It reads little at a time, and nothing for a moment when another device has sent something: an HL7 message meets few
@@ -7796,7 +7775,6 @@ class DicomLine(Line, asyncio.BufferedProtocol):
 
     def __init__(self, owner: DicomChannel):
         super().__init__(owner)
-        self._room = memoryview(bytearray(READ_BYTES))
         self.core = Dimse(owner.settings.maxPdu)
         self.titles = {"callingAeTitle": "", "calledAeTitle": ""}
         self.commitments: set[int] = set()  # messages that asked for one
@@ -7814,18 +7792,11 @@ class DicomLine(Line, asyncio.BufferedProtocol):
 
     # --- bytes ---
 
-    def get_buffer(self, sizehint: int) -> memoryview:
-        return self._room
-
-    def buffer_updated(self, nbytes: int) -> None:
-        self.data_received(bytes(self._room[:nbytes]))
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
         if (until := Line.heard_at + GIVE_WAY_SECS) > self._loop.time():
             self.pause("others")
             self._loop.call_at(until, self.resume, "others")
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        super().connection_made(transport)
-        cast(asyncio.Transport, transport).set_write_buffer_limits(high=DICOM_BUFFER_BYTES)
 
     def receive(self, received: bytes) -> None:
         events, answer = self.core.receive(received)
@@ -7861,7 +7832,9 @@ class DicomLine(Line, asyncio.BufferedProtocol):
         if self.inside and self.core.state == "Sta2":
             self.owner.warn(f"{self.remote} sent no association request: is this the right port?")
         elif self.core.established:
-            self.owner.warn(f"{self.remote}: the association of '{self._calling}' ended without release")
+            self.owner.warn(
+                f"{self.remote}: the association of '{self.titles['callingAeTitle']}' ended without release"
+            )
         self.core.state = "Sta1"
         self._give_up()
 
@@ -7877,10 +7850,6 @@ class DicomLine(Line, asyncio.BufferedProtocol):
             self._coming.file.discard()
 
     # --- the association ---
-
-    @property
-    def _calling(self) -> str:
-        return self.titles["callingAeTitle"]
 
     def _associate(self, asked: Associate) -> None:
         """Accept or reject (PS3.8 9.3.4); AE titles are what they are, and compared where a setting names some."""
@@ -7916,7 +7885,7 @@ class DicomLine(Line, asyncio.BufferedProtocol):
 
     def _end(self, reason: str) -> None:
         if reason:
-            self.owner.warn(f"{self.remote}: the association of '{self._calling}' ended: {reason}")
+            self.owner.warn(f"{self.remote}: the association of '{self.titles['callingAeTitle']}' ended: {reason}")
         self._give_up()
         self._loop.call_later(HANG_UP_SECS, self.abort)  # the device closes first (PS3.8 9.2, ARTIM)
 
@@ -7945,15 +7914,14 @@ class DicomLine(Line, asyncio.BufferedProtocol):
                 if request.fields.get("MessageID") == about:
                     request.cancelled.set()
             return
-        request = Request(name, self.core.contexts[event.context], fields)
+        request = Request(self, name, self.core.contexts[event.context], fields, bytearray(), asyncio.Event())
         if not event.has_data:
             self._serve_soon(request)
             return
         self._coming = request
         if name == "C-STORE":
             request.file = SpoolFile(self.owner.store.spool)
-            sop_class = fields.get("AffectedSOPClassUID") or request.context.abstract
-            request.data += part10_head(sop_class, request.uid or "0", request.context.syntaxes[0])
+            request.data += request.head
             request.file.start = len(request.data)
 
     def _take(self, piece: Fragment) -> None:
@@ -7961,7 +7929,6 @@ class DicomLine(Line, asyncio.BufferedProtocol):
         if (request := self._coming) is None:
             return
         request.data += piece.content
-        request.complete = piece.last
         if piece.last:
             self._coming = None
         if request.file is not None:
@@ -7979,7 +7946,7 @@ class DicomLine(Line, asyncio.BufferedProtocol):
 
     async def _write(self, request: Request, file: SpoolFile) -> None:
         """To the spool, in a thread, a block at a time."""
-        while len(request.data) >= SPOOL_BLOCK_BYTES or (request.complete and request.data):
+        while len(request.data) >= SPOOL_BLOCK_BYTES or (request.data and request is not self._coming):
             block, request.data = request.data, bytearray()
             await self._loop.run_in_executor(self.owner.threads, file.write, block)
             if not self.core.established:
@@ -7987,7 +7954,7 @@ class DicomLine(Line, asyncio.BufferedProtocol):
                 return
             self.resume("spool")
         request.writing = False
-        if request.complete:
+        if request is not self._coming:
             self._serve_soon(request)
 
     def _serve_soon(self, request: Request) -> None:
@@ -8015,52 +7982,34 @@ class DicomLine(Line, asyncio.BufferedProtocol):
     async def _serve_one(self, request: Request) -> None:
         """Each request ends in one answer, whatever happens."""
         try:
-            if (serve := self.owner.services.get(request.name)) is None:
-                raise Refusal(UNRECOGNIZED, "an operation that is not supported")
-            answer = await serve(self, request) or ({}, None)
-            await self.respond(request, *answer)
+            if (serve := getattr(self.owner, request.name.lower().replace("-", "_"), None)) is None:
+                raise Refusal("an operation that is not supported", UNRECOGNIZED)
+            answer: Answer = await serve(request)
+            await request.respond(*(answer or ({},)))
             return
         except Refusal as error:
             refusal = error
         except Exception as error:
-            refusal = Refusal(PROCESSING_FAILURE, "internal error")
+            refusal = Refusal("internal error", PROCESSING_FAILURE)
             context = {"message": f"Internal error: {type(error).__name__} serving {request.name}", "exception": error}
             self._loop.call_exception_handler(context)
         fields: Json = {"Status": refusal.status}
         if refusal.status != CANCELLED:
             what = f"status 0x{refusal.status:04X}"
-            self.owner.warn(f"a request of '{self._calling}' was answered with {what}; see the channel log")
+            self.owner.warn(
+                f"a request of '{self.titles['callingAeTitle']}' was answered with {what}; see the channel log"
+            )
             self.owner.note(f"[Refused]: {request.name}: {what}: {refusal}")
             fields["ErrorComment"] = str(refusal)[:64]
-        await self.respond(request, fields)
-
-    async def respond(self, request: Request, fields: Json, dataset: Dataset | None = None) -> None:
-        """An answer, of success unless its status says other; a data set that cannot be written is not sent."""
-        if not self.core.established:
-            return
-        data, asked = None, request.fields
-        if dataset is not None:
-            try:
-                data = write_dataset(dataset, request.context.syntaxes[0])
-            except Exception:
-                fields = {"Status": UNABLE_TO_PROCESS, "ErrorComment": "the Bot's data set cannot be written"}
-        answer = {
-            f"Affected{name}": uid
-            for name in ("SOPClassUID", "SOPInstanceUID")
-            if (uid := asked.get(f"Requested{name}") or asked.get(f"Affected{name}"))
-        } | {
-            "CommandField": asked["CommandField"] | 0x8000,
-            "MessageIDBeingRespondedTo": asked.get("MessageID", 0), "Status": SUCCESS,
-        }  # fmt: skip
-        await self.write(self.core.message(request.context.id, answer | fields, data))
+        await request.respond(fields)
 
     async def request(self, context: int, fields: Json, data: Iterable[tuple[bytes, bool]]) -> Json:
         """A request of ours to the device, its data set in blocks with whether it is the last; the answer's fields."""
         number = next(self._message_ids)
         self._answers[number] = self._loop.create_future()
-        fields = fields | {"MessageID": number, "CommandDataSetType": 1}
         try:
-            await self.write(self.core.fragments(context, command_set(fields), command=True, last=True))
+            command = command_set(fields | {"MessageID": number, "CommandDataSetType": 1})
+            await self.write(self.core.fragments(context, command, command=True, last=True))
             for block, last in data:
                 if not self.core.established:
                     raise DeviceError("the association ended", "device-silent")
@@ -8076,11 +8025,14 @@ class DicomLine(Line, asyncio.BufferedProtocol):
 # --- the channel -----------------------------------------------------------------------------------------------------
 
 Answer = tuple[Json, "Dataset | None"] | None  # fields and data set; None: success, and nothing more to say
-Send = Callable[[str], Awaitable[Any]]  # a file of the spool to where it shall go; what was answered
+Send = Callable[[str, Any], Awaitable[Any]]  # a file with its meta information to where it shall go; the answer
 
 
 class DicomChannel(Channel):
-    """One DICOM channel: objects, queries, procedure steps and commitment requests of imaging devices."""
+    """One DICOM channel: objects, queries, procedure steps and commitment requests of imaging devices.
+
+    A request is served by the method of its name.
+    """
 
     threads = ThreadPoolExecutor(4, "imaging")  # for the disk
     _decoding = ThreadPoolExecutor(1, "decoding")  # one at a time: messages share the interpreter with it
@@ -8101,57 +8053,49 @@ class DicomChannel(Channel):
 
     @property
     def associations(self) -> list[DicomLine]:
-        return [line for line in cast("Iterable[DicomLine]", self.lines.values()) if line.core.established]
+        return [line for line in self.lines.values() if isinstance(line, DicomLine) and line.core.established]
 
     @property
     def room(self) -> int:
         """Associations are limited when they are asked for; those that have not asked yet are limited here."""
         return 2 * self.settings.maxConnections + 10
 
-    @cached_property
-    def services(self) -> Mapping[str, Callable[[DicomLine, Request], Awaitable[Answer]]]:
-        return {
-            "C-ECHO": self._echo, "C-STORE": self._store, "C-FIND": self._find, "C-MOVE": self._move,
-            "C-GET": self._get, "N-ACTION": self._action, "N-CREATE": self._step, "N-SET": self._step,
-        }  # fmt: skip
-
     def _decode(self, work: Callable[..., T], *given: Any) -> Awaitable[T]:
-        return self.loop.run_in_executor(self._decoding, partial(work, *given))
+        return self.loop.run_in_executor(self._decoding, work, *given)
 
-    async def _echo(self, line: DicomLine, request: Request) -> None:
+    async def c_echo(self, request: Request) -> None:
         """C-ECHO (PS3.4 A.4)."""
 
     # --- objects ---
 
-    async def _store(self, line: DicomLine, request: Request) -> None:
+    async def c_store(self, request: Request) -> None:
         """C-STORE (PS3.4 B.2.3)."""
         file, s = request.file, self.settings
         if not (request.uid and request.fields.get("AffectedSOPClassUID")):
-            raise Refusal(CANNOT_UNDERSTAND, "the request names no class or no instance")
+            raise Refusal("the request names no class or no instance", CANNOT_UNDERSTAND)
         if not is_storage(request.context.abstract):
-            raise Refusal(NO_SUCH_CLASS, "not a presentation context for objects")
-        body: Json = {"association": line.titles}
+            raise Refusal("not a presentation context for objects", NO_SUCH_CLASS)
+        body: Json = {"association": request.line.titles}
         study, spool = "", None
         try:
             if file is not None:
                 if file.error or (s.maxMessageBytes and file.size > s.maxMessageBytes):
                     text = file.error or f"larger than {s.maxMessageBytes} bytes (maxMessageBytes)"
-                    raise Refusal(OUT_OF_RESOURCES, text)
-                study = await self._decode(self._describe, file, request, body, s.dicomJson == "standard")
+                    raise Refusal(text, OUT_OF_RESOURCES)
+                study = await self._decode(self._describe, file, request, body)
                 mark = STOWED if s.storage == "dicomweb" else ""
                 spool = await self.loop.run_in_executor(self.threads, file.keep, mark)
                 body |= {} if mark else {"binary": {"reference": spool_reference(spool)}}
         except OSError as error:
-            raise Refusal(OUT_OF_RESOURCES, _storage_text(error)) from None
-        message = self._new_message(line, request.name, request.uid, study or request.uid, body)
+            raise Refusal(_storage_text(error), OUT_OF_RESOURCES) from None
+        message = self._new_message(request, request.uid, study or request.uid, body)
         message.spool, message.prepared = spool, spool is None
         await self._keep(message)
 
-    @staticmethod
-    def _describe(file: SpoolFile, request: Request, body: Json, standard: bool) -> str:
+    def _describe(self, file: SpoolFile, request: Request, body: Json) -> str:
         """In a thread: add the data set to the body; returns the Study Instance UID."""
         omitted: list[str] = []
-        syntax = request.context.syntaxes[0]
+        standard, syntax = self.settings.dicomJson == "standard", request.context.syntaxes[0]
         if not syntax_of(syntax)[2]:
             with open(file.name, "rb") as reading:
                 check_whole(reading, file.start, syntax)
@@ -8163,18 +8107,18 @@ class DicomChannel(Channel):
             if not {key for key in described if key > "0003"} - set(omitted):
                 raise ValueError("nothing in it")
         except Exception:
-            raise Refusal(CANNOT_UNDERSTAND, "the data set cannot be read") from None
+            raise Refusal("the data set cannot be read", CANNOT_UNDERSTAND) from None
         commanded = request.fields["AffectedSOPClassUID"], request.uid
         for what, found, command in zip(("class", "instance"), uids, commanded, strict=False):
             if found and found != command:
-                raise Refusal(SOP_MISMATCH, f"the SOP {what} UID of the data set is not that of the request")
+                raise Refusal(f"the SOP {what} UID of the data set is not that of the request", SOP_MISMATCH)
         body |= {"dataset": meta | described} | ({"omitted": omitted} if omitted else {})
         return uids[2]
 
-    def _new_message(self, line: DicomLine, command: str, uid: str, key: str, body: Json) -> Message:
+    def _new_message(self, request: Request, uid: str, key: str, body: Json) -> Message:
         text = fitted(body)
-        message = Message(self.queue.row, line.titles["callingAeTitle"], text.encode())
-        message.type, message.control_id = command, uid
+        message = Message(self.queue.row, request.line.titles["callingAeTitle"], text.encode())
+        message.type, message.control_id = request.name, uid
         message.key = "" if self.plan.key_spec == "*" else key
         message.text = text
         return message
@@ -8187,7 +8131,7 @@ class DicomChannel(Channel):
             if message.refusal:
                 self.store.spool.remove(message.spool or "")
                 status = OUT_OF_RESOURCES if message.type == "C-STORE" else RESOURCE_LIMITATION
-                done.set_exception(Refusal(status, message.refusal))
+                done.set_exception(Refusal(message.refusal, status))
             else:
                 self.note(f"[Received {message.type}]: {message.control_id} from {message.remote}")
                 self.queue.stored(message)
@@ -8203,60 +8147,57 @@ class DicomChannel(Channel):
         """The data set of a request, as a part of the body of a message; `refusal` when it cannot be read."""
         omitted: list[str] = []
         try:
-            dataset = await self._decode(lambda: request.dataset)
-            elements = await self._decode(dicom_json, dataset, omitted, large)
+            elements = await self._decode(lambda: dicom_json(request.dataset, omitted, large))
         except Exception:
             raise refusal from None
         return {"dataset": elements} | ({"omitted": omitted} if omitted else {})
 
-    async def _ask(self, line: DicomLine, request: Request, **more: str) -> Any:
-        """The Bot's answer to a query, as JSON; Refusal when there is none, also when the device cancels."""
+    async def _ask(self, request: Request, member: str, **more: str) -> Any:
+        """The Bot's answer to a query, or a member of it; Refusal when there is none, also when the device cancels."""
         command, seconds = request.name, self.settings.responseTimeoutSecs
-        asked = await self._read(request, Refusal(CANNOT_UNDERSTAND, "the identifier cannot be read"))
+        asked = await self._read(request, Refusal("the identifier cannot be read", CANNOT_UNDERSTAND))
         if "omitted" in asked and command != "C-FIND":  # more would be retrieved than was asked for
-            unreadable = ", ".join(asked["omitted"])
-            raise Refusal(CANNOT_UNDERSTAND, f"the identifier has unreadable values: {unreadable}")
+            raise Refusal(f"the identifier has unreadable values: {', '.join(asked['omitted'])}", CANNOT_UNDERSTAND)
         level = "WORKLIST" if request.context.abstract == WORKLIST_CLASS else _texts(asked["dataset"], "00080052")[0]
         body = {
-            "association": line.titles, "command": command,
-            "sopClassUid": str(request.fields.get("AffectedSOPClassUID", "")), "level": level, **asked, **more,
+            "association": request.line.titles, "command": command,
+            "sopClassUid": request.fields.get("AffectedSOPClassUID", ""), "level": level, **asked, **more,
         }  # fmt: skip
         text = dump_json(body).decode()
         if len(dump_json(text)) > BODY_BYTES:
-            raise Refusal(UNABLE_TO_PROCESS, "the identifier is larger than the server takes")
+            raise Refusal("the identifier is larger than the server takes")
         self.note(f"[Received {command}]: {text}")
-        asking = self.uplink.ask(self.plan.name, line.titles["callingAeTitle"], text, seconds)
+        asking = self.uplink.ask(self.plan.name, request.line.titles["callingAeTitle"], text, seconds)
         try:
             answer = await unless_cancelled(request, asking)
         except TimeoutError:
-            raise Refusal(UNABLE_TO_PROCESS, f"the Bot did not answer within {seconds:g} s") from None
+            raise Refusal(f"the Bot did not answer within {seconds:g} s") from None
         except ServerError as error:
-            raise Refusal(UNABLE_TO_PROCESS, str(error)) from None
+            raise Refusal(str(error)) from None
         status = answer.get("statusCode")
         if isinstance(status, int) and status >= 400:
-            raise Refusal(UNABLE_TO_PROCESS, f"the server or the Bot failed (status {status})")
-        return bot_words(answer.get("body"))
+            raise Refusal(f"the server or the Bot failed (status {status})")
+        words = bot_words(answer.get("body"))
+        return words.get(member) if isinstance(words, dict) else words
 
-    async def _find(self, line: DicomLine, request: Request) -> None:
+    async def c_find(self, request: Request) -> None:
         """C-FIND (PS3.4 C.4.1, K.4.1)."""
-        matches: Any
         if self._answers_itself(request):
-            matches = await self._search(request)
+            matches: Any = await self._search(request)
         else:
-            words = await self._ask(line, request)
-            matches = words.get("datasets") if isinstance(words, dict) else words
+            matches = await self._ask(request, "datasets")
         if not isinstance(matches, list):
-            raise Refusal(UNABLE_TO_PROCESS, "the Bot's answer is no list of data sets")
+            raise Refusal("the Bot's answer is no list of data sets")
         for elements in matches:
             if request.cancelled.is_set():
-                raise Refusal(CANCELLED, "cancelled by the device")
+                raise Refusal("cancelled by the device", CANCELLED)
             try:
                 dataset = await self._decode(dataset_of, elements)
             except ValueError as error:
-                raise Refusal(UNABLE_TO_PROCESS, f"the Bot's answer is {error}") from None
+                raise Refusal(f"the Bot's answer is {error}") from None
             if "QueryRetrieveLevel" in request.dataset and "QueryRetrieveLevel" not in dataset:
                 dataset.QueryRetrieveLevel = request.dataset.QueryRetrieveLevel
-            await line.respond(request, {"Status": PENDING_MATCH}, dataset)
+            await request.respond({"Status": PENDING_MATCH}, dataset)
 
     # answer=server: the query is a FHIR search, one level below the other
 
@@ -8266,7 +8207,7 @@ class DicomChannel(Channel):
     async def _search(self, request: Request) -> list[Json]:
         """The data sets of what matches, at the level that is asked for; for a retrieval of images, and their `raw`."""
         text = "the identifier cannot be read, or its level is none of a study root"
-        refusal = Refusal(CANNOT_UNDERSTAND, text)
+        refusal = Refusal(text, CANNOT_UNDERSTAND)
         wanted = asked = (await self._read(request, refusal))["dataset"]
         if (level := _texts(asked, "00080052")[0]) not in _SEARCHES:
             raise refusal
@@ -8274,13 +8215,13 @@ class DicomChannel(Channel):
         if request.name != "C-FIND":  # PS3.4 C.4.2.1.4.1: the unique keys; the others do not narrow it
             uids = [next(iter(parameters)) for _, _, parameters, _ in rows]
             if not asked.get(uids[depth], {}).get("Value"):
-                raise Refusal(SOP_MISMATCH, f"a retrieval at this level needs {rows[depth][3][0]}")
+                raise Refusal(f"a retrieval at this level needs {rows[depth][3][0]}", SOP_MISMATCH)
             wanted = {tag: asked[tag] for tag in (*uids, "00100020") if tag in asked}
             depth = len(rows) - 1
         try:
             found = await unless_cancelled(request, self._descend(wanted, rows[: depth + 1]))
         except ServerError as error:
-            raise Refusal(UNABLE_TO_PROCESS, f"the server cannot be asked: {error}") from None
+            raise Refusal(f"the server cannot be asked: {error}") from None
         if request.name != "C-FIND":
             return [described | {"raw": resource.get("raw")} for described, resource in found]
         return [{tag: described[tag] for tag in asked if tag in described} for described, _ in found]
@@ -8299,61 +8240,57 @@ class DicomChannel(Channel):
                         found.append((described, resource))
         return list({described[uid]["Value"][0]: (described, resource) for described, resource in found}.values())
 
-    async def _references(self, line: DicomLine, request: Request, **more: str) -> list[list[str]]:
+    async def _references(self, request: Request, **more: str) -> list[list[str]]:
         """Of each object where it can be had, the best place first; one that can be had nowhere fails, and counts."""
         if self._answers_itself(request):
             return [_places(found) for found in await self._search(request)]
-        words = await self._ask(line, request, **more)
+        found = await self._ask(request, "binaries", **more)
         try:
-            return [[reference_of(item)] for item in (words["binaries"] if isinstance(words, dict) else words)]
-        except (ValueError, TypeError, KeyError):
-            raise Refusal(UNABLE_TO_PROCESS, "the Bot's answer is no list of references to Binaries") from None
+            return [[reference_of(item)] for item in found]
+        except (ValueError, TypeError):
+            raise Refusal("the Bot's answer is no list of references to Binaries") from None
 
-    async def _move(self, line: DicomLine, request: Request) -> Answer:
+    async def c_move(self, request: Request) -> Answer:
         """C-MOVE (PS3.4 C.4.2)."""
-        title, calling = str(request.fields.get("MoveDestination", "")), line.titles["callingAeTitle"]
+        title, calling = request.fields.get("MoveDestination", ""), request.line.titles["callingAeTitle"]
         peer = destinations(self.settings.moveDestinations).get(title)
         if peer is None:
             self.warn(f"'{calling}' asked to move to '{title}': not among moveDestinations")
-            raise Refusal(UNKNOWN_DESTINATION, "the destination is not among moveDestinations")
-        references = await self._references(line, request, destination=title)
+            raise Refusal("the destination is not among moveDestinations", UNKNOWN_DESTINATION)
+        references = await self._references(request, destination=title)
         entity = pynetdicom.AE(self.settings.calledAeTitle or "MEDPLUM")
         entity.acse_timeout, entity.dimse_timeout = self.settings.associationTimeoutSecs, DIMSE_SECS
         sender = Sender(entity, peer, title)
         send = partial(sender.send, originator_aet=calling, originator_id=request.fields.get("MessageID", 0))
         try:
             sending = partial(self.loop.run_in_executor, self._sending, send)
-            return await self._retrieve(line, request, references, sending, sender)
+            return await self._retrieve(request, references, sending, sender)
         finally:
             if sender.problem is not None:
                 self.warn(f"objects could not be moved to '{title}': {sender.problem}")
             await self.loop.run_in_executor(self._sending, sender.release)
 
-    async def _get(self, line: DicomLine, request: Request) -> Answer:
+    async def c_get(self, request: Request) -> Answer:
         """C-GET (PS3.4 C.4.3): the objects come as C-STORE on the same association."""
+        references = await self._references(request)
+        return await self._retrieve(request, references, partial(self._send_back, request.line))
 
-        async def send(path: str) -> Json:
-            return await line.request(*await self._decode(self._prepared, line, path))
-
-        return await self._retrieve(line, request, await self._references(line, request), send)
-
-    @staticmethod
-    def _prepared(line: DicomLine, path: str) -> tuple[int, Json, Iterable[tuple[bytes, bool]]]:
-        """In a thread: the context that takes the object, the command, and its data set; ValueError."""
-        meta = pydicom.filereader.read_file_meta_info(path)
-        sop_class, own = str(meta.MediaStorageSOPClassUID), str(meta.TransferSyntaxUID)
+    async def _send_back(self, line: DicomLine, path: str, meta: Dataset) -> Json:
+        """C-STORE of a file in a context that takes it, or in another uncompressed syntax; ValueError."""
+        sop_class, own = meta.MediaStorageSOPClassUID, meta.TransferSyntaxUID
         accepted = {c.syntaxes[0]: c.id for c in line.core.contexts.values() if c.abstract == sop_class}
-        fields = {"CommandField": 0x0001, "AffectedSOPClassUID": sop_class, "Priority": 0,
-                  "AffectedSOPInstanceUID": str(meta.MediaStorageSOPInstanceUID)}  # fmt: skip
-        if own in accepted:
-            return accepted[own], fields, file_blocks(path, 144 + int(meta.FileMetaInformationGroupLength))
-        syntax = next((syntax for syntax in accepted if syntax in UNCOMPRESSED and own in UNCOMPRESSED), "")
-        if not syntax:
+        usable = [own] if own in accepted else [one for one in accepted if {one, own} <= set(UNCOMPRESSED)]
+        if not usable:
             raise ValueError("no presentation context for it")
-        return accepted[syntax], fields, [(write_dataset(pydicom.dcmread(path), syntax), True)]
+        data: Iterable[tuple[bytes, bool]] = file_blocks(path, 144 + meta.FileMetaInformationGroupLength)
+        if usable[0] != own:
+            data = [(await self._decode(lambda: write_dataset(pydicom.dcmread(path), usable[0])), True)]
+        fields = {"CommandField": 0x0001, "AffectedSOPClassUID": sop_class, "Priority": 0,
+                  "AffectedSOPInstanceUID": meta.MediaStorageSOPInstanceUID}  # fmt: skip
+        return await line.request(accepted[usable[0]], fields, data)
 
     async def _retrieve(
-        self, line: DicomLine, request: Request, references: list[list[str]], send: Send, sender: Sender | None = None
+        self, request: Request, references: list[list[str]], send: Send, sender: Sender | None = None
     ) -> Answer:
         """Each object as it comes from the server, and a pending answer after each; the last says what failed."""
         counts = {"Remaining": len(references), "Completed": 0, "Failed": 0, "Warning": 0}
@@ -8371,7 +8308,7 @@ class DicomChannel(Channel):
             counts["Remaining"] -= 1
             counts[outcome] += 1
             failed += [uid] if outcome == "Failed" and uid else []
-            await line.respond(request, answer(PENDING_MATCH))
+            await request.respond(answer(PENDING_MATCH))
         else:
             del counts["Remaining"]
             bad = counts["Failed"] + counts["Warning"]
@@ -8393,8 +8330,8 @@ class DicomChannel(Channel):
                 raise ServerError(file.error)
             file.close()
             meta = await self._decode(pydicom.filereader.read_file_meta_info, file.name)
-            uid = str(meta.MediaStorageSOPInstanceUID)
-            status = int((await send(file.name)).get("Status", PROCESSING_FAILURE))
+            uid = meta.MediaStorageSOPInstanceUID
+            status = int((await send(file.name, meta)).get("Status", PROCESSING_FAILURE))
             return "Completed" if status == SUCCESS else "Warning" if status >> 12 == 0xB else "Failed", uid
         except Exception as error:  # no DICOM file, or nobody who takes it: the next one may go
             said = str(error) if isinstance(error, AgentError | ValueError) else type(error).__name__
@@ -8405,11 +8342,11 @@ class DicomChannel(Channel):
 
     # --- procedure steps and storage commitment ---
 
-    async def _step(self, line: DicomLine, request: Request) -> Answer:
+    async def n_create(self, request: Request) -> Answer:
         """MPPS N-CREATE and N-SET (PS3.4 F.7.2): stored; the Bot's answer goes back if it comes in time."""
         uid = request.uid or str(pydicom.uid.generate_uid())
-        body = await self._request(line, request, MPPS_CLASS, uid)
-        message, heard = self._new_message(line, request.name, uid, uid, body), self.loop.create_future()
+        body = await self._request(request, MPPS_CLASS, uid)
+        message, heard = self._new_message(request, uid, uid, body), self.loop.create_future()
         try:
             stored = self._keep(message)
             self._waiting[message.id] = heard
@@ -8421,34 +8358,38 @@ class DicomChannel(Channel):
         except TimeoutError:  # the request is kept
             answer = None
         except ValueError:
-            raise Refusal(PROCESSING_FAILURE, "the Bot's answer is no data set in DICOM JSON") from None
+            raise Refusal("the Bot's answer is no data set in DICOM JSON", PROCESSING_FAILURE) from None
         finally:
             self._waiting.pop(message.id, None)
         return {"AffectedSOPInstanceUID": uid}, answer
 
-    async def _request(self, line: DicomLine, request: Request, sop_class: str, uid: str, **more: int) -> Json:
-        """The body of a message about an N-service."""
-        refusal = Refusal(PROCESSING_FAILURE, "the data set cannot be read")
-        asked = await self._read(request, refusal, UPLINK_FRAME_BYTES)
-        about = {"association": line.titles, "command": request.name, "sopClassUid": sop_class, "sopInstanceUid": uid}
-        return about | more | asked
+    n_set = n_create
 
-    async def _action(self, line: DicomLine, request: Request) -> None:
+    async def _request(self, request: Request, sop_class: str, uid: str, **more: int) -> Json:
+        """The body of a message about an N-service."""
+        refusal = Refusal("the data set cannot be read", PROCESSING_FAILURE)
+        asked = await self._read(request, refusal, UPLINK_FRAME_BYTES)
+        return {
+            "association": request.line.titles, "command": request.name, "sopClassUid": sop_class,
+            "sopInstanceUid": uid, **more, **asked,
+        }  # fmt: skip
+
+    async def n_action(self, request: Request) -> None:
         """Storage commitment N-ACTION (PS3.4 J.3.2): answered when stored; the report follows the Bot's answer."""
         if request.fields.get("RequestedSOPClassUID") != COMMITMENT_CLASS or request.fields.get("ActionTypeID") != 1:
-            raise Refusal(NO_SUCH_ACTION, "an action that is not supported")
-        body = await self._request(line, request, COMMITMENT_CLASS, request.uid, actionTypeId=1)
+            raise Refusal("an action that is not supported", NO_SUCH_ACTION)
+        body = await self._request(request, COMMITMENT_CLASS, request.uid, actionTypeId=1)
         try:
             wanted = [str(item.ReferencedSOPInstanceUID) for item in request.dataset.ReferencedSOPSequence]
             key = f"commitment {request.dataset.TransactionUID}"
         except Exception:  # no transaction, no objects, or unreadable ones
-            raise Refusal(PROCESSING_FAILURE, "the request cannot be read") from None
-        message = self._new_message(line, request.name, request.uid, key, body)
-        if not wanted or [uid for uid, _ in referenced_objects(load_json(message.text or ""))] != wanted:
-            raise Refusal(RESOURCE_LIMITATION, "more objects than fit into one message; ask for fewer at a time")
+            raise Refusal("the request cannot be read", PROCESSING_FAILURE) from None
+        message = self._new_message(request, request.uid, key, body)
+        if not wanted or [uid for uid, _ in referenced_objects(body)] != wanted:
+            raise Refusal("more objects than fit into one message; ask for fewer at a time", RESOURCE_LIMITATION)
         message.prepared = False
         stored = self._keep(message)
-        line.commitments.add(message.id)
+        request.line.commitments.add(message.id)
         await stored
 
     # --- answers of the Bot ---
@@ -8466,7 +8407,6 @@ class DicomChannel(Channel):
 
     async def _report(self, message: Message, text: str) -> None:
         """Report what the Bot says is safe; everything else has failed (PS3.4 J.3.3)."""
-        line = next((line for line in self.associations if message.id in line.commitments), None)
         asked = message.text or (await self.store.bodies([message.id]))[message.id][0].decode()
         request = load_json(asked)
         committed: set[str] | None = None
@@ -8480,7 +8420,7 @@ class DicomChannel(Channel):
         report = await self._decode(commitment_report, request, committed)
         for seconds in COMMITMENT_REPORT_SECS:
             await asyncio.sleep(seconds)
-            if not (problem := await self._send_report(request["association"], *report, line)):
+            if not (problem := await self._send_report(message, request["association"], *report)):
                 message.outcome = DELIVERED
                 self.store.update(message)
                 return
@@ -8510,7 +8450,7 @@ class DicomChannel(Channel):
         for message in await self.store.unreported(self.queue.row, since):
             spawn(self._report(message, message.response or ""))
 
-    async def _send_report(self, titles: Json, report: Dataset, kind: int, line: DicomLine | None) -> str:
+    async def _send_report(self, message: Message, titles: Json, report: Dataset, kind: int) -> str:
         """N-EVENT-REPORT, on an association of our own where the device's address is known; why not, or ``."""
         calling = titles["callingAeTitle"]
         try:
@@ -8518,9 +8458,10 @@ class DicomChannel(Channel):
                 own = titles["calledAeTitle"] or self.settings.calledAeTitle or "MEDPLUM"
                 sender = Sender(pynetdicom.AE(own), peer, calling)
                 status = (await self.loop.run_in_executor(self._sending, sender.report, report, kind)).get("Status")
-            elif line is None or not line.core.established:
+            elif not (lines := [line for line in self.associations if message.id in line.commitments]):
                 return f"'{calling}' is not connected; name its address in moveDestinations"
             else:
+                (line,) = lines
                 context = next(c for c in line.core.contexts.values() if c.abstract == COMMITMENT_CLASS)
                 fields = {"CommandField": 0x0100, "AffectedSOPClassUID": COMMITMENT_CLASS,
                           "AffectedSOPInstanceUID": COMMITMENT_INSTANCE, "EventTypeID": kind}  # fmt: skip
@@ -8608,20 +8549,23 @@ def matches_query(wanted: Json, described: Json) -> bool:
 def _matches(vr: str, key: str, value: str) -> bool:
     if vr in ("DA", "TM", "DT") and "-" in key:
         first, last = key.split("-", 1)
-        return (bool(value) and (first or value) <= value <= (last or value)) or (bool(last) and value.startswith(last))
+        inside = (first or value) <= value <= (last or value)
+        return bool(value) and (inside or (bool(last) and value.startswith(last)))
     if vr == "PN":
         key, value = key.casefold().rstrip("^= "), value.casefold().rstrip("^= ")
-    pattern = "".join(".*" if c == "*" else "." if c == "?" else re.escape(c) for c in key)
-    return re.fullmatch(pattern if vr not in ("UI", "DA", "TM", "IS") else re.escape(key), value) is not None
+    pattern = re.escape(key)
+    if vr not in ("UI", "DA", "TM", "IS"):
+        pattern = pattern.replace("\\*", ".*").replace("\\?", ".")
+    return re.fullmatch(pattern, value) is not None
 
 
 async def unless_cancelled(request: Request, work: Coroutine[Any, Any, T]) -> T:
     """The result of `work`; Refusal when the device cancels, or is gone."""
-    doing, cancelled = asyncio.ensure_future(work), asyncio.ensure_future(request.cancelled.wait())
+    doing, cancelled = asyncio.ensure_future(work), spawn(request.cancelled.wait())
     try:
         await asyncio.wait({doing, cancelled}, return_when=asyncio.FIRST_COMPLETED)
         if not doing.done():
-            raise Refusal(CANCELLED, "cancelled by the device")
+            raise Refusal("cancelled by the device", CANCELLED)
         return doing.result()
     finally:
         doing.cancel()
@@ -8643,17 +8587,15 @@ def commitment_report(request: Json, committed: set[str] | None) -> tuple[Datase
     `committed`: SOP Instance UIDs; None when nobody could say.
     """
     reason = PROCESSING_FAILURE if committed is None else NO_SUCH_INSTANCE
-    done, failed = list[Json](), list[Json]()
+    sequences: dict[str, list[Json]] = {"00081199": [], "00081198": []}  # referenced, failed
     for uid, sop_class in referenced_objects(request):
         item: Json = {"00081150": {"vr": "UI", "Value": [sop_class]}, "00081155": {"vr": "UI", "Value": [uid]}}
-        if uid in (committed or ()):
-            done.append(item)
-        else:
-            failed.append(item | {"00081197": {"vr": "US", "Value": [reason]}})
-    report = {"00081195": request["dataset"].get("00081195", {"vr": "UI"})}
-    for tag, items in (("00081199", done), ("00081198", failed)):
-        report |= {tag: {"vr": "SQ", "Value": items}} if items else {}
-    return dataset_of(report), 1 if done and not failed else 2
+        safe = uid in (committed or ())
+        item |= {} if safe else {"00081197": {"vr": "US", "Value": [reason]}}
+        sequences["00081199" if safe else "00081198"].append(item)
+    report = {tag: {"vr": "SQ", "Value": items} for tag, items in sequences.items() if items}
+    report["00081195"] = request["dataset"].get("00081195", {"vr": "UI"})
+    return dataset_of(report), 2 if sequences["00081198"] else 1
 
 
 # --- requests of the cloud to application entities -------------------------------------------------------------------
@@ -8679,7 +8621,7 @@ class ImagingCaller:
                 raise ValueError(f"command '{command}' is unknown: use one of {', '.join(cls.COMMANDS)}")
             if command == "C-STORE":
                 reference_of(request.get("binary"))
-            if command in ("C-FIND", "C-MOVE"):
+            if command in _QUERY_COMMANDS:
                 cls._model(request)
                 dataset_of(request.get("dataset", {}))
             if command == "C-MOVE" and not ae_titles(str(request.get("destination") or "")):
@@ -8715,8 +8657,8 @@ class ImagingCaller:
                         raise DeviceError(f"{reference} cannot be fetched: {error}", kind) from None
                     if file.error:
                         raise DeviceError(f"{reference}: {file.error}", "device-error")
-                perform = partial(self._perform, push.target, request, file, seconds)
-                answer = await asyncio.get_running_loop().run_in_executor(threads, perform)
+                loop = asyncio.get_running_loop()
+                answer = await loop.run_in_executor(threads, self._perform, push.target, request, file, seconds)
             return dump_json({"command": request["command"], **answer}).decode()
         finally:
             if file is not None:
@@ -8739,7 +8681,8 @@ class ImagingCaller:
             if file is None:
                 return self._query(sender, request)
             file.close()
-            return {"status": _checked_status(sender.send(file.name))}
+            meta = pydicom.filereader.read_file_meta_info(file.name)
+            return {"status": _checked_status(sender.send(file.name, meta))}
         except DeviceError as error:
             raise DeviceError(f"{key}: {error}", error.kind) from None
         except Exception as error:  # no DICOM file, or no presentation context that takes it
@@ -8764,9 +8707,10 @@ class ImagingCaller:
             found = [dicom_json(dataset, []) for _, dataset in answers if dataset is not None]
             return {"status": _checked_status(answers[-1][0]), "datasets": found}
         last, _ = list(association.send_c_move(identifier, request["destination"], sop_class))[-1]
-        names = ("Completed", "Failed", "Warning")
-        counts = {name.lower(): int(last.get(f"NumberOf{name}Suboperations") or 0) for name in names}
-        return {"status": _checked_status(last), **counts}
+        counted = ("Completed", "Failed", "Warning")
+        return {"status": _checked_status(last)} | {
+            name.lower(): int(last.get(f"NumberOf{name}Suboperations") or 0) for name in counted
+        }
 
 
 def _checked_status(answer: Dataset) -> int:

@@ -144,7 +144,7 @@ def _astm_events(kind: int, pieces: list[list[bytes]], late: bool) -> list[str]:
 
 
 ma.imaging()  # commands need its dictionary
-DIMSE_STATES = ("Sta2", "Sta3", "Sta6", "Sta7", "Sta10", "Sta13")
+DIMSE_STATES = ("Sta2", "Sta3", "Sta6", "Sta13")
 DIMSE_ENDS = (ma.RELEASE_RP, ma.ABORT)
 
 
@@ -176,9 +176,7 @@ def _dimse_in(state: str) -> ma.Dimse:
     core.receive(ASSOCIATE)
     if state != "Sta3":
         core.accept([(ma.Context(number, "1.2", (ma.IMPLICIT,)), 0) for number in (1, 3)], {})
-    if state in ("Sta7", "Sta10"):
-        core.release()
-    if state in ("Sta10", "Sta13"):
+    if state == "Sta13":
         core.receive(_pdu(ma.RELEASE_RQ, bytes(4)))
     assert core.state == state
     return core
