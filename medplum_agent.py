@@ -331,7 +331,7 @@ class ServerError(PeerError):
 
 
 # =====================================================================================================================
-# Settings (960 lines, 6700 tokens)
+# Settings (970 lines, 6700 tokens)
 #
 # One setting, one row: a field of a frozen dataclass. The parser, the checks, `--settings-schema` and README's tables
 # come from the row. Names are the wire's own (camelCase). Precedence for a channel, field by field: Endpoint address,
@@ -1109,7 +1109,7 @@ def _problem(s: ChannelSettings, where: str) -> str:
     if not s.certFile:
         return "TLS needs certFile, a PEM file with our certificate"
     try:
-        listening_tls(vars(s))
+        listening_tls(s)
     except OSError as error:
         problem = Problem(f"{where}: TLS cannot be set up with certFile, keyFile and clientCa; our main log says why")
         problem.log = f"{where}: TLS cannot be set up: {error}"
@@ -1135,16 +1135,16 @@ def load_identity(context: ssl.SSLContext, cert_file: str, key_file: str) -> Non
     context.load_cert_chain(cert_file, key_file or None)
 
 
-def listening_tls(values: Mapping[str, Any]) -> ssl.SSLContext:
+def listening_tls(s: ChannelSettings) -> ssl.SSLContext:
     """Our certificate, and who may connect, as the files say now (TLS 1.2 and later, PS3.15 B.12); OSError."""
     context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
-    cert, key, authority = values["certFile"], values["keyFile"], values["clientCa"]
-    what, wanted = f"certFile {cert}" + (f" with keyFile {key}" if key else ""), "a certificate and its key in PEM"
+    what = f"certFile {s.certFile}" + (f" with keyFile {s.keyFile}" if s.keyFile else "")
+    wanted = "a certificate and its key in PEM"
     try:
-        load_identity(context, cert, key)
-        if authority:
-            what, wanted = f"clientCa {authority}", "a certificate in PEM"
-            context.load_verify_locations(cadata=named_file(authority).decode("ascii", "replace"))
+        load_identity(context, s.certFile, s.keyFile)
+        if s.clientCa:
+            what, wanted = f"clientCa {s.clientCa}", "a certificate in PEM"
+            context.load_verify_locations(cadata=named_file(s.clientCa).decode("ascii", "replace"))
             context.verify_mode = ssl.CERT_REQUIRED
     except ssl.SSLError as error:
         raise OSError(f"{what}: {error.reason or 'not usable'}; it must hold {wanted}") from None
@@ -1173,6 +1173,8 @@ def channel_plan(name: str, endpoint: Json, given: Mapping[str, Any], warnings: 
     query = ("tls=true&" if url.scheme in ("mllps", "dicoms") else "") + url.query
     protocol, cls = PROTOCOLS[prefix]
     settings, written = channel_settings(cls, query, where, given, warnings)
+    if serial and settings.tls:
+        raise ConfigError([f"{where}: a serial line has no TLS"])
     return ChannelPlan(name, address, protocol, host, port, endpoint.get("status") != "off", settings, written)
 
 
@@ -2603,90 +2605,60 @@ class ChannelRow:
         self.name, self.key_spec, self.id, self.epoch = name, key_spec, id_, epoch
 
 
+@dataclass(slots=True, eq=False)
 class Message:
     """One message: its row, and what is known of it in memory. Times are epoch milliseconds."""
 
-    __slots__ = (
-        "assign",
-        "attempts",
-        "binary",
-        "channel",
-        "checked",
-        "control_id",
-        "deadline",
-        "earlier",
-        "encoding",
-        "epoch",
-        "error_code",
-        "failing_ms",
-        "failing_since",
-        "failures",
-        "finalized",
-        "id",
-        "key",
-        "last_error",
-        "losses",
-        "must",
-        "next_attempt_at",
-        "original",
-        "outcome",
-        "prepared",
-        "received_at",
-        "refusal",
-        "remote",
-        "response",
-        "return_ack",
-        "sent_at",
-        "seq_no",
-        "session",
-        "settled_at",
-        "size",
-        "source",
-        "spool",
-        "state",
-        "status_code",
-        "text",
-        "type",
-        "window_ms",
-    )  # fmt: skip
+    row: dataclasses.InitVar[ChannelRow]
+    remote: str
+    original: bytes | None  # as received; given up once it is on disk
+    encoding: str = "utf-8"
+    id: int = 0
+    channel: int = 0
+    epoch: int = 0
+    text: str | None = None  # what goes uplink; None: on disk
+    finalized: str | None = None  # what goes uplink, where that is not what `original` says
+    size: int = 0
+    control_id: str = ""
+    type: str = ""
+    key: str | None = ""
+    checked: int | None = None  # with the control id it must be new: a hash of what makes a repetition
+    window_ms: int = 1 << 62  # for so long
+    must: bool = False  # it was acknowledged in pieces: stored without any limit, and tried until it is
+    assign: bool = False  # MSH-13 is written at insertion
+    seq_no: int | None = None
+    session: str | None = None  # of an ASTM message: its frames in `partial` are replaced by it
+    return_ack: str | None = None  # of a push: the ACK that completes it
+    spool: str | None = None  # of an image: its file, which is uploaded before the message is sent
+    binary: str | None = None  # what became of that file
+    prepared: bool = True  # nothing has to happen before it can be sent
+    received_at: int = 0
+    state: int = QUEUED
+    outcome: int = PENDING
+    attempts: int = 0
+    failures: int = 0
+    next_attempt_at: int = 0
+    failing_ms: int = 0
+    failing_since: float = 0.0  # on the loop's clock, while there is a connection; 0: it has not failed on this one
+    sent_at: int = 0
+    settled_at: int = 0
+    losses: int = 0  # connections that worked for others and were lost while this message was in flight
+    deadline: float = math.inf  # of the answer that is awaited; the event loop's clock
+    response: str | None = None
+    status_code: int | None = None
+    error_code: str | None = None
+    last_error: str | None = None
+    earlier: Message | None = None  # set when the message is a repetition: what it repeats
+    refusal: str | None = None  # set when it could not be stored
+    source: Callable[[Message], None] | None = None  # told when it is on disk or refused
 
-    def __init__(self, row: ChannelRow, remote: str, original: bytes, encoding: str = "utf-8"):
-        self.id = 0
-        self.channel, self.epoch, self.remote, self.encoding = row.id, row.epoch, remote, encoding
-        self.original: bytes | None = original  # as received; given up once it is on disk
-        self.text: str | None = None  # what goes uplink; None: on disk
-        self.finalized: str | None = None  # what goes uplink, where that is not what `original` says
-        self.size = len(original)
-        self.control_id = self.type = ""
-        self.key: str | None = ""
-        self.checked: int | None = None  # with the control id it must be new: a hash of what makes a repetition
-        self.window_ms = 1 << 62  # for so long
-        self.must = False  # it was acknowledged in pieces: stored without any limit, and tried until it is
-        self.assign = False  # MSH-13 is written at insertion
-        self.seq_no: int | None = None
-        self.session: str | None = None  # of an ASTM message: its frames in `partial` are replaced by it
-        self.return_ack: str | None = None  # of a push: the ACK that completes it
-        self.spool: str | None = None  # of an image: its file, which is uploaded before the message is sent
-        self.binary: str | None = None  # what became of that file
-        self.prepared = True  # nothing has to happen before it can be sent
+    def __post_init__(self, row: ChannelRow) -> None:
+        self.channel, self.epoch, self.size = row.id, row.epoch, len(self.original or b"")
         self.received_at = now_ms()
-        self.state, self.outcome = QUEUED, PENDING
-        self.attempts = self.failures = self.next_attempt_at = self.failing_ms = self.sent_at = self.settled_at = 0
-        self.failing_since = 0.0  # on the loop's clock, while there is a connection; 0: it has not failed on this one
-        self.losses = 0  # connections that worked for others and were lost while this message was in flight
-        self.deadline = math.inf  # of the answer that is awaited; the event loop's clock
-        self.response: str | None = None
-        self.status_code: int | None = None
-        self.error_code: str | None = None
-        self.last_error: str | None = None
-        self.earlier: Message | None = None  # set when the message is a repetition: what it repeats
-        self.refusal: str | None = None  # set when it could not be stored
-        self.source: Callable[[Message], None] | None = None  # told when it is on disk or refused
 
     @classmethod
     def _from_row(cls, row: Sequence[Any]) -> Message:
-        message = cls(ChannelRow("", ""), "", b"")
-        message.original = None
+        message = cls(ChannelRow("", ""), "", None)
         for name, value in zip(_READ, row, strict=False):
             setattr(message, name, value)
         return message
@@ -3095,7 +3067,10 @@ class Store:
                     self._refuse_inbox()
                     continue
             if not self._inbox:
-                self._sleep()
+                self._sleeping = True
+                if not self._inbox and not self._stopping:
+                    self._wait(None)
+                self._sleeping = False
                 continue
             if not self._write_batch(db, self._take_batch()):
                 db = self._after_failure(db)
@@ -3104,12 +3079,6 @@ class Store:
                 db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
             db.close()
             self._remember(self._next_id)
-
-    def _sleep(self) -> None:
-        self._sleeping = True
-        if not self._inbox and not self._stopping:
-            self._wait(None)
-        self._sleeping = False
 
     def _wait(self, seconds: float | None) -> None:
         """Until the bell rings, or so long."""
@@ -4149,16 +4118,17 @@ class Queue:
                 self._order.add(Fence())
             self._epoch = message.epoch
         self.window[message.id] = message
-        if message.text is not None:
-            self.hold(message, message.text if self._bytes + len(message.text) <= WINDOW_BYTES else None)
+        if message.text is not None and self._bytes + len(message.text) > WINDOW_BYTES:
+            message.text = None
+        self._bytes += len(message.text or "")
         self._order.add(message)
         if message.spool and not message.prepared:
             self._ahead.append(message)
 
-    def hold(self, message: Message, text: str | None, *, was: int = 0) -> None:
-        """Keep a text in memory, or leave it on disk until its turn; `was`: the size of what it replaces."""
+    def hold(self, message: Message, text: str | None) -> None:
+        """Keep a text in memory, or leave it on disk until its turn."""
+        self._bytes += len(text or "") - len(message.text or "")
         message.text = text
-        self._bytes += (len(text) if text is not None else 0) - was
 
     def _load_soon(self) -> None:
         more = self._behind and len(self.window) <= WINDOW_MESSAGES - REFILL_MESSAGES
@@ -4236,22 +4206,19 @@ class Queue:
             else:
                 inflight[item.id] = item
                 self._inflight_bytes += item.size
-                self._send(item)
+                if item.text is None:
+                    self._bodiless.append(item)
+                elif not item.prepared:
+                    self._prepare(item)
+                elif policy.mode in ("none", "normal"):
+                    item.state = SENT
+                    self._store.update(item, then=partial(self._start_marked, item))
+                else:
+                    self._start(item)
         if self._ahead:
             self._prepare_ahead()
         if self._behind or self._bodiless:
             self._load_soon()
-
-    def _send(self, message: Message) -> None:
-        if message.text is None:
-            self._bodiless.append(message)
-        elif not message.prepared:
-            self._prepare(message)
-        elif self.policy.mode in ("none", "normal"):
-            message.state = SENT
-            self._store.update(message, then=partial(self._start_marked, message))
-        else:
-            self._start(message)
 
     def _start_marked(self, message: Message) -> None:
         """It is on disk that the message was sent; if it cannot be, by now, that is taken back."""
@@ -4291,8 +4258,8 @@ class Queue:
 
     def _park(self, message: Message) -> None:
         """Wait for the next try without a worker; a large backlog of retries keeps its bodies on disk."""
-        if self._bytes > WINDOW_BYTES and message.text is not None:
-            self.hold(message, None, was=len(message.text))
+        if self._bytes > WINDOW_BYTES:
+            self.hold(message, None)
         delay = min(max(0, message.next_attempt_at - now_ms()), self.policy.max_delay_ms) / 1000  # clocks jump
         self._parked[message.id] = self._loop.call_later(delay, self._unpark, message)
 
@@ -4587,15 +4554,12 @@ class Uplink:
 
     def transmit(self, queue: Queue, message: Message) -> None:
         """A message of a device; its callback is the same for each try, but for the number of the try behind `#`."""
-        kind = _CONTENT_TYPES.get(message.type, HL7_TYPE)
-        callback = f"{self._agent}{self.store.uuid if self.store else ''}-{message.id:012x}#{message.attempts}"
-        self._transmit(queue.row.name, message.remote, kind, message.text or "", callback, message.id)
-
-    def _transmit(self, channel: str, remote: str, kind: str, body: str, callback: str, id_: int = 0) -> None:
+        assert self.store is not None
         self._write({
-            "type": "agent:transmit:request", "accessToken": self._token, "channel": channel, "remote": remote,
-            "contentType": kind, "body": body, "callback": callback,
-        }, id_)  # fmt: skip
+            "type": "agent:transmit:request", "accessToken": self._token, "channel": queue.row.name,
+            "remote": message.remote, "contentType": _CONTENT_TYPES.get(message.type, HL7_TYPE), "body": message.text,
+            "callback": f"{self._agent}{self.store.uuid}-{message.id:012x}#{message.attempts}",
+        }, message.id)  # fmt: skip
 
     def send(self, message: Json) -> None:
         """Send an answer or a control message; dropped when there is no live connection to answer on."""
@@ -4748,7 +4712,10 @@ class Uplink:
         self._asked[callback] = answer
         try:
             async with asyncio.timeout(seconds):
-                self._transmit(channel, remote, JSON_TYPE, body, callback)
+                self._write({
+                    "type": "agent:transmit:request", "accessToken": self._token, "channel": channel, "remote": remote,
+                    "contentType": JSON_TYPE, "body": body, "callback": callback,
+                })  # fmt: skip
                 return await answer
         finally:
             del self._asked[callback]
@@ -4780,7 +4747,7 @@ class Uplink:
             return
         message.prepared, message.binary = True, reference
         if message.text is not None and reference:
-            queue.hold(message, message.text.replace(name, reference), was=len(message.text))
+            queue.hold(message, message.text.replace(name, reference))
 
     @staticmethod
     async def _after_objects(store: Store, queue: Queue, message: Message) -> None:
@@ -6046,7 +6013,7 @@ class Channel:
     def renew_identity(self) -> None:
         """Read the certificate files, which may have been renewed: at the start, and at every reload."""
         try:
-            self.tls = listening_tls(dataclasses.asdict(self.plan.settings)) if self.plan.settings.tls else None
+            self.tls = listening_tls(self.plan.settings) if self.plan.settings.tls else None
             if self.tls is not None:
                 self.tls.sslobject_class = handshake_class(self.tell)
         except OSError as error:

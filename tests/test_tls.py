@@ -151,6 +151,7 @@ def test_a_reload_turns_tls_off_and_on(here, identities):
         ("?certFile={ca}", "TLS cannot be set up"),
         ("?certFile={own}&clientCa=/nowhere/ca.pem", "TLS cannot be set up"),
         ("?tls=false&clientCa={ca}", "clientCa would do nothing without TLS"),
+        ("serial:///dev/ttyNONE?mode=astm&tls=true&certFile={own}", "a serial line has no TLS"),
     ],
 )
 def test_what_cannot_be_safe_does_not_start(here, identities, query, complaint):
@@ -159,7 +160,7 @@ def test_what_cannot_be_safe_does_not_start(here, identities, query, complaint):
     bad = query.format(ca=identities.ca_file, own=identities.server)
     scheme = "mllp" if "tls=false" in bad else "mllps"
     try:
-        endpoint["address"] = f"{scheme}://127.0.0.1:{here.ports['ADT']}{bad}"
+        endpoint["address"] = bad if "://" in bad else f"{scheme}://127.0.0.1:{here.ports['ADT']}{bad}"
         answer = here.sandbox.reload()
         assert answer["type"] == "agent:error", json.dumps(answer)
         assert complaint in answer["body"] and "/nowhere" not in answer["body"] and "No such" not in answer["body"]
