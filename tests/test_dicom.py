@@ -906,6 +906,16 @@ def test_an_unusable_queue_refuses(tmp_path):
         assert store(here.ports["PACS"], made(1000), made(300_000)) == [OUT_OF_RESOURCES] * 2
 
 
+def test_a_store_request_without_a_data_set_is_refused(here):
+    """PS3.7 9.1.1: it has one; a device must not take its object for stored."""
+    instance = made(10)
+    with Scu.for_instances(here.ports["PACS"], instance) as scu:
+        scu.request(1, {2: instance.sop_class, 0x0100: 0x0001, 0x1000: instance.uid})
+        assert scu.status() == NOT_UNDERSTOOD
+        assert scu.store(instance) == SUCCESS
+    assert_arrived(here, instance)
+
+
 @pytest.mark.parametrize("program", ["strace"])
 def test_file_and_row_are_synced_before_success_is_answered(tmp_path, program):
     if not shutil.which(program):
