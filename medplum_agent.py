@@ -103,7 +103,7 @@ except ImportError:  # pragma: no cover - platforms without a wheel: slower, the
 
 
 # =====================================================================================================================
-# Version, limits (170 lines, 700 tokens)
+# Version, limits (160 lines, 700 tokens)
 #
 # Every bound has a name, a unit and a reason. What a site could need to change is a setting instead (next section).
 # =====================================================================================================================
@@ -1701,7 +1701,7 @@ def passes_filter(settings: Hl7Settings, code: str) -> bool:
 
 
 # =====================================================================================================================
-# MLLP (125 lines, 850 tokens)
+# MLLP (130 lines, 850 tokens)
 #
 # The frame layer (HL7 Minimal Lower Layer Protocol, release 1): <0x0B> content <0x1C 0x0D>. Bytes in, events out.
 # Whatever arrives, in one piece or byte by byte, gives the same frames and FrameErrors and never anything else. When
@@ -2525,7 +2525,7 @@ def text_records(body: str, settings: StreamSettings) -> list[bytes]:
 
 
 # =====================================================================================================================
-# Store (1040 lines, 7600 tokens)
+# Store (1010 lines, 7500 tokens)
 #
 # Every message on disk before it is acknowledged: one SQLite file (WAL, synchronous=FULL), one writer thread with one
 # commit in flight. What arrives while it runs is the next batch: one executemany, one COMMIT, one call back into the
@@ -4425,7 +4425,7 @@ def percentiles(samples: Iterable[int]) -> dict[str, float]:
 
 
 # =====================================================================================================================
-# Uplink (460 lines, 3550 tokens)
+# Uplink (460 lines, 3500 tokens)
 #
 # One WSS connection to the server (uplink contract 3 and 4): connect, heartbeats both ways, forced reconnect when it is
 # silent or never live, full-jitter back-off. websockets does TCP, proxy, TLS, handshake and frames; its receive queue
@@ -4878,7 +4878,7 @@ class Uplink:
 
 
 # =====================================================================================================================
-# Lines (1040 lines, 7300 tokens)
+# Lines (1050 lines, 7300 tokens)
 #
 # One open connection to a device, whoever dialled; each protocol has one class here, which owns its core. A line takes
 # bytes (`receive`), makes messages of them (`intake`), acknowledges when the store says durable (`stored`), writes down
@@ -6292,7 +6292,7 @@ def _bind_address(family: int, address: Any, count: int) -> socket.socket | None
 
 
 # =====================================================================================================================
-# Devices (570 lines, 4500 tokens)
+# Devices (540 lines, 4150 tokens)
 #
 # From the cloud to the device. A push that somebody waits for is tried once and answered within the caller's window.
 # One that nobody waits for is stored first, and then tried in order until the device accepts it or it becomes a dead
@@ -6301,9 +6301,8 @@ def _bind_address(family: int, address: Any, count: int) -> socket.socket | None
 # =====================================================================================================================
 
 
-def security_of(settings: DeviceSettings) -> tuple[Any, ...]:
-    """What a connection was made under; it serves only pushes that ask for the same."""
-    return settings.tls, settings.checkHost, settings.caFile, settings.certFile, settings.keyFile
+# What a connection was made under; it serves only pushes that ask for the same
+security_of = attrgetter("tls", "checkHost", "caFile", "certFile", "keyFile")
 
 
 @lru_cache(maxsize=64)
@@ -6327,7 +6326,7 @@ class CallLine(MllpLine):
     def __init__(self, owner: Device, settings: DeviceSettings):
         super().__init__(owner, PUSH_FRAME_BYTES)
         self.encoding, self.security = codec_of(settings.encoding), security_of(settings)
-        self.reusable = self.final = False  # its last push ended by its acknowledgment; no other may come for it
+        self.code = ""  # of the acknowledgment that ended its last push; behind a CA another may come
         self.idle_since = 0.0
 
     def intake(self, frame: bytes | PeerError) -> None:
@@ -6337,10 +6336,12 @@ class CallLine(MllpLine):
             return
         text = frame.decode(self.encoding, "replace")
         ack = read_ack(text)
-        self.owner.note(f"[Received ACK -- ID: {ack.control_id}]: {text}" if ack else f"[Ignored]: {text}")
-        if ack is None:
+        if ack:
+            self.owner.note(f"[Received ACK -- ID: {ack.control_id}]: {text}")
+        else:
+            self.owner.note(f"[Ignored]: {text}")
             self.owner.warn("sent a message that is no acknowledgment; ignored")
-        if not self.acknowledges(ack, text) and ack is not None:
+        if not self.acknowledges(ack, text) and ack:
             self.owner.late(ack, text)
 
 
@@ -6349,35 +6350,38 @@ class BytesCall(Line):
 
     unanswered = "no answer came"
 
-    def __init__(self, owner: Device, end: bytes):
+    def __init__(self, owner: Device, settings: DeviceSettings):
         super().__init__(owner)
-        self._end, self._received = end, b""
-        self._answer: asyncio.Future[bytes] = self._loop.create_future()
+        self._end, self._received = settings.endChar.encode("latin-1", "ignore"), b""
+        self._over = asyncio.Event()  # the answer is whole, or no more comes
 
     def receive(self, received: bytes) -> None:
         self._received += received
-        if self._end and self._end in self._received and not self._answer.done():
-            self._answer.set_result(self._received[: self._received.index(self._end) + len(self._end)])
+        if self._end and self._end in self._received:
+            self._over.set()
         elif len(self._received) > PUSH_FRAME_BYTES:
             self.abort()
 
     def connection_lost(self, error: Exception | None) -> None:
         super().connection_lost(error)
-        if not self._answer.done():
-            text = f"{self.owner.name}: closed the connection before it answered"
-            self._answer.set_exception(DeviceError(text, "device-silent"))
-            self._answer.exception()  # nobody may wait for it
+        self._over.set()
 
     async def ask(self, push: Push) -> str:
         """The body is hex unless bodyEncoding says text, and so is the answer; text that is no hex is sent as text."""
-        settings = push.target.settings
-        try:
-            content = bytes.fromhex(push.text) if settings.bodyEncoding == "hex" else b""
-        except ValueError:
-            content = b""
-        self.send(content or encoded(push.text, codec_of(settings.encoding), push.target.key))
-        answer = await self._answer if self._end else b""
-        return answer.hex() if settings.bodyEncoding == "hex" else answer.decode(codec_of(settings.encoding), "replace")
+        settings, content = push.target.settings, b""
+        is_hex, codec = settings.bodyEncoding == "hex", codec_of(settings.encoding)
+        if is_hex:
+            with suppress(ValueError):
+                content = bytes.fromhex(push.text)
+        self.send(content or encoded(push.text, codec, push.target.key))
+        if not self._end:
+            return ""
+        await self._over.wait()
+        answer, end, _ = self._received.partition(self._end)
+        if not end:
+            raise DeviceError(f"{self.owner.name}: closed the connection before it answered", "device-silent")
+        answer += end
+        return answer.hex() if is_hex else answer.decode(codec, "replace")
 
 
 class RecordsCall(AstmLine):
@@ -6396,7 +6400,7 @@ C = TypeVar("C", bound=Line)
 
 
 class Device:
-    """One device: its lines, at most `limit` of them, and the queue of its stored pushes, whose way it is."""
+    """One device: its lines and the queue of its stored pushes, whose way it is."""
 
     def __init__(self, key: str, devices: Devices):
         self.name = self.host = key
@@ -6406,13 +6410,12 @@ class Device:
         self.users = 0  # pushes under way
         self.encoding = "utf-8"  # of the last push
         self._devices = devices
-        self._idle: list[CallLine] = []
+        self.idle: list[CallLine] = []
         self._leaving: set[asyncio.Task[None]] = set()  # lines that make way
-        self._early: list[Push] = []  # came before the queue was open
         self._opening = 0
+        self._places: dict[int, asyncio.Semaphore] = {}  # by the limit, which a reload may change
+        self._keeping = asyncio.Lock()
         self._loop = asyncio.get_running_loop()
-        self.limit = devices.limit
-        self._places = asyncio.Semaphore(self.limit)
 
     @cached_property
     def queue(self) -> Queue:
@@ -6421,18 +6424,13 @@ class Device:
         return Queue(row, devices.policy(self.name), devices.store, self, self, devices.log)
 
     @property
-    def needed(self) -> bool:
-        queue = self.__dict__.get("queue")
-        return bool(self.users or self.lines or (queue and not queue.idle))
+    def queues(self) -> list[Queue]:
+        """The queue, if there was ever a push to store."""
+        return [self.queue] if "queue" in vars(self) else []
 
-    def configure(self) -> None:
-        """New Agent settings; connections in use are left alone."""
-        if self.limit != self._devices.limit:
-            self.limit = self._devices.limit
-            self._places = asyncio.Semaphore(self.limit)
-        if "queue" in self.__dict__:
-            self.queue.policy = self._devices.policy(self.name)
-            self.queue.pump()
+    @property
+    def needed(self) -> bool:
+        return bool(self.users or self.lines) or not all(queue.idle for queue in self.queues)
 
     # --- its lines ---
 
@@ -6441,7 +6439,7 @@ class Device:
 
     def closed(self, line: Line) -> None:
         self.lines.discard(line)
-        self._idle = [other for other in self._idle if other is not line]
+        self.idle = [other for other in self.idle if other is not line]
 
     def congested(self, line: Line) -> bool:
         return False
@@ -6452,58 +6450,50 @@ class Device:
     def note(self, text: str) -> None:
         self._devices.channel_log.info(f"[Device:{self.name}] {text}")
 
-    async def _dial(self, target: Target, line: Callable[[], C]) -> C:
-        settings = target.settings
+    async def _dial(self, target: Target, kind: Callable[[Device, DeviceSettings], C]) -> C:
+        settings, context, failure = target.settings, None, OSError("the name has no address")
         self._opening += 1
         try:
             async with within(self.name, settings.connectTimeoutSecs):
-                context = await self._devices.tls(settings, self.warn) if settings.tls else None
+                if settings.tls:
+                    try:
+                        context = await asyncio.to_thread(device_tls, settings)
+                    except FilesError as error:  # the cloud hears nothing of what our files are
+                        self.warn(f"TLS cannot be set up: {error}")
+                        text = "TLS cannot be set up with the files that the address names; our main log says why"
+                        raise LocalError(text) from None
                 name = target.host if context else None
-                last: OSError | None = None
                 for address in await self._devices.addresses(target):
                     try:
-                        made = self._loop.create_connection(line, *address, ssl=context, server_hostname=name)
+                        made = self._loop.create_connection(
+                            lambda: kind(self, settings), *address, ssl=context, server_hostname=name
+                        )
                         return (await made)[1]
                     except OSError as error:
-                        last = error
-                raise last or OSError("the name has no address")
+                        failure = error
+                raise failure
         finally:
             self._opening -= 1
 
-    async def _spare(self, target: Target) -> CallLine | None:
+    async def _spare(self, target: Target, limit: int) -> CallLine | None:
         """An idle line that may be used again; idle ones that are in the way are closed."""
-        keep = self._devices.settings.keepAlive
-        for line in self._idle[::-1]:
-            if keep and line.reusable and line.attached and line.security == security_of(target.settings):
-                self._idle.remove(line)
+        keep = self._devices.plan.settings.keepAlive
+        for line in self.idle[::-1]:
+            if keep and line.code and line.attached and line.security == security_of(target.settings):
+                self.idle.remove(line)
                 line.encoding = codec_of(target.settings.encoding)
                 return line
-        surplus = len(self.lines) + self._opening + 1 - self.limit
-        for number, line in enumerate(list(self._idle)):
-            if number < surplus or (line.final and not keep):
-                self._idle.remove(line)
+        surplus = len(self.lines) + self._opening + 1 - limit
+        for number, line in enumerate(list(self.idle)):
+            if number < surplus or (line.code not in ("", "CA") and not keep):
+                self.idle.remove(line)
                 self._leaving.add(leaving := spawn(line.hang_up()))
                 leaving.add_done_callback(self._leaving.discard)
         if self._leaving:  # many a device takes one connection at a time
             await asyncio.wait(self._leaving)
-        while self._leaving and len(self.lines) + self._opening >= self.limit:
+        while self._leaving and len(self.lines) + self._opening >= limit:
             await asyncio.wait(self._leaving, return_when=asyncio.FIRST_COMPLETED)
         return None
-
-    def _put_aside(self, line: CallLine, answer: str) -> None:
-        """After a push. What ended without its acknowledgment may still bring that for a moment, and is then closed."""
-        ack = read_ack(answer)
-        line.reusable, line.final, line.idle_since = bool(ack), bool(ack and ack.code != "CA"), self._loop.time()
-        if line.attached:
-            self._idle.append(line)
-            if not answer:
-                self._loop.call_later(LATE_ACK_SECS, line.close)
-
-    def close_idle(self, before: float) -> None:
-        """Close lines that have not been used since `before` (the event loop's clock)."""
-        for line in list(self._idle):
-            if line.idle_since <= before:
-                line.close()
 
     # --- pushes ---
 
@@ -6525,8 +6515,13 @@ class Device:
                     line = self._devices.connected(target)
                     attempt.asked(line)
                     return await line.ask(push)
-                if target.scheme == "tcp":
-                    return await self._call(push, attempt)
+                if target.scheme == "tcp":  # bytes, or records as one ASTM session, on a connection of their own
+                    call = await self._dial(target, RecordsCall if target.settings.mode == "astm" else BytesCall)
+                    attempt.asked(call)
+                    try:
+                        return await call.ask(push)
+                    finally:
+                        call.close()
                 answer = await self._exchange(push, attempt)
         finally:
             self.users -= 1
@@ -6535,58 +6530,41 @@ class Device:
 
     async def _exchange(self, push: Push, attempt: Try) -> str:
         """HL7. A line that is used again and turns out to be closed is replaced by a fresh one, once."""
-        attempt.phase = f"all {self.limit} connections were busy"
-        async with self._places:
+        limit = self._devices.limit
+        attempt.phase = f"all {limit} connections were busy"
+        async with self._places.setdefault(limit, asyncio.Semaphore(limit)):
             attempt.phase = Try.phase
-            if line := await self._spare(push.target):
+            if line := await self._spare(push.target, limit):
                 try:
                     return await self._ask(line, push, attempt)
                 except DeviceError:
                     if not (line.lost.is_set() and line.quiet):
                         raise
-            line = await self._dial(push.target, lambda: CallLine(self, push.target.settings))
-            return await self._ask(line, push, attempt)
+            return await self._ask(await self._dial(push.target, CallLine), push, attempt)
 
     async def _ask(self, line: CallLine, push: Push, attempt: Try) -> str:
+        """What ended without its acknowledgment may still bring that for a moment, and is then closed."""
         attempt.asked(line)
-        answer = ""
+        line.code = ""
         try:
             answer = await line.ask(push)
+            line.code = ack.code if (ack := read_ack(answer)) else ""
             return answer
         finally:
-            self._put_aside(line, answer)
-
-    async def _call(self, push: Push, attempt: Try) -> str:
-        """Bytes, or records as one ASTM session, on a connection of their own."""
-        settings = push.target.settings
-        if settings.mode == "astm":
-            line: Line = await self._dial(push.target, lambda: RecordsCall(self, settings))
-        else:
-            end = settings.endChar.encode("latin-1", "ignore")
-            line = await self._dial(push.target, lambda: BytesCall(self, end))
-        attempt.asked(line)
-        try:
-            return await line.ask(push)
-        finally:
-            line.close()
+            line.idle_since = self._loop.time()
+            if line.attached:
+                self.idle.append(line)
+                if not line.code:
+                    self._loop.call_later(LATE_ACK_SECS, line.close)
 
     # --- stored pushes ---
 
-    def keep(self, push: Push) -> None:
+    async def keep(self, push: Push) -> None:
         """Store a push that nobody waits for, and send it in its turn: in the order of the calls."""
-        if self._early or not self.queue.row.id:  # the queue was never open yet: until it is
-            if not self._early:
-                self._devices.store.call(lambda db: None).add_done_callback(self._put_early)
-            self._early.append(push)
-        else:
-            self._put(push)
-
-    def _put_early(self, opened: asyncio.Future[None]) -> None:
-        early, self._early = self._early, []
-        for push in early:
-            self._put(push)
-
-    def _put(self, push: Push) -> None:
+        async with self._keeping:
+            if not self.queue.row.id:  # the queue was never open yet: until it is
+                with suppress(StorageError):
+                    await self._devices.store.call(lambda db: None)
         message = Message(self.queue.row, push.target.url, push.text.encode())
         message.text, message.control_id, message.type = push.text, push.control_id, push.content_type
         message.return_ack = push.mode or None
@@ -6607,11 +6585,12 @@ class Device:
             await self.ask(push, PUSH_STORED_SECS)
         except DeviceError as error:
             self._devices.log.error(f"A push that could not be stored failed: {error}; it is tried again.")
-            self._loop.call_later(STORE_REOPEN_SECS, self._put, push)
+            await asyncio.sleep(STORE_REOPEN_SECS)
+            await self.keep(push)
 
     @property
     def is_open(self) -> bool:
-        return self._devices.open and self._devices.active
+        return self._devices.open and self._devices.plan.status == "active"
 
     def ready(self) -> bool:
         return self.is_open
@@ -6623,9 +6602,10 @@ class Device:
         spawn(self._deliver(message))
 
     async def _deliver(self, message: Message) -> None:
-        given = {"remote": message.remote, "body": message.text, "returnAck": message.return_ack}
+        given = {"remote": message.remote, "body": message.text, "contentType": message.type}
         try:
-            answer = await self.ask(parse_push(given | {"contentType": message.type}), PUSH_STORED_SECS)
+            push = parse_push(given | {"returnAck": message.return_ack})
+            answer = await self.ask(push, PUSH_STORED_SECS)
         except DeviceError as error:
             self.queue.failed(message, error.kind, counts=error.kind != "device-unreachable")
         except Exception as error:  # a push that cannot even be tried must not hold those behind it for ever
@@ -6640,15 +6620,15 @@ class Device:
             return
         message.response = answer
         ack = read_ack(answer)
-        if ack and ack.code in ("AE", "CE", "AR", "CR"):
-            self.queue.failed(message, "device-error" if ack.code in ("AE", "CE") else "device-rejected")
+        if error := _UPSTREAM.get(ack.code if ack else ""):
+            self.queue.failed(message, error.replace("upstream", "device"))
         else:
             message.outcome = DELIVERED
             self.queue.settle(message, PROCESSED)
 
     def late(self, ack: Acknowledgment, text: str) -> None:
         """An ACK that came after its time: it settles the message if that is still here."""
-        stored = self.queue.window.values() if "queue" in self.__dict__ else ()
+        stored = [message for queue in self.queues for message in queue.window.values()]
         for message in [m for m in stored if m.control_id == ack.control_id and m.attempts]:
             if message.return_ack != "application" or ack.code != "CA":
                 self._answered(message, text)
@@ -6669,30 +6649,30 @@ class Devices:
     def __init__(self, parts: Parts, channels: Mapping[str, Channel], allowed: str = ""):
         self.allowed = allowed  # pushTargets
         self._lookups = ThreadPoolExecutor(8, "lookup")
-        self.open = self.active = True
-        self.settings = AgentSettings()
-        self.plan: Plan | None = None
+        self.open = True
+        self.plan: Plan
         self.store, self.log, self.channel_log = parts.store, parts.log, parts.channel_log
         self._channels = channels
         self._devices: dict[str, Device] = {}
         self.imaging: Callable[[Push, float], Awaitable[str]]  # sends to dicom:// addresses
 
     def configure(self, plan: Plan) -> None:
-        self.plan, self.settings, self.active = plan, plan.settings, plan.status == "active"
+        """New settings; connections in use are left alone."""
+        self.plan = plan
         for device in self._devices.values():
-            device.configure()
-
-    @property
-    def _limited(self) -> bool:
-        return self.plan is not None and "maxClientsPerRemote" in self.plan.given
+            for queue in device.queues:
+                queue.policy = self.policy(device.name)
+                queue.pump()
 
     @property
     def limit(self) -> int:
-        return self.settings.maxClientsPerRemote if self._limited or not self.settings.keepAlive else 1
+        """Lines of a device at once."""
+        s, given = self.plan.settings, self.plan.given
+        return cast(int, given.get("maxClientsPerRemote", 1 if s.keepAlive else s.maxClientsPerRemote))
 
     def policy(self, key: str) -> Policy:
-        defaults = self.plan.defaults if self.plan else ChannelSettings()
-        return Policy(f"Device {key}", defaults, "device", self.limit if self._limited else 1, math.inf)
+        workers = self.plan.given.get("maxClientsPerRemote", 1)  # order comes first, unless somebody says otherwise
+        return Policy(f"Device {key}", self.plan.defaults, "device", workers, math.inf)
 
     async def addresses(self, target: Target) -> list[tuple[str, int]]:
         """Where a device is; DeviceError where we may not go. Lookups have threads of their own: some take long."""
@@ -6708,28 +6688,18 @@ class Devices:
             raise DeviceError(f"{target.key} is not among pushTargets of agent.toml", "device-rejected")
         return addresses
 
-    async def tls(self, settings: DeviceSettings, warn: Callable[[str], None]) -> ssl.SSLContext:
-        """As `device_tls`, in a thread; the cloud hears nothing of what our files are."""
-        try:
-            return await asyncio.to_thread(device_tls, settings)
-        except FilesError as error:
-            warn(f"TLS cannot be set up: {error}")
-            raise LocalError(
-                "TLS cannot be set up with the files that the address names; our main log says why"
-            ) from None
-
     def device(self, key: str) -> Device:
-        if (found := self._devices.get(key)) is None:
-            found = self._devices[key] = Device(key, self)
-        return found
+        if key not in self._devices:
+            self._devices[key] = Device(key, self)
+        return self._devices[key]
 
     def connected(self, target: Target) -> Line:
         """The line of a device at one of our channels: channel://name, channel://name/ip or serial:port."""
         name, host = target.host, target.path.strip("/")
         channel = self._channels.get(name)
         if target.scheme == "serial":
-            port, name, host = target.host or target.path, target.key, ""
-            channel = next((c for c in self._channels.values() if c.plan.host == port and not c.plan.port), None)
+            bind, name, host = (target.host or target.path, 0), target.key, ""
+            channel = next((c for c in self._channels.values() if c.plan.bind == bind), None)
         if channel is None or not channel.plan.active:
             raise DeviceError(f"there is no running channel for '{name}'", "device-unreachable")
         return channel.device(host)
@@ -6742,11 +6712,16 @@ class Devices:
 
     def tidy(self) -> None:
         """Close connections that are not needed, and forget devices without any."""
-        if not self.settings.keepAlive:
-            for device in self._devices.values():
-                device.close_idle(asyncio.get_running_loop().time() - DEVICE_IDLE_SECS)
-        for key in [key for key, device in self._devices.items() if not device.needed]:
-            del self._devices[key]
+        if not self.plan.settings.keepAlive:
+            self._close_idle(asyncio.get_running_loop().time() - DEVICE_IDLE_SECS)
+        for device in [device for device in self._devices.values() if not device.needed]:
+            del self._devices[device.name]
+
+    def _close_idle(self, before: float) -> None:
+        """Close lines that have not been used since `before` (the event loop's clock)."""
+        for line in [line for device in self._devices.values() for line in device.idle]:
+            if line.idle_since <= before:
+                line.close()
 
     def close(self) -> None:
         """Send nothing more: what is stored is on disk, and who waits is told."""
@@ -6754,8 +6729,7 @@ class Devices:
         owners: list[LineOwner] = [*self._devices.values(), *self._channels.values()]
         for exchange in [exchange for owner in owners for exchange in owner.asked]:
             exchange.fail("the agent is stopping", "device-unreachable")
-        for device in self._devices.values():
-            device.close_idle(math.inf)
+        self._close_idle(math.inf)
 
     @property
     def client_count(self) -> int:
@@ -8563,7 +8537,7 @@ def _checked_status(answer: Dataset) -> int:
 
 
 # =====================================================================================================================
-# Agent (650 lines, 5400 tokens)
+# Agent (650 lines, 5450 tokens)
 #
 # Plans become running channels. A reload reads everything, lists every problem, and changes nothing if there is one;
 # otherwise only what differs changes, and untouched channels keep their connections. The life cycle: lock, logs,
@@ -8979,7 +8953,7 @@ class Agent:
                 return answer | {"contentType": PING_TYPE, "statusCode": 200, "body": body}
             push = self._checked_push(message)
             if not message.get("callback"):
-                self.devices.device(push.target.key).keep(push)
+                await self.devices.device(push.target.key).keep(push)
                 return None
             body = await self.devices.device(push.target.key).ask(push, PUSH_WAIT_SECS)
             if len(body) > PUSH_ANSWER_BYTES:
