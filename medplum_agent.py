@@ -6388,9 +6388,8 @@ class RecordsCall(AstmLine):
     """A line that we opened to send records; what comes meanwhile is refused: a channel is there for that."""
 
     def __init__(self, owner: Device, settings: DeviceSettings):
-        shared = rows_of(StreamSettings).keys() & rows_of(DeviceSettings).keys()
-        given = {name: getattr(settings, name) for name in shared - {"mode", "bodyEncoding", "endChar"}}
-        super().__init__(cast(Channel, owner), StreamSettings(mode="astm", **given))
+        shared = {name: value for name, value in vars(settings).items() if name in rows_of(StreamSettings)}
+        super().__init__(cast(Channel, owner), StreamSettings(**shared))
 
     def keep(self, frame: FrameAccepted) -> None:
         self._do(self.core.refused)
@@ -8537,7 +8536,7 @@ def _checked_status(answer: Dataset) -> int:
 
 
 # =====================================================================================================================
-# Agent (650 lines, 5450 tokens)
+# Agent (600 lines, 4850 tokens)
 #
 # Plans become running channels. A reload reads everything, lists every problem, and changes nothing if there is one;
 # otherwise only what differs changes, and untouched channels keep their connections. The life cycle: lock, logs,
@@ -8547,11 +8546,16 @@ def _checked_status(answer: Dataset) -> int:
 ALIVE_FILE = "agent.alive"
 CONFIG_FILE = "medplum-agent-applied-config.json"
 QUEUE_FILE = "medplum-agent-queue.sqlite"
+_SWEPT = ("lastSweepAt", "lastSweepDeletedProcessed", "lastSweepDeletedErrored")  # of the stats
+_STAYS = attrgetter("bind", "protocol", "is_astm", "dials", "active")  # where this changes, a channel begins anew
 # What the server may say in an agent:error without quoting a message (uplink contract 4 and 5)
 _SAFE_ERRORS = frozenset({
     "Not connected", "Missing access token", "Missing agent ID", "Invalid access token", "Missing channel",
     "Missing body", "Channel not found", "Invalid HL7 message", "Not found", "Forbidden", "Unauthorized",
 })  # fmt: skip
+
+
+Resources = tuple[Json, dict[str, Json | AgentError]]  # the Agent, and its Endpoints or why they cannot be read
 
 
 class Agent:
@@ -8562,13 +8566,12 @@ class Agent:
         self.state_dir = config.state_dir
         self._console = console
         self.started = asyncio.Event()
-        self.plan: Plan | None = None
+        self.plan, _ = build_plan({}, {})  # without channels
         self.channels: dict[str, Channel] = {}
         self._listeners: dict[tuple[str, int], Listener] = {}
         self._stop = asyncio.Event()
         self._reloading, self._push_gate = asyncio.Lock(), asyncio.Lock()
-        self._lock_file: typing.BinaryIO | None = None
-        self._last_sweep: tuple[int, int, int] = (-1, -1, -1)
+        self._last_sweep = dict.fromkeys(_SWEPT, -1)
 
     def stop(self) -> None:
         """Begin the clean stop; `run` returns when it is done."""
@@ -8581,24 +8584,21 @@ class Agent:
         threading.excepthook = self._thread_failed
         asyncio.get_running_loop().set_exception_handler(self._loop_failed)
         try:
-            context = tls_context(self.config.settings.caFile)
-            self.fhir = Fhir(self.config.settings, context, self.log)
-            self.uplink = Uplink(self.config.settings, self.fhir, context, self.log)
+            settings = self.config.settings
+            context = tls_context(settings.caFile)
+            self.fhir = Fhir(settings, context, self.log)
+            self.uplink = Uplink(settings, self.fhir, context, self.log)
             self.uplink.on_message = self._message
-            uplink = spawn(self.uplink.run())
-            starting = spawn(self._start())
-            await self._until_stop(starting)
-            await self._shut_down(uplink)
+            spawn(self.uplink.run())
+            starting, stopped = spawn(self._start()), spawn(self._stop.wait())
+            await asyncio.wait({stopped, starting}, return_when=asyncio.FIRST_COMPLETED)
+            if starting.done():
+                starting.result()
+            await stopped
+            starting.cancel()
+            await self._shut_down()
         finally:
             self._close_files()
-
-    async def _until_stop(self, starting: asyncio.Task[None]) -> None:
-        stopped = asyncio.ensure_future(self._stop.wait())
-        await asyncio.wait({stopped, starting}, return_when=asyncio.FIRST_COMPLETED)
-        if starting.done():
-            starting.result()
-        await stopped
-        starting.cancel()
 
     # --- files ---
 
@@ -8641,15 +8641,16 @@ class Agent:
         for log in (self.log, self.channel_log):
             log.flush()
             log.close_file()
-        if self._lock_file is not None:
-            self._lock_file.close()
+        self._lock_file.close()
 
     # --- start ---
 
     async def _start(self) -> None:
-        agent, endpoints, saved = await self._first_config()
-        plan, problems = build_plan(agent, endpoints)
-        if problems and not saved and (last := self._saved_config()) is not None:
+        last = self._saved_config()
+        found = await self._first_config(last)
+        plan, problems = build_plan(*found)
+        saved = found is last
+        if problems and last and not saved:
             self._report_problems(problems, "the last good configuration is used")
             plan, problems = build_plan(*last)
         elif problems:
@@ -8657,7 +8658,7 @@ class Agent:
         elif not saved:
             self._save_config(plan)
         await self._open_store(plan)
-        await self._apply(plan, first=True)
+        await self._apply(plan)
         spawn(self.devices.resume())
         self.started.set()
         self.log.info("Medplum service started successfully.")
@@ -8665,42 +8666,38 @@ class Agent:
         if saved:
             spawn(self._catch_up())
 
-    async def _first_config(self) -> tuple[Json, Mapping[str, Json | AgentError], bool]:
-        """The Agent and its Endpoints from the server; from disk when the server is away at start."""
-        limit = SERVER_FIRST_SECS if self._saved_config() is not None else None
+    async def _first_config(self, last: Resources | None) -> Resources:
+        """From the server; the last good one when the server is away at start."""
         while True:
             try:
-                async with asyncio.timeout(limit):
-                    agent, endpoints = await self._read_config()
-                    return agent, endpoints, False
+                async with asyncio.timeout(SERVER_FIRST_SECS if last else None):
+                    return await self._read_config()
             except (ServerError, TimeoutError) as error:
                 reason = str(error) or "the server does not answer"
-            if (last := self._saved_config()) is not None:
+            if last:
                 self.fhir.said = reason
                 self.log.warn(f"The configuration cannot be read: {reason}. Starting with the last good one.")
-                return *last, True
-            self._say_alive(f"it is retrying the login: {reason}")
+                return last
+            await self._say_alive(f"it is retrying the login: {reason}")
             if reason != self.fhir.said:
                 self.log.error(f"The configuration cannot be read: {reason}. Trying again until it can.")
                 self.fhir.said = reason
             await asyncio.sleep(random.uniform(0, RECONNECT_MAX_SECS))
 
-    async def _read_config(self) -> tuple[Json, dict[str, Json | AgentError]]:
+    async def _read_config(self) -> Resources:
         agent = await self.fhir.read(f"Agent/{self.config.settings.agentId}")
         if problem := shape_problem(agent):
             raise ServerError(f"the Agent that the server sent cannot be understood: {problem}")
         references = endpoint_references(agent)
         found = await asyncio.gather(*(self.fhir.read(reference) for reference in references), return_exceptions=True)
-        endpoints: dict[str, Json | AgentError] = {}
-        for reference, endpoint in zip(references, found, strict=True):
-            if isinstance(endpoint, BaseException) and not isinstance(endpoint, AgentError):
+        for endpoint in found:
+            if isinstance(endpoint, BaseException) and not (
+                isinstance(endpoint, ServerError) and not endpoint.transient
+            ):
                 raise endpoint
-            if isinstance(endpoint, ServerError) and endpoint.transient:
-                raise endpoint
-            endpoints[reference] = endpoint
-        return agent, endpoints
+        return agent, dict(zip(references, cast("list[Json | AgentError]", found), strict=True))
 
-    def _saved_config(self) -> tuple[Json, dict[str, Json | AgentError]] | None:
+    def _saved_config(self) -> Resources | None:
         try:
             saved = load_json((self.state_dir / CONFIG_FILE).read_bytes())
             agent, endpoints = saved["agent"], saved["endpoints"]
@@ -8759,108 +8756,92 @@ class Agent:
     async def reload(self) -> None:
         """Read the configuration and apply it whole, or raise ConfigError or ServerError and change nothing."""
         async with self._reloading:
-            agent, endpoints = await self._read_config()
-            plan, problems = build_plan(agent, endpoints)
-            if self.plan and plan.settings.queueDbPath != self.plan.settings.queueDbPath:
+            plan, problems = build_plan(*await self._read_config())
+            if plan.settings.queueDbPath != self.plan.settings.queueDbPath:
                 problems.append("queueDbPath cannot change while the agent runs: restart it")
             if problems:
                 raise ConfigError(problems)
             await self._apply(plan)
             self._save_config(plan)
 
-    async def _apply(self, plan: Plan, *, first: bool = False) -> None:
+    async def _apply(self, plan: Plan) -> None:
         """Make the running channels those of the plan. New ports are bound before anything changes."""
-        wanted = {channel.bind: channel for channel in plan.channels if channel.active and not channel.dials}
-        opened = await self._bind_new(wanted, first=first)
+        opened = await self._bind_new(plan)
+        wanted = {channel.bind: channel.name for channel in _listening(plan)}
         for warning in plan.warnings + _silent_parts(plan):
             self.log.warn(f"Configuration: {warning}.")
         self.plan = plan
         self.store.max_bytes = plan.settings.queueMaxMb * MIB
         self.devices.configure(plan)
-        for bind in [bind for bind in self._listeners if bind not in wanted]:
+        for bind in self._listeners.keys() - wanted.keys():
             self._listeners.pop(bind).close()
-        self._listeners |= opened
+        self._listeners |= {listener.bind: listener for listener in opened}
         for name in self.channels.keys() - {channel.name for channel in plan.channels}:
             self.channels[name].stop()
             self.channels[name].queue.paused = True  # what it has waits for its return
         for channel_plan in plan.channels:
             await self._apply_channel(channel_plan)
         for bind, listener in self._listeners.items():
-            listener.channel = self.channels[wanted[bind].name]
-        for listener in opened.values():
+            listener.channel = self.channels[wanted[bind]]
+        for listener in opened:
             await listener.start()
         self.uplink.pump()
         if plan.status != "off":
             spawn(self._warn_of_orphans(plan))
 
-    async def _bind_new(
-        self, wanted: Mapping[tuple[str, int], ChannelPlan], *, first: bool
-    ) -> dict[tuple[str, int], Listener]:
+    async def _bind_new(self, plan: Plan) -> list[Listener]:
         """Listeners for the ports not yet bound; raises ConfigError, with everything as before, if one cannot be."""
-        opened: dict[tuple[str, int], Listener] = {}
-        moved: list[Listener] = []
-        problems: list[str] = []
-        for bind, channel in wanted.items():
-            if bind in self._listeners:
-                continue
-            moved += self._close_same_port(bind)
+        opened, moved, problems = list[Listener](), list[Listener](), list[str]()
+        for channel in [channel for channel in _listening(plan) if channel.bind not in self._listeners]:
+            for old in [old for old in self._listeners.values() if old.bind[1] == channel.port]:
+                self._listeners.pop(old.bind).close()  # the same port with another host: ours is in the way
+                moved.append(old)
             try:
-                opened[bind] = await Listener.open(bind, self.log)
+                opened.append(await Listener.open(channel.bind, self.log))
             except OSError as error:
                 reason = error.strerror or error
                 problems.append(f"channel '{channel.name}': port {channel.port} cannot be opened: {reason}")
-                if first:
+                if not self.started.is_set():
                     spawn(self._bind_later(channel))
-        if problems and not first:
-            await self._unbind(opened, moved)
+        if problems and self.started.is_set():
+            for listener in opened:
+                listener.close()
+            for old in moved:
+                await self._listen(cast(Channel, old.channel).plan)
             raise ConfigError(problems)
         self._report_problems(problems, "it is tried again until it can be opened")
         if problems and not opened:
             self.log.error("No port can be opened: is another agent running, perhaps with the same agentId?")
         return opened
 
-    def _close_same_port(self, bind: tuple[str, int]) -> list[Listener]:
-        """The same port with another host: our own listener is in the way."""
-        clashes = [listener for other, listener in self._listeners.items() if other[1] == bind[1]]
-        for listener in clashes:
-            self._listeners.pop(listener.bind).close()
-        return clashes
-
-    async def _unbind(self, opened: Mapping[tuple[str, int], Listener], moved: Sequence[Listener]) -> None:
-        for listener in opened.values():
-            listener.close()
-        for old in moved:
-            listener = self._listeners[old.bind] = await Listener.open(old.bind, self.log)
-            listener.channel = old.channel
-            await listener.start()
+    async def _listen(self, plan: ChannelPlan) -> None:
+        """Open the port of a channel that is there; OSError."""
+        self._listeners[plan.bind] = listener = await Listener.open(plan.bind, self.log)
+        listener.channel = self.channels[plan.name]
+        await listener.start()
 
     async def _bind_later(self, plan: ChannelPlan) -> None:
         """A port taken by another program at start: wait for it as long as the plan wants it."""
-        while True:
-            await asyncio.sleep(BIND_RETRY_SECS)
-            if self.plan is None or plan.bind in self._listeners or plan not in self.plan.channels:
-                return
+        await asyncio.sleep(BIND_RETRY_SECS)
+        while plan.bind not in self._listeners and plan in self.plan.channels:
             try:
-                listener = await Listener.open(plan.bind, self.log)
+                await self._listen(plan)
+                self.log.info(f"Channel '{plan.name}': port {plan.port} is open now.")
             except OSError:
-                continue
-            listener.channel = self.channels[plan.name]
-            self._listeners[plan.bind] = listener
-            await listener.start()
-            self.log.info(f"Channel '{plan.name}': port {plan.port} is open now.")
-            return
+                await asyncio.sleep(BIND_RETRY_SECS)
 
     async def _apply_channel(self, plan: ChannelPlan) -> None:
         """A channel stays, with its lines, where it can; else another takes its queue over."""
         old = self.channels.get(plan.name)
         if not plan.active:
             self.log.warn(f"Channel '{plan.name}' is off (Endpoint.status).")
-        if old is not None and self._may_stay(old, plan):
-            if old.plan != plan:
-                self.log.info(f"Channel '{plan.name}' has new settings.")
-            old.replan(plan)
-            return
         if old is not None:
+            same = _STAYS(old.plan) == _STAYS(plan) and not old.queue.paused
+            if same and not (plan.dials and plan.settings != old.plan.settings):
+                if old.plan != plan:
+                    self.log.info(f"Channel '{plan.name}' has new settings.")
+                old.replan(plan)
+                return
             old.stop()  # its devices reconnect, what they sent is kept
         kind = Channel
         if isinstance(plan.settings, DicomSettings):
@@ -8869,16 +8850,9 @@ class Agent:
         self.channels[plan.name] = channel = kind(plan, self._parts, old.queue if old else None)
         if plan.active:
             channel.start()
-        if plan.active and (listener := self._listeners.get(plan.bind)) is not None and not plan.dials:
+        if plan.active and not plan.dials and (listener := self._listeners.get(plan.bind)):
             tls = " with TLS" if plan.settings.tls else ""
             self.log.info(f"Channel '{plan.name}' listens{tls} on {listener.shown}.")
-
-    @staticmethod
-    def _may_stay(old: Channel, new: ChannelPlan) -> bool:
-        """The same port, protocol and line to open."""
-        was = old.plan
-        kinds = [(plan.bind, plan.protocol, plan.is_astm, plan.dials, plan.active) for plan in (was, new)]
-        return kinds[0] == kinds[1] and not old.queue.paused and not (new.dials and new.settings != was.settings)
 
     async def _warn_of_orphans(self, plan: Plan) -> None:
         """Messages of channels that are off go on to the server; those of channels that are gone wait."""
@@ -8892,38 +8866,36 @@ class Agent:
     # --- requests of the server (uplink contract 4) ---
 
     def _message(self, message: Json) -> None:
-        kind, callback = message["type"], message.get("callback")
-        if kind == "agent:error":
+        if message["type"] == "agent:error":
             self._server_error(str(message.get("body")))
-        elif (operation := self._operations.get(kind)) is not None:
-            spawn(self._perform(operation, message, callback))
         else:
-            self.uplink.warn("The server sent a message of an unknown type.")
-            self._fail(f"Unknown message type: {kind}", callback)
+            spawn(self._perform(message))
 
-    @cached_property
-    def _operations(self) -> Mapping[str, Callable[[Json], Awaitable[Json | None]]]:
-        return {
-            "agent:transmit:request": self._push, "push": self._push,
-            "agent:reloadconfig:request": self._reload_config, "agent:logs:request": self._fetch_logs,
-            "agent:stats:request": self._fetch_stats, "agent:upgrade:request": self._upgrade,
-        }  # fmt: skip
-
-    async def _perform(self, operation: Callable[[Json], Awaitable[Json | None]], message: Json, callback: Any) -> None:
+    async def _perform(self, message: Json) -> None:
         """Answer a request; whatever fails is an agent:error with the request's callback."""
+        kind = "agent:transmit:request" if message["type"] == "push" else message["type"]
+        operations: Mapping[str, Callable[[Json], Awaitable[Json | None]]] = {
+            "agent:transmit:request": self._push, "agent:reloadconfig:request": self._reload_config,
+            "agent:logs:request": self._fetch_logs, "agent:stats:request": self._fetch_stats,
+            "agent:upgrade:request": self._upgrade,
+        }  # fmt: skip
+        answer: Json | None = None
         try:
-            answer = await operation(message)
+            if (operation := operations.get(kind)) is None:
+                self.uplink.warn("The server sent a message of an unknown type.")
+                raise PeerError(f"Unknown message type: {kind}")
+            if (found := await operation(message)) is not None:
+                answer = {"type": kind.replace("request", "response"), "statusCode": 200} | found
         except AgentError as error:
-            self._fail(str(error), callback)
+            answer = {"type": "agent:error", "body": str(error)}
         except Exception as error:
-            self._fail(f"The agent failed with an internal error ({type(error).__name__})", callback)
+            text = f"The agent failed with an internal error ({type(error).__name__})"
+            answer = {"type": "agent:error", "body": text}
             raise
-        else:
-            if answer is not None:
+        finally:
+            if answer:
+                callback = message.get("callback")
                 self.uplink.send(answer | ({"callback": callback} if callback else {}))
-
-    def _fail(self, text: str, callback: Any) -> None:
-        self.uplink.send({"type": "agent:error", "body": text} | ({"callback": callback} if callback else {}))
 
     def _server_error(self, text: str) -> None:
         """An agent:error of the server names no message; a text that might quote one goes to the channel log."""
@@ -8941,37 +8913,31 @@ class Agent:
             await self.started.wait()
             if str(message.get("remote")).startswith("dicom"):
                 await load_imaging()
-        if self.plan is None or self.plan.status != "active":
+        if self.plan.status != "active":
             raise PeerError("Agent.status is currently set to off")
-        is_ping = message.get("contentType") == PING_TYPE
-        answer: Json = {"type": "agent:transmit:response", "remote": message.get("remote")}
-        answer |= {"channel": message["channel"]} if "channel" in message else {}
+        answer = {"remote": message.get("remote")} | ({"channel": message["channel"]} if "channel" in message else {})
         try:
-            if is_ping:
+            if message.get("contentType") == PING_TYPE:
                 asked = parse_ping(message.get("remote"), message.get("body"))
                 body = await ping(*asked, push_targets(self.devices.allowed))
-                return answer | {"contentType": PING_TYPE, "statusCode": 200, "body": body}
-            push = self._checked_push(message)
+                return answer | {"contentType": PING_TYPE, "body": body}
+            push = parse_push(message)
+            if push.target.is_dicom:
+                ImagingCaller.check(push)
+            if push.mode not in ("", "first", "application"):
+                raise DeviceError(f"returnAck '{push.mode}' is unknown: use first or application", "device-rejected")
+            if push.mode and not push.control_id:
+                raise DeviceError("MSH.10 is missing but required", "device-rejected")
+            device = self.devices.device(push.target.key)
             if not message.get("callback"):
-                await self.devices.device(push.target.key).keep(push)
+                await device.keep(push)
                 return None
-            body = await self.devices.device(push.target.key).ask(push, PUSH_WAIT_SECS)
+            body = await device.ask(push, PUSH_WAIT_SECS)
             if len(body) > PUSH_ANSWER_BYTES:
                 raise DeviceError(f"{push.target.key}: its answer of {len(body)} bytes is too large", "device-error")
-            return answer | {"contentType": push.content_type, "statusCode": 200, "body": body}
+            return answer | {"contentType": push.content_type, "body": body}
         except (DeviceError, PingError) as error:
             return answer | {"contentType": "text/plain", "statusCode": 400, "body": str(error)}
-
-    def _checked_push(self, message: Json) -> Push:
-        push = parse_push(message)
-        if push.target.is_dicom:
-            ImagingCaller.check(push)
-        if push.mode:  # an HL7 message
-            if push.mode not in ("first", "application"):
-                raise DeviceError(f"returnAck '{push.mode}' is unknown: use first or application", "device-rejected")
-            if not push.control_id:
-                raise DeviceError("MSH.10 is missing but required", "device-rejected")
-        return push
 
     async def _reload_config(self, message: Json) -> Json:
         try:
@@ -8984,11 +8950,11 @@ class Agent:
             self._report_problems(error.problems, "the reload was refused and nothing was changed")
             raise LocalError(f"{len(error.problems)} error(s), no changes applied: {error}") from None
         self.log.info("The configuration was reloaded.")
-        return {"type": "agent:reloadconfig:response", "statusCode": 200}
+        return {}
 
     async def _fetch_logs(self, message: Json) -> Json:
         limit, before = message.get("limit", 20), message.get("before")
-        if not isinstance(limit, int) or isinstance(limit, bool) or not 1 <= limit <= LOG_PAGE_MAX:
+        if type(limit) is not int or not 1 <= limit <= LOG_PAGE_MAX:
             raise PeerError(
                 f"Invalid limit: {limit} - must be a valid positive integer less than or equal to {LOG_PAGE_MAX}"
             )
@@ -8998,128 +8964,104 @@ class Agent:
             page = await asyncio.to_thread(read_log_page, self.log.directory, "main", limit, before)
         except (ValueError, OSError) as error:
             raise LocalError(str(error)) from None
-        answer = {
-            "type": "agent:logs:response",
-            "statusCode": 200,
-            "logs": page.entries,
-            "hasMore": page.before is not None,
-        }
-        return answer | ({"nextBefore": page.before} if page.before else {})
+        more = {"nextBefore": page.before} if page.before else {}
+        return {"logs": page.entries, "hasMore": bool(more)} | more
 
     async def _fetch_stats(self, message: Json) -> Json:
-        return {"type": "agent:stats:response", "statusCode": 200, "stats": await self.stats()}
+        return {"stats": await self.stats()}
 
     async def _upgrade(self, message: Json) -> Json:
         raise LocalError("This version cannot upgrade itself: install the new one over it; queue and settings are kept")
 
     async def stats(self) -> Json:
         """The stats object of operations contract 8."""
-        channels = self.channels if self.started.is_set() else {}
+        imaging = [channel for channel in self.channels.values() if isinstance(channel, DicomChannel)]
         found = {
-            "hl7ConnectionsOpen": sum(
-                len(channel.lines) for channel in channels.values() if not isinstance(channel, DicomChannel)
-            ),
-            "ping": self.uplink.ping_ms,
-            "webSocketQueueDepth": 0,
-            "dicomAssociationsOpen": sum(
-                len(channel.associations) for channel in channels.values() if isinstance(channel, DicomChannel)
-            ),
-            "hl7QueueDepth": 0,
-            "hl7ClientCount": self.devices.client_count if self.started.is_set() else 0,
-            "live": self.uplink.live,
+            "hl7ConnectionsOpen": sum(len(one.lines) for one in self.channels.values() if one not in imaging),
+            "ping": self.uplink.ping_ms, "webSocketQueueDepth": 0,
+            "dicomAssociationsOpen": sum(len(one.associations) for one in imaging),
+            "hl7QueueDepth": 0, "hl7ClientCount": 0, "live": self.uplink.live,
             "outstandingHeartbeats": self.uplink.outstanding,
-            "channelStats": {name: {"rtt": channel.queue.round_trip_stats()} for name, channel in channels.items()},
-            "clientStats": self.devices.stats() if self.started.is_set() else {},
-        }
-        if not self.started.is_set():
-            return found
-        depths = await self._depths()
-        waiting = sum(depth["queued"] for depth in depths.values())
-        return found | {"webSocketQueueDepth": waiting, "durableQueue": await self._queue_stats(depths)}
-
-    async def _depths(self) -> dict[str, Json]:
-        """What each channel has, waiting and with the server."""
-        inflight = {name: len(channel.queue.inflight) for name, channel in self.channels.items()}
-        backlog: list[Backlog] = []
-        with suppress(StorageError):
-            backlog = await self.store.backlog()
-        found = {waiting.name: waiting for waiting in backlog}
-        return {
-            name: {
-                "queued": max(0, found[name].waiting - sent) if name in found else 0, "claimed": 0, "inflight": sent,
-                "oldestQueuedAgeMs": now_ms() - found[name].oldest if name in found else -1,
-            }
-            for name, sent in inflight.items()
+            "channelStats": {name: {"rtt": one.queue.round_trip_stats()} for name, one in self.channels.items()},
+            "clientStats": {},
         }  # fmt: skip
+        if self.started.is_set():
+            queue = await self._queue_stats()
+            found["webSocketQueueDepth"] = sum(depth["queued"] for depth in queue["channelDepth"].values())
+            found["hl7ClientCount"], found["clientStats"] = self.devices.client_count, self.devices.stats()
+            found["durableQueue"] = queue
+        return found
 
-    async def _queue_stats(self, depths: Mapping[str, Json]) -> Json:
-        counts = dict.fromkeys(STATES, 0)
+    async def _queue_stats(self) -> Json:
+        """What each channel has, waiting and with the server, and what there is in all."""
+        found, counts = dict[str, Backlog](), dict.fromkeys(STATES, 0)
         with suppress(StorageError):
+            found = {waiting.name: waiting for waiting in await self.store.backlog()}
             counts = await self.store.counts()
-        total = sum(depth["inflight"] for depth in depths.values())
+        depths, total = dict[str, Json](), 0
+        for name, channel in self.channels.items():
+            sent, waiting = len(channel.queue.inflight), found.get(name)
+            total += sent
+            depths[name] = {
+                "queued": max(0, waiting.waiting - sent) if waiting else 0, "claimed": 0, "inflight": sent,
+                "oldestQueuedAgeMs": now_ms() - waiting.oldest if waiting else -1,
+            }  # fmt: skip
         counts["queued"], counts["inflight"] = max(0, counts["queued"] + counts["inflight"] - total), total
-        swept_at, processed, errored = self._last_sweep
         return {
             "enabled": True, "isLeader": True, "healthy": self.store.healthy, "dbSizeBytes": self.store.size_bytes,
-            "countsByState": counts, "channelDepth": depths, "lastSweepAt": swept_at,
-            "lastSweepDeletedProcessed": processed, "lastSweepDeletedErrored": errored,
-        }  # fmt: skip
+            "countsByState": counts, "channelDepth": depths,
+        } | self._last_sweep  # fmt: skip
 
     # --- upkeep ---
 
     async def _keep_house(self) -> None:
-        """Logs off the hot path, the stats line, retention."""
-        loop = asyncio.get_running_loop()
-        next_stats = next_sweep = next_alive = loop.time()
+        """Logs off the hot path, and what is done now and then: the sign of life, the stats line, retention."""
+        loop, due = asyncio.get_running_loop(), dict[str, float]()
         while True:
-            if loop.time() >= next_alive:
-                next_alive = loop.time() + ALIVE_SECS
-                self._say_alive()
+            s = self.plan.settings
+            for work, seconds in (
+                (self._say_alive, ALIVE_SECS),
+                (self._log_stats, s.logStatsFreqSecs),
+                (self._sweep, s.queueSweepIntervalSecs),
+            ):
+                if seconds > 0 and loop.time() >= due.get(work.__name__, 0):
+                    due[work.__name__] = loop.time() + seconds
+                    spawn(work())
             await asyncio.sleep(LAZY_SECS)
             await asyncio.to_thread(self.channel_log.flush)
             self.devices.tidy()
-            assert self.plan is not None
-            settings = self.plan.settings
-            if settings.logStatsFreqSecs > 0 and loop.time() >= next_stats:
-                next_stats = loop.time() + settings.logStatsFreqSecs
-                spawn(self._log_stats())
-            if loop.time() >= next_sweep:
-                next_sweep = loop.time() + settings.queueSweepIntervalSecs
-                spawn(self._sweep(settings))
 
-    def _say_alive(self, problem: str = "") -> None:
+    async def _say_alive(self, problem: str = "") -> None:
         """What `health` reads: nothing of it is patient data."""
-        plans = self.plan.channels if self.plan else ()
-        wanted = [plan for plan in plans if plan.active and not plan.dials and plan.bind not in self._listeners]
+        wanted = [plan for plan in _listening(self.plan) if plan.bind not in self._listeners]
         closed = [f"port {plan.port} of channel '{plan.name}' is not open" for plan in wanted]
         away = 0 if self.uplink.live else asyncio.get_running_loop().time() - self.uplink.away_since
         state = {"problems": [problem] if problem else closed, "away": round(away)}
-        with suppress(OSError), open(self.state_dir / ALIVE_FILE, "wb", opener=private) as file:
+        with suppress(OSError), open(self.state_dir / ALIVE_FILE, "wb", opener=private) as file:  # noqa: ASYNC230
             file.write(dump_json(state))
 
     async def _log_stats(self) -> None:
         self.log.info("Agent stats", stats=await self.stats())
 
-    async def _sweep(self, settings: AgentSettings) -> None:
+    async def _sweep(self) -> None:
         try:
-            processed, errored = await self.store.sweep(settings)
-            self._last_sweep = (now_ms(), processed, errored)
+            deleted = await self.store.sweep(self.plan.settings)
+            self._last_sweep = dict(zip(_SWEPT, (now_ms(), *deleted), strict=True))
         except StorageError as error:
             self.log.error(f"Old messages cannot be deleted: {error}")
 
     def _thread_failed(self, args: threading.ExceptHookArgs) -> None:
         """Python would print the exception's text, which could quote a message."""
-        stack = _stack(args.exc_value) if args.exc_value is not None else []
-        self.log.error(f"Internal error: {args.exc_type.__name__} in a thread", stack=stack)
+        self.log.error(f"Internal error: {args.exc_type.__name__} in a thread", stack=_stack(args.exc_value))
 
     def _loop_failed(self, loop: asyncio.AbstractEventLoop, context: Json) -> None:
         error, text = context.get("exception"), context["message"]
         if text.startswith("Internal error"):
-            self.log.error(text, stack=_stack(error) if error else [])
+            self.log.error(text, stack=_stack(error))
         else:
             self.log.warn(f"{text} ({error.strerror if isinstance(error, OSError) else type(error).__name__}).")
 
-    async def _shut_down(self, uplink: asyncio.Task[None]) -> None:
+    async def _shut_down(self) -> None:
         """Stop accepting, store what was read, let answers come for a moment, say goodbye."""
         self.log.info("Stopping.")
         try:
@@ -9136,26 +9078,27 @@ class Agent:
                 for channel in list(self.channels.values()):
                     channel.stop()
                 await self.uplink.goodbye()
-                for task in _tasks - {asyncio.current_task(), uplink}:
+                for task in _tasks:
                     task.cancel()
                 if hasattr(self, "store"):
                     await self.store.close()
         except TimeoutError:
             self.log.warn("The clean stop took too long; what is on disk goes on at the next start.")
-        uplink.cancel()
         self.log.info("Stopped.")
 
     async def _settle_devices(self) -> None:
         """Wait until nothing is on its way to the disk, and a little for the answers that devices wait for."""
-        loop = asyncio.get_running_loop()
-        until = loop.time() + STOP_ANSWER_SECS
-        await asyncio.sleep(0.02)  # callers whose push ended just now are answered
-        while lines := [line for channel in self.channels.values() for line in channel.lines.values()]:
-            waiting = any(line.pending for line in lines)
-            answers = self.uplink.live and loop.time() < until and any(line.awaiting for line in lines)
-            if not waiting and not answers:
-                return
-            await asyncio.sleep(0.02)
+        until, wait = time.monotonic() + STOP_ANSWER_SECS, True
+        while wait:
+            await asyncio.sleep(0.02)  # callers whose push ended just now are answered, too
+            lines = [line for channel in self.channels.values() for line in channel.lines.values()]
+            answers = self.uplink.live and time.monotonic() < until
+            wait = any(line.pending or (answers and line.awaiting) for line in lines)
+
+
+def _listening(plan: Plan) -> list[ChannelPlan]:
+    """Its channels that have a port."""
+    return [channel for channel in plan.channels if channel.active and not channel.dials]
 
 
 def folder_problems(*folders: Path | None) -> Iterator[str]:
@@ -9170,22 +9113,21 @@ def _silent_parts(plan: Plan) -> tuple[str, ...]:
     """What is allowed, and still not what somebody wants who looks for his messages."""
     if plan.status == "off":
         return ("Agent.status is off: no channel listens. Set it to active and call $reload-config",)
-    entries = [entry for entry in plan.agent.get("channel") or [] if isinstance(entry, dict)]
-    botless = [entry.get("name") for entry in entries if not entry.get("targetReference")]
+    botless = [entry.get("name") for entry in plan.agent.get("channel") or [] if not entry.get("targetReference")]
     return tuple(
         f"channel '{name}' names no Bot (targetReference): the server refuses its messages" for name in botless
     )
 
 
-def _stack(error: BaseException) -> list[str]:
+def _stack(error: BaseException | None) -> list[str]:
     """Where it happened, without the text of the exception (which could quote a message)."""
     import traceback
 
-    return [f"{frame.name}:{frame.lineno}" for frame in traceback.extract_tb(error.__traceback__)]
+    return [f"{frame.name}:{frame.lineno}" for frame in traceback.extract_tb(error.__traceback__ if error else None)]
 
 
 # =====================================================================================================================
-# Command line (150 lines, 1050 tokens)
+# Command line (140 lines, 1050 tokens)
 # =====================================================================================================================
 
 _USAGE = """\
@@ -9197,13 +9139,13 @@ _USAGE = """\
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        print(f"{self.prog}: {message}\nTry --help.", file=sys.stderr)
-        raise SystemExit(1)
+        raise ConfigError([message])
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parse(argv: list[str], program: str) -> argparse.Namespace:
+    """The reference's arguments come first and are taken as they are: a secret may begin with a dash."""
     description = "Carries messages between hospital devices and a Medplum server."
-    parser = _Parser(prog=Path(sys.argv[0]).name, usage=_USAGE, description=description)
+    parser = _Parser(prog=program, usage=_USAGE, description=description)
     add = parser.add_argument
     add("arguments", nargs="*", metavar="base_url client_id client_secret agent_id [log_level]", help="or: demo")
     add("--config", metavar="FILE", help="agent.toml or agent.properties; default: the one in the working directory")
@@ -9214,35 +9156,32 @@ def _parser() -> argparse.ArgumentParser:
     add("--server-secs", type=float, metavar="N", help="health: fail when the server has been away for so long")
     add("--once", action="store_true", help="demo: end after the example traffic")
     add("--version", action="version", version=VERSION)
-    return parser
-
-
-def _parse(argv: list[str]) -> argparse.Namespace:
-    """The reference's arguments come first and are taken as they are: a secret may begin with a dash."""
     values = argv[:4] if len(argv) >= 4 and re.match(r"https?:", argv[0]) else []
-    options = _parser().parse_args(argv[len(values) :])
+    options = parser.parse_args(argv[len(values) :])
     options.arguments = values + options.arguments
     return options
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code: 0 after a clean stop, 1 when it cannot start."""
-    options = _parse(sys.argv[1:] if argv is None else list(argv))
-    if options.settings_schema:
-        print(settings_markdown() if options.settings_schema == "markdown" else json.dumps(settings_schema(), indent=2))
-        return 0
-    os.umask(0o077)
-    gc.freeze()  # what is loaded stays: collections look at messages only, and seldom
-    gc.set_threshold(50_000, 20, 50)
-    sys.setswitchinterval(0.001)  # the writer thread must not wait 5 ms for the interpreter after each commit
+    program = Path(sys.argv[0]).name
     try:
+        options = _parse(sys.argv[1:] if argv is None else list(argv), program)
+        if options.settings_schema:
+            shown = options.settings_schema == "markdown"
+            print(settings_markdown() if shown else json.dumps(settings_schema(), indent=2))
+            return 0
+        os.umask(0o077)
+        gc.freeze()  # what is loaded stays: collections look at messages only, and seldom
+        gc.set_threshold(50_000, 20, 50)
+        sys.setswitchinterval(0.001)  # the writer thread must not wait 5 ms for the interpreter after each commit
         if options.arguments[:1] == ["demo"]:
             return _run_demo(options.state_dir, stay=not options.once)
         if options.arguments == ["health"]:
             return _health(options)
         _run_agent(_process_config(options, *options.arguments[:4], *filter(None, options.arguments[4:5])))
     except ConfigError as error:
-        print(*(f"{_parser().prog}: {problem}" for problem in error.problems), "Try --help.", sep="\n", file=sys.stderr)
+        print(*(f"{program}: {problem}" for problem in error.problems), "Try --help.", sep="\n", file=sys.stderr)
         return 1
     except KeyboardInterrupt:  # before the agent listens for signals
         return 130
