@@ -1639,8 +1639,10 @@ def hl7_timestamp() -> str:
 def build_ack(header: Header, code: str, text: str = "") -> str:
     """MSH and MSA answering `header` (HL7 v2.5.1 2.9.2, channel contract 4.4); `text` goes to MSA-3."""
     s, c, fields = header.separator, header.component, header.fields
-    _, trigger, structure, *_ = *header.message_type.split(c, 2), "", ""
-    ack_type = "ACK" + (trigger and f"{c}{trigger}" + (structure and f"{c}ACK"))
+    kind = header.message_type.split(c, 2)
+    ack_type = "ACK"
+    if len(kind) > 1 and kind[1]:
+        ack_type = f"ACK{c}{kind[1]}{c}ACK" if len(kind) > 2 and kind[2] else f"ACK{c}{kind[1]}"
     return (
         f"MSH{s}{fields[1] or _MARKS}{s}{fields[4]}{s}{fields[5]}{s}{fields[2]}{s}{fields[3]}{s}{hl7_timestamp()}{s}{s}"
         f"{ack_type}{s}{next(_control_ids)}{s}{fields[10] or 'P'}{s}{fields[11] or '2.5.1'}\r"
@@ -6292,7 +6294,7 @@ def _bind_address(family: int, address: Any, count: int) -> socket.socket | None
 
 
 # =====================================================================================================================
-# Devices (540 lines, 4150 tokens)
+# Devices (530 lines, 4050 tokens)
 #
 # From the cloud to the device. A push that somebody waits for is tried once and answered within the caller's window.
 # One that nobody waits for is stored first, and then tried in order until the device accepts it or it becomes a dead
@@ -6325,9 +6327,8 @@ class CallLine(MllpLine):
 
     def __init__(self, owner: Device, settings: DeviceSettings):
         super().__init__(owner, PUSH_FRAME_BYTES)
-        self.encoding, self.security = codec_of(settings.encoding), security_of(settings)
+        self.security = security_of(settings)
         self.code = ""  # of the acknowledgment that ended its last push; behind a CA another may come
-        self.idle_since = 0.0
 
     def intake(self, frame: bytes | PeerError) -> None:
         """The ACK of what is in flight here, of an older message, or a surprise."""
@@ -6352,19 +6353,15 @@ class BytesCall(Line):
 
     def __init__(self, owner: Device, settings: DeviceSettings):
         super().__init__(owner)
-        self._end, self._received = settings.endChar.encode("latin-1", "ignore"), b""
-        self._over = asyncio.Event()  # the answer is whole, or no more comes
+        self._end, self._answer = settings.endChar.encode("latin-1", "ignore"), asyncio.StreamReader(PUSH_FRAME_BYTES)
 
     def receive(self, received: bytes) -> None:
-        self._received += received
-        if self._end and self._end in self._received:
-            self._over.set()
-        elif len(self._received) > PUSH_FRAME_BYTES:
-            self.abort()
+        if self._end:
+            self._answer.feed_data(received)
 
     def connection_lost(self, error: Exception | None) -> None:
         super().connection_lost(error)
-        self._over.set()
+        self._answer.feed_eof()
 
     async def ask(self, push: Push) -> str:
         """The body is hex unless bodyEncoding says text, and so is the answer; text that is no hex is sent as text."""
@@ -6374,13 +6371,11 @@ class BytesCall(Line):
             with suppress(ValueError):
                 content = bytes.fromhex(push.text)
         self.send(content or encoded(push.text, codec, push.target.key))
-        if not self._end:
-            return ""
-        await self._over.wait()
-        answer, end, _ = self._received.partition(self._end)
-        if not end:
-            raise DeviceError(f"{self.owner.name}: closed the connection before it answered", "device-silent")
-        answer += end
+        try:
+            answer = await self._answer.readuntil(self._end) if self._end else b""
+        except (asyncio.IncompleteReadError, asyncio.LimitOverrunError):
+            text = f"{self.owner.name}: closed the connection before it answered"
+            raise DeviceError(text, "device-silent") from None
         return answer.hex() if is_hex else answer.decode(codec, "replace")
 
 
@@ -6403,13 +6398,12 @@ class Device:
 
     def __init__(self, key: str, devices: Devices):
         self.name = self.host = key
-        self.lines: set[Line] = set()
+        self.lines: dict[Line, float] = {}  # and since when they are idle, the last one last; 0: they are not
         self.asked: list[Exchange] = []
         self.round_trips: deque[int] = deque(maxlen=MAX_STATS_SAMPLES)
         self.users = 0  # pushes under way
         self.encoding = "utf-8"  # of the last push
         self._devices = devices
-        self.idle: list[CallLine] = []
         self._leaving: set[asyncio.Task[None]] = set()  # lines that make way
         self._opening = 0
         self._places: dict[int, asyncio.Semaphore] = {}  # by the limit, which a reload may change
@@ -6434,11 +6428,10 @@ class Device:
     # --- its lines ---
 
     def opened(self, line: Line) -> None:
-        self.lines.add(line)
+        self.lines[line] = 0
 
     def closed(self, line: Line) -> None:
-        self.lines.discard(line)
-        self.idle = [other for other in self.idle if other is not line]
+        self.lines.pop(line, None)
 
     def congested(self, line: Line) -> bool:
         return False
@@ -6477,15 +6470,15 @@ class Device:
     async def _spare(self, target: Target, limit: int) -> CallLine | None:
         """An idle line that may be used again; idle ones that are in the way are closed."""
         keep = self._devices.plan.settings.keepAlive
-        for line in self.idle[::-1]:
+        idle = [line for line, since in self.lines.items() if since and isinstance(line, CallLine)]
+        for line in idle[::-1]:
             if keep and line.code and line.attached and line.security == security_of(target.settings):
-                self.idle.remove(line)
-                line.encoding = codec_of(target.settings.encoding)
+                self.lines[line] = 0
                 return line
         surplus = len(self.lines) + self._opening + 1 - limit
-        for number, line in enumerate(list(self.idle)):
+        for number, line in enumerate(idle):
             if number < surplus or (line.code not in ("", "CA") and not keep):
-                self.idle.remove(line)
+                self.lines[line] = 0
                 self._leaving.add(leaving := spawn(line.hang_up()))
                 leaving.add_done_callback(self._leaving.discard)
         if self._leaving:  # many a device takes one connection at a time
@@ -6544,15 +6537,15 @@ class Device:
     async def _ask(self, line: CallLine, push: Push, attempt: Try) -> str:
         """What ended without its acknowledgment may still bring that for a moment, and is then closed."""
         attempt.asked(line)
-        line.code = ""
+        line.code, line.encoding = "", codec_of(push.target.settings.encoding)
         try:
             answer = await line.ask(push)
             line.code = ack.code if (ack := read_ack(answer)) else ""
             return answer
         finally:
-            line.idle_since = self._loop.time()
             if line.attached:
-                self.idle.append(line)
+                del self.lines[line]
+                self.lines[line] = self._loop.time()
                 if not line.code:
                     self._loop.call_later(LATE_ACK_SECS, line.close)
 
@@ -6677,9 +6670,8 @@ class Devices:
         """Where a device is; DeviceError where we may not go. Lookups have threads of their own: some take long."""
         look_up = partial(socket.getaddrinfo, target.host, target.port, type=socket.SOCK_STREAM)
         try:
-            ipaddress.ip_address(target.host.split("%")[0])
-            found = look_up()
-        except ValueError:
+            found = look_up(flags=socket.AI_NUMERICHOST)
+        except socket.gaierror:
             found = await asyncio.get_running_loop().run_in_executor(self._lookups, look_up)
         allowed = push_targets(self.allowed)
         addresses = list(dict.fromkeys((str(address[0]), int(address[1])) for *_, address in found))
@@ -6718,8 +6710,8 @@ class Devices:
 
     def _close_idle(self, before: float) -> None:
         """Close lines that have not been used since `before` (the event loop's clock)."""
-        for line in [line for device in self._devices.values() for line in device.idle]:
-            if line.idle_since <= before:
+        for line, since in [entry for device in self._devices.values() for entry in device.lines.items()]:
+            if 0 < since <= before:
                 line.close()
 
     def close(self) -> None:
@@ -8536,7 +8528,7 @@ def _checked_status(answer: Dataset) -> int:
 
 
 # =====================================================================================================================
-# Agent (600 lines, 4850 tokens)
+# Agent (590 lines, 4800 tokens)
 #
 # Plans become running channels. A reload reads everything, lists every problem, and changes nothing if there is one;
 # otherwise only what differs changes, and untouched channels keep their connections. The life cycle: lock, logs,
@@ -8657,7 +8649,12 @@ class Agent:
             self._report_problems(problems, "the other channels start")
         elif not saved:
             self._save_config(plan)
-        await self._open_store(plan)
+        self.store = Store(Path(plan.settings.queueDbPath or self.state_dir / QUEUE_FILE), self.log)
+        self._parts = Parts(self.store, self.uplink, self.fhir, self.log, self.channel_log)
+        self.devices = Devices(self._parts, self.channels, self.config.settings.pushTargets)
+        self.devices.imaging = ImagingCaller(self.store.spool, self.fhir, self.log)
+        await self.store.open()
+        self.uplink.store = self.store
         await self._apply(plan)
         spawn(self.devices.resume())
         self.started.set()
@@ -8741,15 +8738,6 @@ class Agent:
     def _report_problems(self, problems: Sequence[str], consequence: str) -> None:
         for problem in problems:
             self.log.error(f"Configuration: {getattr(problem, 'log', problem)}; {consequence}.")
-
-    async def _open_store(self, plan: Plan) -> None:
-        path = Path(plan.settings.queueDbPath or self.state_dir / QUEUE_FILE)
-        self.store = Store(path, self.log)
-        await self.store.open()
-        self.uplink.store = self.store
-        self._parts = Parts(self.store, self.uplink, self.fhir, self.log, self.channel_log)
-        self.devices = Devices(self._parts, self.channels, self.config.settings.pushTargets)
-        self.devices.imaging = ImagingCaller(self.store.spool, self.fhir, self.log)
 
     # --- plans ---
 
@@ -8874,7 +8862,7 @@ class Agent:
     async def _perform(self, message: Json) -> None:
         """Answer a request; whatever fails is an agent:error with the request's callback."""
         kind = "agent:transmit:request" if message["type"] == "push" else message["type"]
-        operations: Mapping[str, Callable[[Json], Awaitable[Json | None]]] = {
+        operations = {
             "agent:transmit:request": self._push, "agent:reloadconfig:request": self._reload_config,
             "agent:logs:request": self._fetch_logs, "agent:stats:request": self._fetch_stats,
             "agent:upgrade:request": self._upgrade,
@@ -8959,9 +8947,8 @@ class Agent:
                 f"Invalid limit: {limit} - must be a valid positive integer less than or equal to {LOG_PAGE_MAX}"
             )
         self.log.flush()
-        assert self.log.directory is not None
         try:
-            page = await asyncio.to_thread(read_log_page, self.log.directory, "main", limit, before)
+            page = await asyncio.to_thread(read_log_page, cast(Path, self.log.directory), "main", limit, before)
         except (ValueError, OSError) as error:
             raise LocalError(str(error)) from None
         more = {"nextBefore": page.before} if page.before else {}
@@ -9127,7 +9114,7 @@ def _stack(error: BaseException | None) -> list[str]:
 
 
 # =====================================================================================================================
-# Command line (140 lines, 1050 tokens)
+# Command line (140 lines, 1000 tokens)
 # =====================================================================================================================
 
 _USAGE = """\
@@ -9149,10 +9136,10 @@ def _parse(argv: list[str], program: str) -> argparse.Namespace:
     add = parser.add_argument
     add("arguments", nargs="*", metavar="base_url client_id client_secret agent_id [log_level]", help="or: demo")
     add("--config", metavar="FILE", help="agent.toml or agent.properties; default: the one in the working directory")
-    place = "default: a folder for each agent id in the system's place for state"
-    add("--state-dir", metavar="DIR", help=f"queue, logs and last configuration; {place}")
-    formats = ("json", "markdown")
-    add("--settings-schema", nargs="?", const="json", choices=formats, help="print every setting and exit")
+    add("--state-dir", metavar="DIR", help="queue, logs and last configuration; default: a folder for each agent id "
+        "in the system's place for state")  # fmt: skip
+    add("--settings-schema", nargs="?", const="json", choices="json markdown".split(),
+        help="print every setting and exit")  # fmt: skip
     add("--server-secs", type=float, metavar="N", help="health: fail when the server has been away for so long")
     add("--once", action="store_true", help="demo: end after the example traffic")
     add("--version", action="version", version=VERSION)
@@ -9200,16 +9187,16 @@ def _health(options: argparse.Namespace) -> int:
         return 1
     state_dir = _process_config(options).state_dir
     path = state_dir / ALIVE_FILE
+    state: Json = {"problems": ["it does not run, or has not started yet"]}
     try:
-        alive = time.time() - path.stat().st_mtime < DEAD_SECS
-        state = _json_object(path.read_bytes()) if alive else {}
+        if time.time() - path.stat().st_mtime < DEAD_SECS:
+            state = _json_object(path.read_bytes())
     except PermissionError:
         print(f"The state of the agent in {state_dir} cannot be read by this user: use sudo.")
         return 1
     except OSError:
-        alive, state = False, {}
-    problems = [] if alive else ["it does not run, or has not started yet"]
-    problems += [str(problem) for problem in state.get("problems") or []]
+        pass
+    problems: list[str] = state.get("problems", [])
     if options.server_secs is not None and (away := state.get("away", 0)) > options.server_secs:
         problems.append(f"the server has been away for {away} s")
     print(f"The agent with its state in {state_dir}: {'; '.join(problems) or 'it is alive'}.")
