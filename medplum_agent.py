@@ -5441,8 +5441,6 @@ class Hl7Line(MllpLine):
         """
         return bool(self.settings.enhanced) or not self.messages
 
-    # --- messagesPerMin: hold messages back, and the device with them ---
-
     def unframed(self, received: bytes) -> None:
         if received.lstrip(b"\r\n ").startswith(b"MSH"):
             self._warn_once("bare", "a message came without 0x0B before it: is its sender set to MLLP?")
