@@ -2163,6 +2163,11 @@ class Astm:
         del self._queue[position]
         return self._run()
 
+    @property
+    def held(self) -> int:
+        """Bytes of the session, and of the frame under way."""
+        return self._size + len(self._text)
+
     def deadline(self) -> float | None:
         """When expired() wants to be called."""
         if self.state is Link.IDLE:
@@ -5420,13 +5425,13 @@ class Hl7Line(MllpLine):
 
     def connection_lost(self, error: Exception | None) -> None:
         super().connection_lost(error)
-        skipped, held = self.core.skipped, self.core.held
+        skipped = self.core.skipped
         if skipped and not self.messages:
             self.owner.warn(f"{self.remote} sent {skipped} bytes and no MLLP frame (0x0B ... 0x1C 0x0D)")
         elif skipped:
             self.owner.warn(f"{self.remote} sent {skipped} bytes outside of its frames, which were dropped")
         if self.core.inside:
-            self.owner.warn(f"{self.remote} ended inside a frame of {held} bytes: its end, 0x1C 0x0D, is missing")
+            self.owner.warn(f"{self.remote} ended inside a frame of {self.held} bytes: its end, 0x1C 0x0D, is missing")
 
     def _warn_once(self, kind: str, text: str) -> None:
         if kind not in self._warned:
@@ -5802,6 +5807,7 @@ class AstmLine(StreamLine):
 
     def receive(self, received: bytes) -> None:
         self._do(self.core.receive, received)
+        UNFINISHED.count(self, self.held)
 
     def connection_lost(self, error: Exception | None) -> None:
         super().connection_lost(error)

@@ -1088,6 +1088,19 @@ def test_b15_unfinished_bytes_have_one_budget(here, channel):
         assert small.ack() == ("AA", "UNFINISHED")
 
 
+def test_b15_sessions_of_analyzers_count_too(here):
+    """What was acknowledged of the one that has to go is a dead letter with its records."""
+    before, texts = mark(here), frames_of("H|\\^&", *(f"R|{n}|{'x' * 60_000}" for n in range(9)), size=62_000)
+    with contextlib.ExitStack() as stack:
+        lines = [stack.enter_context(Instrument.at(here.ports["ASTM"])) for _ in range(20)]
+        with contextlib.suppress(OSError, EOFError, AssertionError):
+            for frame in (ENQ, *texts):
+                for line in lines:
+                    assert line.ask(frame) == ACK
+        eventually(lambda: said(here, "unfinished", level="WARN", since=before), what="WARN")
+        eventually(lambda: [row for row in rows(here, "ASTM") if row["error_code"] == "interrupted-session"])
+
+
 @pytest.mark.parametrize("talks", [False, True])
 def test_b15_one_host_does_not_take_all_places(here, talks):
     """`talks`: its connections have brought messages."""
