@@ -4885,7 +4885,7 @@ class Uplink:
 
 
 # =====================================================================================================================
-# Lines (1050 lines, 7300 tokens)
+# Lines (1050 lines, 7350 tokens)
 #
 # One open connection to a device, whoever dialled; each protocol has one class here, which owns its core. A line takes
 # bytes (`receive`), makes messages of them (`intake`), acknowledges when the store says durable (`stored`), writes down
@@ -6526,7 +6526,9 @@ class Device:
 
     async def _exchange(self, push: Push, attempt: Try) -> str:
         """HL7. A line that is used again and turns out to be closed is replaced by a fresh one, once."""
-        limit = self._devices.limit
+        plan = self._devices.plan
+        most = 1 if plan.settings.keepAlive else plan.settings.maxClientsPerRemote
+        limit = plan.given.get("maxClientsPerRemote", most)
         attempt.phase = f"all {limit} connections were busy"
         async with self._places.setdefault(limit, asyncio.Semaphore(limit)):
             attempt.phase = Try.phase
@@ -6659,12 +6661,6 @@ class Devices:
             for queue in device.queues:
                 queue.policy = self.policy(device.name)
                 queue.pump()
-
-    @property
-    def limit(self) -> int:
-        """Lines of a device at once."""
-        s, given = self.plan.settings, self.plan.given
-        return cast(int, given.get("maxClientsPerRemote", 1 if s.keepAlive else s.maxClientsPerRemote))
 
     def policy(self, key: str) -> Policy:
         workers = self.plan.given.get("maxClientsPerRemote", 1)  # order comes first, unless somebody says otherwise
@@ -8532,7 +8528,7 @@ def _checked_status(answer: Dataset) -> int:
 
 
 # =====================================================================================================================
-# Agent (590 lines, 4800 tokens)
+# Agent (590 lines, 4750 tokens)
 #
 # Plans become running channels. A reload reads everything, lists every problem, and changes nothing if there is one;
 # otherwise only what differs changes, and untouched channels keep their connections. The life cycle: lock, logs,
@@ -8691,11 +8687,9 @@ class Agent:
             raise ServerError(f"the Agent that the server sent cannot be understood: {problem}")
         references = endpoint_references(agent)
         found = await asyncio.gather(*(self.fhir.read(reference) for reference in references), return_exceptions=True)
-        for endpoint in found:
-            if isinstance(endpoint, BaseException) and not (
-                isinstance(endpoint, ServerError) and not endpoint.transient
-            ):
-                raise endpoint
+        for error in found:
+            if isinstance(error, BaseException) and (not isinstance(error, ServerError) or error.transient):
+                raise error
         return agent, dict(zip(references, cast("list[Json | AgentError]", found), strict=True))
 
     def _saved_config(self) -> Resources | None:
@@ -8709,12 +8703,13 @@ class Agent:
             return None
 
     def _save_config(self, plan: Plan) -> None:
-        stamp = datetime.datetime.now(datetime.UTC).isoformat()
-        agent = plan.agent | {"id": self.config.settings.agentId}
-        saved = {"appliedAt": stamp, "agentVersion": VERSION, "agent": agent, "endpoints": plan.endpoints}
+        saved = {
+            "appliedAt": datetime.datetime.now(datetime.UTC).isoformat(), "agentVersion": VERSION,
+            "agent": plan.agent | {"id": self.config.settings.agentId}, "endpoints": plan.endpoints,
+        }  # fmt: skip
         path = self.state_dir / CONFIG_FILE
+        temporary = path.with_suffix(".new")
         try:
-            temporary = path.with_suffix(".new")
             with open(temporary, "wb", opener=private) as file:
                 file.write(dump_json(saved))
                 file.flush()
@@ -8760,7 +8755,7 @@ class Agent:
         """Make the running channels those of the plan. New ports are bound before anything changes."""
         opened = await self._bind_new(plan)
         wanted = {channel.bind: channel.name for channel in _listening(plan)}
-        for warning in plan.warnings + _silent_parts(plan):
+        for warning in (*plan.warnings, *_silent_parts(plan)):
             self.log.warn(f"Configuration: {warning}.")
         self.plan = plan
         self.store.max_bytes = plan.settings.queueMaxMb * MIB
@@ -8858,10 +8853,18 @@ class Agent:
     # --- requests of the server (uplink contract 4) ---
 
     def _message(self, message: Json) -> None:
-        if message["type"] == "agent:error":
-            self._server_error(str(message.get("body")))
-        else:
+        """A request; or an agent:error, which names no message: a text that might quote one goes to the channel log."""
+        if message["type"] != "agent:error":
             spawn(self._perform(message))
+            return
+        text = str(message.get("body"))
+        if "access token" in text:
+            self.fhir.reject_token()
+        if text in _SAFE_ERRORS:
+            self.log.error(f"The server reports: {text}.")
+        else:
+            self.log.error("The server reports an error; its text is in the channel log.")
+            self.channel_log.error(f"[Server] {text}")
 
     async def _perform(self, message: Json) -> None:
         """Answer a request; whatever fails is an agent:error with the request's callback."""
@@ -8871,7 +8874,7 @@ class Agent:
             "agent:logs:request": self._fetch_logs, "agent:stats:request": self._fetch_stats,
             "agent:upgrade:request": self._upgrade,
         }  # fmt: skip
-        answer: Json | None = None
+        answer: Json = {}
         try:
             if (operation := operations.get(kind)) is None:
                 self.uplink.warn("The server sent a message of an unknown type.")
@@ -8888,16 +8891,6 @@ class Agent:
             if answer:
                 callback = message.get("callback")
                 self.uplink.send(answer | ({"callback": callback} if callback else {}))
-
-    def _server_error(self, text: str) -> None:
-        """An agent:error of the server names no message; a text that might quote one goes to the channel log."""
-        if "access token" in text:
-            self.fhir.reject_token()
-        if text in _SAFE_ERRORS:
-            self.log.error(f"The server reports: {text}.")
-        else:
-            self.log.error("The server reports an error; its text is in the channel log.")
-            self.channel_log.error(f"[Server] {text}")
 
     async def _push(self, message: Json) -> Json | None:
         """A push or a ping (uplink contract 4.7 to 4.9); None when nobody waits for the result."""
@@ -8945,14 +8938,15 @@ class Agent:
         return {}
 
     async def _fetch_logs(self, message: Json) -> Json:
-        limit, before = message.get("limit", 20), message.get("before")
+        limit = message.get("limit", 20)
         if type(limit) is not int or not 1 <= limit <= LOG_PAGE_MAX:
             raise PeerError(
                 f"Invalid limit: {limit} - must be a valid positive integer less than or equal to {LOG_PAGE_MAX}"
             )
         self.log.flush()
         try:
-            page = await asyncio.to_thread(read_log_page, cast(Path, self.log.directory), "main", limit, before)
+            folder = cast(Path, self.log.directory)
+            page = await asyncio.to_thread(read_log_page, folder, "main", limit, message.get("before"))
         except (ValueError, OSError) as error:
             raise LocalError(str(error)) from None
         more = {"nextBefore": page.before} if page.before else {}
@@ -9055,6 +9049,7 @@ class Agent:
     async def _shut_down(self) -> None:
         """Stop accepting, store what was read, let answers come for a moment, say goodbye."""
         self.log.info("Stopping.")
+        until, wait = time.monotonic() + STOP_ANSWER_SECS, True
         try:
             async with asyncio.timeout(STOP_SECS):
                 for listener in self._listeners.values():
@@ -9065,7 +9060,12 @@ class Agent:
                         line.pause("stopping")
                 if hasattr(self, "devices"):
                     self.devices.close()
-                await self._settle_devices()
+                # until nothing is on its way to the disk, and a little for the answers that devices wait for
+                while wait:
+                    await asyncio.sleep(0.02)  # callers whose push ended just now are answered, too
+                    lines = [line for channel in self.channels.values() for line in channel.lines.values()]
+                    answers = self.uplink.live and time.monotonic() < until
+                    wait = any(line.pending or (answers and line.awaiting) for line in lines)
                 for channel in list(self.channels.values()):
                     channel.stop()
                 await self.uplink.goodbye()
@@ -9076,15 +9076,6 @@ class Agent:
         except TimeoutError:
             self.log.warn("The clean stop took too long; what is on disk goes on at the next start.")
         self.log.info("Stopped.")
-
-    async def _settle_devices(self) -> None:
-        """Wait until nothing is on its way to the disk, and a little for the answers that devices wait for."""
-        until, wait = time.monotonic() + STOP_ANSWER_SECS, True
-        while wait:
-            await asyncio.sleep(0.02)  # callers whose push ended just now are answered, too
-            lines = [line for channel in self.channels.values() for line in channel.lines.values()]
-            answers = self.uplink.live and time.monotonic() < until
-            wait = any(line.pending or (answers and line.awaiting) for line in lines)
 
 
 def _listening(plan: Plan) -> list[ChannelPlan]:
@@ -9100,14 +9091,13 @@ def folder_problems(*folders: Path | None) -> Iterator[str]:
             yield f"the folder {folder} belongs to another user or may be written by others: chown and chmod 700 it"
 
 
-def _silent_parts(plan: Plan) -> tuple[str, ...]:
+def _silent_parts(plan: Plan) -> Iterator[str]:
     """What is allowed, and still not what somebody wants who looks for his messages."""
     if plan.status == "off":
-        return ("Agent.status is off: no channel listens. Set it to active and call $reload-config",)
-    botless = [entry.get("name") for entry in plan.agent.get("channel") or [] if not entry.get("targetReference")]
-    return tuple(
-        f"channel '{name}' names no Bot (targetReference): the server refuses its messages" for name in botless
-    )
+        yield "Agent.status is off: no channel listens. Set it to active and call $reload-config"
+    for entry in plan.agent.get("channel") or []:
+        if not entry.get("targetReference"):
+            yield f"channel '{entry.get('name')}' names no Bot (targetReference): the server refuses its messages"
 
 
 def _stack(error: BaseException | None) -> list[str]:
