@@ -3384,10 +3384,10 @@ class Store:
             if message.must and message.refusal:
                 self._loop.call_later(MUST_SECS, self.put, message)
                 continue
-            message.original = None
+            source, message.original, message.source = message.source, None, None  # which may hold the text, too
             try:
-                if message.source is not None:
-                    message.source(message)
+                if source is not None:
+                    source(message)
             except Exception as error:  # one message must not cost the others of its batch their acknowledgments
                 self._log.error(f"Internal error: {type(error).__name__} after storing message {message.id}")
 
