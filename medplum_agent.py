@@ -6670,8 +6670,9 @@ class Devices:
         """Where a device is; DeviceError where we may not go. Lookups have threads of their own: some take long."""
         look_up = partial(socket.getaddrinfo, target.host, target.port, type=socket.SOCK_STREAM)
         try:
-            found = look_up(flags=socket.AI_NUMERICHOST)
-        except socket.gaierror:
+            ipaddress.ip_address(target.host.split("%")[0])
+            found = look_up()
+        except ValueError:
             found = await asyncio.get_running_loop().run_in_executor(self._lookups, look_up)
         allowed = push_targets(self.allowed)
         addresses = list(dict.fromkeys((str(address[0]), int(address[1])) for *_, address in found))
