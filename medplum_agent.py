@@ -1947,7 +1947,7 @@ def stream_answer(body: str, settings: StreamSettings) -> bytes:
 
 
 # =====================================================================================================================
-# ASTM (590 lines, 3950 tokens)
+# ASTM (590 lines, 4000 tokens)
 #
 # The link layer of laboratory instruments (ASTM E1381, CLSI LIS01-A2), both roles, and the little of the records
 # (E1394, LIS02-A2) that it needs. Bytes and times in, events out. The caller commits a frame to disk between
@@ -2226,6 +2226,7 @@ class Astm:
         room = FRAME_TEXT_BYTES - len(self._text)
         self._text += self._waiting[at : min(stop, at + room)]
         if stop - at > room:
+            self._text.clear()
             self._refuse(f"a frame has more than {FRAME_TEXT_BYTES} bytes of text")
             return at + room + 1
         if stop < len(self._waiting):
@@ -2253,6 +2254,7 @@ class Astm:
 
     def _begin_session(self, byte: int) -> None:
         self._records, self._size, self._last, self._refused = [], 0, _NO_FRAME, False
+        self._text.clear()
 
     def _open(self, byte: int) -> None:
         self._begin_session(byte)
@@ -2344,6 +2346,7 @@ class Astm:
             return
         frame = FrameAccepted(chr(self._number) if self._number else "", bytes(self._text), self._sum[0])
         wanted = b"%02X" % ((self._number + sum(self._text) + frame.end) % 256)
+        self._text.clear()
         last, due = self._last, (ord(self._last.number or "0") + 1) % 8
         expected = not frame.number or int(frame.number) == due
         refusal = None
@@ -6377,9 +6380,10 @@ class BytesCall(Line):
         self.send(content or encoded(push.text, codec, push.target.key))
         try:
             answer = await self._answer.readuntil(self._end) if self._end else b""
-        except (asyncio.IncompleteReadError, asyncio.LimitOverrunError):
-            text = f"{self.owner.name}: closed the connection before it answered"
-            raise DeviceError(text, "device-silent") from None
+        except asyncio.IncompleteReadError:
+            raise DeviceError(f"{self.owner.name}: closed the connection before it answered", "device-silent") from None
+        except asyncio.LimitOverrunError:
+            raise DeviceError(f"{self.owner.name}: its answer does not end (endChar)", "device-silent") from None
         return answer.hex() if is_hex else answer.decode(codec, "replace")
 
 
@@ -6746,7 +6750,7 @@ async def ping(host: str, count: int, allowed: Sequence[PushTarget] = ()) -> str
     except OSError:
         raise PingError(f"Unable to ping {host}: the name is unknown") from None
     address = str(found[0][4][0])
-    if allowed and not any(one.holds(one.scheme, address, next(iter(one.ports), 0)) for one in allowed):
+    if allowed and not any(_address(address) in one.network for one in allowed):
         raise PingError(f"Unable to ping {host}: it is not among pushTargets of agent.toml")
     interval, timeout = min(1.0, PING_SECS / 2 / count), min(2.0, PING_SECS / 3 / count)
     for privileged in (False, True):  # a datagram socket where users may have one, else a raw one where we may
@@ -6763,7 +6767,7 @@ async def ping(host: str, count: int, allowed: Sequence[PushTarget] = ()) -> str
         if not result.is_alive:
             raise PingError(f"Command failed: ping -c {count} {host}\n{text}")
         return text
-    return await _system_ping(host, count)
+    return await _system_ping(address if allowed else host, count)  # a name could mean another address by now
 
 
 def _ping_text(host: str, result: icmplib.Host) -> str:
@@ -8810,7 +8814,7 @@ class Agent:
 
     async def _bind_later(self, plan: ChannelPlan) -> None:
         """A port taken by another program at start: wait for it as long as the plan wants it."""
-        await asyncio.sleep(BIND_RETRY_SECS)
+        await self.started.wait()  # until then there may be no channel to serve
         while plan.bind not in self._listeners and plan in self.plan.channels:
             try:
                 await self._listen(plan)

@@ -337,6 +337,21 @@ def test_disconnect() -> None:
     assert line.core.closed() == [SendFailed("the connection was closed")] * 2
 
 
+@pytest.mark.parametrize(
+    "begun",
+    [frame(1, b"H|\\^&\r"), frame(1, b"H|\\^&\r") + STX + b"2P|", STX + b"1" + b"x" * 70_000, STX + b"1x\x0300\r\n"],
+    ids=["frame", "half a frame", "too large", "wrong checksum"],
+)
+def test_nothing_of_a_session_is_held_after_its_end(begun: bytes) -> None:
+    """Neither counted nor kept: it is patient data."""
+    line = Line()
+    line.hear(ENQ, *astm_frames(RECORDS, 240), EOT)
+    assert line.core.held == 0
+    line.hear(ENQ, begun)
+    line.wait(31)
+    assert line.core.state is Link.IDLE and line.core.held == 0
+
+
 def test_a_silent_session_without_frames_is_nothing() -> None:
     line = Line()
     line.hear(ENQ)

@@ -23,6 +23,7 @@ from demo import Transmit
 
 import medplum_agent
 from medplum_agent import AgentSettings, ChannelPlan, ChannelRow, Hl7Settings, Message, Policy, Queue
+from tests.dicom_peers import made, store
 from tests.instruments import ACK, ENQ, EOT, NAK, Instrument, body_of, frames_of, of, rows
 from tests.support import (
     AGENT_ID,
@@ -1601,6 +1602,23 @@ def test_d21_bad_push_targets_are_said_at_the_start():
     for text in ("mllp://10.0.0.0/33", "10.1.2.3:x", "host.example", "10.1.2.3:9-5"):
         with pytest.raises(ValueError):
             medplum_agent.push_targets(text)
+
+
+# --- found by reading ------------------------------------------------------------------------------------------------
+
+
+def test_a_port_that_is_taken_at_the_start_is_opened_though_its_channel_comes_late(tmp_path):
+    """As when the agent before lets it go a moment later, while the libraries of imaging are still being loaded."""
+    slow = "async def late(load=m.load_imaging):\n    await load()\n    await m.asyncio.sleep(1)\n"
+    with site(tmp_path, {"PACS": "dicom://127.0.0.1:{port}?"}, start=False) as here:
+        changed(here.agent, f"{slow}m.load_imaging = late; m.BIND_RETRY_SECS = 0.1")
+        with socket.create_server(("127.0.0.1", here.ports["PACS"])):
+            here.agent.start(ready=False)
+            here.agent.logged("cannot be opened")
+        here.agent.logged("is open now")
+        instance = made(10)
+        assert store(here.ports["PACS"], instance) == [0]
+        here.sandbox.wait_for(lambda: any(instance.uid in sent.body for sent in here.sandbox.sandbox.transmits))
 
 
 # --- found by live fuzzing and by power cuts --------------------------------------------------------------------------
