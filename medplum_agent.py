@@ -7937,11 +7937,15 @@ class DicomChannel(Channel):
         def stored(message: Message) -> None:
             if message.refusal:
                 self.store.spool.remove(message.spool or "")
-                status = OUT_OF_RESOURCES if message.type == "C-STORE" else RESOURCE_LIMITATION
-                done.set_exception(Refusal(message.refusal, status))
             else:
                 self.note(f"[Received {message.type}]: {message.control_id} from {message.remote}")
                 self.queue.stored(message)
+            if done.done():  # the agent stops, and nobody waits any more
+                return
+            if message.refusal:
+                status = OUT_OF_RESOURCES if message.type == "C-STORE" else RESOURCE_LIMITATION
+                done.set_exception(Refusal(message.refusal, status))
+            else:
                 done.set_result(None)
 
         message.source = stored
