@@ -103,7 +103,7 @@ except ImportError:  # pragma: no cover - platforms without a wheel: slower, the
 
 
 # =====================================================================================================================
-# Version, limits (160 lines, 700 tokens)
+# Version, limits (170 lines, 700 tokens)
 #
 # Every bound has a name, a unit and a reason. What a site could need to change is a setting instead (next section).
 # =====================================================================================================================
@@ -160,7 +160,8 @@ TRANSFER_TIMEOUT_SECS = 120.0  # of silence while a file is sent or fetched, how
 TRANSFERS = 4  # files under way to or from the server at once
 SEARCH_RESOURCES = 10_000  # of one FHIR search
 TRANSFER_BLOCK_BYTES = 256 * KIB  # read and written in one go
-MULTIPART_END_BYTES = 4 * KIB  # of a multipart body: its last boundary, and what may stand behind it
+MULTIPART_HEAD_BYTES = MIB  # of a multipart body: what comes before the content of its part
+MULTIPART_END_BYTES = 4 * KIB  # its last boundary, and what may stand behind it
 HTTP_ATTEMPTS = 3  # uplink contract 1: 429, 5xx and network errors
 TOKEN_MARGIN_SECS = 300.0  # refresh this long before the token expires
 TOKEN_REFRESH_SPACING_SECS = 5.0  # a server that hands out nearly expired tokens must not be asked per message
@@ -3536,7 +3537,7 @@ def _trouble_of(error: Exception) -> tuple[str, str]:
 
 
 # =====================================================================================================================
-# FHIR (370 lines, 3000 tokens)
+# FHIR (380 lines, 3000 tokens)
 #
 # The HTTPS side of the server: OAuth2 client-credentials login and FHIR reads (uplink contract 1 and 2). urllib3 does
 # the work in worker threads: pools, proxies, TLS, retries. May touch: HTTPS.
@@ -3812,7 +3813,9 @@ class Fhir:
 
         response = await self._authorized(self._downloads, fetch)
         if response.status >= 300 or "json" in response.headers.get("Content-Type", ""):
-            file.write(base64.b64decode(self._checked(response, reference).get("data", "")))
+            if not (data := self._checked(response, reference).get("data")):
+                raise ServerError(f"the server answered {reference} with JSON and no file", 406)
+            file.write(base64.b64decode(data))
 
     def _headers(self, token: str) -> dict[str, str]:
         return {
@@ -3871,12 +3874,14 @@ def only_part(content_type: str, blocks: Iterable[bytes]) -> Iterator[bytes]:
         held += block
         if not inside and (at := held.find(b"\r\n\r\n", held.find(mark))) >= 0 and mark in held[:at]:
             held, inside = held[at + 4 :], True
+        if not inside and len(held) > MULTIPART_HEAD_BYTES:
+            break
         if inside and len(held) > MULTIPART_END_BYTES:
             yield held[:-MULTIPART_END_BYTES]
             held = held[-MULTIPART_END_BYTES:]
     content, end, _ = held.rpartition(b"\r\n" + mark)
     if not inside or not end:
-        raise ServerError("the multipart answer of the server breaks off")
+        raise ServerError("the multipart answer of the server breaks off, or has no part")
     yield content
 
 
@@ -4504,9 +4509,7 @@ class Uplink:
         self.queues: list[Queue] = []  # of the channels
         self.on_message: Callable[[Json], None] = lambda message: None
         self._settings, self._fhir, self._log = settings, fhir, log
-        self._agent = (
-            f"Agent/{settings.agentId}-"  # begins a callback; a UUID follows, for a row with its number as end
-        )
+        self._agent = f"Agent/{settings.agentId}-"  # begins a callback; a UUID follows, which ends in the row's number
         scheme = "wss" if settings.baseUrl.startswith("https") else "ws"
         parts = urllib.parse.urlsplit(settings.baseUrl)
         self.url = urllib.parse.urlunsplit((scheme, parts.netloc, "/ws/agent", parts.query, ""))
