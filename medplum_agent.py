@@ -1010,7 +1010,7 @@ class ChannelPlan:
 
     @cached_property
     def key_spec(self) -> str:
-        """What orders it: `*` the whole feed, `@` the device, `study`, a logical channel key, or `` the patient."""
+        """What orders it: `*` the whole feed, `@` the device, `study`, a logical channel key; empty: the patient."""
         if self.workers == 1:
             return "*"
         if isinstance(self.settings, Hl7Settings):
@@ -1597,9 +1597,6 @@ def ordering_key(text: str, header: Header, spec: str = "") -> str | None:
             return BARRIER
         found = key
     return found
-
-
-patient_key = ordering_key
 
 
 def logical_key(text: str, header: Header, paths: Sequence[FieldPath]) -> str:
@@ -3575,7 +3572,7 @@ def proxy_for(url: str) -> str | None:
 
 
 def _proxy_problem(proxy: str) -> str:
-    """The proxy without its password when it is no http proxy, else ``."""
+    """The proxy without its password when it is no http proxy, else an empty string."""
     shown = re.sub(r"//.*@", "//", proxy)
     try:
         parts = urllib.parse.urlsplit(proxy)
@@ -6574,7 +6571,7 @@ class Device:
         message.text, message.control_id, message.type = push.text, push.control_id, push.content_type
         message.return_ack = push.mode or None
         if push.mode and self.queue.policy.workers > 1:
-            message.key = patient_key(push.text, Header(push.text))
+            message.key = ordering_key(push.text, Header(push.text))
         message.source = partial(self._stored, push)
         self._devices.store.put(message)
 
@@ -8265,7 +8262,7 @@ class DicomChannel(Channel):
             spawn(self._report(message, message.response or ""))
 
     async def _send_report(self, message: Message, titles: Json, report: Dataset, kind: int) -> str:
-        """N-EVENT-REPORT, on an association of our own where the device's address is known; why not, or ``."""
+        """N-EVENT-REPORT, on an association of our own where the device's address is known; why not, if not."""
         calling = titles["callingAeTitle"]
         try:
             if peer := destinations(self.settings.moveDestinations).get(calling):

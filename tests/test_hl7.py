@@ -21,7 +21,7 @@ def message(*segments: str, msh: str = MSH) -> tuple[str, ma.Header]:
 
 
 def patient(*segments: str, msh: str = MSH) -> str | None:
-    return ma.patient_key(*message(*segments, msh=msh))
+    return ma.ordering_key(*message(*segments, msh=msh))
 
 
 def at(path: str, *segments: str, msh: str = MSH) -> str:
@@ -92,7 +92,7 @@ def test_header_ends_with_its_segment() -> None:
     assert ma.Header("MSH|^~\\&|a\rPID|1|2|3|4|5|6|7|8|9").control_id == ""
 
 
-# --- patient_key (design 1: PID-3.1 with PID-3.4, else a barrier) ---
+# --- the patient as key (design 1: PID-3.1 with PID-3.4, else a barrier) ---
 
 
 def test_a_patient_is_number_and_assigning_authority() -> None:
@@ -198,7 +198,7 @@ def test_ordering_key_follows_the_channels_rule() -> None:
     one, other = message(PID, "PV1|1|I"), message("PID|1||999^^^HOSP", "PV1|1|I")
     assert ma.ordering_key(*one, "*") == ma.ordering_key(*other, "*") == ma.ordering_key(*message("MRG|1"), "*")
     assert ma.ordering_key(*one, "*") is not ma.BARRIER
-    assert ma.ordering_key(*one, "") == ma.patient_key(*one)
+    assert ma.ordering_key(*one, "") == "123^HOSP"
     assert ma.ordering_key(*one, "PV1-2") == ma.ordering_key(*other, "PV1-2")
     assert ma.ordering_key(*one, "PID-3.1") != ma.ordering_key(*other, "PID-3.1")
 
