@@ -238,6 +238,19 @@ def sync_folder(folder: Path) -> None:
             os.close(descriptor)
 
 
+def replace_file(path: Path, content: bytes, durable: bool = True) -> None:
+    """Whoever reads it finds the old content or the new one, whole; when durable, so it is after a power cut."""
+    temporary = path.with_name(f"{path.name}.new")
+    with open(temporary, "wb", opener=private) as file:
+        file.write(content)
+        file.flush()
+        if durable:
+            sync(file.fileno())
+    temporary.replace(path)
+    if durable:
+        sync_folder(path.parent)
+
+
 def back_off(failures: int) -> float:
     """Seconds before the next try to connect: full jitter below a bound that doubles."""
     return random.uniform(0, min(RECONNECT_MAX_SECS, RECONNECT_BASE_SECS * 2 ** min(failures, 10)))
@@ -3283,8 +3296,8 @@ class Store:
     def _remember(self, reach: int) -> None:
         """How far the row numbers may go, beside the queue: a copy put in its place must not use them again."""
         self._reach = reach
-        with suppress(OSError), open(self._high_path, "wb", opener=private) as file:
-            file.write(f"{self._seed} {reach}".encode())
+        with suppress(OSError):
+            replace_file(self._high_path, f"{self._seed} {reach}".encode())
 
     @property
     def _lock_path(self) -> Path:
@@ -8717,14 +8730,8 @@ class Agent:
             "agent": plan.agent | {"id": self.config.settings.agentId}, "endpoints": plan.endpoints,
         }  # fmt: skip
         path = self.state_dir / CONFIG_FILE
-        temporary = path.with_suffix(".new")
         try:
-            with open(temporary, "wb", opener=private) as file:
-                file.write(dump_json(saved))
-                file.flush()
-                sync(file.fileno())
-            temporary.replace(path)
-            sync_folder(path.parent)
+            replace_file(path, dump_json(saved))
         except OSError as error:
             self.log.error(
                 f"The configuration cannot be saved in {path}: {error.strerror}. "
@@ -9031,8 +9038,8 @@ class Agent:
         closed = [f"port {plan.port} of channel '{plan.name}' is not open" for plan in wanted]
         away = 0 if self.uplink.live else asyncio.get_running_loop().time() - self.uplink.away_since
         state = {"problems": [problem] if problem else closed, "away": round(away)}
-        with suppress(OSError), open(self.state_dir / ALIVE_FILE, "wb", opener=private) as file:  # noqa: ASYNC230
-            file.write(dump_json(state))
+        with suppress(OSError):
+            replace_file(self.state_dir / ALIVE_FILE, dump_json(state), durable=False)
 
     async def _log_stats(self) -> None:
         self.log.info("Agent stats", stats=await self.stats())

@@ -1352,6 +1352,27 @@ def test_c19_health_fails_with_its_reason(tmp_path):
         here.sandbox.start()
 
 
+SLOW_STATE = """
+def slow(path, *arguments, **options):
+    file = open(path, *arguments, **options)
+    if "agent.alive" in str(path):
+        m.time.sleep(0.3)
+    return file
+m.open, m.ALIVE_SECS = slow, 0.1
+"""
+
+
+def test_c19_health_never_reads_half_a_state(tmp_path):
+    """Each write of the file is stopped where half of it is there; a monitor asks then."""
+    with site(tmp_path, {"A": ""}, start=False) as here:
+        changed(here.agent, SLOW_STATE)
+        here.agent.start()
+        here.sandbox.stop()
+        eventually(lambda: health(here.agent, "--server-secs", "1")[0] == 1)
+        assert [health(here.agent, "--server-secs", "1")[0] for _ in range(6)] == [1] * 6
+        here.sandbox.start()
+
+
 def test_c19_health_says_that_the_login_is_retried(tmp_path):
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
@@ -1439,7 +1460,9 @@ def test_d20_on_windows_one_far_byte_is_locked_whatever_the_file_holds(tmp_path,
         assert (tmp_path / "lock").read_text() == str(os.getpid()) and min(taken) > 1_000_000
 
 
-@pytest.mark.parametrize("name", ["agent.alive", "agent.lock", "medplum-agent-applied-config.new"])
+@pytest.mark.parametrize(
+    "name", ["agent.alive.new", "agent.lock", "medplum-agent-applied-config.json.new", "queue.sqlite.high.new"]
+)
 def test_d20_a_link_in_the_state_folder_is_not_followed(tmp_path, name):
     victim = tmp_path / "victim"
     victim.write_text("precious")
