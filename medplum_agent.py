@@ -103,7 +103,7 @@ except ImportError:  # pragma: no cover - platforms without a wheel: slower, the
 
 
 # =====================================================================================================================
-# Version, limits (180 lines, 750 tokens)
+# Version, limits (190 lines, 800 tokens)
 #
 # Every bound has a name, a unit and a reason. What a site could need to change is a setting instead (next section).
 # =====================================================================================================================
@@ -211,6 +211,13 @@ Json = dict[str, Any]
 def now_ms() -> int:
     """Epoch milliseconds: the unit of every time in the store."""
     return time.time_ns() // 1_000_000
+
+
+@lru_cache(maxsize=4)
+def utc_text(form: str, milliseconds: int) -> str:
+    """An epoch millisecond as `form`, of strftime, and its fraction of the second."""
+    second, fraction = divmod(milliseconds, 1000)
+    return f"{time.strftime(form, time.gmtime(second))}.{fraction:03d}"
 
 
 def private(path: str, flags: int) -> int:
@@ -1317,12 +1324,6 @@ LOG_FILE = re.compile(r"medplum-agent-(main|channels)-(\d{4}-\d\d-\d\d)\.log(?:\
 _CONTROLS = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 
 
-@lru_cache(maxsize=2)
-def iso_second(second: int) -> str:
-    """UTC to the second as ISO 8601."""
-    return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(second))
-
-
 class Log:
     """One rotating log. `console` gets every line as well; a `directory` of None means console only.
 
@@ -1350,8 +1351,7 @@ class Log:
     def _write(self, level: str, text: str, **extra: Any) -> None:
         if level not in self._levels:
             return
-        second, millisecond = divmod(now_ms(), 1000)
-        stamp = f"{iso_second(second)}.{millisecond:03d}Z"
+        stamp = f"{utc_text('%Y-%m-%dT%H:%M:%S', now_ms())}Z"
         entry = {"level": level, "msg": text.replace("\r", "\n"), "timestamp": stamp, **extra}
         try:
             line = dump_json(entry) + b"\n"
@@ -1463,7 +1463,7 @@ def _lines_backwards(path: Path, end: int) -> Iterator[tuple[int, bytes]]:
 
 
 # =====================================================================================================================
-# HL7 (260 lines, 1950 tokens)
+# HL7 (250 lines, 1900 tokens)
 #
 # HL7 v2 by slicing: the MSH header, single fields by path, acknowledgments, the patient a message belongs to.
 # `hl7.parse` is forty times slower and serves where speed does not matter. Text in, text out; touches nothing.
@@ -1478,8 +1478,8 @@ ACK_TEXT = {
 MERGE_EVENTS = frozenset("A17 A18 A24 A30 A34 A35 A36 A37 A39 A40 A41 A42 A43 A44 A45 A46 A47 A48 A49 A50 A51".split())
 _MARKS = "^~\\&"  # the usual MSH-2
 LINE_ENDS = re.compile(r"[\r\n]+")
-_HEAD = re.compile(rb"MSH[^\r\n]*")
 _BLANKS = "\ufeff \t\r\n"  # what may come before MSH
+_BLANK_BYTES = _BLANKS.encode()
 _WRAPPERS = (b"FHS", b"BHS", b"BTS", b"FTS")  # segments around the messages of a batch (HL7 v2.5.1 2.10.3)
 _control_ids = itertools.count(time.time_ns() // 1000)  # 16 digits, unique in a process and across restarts
 # Character sets that HL7 names in its own way (table 0211)
@@ -1510,7 +1510,7 @@ def split_batch(content: bytes) -> tuple[list[bytes], bytes]:
     """The messages of a frame that holds several, or a batch; and what stood around them."""
     messages: list[bytes] = []
     around: list[bytes] = []
-    whole = content.lstrip(b"\xef\xbb\xbf \t\r\n")
+    whole = content.lstrip(_BLANK_BYTES)
     first = re.search(rb"\r?\n|\r", whole)
     end = rb"(?:(?<=\r)|(?<=\r\n))" if first and b"\r" in first[0] else rb"(?<=\n)"  # else a line feed is text
     for line in re.split(end + rb"(?=MSH|FHS|BHS|BTS|FTS)", whole):
@@ -1519,8 +1519,8 @@ def split_batch(content: bytes) -> tuple[list[bytes], bytes]:
 
 
 @lru_cache(64)
-def _named_codec(field: bytes) -> str:
-    name = field.decode("latin-1").split("~")[0].strip().upper()
+def _named_codec(field: str) -> str:
+    name = field.split("~")[0].strip().upper()
     with suppress(ValueError):
         codec = _CHARACTER_SETS.get(name) or codec_of(name)
         check_encoding(codec)
@@ -1529,12 +1529,11 @@ def _named_codec(field: bytes) -> str:
 
 
 def message_hash(content: bytes) -> int:
-    """Of a message without its time (MSH-7): equal for a repetition. 62 bits, never 0 or 1."""
-    end = content.find(b"\r")
-    head, rest = (content, b"") if end < 0 else (content[:end], content[end:])
-    fields = head.split(head[3:4] or b"|", 7)
+    """Of a message, which has a control id, without its time (MSH-7): equal for a repetition. 62 bits, never 0 or 1."""
+    content = content.lstrip(_BLANK_BYTES)
+    fields = content.split(content[3:4] or b"|", 7)
     del fields[6:7]
-    digest = hashlib.sha256(b"\0".join((*fields, rest))).digest()  # processors have it built in
+    digest = hashlib.sha256(b"\0".join(fields)).digest()  # processors have it built in
     return int.from_bytes(digest[:8], "big") >> 2 | 2
 
 
@@ -1563,8 +1562,8 @@ class Header:
     def __init__(self, text: str, encoding: str = ""):
         self.text, self.encoding = text, encoding  # of the message, as a codec; "": the line's
         self.separator = text[3]
-        end = text.find("\r")
-        self.fields = [*(text if end < 0 else text[:end]).split(self.separator), *_NO_FIELDS]
+        self.fields = text.split("\r", 1)[0].split(self.separator)
+        self.fields += _NO_FIELDS
         marks, self.message_type, self.control_id = self.fields[1], self.fields[8], self.fields[9]
         self.component, self.repetition = marks[0:1] or "^", marks[1:2] or "~"
 
@@ -1574,14 +1573,18 @@ class Header:
 
 def read_hl7(content: bytes, encoding: str, fixed: bool) -> Header:
     """A message as received. MSH-18 names its encoding where that is not `fixed`. PeerError as decode_hl7 says."""
-    head = _HEAD.search(content)
-    fields = head[0].split(head[0][3:4] or b"|") if head else []
-    if not fixed and len(fields) > 17 and fields[17]:
-        encoding = _named_codec(fields[17]) or encoding
     header = Header(decode_hl7(content, encoding), encoding)
-    if "\ufffd" in header.control_id and len(fields) > 9:
-        header.raw_id = fields[9].decode("latin-1")
+    if not fixed and (name := header.field(18)) and (codec := _named_codec(name) or encoding) != encoding:
+        header = Header(decode_hl7(content, codec), codec)
+    if "\ufffd" in header.control_id:
+        header.raw_id = content.lstrip(_BLANK_BYTES).split(header.separator.encode(), 10)[9].decode("latin-1")
     return header
+
+
+@lru_cache(16)
+def _patients(separator: str) -> Callable[[str], list[tuple[str, str]]]:
+    """Finds the segments PID and MRG: their names, and their fields from the first on."""
+    return re.compile(rf"\r(PID|MRG){re.escape(separator)}([^\r]*)").findall
 
 
 def ordering_key(text: str, header: Header, spec: str = "") -> str | None:
@@ -1592,18 +1595,14 @@ def ordering_key(text: str, header: Header, spec: str = "") -> str | None:
     if spec:
         return "" if spec == "*" else logical_key(text, header, parse_key(spec))
     separator, component = header.separator, header.component
-    trigger = header.message_type.split(component, 2)
-    if len(trigger) > 1 and trigger[1] in MERGE_EVENTS:
+    if _nth(header.message_type, component, 2) in MERGE_EVENTS:
         return BARRIER
     found: str | None = None
-    for segment in text.split("\r"):  # one pass: a search for each name is slower in large messages
-        name = segment[:4]
-        if name == f"MRG{separator}":
+    for name, fields in _patients(separator)(text):
+        if name == "MRG":
             return BARRIER
-        if name != f"PID{separator}":
-            continue
-        identifier = (segment + separator * 3).split(separator, 4)[3].split(header.repetition, 1)[0]
-        number, _, _, authority, *_ = (identifier + component * 3).split(component)
+        identifier = (fields + separator * 2).split(separator, 3)[2].partition(header.repetition)[0]
+        number, _, _, authority = (identifier + component * 3).split(component, 4)[:4]
         number = number.strip()
         key = f"{number}^{authority.strip()}"
         if number in ("", '""') or found not in (None, key):
@@ -1636,15 +1635,9 @@ def _nth(text: str, separator: str, number: int) -> str:
     return parts[number - 1] if number <= len(parts) else ""
 
 
-@lru_cache(maxsize=2)
-def _second_text(second: int) -> str:
-    return time.strftime("%Y%m%d%H%M%S", time.gmtime(second))
-
-
 def hl7_timestamp() -> str:
     """UTC as YYYYMMDDHHMMSS.mmm (HL7 v2.5.1 2.A.75, DTM)."""
-    second, millisecond = divmod(now_ms(), 1000)
-    return f"{_second_text(second)}.{millisecond:03d}"
+    return utc_text("%Y%m%d%H%M%S", now_ms())
 
 
 def build_ack(header: Header, code: str, text: str = "") -> str:
@@ -1714,7 +1707,7 @@ def passes_filter(settings: Hl7Settings, code: str) -> bool:
 
 
 # =====================================================================================================================
-# MLLP (130 lines, 850 tokens)
+# MLLP (140 lines, 950 tokens)
 #
 # The frame layer (HL7 Minimal Lower Layer Protocol, release 1): <0x0B> content <0x1C 0x0D>. Bytes in, events out.
 # Whatever arrives, in one piece or byte by byte, gives the same frames and FrameErrors and never anything else. When
@@ -1769,11 +1762,21 @@ class Mllp:
 
     def receive(self, chunk: bytes) -> list[bytes | FrameError]:
         """The frames (their content) and errors that these bytes complete."""
-        last = len(chunk) - len(END)
-        first, end = chunk.rfind(START), chunk.find(END[:1])
-        if not self.inside and first == 0 and end == last <= self.limit and chunk.endswith(END):
-            return [chunk[1:end]]  # one frame, as nearly always
+        cut = chunk.rfind(END)
+        if not self.inside and chunk.rfind(START) == 0 < cut == chunk.find(END[:1]) == len(chunk) - 2 <= self.limit:
+            return [chunk[1:cut]]  # one frame, as nearly always
         events: list[bytes | FrameError] = []
+        if cut > 0 and (self.inside or chunk.startswith(START)) and not self._oversize:  # several, nothing between them
+            whole = bytes(self._buffer) + chunk[:cut] if self.inside else chunk[1:cut]
+            frames = whole.split(END + START)
+            marks = len(frames) - 1
+            if whole.count(START) == marks == whole.count(END[:1]) and len(max(frames, key=len)) <= self.limit:
+                events += frames
+                chunk = chunk[cut + len(END) :]
+                self._buffer.clear()
+                self._scanned, self.inside = 0, False
+                if not chunk:
+                    return events
         source: bytes | bytearray = chunk
         if self._buffer:
             self._buffer += chunk
@@ -4901,7 +4904,7 @@ class Uplink:
 
 
 # =====================================================================================================================
-# Lines (1050 lines, 7350 tokens)
+# Lines (1050 lines, 7300 tokens)
 #
 # One open connection to a device, whoever dialled; each protocol has one class here, which owns its core. A line takes
 # bytes (`receive`), makes messages of them (`intake`), acknowledges when the store says durable (`stored`), writes down
@@ -5438,6 +5441,8 @@ class Hl7Line(MllpLine):
         self.settings = cast(Hl7Settings, self.owner.plan.settings)
         self.core.limit, self.encoding = self.settings.maxMessageBytes, codec_of(self.settings.encoding)
         self._owes_answer = any(passes_filter(self.settings, code) for code in ("AA", "AE"))  # the Bot's
+        self._fixed = "encoding" in self.owner.plan.given
+        self._window_ms = round(self.settings.duplicateWindowHours * 3_600_000)
 
     def connection_lost(self, error: Exception | None) -> None:
         super().connection_lost(error)
@@ -5506,7 +5511,7 @@ class Hl7Line(MllpLine):
         self.messages += 1
         owner, settings = self.owner, self.settings
         try:
-            header = read_hl7(content, self.encoding, fixed="encoding" in owner.plan.given)
+            header = read_hl7(content, self.encoding, self._fixed)
         except PeerError as error:
             self._refuse(error, content)
             return
@@ -5535,15 +5540,15 @@ class Hl7Line(MllpLine):
 
     def _check_repetition(self, header: Header, message: Message, content: bytes) -> None:
         """Sender and control id name a message; in a repetition of it all bytes are the same but for MSH-7."""
-        settings, name = self.settings, "|".join((*header.fields[2:4], message.control_id))
-        rejects = settings.duplicateBehavior == "reject"
+        name = f"{header.fields[2]}|{header.fields[3]}|{message.control_id}"
+        rejects = self.settings.duplicateBehavior == "reject"
         whole = message_hash(name.encode() if rejects else content)
         if not rejects and self._ids.setdefault(name, whole) != whole:
             self._warn_once("ids", "a control id came again with other content: it is taken as a new message")
             self._ids[name] = whole
         if len(self._ids) > KNOWN_IDS:
             self._ids.clear()
-        message.checked, message.window_ms = whole, round(settings.duplicateWindowHours * 3_600_000)
+        message.checked, message.window_ms = whole, self._window_ms
 
     def _answers_push(self, text: str) -> bool:
         """A message that acknowledges a push, also late or again, is no message for the server."""
