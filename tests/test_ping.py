@@ -3,6 +3,7 @@
 import asyncio
 import re
 import time
+from pathlib import Path
 
 import icmplib
 import pytest
@@ -251,23 +252,22 @@ def test_the_program_fails(not_permitted, monkeypatch, tmp_path):
         asyncio.run(ping("127.0.0.1", 1))
 
 
-def test_the_program_hangs(not_permitted, monkeypatch, tmp_path):
-    program(tmp_path, monkeypatch, f"echo $$ > {tmp_path}/pid; exec sleep 60")
-    monkeypatch.setattr(medplum_agent, "PING_SECS", 0.3)
+@pytest.mark.parametrize("cancelled", [False, True])
+def test_the_program_hangs(not_permitted, monkeypatch, tmp_path, cancelled):
+    """It is ended and waited for, also when the agent stops meanwhile."""
+    program(tmp_path, monkeypatch, f"echo $$ > {tmp_path}/new; mv {tmp_path}/new {tmp_path}/pid; exec sleep 60")
+    monkeypatch.setattr(medplum_agent, "PING_SECS", 60 if cancelled else 0.3)
     started = time.monotonic()
 
     async def main():
-        with pytest.raises(PingError, match=r"ping -c 1 127\.0\.0\.1.*within"):
-            await ping("127.0.0.1", 1)
+        asked = asyncio.create_task(ping("127.0.0.1", 1))
+        await asyncio.to_thread(eventually, (tmp_path / "pid").exists, 5, "the program to run")
+        if cancelled:
+            asked.cancel()
+        with pytest.raises(asyncio.CancelledError if cancelled else PingError, match=None if cancelled else "within"):
+            await asked
         number = (tmp_path / "pid").read_text().strip()
-        await asyncio.to_thread(eventually, lambda: ended(number), 5, "the program to be ended")
-
-    def ended(number):
-        try:
-            with open(f"/proc/{number}/stat") as stat:
-                return stat.read().rsplit(")", 1)[1].split()[0] == "Z"
-        except OSError:
-            return True
+        assert not Path(f"/proc/{number}").exists()
 
     asyncio.run(main())
     assert time.monotonic() - started < 5
