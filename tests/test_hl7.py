@@ -231,7 +231,7 @@ def test_ack_fields() -> None:
 
 def test_milliseconds_are_padded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ma, "now_ms", lambda: 1_767_323_045_007)
-    assert ma.hl7_timestamp() == "20260102030405.007"
+    assert ma.Header(ma.build_ack(ma.Header("MSH|"), "AA")).field(7) == "20260102030405.007"
 
 
 @pytest.mark.parametrize(
