@@ -59,7 +59,7 @@ from asyncio.sslproto import SSLProtocol
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager, closing, suppress
 from dataclasses import dataclass
 from functools import cache, cached_property, lru_cache, partial
 from operator import attrgetter
@@ -2543,7 +2543,7 @@ def text_records(body: str, settings: StreamSettings) -> list[bytes]:
 
 
 # =====================================================================================================================
-# Store (1010 lines, 7500 tokens)
+# Store (1040 lines, 7700 tokens)
 #
 # Every message on disk before it is acknowledged: one SQLite file (WAL, synchronous=FULL), one writer thread with one
 # commit in flight. What arrives while it runs is the next batch: one executemany, one COMMIT, one call back into the
@@ -3442,6 +3442,43 @@ class Store:
             if count < SWEEP_ROWS:
                 break
         return total
+
+
+# What a person asks for, as a condition on rows
+LOOKED_FOR = {
+    "waiting": f"state < {PROCESSED}",
+    "dead": f"state IN ({REJECTED}, {FAILED})",
+    "undelivered": f"state = {PROCESSED} AND outcome = {UNDELIVERED}",
+    "id": "id = ?",
+    "control id": "control_id = ? AND checked AND channel IN (SELECT id FROM channel)",  # by the index `duplicate`
+    "any control id": "control_id = ?",
+}
+
+
+def look_up(path: Path, what: str, *values: object, channel: str = "", limit: int = -1) -> list[tuple[str, Message]]:
+    """Messages, each with its channel's name, beside a running agent or none; nothing is written. StorageError.
+
+    `what`: of LOOKED_FOR. One that is asked for by its `id` has its body.
+    """
+    body = "original" if what == "id" else "NULL"
+    sql = f"""{_SELECT}, (SELECT name FROM channel c WHERE c.id = m.channel), length(original), {body} FROM message m
+      WHERE {LOOKED_FOR[what]} {"AND channel = (SELECT id FROM channel WHERE name = ?)" * bool(channel)}
+      ORDER BY id LIMIT {limit}"""
+    try:
+        if not path.is_file():
+            raise StorageError(f"there is no queue {path}")
+        # where no agent runs nothing may come into being beside the file: it would belong to whoever looks
+        alone = "" if path.with_name(f"{path.name}-wal").exists() else "&immutable=1"
+        with closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro{alone}", uri=True)) as db:
+            rows = db.execute(sql, (*values, *filter(None, [channel]))).fetchall()
+    except (OSError, OverflowError, sqlite3.Error) as error:
+        raise StorageError(f"the queue {path} cannot be read: {error}") from None
+    found = []
+    for *columns, name, size, original in rows:
+        message = Message._from_row(columns)
+        message.size, message.original = size, original
+        found.append((name, message))
+    return found
 
 
 def lost_frames(wal: bytes) -> int:
@@ -8563,6 +8600,7 @@ def _checked_status(answer: Dataset) -> int:
 ALIVE_FILE = "agent.alive"
 CONFIG_FILE = "medplum-agent-applied-config.json"
 QUEUE_FILE = "medplum-agent-queue.sqlite"
+AUDIT_FILE = "medplum-agent-audit.log"
 _SWEPT = ("lastSweepAt", "lastSweepDeletedProcessed", "lastSweepDeletedErrored")  # of the stats
 _STAYS = attrgetter("bind", "protocol", "is_astm", "dials", "active")  # where this changes, a channel begins anew
 # What the server may say in an agent:error without quoting a message (uplink contract 4 and 5)
@@ -9127,14 +9165,17 @@ def _stack(error: BaseException | None) -> list[str]:
 
 
 # =====================================================================================================================
-# Command line (140 lines, 1000 tokens)
+# Command line (250 lines, 1900 tokens)
 # =====================================================================================================================
 
 _USAGE = """\
 %(prog)s <base_url> <client_id> <client_secret> <agent_id> [log_level]
        %(prog)s [--config FILE]          values from the environment, agent.toml or agent.properties
        %(prog)s demo [--once]            the agent with a stand-in server and example devices
-       %(prog)s health                   exit code 0 when the agent with these values has started and is alive"""
+       %(prog)s health                   exit code 0 when the agent with these values has started and is alive
+       %(prog)s queue list [KIND]        what is waiting (or: dead, undelivered), and why
+       %(prog)s queue find CONTROL_ID    what became of a message
+       %(prog)s queue show ID            the same by its number in the queue and the main log"""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -9154,6 +9195,11 @@ def _parse(argv: list[str], program: str) -> argparse.Namespace:
     add("--settings-schema", nargs="?", const="json", choices="json markdown".split(),
         help="print every setting and exit")  # fmt: skip
     add("--server-secs", type=float, metavar="N", help="health: fail when the server has been away for so long")
+    add("--channel", metavar="NAME", default="", help="queue list: of this channel")
+    add("--limit", type=int, metavar="N", default=100, help="queue list: so many at most (100)")
+    add("--json", action="store_true", help="queue: a JSON object a line")
+    add("--payload", action="store_true", help="queue show: with what was received and answered. This is patient data; "
+        "the look is written to the audit log first")  # fmt: skip
     add("--once", action="store_true", help="demo: end after the example traffic")
     add("--version", action="version", version=VERSION)
     values = argv[:4] if len(argv) >= 4 and re.match(r"https?:", argv[0]) else []
@@ -9179,7 +9225,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             return _run_demo(options.state_dir, stay=not options.once)
         if options.arguments == ["health"]:
             return _health(options)
+        if options.arguments[:1] == ["queue"]:
+            return _queue(options, *[*options.arguments[1:], "", ""][:2])
         _run_agent(_process_config(options, *options.arguments[:4], *filter(None, options.arguments[4:5])))
+    except StorageError as error:
+        print(f"{program}: {error}", file=sys.stderr)
+        return 1
     except ConfigError as error:
         print(*(f"{program}: {problem}" for problem in error.problems), "Try --help.", sep="\n", file=sys.stderr)
         return 1
@@ -9192,21 +9243,26 @@ def _process_config(options: argparse.Namespace, *arguments: str) -> ProcessConf
     return resolve_process(arguments, given, os.environ, options.config)
 
 
-def _health(options: argparse.Namespace) -> int:
-    """For containers and monitors: the event loop of the agent has turned lately, and its channels are open."""
+def _state_dir(options: argparse.Namespace) -> Path:
+    """Of the agent that is asked about; StorageError when its settings cannot be read."""
+    if options.state_dir:
+        return Path(options.state_dir)
     installed = installed_config_file()
     if not options.config and installed.exists() and not os.access(installed, os.R_OK):
-        print(f"The settings in {installed} cannot be read by this user: use sudo.")
-        return 1
-    state_dir = _process_config(options).state_dir
+        raise StorageError(f"the settings in {installed} cannot be read by this user: use sudo")
+    return _process_config(options).state_dir
+
+
+def _health(options: argparse.Namespace) -> int:
+    """For containers and monitors: the event loop of the agent has turned lately, and its channels are open."""
+    state_dir = _state_dir(options)
     path = state_dir / ALIVE_FILE
     state: Json = {"problems": ["it does not run, or has not started yet"]}
     try:
         if time.time() - path.stat().st_mtime < DEAD_SECS:
             state = _json_object(path.read_bytes())
     except PermissionError:
-        print(f"The state of the agent in {state_dir} cannot be read by this user: use sudo.")
-        return 1
+        raise StorageError(f"the state of the agent in {state_dir} cannot be read by this user: use sudo") from None
     except OSError:
         pass
     problems: list[str] = state.get("problems", [])
@@ -9214,6 +9270,90 @@ def _health(options: argparse.Namespace) -> int:
         problems.append(f"the server has been away for {away} s")
     print(f"The agent with its state in {state_dir}: {'; '.join(problems) or 'it is alive'}.")
     return int(bool(problems))
+
+
+def _queue(options: argparse.Namespace, verb: str, what: str) -> int:
+    """What lies in the queue, without patient data unless that is asked for; 1 when nothing is found."""
+    state_dir = _state_dir(options)
+    settings = Json()
+    with suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
+        settings = agent_settings(load_json((state_dir / CONFIG_FILE).read_bytes())["agent"], [])
+    path = Path(settings.get("queueDbPath") or state_dir / QUEUE_FILE)
+    if verb == "list" and (what or "waiting") in ("waiting", "dead", "undelivered"):
+        found = look_up(path, what or "waiting", channel=options.channel, limit=options.limit)
+    elif verb == "find" and what:
+        found = look_up(path, "control id", what) or look_up(path, "any control id", what)
+    elif verb == "show" and what.isdecimal():
+        found = look_up(path, "id", int(what))
+    else:
+        raise ConfigError(["queue needs one of: list [waiting | dead | undelivered], find CONTROL_ID, show ID"])
+    if payload := options.payload and verb == "show":
+        _audit(state_dir, f"payload of message {what}")
+    for name, message in found:
+        received = (message.original or b"").decode(message.encoding, "replace")
+        body = {"payload": received, "answer": message.response or ""} if payload else {}
+        lines = [f"Message {message.id} of {name}", *(f"  {step}" for step in _story(message))]
+        if options.json:
+            lines, body = [json.dumps(_shown(name, message) | body)], {}
+        for title, text in body.items():
+            lines += [f"  {title}:", *LINE_ENDS.split(text)]
+        print(*(_CONTROLS.sub(" ", line) for line in lines), sep="\n")  # what devices send must not steer a terminal
+    if not found or len(found) == options.limit:
+        words = f"There may be more: see --limit {options.limit}" if found else f"There is nothing of that in {path}"
+        print(f"{words}.", file=sys.stderr)
+    return int(not found and verb != "list")
+
+
+def _audit(state_dir: Path, look: str) -> None:
+    """Whose look at patient data this is, on disk before the look; StorageError."""
+    import getpass
+
+    entry = {
+        "timestamp": utc_text("%Y-%m-%dT%H:%M:%S", now_ms()) + "Z",
+        "user": os.environ.get("SUDO_USER") or getpass.getuser(),
+        "look": look,
+    }
+    try:
+        with open(state_dir / AUDIT_FILE, "ab", opener=private) as file:
+            file.write(dump_json(entry) + b"\n")
+            file.flush()
+            sync(file.fileno())
+    except OSError as error:
+        raise StorageError(f"no patient data without {state_dir / AUDIT_FILE}: {error.strerror}") from None
+
+
+def _shown(name: str, message: Message) -> Json:
+    return {
+        "id": message.id, "channel": name, "state": STATES[message.state], "outcome": OUTCOMES[message.outcome],
+        "remote": message.remote, "type": message.type, "bytes": message.size, "receivedAt": message.received_at,
+        "attempts": message.attempts, "sentAt": message.sent_at, "settledAt": message.settled_at,
+        "statusCode": message.status_code, "errorCode": message.error_code, "reason": message.last_error,
+    }  # fmt: skip
+
+
+_OUTCOMES = ("its answer is on its way", "the device has the answer", "the device has not taken the answer", "")
+
+
+def _story(message: Message) -> Iterator[str]:
+    """What happened to a message, one line for each step."""
+
+    def at(milliseconds: int) -> str:
+        return f"{datetime.datetime.fromtimestamp(milliseconds / 1000).astimezone():%Y-%m-%d %H:%M:%S%z}"
+
+    kind = f"{message.type}, " if message.type else ""
+    yield f"{at(message.received_at)}  received ({message.remote}; {kind}{message.size} bytes) and stored"
+    reason = f": {message.last_error}" if message.last_error else ""
+    if message.attempts:
+        yield f"{at(message.sent_at)}  sent, try {message.attempts}"
+    if message.state == PROCESSED:
+        outcome = f"; {_OUTCOMES[message.outcome]}" if _OUTCOMES[message.outcome] else ""
+        yield f"{at(message.settled_at)}  answered with status {message.status_code}{outcome}{reason}"
+    elif message.state > PROCESSED:
+        ended = "refused when it came" if message.state == NACKED else f"dead letter ({message.error_code})"
+        yield f"{at(message.settled_at)}  {ended}{reason}"
+    else:
+        later = f" until its next try at {at(message.next_attempt_at)}" if message.next_attempt_at > now_ms() else ""
+        yield f"{at(now_ms())}  {'with the server' if message.state == SENT else f'waiting{later}'}{reason}"
 
 
 def _run_agent(config: ProcessConfig) -> NoReturn:
