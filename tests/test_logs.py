@@ -8,6 +8,7 @@ import os
 import re
 import threading
 import types
+import typing
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -46,7 +47,7 @@ def _fixed_day_and_small_files(monkeypatch: pytest.MonkeyPatch) -> Iterator[None
 
 
 def log(
-    directory: Path | None, name: str = "main", console: io.StringIO | None = None, lazy: bool = False, **rows: Any
+    directory: Path | None, name: str = "main", console: typing.TextIO | None = None, lazy: bool = False, **rows: Any
 ) -> ma.Log:
     OPEN.append(ma.Log(name, ma.LoggerSettings(**{"maxFileSizeMb": 1, **rows}), directory, console, lazy))
     return OPEN[-1]
@@ -104,6 +105,23 @@ def test_a_terminal_gets_readable_lines() -> None:
     terminal = Terminal()
     log(None, console=terminal).info("ready")
     assert terminal.getvalue() == "12:00:00 INFO  ready\n"
+
+
+@pytest.mark.parametrize("ours", [True, False])
+def test_the_journal_gets_words_and_their_priority(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ours: bool) -> None:
+    """As systemd has it: the variable names the stream that is the journal; a child's pipe is another one."""
+    with (tmp_path / "journal").open("w+") as journal:
+        found = os.fstat(journal.fileno())
+        monkeypatch.setenv("JOURNAL_STREAM", f"{found.st_dev}:{found.st_ino + (not ours)}")
+        both = log(tmp_path, console=journal)
+        both.warn("port 104\nis \x1b[31mtaken")
+        both.info("Agent stats", stats={"live": 1})
+        shown = (tmp_path / "journal").read_text().splitlines()
+    if ours:
+        assert shown == ["<4>port 104 is  [31mtaken", '<6>Agent stats {"stats": {"live": 1}}']
+    else:
+        assert [json.loads(line)["level"] for line in shown] == ["WARN", "INFO"]
+    assert everything(tmp_path) == ["Agent stats", "port 104\nis \x1b[31mtaken"]
 
 
 def test_a_lazy_log_writes_when_flushed_or_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
