@@ -1326,7 +1326,9 @@ def _markdown(shown: Json) -> str:
 # =====================================================================================================================
 
 LOG_FILE = re.compile(r"medplum-agent-(main|channels)-(\d{4}-\d\d-\d\d)\.log(?:\.(\d{1,9}))?")
-_CONTROLS = re.compile(r"[\x00-\x1f\x7f-\x9f]")
+_CONTROLS = re.compile(
+    r"[\x00-\x1f\x7f-\x9f\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff]"
+)  # and what turns a line round
 _PRIORITIES = {"ERROR": 3, "WARN": 4, "INFO": 6, "DEBUG": 7}  # of syslog (RFC 5424 6.2.1)
 
 
@@ -1482,7 +1484,7 @@ def _lines_backwards(path: Path, end: int) -> Iterator[tuple[int, bytes]]:
 
 
 # =====================================================================================================================
-# HL7 (240 lines, 1850 tokens)
+# HL7 (240 lines, 1900 tokens)
 #
 # HL7 v2 by slicing: the MSH header, single fields by path, acknowledgments, the patient a message belongs to.
 # `hl7.parse` is forty times slower and serves where speed does not matter. Text in, text out; touches nothing.
@@ -1596,7 +1598,8 @@ def read_hl7(content: bytes, encoding: str, fixed: bool) -> Header:
     if not fixed and (name := header.fields[17]) and (codec := _named_codec(name) or encoding) != encoding:
         header = Header(decode_hl7(content, codec), codec)
     if "\ufffd" in header.control_id:
-        header.raw_id = content.lstrip(_BLANK_BYTES).split(header.separator.encode(), 10)[9].decode("latin-1")
+        head = re.split(rb"[\r\n]", content.lstrip(_BLANK_BYTES), maxsplit=1)[0]
+        header.raw_id = b"".join(head.split(head[3:4])[9:10]).decode("latin-1")
     return header
 
 
@@ -2558,7 +2561,7 @@ def text_records(body: str, settings: StreamSettings) -> list[bytes]:
 
 
 # =====================================================================================================================
-# Store (1040 lines, 7700 tokens)
+# Store (1050 lines, 7750 tokens)
 #
 # Every message on disk before it is acknowledged: one SQLite file (WAL, synchronous=FULL), one writer thread with one
 # commit in flight. What arrives while it runs is the next batch: one executemany, one COMMIT, one call back into the
@@ -2977,11 +2980,11 @@ class Store:
 
     async def recover(self, row: ChannelRow, state: int, error_code: str | None, reason: str | None) -> int:
         """Messages of a channel that were sent when the agent stopped get this state; how many there were."""
-        sql = (
-            "UPDATE message SET state = ?, outcome = ?, error_code = ?, last_error = ? WHERE channel = ? AND state = ?"
-        )
-        outcome = NOT_OWED if error_code else PENDING
-        return await self.call(lambda db: db.execute(sql, (state, outcome, error_code, reason, row.id, SENT)).rowcount)
+        sql = """UPDATE message SET state = ?, outcome = ?, settled_at = ?, error_code = ?, last_error = ?
+          WHERE channel = ? AND state = ?"""
+        outcome, settled_at = (NOT_OWED, now_ms()) if error_code else (PENDING, 0)
+        values = state, outcome, settled_at, error_code, reason, row.id, SENT
+        return await self.call(lambda db: db.execute(sql, values).rowcount)
 
     async def queued(self, row: ChannelRow, after: int, limit: int) -> list[tuple[Message, bytes | None]]:
         """The next unsettled messages of a channel by id, with their bodies unless these are large."""
@@ -3465,8 +3468,7 @@ LOOKED_FOR = {
     "dead": f"state IN ({REJECTED}, {FAILED})",
     "undelivered": f"state = {PROCESSED} AND outcome = {UNDELIVERED}",
     "id": "id = ?",
-    "control id": "control_id = ? AND checked AND channel IN (SELECT id FROM channel)",  # by the index `duplicate`
-    "any control id": "control_id = ?",
+    "control id": "control_id = ?",
 }
 
 
@@ -3480,14 +3482,17 @@ def look_up(path: Path, what: str, *values: object, channel: str = "", limit: in
       WHERE {LOOKED_FOR[what]} {"AND channel = (SELECT id FROM channel WHERE name = ?)" * bool(channel)}
       ORDER BY id LIMIT {limit}"""
     try:
-        if not path.is_file():
-            raise StorageError(f"there is no queue {path}")
+        path = path.resolve()  # what belongs to the file is beside it, not beside a link to it
+        path.stat()
         # where no agent runs nothing may come into being beside the file: it would belong to whoever looks
         alone = "" if path.with_name(f"{path.name}-wal").exists() else "&immutable=1"
         with closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro{alone}", uri=True)) as db:
             rows = db.execute(sql, (*values, *filter(None, [channel]))).fetchall()
-    except (OSError, OverflowError, sqlite3.Error) as error:
-        raise StorageError(f"the queue {path} cannot be read: {error}") from None
+    except OSError as error:
+        raise StorageError(f"the queue {path} cannot be read: {error.strerror}") from None
+    except sqlite3.Error as error:
+        advice = "; the agent has to run on it once after an update" if "no such" in str(error) else ""
+        raise StorageError(f"the queue {path} cannot be read: {error}{advice}") from None
     found = []
     for *columns, name, size, original in rows:
         message = Message._from_row(columns)
@@ -9180,7 +9185,7 @@ def _stack(error: BaseException | None) -> list[str]:
 
 
 # =====================================================================================================================
-# Command line (250 lines, 1900 tokens)
+# Command line (260 lines, 2050 tokens)
 # =====================================================================================================================
 
 _USAGE = """\
@@ -9218,7 +9223,7 @@ def _parse(argv: list[str], program: str) -> argparse.Namespace:
     add("--once", action="store_true", help="demo: end after the example traffic")
     add("--version", action="version", version=VERSION)
     values = argv[:4] if len(argv) >= 4 and re.match(r"https?:", argv[0]) else []
-    options = parser.parse_args(argv[len(values) :])
+    options = parser.parse_intermixed_args(argv[len(values) :])
     options.arguments = values + options.arguments
     return options
 
@@ -9241,7 +9246,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if options.arguments == ["health"]:
             return _health(options)
         if options.arguments[:1] == ["queue"]:
-            return _queue(options, *[*options.arguments[1:], "", ""][:2])
+            return _queue(options, *options.arguments[1:])
         _run_agent(_process_config(options, *options.arguments[:4], *filter(None, options.arguments[4:5])))
     except StorageError as error:
         print(f"{program}: {error}", file=sys.stderr)
@@ -9265,7 +9270,10 @@ def _state_dir(options: argparse.Namespace) -> Path:
     installed = installed_config_file()
     if not options.config and installed.exists() and not os.access(installed, os.R_OK):
         raise StorageError(f"the settings in {installed} cannot be read by this user: use sudo")
-    return _process_config(options).state_dir
+    try:
+        return _process_config(options).state_dir
+    except ConfigError as error:
+        raise ConfigError([*error.problems, "or name the folder of the agent's state with --state-dir"]) from None
 
 
 def _health(options: argparse.Namespace) -> int:
@@ -9287,88 +9295,102 @@ def _health(options: argparse.Namespace) -> int:
     return int(bool(problems))
 
 
-def _queue(options: argparse.Namespace, verb: str, what: str) -> int:
-    """What lies in the queue, without patient data unless that is asked for; 1 when nothing is found."""
-    state_dir = _state_dir(options)
-    settings = Json()
+def _queue(options: argparse.Namespace, verb: str = "", what: str = "", *more: str) -> int:
+    """What lies in the queue, without patient data unless that is asked for; 1 when what is looked for is not there."""
+    listed = verb == "list" and (what or "waiting") in ("waiting", "dead", "undelivered")
+    number = verb == "show" and what.isdecimal() and len(what) < 19
+    if more or options.limit < 1 or not (listed or number or (verb == "find" and what)):
+        raise ConfigError(["queue needs one of: list [waiting | dead | undelivered], find CONTROL_ID, show ID"])
+    state_dir, settings = _state_dir(options), Json()
     with suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
         settings = agent_settings(load_json((state_dir / CONFIG_FILE).read_bytes())["agent"], [])
     path = Path(settings.get("queueDbPath") or state_dir / QUEUE_FILE)
-    if verb == "list" and (what or "waiting") in ("waiting", "dead", "undelivered"):
-        found = look_up(path, what or "waiting", channel=options.channel, limit=options.limit)
-    elif verb == "find" and what:
-        found = look_up(path, "control id", what) or look_up(path, "any control id", what)
-    elif verb == "show" and what.isdecimal():
-        found = look_up(path, "id", int(what))
-    else:
-        raise ConfigError(["queue needs one of: list [waiting | dead | undelivered], find CONTROL_ID, show ID"])
-    if payload := options.payload and verb == "show":
+    kind, values = (what or "waiting", ()) if listed else ("id", (int(what),)) if number else ("control id", (what,))
+    found = look_up(path, kind, *values, channel=options.channel, limit=options.limit if listed else -1)
+    if payload := options.payload and number:
         _audit(state_dir, f"payload of message {what}")
+    lines: list[str] = []
     for name, message in found:
         received = (message.original or b"").decode(message.encoding, "replace")
         body = {"payload": received, "answer": message.response or ""} if payload else {}
-        lines = [f"Message {message.id} of {name}", *(f"  {step}" for step in _story(message))]
         if options.json:
-            lines, body = [json.dumps(_shown(name, message) | body)], {}
+            lines.append(json.dumps(_shown(name, message) | body))
+            continue
+        lines += [f"Message {message.id} of {name}", *(f"  {step}" for step in _story(name, message))]
         for title, text in body.items():
             lines += [f"  {title}:", *LINE_ENDS.split(text)]
-        print(*(_CONTROLS.sub(" ", line) for line in lines), sep="\n")  # what devices send must not steer a terminal
-    if not found or len(found) == options.limit:
+    sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr] # a console need not know every name
+    try:
+        sys.stdout.writelines(f"{_CONTROLS.sub(' ', line)}\n" for line in lines)  # nothing may steer a terminal
+        sys.stdout.flush()
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nor fail once more at the end
+        raise StorageError(f"not all could be shown: {error.strerror}") from None
+    if not found or (listed and len(found) == options.limit):
         words = f"There may be more: see --limit {options.limit}" if found else f"There is nothing of that in {path}"
         print(f"{words}.", file=sys.stderr)
-    return int(not found and verb != "list")
+    return int(not found and not listed)
 
 
 def _audit(state_dir: Path, look: str) -> None:
     """Whose look at patient data this is, on disk before the look; StorageError."""
-    import getpass
-
-    entry = {
-        "timestamp": utc_text("%Y-%m-%dT%H:%M:%S", now_ms()) + "Z",
-        "user": os.environ.get("SUDO_USER") or getpass.getuser(),
-        "look": look,
-    }
+    who = os.getlogin() if sys.platform == "win32" else f"uid {os.getuid()}"
+    if who == "uid 0" and (caller := os.environ.get("SUDO_USER")):
+        who = f"{caller} (sudo)"
+    entry = {"timestamp": utc_text("%Y-%m-%dT%H:%M:%S", now_ms()) + "Z", "user": who, "look": look}
     try:
         with open(state_dir / AUDIT_FILE, "ab", opener=private) as file:
             file.write(dump_json(entry) + b"\n")
             file.flush()
             sync(file.fileno())
+        sync_folder(state_dir)
     except OSError as error:
         raise StorageError(f"no patient data without {state_dir / AUDIT_FILE}: {error.strerror}") from None
 
 
+# What of a message's type is shown: a device that shifts its fields must not bring a name here
+_KIND = re.compile(r"[A-Z0-9]{3}(\^[A-Z0-9]{3})?(?![A-Za-z0-9])|C-STORE|N-[A-Z]+|[a-z.-]+/[a-z0-9.+-]+")
+
+
 def _shown(name: str, message: Message) -> Json:
+    kind = _KIND.match(message.type)
     return {
         "id": message.id, "channel": name, "state": STATES[message.state], "outcome": OUTCOMES[message.outcome],
-        "remote": message.remote, "type": message.type, "bytes": message.size, "receivedAt": message.received_at,
-        "attempts": message.attempts, "sentAt": message.sent_at, "settledAt": message.settled_at,
-        "statusCode": message.status_code, "errorCode": message.error_code, "reason": message.last_error,
+        "remote": message.remote, "type": kind[0] if kind else "", "bytes": message.size,
+        "receivedAt": message.received_at, "attempts": message.attempts, "sentAt": message.sent_at,
+        "settledAt": message.settled_at, "statusCode": message.status_code, "errorCode": message.error_code,
+        "reason": message.last_error,
     }  # fmt: skip
 
 
 _OUTCOMES = ("its answer is on its way", "the device has the answer", "the device has not taken the answer", "")
 
 
-def _story(message: Message) -> Iterator[str]:
+def _story(name: str, message: Message) -> Iterator[str]:
     """What happened to a message, one line for each step."""
 
     def at(milliseconds: int) -> str:
         return f"{datetime.datetime.fromtimestamp(milliseconds / 1000).astimezone():%Y-%m-%d %H:%M:%S%z}"
 
-    kind = f"{message.type}, " if message.type else ""
-    yield f"{at(message.received_at)}  received ({message.remote}; {kind}{message.size} bytes) and stored"
+    pushed = name.startswith(PUSH_PREFIX)
+    kind = _shown(name, message)["type"]
+    origin = f"for {message.remote}" if pushed else f"from {message.remote}"
+    yield f"{at(message.received_at)}  received {origin} ({f'{kind}, ' if kind else ''}{message.size} bytes) and stored"
     reason = f": {message.last_error}" if message.last_error else ""
     if message.attempts:
         yield f"{at(message.sent_at)}  sent, try {message.attempts}"
-    if message.state == PROCESSED:
+    if message.state == PROCESSED and pushed:
+        yield f"{at(message.settled_at)}  taken by the device"
+    elif message.state == PROCESSED:
         outcome = f"; {_OUTCOMES[message.outcome]}" if _OUTCOMES[message.outcome] else ""
         yield f"{at(message.settled_at)}  answered with status {message.status_code}{outcome}{reason}"
     elif message.state > PROCESSED:
         ended = "refused when it came" if message.state == NACKED else f"dead letter ({message.error_code})"
         yield f"{at(message.settled_at)}  {ended}{reason}"
-    else:
-        later = f" until its next try at {at(message.next_attempt_at)}" if message.next_attempt_at > now_ms() else ""
-        yield f"{at(now_ms())}  {'with the server' if message.state == SENT else f'waiting{later}'}{reason}"
+    elif message.next_attempt_at > now_ms():
+        yield f"{at(message.next_attempt_at)}  next try{reason}"
+    else:  # which of the two is written down only where an unanswered message must not be sent twice
+        yield f"{at(now_ms())}  waiting for its turn, or with the {'device' if pushed else 'server'}{reason}"
 
 
 def _run_agent(config: ProcessConfig) -> NoReturn:

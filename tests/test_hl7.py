@@ -394,6 +394,19 @@ def test_only_peer_errors_are_raised(rest: str, start: str, spec: str) -> None:
     assert ma.Header(ma.write_sequence_number(text, 5)).field(13) == "5"
 
 
+@pytest.mark.parametrize("end", [b"", b"\r", b"\n", b"\r\n", b"|P|2.5\r", b"|P\rPID|1||7"])
+@pytest.mark.parametrize("before", [b"", b"\xef\xbb\xbf", b"\r\n "])
+def test_a_control_id_that_cannot_be_decoded_is_kept_as_it_came(before: bytes, end: bytes) -> None:
+    """And nothing of the next segment with it."""
+    content = before + b"MSH|^~\\&|A|F|R|RF|20260101||ADT^A01|I\xfc" + end
+    assert ma.read_hl7(content, "utf-8", False).raw_id == "I\xfc"
+
+
+def test_a_separator_of_two_bytes_beside_a_control_id_that_cannot_be_decoded() -> None:
+    text = "MSH\xa7^~\\&\xa7A\xa7F\xa7R\xa7RF\xa720260101\xa7\xa7ADT\xa7I"
+    assert "\ufffd" in ma.read_hl7(text.encode("gbk") + b"\xff\rPID", "gbk", True).control_id
+
+
 @given(st.binary(max_size=80), st.sampled_from(["utf-8", "latin1", "windows-1252", "shift_jis", "gb18030", "ascii"]))
 @settings(deadline=None)
 def test_any_bytes_decode_or_are_the_peers_fault(content: bytes, encoding: str) -> None:
