@@ -1326,9 +1326,8 @@ def _markdown(shown: Json) -> str:
 # =====================================================================================================================
 
 LOG_FILE = re.compile(r"medplum-agent-(main|channels)-(\d{4}-\d\d-\d\d)\.log(?:\.(\d{1,9}))?")
-_CONTROLS = re.compile(
-    r"[\x00-\x1f\x7f-\x9f\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff]"
-)  # and what turns a line round
+# Control characters, and those that turn a line round or are not seen
+_CONTROLS = re.compile(r"[\x00-\x1f\x7f-\x9f\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff]")
 _PRIORITIES = {"ERROR": 3, "WARN": 4, "INFO": 6, "DEBUG": 7}  # of syslog (RFC 5424 6.2.1)
 
 
