@@ -1718,7 +1718,7 @@ def passes_filter(settings: Hl7Settings, code: str) -> bool:
 
 
 # =====================================================================================================================
-# MLLP (140 lines, 950 tokens)
+# MLLP (140 lines, 1000 tokens)
 #
 # The frame layer (HL7 Minimal Lower Layer Protocol, release 1): <0x0B> content <0x1C 0x0D>. Bytes in, events out.
 # Whatever arrives, in one piece or byte by byte, gives the same frames and FrameErrors and never anything else. When
@@ -1735,6 +1735,7 @@ def passes_filter(settings: Hl7Settings, code: str) -> bool:
 START, END, RESTART = b"\x0b", b"\x1c\r", b"\x0bMSH"
 _ENDED, _RESTARTED = re.compile(b"\x1c[\r\n]"), re.compile(RESTART)
 HEAD_BYTES = 1024  # of a frame that is not taken: its MSH, for the answer
+SMALL_BYTES = 4096  # frames of so many are cut out of what came all at once, larger ones one by one
 
 
 class FrameError(PeerError):
@@ -1773,16 +1774,18 @@ class Mllp:
 
     def receive(self, chunk: bytes) -> list[bytes | FrameError]:
         """The frames (their content) and errors that these bytes complete."""
-        cut = chunk.rfind(END)
-        if not self.inside and chunk.rfind(START) == 0 < cut == chunk.find(END[:1]) == len(chunk) - 2 <= self.limit:
-            return [chunk[1:cut]]  # one frame, as nearly always
+        last = len(chunk) - len(END)
+        first, end = chunk.rfind(START), chunk.find(END[:1])
+        if not self.inside and first == 0 and end == last <= self.limit and chunk.endswith(END):
+            return [chunk[1:end]]  # one frame, as nearly always
         events: list[bytes | FrameError] = []
-        if cut > 0 and (self.inside or chunk.startswith(START)) and not self._oversize:  # several, nothing between them
+        near = chunk.find(START, 1, SMALL_BYTES) > 0 and not self._oversize  # several small frames
+        if near and (self.inside or chunk.startswith(START)) and (cut := chunk.rfind(END)) > 0:
             whole = bytes(self._buffer) + chunk[:cut] if self.inside else chunk[1:cut]
             frames = whole.split(END + START)
             marks = len(frames) - 1
             if whole.count(START) == marks == whole.count(END[:1]) and len(max(frames, key=len)) <= self.limit:
-                events += frames
+                events += frames  # and nothing between them
                 chunk = chunk[cut + len(END) :]
                 self._buffer.clear()
                 self._scanned, self.inside = 0, False
