@@ -1718,7 +1718,7 @@ def passes_filter(settings: Hl7Settings, code: str) -> bool:
 
 
 # =====================================================================================================================
-# MLLP (140 lines, 1000 tokens)
+# MLLP (140 lines, 1050 tokens)
 #
 # The frame layer (HL7 Minimal Lower Layer Protocol, release 1): <0x0B> content <0x1C 0x0D>. Bytes in, events out.
 # Whatever arrives, in one piece or byte by byte, gives the same frames and FrameErrors and never anything else. When
@@ -1779,18 +1779,8 @@ class Mllp:
         if not self.inside and first == 0 and end == last <= self.limit and chunk.endswith(END):
             return [chunk[1:end]]  # one frame, as nearly always
         events: list[bytes | FrameError] = []
-        near = chunk.find(START, 1, SMALL_BYTES) > 0 and not self._oversize  # several small frames
-        if near and (self.inside or chunk.startswith(START)) and (cut := chunk.rfind(END)) > 0:
-            whole = bytes(self._buffer) + chunk[:cut] if self.inside else chunk[1:cut]
-            frames = whole.split(END + START)
-            marks = len(frames) - 1
-            if whole.count(START) == marks == whole.count(END[:1]) and len(max(frames, key=len)) <= self.limit:
-                events += frames  # and nothing between them
-                chunk = chunk[cut + len(END) :]
-                self._buffer.clear()
-                self._scanned, self.inside = 0, False
-                if not chunk:
-                    return events
+        if chunk.find(START, 1, SMALL_BYTES) > 0:
+            chunk = self._cut(chunk, events)
         source: bytes | bytearray = chunk
         if self._buffer:
             self._buffer += chunk
@@ -1820,6 +1810,21 @@ class Mllp:
             self._scanned = 0
         self._keep(source, position, events)
         return events
+
+    def _cut(self, chunk: bytes, events: list[bytes | FrameError]) -> bytes:
+        """Take small frames with nothing between them, nor another mark inside, all at once; the rest of the chunk."""
+        cut = chunk.rfind(END)
+        if cut <= 0 or self._oversize or not (self.inside or chunk.startswith(START)):
+            return chunk
+        whole = bytes(self._buffer) + chunk[:cut] if self.inside else chunk[1:cut]
+        frames = whole.split(END + START)
+        marks = len(frames) - 1
+        if not whole.count(START) == marks == whole.count(END[:1]) or len(max(frames, key=len)) > self.limit:
+            return chunk
+        events += frames
+        self._buffer.clear()
+        self._scanned, self.inside = 0, False
+        return chunk[cut + len(END) :]
 
     def _finish(self, content: bytes, events: list[bytes | FrameError], ended: bool) -> None:
         """A frame ended, or was cut off by the start of the next."""
@@ -3474,7 +3479,7 @@ LOOKED_FOR = {
 }
 
 
-def look_up(path: Path, what: str, *values: object, channel: str = "", limit: int = -1) -> list[tuple[str, Message]]:
+def read_queue(path: Path, what: str, *values: object, channel: str = "", limit: int = -1) -> list[tuple[str, Message]]:
     """Messages, each with its channel's name, beside a running agent or none; nothing is written. StorageError.
 
     `what`: of LOOKED_FOR. One that is asked for by its `id` has its body.
@@ -3485,10 +3490,10 @@ def look_up(path: Path, what: str, *values: object, channel: str = "", limit: in
       ORDER BY id LIMIT {limit}"""
     try:
         path = path.resolve()  # what belongs to the file is beside it, not beside a link to it
-        path.stat()
+        path.stat()  # which says better than SQLite why it cannot be read
         # where no agent runs nothing may come into being beside the file: it would belong to whoever looks
         alone = "" if path.with_name(f"{path.name}-wal").exists() else "&immutable=1"
-        with closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro{alone}", uri=True)) as db:
+        with closing(sqlite3.connect(f"{path.as_uri()}?mode=ro{alone}", uri=True)) as db:
             rows = db.execute(sql, (*values, *filter(None, [channel]))).fetchall()
     except OSError as error:
         raise StorageError(f"the queue {path} cannot be read: {error.strerror}") from None
@@ -9187,7 +9192,7 @@ def _stack(error: BaseException | None) -> list[str]:
 
 
 # =====================================================================================================================
-# Command line (260 lines, 2050 tokens)
+# Command line (270 lines, 2050 tokens)
 # =====================================================================================================================
 
 _USAGE = """\
@@ -9299,17 +9304,21 @@ def _health(options: argparse.Namespace) -> int:
 
 def _queue(options: argparse.Namespace, verb: str = "", what: str = "", *more: str) -> int:
     """What lies in the queue, without patient data unless that is asked for; 1 when what is looked for is not there."""
-    listed = verb == "list" and (what or "waiting") in ("waiting", "dead", "undelivered")
-    number = verb == "show" and what.isdecimal() and len(what) < 19
-    if more or options.limit < 1 or not (listed or number or (verb == "find" and what)):
+    kind, values, limit = "", tuple[object, ...](), -1
+    if verb == "list" and (what or "waiting") in ("waiting", "dead", "undelivered"):
+        kind, limit = what or "waiting", options.limit
+    elif verb == "find" and what:
+        kind, values = "control id", (what,)
+    elif verb == "show" and what.isdecimal() and len(what) < 19:
+        kind, values = "id", (int(what),)
+    if not kind or more or options.limit < 1:
         raise ConfigError(["queue needs one of: list [waiting | dead | undelivered], find CONTROL_ID, show ID"])
     state_dir, settings = _state_dir(options), Json()
     with suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
         settings = agent_settings(load_json((state_dir / CONFIG_FILE).read_bytes())["agent"], [])
     path = Path(settings.get("queueDbPath") or state_dir / QUEUE_FILE)
-    kind, values = (what or "waiting", ()) if listed else ("id", (int(what),)) if number else ("control id", (what,))
-    found = look_up(path, kind, *values, channel=options.channel, limit=options.limit if listed else -1)
-    if payload := options.payload and number:
+    found = read_queue(path, kind, *values, channel=options.channel, limit=limit)
+    if payload := options.payload and kind == "id":
         _audit(state_dir, f"payload of message {what}")
     lines: list[str] = []
     for name, message in found:
@@ -9328,10 +9337,10 @@ def _queue(options: argparse.Namespace, verb: str = "", what: str = "", *more: s
     except OSError as error:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nor fail once more at the end
         raise StorageError(f"not all could be shown: {error.strerror}") from None
-    if not found or (listed and len(found) == options.limit):
-        words = f"There may be more: see --limit {options.limit}" if found else f"There is nothing of that in {path}"
+    if not found or len(found) == limit:
+        words = f"There may be more: see --limit {limit}" if found else f"There is nothing of that in {path}"
         print(f"{words}.", file=sys.stderr)
-    return int(not found and not listed)
+    return int(not found and verb != "list")
 
 
 def _audit(state_dir: Path, look: str) -> None:
@@ -9354,18 +9363,22 @@ def _audit(state_dir: Path, look: str) -> None:
 _KIND = re.compile(r"[A-Z0-9]{3}(\^[A-Z0-9]{3})?(?![A-Za-z0-9])|C-STORE|N-[A-Z]+|[a-z.-]+/[a-z0-9.+-]+")
 
 
+def _kind(message: Message) -> str:
+    found = _KIND.match(message.type)
+    return found[0] if found else ""
+
+
 def _shown(name: str, message: Message) -> Json:
-    kind = _KIND.match(message.type)
     return {
         "id": message.id, "channel": name, "state": STATES[message.state], "outcome": OUTCOMES[message.outcome],
-        "remote": message.remote, "type": kind[0] if kind else "", "bytes": message.size,
+        "remote": message.remote, "type": _kind(message), "bytes": message.size,
         "receivedAt": message.received_at, "attempts": message.attempts, "sentAt": message.sent_at,
         "settledAt": message.settled_at, "statusCode": message.status_code, "errorCode": message.error_code,
         "reason": message.last_error,
     }  # fmt: skip
 
 
-_OUTCOMES = ("its answer is on its way", "the device has the answer", "the device has not taken the answer", "")
+_OUTCOME_WORDS = ("its answer is on its way", "the device has the answer", "the device has not taken the answer", "")
 
 
 def _story(name: str, message: Message) -> Iterator[str]:
@@ -9375,7 +9388,7 @@ def _story(name: str, message: Message) -> Iterator[str]:
         return f"{datetime.datetime.fromtimestamp(milliseconds / 1000).astimezone():%Y-%m-%d %H:%M:%S%z}"
 
     pushed = name.startswith(PUSH_PREFIX)
-    kind = _shown(name, message)["type"]
+    kind = _kind(message)
     origin = f"for {message.remote}" if pushed else f"from {message.remote}"
     yield f"{at(message.received_at)}  received {origin} ({f'{kind}, ' if kind else ''}{message.size} bytes) and stored"
     reason = f": {message.last_error}" if message.last_error else ""
@@ -9384,7 +9397,7 @@ def _story(name: str, message: Message) -> Iterator[str]:
     if message.state == PROCESSED and pushed:
         yield f"{at(message.settled_at)}  taken by the device"
     elif message.state == PROCESSED:
-        outcome = f"; {_OUTCOMES[message.outcome]}" if _OUTCOMES[message.outcome] else ""
+        outcome = f"; {_OUTCOME_WORDS[message.outcome]}" if _OUTCOME_WORDS[message.outcome] else ""
         yield f"{at(message.settled_at)}  answered with status {message.status_code}{outcome}{reason}"
     elif message.state > PROCESSED:
         ended = "refused when it came" if message.state == NACKED else f"dead letter ({message.error_code})"
