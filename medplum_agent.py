@@ -26,10 +26,14 @@ import collections
 import dataclasses
 import datetime
 import email.message
+import email.utils
 import enum
 import errno
 import gc
 import hashlib
+import hmac
+import http.client
+import inspect
 import io
 import ipaddress
 import itertools
@@ -39,6 +43,7 @@ import math
 import os
 import random
 import re
+import shlex
 import shutil
 import signal
 import socket
@@ -68,6 +73,7 @@ from queue import Empty, SimpleQueue
 from typing import Any, Final, NamedTuple, NoReturn, TypeVar, cast
 
 import certifi
+import h11
 import tomli
 import truststore
 import urllib3
@@ -103,7 +109,7 @@ except ImportError:  # pragma: no cover - platforms without a wheel: slower, the
 
 
 # =====================================================================================================================
-# Version, limits (190 lines, 850 tokens)
+# Version, limits (200 lines, 850 tokens)
 #
 # Every bound has a name, a unit and a reason. What a site could need to change is a setting instead (next section).
 # =====================================================================================================================
@@ -147,6 +153,17 @@ PAGE_BYTES = 8192  # SQLite page: large messages want large pages, random contro
 CHECKPOINT_PAGES = 2000  # 16 MiB of WAL: more gives stalls of 30-100 ms
 MUST_SECS = 1.0  # what was acknowledged in pieces and cannot be stored is tried again
 STORE_REOPEN_SECS = 5.0  # a store that cannot be opened is tried again
+DOCTOR_SECS = 18.0  # for all checks of `doctor`
+LOOK_SECS = 10.0  # a running agent looks for alarms, and counts, this often
+SERVER_AWAY_SECS = 60.0  # a server that is away for longer is an alarm
+EXPIRY_DAYS = 14  # a certificate that ends sooner is an alarm
+CLOCK_SECS = 60.0  # a clock that differs more from the server's is an alarm: tokens and times are wrong then
+LOW_DISK_BYTES = 512 * MIB  # less free is an alarm, long before messages are refused
+ALARM_TRIES, ALARM_SECS = 5, 10.0  # to bring an alarm to alarmTo, and for each try
+WEB_SECS, WEB_BYTES = 10.0, 64 * MIB  # a request to the page or the local socket: to arrive, and at most
+WEB_GUESTS = 64  # connections to them at once
+EVENT_SECS = 2.0  # between two updates of the page
+REMOTE_SECS = 5.0  # for what the cloud asks the agent itself; the server waits 10 s
 ALIVE_SECS = 5.0  # a running agent says so this often, for `health`
 DEAD_SECS = 30.0  # one that has not said so for so long hangs or is gone
 STORE_REMIND_SECS = 60.0  # a store that cannot be written is an error in the log this often
@@ -286,7 +303,7 @@ def _done(task: asyncio.Task[Any]) -> None:
 
 
 # =====================================================================================================================
-# Errors (80 lines, 250 tokens)
+# Errors (70 lines, 250 tokens)
 #
 # One root. LocalError: our side (configuration, disk). PeerError: theirs, with the answer to send.
 # =====================================================================================================================
@@ -356,7 +373,7 @@ class ServerError(PeerError):
 
 
 # =====================================================================================================================
-# Settings (970 lines, 6700 tokens)
+# Settings (1020 lines, 7100 tokens)
 #
 # One setting, one row: a field of a frozen dataclass. The parser, the checks, `--settings-schema` and README's tables
 # come from the row. Names are the wire's own (camelCase). Precedence for a channel, field by field: Endpoint address,
@@ -415,6 +432,49 @@ def destinations(text: str) -> dict[str, Peer]:
 def listed(text: str) -> list[str]:
     """The parts of a comma-separated list."""
     return [part for part in map(str.strip, text.split(",")) if part]
+
+
+_DAYS = "Mo Tu We Th Fr Sa Su".split()
+
+
+class Hours(NamedTuple):
+    """A part of some days of the week, in minutes of the day; Monday is 0."""
+
+    days: frozenset[int]
+    start: int
+    end: int
+
+
+@cache
+def opening_hours(text: str) -> list[Hours]:
+    """Comma-separated `[Mo[-Fr] ]HH:MM-HH:MM`; ValueError names the bad part."""
+    found, day, clock = [], f"({'|'.join(_DAYS)})", r"([01]\d|2[0-4]):([0-5]\d)"
+    for part in listed(text):
+        match = re.fullmatch(f"(?:{day}(?:-{day})? +)?{clock}-{clock}", part)
+        first, last, *times = match.groups() if match else ("", "", 0, 0, 0, 0)
+        start, end = 60 * int(times[0]) + int(times[1]), 60 * int(times[2]) + int(times[3])
+        if start >= end:
+            raise ValueError(f"'{part}' needs the form Mo-Fr 07:00-19:00; what passes midnight is two parts")
+        from_day, to_day = _DAYS.index(first or "Mo"), _DAYS.index(last or first or "Su")
+        found.append(Hours(frozenset((from_day + n) % 7 for n in range((to_day - from_day) % 7 + 1)), start, end))
+    return found
+
+
+@cache
+def web_address(text: str) -> tuple[str, int]:
+    """`host:port`; ValueError."""
+    with suppress(ValueError):
+        url = urllib.parse.urlsplit(f"//{text}")
+        if url.hostname and url.port:
+            return url.hostname, url.port
+    raise ValueError("needs the form 127.0.0.1:8105")
+
+
+def alarm_target(text: str) -> None:
+    """ValueError for what alarms cannot be sent to."""
+    url = urllib.parse.urlsplit(text)
+    if text.startswith("syslog") and not (url.scheme == "syslog+tls" and url.hostname):
+        raise ValueError("must be syslog+tls://host:6514, or a command")
 
 
 class PushTarget(NamedTuple):
@@ -583,6 +643,13 @@ class ProcessSettings:
         "`192.168.5.7`; default: anywhere", check=push_targets)
     heartbeatSecs: float = setting(10.0, "Heartbeat: seconds between heartbeats; two unanswered reconnect", 0.1)
     compression: bool = setting(False, "Compression: compress the uplink (costs 30-60 % of its speed)")
+    statusAddress: str = setting("",
+        "Status page: `host:port` of the page, /metrics and /healthz, such as `127.0.0.1:8105`; default: off",
+        check=web_address, env="MEDPLUM_STATUS_ADDRESS")
+    alarmTo: str = setting("",
+        "Alarms: where they go beside the log: `syslog+tls://host:6514` (RFC 5425), or a command that reads the text",
+        check=alarm_target)
+    remotePayload: bool = setting(False, "Remote payload: a push to `agent://` may read patient data of the queue")
 
 
 @dataclass(frozen=True)
@@ -645,6 +712,12 @@ class ChannelSettings(TlsSettings):
         check=networks, guard=True)
     clientCa: str = setting("", "Client CA: PEM file of the authority that must have signed the device's certificate")
     handshakeTimeoutSecs: float = setting(10.0, "Handshake time-out: seconds for the TLS handshake", 0.1)
+    alarmAgeSecs: int = setting(900, "Alarm age: an alarm when a message waits for so many seconds; 0: never", 0,
+        agent="alarmAgeSecs")
+    expectEverySecs: int = setting(0, "Expected traffic: an alarm when nothing comes for so many seconds; 0: never", 0)
+    expectHours: str = setting("",
+        "Expected hours: when silence counts, in local time, such as `Mo-Fr 07:00-19:00,Sa 08:00-12:00`; default: "
+        "always", check=opening_hours)
 
 
 @dataclass(frozen=True)
@@ -841,6 +914,7 @@ class ProcessConfig:
     main_log: LoggerSettings
     channel_log: LoggerSettings
     warnings: tuple[str, ...]
+    sources: Mapping[str, str]  # where each setting that is given came from
 
     @property
     def state_dir(self) -> Path:
@@ -901,6 +975,10 @@ def read_config_file(given: str | None) -> tuple[str, Json]:
         raise ConfigError([f"cannot read the configuration file {path}: {error}"]) from None
 
 
+def _secret_in(path: str) -> str:
+    return named_file(path).decode("utf-8-sig").strip()
+
+
 def resolve_process(
     arguments: Sequence[str], options: Mapping[str, str], environ: Mapping[str, str], config_file: str | None
 ) -> ProcessConfig:
@@ -909,24 +987,22 @@ def resolve_process(
     The first source that has a setting counts, whether it is right or wrong there.
     """
     rows, values, problems = rows_of(ProcessSettings), Json(), dict[str, str]()
+    sources = dict[str, str]()
     given = dict(zip(rows, arguments, strict=False)) | dict(options)
     named = {name: text for name, row in rows.items() if (text := environ.get(row.metadata["env"]))}
     file, in_file = read_config_file(config_file)
     for position, (name, row) in enumerate(rows.items(), 1):
         for source, found in (("the command line", given), ("the environment", named), (file, in_file)):
-            path = found.get("clientSecretFile") if name == "clientSecret" else None  # counts as the secret itself
-            if name in found:
+            secret_file = found.get("clientSecretFile") if name == "clientSecret" and name not in found else None
+            if name in found or secret_file:  # which counts as the secret itself
+                sources[name] = source
                 try:
-                    values[name] = parse_setting(row, found[name])
-                except ValueError as error:
-                    shown = "" if "ecret" in name else f" '{found[name]}'"
-                    problems[name] = f"{name}{shown} (from {source}) {error}"
-                break
-            if path:
-                try:
-                    values[name] = named_file(str(path)).decode("utf-8-sig").strip()
+                    values[name] = _secret_in(str(secret_file)) if secret_file else parse_setting(row, found[name])
                 except (OSError, ValueError) as error:
-                    problems[name] = f"clientSecretFile {path} (from {source}) cannot be read: {error}"
+                    shown = "" if "ecret" in name else f" '{found[name]}'"
+                    file_shown = f"File {secret_file}" if secret_file else ""
+                    reason = f"cannot be read: {error}" if secret_file else error
+                    problems[name] = f"{name}{file_shown}{shown} (from {source}) {reason}"
                 break
         if position <= 4 and not values.get(name):
             how = f"argument {position}, as {row.metadata['env']}, or as {name} in agent.toml"
@@ -946,7 +1022,7 @@ def resolve_process(
         level = {"logLevel": settings.logLevel} if settings.logLevel else {}
         return LoggerSettings(**read | level)
 
-    return ProcessConfig(settings, logger("logger.main."), logger("logger.channel."), tuple(warnings))
+    return ProcessConfig(settings, logger("logger.main."), logger("logger.channel."), tuple(warnings), sources)
 
 
 # --- the Agent and its Endpoints -> a frozen plan --------------------------------------------------------------------
@@ -2568,7 +2644,7 @@ def text_records(body: str, settings: StreamSettings) -> list[bytes]:
 
 
 # =====================================================================================================================
-# Store (1050 lines, 7750 tokens)
+# Store (1120 lines, 8250 tokens)
 #
 # Every message on disk before it is acknowledged: one SQLite file (WAL, synchronous=FULL), one writer thread with one
 # commit in flight. What arrives while it runs is the next batch: one executemany, one COMMIT, one call back into the
@@ -2592,6 +2668,8 @@ BOT_LOG = "Bot execution logs:"  # how the server begins the answer of a Bot tha
 PUSH_PREFIX = "push "  # names of channel rows that are devices: "push mllp://host:port"
 APPLICATION_ID, SCHEMA_VERSION = 0x4D504C41, 3  # "MPLA": tells our file from any other SQLite file
 
+# by channel; in older files one by number alone stands in its place
+_DEAD_INDEX = f"CREATE INDEX IF NOT EXISTS dead_letter ON message (channel, state) WHERE state > {PROCESSED}"
 _SCHEMA = f"""
 CREATE TABLE identity (seed TEXT NOT NULL, last_deleted_id INTEGER NOT NULL DEFAULT 0);
 CREATE TABLE channel (id INTEGER PRIMARY KEY, name TEXT NOT NULL UNIQUE, next_seq INTEGER NOT NULL DEFAULT 0,
@@ -2609,7 +2687,7 @@ CREATE TABLE partial (session TEXT, number INTEGER, channel INTEGER NOT NULL, re
   frame BLOB NOT NULL, PRIMARY KEY (session, number)) WITHOUT ROWID;
 CREATE UNIQUE INDEX duplicate ON message (channel, control_id, checked) WHERE checked;
 CREATE INDEX unsettled ON message (channel, id) WHERE state < {PROCESSED};
-CREATE INDEX dead ON message (id) WHERE state > {PROCESSED};
+{_DEAD_INDEX};
 CREATE INDEX spooled ON message (spool) WHERE spool IS NOT NULL;
 CREATE VIEW queue AS SELECT m.id, c.name AS channel_name,
   CASE m.state {" ".join(f"WHEN {n} THEN '{name}'" for n, name in enumerate(STATES))} END AS state,
@@ -2636,6 +2714,9 @@ _INSERT = f"""INSERT INTO message ({", ".join(_NEW)}) VALUES {{rows}}
 _UPDATE = f"""UPDATE message SET {", ".join(f"{name} = column{n}" for n, name in enumerate(_CHANGED, 1) if n > 1)}
   FROM (VALUES {{rows}}) WHERE id = column1"""
 _SELECT = f"SELECT {', '.join(_READ)}"
+BACKLOG = f"""SELECT name, waiting, (SELECT received_at FROM message WHERE id = first) FROM channel JOIN
+  (SELECT channel, count(*) AS waiting, min(id) AS first FROM message WHERE state < {PROCESSED} GROUP BY channel)
+  ON id = channel"""
 _new_row, _changes = attrgetter(*_NEW), attrgetter(*_CHANGED)
 
 
@@ -2993,14 +3074,19 @@ class Store:
         values = state, outcome, settled_at, error_code, reason, row.id, SENT
         return await self.call(lambda db: db.execute(sql, values).rowcount)
 
-    async def queued(self, row: ChannelRow, after: int, limit: int) -> list[tuple[Message, bytes | None]]:
-        """The next unsettled messages of a channel by id, with their bodies unless these are large."""
+    async def queued(
+        self, row: ChannelRow, after: int, limit: int, retried: Sequence[int] = ()
+    ) -> list[tuple[Message, bytes | None]]:
+        """The next unsettled messages of a channel by id, with their bodies unless these are large; `retried` first."""
         sql = f"""{_SELECT}, CASE WHEN length(original) < {64 * KIB} THEN original END, finalized, length(original)
-          FROM message WHERE channel = ? AND state < {PROCESSED} AND id > ? ORDER BY id LIMIT ?"""
+          FROM message WHERE channel = ? AND state < {PROCESSED} AND"""
+        again = f"{sql} id IN (SELECT value FROM json_each(?)) ORDER BY id"
 
         def run(db: sqlite3.Connection) -> list[tuple[Message, bytes | None]]:
             found = []
-            for *columns, original, finalized, size in db.execute(sql, (row.id, after, limit)):
+            first = db.execute(again, (row.id, json.dumps(retried))).fetchall() if retried else []
+            rest = db.execute(f"{sql} id > ? ORDER BY id LIMIT ?", (row.id, after, limit))
+            for *columns, original, finalized, size in itertools.chain(first, rest):
                 message = Message._from_row(columns)
                 message.size, message.finalized = size, finalized
                 message.prepared = finalized is not None or not (message.spool or message.type == COMMITMENT)
@@ -3041,12 +3127,26 @@ class Store:
 
     async def backlog(self) -> list[Backlog]:
         """What waits, by destination; only those for which something does."""
-        sql = f"""SELECT name, waiting, (SELECT received_at FROM message WHERE id = first) FROM channel JOIN
-          (SELECT channel, count(*) AS waiting, min(id) AS first FROM message WHERE state < {PROCESSED}
-          GROUP BY channel)
-          ON id = channel"""
         await self.call(lambda db: None)  # what was asked for before is counted
-        return [Backlog(*row) for row in await self.read(lambda db: db.execute(sql).fetchall())]
+        return [Backlog(*row) for row in await self.read(lambda db: db.execute(BACKLOG).fetchall())]
+
+    async def dead(self) -> dict[str, int]:
+        """Dead letters by destination; only those that have some."""
+        sql = f"""SELECT name, dead FROM channel JOIN (SELECT channel, count(*) AS dead FROM message
+          WHERE state > {PROCESSED} AND state < {NACKED} GROUP BY channel) ON id = channel"""
+        return dict(await self.read(lambda db: db.execute(sql).fetchall()))
+
+    async def look(self, wanted: Wanted) -> list[tuple[str, Message]]:
+        """What a person asks for, each with the name of its destination, after all updates that were asked for."""
+        await self.call(lambda db: None)
+        return await self.read(wanted.found)
+
+    async def decide(self, fate: str, ids: Sequence[int]) -> list[Decided]:
+        """A key of FATES for these dead letters, a few at a time: no acknowledgment waits for all of them."""
+        decided = list[Decided]()
+        for at in range(0, len(ids), SWEEP_ROWS):
+            decided += await self.call(partial(decide, fate=fate, ids=ids[at : at + SWEEP_ROWS]))
+        return decided
 
     async def counts(self) -> dict[str, int]:
         """Messages by state."""
@@ -3368,6 +3468,7 @@ class Store:
             db.execute("UPDATE message SET failing_ms = 0")  # it was an epoch time
         for older in range(SCHEMA_VERSION if new else version, SCHEMA_VERSION):
             db.executescript(f"BEGIN; {_MIGRATIONS[older]}; PRAGMA user_version = {older + 1}; COMMIT;")
+        db.executescript(f"{_DEAD_INDEX}; DROP INDEX IF EXISTS dead")
         self._inspect(db)
 
     def _inspect(self, db: sqlite3.Connection) -> None:
@@ -3469,43 +3570,96 @@ class Store:
         return total
 
 
-# What a person asks for, as a condition on rows
-LOOKED_FOR = {
+KINDS = {  # what a person asks for, as a condition on rows
     "waiting": f"state < {PROCESSED}",
-    "dead": f"state IN ({REJECTED}, {FAILED})",
+    "dead": f"state > {PROCESSED} AND state < {NACKED}",
     "undelivered": f"state = {PROCESSED} AND outcome = {UNDELIVERED}",
-    "id": "id = ?",
-    "control id": "control_id = ?",
+}
+FATES = {  # what becomes of dead letters
+    "retry": f"state = {QUEUED}, outcome = {PENDING}, failures = 0, next_attempt_at = 0, failing_ms = 0, settled_at = 0"
+    ", response = NULL, status_code = NULL, error_code = NULL, last_error = NULL",
+    "discard": f"state = {PROCESSED}, outcome = {NOT_OWED}, error_code = 'discarded', last_error = "
+    f"'a person gave it up; before: ' || last_error, settled_at = strftime('%s') * 1000",
 }
 
 
-def read_queue(path: Path, what: str, *values: object, channel: str = "", limit: int = -1) -> list[tuple[str, Message]]:
-    """Messages, each with its channel's name, beside a running agent or none; nothing is written. StorageError.
+class Wanted(NamedTuple):
+    """Which messages a person asks for; what is empty does not count. Times are epoch milliseconds."""
 
-    `what`: of LOOKED_FOR. One that is asked for by its `id` has its body.
-    """
-    body = "original" if what == "id" else "NULL"
-    sql = f"""{_SELECT}, (SELECT name FROM channel c WHERE c.id = m.channel), length(original), {body} FROM message m
-      WHERE {LOOKED_FOR[what]} {"AND channel = (SELECT id FROM channel WHERE name = ?)" * bool(channel)}
-      ORDER BY id LIMIT {limit}"""
+    kind: str = ""  # a key of KINDS
+    id: int = 0
+    control_id: str = ""
+    channel: str = ""
+    reason: str = ""  # an error_code
+    since: int = 0
+    until: int = 0
+    after: int = 0  # row numbers above it
+    limit: int = -1
+    payload: bool = False  # with what was received
+
+    def found(self, db: sqlite3.Connection) -> list[tuple[str, Message]]:
+        """These messages, oldest first, each with the name of its destination."""
+        conditions = {
+            "id = ?": self.id, "control_id = ?": self.control_id, "error_code = ?": self.reason,
+            "channel = (SELECT id FROM channel WHERE name = ?)": self.channel, "received_at >= ?": self.since,
+            "received_at < ?": self.until, "id > ?": self.after,
+        }  # fmt: skip
+        given = {sql: value for sql, value in conditions.items() if value}
+        sql = f"""{_SELECT}, (SELECT name FROM channel c WHERE c.id = m.channel), length(original),
+          {"original" if self.payload else "NULL"} FROM message m
+          WHERE {" AND ".join([KINDS.get(self.kind, "true"), *given])} ORDER BY id LIMIT {self.limit}"""
+        found = []
+        for *columns, name, size, original in db.execute(sql, (*given.values(),)):
+            message = Message._from_row(columns)
+            message.size, message.original = size, original
+            found.append((name, message))
+        return found
+
+
+class Decided(NamedTuple):
+    """A dead letter that is none any more: its number, the name of its destination, and its file."""
+
+    id: int
+    name: str
+    spool: str | None
+
+
+def decide(db: sqlite3.Connection, fate: str, ids: Sequence[int]) -> list[Decided]:
+    """Give these dead letters their fate; those that are none are left alone."""
+    sql = f"""UPDATE message SET {FATES[fate]} WHERE id IN (SELECT value FROM json_each(?)) AND {KINDS["dead"]}
+      RETURNING id, (SELECT name FROM channel c WHERE c.id = message.channel), spool"""
+    return [Decided(*row) for row in db.execute(sql, (json.dumps(ids),))]
+
+
+def read_queue(path: Path, read: Callable[[sqlite3.Connection], T]) -> T:
+    """Read beside a running agent or none; nothing is written. StorageError."""
     try:
         path = path.resolve()  # what belongs to the file is beside it, not beside a link to it
         path.stat()  # which says better than SQLite why it cannot be read
         # where no agent runs nothing may come into being beside the file: it would belong to whoever looks
         alone = "" if path.with_name(f"{path.name}-wal").exists() else "&immutable=1"
         with closing(sqlite3.connect(f"{path.as_uri()}?mode=ro{alone}", uri=True)) as db:
-            rows = db.execute(sql, (*values, *filter(None, [channel]))).fetchall()
+            return read(db)
     except OSError as error:
         raise StorageError(f"the queue {path} cannot be read: {error.strerror}") from None
     except sqlite3.Error as error:
         advice = "; the agent has to run on it once after an update" if "no such" in str(error) else ""
         raise StorageError(f"the queue {path} cannot be read: {error}{advice}") from None
-    found = []
-    for *columns, name, size, original in rows:
-        message = Message._from_row(columns)
-        message.size, message.original = size, original
-        found.append((name, message))
-    return found
+
+
+def change_queue(path: Path, change: Callable[[sqlite3.Connection], T]) -> T:
+    """One transaction in the queue of an agent that does not run; StorageError."""
+    read_queue(path, lambda db: None)  # it is there
+    with open(path.with_name(f"{path.name}.lock"), "a+b", opener=private) as lock:
+        if not lock_file(lock):
+            raise StorageError(f"another agent uses the queue {path}")
+        try:
+            with closing(sqlite3.connect(path)) as db, db:
+                return change(db)
+        except sqlite3.Error as error:
+            raise StorageError(f"the queue {path} cannot be written: {error}") from None
+        finally:
+            Path(lock.name).unlink(missing_ok=True)
 
 
 def lost_frames(wal: bytes) -> int:
@@ -3608,7 +3762,7 @@ def _trouble_of(error: Exception) -> tuple[str, str]:
 
 
 # =====================================================================================================================
-# FHIR (380 lines, 3000 tokens)
+# FHIR (380 lines, 3050 tokens)
 #
 # The HTTPS side of the server: OAuth2 client-credentials login and FHIR reads (uplink contract 1 and 2). urllib3 does
 # the work in worker threads: pools, proxies, TLS, retries. May touch: HTTPS.
@@ -3704,6 +3858,7 @@ class Fhir:
         self.base = re.sub(r"/fhir(/R4)?/?$", "", settings.baseUrl).rstrip("/") + "/"  # people give the FHIR URL, too
         self.said = ""  # why the server cannot be used, as the main log has it: each cause once
         self.token: Token | None = None
+        self.clock_off: float | None = None  # seconds that this machine's clock is ahead of the server's
         self._settings, self._log = settings, log
         self._pool = http_pool(self.base, context)
         self._refreshing: asyncio.Task[Token] | None = None
@@ -3910,7 +4065,7 @@ class Fhir:
         `once`: a body that cannot be read again is not sent again.
         """
         try:
-            return self._pool.request(
+            response = self._pool.request(
                 method,
                 url,
                 body=body,
@@ -3921,6 +4076,10 @@ class Fhir:
                 decode_content=False,  # a small gzip may be a large answer
                 retries=False if once else None,
             )
+            with suppress(ValueError, TypeError, KeyError):  # a server without a Date, or without a right one
+                date = email.utils.parsedate_to_datetime(response.headers["Date"])
+                self.clock_off = time.time() - date.timestamp()
+            return response
         except urllib3.exceptions.HTTPError as error:
             raise ServerError(
                 f"{urllib.parse.urlsplit(url).netloc} cannot be reached: {_http_reason(url, error)}"
@@ -3979,7 +4138,7 @@ def _json_object(text: bytes) -> Json:
 
 
 # =====================================================================================================================
-# Delivery (540 lines, 3950 tokens)
+# Delivery (550 lines, 4100 tokens)
 #
 # What is on its way, the same for every protocol and in both directions. `Order` decides what may be in flight, `judge`
 # what an answer means; `Queue` keeps a window of the stored messages of one destination, which is the server or one
@@ -4153,6 +4312,8 @@ class Queue:
         self.window: dict[int, Message] = {}  # unsettled messages in memory
         self.inflight: dict[int, Message] = {}  # among them: sent, or about to be, in the order of sending
         self.round_trips: deque[int] = deque(maxlen=MAX_STATS_SAMPLES)
+        self.count = self.last_at = 0  # messages since the start, and when the last one was received
+        self._retried: deque[int] = deque()  # dead letters that a person sends again, queued on disk
         self._store, self._log = store, log
         self._order: Order[Message | Fence] = Order()
         self._epoch = -1
@@ -4176,6 +4337,8 @@ class Queue:
 
     def stored(self, message: Message) -> None:
         """A new message is on disk."""
+        self.count += 1
+        self.last_at = message.received_at
         if message.id <= self._loaded:
             return  # it was read from there already
         if self._behind or self._loading or len(self.window) >= WINDOW_MESSAGES:
@@ -4195,6 +4358,11 @@ class Queue:
         self._store.update(message)
         self._enter(message)
         self.pump()
+
+    def retry(self, ids: Iterable[int]) -> None:
+        """Dead letters are queued again on disk; what was not read yet is read in its turn."""
+        self._retried.extend(id_ for id_ in ids if id_ <= self._loaded)
+        self._load_soon()
 
     # --- the window ---
 
@@ -4217,7 +4385,7 @@ class Queue:
         message.text = text
 
     def _load_soon(self) -> None:
-        more = self._behind and len(self.window) <= WINDOW_MESSAGES - REFILL_MESSAGES
+        more = bool(self._behind or self._retried) and len(self.window) <= WINDOW_MESSAGES - REFILL_MESSAGES
         if not self._loading and (more or self._bodiless):
             self._loading = True
             spawn(self._load(more))
@@ -4247,15 +4415,17 @@ class Queue:
         self._recovered = True
 
     async def _load_rows(self) -> None:
-        self._behind = False
+        self._behind, retried = False, list(itertools.islice(self._retried, REFILL_MESSAGES))
         try:
-            rows = await self._store.queued(self.row, self._loaded, REFILL_MESSAGES)
+            rows = await self._store.queued(self.row, self._loaded, REFILL_MESSAGES, retried)
         except StorageError:
             self._behind = True
             raise
-        self._behind |= len(rows) == REFILL_MESSAGES
+        for _ in retried:
+            self._retried.popleft()
+        self._behind |= len(rows) >= REFILL_MESSAGES
         for message, original in rows:
-            self._loaded = message.id
+            self._loaded = max(self._loaded, message.id)
             if message.id not in self.window:
                 message.text = None if original is None else self._text(message, original)
                 self._enter(message)
@@ -4303,7 +4473,7 @@ class Queue:
                     self._start(item)
         if self._ahead:
             self._prepare_ahead()
-        if self._behind or self._bodiless:
+        if self._behind or self._bodiless or self._retried:
             self._load_soon()
 
     def _start_marked(self, message: Message) -> None:
@@ -4494,7 +4664,12 @@ class Queue:
     @property
     def idle(self) -> bool:
         """Nothing waits."""
-        return not (self.window or self._behind or self._loading)
+        return not (self.window or self._behind or self._loading or self._retried)
+
+    @property
+    def trouble(self) -> str:
+        """Why the oldest message waits, as a key of _REASONS; empty while nothing has failed."""
+        return next((message.error_code or "" for message in self.window.values()), "")
 
     def round_trip_stats(self) -> Json:
         """Channel contract 12; -1 where there is no sample."""
@@ -6378,7 +6553,7 @@ def _bind_address(family: int, address: Any, count: int) -> socket.socket | None
 
 
 # =====================================================================================================================
-# Devices (530 lines, 4050 tokens)
+# Devices (540 lines, 4200 tokens)
 #
 # From the cloud to the device. A push that somebody waits for is tried once and answered within the caller's window.
 # One that nobody waits for is stored first, and then tried in order until the device accepts it or it becomes a dead
@@ -6803,6 +6978,18 @@ class Devices:
         for exchange in [exchange for owner in owners for exchange in owner.asked]:
             exchange.fail("the agent is stopping", "device-unreachable")
         self._close_idle(math.inf)
+
+    def trouble(self, key: str) -> str | None:
+        """Why the oldest stored push of a device waits; None when that is not known (yet)."""
+        queues = self._devices[key].queues if key in self._devices else []
+        return queues[0].trouble if queues and queues[0].window else None
+
+    def shown(self, depth: Callable[[str], Json]) -> list[Json]:
+        """The devices that are pushed to now, and those for which pushes wait."""
+        return [
+            {"address": key, "connections": len(device.lines)} | depth(PUSH_PREFIX + key)
+            for key, device in self._devices.items()
+        ]
 
     @property
     def client_count(self) -> int:
@@ -8617,7 +8804,1029 @@ def _checked_status(answer: Dataset) -> int:
 
 
 # =====================================================================================================================
-# Agent (580 lines, 4700 tokens)
+# Doctor (340 lines, 3000 tokens)
+#
+# `doctor`: one line a check, in the order in which things can fail, each with what the person who can act has to do.
+# It works beside a running agent, without one, and within one for the cloud. May touch: network, files, serial ports.
+# =====================================================================================================================
+
+CONFIG_FILE = "medplum-agent-applied-config.json"
+QUEUE_FILE = "medplum-agent-queue.sqlite"
+FINE, DOUBTFUL, WRONG = range(3)
+
+
+class Check(NamedTuple):
+    """One thing that was looked at; `remedy` says what to do where it is not fine."""
+
+    name: str
+    level: int
+    text: str
+    remedy: str = ""
+
+
+def silent_parts(plan: Plan) -> Iterator[str]:
+    """What is allowed, and still not what somebody wants who looks for his messages."""
+    if plan.status == "off":
+        yield "Agent.status is off: no channel listens. Set it to active and call $reload-config"
+    for entry in plan.agent.get("channel") or []:
+        if not entry.get("targetReference"):
+            yield f"channel '{entry.get('name')}' names no Bot (targetReference): the server refuses its messages"
+
+
+class Doctor:
+    """Examines a configuration. `running` is the status of the agent that has it, if one runs."""
+
+    def __init__(self, config: ProcessConfig, running: Json | None, log: Log):
+        self.config, self.running = config, running
+        self.checks: list[Check] = []
+        self._base = urllib.parse.urlsplit(config.settings.baseUrl)
+        self._port = self._base.port or (443 if self._base.scheme == "https" else 80)
+        self._host = self._base.hostname or ""
+        self._context = tls_context(config.settings.caFile)
+        self._fhir = Fhir(config.settings, self._context, log)
+        self._plan: Plan | None = None
+
+    def say(self, name: str, level: int, text: str, remedy: str = "") -> bool:
+        """Write a check down; whether those that build on it make sense."""
+        self.checks.append(Check(name, level, text, remedy))
+        return level < WRONG
+
+    async def examine(self, seconds: float) -> Json:
+        """All checks within so many seconds, whatever hangs, and the tables for the firewall's administrator."""
+        self._settings()
+        for group in (self._server, self._local):  # what is local is looked at even where the network hangs
+            try:
+                async with asyncio.timeout(seconds * (0.7 if group == self._server else 0.3)):
+                    await group()
+            except TimeoutError:
+                last = self.checks[-1].name
+                self.say("time", WRONG, f"what comes after '{last}' took too long", "See whether a firewall drops it.")
+        plan = self._plan or self._saved_plan()
+        outbound = [[f"{self._host}:{self._port}", "HTTPS and secure WebSocket to the Medplum server"]]
+        inbound = list[list[str]]()
+        for channel in plan.channels if plan else ():
+            purpose = f"{channel.protocol}, channel '{channel.name}'"
+            (outbound if channel.dials else inbound).append([f"{channel.host}:{channel.port}", purpose])
+        outbound += [
+            [device["address"], "device that is pushed to"] for device in (self.running or {}).get("devices", ())
+        ]
+        return {
+            "level": max(check.level for check in self.checks), "checks": [check._asdict() for check in self.checks],
+            "outbound": outbound, "inbound": inbound,
+        }  # fmt: skip
+
+    def _settings(self) -> None:
+        rows = vars(self.config.settings)
+        sources = self.config.sources
+        text = ", ".join(
+            f"{name} {'is set' if 'ecret' in name else rows[name]} (from {source})" for name, source in sources.items()
+        )
+        self.say("settings", FINE, text)
+        for warning in self.config.warnings:
+            self.say("settings", DOUBTFUL, warning, "Correct or remove that line.")
+        if re.search(r"/fhir(/R4)?/?$", self._base.path):
+            text = f"baseUrl ends in {self._base.path}; {self._fhir.base} is used"
+            self.say("settings", DOUBTFUL, text, "Let baseUrl end before fhir/R4.")
+
+    # --- the server ---
+
+    async def _server(self) -> None:
+        if await self._way() and await self._login():
+            await self._resources()
+
+    async def _way(self) -> bool:
+        """Name, proxy, TCP, TLS."""
+        proxy = proxy_for(self.config.settings.baseUrl)
+        host, port = self._host, self._port
+        if proxy:
+            url = urllib.parse.urlsplit(proxy)
+            host, port = url.hostname or "", url.port or 80
+            self.say("proxy", FINE, f"{host}:{port} is used for the server")
+        whose = "the proxy" if proxy else "the server"
+        try:
+            async with asyncio.timeout(3):
+                found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
+            self.say("name", FINE, f"{host} is {', '.join(dict.fromkeys(str(one[4][0]) for one in found))}")
+        except (OSError, TimeoutError):
+            return self.say("name", WRONG, f"the name {host} of {whose} cannot be resolved",
+                "Check its spelling, and the name servers of this machine.")  # fmt: skip
+        try:
+            async with asyncio.timeout(4):
+                _, writer = await asyncio.open_connection(host, port)
+                writer.close()
+            self.say("tcp", FINE, f"{host}:{port} can be reached")
+        except TimeoutError:
+            return self.say("tcp", WRONG, f"{host}:{port} does not answer: what is sent there is dropped",
+                f"Have the firewall allow TCP from this machine to {host}:{port}, or set HTTPS_PROXY.")  # fmt: skip
+        except OSError as error:
+            return self.say("tcp", WRONG, f"{host}:{port}: {os_reason(error)}",
+                f"Check the port in {'HTTPS_PROXY' if proxy else 'baseUrl'}, and the firewall.")  # fmt: skip
+        return self._base.scheme != "https" or bool(proxy) or await self._tls()
+
+    async def _tls(self) -> bool:
+        """A certificate that cannot be trusted is fetched without trust, to say whose it is."""
+        try:
+            async with asyncio.timeout(5):
+                _, writer = await asyncio.open_connection(self._host, self._port, ssl=self._context)
+                certificate = writer.get_extra_info("peercert") or {}
+                writer.transport.abort()
+        except (ssl.SSLError, ssl.CertificateError) as error:
+            reason = getattr(error, "verify_message", "") or str(error)
+            try:
+                pem = await asyncio.to_thread(ssl.get_server_certificate, (self._host, self._port), timeout=3)
+                issuer, left = issuer_of(pem), expiry(pem) - time.time()
+            except (OSError, ValueError):
+                return self.say("tls", WRONG, f"{reason}", "Is this an HTTPS port?")
+            if left < 0:
+                return self.say("tls", WRONG, f"the certificate of {self._host} ended {duration(-left)} ago",
+                    "Have it renewed; if it is valid, the clock of this machine is wrong.")  # fmt: skip
+            if "not yet valid" in reason:
+                return self.say("tls", WRONG, "the certificate is not yet valid", "Set the clock of this machine.")
+            if "mismatch" in reason or "not valid for" in reason:
+                return self.say("tls", WRONG, f"{reason}", "Write the host in baseUrl as the certificate names it.")
+            return self.say("tls", WRONG, f"the certificate of {self._host} is issued by {issuer}, not a public one",
+                "Your site inspects TLS, or has an authority of its own: give its CA with caFile.")  # fmt: skip
+        except (OSError, TimeoutError) as error:
+            return self.say("tls", WRONG, f"the handshake failed: {error or 'no answer'}", "Is this an HTTPS port?")
+        days = (ssl.cert_time_to_seconds(certificate["notAfter"]) - time.time()) / 86_400 if certificate else 0
+        who = ", ".join(value for part in certificate.get("issuer", ()) for name, value in part if name[0] in "oc"
+            and name in ("organizationName", "commonName"))  # fmt: skip
+        return self.say("tls", DOUBTFUL if days < EXPIRY_DAYS else FINE,
+            f"trusted, issued by {who}; ends in {days:.0f} days", "Have the certificate renewed.")  # fmt: skip
+
+    async def _login(self) -> bool:
+        try:
+            await self._fhir.fresh_token()
+            problem = None
+        except ServerError as error:
+            problem = error
+        off = self._fhir.clock_off
+        if off is not None and abs(off) > CLOCK_SECS:
+            text = f"this machine's differs by {duration(abs(off))} from the server's"
+            self.say("clock", WRONG, text, "Set the clock of this machine, and keep it right with NTP.")
+        elif off is not None:
+            self.say("clock", FINE, "it agrees with the server's")
+        if problem is None:
+            return self.say("login", FINE, "clientId and clientSecret are accepted")
+        remedy = (
+            "Check the server." if problem.transient else "Check clientId and clientSecret of the ClientApplication."
+        )
+        return self.say("login", WRONG, str(problem), remedy)
+
+    async def _resources(self) -> None:
+        settings = self.config.settings
+        policy = "Check agentId, and that the access policy of the ClientApplication allows to read it."
+        try:
+            agent = await self._fhir.read(f"Agent/{settings.agentId}")
+        except ServerError as error:
+            self.say("agent", WRONG, f"Agent/{settings.agentId}: {error}", policy)
+            return
+        self.say("agent", FINE, f"Agent/{settings.agentId} can be read: {agent.get('name') or 'without a name'}")
+        wanted = endpoint_references(agent)
+        bots = [(entry.get("targetReference") or {}).get("reference") or "" for entry in agent.get("channel") or []]
+        read = [*wanted, *dict.fromkeys(bot for bot in bots if bot.startswith("Bot/"))]
+        found = await asyncio.gather(*map(self._fhir.read, read), return_exceptions=True)
+        for reference, resource in zip(read, found, strict=True):
+            if isinstance(resource, BaseException):
+                self.say("access", WRONG, f"{reference}: {resource}", policy.replace("agentId", "the reference"))
+        if read and not any(isinstance(resource, BaseException) for resource in found):
+            self.say("access", FINE, f"{len(read)} Endpoints and Bots can be read")
+        endpoints = cast("dict[str, Json | AgentError]", dict(zip(read, found, strict=True)))
+        self._plan, problems = build_plan(agent, endpoints)
+        for problem in problems:
+            self.say("channels", WRONG, problem, "Mend the Endpoint, then call $reload-config.")
+        for text in (*self._plan.warnings, *silent_parts(self._plan)):
+            self.say("channels", DOUBTFUL, text, "Mend the Agent or Endpoint, then call $reload-config.")
+        await self._rights(self._plan)
+        await self._connection(settings.agentId)
+
+    async def _rights(self, plan: Plan) -> None:
+        """What imaging channels need; whether a Binary may be made shows only when one is."""
+        imaging = [one.settings for one in plan.channels if isinstance(one.settings, DicomSettings)]
+        if any(one.storage == "dicomweb" or one.answer == "server" for one in imaging):
+            try:
+                await self._fhir.search("DicomStudy?_count=1")
+                self.say("rights", FINE, "DicomStudy can be searched")
+            except ServerError as error:
+                self.say("rights", WRONG, f"DicomStudy: {error}",
+                    "Allow DicomStudy, DicomSeries, DicomInstance in the access policy; server 5.1.28.")  # fmt: skip
+        if any(one.storage == "binary" for one in imaging):
+            self.say("rights", FINE, "images need create and read on Binary; that shows when the first one comes")
+
+    async def _connection(self, agent_id: str) -> None:
+        """The WebSocket, and whether another agent has this id."""
+        if self.running is not None:
+            live = self.running["server"]["live"]
+            text = "connected" if live else "the running agent is not connected"
+            remedy = "See the main log; a proxy or firewall must let WebSockets through."
+            self.say("websocket", FINE if live else WRONG, text, remedy)
+            return
+        url = urllib.parse.urlunsplit(
+            ("wss" if self._base.scheme == "https" else "ws", self._base.netloc, "/ws/agent", "", "")
+        )
+        try:
+            context = self._context if url.startswith("wss") else None
+            async with connect(url, ssl=context, proxy=proxy_for(self.config.settings.baseUrl), open_timeout=4):
+                self.say("websocket", FINE, "the server takes WebSockets")
+        except (OSError, TimeoutError, WebSocketException) as error:
+            text = f"{url}: {error or 'no answer'}"
+            self.say("websocket", WRONG, text, "A proxy or firewall must let WebSockets through.")
+        with suppress(ServerError, AttributeError):
+            found = (await self._fhir.read(f"Agent/{agent_id}/$status")).get("parameter") or []
+            if any(one.get("name") == "status" and one.get("valueCode") == "connected" for one in found):
+                self.say("other agents", DOUBTFUL, "an agent with this id is connected, and it does not run here",
+                    "Stop the other one, or give this one an Agent of its own.")  # fmt: skip
+
+    # --- this machine ---
+
+    def _saved_plan(self) -> Plan | None:
+        with suppress(OSError, ValueError, KeyError, TypeError):
+            saved = load_json((self.config.state_dir / CONFIG_FILE).read_bytes())
+            return build_plan(saved["agent"], {f"Endpoint/{one['id']}": one for one in saved["endpoints"]})[0]
+        return None
+
+    async def _local(self) -> None:
+        plan = self._plan or self._saved_plan()
+        for channel in plan.channels if plan else ():
+            if channel.active:
+                self._channel(channel)
+        folder = self.config.state_dir
+        queue = Path(plan.settings.queueDbPath) if plan and plan.settings.queueDbPath else folder / QUEUE_FILE
+        for name, place in {
+            "state": folder,
+            "queue": queue.parent,
+            "logs": self.config.main_log.logDir or folder,
+        }.items():
+            await asyncio.to_thread(self._folder, name, Path(place))
+        if queue.exists():
+            try:
+                await asyncio.to_thread(read_queue, queue, lambda db: db.execute("PRAGMA schema_version").fetchone())
+            except StorageError as error:
+                self.say("queue", WRONG, str(error), _storage_advice(error))
+        if sys.platform != "win32":
+            import resource
+
+            limit, need = resource.getrlimit(resource.RLIMIT_NOFILE)[0], 200
+            need += sum(min(channel.settings.maxConnections, 1000) for channel in plan.channels) if plan else 0
+            level, remedy = (DOUBTFUL, f"Raise it (LimitNOFILE={need}).") if limit < need else (FINE, "")
+            self.say("files", level, f"{limit} may be open at once; all connections together need {need}", remedy)
+
+    def _channel(self, channel: ChannelPlan) -> None:
+        where = f"channel '{channel.name}'"
+        known = {one["name"]: one for one in (self.running or {}).get("channels", ())}
+        if channel.dials and not channel.port:
+            usable = os.access(channel.host, os.R_OK | os.W_OK)
+            text = f"{where}: {channel.host} {'is there' if usable else 'is missing, or this user may not use it'}"
+            self.say("serial port", FINE if usable or sys.platform == "win32" else WRONG, text,
+                "" if usable else "Plug it in; add the agent's user to the group dialout.")  # fmt: skip
+        elif not channel.dials and known.get(channel.name, {}).get("open"):
+            self.say("port", FINE, f"{where}: {channel.port} is open")
+        elif not channel.dials:
+            try:
+                with socket.create_server(("", channel.port)):
+                    text = "is free" if self.running is None else "is free, but the running agent has not opened it"
+                self.say("port", FINE if self.running is None else DOUBTFUL, f"{where}: {channel.port} {text}")
+            except OSError as error:
+                remedy = f"Find the program with: ss -ltnp 'sport = :{channel.port}'. Stop it, or use another port."
+                self.say("port", WRONG, f"{where}: {channel.port}: {error.strerror}", remedy)
+        if channel.settings.tls and channel.settings.certFile:
+            try:
+                listening_tls(channel.settings)
+                left = expiry(named_file(channel.settings.certFile).decode("ascii", "replace")) - time.time()
+                level = WRONG if left < 0 else DOUBTFUL if left < EXPIRY_DAYS * 86_400 else FINE
+                ends = f"ends in {duration(left)}" if left > 0 else f"ended {duration(-left)} ago"
+                self.say("certificate", level, f"{where}: {ends}", "Have it renewed." if level else "")
+            except (OSError, ValueError) as error:
+                self.say("certificate", WRONG, f"{where}: {error}", "Put a readable PEM file there.")
+
+    def _folder(self, name: str, folder: Path) -> None:
+        """It may be written, it has room, and how long the disk takes over a write that counts."""
+        try:
+            there = folder if folder.exists() else folder.parent
+            free, probe, took = shutil.disk_usage(there).free, there / f".medplum-agent-{os.getpid()}", list[float]()
+            try:
+                with open(probe, "wb", opener=private) as file:
+                    for _ in range(5):
+                        file.write(bytes(4096))
+                        file.flush()
+                        began = time.perf_counter()
+                        sync(file.fileno())
+                        took.append(1000 * (time.perf_counter() - began))
+            finally:
+                probe.unlink(missing_ok=True)
+        except OSError as error:
+            full = error.errno == errno.ENOSPC
+            remedy = "Free space on that disk." if full else "Make it writable for the agent's user, or name another."
+            self.say(name, WRONG, f"{folder}: {error.strerror}", remedy)
+            return
+        level = WRONG if free < DISK_RESERVE_BYTES else DOUBTFUL if free < LOW_DISK_BYTES else FINE
+        self.say(name, level, f"{folder}: {free // MIB} MiB free, fsync {sorted(took)[2]:.1f} ms",
+            "Free space on that disk." if level else "")  # fmt: skip
+
+
+def issuer_of(pem: str) -> str:
+    """Organisation and name of a certificate's issuer, which stand first in it (X.520: 2.5.4.10 and 2.5.4.3)."""
+    der = ssl.PEM_cert_to_DER_cert(pem)
+    found = dict[bytes, str]()
+    for match in re.finditer(rb"\x06\x03U\x04([\x03\x0a])[\x0c\x13\x14](.)", der, re.DOTALL):
+        text = der[match.end() : match.end() + match[2][0]].decode("utf-8", "replace")
+        found.setdefault(match[1], text)
+    return ", ".join(found.values()) or "an unknown authority"
+
+
+async def examine(config: ProcessConfig, running: Json | None, seconds: float) -> Json:
+    """`doctor` for a configuration that can be parsed: level, checks, and the tables of inbound and outbound."""
+    return await Doctor(config, running, Log("doctor", LoggerSettings(logLevel="NONE"), None, None)).examine(seconds)
+
+
+# =====================================================================================================================
+# Operations (690 lines, 6550 tokens)
+#
+# What a person asks of a running agent: status, the queue, alarms, the page and its figures. One `ask` serves the
+# command line (over a socket in the state directory that only the agent's user can open), the page, and the cloud (a
+# push to agent://). Nothing here is patient data unless that is asked for in so many words, and then the look is
+# written down first. May touch: all above, HTTP.
+# =====================================================================================================================
+
+ALARM_FILE = "medplum-agent-alarms.json"
+AUDIT_FILE = "medplum-agent-audit.log"
+SOCKET_FILE, DOOR_FILE = "agent.sock", "agent.door"  # the door: a port, where there are no such sockets
+TOKEN_FILE = "agent.token"
+PAGE = Path(__file__).with_name("packaging") / "status.html"
+MONITOR_STATES = ("OK", "WARNING", "CRITICAL", "UNKNOWN")  # of a monitor's plug-in, and its exit codes
+# What of a message's type is shown: a device that shifts its fields must not bring a name here
+_KIND = re.compile(r"[A-Z0-9]{3}(\^[A-Z0-9]{3})?(?![A-Za-z0-9])|C-STORE|N-[A-Z]+|[a-z.-]+/[a-z0-9.+-]+")
+# Prometheus: name, type, help, where it stands in the status, and what one of it is in the unit of the name
+_FIGURES = {
+    "": (
+        ("server_connected", "gauge", "1 while the server accepts this agent.", "server.live", 1),
+        ("server_round_trip_seconds", "gauge", "Last heartbeat to the server and back.", "server.roundTripMs", 0.001),
+        ("server_away_seconds", "gauge", "For how long the server has been away.", "server.awaySecs", 1),
+        ("start_time_seconds", "gauge", "When the agent started, in epoch seconds.", "startedAt", 0.001),
+        ("queue_healthy", "gauge", "1 while messages can be stored.", "store.healthy", 1),
+        ("queue_bytes", "gauge", "Queue file and spool folder.", "store.bytes", 1),
+        ("disk_free_bytes", "gauge", "Free space on the disk of the queue.", "store.freeBytes", 1),
+    ),
+    "channel": (
+        ("channel_open", "gauge", "1 while devices can connect, or are.", "open", 1),
+        ("channel_connections", "gauge", "Open connections of devices.", "connections", 1),
+        ("channel_messages_total", "counter", "Messages stored since the start.", "count", 1),
+        ("channel_last_message_time_seconds", "gauge", "Last message, in epoch seconds.", "lastMessageAt", 0.001),
+        ("channel_waiting_messages", "gauge", "Stored and not yet answered.", "waiting", 1),
+        ("channel_oldest_waiting_seconds", "gauge", "Age of the oldest of them.", "oldestSecs", 1),
+        ("channel_dead_letters", "gauge", "Messages that a person has to decide about.", "dead", 1),
+    ),
+    "device": (
+        ("device_connections", "gauge", "Open connections to a device that is pushed to.", "connections", 1),
+        ("device_waiting_messages", "gauge", "Stored pushes it has not taken.", "waiting", 1),
+        ("device_oldest_waiting_seconds", "gauge", "Age of the oldest of them.", "oldestSecs", 1),
+        ("device_dead_letters", "gauge", "Pushes that a person has to decide about.", "dead", 1),
+    ),
+    "kind": (("alarm_active", "gauge", "1 for each alarm that holds, by kind and subject.", "holds", 1),),
+}  # fmt: skip
+
+
+class Alarm(NamedTuple):
+    """Something that is wrong, or may be: `holds` None means that it cannot be told now, and nothing changes."""
+
+    kind: str
+    subject: str  # the channel or device it is about; empty: the agent
+    holds: bool | None
+    text: str
+    critical: bool = False
+    since: int = 0  # epoch milliseconds; of one that was raised
+
+    @property
+    def key(self) -> tuple[str, str]:
+        return self.kind, self.subject
+
+    @property
+    def shown(self) -> Json:
+        return {name: value for name, value in self._asdict().items() if name != "holds"}
+
+
+def expiry(pem: str) -> float:
+    """Epoch seconds when a certificate ends (RFC 5280 4.1.2.5); ValueError for what is none."""
+    der = ssl.PEM_cert_to_DER_cert(pem[pem.index("-----BEGIN CERTIFICATE") : pem.index("-----END CERTIFICATE")].strip()
+        + "\n-----END CERTIFICATE-----")  # fmt: skip
+    when = rb"(?:\x17\r(\d{12})|\x18\x0f(\d{14}))Z"
+    if not (match := re.search(when + when, der, re.DOTALL)):
+        raise ValueError("a certificate without an end")
+    end = (match[3] or match[4]).decode()
+    year = end[:-10] if len(end) == 14 else f"{19 + (end < '50')}{end[:2]}"
+    return datetime.datetime.strptime(f"{year}{end[-10:]}+0000", "%Y%m%d%H%M%S%z").timestamp()
+
+
+def duration(seconds: float) -> str:
+    """In the two largest units, for people."""
+    units = (("d", 86_400), ("h", 3600), ("min", 60), ("s", 1))
+    rest, parts = int(max(0, seconds)), []
+    for unit, size in units:
+        count, rest = divmod(rest, size)
+        if count:
+            parts.append(f"{count} {unit}")
+    return " ".join(parts[:2]) or "0 s"
+
+
+def expected_secs(s: ChannelSettings, last: float) -> float | None:
+    """For how many seconds a channel has been silent when it was expected not to be; None outside its hours."""
+    now = datetime.datetime.now().astimezone()
+    if not (hours := opening_hours(s.expectHours)):
+        return now.timestamp() - last
+    minute = 60 * now.hour + now.minute
+    starts = [part.start for part in hours if now.weekday() in part.days and part.start <= minute < part.end]
+    if not starts:
+        return None
+    opened = now.replace(hour=0, minute=0, second=0, microsecond=0).timestamp() + 60 * min(starts)
+    return now.timestamp() - max(last, opened)
+
+
+class Operations:
+    """The agent's own answers, and what it watches. `ask` raises AgentError for what cannot be answered."""
+
+    def __init__(self, agent: Agent):
+        self.alarms: dict[tuple[str, str], Alarm] = {}
+        self._agent = agent
+        self._token = ""
+        self._started_at = now_ms()
+        self._waiting: dict[str, Backlog] = {}
+        self._dead: dict[str, int] = {}
+        self._samples: dict[str, deque[int]] = {}  # messages of a channel in all, every LOOK_SECS, for an hour
+        self._last: dict[str, int] = {}  # when a channel's last message came, also before the start
+        self._servers: list[asyncio.Server] = []
+        self._guests = 0
+        self._looking = asyncio.Lock()
+
+    # --- watching ---
+
+    async def look(self) -> None:
+        """Count, and tell of what has begun to be wrong or has ceased to be."""
+        if self._looking.locked():  # the disk takes its time
+            return
+        async with self._looking:
+            await self._count()
+            for name, queue in self._queues():
+                self._samples.setdefault(name, deque(maxlen=round(3600 / LOOK_SECS) + 1)).append(queue.count)
+            self._judge()
+
+    def _queues(self) -> Iterator[tuple[str, Queue]]:
+        yield from ((name, channel.queue) for name, channel in self._agent.channels.items())
+
+    async def _count(self) -> None:
+        if self._agent.started.is_set():
+            with suppress(StorageError):  # the store itself reports a file that cannot be read
+                self._waiting = {one.name: one for one in await self._agent.store.backlog()}
+                self._dead = await self._agent.store.dead()
+            self._last |= {name: queue.last_at for name, queue in self._queues() if queue.last_at}
+
+    def _judge(self) -> None:
+        """Each incident begins once and ends once, also over restarts: what was raised is kept in a file."""
+        before, found = dict(self.alarms), {alarm.key: alarm for alarm in self._conditions()}
+        for key, alarm in found.items():
+            if key in self.alarms:
+                if alarm.holds:
+                    self.alarms[key] = alarm._replace(since=self.alarms[key].since)
+                elif alarm.holds is False:
+                    del self.alarms[key]
+            elif alarm.holds:
+                self.alarms[key] = alarm._replace(since=now_ms())
+        for key in self.alarms.keys() - found.keys():
+            del self.alarms[key]
+        if self.alarms.keys() == before.keys():
+            return
+        self._save()
+        for key in self.alarms.keys() - before.keys():
+            alarm = self.alarms[key]
+            (self._agent.log.error if alarm.critical else self._agent.log.warn)(f"Alarm: {alarm.text}.")
+            spawn(self._send_out(f"ALARM: {alarm.text}", 2 if alarm.critical else 4))
+        for key in before.keys() - self.alarms.keys():
+            alarm = before[key]
+            text = f"over after {duration((now_ms() - alarm.since) / 1000)}: {alarm.text}"
+            self._agent.log.info(f"Alarm {text}.")
+            spawn(self._send_out(f"OVER: {text}", 5))
+
+    def _save(self) -> None:
+        saved = {"alarms": [*self.alarms.values()], "last": self._last}
+        with suppress(OSError):  # said where the queue cannot be written
+            replace_file(self._agent.state_dir / ALARM_FILE, json.dumps(saved).encode())
+
+    def _load(self) -> None:
+        token = self._agent.state_dir / TOKEN_FILE  # the same after a restart: a page that is open goes on
+        with suppress(OSError, ValueError):
+            self._token = token.read_text("ascii")
+        if len(self._token) < 20:
+            self._token = base64.urlsafe_b64encode(os.urandom(18)).decode()
+            replace_file(token, self._token.encode())
+        with suppress(OSError, ValueError, KeyError, TypeError):
+            saved = load_json((self._agent.state_dir / ALARM_FILE).read_bytes())
+            self.alarms = {alarm.key: alarm for alarm in (Alarm(*one) for one in saved["alarms"])}
+            self._last = dict(saved["last"])
+
+    def _conditions(self) -> Iterator[Alarm]:
+        agent, uplink = self._agent, self._agent.uplink
+        away = self._away_secs()
+        text = f"the server has not been reached for {duration(away)}; messages are kept on disk"
+        yield Alarm("server", "", False if uplink.live else True if away > SERVER_AWAY_SECS else None, text, True)
+        if (token := agent.fhir.token) is not None:
+            ended = token.expires_at - time.time() < SERVER_AWAY_SECS
+            yield Alarm("token", "", ended, "the access token ends and could not be renewed: see the log")
+        if (off := agent.fhir.clock_off) is not None:
+            text = f"the clock of this machine differs by {duration(abs(off))} from the server's: set up NTP"
+            yield Alarm("clock", "", abs(off) > CLOCK_SECS, text)
+        store, free = agent.store, self._free_bytes()
+        yield Alarm("queue", "", not store.healthy, store.trouble, True)
+        text = f"{free // MIB} MiB are free on the disk of the queue"
+        yield Alarm("disk", "", True if free < LOW_DISK_BYTES else None if free < 1.2 * LOW_DISK_BYTES else False, text)
+        if limit := store.max_bytes:
+            full = store.total_bytes / limit
+            text = f"the queue has {full:.0%} of queueMaxMb"
+            yield Alarm("full", "", True if full > 0.9 else None if full > 0.8 else False, text)
+        for name, channel in agent.channels.items():
+            yield from self._channel_conditions(name, channel)
+        limits = {name: channel.plan.settings.alarmAgeSecs for name, channel in agent.channels.items()}
+        for name, waiting in self._waiting.items():
+            age = (now_ms() - waiting.oldest) / 1000
+            limit = limits.get(name, agent.plan.defaults.alarmAgeSecs)
+            text = f"{self._owner(name)}: the oldest of {waiting.waiting} waiting messages is {duration(age)} old"
+            yield Alarm("age", name, 0 < limit < age, text)
+            if name.startswith(PUSH_PREFIX):
+                trouble = agent.devices.trouble(name.removeprefix(PUSH_PREFIX))
+                text = f"{self._owner(name)} cannot be reached; {waiting.waiting} messages wait for it"
+                yield Alarm("device", name, None if trouble is None else trouble == "device-unreachable", text)
+        for name, dead in self._dead.items():
+            yield Alarm("dead", name, True, f"{self._owner(name)} has {dead} dead letters: see queue list dead")
+
+    def _channel_conditions(self, name: str, channel: Channel) -> Iterator[Alarm]:
+        plan = channel.plan
+        if not plan.active or channel.queue.paused:
+            return
+        if not plan.dials:
+            text = f"channel '{name}': its port {plan.port} is not open"
+            yield Alarm("port", name, plan.bind not in self._agent.listeners, text, True)
+        if plan.settings.expectEverySecs:
+            silent = expected_secs(plan.settings, self._last.get(name, self._started_at) / 1000)
+            text = f"channel '{name}' has been silent for {duration(silent or 0)}"
+            yield Alarm("silent", name, None if silent is None else silent > plan.settings.expectEverySecs, text)
+        if plan.settings.certFile and plan.settings.tls:
+            with suppress(OSError, ValueError):
+                left = expiry(named_file(plan.settings.certFile).decode("ascii", "replace")) - time.time()
+                text = f"channel '{name}': its certificate ends in {duration(left)}" if left > 0 else (
+                    f"channel '{name}': its certificate has ended")  # fmt: skip
+                yield Alarm("certificate", name, left < EXPIRY_DAYS * 86_400, text, left < 0)
+
+    def _owner(self, name: str) -> str:
+        if name.startswith(PUSH_PREFIX):
+            return f"device {name.removeprefix(PUSH_PREFIX)}"
+        return f"channel '{name}'"
+
+    def _away_secs(self) -> float:
+        uplink = self._agent.uplink
+        return 0 if uplink.live else asyncio.get_running_loop().time() - uplink.away_since
+
+    def _free_bytes(self) -> int:
+        with suppress(OSError):
+            return shutil.disk_usage(self._agent.store.path.parent).free
+        return 0
+
+    async def _send_out(self, text: str, severity: int) -> None:
+        """To alarmTo: RFC 5424 over TLS (RFC 5425), or a command's standard input."""
+        target = self._agent.config.settings.alarmTo
+        for tried in range(ALARM_TRIES if target else 0):
+            try:
+                async with asyncio.timeout(ALARM_SECS):
+                    if target.startswith("syslog"):
+                        await self._to_syslog(urllib.parse.urlsplit(target), text, severity)
+                    else:
+                        await self._to_command(target, text)
+                return
+            except (OSError, ValueError) as error:
+                self._agent.log.error(f"An alarm cannot be brought to alarmTo: {error or 'no answer in time'}.")
+                await asyncio.sleep(back_off(tried + 1))
+
+    async def _to_syslog(self, url: urllib.parse.SplitResult, text: str, severity: int) -> None:
+        stamp = f"{utc_text('%Y-%m-%dT%H:%M:%S', now_ms())}Z"
+        head = f"<{16 * 8 + severity}>1 {stamp} {socket.gethostname()} medplum-agent {os.getpid()} alarm -"
+        line = f"{head} \ufeff{text}".encode()
+        _, writer = await asyncio.open_connection(url.hostname, url.port or 6514, ssl=self._context)
+        with closing(writer):
+            writer.write(b"%d %b" % (len(line), line))
+            await writer.drain()
+
+    async def _to_command(self, command: str, text: str) -> None:
+        words, pipe = shlex.split(command, posix=os.name == "posix"), asyncio.subprocess.PIPE
+        process = await asyncio.create_subprocess_exec(*words, stdin=pipe, stdout=asyncio.subprocess.DEVNULL)
+        try:
+            await process.communicate(f"{text}\n".encode())
+            if process.returncode:
+                raise OSError(f"the command ended with {process.returncode}")
+        finally:
+            if process.returncode is None:
+                process.kill()
+                await process.wait()
+
+    # --- answers ---
+
+    async def remote(self, body: object) -> Json:
+        """What the cloud asks, as members of the answer to its push."""
+        try:
+            asked = load_json(str(body))
+            if not isinstance(asked, dict):
+                raise ValueError
+            async with asyncio.timeout(REMOTE_SECS):
+                found = dump_json(await self.ask(asked, remote=True))
+            if len(found) > BODY_BYTES:
+                raise LocalError(f"the answer of {len(found)} bytes is too large: ask for less with limit")
+            return {"body": found.decode()}
+        except ValueError:
+            text = 'send JSON such as {"command": "status"}'
+        except TimeoutError:
+            text = f"there was no answer within {REMOTE_SECS:g} s"
+        except AgentError as error:
+            text = str(error)
+        return {"statusCode": 400, "body": dump_json({"error": text}).decode()}
+
+    async def ask(self, asked: Json, remote: bool = False) -> Json:
+        """Answer `{"command": ..., ...}`; the commands are those of the command line."""
+        commands = {"status": self.status, "queue": self._queue, "validate": self._validate, "doctor": self._doctor,
+            "bundle": self._bundle}  # fmt: skip
+        command = str(asked.get("command"))
+        if command not in commands:
+            raise LocalError(f"the command '{command}' is unknown: use {', '.join(commands)}")
+        return await commands[command](asked | {"remote": remote})
+
+    async def status(self, asked: Json | None = None) -> Json:
+        """All that one screen shows. Times are epoch milliseconds. A page that looks often takes what was counted."""
+        agent = self._agent
+        if asked is not None:
+            await self._count()
+        channels = [self._channel(name, channel) for name, channel in agent.channels.items()]
+        started = agent.started.is_set()
+        store = {"healthy": agent.store.healthy, "trouble": agent.store.trouble, "bytes": agent.store.total_bytes,
+            "freeBytes": self._free_bytes()} if started else {"healthy": False, "trouble": "it is not open yet",
+            "bytes": 0, "freeBytes": 0}  # fmt: skip
+        critical = [alarm for alarm in self.alarms.values() if alarm.critical]
+        return {
+            "version": VERSION, "agentId": agent.config.settings.agentId, "startedAt": self._started_at,
+            "now": now_ms(), "state": 2 if critical or not store["healthy"] else int(bool(self.alarms)),
+            "server": {
+                "url": agent.fhir.base, "live": agent.uplink.live, "roundTripMs": agent.uplink.ping_ms,
+                "awaySecs": round(self._away_secs()),
+            },
+            "store": store, "channels": channels,
+            "devices": agent.devices.shown(self._depth) if started else [],
+            "alarms": self.shown_alarms(),
+        }  # fmt: skip
+
+    def shown_alarms(self) -> list[Json]:
+        return [alarm.shown for alarm in self.alarms.values()]
+
+    def _depth(self, name: str) -> Json:
+        waiting = self._waiting.get(name)
+        age = max(0, now_ms() - waiting.oldest) // 1000 if waiting else 0
+        return {"waiting": waiting.waiting if waiting else 0, "oldestSecs": age, "dead": self._dead.get(name, 0)}
+
+    def _channel(self, name: str, channel: Channel) -> Json:
+        plan, queue = channel.plan, channel.queue
+        lines = len(getattr(channel, "associations", channel.lines))
+        counted = [*self._samples.get(name, ()), queue.count]
+        minutes = counted[::-1][:: round(60 / LOOK_SECS)][::-1]
+        return {
+            "name": name, "protocol": plan.protocol, "address": plan.address.split("?")[0], "tls": plan.settings.tls,
+            "open": lines > 0 if plan.dials else plan.bind in self._agent.listeners, "connections": lines,
+            "count": queue.count, "lastMinute": queue.count - counted[-min(len(counted), 1 + round(60 / LOOK_SECS))],
+            "lastHour": queue.count - counted[0], "lastMessageAt": queue.last_at or self._last.get(name, 0),
+            "withServer": len(queue.inflight),
+            "rates": [after - before for before, after in itertools.pairwise(minutes)],
+        } | self._depth(name)  # fmt: skip
+
+    async def _queue(self, asked: Json) -> Json:
+        """list, find, show, retry and discard; patient data for the cloud only with remotePayload."""
+        if not self._agent.started.is_set():
+            raise LocalError("the agent is still starting; try again in a moment")
+        store, verb = self._agent.store, asked.get("verb")
+        if verb in FATES:
+            if verb == "discard" and not asked.keys() & {"ids", "channel", "reason", "since", "until"}:
+                raise LocalError("discard needs ids, or a filter: channel, reason, since, until")
+            ids = asked.get("ids") or [message.id for _, message in await store.look(wanted_of(asked, "dead"))]
+            return {"count": await self._decide(str(verb), [int(id_) for id_ in ids])}
+        payload = bool(asked.get("payload")) and verb == "show"
+        if payload and not self._agent.config.settings.remotePayload:
+            raise LocalError("patient data is shown to the cloud only with remotePayload=true in agent.toml")
+        limit = min(int(asked.get("limit") or 100), SWEEP_ROWS)
+        wanted = wanted_of(asked, "waiting" if verb == "list" else "")._replace(limit=limit + 1, payload=payload)
+        if verb not in ("list", "find", "show") or not (verb == "list" or wanted.id or wanted.control_id):
+            raise LocalError("queue needs a verb: list, find with controlId, show with id, retry or discard")
+        if payload:
+            audit(self._agent.state_dir, f"payload of message {wanted.id}, for the cloud")
+        found = await store.look(wanted)
+        rows = [row_shown(name, message) for name, message in found[:limit]]
+        for row, (_, message) in zip(rows if payload else (), found, strict=False):
+            row["payload"] = (message.original or b"").decode(message.encoding, "replace")
+        return {"messages": rows, "more": len(found) > limit}
+
+    async def _decide(self, fate: str, ids: list[int]) -> int:
+        """Retry or give up dead letters, and have those that are to be sent again taken up by their queues."""
+        decided = await self._agent.store.decide(fate, ids)
+        by_name = dict[str, list[int]]()
+        for one in decided:
+            by_name.setdefault(one.name, []).append(one.id)
+            if one.spool and fate == "discard":
+                self._agent.store.spool.remove(one.spool)
+        queues = dict(self._queues())
+        for name, found in by_name.items():
+            self._agent.log.warn(f"{self._owner(name)}: a person asked for {fate} of {len(found)} dead letters.")
+            if fate == "retry" and name.startswith(PUSH_PREFIX):
+                queues[name] = self._agent.devices.device(name.removeprefix(PUSH_PREFIX)).queue
+            if fate == "retry" and name in queues:
+                queues[name].retry(found)
+        await self._count()
+        return len(decided)
+
+    async def _validate(self, asked: Json) -> Json:
+        return await self._agent.validate()
+
+    async def _doctor(self, asked: Json) -> Json:
+        return await examine(self._agent.config, await self.status({}), REMOTE_SECS - 1)
+
+    async def _bundle(self, asked: Json) -> Json:
+        """What support asks for; the configuration without anything that could be a secret."""
+        settings = {name: value for name, value in vars(self._agent.config.settings).items() if "ecret" not in name}
+        return {"doctor": await self._doctor(asked), "status": await self.status(asked), "settings": settings,
+            "channels": [{"name": one.name, "address": one.address} for one in self._agent.plan.channels],
+            "log": await asyncio.to_thread(self._log_tail, 500)}  # fmt: skip
+
+    def _log_tail(self, limit: int) -> list[Json]:
+        self._agent.log.flush()
+        with suppress(OSError, ValueError):
+            return read_log_page(cast(Path, self._agent.log.directory), "main", limit, None).entries
+        return []
+
+    # --- HTTP: the local socket, and statusAddress ---
+
+    async def open(self, context: ssl.SSLContext) -> None:
+        """Open both; a page that cannot be opened does not stop messages."""
+        self._context = context
+        folder, address = self._agent.state_dir, self._agent.config.settings.statusAddress
+        path = folder / SOCKET_FILE
+        for old in (path, folder / DOOR_FILE):
+            old.unlink(missing_ok=True)
+        try:
+            self._load()
+            if hasattr(socket, "AF_UNIX") and len(os.fsencode(path)) < 100:  # sun_path holds 104 to 108 bytes
+                self._servers.append(await asyncio.start_unix_server(partial(self._guest, True), path))
+                path.chmod(0o600)
+            else:
+                self._servers.append(server := await asyncio.start_server(partial(self._guest, False), "127.0.0.1", 0))
+                port = server.sockets[0].getsockname()[1]
+                replace_file(folder / DOOR_FILE, str(port).encode(), durable=False)
+            if address:
+                host, port = web_address(address)
+                self._servers.append(await asyncio.start_server(partial(self._guest, False), host, port))
+                shown_host = f"[{host}]" if ":" in host else host
+                print(
+                    f"The status page: http://{shown_host}:{port}/#token={self._token}",
+                    file=self._agent.console,
+                    flush=True,
+                )
+                self._agent.log.info(f"The status page is on http://{shown_host}:{port}/ (token: see the console).")
+                if not _is_loopback(host):
+                    self._agent.log.warn(f"statusAddress {address} is open to the network, in clear text.")
+        except OSError as error:
+            self._agent.log.error(f"The local socket or statusAddress {address} cannot be opened: {error}.")
+
+    def close(self) -> None:
+        self._save()
+        for server in self._servers:
+            server.close()
+        for name in (SOCKET_FILE, DOOR_FILE):
+            (self._agent.state_dir / name).unlink(missing_ok=True)
+
+    async def _guest(self, trusted: bool, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """One connection, one request (RFC 9112)."""
+        connection = h11.Connection(h11.SERVER)
+        self._guests += 1
+        with closing(writer), suppress(OSError, TimeoutError, h11.RemoteProtocolError):
+            try:
+                async with asyncio.timeout(WEB_SECS):
+                    request, body = await _request(connection, reader)
+                await self._respond(trusted, request, body, connection, writer)
+                await writer.drain()
+            finally:
+                self._guests -= 1
+
+    async def _respond(
+        self, trusted: bool, request: h11.Request, body: bytes, connection: h11.Connection, writer: asyncio.StreamWriter
+    ) -> None:
+        headers = {name.decode(): value.decode("latin-1") for name, value in request.headers}
+        method, path = request.method.decode(), urllib.parse.urlsplit(request.target.decode("latin-1")).path
+        given, token = headers.get("authorization", "").encode(), f"Bearer {self._token}".encode()
+        known = trusted or hmac.compare_digest(given, token)
+        status, kind, content, more = 200, "text/plain; charset=utf-8", b"", dict[str, str]()
+        if self._guests > WEB_GUESTS:
+            status, content = 503, b"too many connections"
+        elif not (trusted or _is_own_name(headers.get("host", ""), self._agent.config.settings.statusAddress)):
+            status, content = 421, b"this name is not known here: use the address of statusAddress"
+        elif (method, path) == ("GET", "/"):
+            kind, content, more = "text/html; charset=utf-8", *page()
+        elif (method, path) == ("GET", "/metrics"):
+            kind, content = "text/plain; version=0.0.4; charset=utf-8", figures(await self.status({})).encode()
+        elif (method, path) == ("GET", "/healthz"):
+            found = await self.status({})
+            wrong = [alarm["text"] for alarm in found["alarms"] if alarm["critical"]]
+            wrong += [] if found["store"]["healthy"] else [f"the queue: {found['store']['trouble']}"]
+            status, content = (503 if wrong else 200), "; ".join(wrong or ["well"]).encode()
+        elif (method, path) not in (("GET", "/events"), ("POST", "/ask")):
+            status, content = 404, b"not found"
+        elif not known:
+            status, content = 401, b"this needs the token that the agent printed at its start"
+        elif path == "/events":
+            await self._events(connection, writer)
+            return
+        else:
+            kind = JSON_TYPE
+            status, content = await self._asked(body)
+        fields = {"content-type": kind, "content-length": str(len(content)), "connection": "close",
+            "cache-control": "no-store", "x-content-type-options": "nosniff"} | more  # fmt: skip
+        parts: list[h11.Event] = [h11.Response(status_code=status, headers=[*fields.items()]),
+            h11.Data(data=content), h11.EndOfMessage()]  # fmt: skip
+        writer.writelines([connection.send(part) or b"" for part in parts])
+
+    async def _asked(self, body: bytes) -> tuple[int, bytes]:
+        try:
+            asked = load_json(body)
+            if not isinstance(asked, dict):
+                raise ValueError("no object")
+            return 200, dump_json(await self.ask(asked))
+        except (AgentError, ValueError, TypeError) as error:
+            text = str(error) if isinstance(error, AgentError) else 'send JSON such as {"command": "status"}'
+            return 400, dump_json({"error": text})
+
+    async def _events(self, connection: h11.Connection, writer: asyncio.StreamWriter) -> None:
+        """Server-sent events: the status and the newest lines of the log, until the page goes away."""
+        fields = [("content-type", "text/event-stream"), ("cache-control", "no-store")]
+        writer.write(connection.send(h11.Response(status_code=200, headers=fields)) or b"")
+        while not writer.is_closing():
+            event = await self.status() | {"log": await asyncio.to_thread(self._log_tail, 30)}
+            writer.write(connection.send(h11.Data(data=b"data: %b\n\n" % dump_json(event))) or b"")
+            await writer.drain()
+            await asyncio.sleep(EVENT_SECS)
+
+
+async def _request(connection: h11.Connection, reader: asyncio.StreamReader) -> tuple[h11.Request, bytes]:
+    """A whole request; h11.RemoteProtocolError, OSError when it is none."""
+    request, body = None, bytearray()
+    while True:
+        event = connection.next_event()
+        if event is h11.NEED_DATA:
+            if connection.they_are_waiting_for_100_continue or len(body) > WEB_BYTES:
+                raise h11.RemoteProtocolError("no such request is served")
+            connection.receive_data(await reader.read(READ_BYTES))
+        elif isinstance(event, h11.Request):
+            request = event
+        elif isinstance(event, h11.Data):
+            body += event.data
+        elif isinstance(event, h11.EndOfMessage) and request is not None:
+            return request, bytes(body)
+        else:
+            raise ConnectionError
+
+
+def _is_loopback(host: str) -> bool:
+    with suppress(ValueError):
+        return ipaddress.ip_address(host).is_loopback
+    return host == "localhost"
+
+
+def _is_own_name(named: str, address: str) -> bool:
+    """Whether a Host header is an address, or ours: a page of another site must not reach us by a name of its own."""
+    with suppress(ValueError):
+        host = urllib.parse.urlsplit(f"//{named}").hostname or ""
+        if host == "localhost" or (address and host == web_address(address)[0]):
+            return True
+        return bool(ipaddress.ip_address(host))
+    return False
+
+
+@cache
+def page() -> tuple[bytes, dict[str, str]]:
+    """The page, and headers that allow its own script and style only (Content Security Policy Level 3)."""
+    try:
+        content = PAGE.read_bytes()
+    except OSError:
+        return b"The page is not beside this file: use the source tree, or one of the binaries.", {}
+    hashes = {
+        name: base64.b64encode(hashlib.sha256(match[1]).digest()).decode()
+        for name in ("script", "style")
+        if (match := re.search(f"<{name}>(.*?)</{name}>".encode(), content, re.DOTALL))
+    }
+    allowed = "; ".join(f"{name}-src 'sha256-{digest}'" for name, digest in hashes.items())
+    rest = "connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    policy = f"default-src 'none'; {allowed}; {rest}"
+    return content, {"content-security-policy": policy, "referrer-policy": "no-referrer"}
+
+
+def figures(status: Json) -> str:
+    """A status in Prometheus' text format 0.0.4."""
+    groups = {
+        "": [("", status)],
+        "channel": [(one["name"], one) for one in status["channels"]],
+        "device": [(one["address"], one) for one in status["devices"]],
+        "kind": [(one["kind"], one | {"holds": 1}) for one in status["alarms"]],
+    }
+    lines = [f'medplum_agent_info{{version="{VERSION}"}} 1']
+    for label, rows in _FIGURES.items():
+        for name, kind, text, where, unit in rows:
+            lines += [f"# HELP medplum_agent_{name} {text}", f"# TYPE medplum_agent_{name} {kind}"]
+            for value, group in groups[label]:
+                labels = {label: value} if label else {}
+                labels |= {"subject": group["subject"]} if label == "kind" else {}
+                escaped = [f"{key}={json.dumps(text, ensure_ascii=False)}" for key, text in labels.items()]
+                found: Any = group
+                for member in where.split("."):
+                    found = found[member]
+                shown_labels = f"{{{','.join(escaped)}}}" if escaped else ""
+                lines.append(f"medplum_agent_{name}{shown_labels} {float(found) * unit:.15g}")
+    return "\n".join(lines) + "\n"
+
+
+def wanted_of(asked: Json, kind: str) -> Wanted:
+    """What somebody asks for in JSON, else `kind`; LocalError."""
+    try:
+        found = Wanted(
+            str(asked.get("what") or kind), int(asked.get("id") or 0), str(asked.get("controlId") or ""),
+            str(asked.get("channel") or ""), str(asked.get("reason") or ""), int(asked.get("since") or 0),
+            int(asked.get("until") or 0),
+        )  # fmt: skip
+    except (ValueError, TypeError):
+        raise LocalError("id, since and until are whole numbers") from None
+    if found.kind and found.kind not in KINDS:
+        raise LocalError(f"'{found.kind}' is unknown: use {', '.join(KINDS)}")
+    return found
+
+
+def audit(state_dir: Path, look: str) -> None:
+    """Whose look at patient data this is, on disk before the look; StorageError."""
+    who = os.getlogin() if sys.platform == "win32" else f"uid {os.getuid()}"
+    if who == "uid 0" and (caller := os.environ.get("SUDO_USER")):
+        who = f"{caller} (sudo)"
+    entry = {"timestamp": utc_text("%Y-%m-%dT%H:%M:%S", now_ms()) + "Z", "user": who, "look": look}
+    try:
+        with open(state_dir / AUDIT_FILE, "ab", opener=private) as file:
+            file.write(dump_json(entry) + b"\n")
+            file.flush()
+            sync(file.fileno())
+        sync_folder(state_dir)
+    except OSError as error:
+        raise StorageError(f"no patient data without {state_dir / AUDIT_FILE}: {error.strerror}") from None
+
+
+def kind_shown(message: Message) -> str:
+    """The type of a message as far as it is one."""
+    found = _KIND.match(message.type)
+    return found[0] if found else ""
+
+
+def row_shown(name: str, message: Message) -> Json:
+    """A message without patient data."""
+    return {
+        "id": message.id, "channel": name, "state": STATES[message.state], "outcome": OUTCOMES[message.outcome],
+        "remote": message.remote, "type": kind_shown(message), "bytes": message.size,
+        "receivedAt": message.received_at, "attempts": message.attempts, "sentAt": message.sent_at,
+        "settledAt": message.settled_at, "statusCode": message.status_code, "errorCode": message.error_code,
+        "reason": message.last_error,
+    }  # fmt: skip
+
+
+def ask_agent(state_dir: Path, asked: Json, seconds: float = HTTP_TIMEOUT_SECS) -> Json | None:
+    """What the agent with this state directory answers; None when none runs. StorageError, LocalError."""
+    path, token = state_dir / SOCKET_FILE, ""
+    connection = http.client.HTTPConnection("localhost", timeout=seconds)
+    try:
+        if path.exists():
+            connection.sock = socket.socket(socket.AF_UNIX)
+            connection.sock.settimeout(seconds)
+            connection.sock.connect(str(path))
+        elif (state_dir / DOOR_FILE).exists():
+            port, token = ((state_dir / name).read_text("ascii") for name in (DOOR_FILE, TOKEN_FILE))
+            connection = http.client.HTTPConnection("127.0.0.1", int(port), timeout=seconds)
+        else:
+            return None
+        with closing(connection):
+            connection.request("POST", "/ask", dump_json(asked), {"Authorization": f"Bearer {token}"})
+            answer = _json_object(connection.getresponse().read())
+    except PermissionError:
+        raise StorageError(f"the agent in {state_dir} cannot be asked by this user: use sudo") from None
+    except ConnectionRefusedError:  # it was killed
+        return None
+    except (OSError, http.client.HTTPException) as error:
+        raise StorageError(f"the agent in {state_dir} does not answer: {error}") from None
+    if text := answer.get("error"):
+        raise LocalError(str(text))
+    return answer
+
+
+# =====================================================================================================================
+# Agent (590 lines, 5000 tokens)
 #
 # Plans become running channels. A reload reads everything, lists every problem, and changes nothing if there is one;
 # otherwise only what differs changes, and untouched channels keep their connections. The life cycle: lock, logs,
@@ -8625,9 +9834,6 @@ def _checked_status(answer: Dataset) -> int:
 # =====================================================================================================================
 
 ALIVE_FILE = "agent.alive"
-CONFIG_FILE = "medplum-agent-applied-config.json"
-QUEUE_FILE = "medplum-agent-queue.sqlite"
-AUDIT_FILE = "medplum-agent-audit.log"
 _SWEPT = ("lastSweepAt", "lastSweepDeletedProcessed", "lastSweepDeletedErrored")  # of the stats
 _STAYS = attrgetter("bind", "protocol", "is_astm", "dials", "active")  # where this changes, a channel begins anew
 # What the server may say in an agent:error without quoting a message (uplink contract 4 and 5)
@@ -8646,14 +9852,15 @@ class Agent:
     def __init__(self, config: ProcessConfig, console: typing.TextIO | None):
         self.config = config
         self.state_dir = config.state_dir
-        self._console = console
+        self.console = console
         self.started = asyncio.Event()
         self.plan, _ = build_plan({}, {})  # without channels
         self.channels: dict[str, Channel] = {}
-        self._listeners: dict[tuple[str, int], Listener] = {}
+        self.listeners: dict[tuple[str, int], Listener] = {}
         self._stop = asyncio.Event()
         self._reloading, self._push_gate = asyncio.Lock(), asyncio.Lock()
         self._last_sweep = dict.fromkeys(_SWEPT, -1)
+        self.operations = Operations(self)
 
     def stop(self) -> None:
         """Begin the clean stop; `run` returns when it is done."""
@@ -8671,6 +9878,7 @@ class Agent:
             self.fhir = Fhir(settings, context, self.log)
             self.uplink = Uplink(settings, self.fhir, context, self.log)
             self.uplink.on_message = self._message
+            await self.operations.open(context)
             spawn(self.uplink.run())
             starting, stopped = spawn(self._start()), spawn(self._stop.wait())
             await asyncio.wait({stopped, starting}, return_when=asyncio.FIRST_COMPLETED)
@@ -8700,7 +9908,7 @@ class Agent:
             )
 
     def _open_logs(self) -> None:
-        self.log = self._open_log("main", self.config.main_log, self._console)
+        self.log = self._open_log("main", self.config.main_log, self.console)
         self.channel_log = self._open_log("channels", self.config.channel_log, None)
         self.log.info(f"Medplum Agent {VERSION} starts for {self.config.settings.baseUrl}; state in {self.state_dir}.")
         for warning in (*self.config.warnings, *folder_problems(self.state_dir, self.log.directory)):
@@ -8835,24 +10043,39 @@ class Agent:
             await self._apply(plan)
             self._save_config(plan)
 
+    async def validate(self) -> Json:
+        """What a reload would do now, in words; nothing is changed."""
+        plan, problems = build_plan(*await self._read_config())
+        old, new = ({channel.name: channel for channel in one.channels} for one in (self.plan, plan))
+        changes = [f"channel '{name}' goes" for name in old.keys() - new.keys()]
+        changes += [f"channel '{name}' comes: {new[name].address}" for name in new.keys() - old.keys()]
+        for name in [name for name in new if name in old and new[name] != old[name]]:
+            anew = _STAYS(new[name]) != _STAYS(old[name])
+            lines = len(self.channels[name].lines) if name in self.channels else 0
+            closed = f"; {lines} connections would close" if anew and lines else ""
+            changes.append(f"channel '{name}' changes: {old[name].address} -> {new[name].address}{closed}")
+        if plan.settings != self.plan.settings or plan.status != self.plan.status:
+            changes.append("the Agent's own settings change")
+        return {"problems": problems, "warnings": [*plan.warnings, *silent_parts(plan)], "changes": changes}
+
     async def _apply(self, plan: Plan) -> None:
         """Make the running channels those of the plan. New ports are bound before anything changes."""
         opened = await self._bind_new(plan)
         wanted = {channel.bind: channel.name for channel in _listening(plan)}
-        for warning in (*plan.warnings, *_silent_parts(plan)):
+        for warning in (*plan.warnings, *silent_parts(plan)):
             self.log.warn(f"Configuration: {warning}.")
         self.plan = plan
         self.store.max_bytes = plan.settings.queueMaxMb * MIB
         self.devices.configure(plan)
-        for bind in self._listeners.keys() - wanted.keys():
-            self._listeners.pop(bind).close()
-        self._listeners |= {listener.bind: listener for listener in opened}
+        for bind in self.listeners.keys() - wanted.keys():
+            self.listeners.pop(bind).close()
+        self.listeners |= {listener.bind: listener for listener in opened}
         for name in self.channels.keys() - {channel.name for channel in plan.channels}:
             self.channels[name].stop()
             self.channels[name].queue.paused = True  # what it has waits for its return
         for channel_plan in plan.channels:
             await self._apply_channel(channel_plan)
-        for bind, listener in self._listeners.items():
+        for bind, listener in self.listeners.items():
             listener.channel = self.channels[wanted[bind]]
         for listener in opened:
             await listener.start()
@@ -8863,9 +10086,9 @@ class Agent:
     async def _bind_new(self, plan: Plan) -> list[Listener]:
         """Listeners for the ports not yet bound; raises ConfigError, with everything as before, if one cannot be."""
         opened, moved, problems = list[Listener](), list[Listener](), list[str]()
-        for channel in [channel for channel in _listening(plan) if channel.bind not in self._listeners]:
-            for old in [old for old in self._listeners.values() if old.bind[1] == channel.port]:
-                self._listeners.pop(old.bind).close()  # the same port with another host: ours is in the way
+        for channel in [channel for channel in _listening(plan) if channel.bind not in self.listeners]:
+            for old in [old for old in self.listeners.values() if old.bind[1] == channel.port]:
+                self.listeners.pop(old.bind).close()  # the same port with another host: ours is in the way
                 moved.append(old)
             try:
                 opened.append(await Listener.open(channel.bind, self.log))
@@ -8887,14 +10110,14 @@ class Agent:
 
     async def _listen(self, plan: ChannelPlan) -> None:
         """Open the port of a channel that is there; OSError."""
-        self._listeners[plan.bind] = listener = await Listener.open(plan.bind, self.log)
+        self.listeners[plan.bind] = listener = await Listener.open(plan.bind, self.log)
         listener.channel = self.channels[plan.name]
         await listener.start()
 
     async def _bind_later(self, plan: ChannelPlan) -> None:
         """A port taken by another program at start: wait for it as long as the plan wants it."""
         await self.started.wait()  # until then there may be no channel to serve
-        while plan.bind not in self._listeners and plan in self.plan.channels:
+        while plan.bind not in self.listeners and plan in self.plan.channels:
             try:
                 await self._listen(plan)
                 self.log.info(f"Channel '{plan.name}': port {plan.port} is open now.")
@@ -8921,7 +10144,7 @@ class Agent:
         self.channels[plan.name] = channel = kind(plan, self._parts, old.queue if old else None)
         if plan.active:
             channel.start()
-        if plan.active and not plan.dials and (listener := self._listeners.get(plan.bind)):
+        if plan.active and not plan.dials and (listener := self.listeners.get(plan.bind)):
             tls = " with TLS" if plan.settings.tls else ""
             self.log.info(f"Channel '{plan.name}' listens{tls} on {listener.shown}.")
 
@@ -8977,7 +10200,10 @@ class Agent:
                 self.uplink.send(answer | ({"callback": callback} if callback else {}))
 
     async def _push(self, message: Json) -> Json | None:
-        """A push or a ping (uplink contract 4.7 to 4.9); None when nobody waits for the result."""
+        """A push or a ping (uplink contract 4.7 to 4.9), or a question to the agent itself; None when nobody waits."""
+        if str(message.get("remote")).startswith("agent:"):
+            found = await self.operations.remote(message.get("body"))
+            return {"remote": message["remote"], "contentType": JSON_TYPE} | found if message.get("callback") else None
         async with self._push_gate:  # fair: those that wait for the start stay before those that come later
             await self.started.wait()
             if str(message.get("remote")).startswith("dicom"):
@@ -9058,7 +10284,7 @@ class Agent:
             queue = await self._queue_stats()
             found["webSocketQueueDepth"] = sum(depth["queued"] for depth in queue["channelDepth"].values())
             found["hl7ClientCount"], found["clientStats"] = self.devices.client_count, self.devices.stats()
-            found["durableQueue"] = queue
+            found["durableQueue"], found["alarms"] = queue, self.operations.shown_alarms()
         return found
 
     async def _queue_stats(self) -> Json:
@@ -9092,6 +10318,7 @@ class Agent:
                 (self._say_alive, ALIVE_SECS),
                 (self._log_stats, s.logStatsFreqSecs),
                 (self._sweep, s.queueSweepIntervalSecs),
+                (self.operations.look, LOOK_SECS),
             ):
                 if seconds > 0 and loop.time() >= due.get(work.__name__, 0):
                     due[work.__name__] = loop.time() + seconds
@@ -9102,7 +10329,7 @@ class Agent:
 
     async def _say_alive(self, problem: str = "") -> None:
         """What `health` reads: nothing of it is patient data."""
-        wanted = [plan for plan in _listening(self.plan) if plan.bind not in self._listeners]
+        wanted = [plan for plan in _listening(self.plan) if plan.bind not in self.listeners]
         closed = [f"port {plan.port} of channel '{plan.name}' is not open" for plan in wanted]
         away = 0 if self.uplink.live else asyncio.get_running_loop().time() - self.uplink.away_since
         state = {"problems": [problem] if problem else closed, "away": round(away)}
@@ -9133,10 +10360,11 @@ class Agent:
     async def _shut_down(self) -> None:
         """Stop accepting, store what was read, let answers come for a moment, say goodbye."""
         self.log.info("Stopping.")
+        self.operations.close()
         until, wait = time.monotonic() + STOP_ANSWER_SECS, True
         try:
             async with asyncio.timeout(STOP_SECS):
-                for listener in self._listeners.values():
+                for listener in self.listeners.values():
                     listener.close()
                 for channel in self.channels.values():
                     channel.close_door()
@@ -9175,15 +10403,6 @@ def folder_problems(*folders: Path | None) -> Iterator[str]:
             yield f"the folder {folder} belongs to another user or may be written by others: chown and chmod 700 it"
 
 
-def _silent_parts(plan: Plan) -> Iterator[str]:
-    """What is allowed, and still not what somebody wants who looks for his messages."""
-    if plan.status == "off":
-        yield "Agent.status is off: no channel listens. Set it to active and call $reload-config"
-    for entry in plan.agent.get("channel") or []:
-        if not entry.get("targetReference"):
-            yield f"channel '{entry.get('name')}' names no Bot (targetReference): the server refuses its messages"
-
-
 def _stack(error: BaseException | None) -> list[str]:
     """Where it happened, without the text of the exception (which could quote a message)."""
     import traceback
@@ -9192,7 +10411,7 @@ def _stack(error: BaseException | None) -> list[str]:
 
 
 # =====================================================================================================================
-# Command line (270 lines, 2050 tokens)
+# Command line (420 lines, 3500 tokens)
 # =====================================================================================================================
 
 _USAGE = """\
@@ -9200,9 +10419,15 @@ _USAGE = """\
        %(prog)s [--config FILE]          values from the environment, agent.toml or agent.properties
        %(prog)s demo [--once]            the agent with a stand-in server and example devices
        %(prog)s health                   exit code 0 when the agent with these values has started and is alive
+       %(prog)s status [--watch]         what it does, and what is wrong; exit code 0, 1, 2, 3 as a monitor's plug-in
+       %(prog)s doctor                   why it cannot work, in the order in which things can fail, and what to do
+       %(prog)s validate                 what a reload of the configuration would change; nothing is changed
        %(prog)s queue list [KIND]        what is waiting (or: dead, undelivered), and why
        %(prog)s queue find CONTROL_ID    what became of a message
-       %(prog)s queue show ID            the same by its number in the queue and the main log"""
+       %(prog)s queue show ID            the same by its number in the queue and the main log
+       %(prog)s queue retry [ID...]      send dead letters again: these, or all that --channel, --reason, --since name
+       %(prog)s queue discard ID...      give dead letters up
+       %(prog)s send HOST:PORT FILE...   HL7 messages to a device or channel, with their acknowledgments"""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -9222,9 +10447,14 @@ def _parse(argv: list[str], program: str) -> argparse.Namespace:
     add("--settings-schema", nargs="?", const="json", choices="json markdown".split(),
         help="print every setting and exit")  # fmt: skip
     add("--server-secs", type=float, metavar="N", help="health: fail when the server has been away for so long")
-    add("--channel", metavar="NAME", default="", help="queue list: of this channel")
+    add("--channel", metavar="NAME", default="", help="queue: of this channel")
+    add("--reason", metavar="CODE", default="", help="queue: with this error code, such as server-rejected")
+    add("--since", metavar="TIME", default="", help="queue: received since 2026-11-26T03:00, or since 12h ago")
+    add("--until", metavar="TIME", default="", help="queue: received before")
     add("--limit", type=int, metavar="N", default=100, help="queue list: so many at most (100)")
-    add("--json", action="store_true", help="queue: a JSON object a line")
+    add("--dry-run", action="store_true", help="queue retry, discard: only count")
+    add("--watch", action="store_true", help="status: again and again")
+    add("--json", action="store_true", help="queue, status, doctor: as JSON")
     add("--payload", action="store_true", help="queue show: with what was received and answered. This is patient data; "
         "the look is written to the audit log first")  # fmt: skip
     add("--once", action="store_true", help="demo: end after the example traffic")
@@ -9250,19 +10480,27 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.setswitchinterval(0.001)  # the writer thread must not wait 5 ms for the interpreter after each commit
         if options.arguments[:1] == ["demo"]:
             return _run_demo(options.state_dir, stay=not options.once)
-        if options.arguments == ["health"]:
-            return _health(options)
-        if options.arguments[:1] == ["queue"]:
-            return _queue(options, *options.arguments[1:])
+        verbs = {"health": _health, "status": _status, "doctor": _doctor, "validate": _validate, "queue": _queue,
+            "send": _send}  # fmt: skip
+        if verb := verbs.get("".join(options.arguments[:1])):
+            return _performed(verb, options)
         _run_agent(_process_config(options, *options.arguments[:4], *filter(None, options.arguments[4:5])))
-    except StorageError as error:
-        print(f"{program}: {error}", file=sys.stderr)
-        return 1
     except ConfigError as error:
         print(*(f"{program}: {problem}" for problem in error.problems), "Try --help.", sep="\n", file=sys.stderr)
         return 1
+    except (LocalError, ServerError) as error:
+        print(f"{program}: {error}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:  # before the agent listens for signals
         return 130
+
+
+def _performed(verb: Callable[..., int], options: argparse.Namespace) -> int:
+    try:
+        inspect.signature(verb).bind(options, *options.arguments[1:])
+    except TypeError:
+        raise ConfigError([f"'{' '.join(options.arguments)}' is not understood"]) from None
+    return verb(options, *options.arguments[1:])
 
 
 def _process_config(options: argparse.Namespace, *arguments: str) -> ProcessConfig:
@@ -9302,80 +10540,208 @@ def _health(options: argparse.Namespace) -> int:
     return int(bool(problems))
 
 
-def _queue(options: argparse.Namespace, verb: str = "", what: str = "", *more: str) -> int:
-    """What lies in the queue, without patient data unless that is asked for; 1 when what is looked for is not there."""
-    kind, values, limit = "", tuple[object, ...](), -1
-    if verb == "list" and (what or "waiting") in ("waiting", "dead", "undelivered"):
-        kind, limit = what or "waiting", options.limit
-    elif verb == "find" and what:
-        kind, values = "control id", (what,)
-    elif verb == "show" and what.isdecimal() and len(what) < 19:
-        kind, values = "id", (int(what),)
-    if not kind or more or options.limit < 1:
-        raise ConfigError(["queue needs one of: list [waiting | dead | undelivered], find CONTROL_ID, show ID"])
-    state_dir, settings = _state_dir(options), Json()
-    with suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
-        settings = agent_settings(load_json((state_dir / CONFIG_FILE).read_bytes())["agent"], [])
-    path = Path(settings.get("queueDbPath") or state_dir / QUEUE_FILE)
-    found = read_queue(path, kind, *values, channel=options.channel, limit=limit)
-    if payload := options.payload and kind == "id":
-        _audit(state_dir, f"payload of message {what}")
-    lines: list[str] = []
-    for name, message in found:
-        received = (message.original or b"").decode(message.encoding, "replace")
-        body = {"payload": received, "answer": message.response or ""} if payload else {}
-        if options.json:
-            lines.append(json.dumps(_shown(name, message) | body))
-            continue
-        lines += [f"Message {message.id} of {name}", *(f"  {step}" for step in _story(name, message))]
-        for title, text in body.items():
-            lines += [f"  {title}:", *LINE_ENDS.split(text)]
+def _asked(options: argparse.Namespace, asked: Json, seconds: float = HTTP_TIMEOUT_SECS) -> Json:
+    """The running agent's answer; StorageError when none runs."""
+    state_dir = _state_dir(options)
+    if (answer := ask_agent(state_dir, asked, seconds)) is None:
+        raise StorageError(f"no agent runs with the state in {state_dir}")
+    return answer
+
+
+def _show(lines: Iterable[str]) -> None:
+    """Print; nothing in a message may steer a terminal."""
     sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr] # a console need not know every name
     try:
-        sys.stdout.writelines(f"{_CONTROLS.sub(' ', line)}\n" for line in lines)  # nothing may steer a terminal
+        sys.stdout.writelines(f"{_CONTROLS.sub(' ', line)}\n" for line in lines)
         sys.stdout.flush()
     except OSError as error:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nor fail once more at the end
         raise StorageError(f"not all could be shown: {error.strerror}") from None
-    if not found or len(found) == limit:
-        words = f"There may be more: see --limit {limit}" if found else f"There is nothing of that in {path}"
+
+
+def _status(options: argparse.Namespace) -> int:
+    """One screen; the exit code is that of a monitor's plug-in."""
+    while True:
+        state_dir = _state_dir(options)
+        status = ask_agent(state_dir, {"command": "status"})
+        if status is None:
+            waiting = read_queue(_queue_path(state_dir), lambda db: db.execute(BACKLOG).fetchall())
+            lines = [f"{name}: {count} messages wait" for name, count, _ in waiting]
+            _show([f"CRITICAL: no agent runs with the state in {state_dir}", *lines])
+            return 2
+        if options.watch and sys.stdout.isatty():
+            print("\x1b[H\x1b[2J", end="")
+        _show([json.dumps(status)] if options.json else _screen(status))
+        if not options.watch:
+            return int(status["state"])
+        time.sleep(EVENT_SECS)
+
+
+def _screen(status: Json) -> Iterator[str]:
+    server, store = status["server"], status["store"]
+    link = f"connected, {server['roundTripMs']} ms" if server["live"] else f"away for {duration(server['awaySecs'])}"
+    up = duration((status["now"] - status["startedAt"]) / 1000)
+    yield f"{MONITOR_STATES[status['state']]}: Medplum Agent {status['version']}, Agent/{status['agentId']}, up {up}"
+    yield f"Server   {server['url']}  {link}"
+    trouble = "" if store["healthy"] else f"  {store['trouble']}"
+    yield f"Queue    {store['bytes'] // MIB} MiB, {store['freeBytes'] // MIB} MiB free{trouble}"
+    for alarm in status["alarms"]:
+        yield f"ALARM    {alarm['text']} (for {duration((status['now'] - alarm['since']) / 1000)})"
+    rows = [["CHANNEL", "ADDRESS", "LINES", "MINUTE", "HOUR", "LAST", "WAITING", "OLDEST", "DEAD"]]
+    for one in status["channels"]:
+        last = f"{duration((status['now'] - one['lastMessageAt']) / 1000)} ago" if one["lastMessageAt"] else "never"
+        address = f"{one['address']}{' TLS' if one['tls'] else ''}{'' if one['open'] else ' CLOSED'}"
+        depth = [one["waiting"], duration(one["oldestSecs"]) if one["waiting"] else "", one["dead"]]
+        rows.append([one["name"], address, one["connections"], one["lastMinute"], one["lastHour"], last, *depth])
+    for one in status["devices"]:
+        depth = [one["waiting"], duration(one["oldestSecs"]) if one["waiting"] else "", one["dead"]]
+        rows.append(["(device)", one["address"], one["connections"], "", "", "", *depth])
+    widths = [max(len(str(cell)) for cell in column) for column in zip(*rows, strict=True)]
+    yield from (
+        "  ".join(f"{cell!s:{width}}" for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
+    )
+
+
+def _doctor(options: argparse.Namespace, *arguments: str) -> int:
+    """Also what cannot even be parsed is a finding; 0, 1 with warnings, 2."""
+    try:
+        config = _process_config(options, *arguments)
+        running = ask_agent(config.state_dir, {"command": "status"}, 2)
+        found = asyncio.run(examine(config, running, DOCTOR_SECS))
+    except (ConfigError, StorageError) as error:
+        problems = getattr(error, "problems", [str(error)])
+        wrong = [Check("settings", WRONG, problem, "Mend it; see --help.")._asdict() for problem in problems]
+        found = {"level": WRONG, "checks": wrong, "outbound": [], "inbound": []}
+    if options.json:
+        _show([json.dumps(found)])
+    else:
+        marks = ("ok", "WARN", "FAIL")
+        for check in found["checks"]:
+            remedy = f"\n      -> {check['remedy']}" if check["level"] and check["remedy"] else ""
+            _show(f"{marks[check['level']]:5} {check['name']}: {check['text']}{remedy}".split("\n"))
+        for title, rows in (("Outbound: to host, for", found["outbound"]), ("Inbound: at port, for", found["inbound"])):
+            _show(["", title, *(f"  {where:40} {purpose}" for where, purpose in rows)])
+    sys.stdout.flush()
+    return int(found["level"])
+
+
+def _validate(options: argparse.Namespace) -> int:
+    found = _asked(options, {"command": "validate"})
+    for title, level in (("problems", "ERROR"), ("warnings", "WARN"), ("changes", "would change")):
+        _show(f"{level}: {text}" for text in found[title])
+    if not any(found.values()):
+        _show(["A reload would change nothing."])
+    return int(bool(found["problems"]))
+
+
+def _send(options: argparse.Namespace, address: str = "", *files: str) -> int:
+    """HL7 messages of files to a device or channel, one after the other; 1 when one was not accepted."""
+    import hl7
+
+    url = urllib.parse.urlsplit(address if "://" in address else f"mllp://{address}")
+    if not (url.hostname and url.port and files):
+        raise ConfigError(["send needs HOST:PORT, or mllps://HOST:PORT, and one or more files"])
+    failed = False
+    try:
+        with socket.create_connection((url.hostname, url.port), CONNECT_TIMEOUT_SECS) as plain:
+            plain.settimeout(HTTP_TIMEOUT_SECS)
+            context = tls_context(os.environ.get("MEDPLUM_CA_FILE", "")) if url.scheme == "mllps" else None
+            sock = context.wrap_socket(plain, server_hostname=url.hostname) if context else plain
+            core = Mllp(16 * MIB)
+            for name in files:
+                text = LINE_ENDS.sub("\r", Path(name).read_text("utf-8-sig").strip("\x0b\x1c\r\n"))
+                for message in re.split(r"(?<=\r)(?=MSH)", f"{text}\r"):
+                    began, wanted = time.monotonic(), str(hl7.parse(message).extract_field("MSH", 1, 10))
+                    sock.sendall(mllp_frame(message.encode()))
+                    code = ""
+                    while not code:
+                        if not (received := sock.recv(READ_BYTES)):
+                            raise OSError("the connection was closed before the acknowledgment")
+                        for answer in core.receive(received):
+                            if isinstance(answer, bytes):
+                                ack = read_ack(answer.decode("utf-8", "replace"))
+                                code = ack.code if ack else "no acknowledgment"
+                    failed |= code not in ("AA", "CA")
+                    _show([f"{name}: {wanted}: {code} after {1000 * (time.monotonic() - began):.1f} ms"])
+    except (OSError, ValueError, hl7.HL7Exception) as error:
+        raise StorageError(f"{address}: {error}") from None
+    return int(failed)
+
+
+def _when(text: str) -> int:
+    """Epoch milliseconds of `2026-11-26T03:00`, in local time, or of `90m`, `12h`, `3d` ago; ConfigError."""
+    if match := re.fullmatch(r"(\d+)([mhd])", text):
+        return now_ms() - int(match[1]) * {"m": 60, "h": 3600, "d": 86_400}[match[2]] * 1000
+    try:
+        return round(datetime.datetime.fromisoformat(text).astimezone().timestamp() * 1000) if text else 0
+    except ValueError:
+        raise ConfigError([f"'{text}' is no time: write 2026-11-26T03:00, or 12h for twelve hours ago"]) from None
+
+
+def _queue_path(state_dir: Path) -> Path:
+    settings = Json()
+    with suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
+        settings = agent_settings(load_json((state_dir / CONFIG_FILE).read_bytes())["agent"], [])
+    return Path(settings.get("queueDbPath") or state_dir / QUEUE_FILE)
+
+
+_QUEUE_FORMS = r"list( waiting| dead| undelivered)?|find \S+|show \d{1,18}|(retry|discard)( \d{1,18})*"
+_QUEUE_VERBS = """queue needs one of: list [waiting | dead | undelivered], find CONTROL_ID, show ID, retry [ID...],
+discard [ID...]"""
+
+
+def _queue(options: argparse.Namespace, verb: str = "", *what: str) -> int:
+    """What lies in the queue, without patient data unless that is asked for; 1 when what is looked for is not there."""
+    if options.limit < 1 or not re.fullmatch(_QUEUE_FORMS, " ".join((verb, *what))):
+        raise ConfigError([_QUEUE_VERBS.replace("\n", " ")])
+    since, until = _when(options.since), _when(options.until)
+    wanted = Wanted("", 0, "", options.channel, options.reason, since, until)
+    if verb in FATES:
+        return _decide(options, verb, wanted._replace(kind="dead"), [int(id_) for id_ in what])
+    if verb == "list":
+        wanted = wanted._replace(kind=what[0] if what else "waiting", limit=options.limit)
+    elif verb == "find":
+        wanted = wanted._replace(control_id=what[0])
+    else:
+        wanted = wanted._replace(id=int(what[0]), payload=options.payload)
+    state_dir = _state_dir(options)
+    path = _queue_path(state_dir)
+    if wanted.payload:
+        audit(state_dir, f"payload of message {wanted.id}")
+    found = read_queue(path, wanted.found)
+    lines: list[str] = []
+    for name, message in found:
+        received = (message.original or b"").decode(message.encoding, "replace")
+        body = {"payload": received, "answer": message.response or ""} if wanted.payload else {}
+        if options.json:
+            lines.append(json.dumps(row_shown(name, message) | body))
+            continue
+        lines += [f"Message {message.id} of {name}", *(f"  {step}" for step in _story(name, message))]
+        for title, text in body.items():
+            lines += [f"  {title}:", *LINE_ENDS.split(text)]
+    _show(lines)
+    if not found or len(found) == wanted.limit:
+        words = f"There may be more: see --limit {wanted.limit}" if found else f"There is nothing of that in {path}"
         print(f"{words}.", file=sys.stderr)
     return int(not found and verb != "list")
 
 
-def _audit(state_dir: Path, look: str) -> None:
-    """Whose look at patient data this is, on disk before the look; StorageError."""
-    who = os.getlogin() if sys.platform == "win32" else f"uid {os.getuid()}"
-    if who == "uid 0" and (caller := os.environ.get("SUDO_USER")):
-        who = f"{caller} (sudo)"
-    entry = {"timestamp": utc_text("%Y-%m-%dT%H:%M:%S", now_ms()) + "Z", "user": who, "look": look}
-    try:
-        with open(state_dir / AUDIT_FILE, "ab", opener=private) as file:
-            file.write(dump_json(entry) + b"\n")
-            file.flush()
-            sync(file.fileno())
-        sync_folder(state_dir)
-    except OSError as error:
-        raise StorageError(f"no patient data without {state_dir / AUDIT_FILE}: {error.strerror}") from None
-
-
-# What of a message's type is shown: a device that shifts its fields must not bring a name here
-_KIND = re.compile(r"[A-Z0-9]{3}(\^[A-Z0-9]{3})?(?![A-Za-z0-9])|C-STORE|N-[A-Z]+|[a-z.-]+/[a-z0-9.+-]+")
-
-
-def _kind(message: Message) -> str:
-    found = _KIND.match(message.type)
-    return found[0] if found else ""
-
-
-def _shown(name: str, message: Message) -> Json:
-    return {
-        "id": message.id, "channel": name, "state": STATES[message.state], "outcome": OUTCOMES[message.outcome],
-        "remote": message.remote, "type": _kind(message), "bytes": message.size,
-        "receivedAt": message.received_at, "attempts": message.attempts, "sentAt": message.sent_at,
-        "settledAt": message.settled_at, "statusCode": message.status_code, "errorCode": message.error_code,
-        "reason": message.last_error,
-    }  # fmt: skip
+def _decide(options: argparse.Namespace, fate: str, wanted: Wanted, ids: list[int]) -> int:
+    """Dead letters are sent again or given up: by the running agent, else in its queue."""
+    state_dir = _state_dir(options)
+    path = _queue_path(state_dir)
+    named = set(ids)
+    chosen = [message.id for _, message in read_queue(path, wanted.found) if not ids or message.id in named]
+    if fate == "discard" and not (ids or wanted[3:7] != ("", "", 0, 0)):
+        raise ConfigError(["discard needs the numbers of messages, or --channel, --reason, --since, --until"])
+    count = len(chosen)
+    if not options.dry_run and chosen:
+        answer = ask_agent(state_dir, {"command": "queue", "verb": fate, "ids": chosen}, 600)
+        changed = partial(decide, fate=fate, ids=chosen)
+        count = len(change_queue(path, changed)) if answer is None else answer["count"]
+    words = {"retry": "to be sent again", "discard": "given up"}[fate]
+    _show([f"{count} dead letters {'would be' if options.dry_run else 'are'} {words}."])
+    return int(not count)
 
 
 _OUTCOME_WORDS = ("its answer is on its way", "the device has the answer", "the device has not taken the answer", "")
@@ -9388,7 +10754,7 @@ def _story(name: str, message: Message) -> Iterator[str]:
         return f"{datetime.datetime.fromtimestamp(milliseconds / 1000).astimezone():%Y-%m-%d %H:%M:%S%z}"
 
     pushed = name.startswith(PUSH_PREFIX)
-    kind = _kind(message)
+    kind = kind_shown(message)
     origin = f"for {message.remote}" if pushed else f"from {message.remote}"
     yield f"{at(message.received_at)}  received {origin} ({f'{kind}, ' if kind else ''}{message.size} bytes) and stored"
     reason = f": {message.last_error}" if message.last_error else ""

@@ -22,6 +22,7 @@ import inventory
 ROOT = Path(__file__).resolve().parent.parent
 MODULE = ROOT / "medplum_agent.py"
 DEMO = ROOT / "packaging/demo.py"
+PAGE = ROOT / "packaging/status.html"
 SYSTEM = {"linux": "linux", "darwin": "macos", "win32": "windows.exe"}[sys.platform]
 PROGRAM = "medplum-agent.exe" if sys.platform == "win32" else "medplum-agent"
 LOWER_GLIBC = "MEDPLUM_AGENT_GLIBC"  # such as 2.17: compile against this glibc, with zig
@@ -51,7 +52,9 @@ class BinaryError(Exception):
 
 def build_commit() -> str:
     """The second part of the version: seven characters of the commit, zeros when the source was changed since."""
-    changed = subprocess.run(["git", "diff", "--quiet", "HEAD", "--", MODULE, DEMO], cwd=ROOT, capture_output=True)
+    changed = subprocess.run(
+        ["git", "diff", "--quiet", "HEAD", "--", MODULE, DEMO, PAGE], cwd=ROOT, capture_output=True
+    )
     commit = subprocess.run(["git", "rev-parse", "--short=7", "HEAD"], cwd=ROOT, capture_output=True, text=True)
     return commit.stdout.strip()[:7] if changed.returncode == 0 and commit.returncode == 0 else "0000000"
 
@@ -78,7 +81,7 @@ def options(work: Path) -> list[str]:
         "--mode=onefile", "--deployment", "--assume-yes-for-downloads", "--python-flag=no_docstrings",
         "--python-flag=isolated", "--python-flag=no_site",
         f"--user-plugin={Path(__file__).with_name('nuitka_plugin.py')}",
-        *named, *metadata, "--include-package-data=pydicom.data",
+        *named, *metadata, "--include-package-data=pydicom.data", f"--include-data-files={PAGE}=packaging/{PAGE.name}",
         "--noinclude-data-files=pydicom/data/test_files/*", "--noinclude-data-files=pydicom/data/charset_files/*",
         f"--nofollow-import-to={','.join(LEFT_OUT)}",
         "--onefile-child-grace-time=infinity",  # default: killed after 5 s of a clean stop

@@ -1,0 +1,353 @@
+"""What a person asks of a running agent: status, alarms, the page's endpoints, figures, and the cloud's agent://."""
+
+import datetime
+import http.client
+import json
+import socket
+import stat
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+import medplum_agent
+from tests.support import AgentProcess, Site, eventually, free_ports, message, setting, site
+
+PATIENT = "P-4711"
+ONCE = [setting("channelAutoRetryMaxAttempts", 1), setting("channelAutoRetryBaseDelayMs", 20)]
+CHANNELS = {"ADT": "?enhanced=true", "LAB": "?enhanced=true"}
+
+
+def command(here: Site, *arguments: str, **options: Any) -> "subprocess.CompletedProcess[str]":
+    line = [*AgentProcess.COMMAND, *arguments, "--state-dir", str(here.agent.state_dir)]
+    return subprocess.run(line, capture_output=True, text=True, timeout=30, **options)
+
+
+def ask(here: Site, **asked: Any) -> Any:
+    return medplum_agent.ask_agent(here.agent.state_dir, asked)
+
+
+def status(here: Site) -> Any:
+    return ask(here, command="status")
+
+
+@pytest.fixture
+def here(tmp_path):
+    with site(tmp_path, CHANNELS, ONCE) as running:
+        yield running
+
+
+def dead_letters(here: Site, count: int) -> None:
+    well, here.sandbox.bot = here.sandbox.bot, lambda transmit: (400, "no")
+    with here.device("ADT") as device:
+        for number in range(count):
+            assert device.ask(message(f"DEAD-{number}", patient=PATIENT))[0] == "CA"
+    eventually(lambda: status(here)["channels"][0]["dead"] == count)
+    here.sandbox.bot = well
+
+
+# --- status ---
+
+
+def test_status_shows_channels_and_what_waits(here):
+    with here.device("ADT") as device:
+        assert device.ask(message("S-1", patient=PATIENT))[0] == "CA" and device.ack()[0] == "AA"
+        found = command(here, "status")
+        assert found.returncode == 0 and found.stdout.startswith("OK: Medplum Agent"), found.stdout + found.stderr
+        adt = next(line for line in found.stdout.splitlines() if line.startswith("ADT "))
+        assert f"{here.ports['ADT']}" in adt and " ago " in adt
+        assert PATIENT not in found.stdout and "S-1" not in found.stdout
+        shown = json.loads(command(here, "status", "--json").stdout)
+        assert shown["server"]["live"] and [one["name"] for one in shown["channels"]] == ["ADT", "LAB"]
+        assert (shown["channels"][0]["connections"], shown["channels"][0]["count"]) == (1, 1)
+        here.sandbox.stop()
+        assert device.ask(message("S-2"))[0] == "CA"
+        eventually(lambda: status(here)["channels"][0]["waiting"] == 1)
+        here.sandbox.start()
+    here.agent.kill()
+    found = command(here, "status")
+    assert found.returncode == 2 and "no agent runs" in found.stdout
+
+
+def test_the_socket_is_for_the_agents_user_only(here):
+    path = here.agent.state_dir / "agent.sock"
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    assert here.agent.terminate()[0] == 0
+    assert not path.exists()
+    assert ask(here, command="status") is None
+
+
+def test_a_state_directory_with_a_long_name_has_a_door_instead(tmp_path):
+    folder = tmp_path / ("x" * 90)
+    folder.mkdir()
+    with site(folder, {"ADT": ""}) as here:
+        assert not (here.agent.state_dir / "agent.sock").exists()
+        door = here.agent.state_dir / "agent.door"
+        assert stat.S_IMODE(door.stat().st_mode) == 0o600
+        assert status(here)["channels"][0]["name"] == "ADT"
+        port = int(door.read_text().split()[0])
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=5)
+        connection.request("POST", "/ask", b'{"command":"status"}', {"Authorization": "Bearer wrong"})
+        assert connection.getresponse().status == 401
+
+
+# --- dead letters ---
+
+
+def test_dead_letters_are_sent_again(here):
+    dead_letters(here, 3)
+    assert command(here, "queue", "retry", "--dry-run").stdout.startswith("3 dead letters would be")
+    assert command(here, "queue", "retry", "--channel", "LAB").returncode == 1
+    first = json.loads(command(here, "queue", "list", "dead", "--json").stdout.splitlines()[0])["id"]
+    done = command(here, "queue", "retry", str(first))
+    assert done.returncode == 0 and done.stdout.startswith("1 dead letters are to be sent again"), done.stderr
+    here.agent.wait_state("DEAD-0", "processed")
+    assert command(here, "queue", "retry", "--reason", "server-rejected").stdout.startswith("2 ")
+    here.agent.wait_state("DEAD-1", "processed")
+    here.agent.wait_state("DEAD-2", "processed")
+    assert here.sandbox.ids().count("DEAD-0") == 2
+    assert status(here)["channels"][0]["dead"] == 0
+
+
+def test_dead_letters_are_given_up_only_by_name(here):
+    dead_letters(here, 2)
+    refused = command(here, "queue", "discard")
+    assert refused.returncode == 1 and "discard needs" in refused.stderr
+    assert command(here, "queue", "discard", "--channel", "ADT").stdout.startswith("2 ")
+    row = here.agent.rows("DEAD-0")[0]
+    assert row["state"] == "processed" and "gave it up" in row["last_error"] and row["original"]
+    assert command(here, "queue", "retry").returncode == 1
+
+
+def test_dead_letters_of_an_agent_that_does_not_run(here):
+    dead_letters(here, 2)
+    here.agent.terminate()
+    assert command(here, "queue", "retry").stdout.startswith("2 ")
+    assert not list(here.agent.state_dir.glob("*.sqlite.lock"))
+    here.agent.start()
+    here.agent.wait_state("DEAD-0", "processed")
+    here.agent.wait_state("DEAD-1", "processed")
+
+
+def test_many_dead_letters_keep_their_order_and_new_messages_flow(tmp_path):
+    with site(tmp_path, {"ADT": "?enhanced=true&maxWorkers=1"}, ONCE) as here:
+        well, here.sandbox.bot = here.sandbox.bot, lambda transmit: (400, "no")
+        count = 3000
+        with here.device("ADT") as device:
+            device.send(*(message(f"M-{n}") for n in range(count)))
+            device.heard(count)
+            eventually(lambda: status(here)["channels"][0]["dead"] == count, timeout=60)
+            here.sandbox.bot = well
+            before = len(here.sandbox.ids())
+            assert ask(here, command="queue", verb="retry") == {"count": count}
+            with here.device("ADT") as other:
+                assert other.ask(message("NEW"))[0] == "CA"
+            here.agent.wait_state("NEW", "processed", timeout=60)
+            here.agent.wait_state(f"M-{count - 1}", "processed", timeout=60)
+        again = [one for one in here.sandbox.ids()[before:] if one != "NEW"]
+        assert again == [f"M-{n}" for n in range(count)]
+
+
+# --- the page's endpoints ---
+
+
+@pytest.fixture
+def web(tmp_path):
+    (port,) = free_ports(1)
+    with site(tmp_path, CHANNELS, ONCE, env={"MEDPLUM_STATUS_ADDRESS": f"127.0.0.1:{port}"}) as running:
+        running.ports = {**running.ports, "page": port}
+        yield running
+
+
+def http_get(port: int, path: str, method: str = "GET", body: bytes = b"", **headers: str) -> tuple[int, str, Any]:
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=10)
+    connection.request(method, path, body or None, headers)
+    answer = connection.getresponse()
+    return answer.status, answer.read().decode(), answer.headers
+
+
+def token_of(here: Site) -> str:
+    return (here.agent.state_dir / "agent.token").read_text()
+
+
+def test_figures_are_what_prometheus_reads(web):
+    dead_letters(web, 2)
+    code, text, headers = http_get(web.ports["page"], "/metrics")
+    assert code == 200 and "version=0.0.4" in headers["Content-Type"]
+    found = {family.name: family for family in text_string_to_metric_families(text)}
+    channel = {sample.labels["channel"]: sample.value for sample in found["medplum_agent_channel_dead_letters"].samples}
+    assert channel == {"ADT": 2.0, "LAB": 0.0}
+    assert found["medplum_agent_server_connected"].samples[0].value == 1
+    assert found["medplum_agent_channel_messages"].type == "counter"
+    assert PATIENT not in text and "DEAD-0" not in text
+
+
+def test_health_over_http(web):
+    assert http_get(web.ports["page"], "/healthz")[:2] == (200, "well")
+    assert http_get(web.ports["page"], "/nothing")[0] == 404
+
+
+def test_who_has_no_token_sees_nothing(web):
+    for path, method in (("/events", "GET"), ("/ask", "POST")):
+        assert http_get(web.ports["page"], path, method)[0] == 401
+        assert http_get(web.ports["page"], path, method, Authorization="Bearer xyz")[0] == 401
+    code, text, _ = http_get(
+        web.ports["page"], "/ask", "POST", b'{"command":"status"}', Authorization=f"Bearer {token_of(web)}"
+    )
+    assert code == 200 and json.loads(text)["version"] == medplum_agent.VERSION
+    assert http_get(web.ports["page"], "/", Host="evil.example:80")[0] == 421
+    assert token_of(web) in web.agent.output() and token_of(web) not in web.agent.main_log().decode()
+
+
+def test_the_page_allows_only_its_own_script(web):
+    code, text, headers = http_get(web.ports["page"], "/")
+    assert code == 200 and "<script>" in text
+    policy = headers["Content-Security-Policy"]
+    assert "default-src 'none'" in policy and policy.count("'sha256-") == 2 and "unsafe" not in policy
+    assert "http://" not in text.replace("http://www.w3.org/", "") or "src=" not in text
+
+
+def test_events_come_by_themselves(web):
+    connection = http.client.HTTPConnection("127.0.0.1", web.ports["page"], timeout=10)
+    connection.request("GET", "/events", headers={"Authorization": f"Bearer {token_of(web)}"})
+    answer = connection.getresponse()
+    assert answer.headers["Content-Type"] == "text/event-stream"
+    events: list[Any] = []
+    while len(events) < 2:
+        line = answer.readline()
+        if line.startswith(b"data: "):
+            events.append(json.loads(line[6:]))
+    assert events[0]["channels"][0]["name"] == "ADT" and events[1]["now"] > events[0]["now"]
+    assert any("started" in entry["msg"] for entry in events[0]["log"])
+    answer.close()
+    connection.close()
+
+
+@pytest.mark.parametrize("request_bytes", [
+    b"garbage\r\n\r\n", b"GET / HTTP/1.1\r\n\r\n",
+    b"POST /ask HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: 99999999999\r\n\r\nx",
+    b"GET /" + b"a" * 100_000 + b" HTTP/1.1\r\n\r\n",
+])  # fmt: skip
+def test_a_strange_request_ends_its_connection_only(web, request_bytes):
+    with socket.create_connection(("127.0.0.1", web.ports["page"]), 5) as strange:
+        strange.sendall(request_bytes)
+        strange.shutdown(socket.SHUT_WR)
+        strange.settimeout(15)
+        while strange.recv(65536):
+            pass
+    assert http_get(web.ports["page"], "/healthz")[0] == 200
+
+
+# --- the cloud ---
+
+
+def cloud(here: Site, **asked: Any) -> tuple[int, Any]:
+    answer = here.sandbox.ask(
+        "agent:transmit:request", remote="agent://", contentType="application/json", body=json.dumps(asked)
+    )
+    return answer.get("statusCode", 200), json.loads(answer["body"])
+
+
+def test_the_cloud_asks_the_agent_itself(here):
+    dead_letters(here, 1)
+    code, found = cloud(here, command="status")
+    assert code == 200 and found["channels"][0]["dead"] == 1
+    code, found = cloud(here, command="queue", verb="list", what="dead")
+    (row,) = found["messages"]
+    assert row["state"] == "rejected" and not found["more"]
+    code, refused = cloud(here, command="queue", verb="show", id=row["id"], payload=True)
+    assert code == 400 and "remotePayload" in refused["error"]
+    assert cloud(here, command="queue", verb="find", controlId="DEAD-0")[1]["messages"][0]["id"] == row["id"]
+    code, found = cloud(here, command="bundle")
+    assert code == 200 and found["status"]["channels"] and found["log"] and found["doctor"]["checks"]
+    assert "secret" not in json.dumps(found["settings"]).lower() and PATIENT not in json.dumps(found)
+    assert cloud(here, command="queue", verb="retry", ids=[row["id"]]) == (200, {"count": 1})
+    here.agent.wait_state("DEAD-0", "processed")
+    code, refused = cloud(here, command="format-disk")
+    assert code == 400 and "unknown" in refused["error"]
+    assert cloud(here, command="queue", verb="list", since="yesterday")[0] == 400
+
+
+def test_the_cloud_sees_what_a_reload_would_change(here):
+    assert cloud(here, command="validate")[1] == {"problems": [], "warnings": [], "changes": []}
+    here.endpoint("LAB")["address"] += "&maxWorkers=2"
+    assert "channel 'LAB' changes" in cloud(here, command="validate")[1]["changes"][0]
+    here.endpoint("LAB")["address"] = "mllp://0.0.0.0"
+    found = command(here, "validate")
+    assert found.returncode == 1 and "ERROR: " in found.stdout and "needs a port" in found.stdout
+
+
+# --- alarms ---
+
+
+def alarms(here: Site) -> list[str]:
+    return [alarm["kind"] for alarm in status(here)["alarms"]]
+
+
+def test_an_incident_is_told_twice_over_restarts(tmp_path):
+    told, script = tmp_path / "told.txt", tmp_path / "tell.py"
+    script.write_text("import sys; open(sys.argv[1], 'a').write(sys.stdin.read())")
+    config = f"alarmTo = '{sys.executable} {script} {told}'"
+    with site(tmp_path, {"ADT": "?enhanced=true&alarmAgeSecs=1"}, config=config) as here:
+        here.sandbox.stop()
+        with here.device("ADT") as device:
+            assert device.ask(message("OLD", patient=PATIENT))[0] == "CA"
+        eventually(lambda: "age" in alarms(here), timeout=30)
+        for _ in range(2):
+            here.agent.terminate()
+            here.agent.start(ready=False)
+            eventually(lambda: status(here) and "age" in alarms(here), timeout=30)
+        assert command(here, "status").returncode == 1
+        here.sandbox.start()
+        here.agent.wait_state("OLD", "processed", timeout=30)
+        eventually(lambda: "age" not in alarms(here), timeout=30)
+        eventually(lambda: told.exists() and "OVER" in told.read_text())
+        lines = told.read_text().splitlines()
+        about = [line for line in lines if "ADT" in line]
+        assert [line.split(":")[0] for line in about] == ["ALARM", "OVER"], lines
+        log = here.agent.main_log().decode()
+        assert log.count("\"Alarm: channel 'ADT'") == 1 and PATIENT not in "".join(lines) + log
+
+
+def test_dead_letters_are_an_alarm_until_somebody_decides(here):
+    dead_letters(here, 1)
+    eventually(lambda: "dead" in alarms(here), timeout=30)
+    assert ask(here, command="queue", verb="retry") == {"count": 1}
+    here.agent.wait_state("DEAD-0", "processed")
+    eventually(lambda: alarms(here) == [], timeout=30)
+
+
+@pytest.mark.parametrize(
+    ("text", "day", "clock", "inside"),
+    [
+        ("", 0, "03:00", True),
+        ("Mo-Fr 07:00-19:00", 0, "07:00", True),
+        ("Mo-Fr 07:00-19:00", 0, "19:00", False),
+        ("Mo-Fr 07:00-19:00", 5, "12:00", False),
+        ("Sa-Mo 08:00-12:00", 6, "08:00", True),
+        ("Mo 00:00-24:00,07:00-08:00", 3, "07:30", True),
+    ],
+)
+def test_hours_when_silence_counts(monkeypatch, text, day, clock, inside):
+    real = datetime.datetime
+    hour, minute = map(int, clock.split(":"))
+
+    class Now(datetime.datetime):
+        @classmethod
+        def now(cls, tz: datetime.tzinfo | None = None) -> Any:
+            return real(2026, 11, 23 + day, hour, minute)  # the 23rd is a Monday
+
+    monkeypatch.setattr(datetime, "datetime", Now)
+    settings = medplum_agent.Hl7Settings(expectEverySecs=60, expectHours=text)
+    found = medplum_agent.expected_secs(settings, 0.0)
+    assert (found is not None) == inside
+    if found is not None and text:
+        assert found < 86_400  # silence before the hours does not count
+
+
+@pytest.mark.parametrize("text", ["Mo", "07:00", "Mo-Xx 07:00-08:00", "22:00-06:00", "07:00-07:00", "Mo 7-8"])
+def test_hours_that_mean_nothing_are_refused(text):
+    with pytest.raises(ValueError, match="needs the form"):
+        medplum_agent.opening_hours(text)
