@@ -303,7 +303,7 @@ def _done(task: asyncio.Task[Any]) -> None:
 
 
 # =====================================================================================================================
-# Errors (70 lines, 250 tokens)
+# Errors (80 lines, 250 tokens)
 #
 # One root. LocalError: our side (configuration, disk). PeerError: theirs, with the answer to send.
 # =====================================================================================================================
@@ -323,12 +323,16 @@ class Problem(str):
     log: str
 
 
+EX_CONFIG = 78  # of sysexits.h
+
+
 class ConfigError(LocalError):
     """A configuration that cannot be used; `problems` lists everything that is wrong with it."""
 
-    def __init__(self, problems: Sequence[str]):
+    def __init__(self, problems: Sequence[str], in_file: bool = False):
         super().__init__("; ".join(problems))
         self.problems = tuple(problems)
+        self.exit_code = EX_CONFIG if in_file else 1  # a service manager need not try again what stands in a file
 
 
 class FilesError(LocalError):
@@ -373,7 +377,7 @@ class ServerError(PeerError):
 
 
 # =====================================================================================================================
-# Settings (1020 lines, 7100 tokens)
+# Settings (1020 lines, 7150 tokens)
 #
 # One setting, one row: a field of a frozen dataclass. The parser, the checks, `--settings-schema` and README's tables
 # come from the row. Names are the wire's own (camelCase). Precedence for a channel, field by field: Endpoint address,
@@ -972,7 +976,7 @@ def read_config_file(given: str | None) -> tuple[str, Json]:
         text = named_file(str(path)).decode("utf-8-sig")
         return str(path), parse_properties(text) if path.suffix == ".properties" else _flatten(tomli.loads(text))
     except (OSError, ValueError) as error:  # tomli's and Unicode's errors are ValueErrors
-        raise ConfigError([f"cannot read the configuration file {path}: {error}"]) from None
+        raise ConfigError([f"cannot read the configuration file {path}: {error}"], in_file=True) from None
 
 
 def _secret_in(path: str) -> str:
@@ -1013,7 +1017,7 @@ def resolve_process(
     if ca and not Path(ca).is_file():
         problems["caFile"] = f"caFile {ca} does not exist"
     if problems:
-        raise ConfigError(list(problems.values()))
+        raise ConfigError(list(problems.values()), in_file=bool(file))
     settings, rows, warnings = ProcessSettings(**values), rows_of(LoggerSettings), list[str]()
 
     def logger(where: str) -> LoggerSettings:
@@ -2644,7 +2648,7 @@ def text_records(body: str, settings: StreamSettings) -> list[bytes]:
 
 
 # =====================================================================================================================
-# Store (1120 lines, 8250 tokens)
+# Store (1130 lines, 8300 tokens)
 #
 # Every message on disk before it is acknowledged: one SQLite file (WAL, synchronous=FULL), one writer thread with one
 # commit in flight. What arrives while it runs is the next batch: one executemany, one COMMIT, one call back into the
@@ -2714,7 +2718,7 @@ _INSERT = f"""INSERT INTO message ({", ".join(_NEW)}) VALUES {{rows}}
 _UPDATE = f"""UPDATE message SET {", ".join(f"{name} = column{n}" for n, name in enumerate(_CHANGED, 1) if n > 1)}
   FROM (VALUES {{rows}}) WHERE id = column1"""
 _SELECT = f"SELECT {', '.join(_READ)}"
-BACKLOG = f"""SELECT name, waiting, (SELECT received_at FROM message WHERE id = first) FROM channel JOIN
+_BACKLOG = f"""SELECT name, waiting, (SELECT received_at FROM message WHERE id = first) FROM channel JOIN
   (SELECT channel, count(*) AS waiting, min(id) AS first FROM message WHERE state < {PROCESSED} GROUP BY channel)
   ON id = channel"""
 _new_row, _changes = attrgetter(*_NEW), attrgetter(*_CHANGED)
@@ -3128,7 +3132,7 @@ class Store:
     async def backlog(self) -> list[Backlog]:
         """What waits, by destination; only those for which something does."""
         await self.call(lambda db: None)  # what was asked for before is counted
-        return [Backlog(*row) for row in await self.read(lambda db: db.execute(BACKLOG).fetchall())]
+        return await self.read(backlog_of)
 
     async def dead(self) -> dict[str, int]:
         """Dead letters by destination; only those that have some."""
@@ -3616,6 +3620,16 @@ class Wanted(NamedTuple):
         return found
 
 
+def backlog_of(db: sqlite3.Connection) -> list[Backlog]:
+    """What waits in a queue, by destination; only those for which something does."""
+    return [Backlog(*row) for row in db.execute(_BACKLOG)]
+
+
+def seed_of(db: sqlite3.Connection) -> str:
+    """What tells a queue from all others."""
+    return str(db.execute("SELECT seed FROM identity").fetchone()[0])
+
+
 class Decided(NamedTuple):
     """A dead letter that is none any more: its number, the name of its destination, and its file."""
 
@@ -3762,7 +3776,7 @@ def _trouble_of(error: Exception) -> tuple[str, str]:
 
 
 # =====================================================================================================================
-# FHIR (380 lines, 3050 tokens)
+# FHIR (390 lines, 3150 tokens)
 #
 # The HTTPS side of the server: OAuth2 client-credentials login and FHIR reads (uplink contract 1 and 2). urllib3 does
 # the work in worker threads: pools, proxies, TLS, retries. May touch: HTTPS.
@@ -3973,6 +3987,15 @@ class Fhir:
             url = there._replace(scheme=home.scheme, netloc=home.netloc).geturl() if links.get("next") else ""
         return found
 
+    async def execute(self, bot: str, content_type: str, body: str) -> int:
+        """Have a Bot that is named run on this body, and return the status."""
+        url = f"{self.base}fhir/R4/{bot}/$execute"
+
+        def post(headers: dict[str, str]) -> urllib3.BaseHTTPResponse:
+            return self._http("POST", url, headers=headers | {"Content-Type": content_type}, body=body.encode())
+
+        return (await self._authorized(None, post)).status
+
     async def stow(self, path: Path, instance: str) -> None:
         """STOW-RS of a Part 10 file, streamed from disk (PS3.18 10.5, uplink contract 2).
 
@@ -4055,7 +4078,7 @@ class Fhir:
         url: str,
         *,
         headers: dict[str, str],
-        body: str | typing.BinaryIO | Iterable[bytes] | None = None,
+        body: str | bytes | typing.BinaryIO | Iterable[bytes] | None = None,
         timeout: float = HTTP_TIMEOUT_SECS,
         stream: bool = False,
         once: bool = False,
@@ -9060,7 +9083,7 @@ class Doctor:
             await asyncio.to_thread(self._folder, name, Path(place))
         if queue.exists():
             try:
-                await asyncio.to_thread(read_queue, queue, lambda db: db.execute("PRAGMA schema_version").fetchone())
+                await asyncio.to_thread(read_queue, queue, seed_of)
             except StorageError as error:
                 self.say("queue", WRONG, str(error), _storage_advice(error))
         if sys.platform != "win32":
@@ -9140,7 +9163,7 @@ async def examine(config: ProcessConfig, running: Json | None, seconds: float) -
 
 
 # =====================================================================================================================
-# Operations (690 lines, 6550 tokens)
+# Operations (720 lines, 6900 tokens)
 #
 # What a person asks of a running agent: status, the queue, alarms, the page and its figures. One `ask` serves the
 # command line (over a socket in the state directory that only the agent's user can open), the page, and the cloud (a
@@ -9266,7 +9289,7 @@ class Operations:
         async with self._looking:
             await self._count()
             for name, queue in self._queues():
-                self._samples.setdefault(name, deque(maxlen=round(3600 / LOOK_SECS) + 1)).append(queue.count)
+                self._samples.setdefault(name, deque([0], round(3600 / LOOK_SECS) + 1)).append(queue.count)
             self._judge()
 
     def _queues(self) -> Iterator[tuple[str, Queue]]:
@@ -9488,7 +9511,7 @@ class Operations:
     def _channel(self, name: str, channel: Channel) -> Json:
         plan, queue = channel.plan, channel.queue
         lines = len(getattr(channel, "associations", channel.lines))
-        counted = [*self._samples.get(name, ()), queue.count]
+        counted = [*self._samples.get(name, (0,)), queue.count]
         minutes = counted[::-1][:: round(60 / LOOK_SECS)][::-1]
         return {
             "name": name, "protocol": plan.protocol, "address": plan.address.split("?")[0], "tls": plan.settings.tls,
@@ -9509,6 +9532,8 @@ class Operations:
                 raise LocalError("discard needs ids, or a filter: channel, reason, since, until")
             ids = asked.get("ids") or [message.id for _, message in await store.look(wanted_of(asked, "dead"))]
             return {"count": await self._decide(str(verb), [int(id_) for id_ in ids])}
+        if verb == "import" and not asked["remote"]:
+            return {"count": await self._import(asked["lines"])}
         payload = bool(asked.get("payload")) and verb == "show"
         if payload and not self._agent.config.settings.remotePayload:
             raise LocalError("patient data is shown to the cloud only with remotePayload=true in agent.toml")
@@ -9541,6 +9566,31 @@ class Operations:
                 queues[name].retry(found)
         await self._count()
         return len(decided)
+
+    async def _import(self, lines: Sequence[Json]) -> int:
+        """Messages of another queue, as `queue export` wrote them; those that were imported before are not counted."""
+        loop, waiting = asyncio.get_running_loop(), list[asyncio.Future[bool]]()
+
+        def stored(queue: Queue, future: asyncio.Future[bool], message: Message) -> None:
+            if message.refusal:
+                future.set_exception(StorageError(message.refusal))
+                return
+            future.set_result(message.earlier is None)
+            if message.earlier is None:
+                queue.stored(message)
+
+        for line in lines:
+            if (channel := self._agent.channels.get(line["channel"])) is None:
+                raise LocalError(f"there is no channel '{line['channel']}' here")
+            message = Message(channel.queue.row, line["remote"], base64.b64decode(line["original"]), line["encoding"])
+            message.control_id, message.type, message.key = line["controlId"], line["kind"], line["key"]
+            digest = hashlib.sha256(line["name"].encode()).digest()
+            message.checked = int.from_bytes(digest[:6], "big") + 2
+            message.text = channel.text_of(message, message.original or b"")
+            waiting.append(loop.create_future())
+            message.source = partial(stored, channel.queue, waiting[-1])
+            self._agent.store.put(message)
+        return sum(await asyncio.gather(*waiting))
 
     async def _validate(self, asked: Json) -> Json:
         return await self._agent.validate()
@@ -10411,7 +10461,7 @@ def _stack(error: BaseException | None) -> list[str]:
 
 
 # =====================================================================================================================
-# Command line (420 lines, 3500 tokens)
+# Command line (510 lines, 4350 tokens)
 # =====================================================================================================================
 
 _USAGE = """\
@@ -10427,6 +10477,8 @@ _USAGE = """\
        %(prog)s queue show ID            the same by its number in the queue and the main log
        %(prog)s queue retry [ID...]      send dead letters again: these, or all that --channel, --reason, --since name
        %(prog)s queue discard ID...      give dead letters up
+       %(prog)s queue export FILE        messages with their content, for another queue: queue import FILE
+       %(prog)s queue replay --channel NAME --since TIME --to Bot/ID
        %(prog)s send HOST:PORT FILE...   HL7 messages to a device or channel, with their acknowledgments"""
 
 
@@ -10438,7 +10490,10 @@ class _Parser(argparse.ArgumentParser):
 def _parse(argv: list[str], program: str) -> argparse.Namespace:
     """The reference's arguments come first and are taken as they are: a secret may begin with a dash."""
     description = "Carries messages between hospital devices and a Medplum server."
-    parser = _Parser(prog=program, usage=_USAGE, description=description)
+    named = ", ".join(row.metadata["env"] for row in rows_of(ProcessSettings).values() if row.metadata["env"])
+    parser = _Parser(prog=program, usage=_USAGE, description=description, epilog=f"Environment: {named}. State is in "
+        f"{default_state_root()}, a folder for each agent id; settings of a package in {installed_config_file()}. "
+        "More: https://www.medplum.com/docs/agent, and the README of this program.")  # fmt: skip
     add = parser.add_argument
     add("arguments", nargs="*", metavar="base_url client_id client_secret agent_id [log_level]", help="or: demo")
     add("--config", metavar="FILE", help="agent.toml or agent.properties; default: the one in the working directory")
@@ -10452,7 +10507,9 @@ def _parse(argv: list[str], program: str) -> argparse.Namespace:
     add("--since", metavar="TIME", default="", help="queue: received since 2026-11-26T03:00, or since 12h ago")
     add("--until", metavar="TIME", default="", help="queue: received before")
     add("--limit", type=int, metavar="N", default=100, help="queue list: so many at most (100)")
-    add("--dry-run", action="store_true", help="queue retry, discard: only count")
+    add("--kind", choices=KINDS, default="", help="queue export, replay: only what is waiting, dead or undelivered")
+    add("--to", metavar="Bot/ID", default="", help="queue replay: the Bot that gets the messages")
+    add("--dry-run", action="store_true", help="queue retry, discard, import, replay: only count")
     add("--watch", action="store_true", help="status: again and again")
     add("--json", action="store_true", help="queue, status, doctor: as JSON")
     add("--payload", action="store_true", help="queue show: with what was received and answered. This is patient data; "
@@ -10487,7 +10544,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         _run_agent(_process_config(options, *options.arguments[:4], *filter(None, options.arguments[4:5])))
     except ConfigError as error:
         print(*(f"{program}: {problem}" for problem in error.problems), "Try --help.", sep="\n", file=sys.stderr)
-        return 1
+        return error.exit_code
     except (LocalError, ServerError) as error:
         print(f"{program}: {error}", file=sys.stderr)
         return 1
@@ -10565,7 +10622,7 @@ def _status(options: argparse.Namespace) -> int:
         state_dir = _state_dir(options)
         status = ask_agent(state_dir, {"command": "status"})
         if status is None:
-            waiting = read_queue(_queue_path(state_dir), lambda db: db.execute(BACKLOG).fetchall())
+            waiting = read_queue(_queue_path(state_dir), backlog_of)
             lines = [f"{name}: {count} messages wait" for name, count, _ in waiting]
             _show([f"CRITICAL: no agent runs with the state in {state_dir}", *lines])
             return 2
@@ -10660,7 +10717,8 @@ def _send(options: argparse.Namespace, address: str = "", *files: str) -> int:
                         for answer in core.receive(received):
                             if isinstance(answer, bytes):
                                 ack = read_ack(answer.decode("utf-8", "replace"))
-                                code = ack.code if ack else "no acknowledgment"
+                                if not ack or ack.control_id in ("", wanted):  # else it answers an earlier one
+                                    code = ack.code if ack else "no acknowledgment"
                     failed |= code not in ("AA", "CA")
                     _show([f"{name}: {wanted}: {code} after {1000 * (time.monotonic() - began):.1f} ms"])
     except (OSError, ValueError, hl7.HL7Exception) as error:
@@ -10685,9 +10743,12 @@ def _queue_path(state_dir: Path) -> Path:
     return Path(settings.get("queueDbPath") or state_dir / QUEUE_FILE)
 
 
-_QUEUE_FORMS = r"list( waiting| dead| undelivered)?|find \S+|show \d{1,18}|(retry|discard)( \d{1,18})*"
+_QUEUE_FORMS = (
+    r"list( waiting| dead| undelivered)?|find \S+|show \d{1,18}|(retry|discard)( \d{1,18})*|"
+    r"export \S.*|import \S.*|replay"
+)
 _QUEUE_VERBS = """queue needs one of: list [waiting | dead | undelivered], find CONTROL_ID, show ID, retry [ID...],
-discard [ID...]"""
+discard [ID...], export FILE, import FILE, replay"""
 
 
 def _queue(options: argparse.Namespace, verb: str = "", *what: str) -> int:
@@ -10698,6 +10759,11 @@ def _queue(options: argparse.Namespace, verb: str = "", *what: str) -> int:
     wanted = Wanted("", 0, "", options.channel, options.reason, since, until)
     if verb in FATES:
         return _decide(options, verb, wanted._replace(kind="dead"), [int(id_) for id_ in what])
+    if verb == "import":
+        return _import(options, Path(" ".join(what)), wanted)
+    if verb in ("export", "replay"):
+        wanted = wanted._replace(kind=options.kind, payload=True)
+        return _export(options, Path(" ".join(what)), wanted) if what else _replay(options, wanted)
     if verb == "list":
         wanted = wanted._replace(kind=what[0] if what else "waiting", limit=options.limit)
     elif verb == "find":
@@ -10724,6 +10790,81 @@ def _queue(options: argparse.Namespace, verb: str = "", *what: str) -> int:
         words = f"There may be more: see --limit {wanted.limit}" if found else f"There is nothing of that in {path}"
         print(f"{words}.", file=sys.stderr)
     return int(not found and verb != "list")
+
+
+def _each(path: Path, wanted: Wanted) -> Iterator[tuple[str, Message]]:
+    """What is wanted, a few rows at a time."""
+    while found := read_queue(path, wanted._replace(limit=REFILL_MESSAGES).found):
+        yield from found
+        wanted = wanted._replace(after=found[-1][1].id)
+
+
+def _export(options: argparse.Namespace, file: Path, wanted: Wanted) -> int:
+    """Messages as JSON lines, with patient data: into a file that only its user can read."""
+    state_dir, count = _state_dir(options), 0
+    path = _queue_path(state_dir)
+    audit(state_dir, f"export of {wanted._replace(payload=False)} to {file}")
+    seed = read_queue(path, seed_of)
+    try:
+        with open(file, "x", encoding="utf-8", opener=private) as target:
+            for channel, message in _each(path, wanted):
+                if message.spool or channel.startswith(PUSH_PREFIX):
+                    print(f"Message {message.id} is left out: {channel} has files, or is a device.", file=sys.stderr)
+                    continue
+                shown = row_shown(channel, message) | {
+                    "name": f"{seed}-{message.id}", "controlId": message.control_id, "kind": message.type,
+                    "key": message.key, "encoding": message.encoding,
+                    "original": base64.b64encode(message.original or b"").decode(),
+                }  # fmt: skip
+                target.write(json.dumps(shown) + "\n")
+                count += 1
+    except OSError as error:
+        raise StorageError(f"{file}: {error.strerror}") from None
+    _show([f"{count} messages are in {file}. This is patient data."])
+    return int(not count)
+
+
+def _import(options: argparse.Namespace, file: Path, wanted: Wanted) -> int:
+    """Into the channels of the running agent; a file that is imported again adds nothing."""
+    try:
+        lines = [json.loads(line) for line in file.read_text("utf-8").splitlines()]
+        chosen = [
+            line for line in lines
+            if wanted.channel in ("", line["channel"]) and wanted.reason in ("", line["errorCode"])
+            and wanted.since <= line["receivedAt"] < (wanted.until or math.inf)
+        ]  # fmt: skip
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise StorageError(f"{file} is not what queue export writes: {error}") from None
+    count = len(chosen)
+    if not options.dry_run:
+        batches = [chosen[at : at + SWEEP_ROWS] for at in range(0, len(chosen), SWEEP_ROWS)]
+        count = sum(_asked(options, {"command": "queue", "verb": "import", "lines": one})["count"] for one in batches)
+    _show([f"{count} of {len(chosen)} messages {'would be' if options.dry_run else 'are'} imported."])
+    return int(not count)
+
+
+def _replay(options: argparse.Namespace, wanted: Wanted) -> int:
+    """Stored messages, in their order, to a Bot that is named; never to the channel's own by accident."""
+    if not (wanted.channel and wanted.since and re.fullmatch(r"Bot/[A-Za-z0-9.-]{1,64}", options.to)):
+        raise ConfigError(["queue replay needs --channel NAME, --since TIME and --to Bot/ID"])
+    state_dir, statuses = _state_dir(options), collections.Counter[str]()
+    config = _process_config(options)
+    audit(state_dir, f"replay of {wanted._replace(payload=False)} to {options.to}")
+
+    async def run() -> None:
+        fhir = Fhir(config.settings, tls_context(config.settings.caFile), Log("replay", config.main_log, None, None))
+        for _, message in _each(_queue_path(state_dir), wanted):
+            if message.spool:
+                statuses["left out: images"] += 1
+                continue
+            text, kind = (message.original or b"").decode(message.encoding, "replace"), message.type
+            content_type = kind if "/" in kind else HL7_TYPE
+            status = 0 if options.dry_run else await fhir.execute(options.to, content_type, text)
+            statuses[f"status {status}" if status else "would be sent"] += 1
+
+    asyncio.run(run())
+    _show(f"{count} messages: {status}" for status, count in statuses.items())
+    return int(not statuses or any(status >= "status 3" for status in statuses if status.startswith("status ")))
 
 
 def _decide(options: argparse.Namespace, fate: str, wanted: Wanted, ids: list[int]) -> int:

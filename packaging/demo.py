@@ -49,6 +49,7 @@ from medplum_agent import (
     KIB,
     MIB,
     READ_BYTES,
+    TOKEN_FILE,
     UPLINK_FRAME_BYTES,
     WORKLIST_CLASS,
     Agent,
@@ -138,6 +139,7 @@ class Sandbox:
         self.violations: list[str] = []  # what an agent did against the contract
         self.requests: list[str] = []  # HTTP requests, method and path
         self.keep_transmits = True
+        self.executed: list[tuple[str, str]] = []  # ids of Bots that were asked to run by name, and what on
         self.binaries: dict[str, bytes | Path] = {}  # what was uploaded, by reference
         self.binary_dir: Path | None = None  # uploads are streamed to files in it; else they are held in memory
         self.on_transmit: Callable[[Transmit], None] = lambda transmit: None
@@ -407,6 +409,9 @@ class Sandbox:
         )
         if name == "$status":
             return 200, self._status(agent_id)
+        if name == "$execute" and reference.startswith("Bot/"):
+            self.executed.append((agent_id, body.decode()))
+            return 200, {"resourceType": "Parameters"}
         if name == "$push":
             return await self._push(agent_id, load_json(body or b"{}"))
         if name not in self._OPERATIONS:
@@ -858,6 +863,8 @@ class Demo:
                 "loopback interface up (Linux: ip link set lo up) or allow it in the firewall, and start the demo again"
             ]) from None  # fmt: skip
         self.pump_port = _port(self._pump_ear)
+        with _listen(self.pump_port + 1) as probe:
+            self.page_port = _port(probe)
         addresses = {
             name: f"{scheme}://127.0.0.1:{self.ports[name]}{query}"
             for name, (scheme, query, _) in DEMO_CHANNELS.items()
@@ -877,7 +884,8 @@ class Demo:
         """The traffic, and what others send until the agent is stopped; ConfigError when something cannot work."""
         os.environ["no_proxy"] = "127.0.0.1"  # the site's proxy knows nothing of this machine's ports
         arguments = [self.sandbox.url, "sandbox-client", "sandbox-secret", DEMO_AGENT, "WARN"]
-        agent = DemoAgent(resolve_process(arguments, {"stateDir": str(self._state_dir)}, {}, None), sys.stderr)
+        options = {"stateDir": str(self._state_dir), "statusAddress": f"127.0.0.1:{self.page_port}"}
+        agent = DemoAgent(resolve_process(arguments, options, {}, None), sys.stderr)
         agent.devices_at_work = devices = asyncio.create_task(self._devices(agent))
         on_agent(agent)  # before anything that waits: from here on Ctrl-C is the agent's clean stop
         await self.sandbox.start(ear=self._ear)
@@ -1049,6 +1057,7 @@ class Demo:
         port = self.ports["LAB"]
         form = "grant_type=client_credentials&client_id=sandbox-client&client_secret=sandbox-secret"
         login = f"curl -s -d '{form}' {self.sandbox.url}oauth2/token"
+        token = (self._state_dir / TOKEN_FILE).read_text("ascii")
         print(
             f"\nThe channels stay open for senders on this machine, HL7 on {self.ports['ADT']} and {port}, ASTM on "
             f"{self.ports['CHEM']}, DICOM on {self.ports['PACS']}. Try\n\n"
@@ -1057,6 +1066,8 @@ class Demo:
             f"  npx @medplum/cli hl7 send --generate-example 127.0.0.1 {self.ports['ADT']}\n"
             f'  TOKEN=$({login} | sed \'s/.*access_token":"//;s/".*//\')\n'
             f"  curl -s -H \"Authorization: Bearer $TOKEN\" '{self.sandbox.url}fhir/R4/Agent/{DEMO_AGENT}/$stats'\n\n"
+            f"  {sys.argv[0]} status --state-dir {self._state_dir}\n\n"
+            f"The agent's page: http://127.0.0.1:{self.page_port}/#token={token}\n\n"
             "Ctrl-C ends the demo.",
             flush=True,
         )

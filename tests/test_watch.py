@@ -13,7 +13,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 import medplum_agent
-from tests.support import AgentProcess, Site, eventually, free_ports, message, setting, site
+from tests.support import AGENT_ID, AgentProcess, Site, eventually, free_ports, message, setting, site
 
 PATIENT = "P-4711"
 ONCE = [setting("channelAutoRetryMaxAttempts", 1), setting("channelAutoRetryBaseDelayMs", 20)]
@@ -148,6 +148,73 @@ def test_many_dead_letters_keep_their_order_and_new_messages_flow(tmp_path):
             here.agent.wait_state(f"M-{count - 1}", "processed", timeout=60)
         again = [one for one in here.sandbox.ids()[before:] if one != "NEW"]
         assert again == [f"M-{n}" for n in range(count)]
+
+
+def test_messages_move_to_another_queue_once(here, tmp_path):
+    dead_letters(here, 3)
+    file = tmp_path / "moved.jsonl"
+    assert command(here, "queue", "export", str(file), "--kind", "dead").stdout.startswith("3 messages")
+    assert stat.S_IMODE(file.stat().st_mode) == 0o600
+    again = command(here, "queue", "export", str(file))
+    assert again.returncode == 1 and "exists" in again.stderr
+    assert "export" in (here.agent.state_dir / "medplum-agent-audit.log").read_text()
+    assert command(here, "queue", "import", str(file), "--dry-run").stdout.startswith("3 of 3 messages would be")
+    assert len(here.agent.rows("DEAD-1")) == 1
+    assert command(here, "queue", "import", str(file)).stdout.startswith("3 of 3 messages are")
+    eventually(lambda: [row["state"] for row in here.agent.rows("DEAD-1")] == ["rejected", "processed"])
+    assert command(here, "queue", "import", str(file)).stdout.startswith("0 of 3")
+    file.write_text('{"channel": "ADT"}')
+    broken = command(here, "queue", "import", str(file))
+    assert broken.returncode == 1 and "queue export" in broken.stderr
+
+
+def test_messages_are_replayed_to_a_bot_that_is_named(here):
+    with here.device("ADT") as device:
+        for number in range(3):
+            assert device.ask(message(f"R-{number}", patient=PATIENT))[0] == "CA" and device.ack()[0] == "AA"
+    who = [here.sandbox.url, "sandbox-client", "sandbox-secret", AGENT_ID]
+    settings = here.agent.state_dir.with_name("replay.toml")
+    names = ("baseUrl", "clientId", "clientSecret", "agentId")
+    settings.write_text("".join(f"{name} = '{value}'\n" for name, value in zip(names, who, strict=True)))
+    given = ["queue", "replay", "--channel", "ADT", "--since", "1h", "--config", str(settings)]
+    refused = command(here, *given)
+    assert refused.returncode == 1 and "--to Bot/ID" in refused.stderr
+    assert command(here, *given, "--to", "Bot/second", "--dry-run").stdout.startswith("3 messages: would be sent")
+    done = command(here, *given, "--to", "Bot/second")
+    assert done.stdout.startswith("3 messages: status 200"), done.stdout + done.stderr
+    sent = [(bot, body.split("|")[9]) for bot, body in here.sandbox.sandbox.executed]
+    assert sent == [("second", f"R-{number}") for number in range(3)]
+
+
+# --- sending, and settings that cannot work ---
+
+
+def test_a_file_is_sent_to_a_channel(here, tmp_path):
+    file = tmp_path / "two.hl7"
+    file.write_text(message("F-1").replace("\r", "\n") + "\n" + message("F-2").replace("\r", "\n"))
+    done = subprocess.run(
+        [*AgentProcess.COMMAND, "send", f"127.0.0.1:{here.ports['ADT']}", str(file)],
+        capture_output=True, text=True, timeout=30,
+    )  # fmt: skip
+    assert done.returncode == 0 and "F-1: CA after" in done.stdout and "F-2: CA after" in done.stdout, done.stderr
+    here.sandbox.wait_ids("F-1", "F-2")
+    (closed,) = free_ports(1)
+    done = subprocess.run(
+        [*AgentProcess.COMMAND, "send", f"127.0.0.1:{closed}", str(file)], capture_output=True, text=True, timeout=30
+    )
+    assert done.returncode == 1 and "refused" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_settings_in_a_file_that_cannot_work_end_with_78(tmp_path):
+    (tmp_path / "agent.toml").write_text("baseUrl = 'ftp://x'\nclientId = ''\n")
+    done = subprocess.run(
+        [*AgentProcess.COMMAND, "--config", str(tmp_path / "agent.toml")], capture_output=True, text=True, timeout=30
+    )
+    assert done.returncode == 78 and "clientId is missing" in done.stderr
+    done = subprocess.run(
+        [*AgentProcess.COMMAND, "ftp://x", "a", "b", "c"], capture_output=True, text=True, timeout=30, cwd=tmp_path
+    )
+    assert done.returncode != 0
 
 
 # --- the page's endpoints ---
