@@ -9527,7 +9527,7 @@ class Operations:
         if not self._agent.started.is_set():
             raise LocalError("the agent is still starting; try again in a moment")
         store, verb = self._agent.store, asked.get("verb")
-        if verb in FATES:
+        if verb == "retry" or (verb == "discard" and not asked["remote"]):
             if verb == "discard" and not asked.keys() & {"ids", "channel", "reason", "since", "until"}:
                 raise LocalError("discard needs ids, or a filter: channel, reason, since, until")
             ids = asked.get("ids") or [message.id for _, message in await store.look(wanted_of(asked, "dead"))]

@@ -124,7 +124,7 @@ class Disk:
             assert call.name not in UNHEARD or root_in_hex not in call.arguments, call
             if call.name in ("openat", "rename", "unlink", "mkdir"):
                 paths = [root.parent / raw.decode() for raw in call.strings]
-                if paths[0].is_relative_to(root):
+                if paths[0].is_relative_to(root) and paths[0].suffix != ".sock":  # which bind makes, and nobody keeps
                     self._by_name(call, *paths)
             elif call.name not in SENDS and Path(call.file).is_relative_to(root):
                 self._by_number(call, int(call.arguments.split("<")[0]))

@@ -343,7 +343,7 @@ class Rows:
         self.recovered.append((state, error_code, reason))
         return 0
 
-    async def queued(self, row, after, limit):
+    async def queued(self, row, after, limit, retried):
         assert self.recovered, "read before it was known what becomes of the rows that were sent"
         return [(found, found.original) for found in self.rows if found.id > after][:limit]
 
