@@ -49,6 +49,7 @@ STANDALONE = DIST / "medplum-agent" / ("medplum-agent.exe" if WINDOWS else "medp
 PEERS = ROOT / ".peers"
 MEDPLUM_CLI = PEERS / "node_modules/.bin" / ("medplum.cmd" if WINDOWS else "medplum")
 MEDPLUM_CLI_VERSION = "5.0.10"  # the newest there is
+PAGE_CHECKERS = {"puppeteer-core": "24.43.1", "axe-core": "4.14.1"}  # drive a browser; find what hinders people in it
 PARALLEL = ("-n", "2", "--dist", "worksteal")  # tests wait more than they work; -n 0 for a debugger
 
 SETTINGS_BEGIN, SETTINGS_END = "<!-- settings -->", "<!-- /settings -->"
@@ -72,6 +73,7 @@ DEBIAN_TOOLS = (
     Tool("shellcheck", "shellcheck", "checks the scripts of packages and workflows"),
     Tool("dcmtk", "storescu", "foreign DICOM peers: echoscu, storescu, findscu, movescu, getscu, storescp"),
     Tool("orthanc", "Orthanc", "a PACS that stores to us, asks us, and is asked by us"),
+    Tool("chromium", "chromium", "shows the status page"),
     Tool("nodejs", "node", "runs the Medplum command line, a foreign HL7 sender and receiver"),
     Tool("npm", "npm", "installs the Medplum command line"),
 )
@@ -198,7 +200,7 @@ def apt_install(*packages: str) -> None:
 
 def ensure_peers() -> None:
     """Install what is missing where we may; say loudly what stays missing, for the tests that need it will skip."""
-    for provide in (provide_debian_tools, provide_medplum_cli):
+    for provide in (provide_debian_tools, provide_medplum_cli, provide_page_checkers):
         try:
             provide()
         except BuildError as error:
@@ -233,6 +235,14 @@ def provide_medplum_cli() -> None:
     except BuildError:
         shutil.rmtree(PEERS, ignore_errors=True)
         raise
+
+
+def provide_page_checkers() -> None:
+    npm, modules = shutil.which("npm"), PEERS / "node_modules"
+    if npm and not all((modules / name).exists() for name in PAGE_CHECKERS):
+        wanted = [f"{name}@{version}" for name, version in PAGE_CHECKERS.items()]
+        say(f"installing {' and '.join(wanted)} into .peers")
+        quiet(npm, "install", "--prefix", PEERS, "--no-audit", "--no-fund", "--ignore-scripts", *wanted)
 
 
 def installed_medplum_cli() -> str:

@@ -109,7 +109,7 @@ except ImportError:  # pragma: no cover - platforms without a wheel: slower, the
 
 
 # =====================================================================================================================
-# Version, limits (200 lines, 850 tokens)
+# Version, limits (200 lines, 900 tokens)
 #
 # Every bound has a name, a unit and a reason. What a site could need to change is a setting instead (next section).
 # =====================================================================================================================
@@ -169,6 +169,7 @@ DEAD_SECS = 30.0  # one that has not said so for so long hangs or is gone
 STORE_REMIND_SECS = 60.0  # a store that cannot be written is an error in the log this often
 DISK_RESERVE_BYTES = 64 * MIB  # kept free so that settling and logging go on when the disk fills up
 RESERVED_IDS = 10_000  # row numbers taken at once: after a kill the next ones are so many higher at most
+DECIDED_ROWS = 100  # dead letters changed in one transaction: their pages lie apart
 SWEEP_ROWS = 1000  # rows deleted in one transaction: an ACK never waits for the sweeper
 
 RELOAD_START_SECS = 3.0  # a reload asked for while the agent starts waits this long; the server waits 5 s
@@ -2648,7 +2649,7 @@ def text_records(body: str, settings: StreamSettings) -> list[bytes]:
 
 
 # =====================================================================================================================
-# Store (1130 lines, 8300 tokens)
+# Store (1140 lines, 8400 tokens)
 #
 # Every message on disk before it is acknowledged: one SQLite file (WAL, synchronous=FULL), one writer thread with one
 # commit in flight. What arrives while it runs is the next batch: one executemany, one COMMIT, one call back into the
@@ -3140,16 +3141,16 @@ class Store:
           WHERE state > {PROCESSED} AND state < {NACKED} GROUP BY channel) ON id = channel"""
         return dict(await self.read(lambda db: db.execute(sql).fetchall()))
 
-    async def look(self, wanted: Wanted) -> list[tuple[str, Message]]:
-        """What a person asks for, each with the name of its destination, after all updates that were asked for."""
+    async def look(self, find: Callable[[sqlite3.Connection], T]) -> T:
+        """What a person asks for (Wanted), after all updates that were asked for."""
         await self.call(lambda db: None)
-        return await self.read(wanted.found)
+        return await self.read(find)
 
     async def decide(self, fate: str, ids: Sequence[int]) -> list[Decided]:
         """A key of FATES for these dead letters, a few at a time: no acknowledgment waits for all of them."""
         decided = list[Decided]()
-        for at in range(0, len(ids), SWEEP_ROWS):
-            decided += await self.call(partial(decide, fate=fate, ids=ids[at : at + SWEEP_ROWS]))
+        for at in range(0, len(ids), DECIDED_ROWS):
+            decided += await self.call(partial(decide, fate=fate, ids=ids[at : at + DECIDED_ROWS]))
         return decided
 
     async def counts(self) -> dict[str, int]:
@@ -3601,23 +3602,30 @@ class Wanted(NamedTuple):
     limit: int = -1
     payload: bool = False  # with what was received
 
+    def ids(self, db: sqlite3.Connection) -> list[int]:
+        """Their row numbers, oldest first."""
+        return [id_ for (id_,) in self._rows(db, "id")]
+
     def found(self, db: sqlite3.Connection) -> list[tuple[str, Message]]:
         """These messages, oldest first, each with the name of its destination."""
+        body = "original" if self.payload else "NULL"
+        name, found = "(SELECT name FROM channel c WHERE c.id = m.channel)", list[tuple[str, Message]]()
+        for *columns, owner, size, original in self._rows(db, f"{', '.join(_READ)}, {name}, length(original), {body}"):
+            message = Message._from_row(columns)
+            message.size, message.original = size, original
+            found.append((owner, message))
+        return found
+
+    def _rows(self, db: sqlite3.Connection, columns: str) -> Iterator[tuple[Any, ...]]:
         conditions = {
             "id = ?": self.id, "control_id = ?": self.control_id, "error_code = ?": self.reason,
             "channel = (SELECT id FROM channel WHERE name = ?)": self.channel, "received_at >= ?": self.since,
             "received_at < ?": self.until, "id > ?": self.after,
         }  # fmt: skip
         given = {sql: value for sql, value in conditions.items() if value}
-        sql = f"""{_SELECT}, (SELECT name FROM channel c WHERE c.id = m.channel), length(original),
-          {"original" if self.payload else "NULL"} FROM message m
-          WHERE {" AND ".join([KINDS.get(self.kind, "true"), *given])} ORDER BY id LIMIT {self.limit}"""
-        found = []
-        for *columns, name, size, original in db.execute(sql, (*given.values(),)):
-            message = Message._from_row(columns)
-            message.size, message.original = size, original
-            found.append((name, message))
-        return found
+        where = " AND ".join([KINDS.get(self.kind, "true"), *given])
+        sql = f"SELECT {columns} FROM message m WHERE {where} ORDER BY id LIMIT {self.limit}"
+        return db.execute(sql, (*given.values(),))
 
 
 def backlog_of(db: sqlite3.Connection) -> list[Backlog]:
@@ -6576,7 +6584,7 @@ def _bind_address(family: int, address: Any, count: int) -> socket.socket | None
 
 
 # =====================================================================================================================
-# Devices (540 lines, 4200 tokens)
+# Devices (540 lines, 4150 tokens)
 #
 # From the cloud to the device. A push that somebody waits for is tried once and answered within the caller's window.
 # One that nobody waits for is stored first, and then tried in order until the device accepts it or it becomes a dead
@@ -7007,12 +7015,9 @@ class Devices:
         queues = self._devices[key].queues if key in self._devices else []
         return queues[0].trouble if queues and queues[0].window else None
 
-    def shown(self, depth: Callable[[str], Json]) -> list[Json]:
-        """The devices that are pushed to now, and those for which pushes wait."""
-        return [
-            {"address": key, "connections": len(device.lines)} | depth(PUSH_PREFIX + key)
-            for key, device in self._devices.items()
-        ]
+    def shown(self) -> dict[str, int]:
+        """The devices that are pushed to now, and how many connections to each are open."""
+        return {key: len(device.lines) for key, device in self._devices.items()}
 
     @property
     def client_count(self) -> int:
@@ -9163,7 +9168,7 @@ async def examine(config: ProcessConfig, running: Json | None, seconds: float) -
 
 
 # =====================================================================================================================
-# Operations (720 lines, 6900 tokens)
+# Operations (730 lines, 7050 tokens)
 #
 # What a person asks of a running agent: status, the queue, alarms, the page and its figures. One `ask` serves the
 # command line (over a socket in the state directory that only the agent's user can open), the page, and the cloud (a
@@ -9206,6 +9211,12 @@ _FIGURES = {
         ("device_dead_letters", "gauge", "Pushes that a person has to decide about.", "dead", 1),
     ),
     "kind": (("alarm_active", "gauge", "1 for each alarm that holds, by kind and subject.", "holds", 1),),
+}  # fmt: skip
+
+
+_GONE: Json = {  # a channel that is not configured any more, and has messages
+    "protocol": "", "address": "not configured", "tls": False, "open": False, "connections": 0, "count": 0,
+    "lastMinute": 0, "lastHour": 0, "lastMessageAt": 0, "withServer": 0, "rates": [],
 }  # fmt: skip
 
 
@@ -9478,12 +9489,17 @@ class Operations:
         return await commands[command](asked | {"remote": remote})
 
     async def status(self, asked: Json | None = None) -> Json:
-        """All that one screen shows. Times are epoch milliseconds. A page that looks often takes what was counted."""
+        """All that one screen shows. Times are epoch milliseconds."""
         agent = self._agent
-        if asked is not None:
-            await self._count()
+        await self._count()
         channels = [self._channel(name, channel) for name, channel in agent.channels.items()]
         started = agent.started.is_set()
+        devices = agent.devices.shown() if started else {}
+        for name in (self._waiting.keys() | self._dead.keys()) - agent.channels.keys():
+            if name.startswith(PUSH_PREFIX):
+                devices.setdefault(name.removeprefix(PUSH_PREFIX), 0)
+            else:
+                channels.append(_GONE | {"name": name} | self._depth(name))
         store = {"healthy": agent.store.healthy, "trouble": agent.store.trouble, "bytes": agent.store.total_bytes,
             "freeBytes": self._free_bytes()} if started else {"healthy": False, "trouble": "it is not open yet",
             "bytes": 0, "freeBytes": 0}  # fmt: skip
@@ -9496,7 +9512,10 @@ class Operations:
                 "awaySecs": round(self._away_secs()),
             },
             "store": store, "channels": channels,
-            "devices": agent.devices.shown(self._depth) if started else [],
+            "devices": [
+                {"address": key, "connections": lines} | self._depth(PUSH_PREFIX + key)
+                for key, lines in devices.items()
+            ],
             "alarms": self.shown_alarms(),
         }  # fmt: skip
 
@@ -9530,7 +9549,7 @@ class Operations:
         if verb == "retry" or (verb == "discard" and not asked["remote"]):
             if verb == "discard" and not asked.keys() & {"ids", "channel", "reason", "since", "until"}:
                 raise LocalError("discard needs ids, or a filter: channel, reason, since, until")
-            ids = asked.get("ids") or [message.id for _, message in await store.look(wanted_of(asked, "dead"))]
+            ids = asked["ids"] if asked.get("ids") else await store.look(wanted_of(asked, "dead").ids)
             return {"count": await self._decide(str(verb), [int(id_) for id_ in ids])}
         if verb == "import" and not asked["remote"]:
             return {"count": await self._import(asked["lines"])}
@@ -9543,7 +9562,7 @@ class Operations:
             raise LocalError("queue needs a verb: list, find with controlId, show with id, retry or discard")
         if payload:
             audit(self._agent.state_dir, f"payload of message {wanted.id}, for the cloud")
-        found = await store.look(wanted)
+        found = await store.look(wanted.found)
         rows = [row_shown(name, message) for name, message in found[:limit]]
         for row, (_, message) in zip(rows if payload else (), found, strict=False):
             row["payload"] = (message.original or b"").decode(message.encoding, "replace")
@@ -9596,12 +9615,12 @@ class Operations:
         return await self._agent.validate()
 
     async def _doctor(self, asked: Json) -> Json:
-        return await examine(self._agent.config, await self.status({}), REMOTE_SECS - 1)
+        return await examine(self._agent.config, await self.status(), REMOTE_SECS - 1)
 
     async def _bundle(self, asked: Json) -> Json:
         """What support asks for; the configuration without anything that could be a secret."""
         settings = {name: value for name, value in vars(self._agent.config.settings).items() if "ecret" not in name}
-        return {"doctor": await self._doctor(asked), "status": await self.status(asked), "settings": settings,
+        return {"doctor": await self._doctor(asked), "status": await self.status(), "settings": settings,
             "channels": [{"name": one.name, "address": one.address} for one in self._agent.plan.channels],
             "log": await asyncio.to_thread(self._log_tail, 500)}  # fmt: skip
 
@@ -9679,9 +9698,9 @@ class Operations:
         elif (method, path) == ("GET", "/"):
             kind, content, more = "text/html; charset=utf-8", *page()
         elif (method, path) == ("GET", "/metrics"):
-            kind, content = "text/plain; version=0.0.4; charset=utf-8", figures(await self.status({})).encode()
+            kind, content = "text/plain; version=0.0.4; charset=utf-8", figures(await self.status()).encode()
         elif (method, path) == ("GET", "/healthz"):
-            found = await self.status({})
+            found = await self.status()
             wrong = [alarm["text"] for alarm in found["alarms"] if alarm["critical"]]
             wrong += [] if found["store"]["healthy"] else [f"the queue: {found['store']['trouble']}"]
             status, content = (503 if wrong else 200), "; ".join(wrong or ["well"]).encode()
@@ -10872,7 +10891,7 @@ def _decide(options: argparse.Namespace, fate: str, wanted: Wanted, ids: list[in
     state_dir = _state_dir(options)
     path = _queue_path(state_dir)
     named = set(ids)
-    chosen = [message.id for _, message in read_queue(path, wanted.found) if not ids or message.id in named]
+    chosen = [id_ for id_ in read_queue(path, wanted.ids) if not ids or id_ in named]
     if fate == "discard" and not (ids or wanted[3:7] != ("", "", 0, 0)):
         raise ConfigError(["discard needs the numbers of messages, or --channel, --reason, --since, --until"])
     count = len(chosen)
