@@ -8,6 +8,7 @@ import time
 
 import pytest
 
+import medplum_agent
 from tests.support import CORPUS, Device, bot, control_id, eventually, log_lines, message, site
 
 QUICK = "autoRetryBaseDelayMs=20&autoRetryMaxDelayMs=40"
@@ -548,11 +549,13 @@ def as_contract_says(raw):
 
 
 def patient_words(messages):
-    """PID-3.1 of more than 4 characters and parts of PID-5 of more than 3."""
+    """Control ids and PID-3.1 of more than 4 characters, and parts of PID-5 of more than 3."""
     words = set()
     for raw in messages:
         for segment in as_contract_says(raw).split("\r"):
             fields = segment.split("|")
+            if fields[0] == "MSH" and len(fields[9]) > 4:
+                words.add(fields[9])
             if fields[0] == "PID":
                 ids = [repetition.split("^")[0] for field in fields[3:4] for repetition in field.split("~")]
                 names = [part for field in fields[5:6] for part in re.split(r"[~^&]", field)]
@@ -629,6 +632,15 @@ def test_no_patient_data_in_main_log_fetched_logs_or_stats(after_corpus):
         "$fetch-logs": json.dumps(fetched, ensure_ascii=False).encode(),
         "$stats": json.dumps(here.sandbox.stats(), ensure_ascii=False).encode(),
     }
+    asked = {
+        "status": {"command": "status"},
+        "bundle": {"command": "bundle"},  # doctor and the log's tail are in it
+        **{f"queue list {kind}": {"command": "queue", "verb": "list", "what": kind} for kind in medplum_agent.KINDS},
+    }
+    answers = {place: medplum_agent.ask_agent(here.agent.state_dir, one) or {} for place, one in asked.items()}
+    places |= {place: json.dumps(answer, ensure_ascii=False).encode() for place, answer in answers.items()}
+    places["metrics"] = medplum_agent.figures(answers["status"]).encode()
+    assert b"dead letter" in places["main log"] and answers["queue list dead"]["messages"]
     assert len(log_lines(places["main log"])) > 30
     for place, text in places.items():
         said = text.decode("utf-8", "replace")
