@@ -164,8 +164,7 @@ WEB_SECS, WEB_BYTES = 10.0, 64 * MIB  # a request to the page or the local socke
 WEB_GUESTS = 64  # connections to them at once
 EVENT_SECS = 2.0  # between two updates of the page
 REMOTE_SECS = 5.0  # for what the cloud asks the agent itself; the server waits 10 s
-ALIVE_SECS = 5.0  # a running agent says so this often, for `health`
-DEAD_SECS = 30.0  # one that has not said so for so long hangs or is gone
+HEALTH_SECS = 4.0  # an agent that does not answer `health` for so long hangs; Docker waits 5 s
 STORE_REMIND_SECS = 60.0  # a store that cannot be written is an error in the log this often
 DISK_RESERVE_BYTES = 64 * MIB  # kept free so that settling and logging go on when the disk fills up
 RESERVED_IDS = 10_000  # row numbers taken at once: after a kill the next ones are so many higher at most
@@ -267,17 +266,15 @@ def sync_folder(folder: Path) -> None:
             os.close(descriptor)
 
 
-def replace_file(path: Path, content: bytes, durable: bool = True) -> None:
-    """Whoever reads it finds the old content or the new one, whole; when durable, so it is after a power cut."""
+def replace_file(path: Path, content: bytes) -> None:
+    """Whoever reads it finds the old content or the new one, whole, also after a power cut."""
     temporary = path.with_name(f"{path.name}.new")
     with open(temporary, "wb", opener=private) as file:
         file.write(content)
         file.flush()
-        if durable:
-            sync(file.fileno())
+        sync(file.fileno())
     temporary.replace(path)
-    if durable:
-        sync_folder(path.parent)
+    sync_folder(path.parent)
 
 
 def back_off(failures: int) -> float:
@@ -9395,7 +9392,7 @@ class Operations:
         if not plan.active or channel.queue.paused:
             return
         if not plan.dials:
-            text = f"channel '{name}': its port {plan.port} is not open"
+            text = f"port {plan.port} of channel '{name}' is not open"
             yield Alarm("port", name, plan.bind not in self._agent.listeners, text, True)
         if plan.settings.expectEverySecs:
             silent = expected_secs(plan.settings, self._last.get(name, self._started_at) / 1000)
@@ -9503,10 +9500,11 @@ class Operations:
         store = {"healthy": agent.store.healthy, "trouble": agent.store.trouble, "bytes": agent.store.total_bytes,
             "freeBytes": self._free_bytes()} if started else {"healthy": False, "trouble": "it is not open yet",
             "bytes": 0, "freeBytes": 0}  # fmt: skip
-        critical = [alarm for alarm in self.alarms.values() if alarm.critical]
+        wrong = agent.problems or not store["healthy"] or any(alarm.critical for alarm in self.alarms.values())
         return {
             "version": VERSION, "agentId": agent.config.settings.agentId, "startedAt": self._started_at,
-            "now": now_ms(), "state": 2 if critical or not store["healthy"] else int(bool(self.alarms)),
+            "now": now_ms(), "state": 2 if wrong else int(bool(self.alarms)),
+            "problems": agent.problems,
             "server": {
                 "url": agent.fhir.base, "live": agent.uplink.live, "roundTripMs": agent.uplink.ping_ms,
                 "awaySecs": round(self._away_secs()),
@@ -9647,7 +9645,7 @@ class Operations:
             else:
                 self._servers.append(server := await asyncio.start_server(partial(self._guest, False), "127.0.0.1", 0))
                 port = server.sockets[0].getsockname()[1]
-                replace_file(folder / DOOR_FILE, str(port).encode(), durable=False)
+                replace_file(folder / DOOR_FILE, str(port).encode())
             if address:
                 host, port = web_address(address)
                 self._servers.append(await asyncio.start_server(partial(self._guest, False), host, port))
@@ -9701,7 +9699,7 @@ class Operations:
             kind, content = "text/plain; version=0.0.4; charset=utf-8", figures(await self.status()).encode()
         elif (method, path) == ("GET", "/healthz"):
             found = await self.status()
-            wrong = [alarm["text"] for alarm in found["alarms"] if alarm["critical"]]
+            wrong = found["problems"] + [alarm["text"] for alarm in found["alarms"] if alarm["critical"]]
             wrong += [] if found["store"]["healthy"] else [f"the queue: {found['store']['trouble']}"]
             status, content = (503 if wrong else 200), "; ".join(wrong or ["well"]).encode()
         elif (method, path) not in (("GET", "/events"), ("POST", "/ask")):
@@ -9902,7 +9900,6 @@ def ask_agent(state_dir: Path, asked: Json, seconds: float = HTTP_TIMEOUT_SECS) 
 # configuration (from the server, else the saved one), store, channels; and the clean stop in reverse.
 # =====================================================================================================================
 
-ALIVE_FILE = "agent.alive"
 _SWEPT = ("lastSweepAt", "lastSweepDeletedProcessed", "lastSweepDeletedErrored")  # of the stats
 _STAYS = attrgetter("bind", "protocol", "is_astm", "dials", "active")  # where this changes, a channel begins anew
 # What the server may say in an agent:error without quoting a message (uplink contract 4 and 5)
@@ -9929,6 +9926,7 @@ class Agent:
         self._stop = asyncio.Event()
         self._reloading, self._push_gate = asyncio.Lock(), asyncio.Lock()
         self._last_sweep = dict.fromkeys(_SWEPT, -1)
+        self._problem = "it has not started yet"
         self.operations = Operations(self)
 
     def stop(self) -> None:
@@ -9995,8 +9993,6 @@ class Agent:
         return Log(name, settings, directory, console, lazy=name == "channels")
 
     def _close_files(self) -> None:
-        with suppress(OSError):
-            (self.state_dir / ALIVE_FILE).unlink()
         for log in (self.log, self.channel_log):
             log.flush()
             log.close_file()
@@ -10024,6 +10020,7 @@ class Agent:
         self.uplink.store = self.store
         await self._apply(plan)
         spawn(self.devices.resume())
+        self._problem = ""
         self.started.set()
         self.log.info("Medplum service started successfully.")
         spawn(self._keep_house())
@@ -10042,7 +10039,7 @@ class Agent:
                 self.fhir.said = reason
                 self.log.warn(f"The configuration cannot be read: {reason}. Starting with the last good one.")
                 return last
-            await self._say_alive(f"it is retrying the login: {reason}")
+            self._problem = f"it is retrying the login: {reason}"
             if reason != self.fhir.said:
                 self.log.error(f"The configuration cannot be read: {reason}. Trying again until it can.")
                 self.fhir.said = reason
@@ -10384,7 +10381,6 @@ class Agent:
         while True:
             s = self.plan.settings
             for work, seconds in (
-                (self._say_alive, ALIVE_SECS),
                 (self._log_stats, s.logStatsFreqSecs),
                 (self._sweep, s.queueSweepIntervalSecs),
                 (self.operations.look, LOOK_SECS),
@@ -10396,14 +10392,12 @@ class Agent:
             await asyncio.to_thread(self.channel_log.flush)
             self.devices.tidy()
 
-    async def _say_alive(self, problem: str = "") -> None:
-        """What `health` reads: nothing of it is patient data."""
-        wanted = [plan for plan in _listening(self.plan) if plan.bind not in self.listeners]
-        closed = [f"port {plan.port} of channel '{plan.name}' is not open" for plan in wanted]
-        away = 0 if self.uplink.live else asyncio.get_running_loop().time() - self.uplink.away_since
-        state = {"problems": [problem] if problem else closed, "away": round(away)}
-        with suppress(OSError):
-            replace_file(self.state_dir / ALIVE_FILE, dump_json(state), durable=False)
+    @property
+    def problems(self) -> list[str]:
+        """Why it does not do what it is there for; nothing of it is patient data."""
+        closed = [plan for plan in _listening(self.plan) if plan.bind not in self.listeners]
+        ports = [f"port {plan.port} of channel '{plan.name}' is not open" for plan in closed]
+        return [self._problem] if self._problem else ports
 
     async def _log_stats(self) -> None:
         self.log.info("Agent stats", stats=await self.stats())
@@ -10598,21 +10592,14 @@ def _state_dir(options: argparse.Namespace) -> Path:
 
 
 def _health(options: argparse.Namespace) -> int:
-    """For containers and monitors: the event loop of the agent has turned lately, and its channels are open."""
+    """For containers and monitors: the event loop of the agent turns, and its channels are open."""
     state_dir = _state_dir(options)
-    path = state_dir / ALIVE_FILE
-    state: Json = {"problems": ["it does not run, or has not started yet"]}
-    try:
-        if time.time() - path.stat().st_mtime < DEAD_SECS:
-            state = _json_object(path.read_bytes())
-    except PermissionError:
-        raise StorageError(f"the state of the agent in {state_dir} cannot be read by this user: use sudo") from None
-    except OSError:
-        pass
-    problems: list[str] = state.get("problems", [])
-    if options.server_secs is not None and (away := state.get("away", 0)) > options.server_secs:
+    status = ask_agent(state_dir, {"command": "status"}, HEALTH_SECS)
+    problems: list[str] = status["problems"] if status else ["it does not run"]
+    away = status["server"]["awaySecs"] if status else 0
+    if options.server_secs is not None and away > options.server_secs:
         problems.append(f"the server has been away for {away} s")
-    print(f"The agent with its state in {state_dir}: {'; '.join(problems) or 'it is alive'}.")
+    _show([f"The agent with its state in {state_dir}: {'; '.join(problems) or 'it is alive'}."])
     return int(bool(problems))
 
 
@@ -10661,6 +10648,7 @@ def _screen(status: Json) -> Iterator[str]:
     yield f"Server   {server['url']}  {link}"
     trouble = "" if store["healthy"] else f"  {store['trouble']}"
     yield f"Queue    {store['bytes'] // MIB} MiB, {store['freeBytes'] // MIB} MiB free{trouble}"
+    yield from (f"PROBLEM  {problem}" for problem in status["problems"])
     for alarm in status["alarms"]:
         yield f"ALARM    {alarm['text']} (for {duration((status['now'] - alarm['since']) / 1000)})"
     rows = [["CHANNEL", "ADDRESS", "LINES", "MINUTE", "HOUR", "LAST", "WAITING", "OLDEST", "DEAD"]]
