@@ -31,7 +31,7 @@ def test_the_page_in_a_browser(tmp_path):
         url = f"http://127.0.0.1:{port}/#token={(here.agent.state_dir / 'agent.token').read_text()}"
         script = Path(__file__).with_name("page.mjs")
         shots = [os.environ["SHOTS"]] if "SHOTS" in os.environ else []
-        command = ["node", script, MODULES, url, *shots]
+        command = ["node", str(script), str(MODULES), url, *shots]
         done = subprocess.run(command, capture_output=True, text=True, timeout=100)
         found = json.loads(done.stdout)
         assert found == {"violations": [], "console": [], "retried": True, "overflow": False}, done.stderr

@@ -3,13 +3,16 @@
 import datetime
 import http.client
 import json
+import re
 import socket
+import ssl
 import stat
 import subprocess
 import sys
 from typing import Any
 
 import pytest
+import trustme
 from prometheus_client.parser import text_string_to_metric_families
 
 import medplum_agent
@@ -256,6 +259,18 @@ def test_health_over_http(web):
     assert http_get(web.ports["page"], "/nothing")[0] == 404
 
 
+def test_a_port_that_is_taken_is_a_problem_for_monitors(tmp_path):
+    (port,) = free_ports(1)
+    with site(tmp_path, CHANNELS, config=f"statusAddress = '127.0.0.1:{port}'", start=False) as here:
+        with socket.create_server(("", here.ports["LAB"]), family=socket.AF_INET6, dualstack_ipv6=True):
+            here.agent.start(ready=False)
+            here.agent.wait_connected()
+            eventually(lambda: "LAB" in (found := http_get(port, "/healthz"))[1] and found[0] == 503)
+            assert command(here, "status").returncode == 2
+            assert "PROBLEM  port" in command(here, "status").stdout
+        eventually(lambda: http_get(port, "/healthz")[0] == 200, timeout=30)
+
+
 def test_who_has_no_token_sees_nothing(web):
     for path, method in (("/events", "GET"), ("/ask", "POST")):
         assert http_get(web.ports["page"], path, method)[0] == 401
@@ -376,6 +391,28 @@ def test_an_incident_is_told_twice_over_restarts(tmp_path):
         assert [line.split(":")[0] for line in about] == ["ALARM", "OVER"], lines
         log = here.agent.main_log().decode()
         assert log.count("\"Alarm: channel 'ADT'") == 1 and PATIENT not in "".join(lines) + log
+
+
+def test_an_alarm_goes_to_syslog_over_tls(tmp_path):
+    """RFC 5425: octet counting; RFC 5424: PRI, version, time, host, program, process, kind, no data, BOM and text."""
+    authority = trustme.CA()
+    authority.cert_pem.write_to_path(str(tmp_path / "ca.pem"))
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    authority.issue_cert("localhost").configure_cert(context)
+    with socket.create_server(("localhost", 0)) as listener:
+        listener.settimeout(30)
+        target = f"syslog+tls://localhost:{listener.getsockname()[1]}"
+        config = f"alarmTo = '{target}'\ncaFile = '{tmp_path / 'ca.pem'}'"
+        with site(tmp_path, CHANNELS, ONCE, config=config) as here:
+            dead_letters(here, 1)
+            accepted, _ = listener.accept()
+            with context.wrap_socket(accepted, server_side=True) as syslog:
+                raw = b"".join(iter(lambda: syslog.recv(4096), b""))
+    size, _, text = raw.partition(b" ")
+    assert len(text) == int(size)
+    form = rb"<132>1 \d{4}-\d\d-\d\dT[0-9:.]+Z \S+ medplum-agent \d+ alarm - \xef\xbb\xbfALARM: (.*)"
+    found = re.fullmatch(form, text)
+    assert found and found[1].startswith(b"channel 'ADT' has 1 dead"), text
 
 
 def test_dead_letters_are_an_alarm_until_somebody_decides(here):
