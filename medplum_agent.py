@@ -9395,9 +9395,11 @@ class Operations:
             text = f"port {plan.port} of channel '{name}' is not open"
             yield Alarm("port", name, plan.bind not in self._agent.listeners, text, True)
         if plan.settings.expectEverySecs:
-            silent = expected_secs(plan.settings, self._last.get(name, self._started_at) / 1000)
+            came = channel.queue.last_at  # since the start: before it, silence was that of an agent that did not run
+            silent = expected_secs(plan.settings, max(came, self._started_at) / 1000)
             text = f"channel '{name}' has been silent for {duration(silent or 0)}"
-            yield Alarm("silent", name, None if silent is None else silent > plan.settings.expectEverySecs, text)
+            expected = plan.settings.expectEverySecs
+            yield Alarm("silent", name, True if silent and silent > expected else False if came else None, text)
         if plan.settings.certFile and plan.settings.tls:
             with suppress(OSError, ValueError):
                 left = expiry(named_file(plan.settings.certFile).decode("ascii", "replace")) - time.time()

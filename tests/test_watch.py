@@ -9,6 +9,7 @@ import ssl
 import stat
 import subprocess
 import sys
+import time
 from typing import Any
 
 import pytest
@@ -455,3 +456,17 @@ def test_hours_when_silence_counts(monkeypatch, text, day, clock, inside):
 def test_hours_that_mean_nothing_are_refused(text):
     with pytest.raises(ValueError, match="needs the form"):
         medplum_agent.opening_hours(text)
+
+
+def test_a_channel_that_falls_silent_is_an_alarm_until_something_comes(tmp_path):
+    with site(tmp_path, {"ADT": "?enhanced=true&expectEverySecs=1"}) as here:
+        eventually(lambda: "silent" in alarms(here), timeout=30)
+        here.agent.kill()
+        here.agent.start()
+        assert "silent" in alarms(here)  # nothing came since
+        with here.device("ADT") as device:
+            until = time.monotonic() + 30
+            while "silent" in alarms(here):
+                assert device.ask(message(f"N-{time.monotonic_ns()}"))[0] in ("CA", "AA") and time.monotonic() < until
+        log = here.agent.main_log()
+        assert log.count(b"\"Alarm: channel 'ADT' has been silent") == 1 and log.count(b'"Alarm over after') == 1
