@@ -74,6 +74,7 @@ DEBIAN_TOOLS = (
     Tool("dcmtk", "storescu", "foreign DICOM peers: echoscu, storescu, findscu, movescu, getscu, storescp"),
     Tool("orthanc", "Orthanc", "a PACS that stores to us, asks us, and is asked by us"),
     Tool("chromium", "chromium", "shows the status page"),
+    Tool("faketime", "faketime", "gives a process a wrong clock"),
     Tool("nodejs", "node", "runs the Medplum command line, a foreign HL7 sender and receiver"),
     Tool("npm", "npm", "installs the Medplum command line"),
 )

@@ -109,7 +109,7 @@ except ImportError:  # pragma: no cover - platforms without a wheel: slower, the
 
 
 # =====================================================================================================================
-# Version, limits (200 lines, 900 tokens)
+# Version, limits (210 lines, 950 tokens)
 #
 # Every bound has a name, a unit and a reason. What a site could need to change is a setting instead (next section).
 # =====================================================================================================================
@@ -277,6 +277,17 @@ def replace_file(path: Path, content: bytes) -> None:
     sync_folder(path.parent)
 
 
+def duration(seconds: float) -> str:
+    """In the two largest units, for people."""
+    units = (("d", 86_400), ("h", 3600), ("min", 60), ("s", 1))
+    rest, parts = int(max(0, seconds)), []
+    for unit, size in units:
+        count, rest = divmod(rest, size)
+        if count:
+            parts.append(f"{count} {unit}")
+    return " ".join(parts[:2]) or "0 s"
+
+
 def back_off(failures: int) -> float:
     """Seconds before the next try to connect: full jitter below a bound that doubles."""
     return random.uniform(0, min(RECONNECT_MAX_SECS, RECONNECT_BASE_SECS * 2 ** min(failures, 10)))
@@ -327,10 +338,11 @@ EX_CONFIG = 78  # of sysexits.h
 class ConfigError(LocalError):
     """A configuration that cannot be used; `problems` lists everything that is wrong with it."""
 
-    def __init__(self, problems: Sequence[str], in_file: bool = False):
+    def __init__(self, problems: Sequence[str], for_good: bool = False):
         super().__init__("; ".join(problems))
         self.problems = tuple(problems)
-        self.exit_code = EX_CONFIG if in_file else 1  # a service manager need not try again what stands in a file
+        # A service manager need not try again what stands in agent.toml; the reference's ways have its exit code
+        self.exit_code = EX_CONFIG if for_good else 1
 
 
 class FilesError(LocalError):
@@ -375,7 +387,7 @@ class ServerError(PeerError):
 
 
 # =====================================================================================================================
-# Settings (1020 lines, 7150 tokens)
+# Settings (1030 lines, 7150 tokens)
 #
 # One setting, one row: a field of a frozen dataclass. The parser, the checks, `--settings-schema` and README's tables
 # come from the row. Names are the wire's own (camelCase). Precedence for a channel, field by field: Endpoint address,
@@ -974,7 +986,8 @@ def read_config_file(given: str | None) -> tuple[str, Json]:
         text = named_file(str(path)).decode("utf-8-sig")
         return str(path), parse_properties(text) if path.suffix == ".properties" else _flatten(tomli.loads(text))
     except (OSError, ValueError) as error:  # tomli's and Unicode's errors are ValueErrors
-        raise ConfigError([f"cannot read the configuration file {path}: {error}"], in_file=True) from None
+        problem = f"cannot read the configuration file {path}: {error}"
+        raise ConfigError([problem], for_good=path.suffix == ".toml") from None
 
 
 def _secret_in(path: str) -> str:
@@ -1015,7 +1028,7 @@ def resolve_process(
     if ca and not Path(ca).is_file():
         problems["caFile"] = f"caFile {ca} does not exist"
     if problems:
-        raise ConfigError(list(problems.values()), in_file=bool(file))
+        raise ConfigError(list(problems.values()), for_good=file.endswith(".toml"))
     settings, rows, warnings = ProcessSettings(**values), rows_of(LoggerSettings), list[str]()
 
     def logger(where: str) -> LoggerSettings:
@@ -6520,7 +6533,7 @@ class Listener:
         """Resolve and bind; the name of a host may take its time without holding up the devices."""
         addresses: set[tuple[int, Any]] = set()
         if bind[0] not in ANY_HOST:
-            with suppress(OSError):
+            with suppress(OSError, ValueError):  # Unicode's errors: no name at all
                 async with asyncio.timeout(RESOLVE_SECS):
                     found = await asyncio.get_running_loop().getaddrinfo(
                         *bind, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
@@ -8829,7 +8842,7 @@ def _checked_status(answer: Dataset) -> int:
 
 
 # =====================================================================================================================
-# Doctor (340 lines, 3000 tokens)
+# Doctor (400 lines, 3600 tokens)
 #
 # `doctor`: one line a check, in the order in which things can fail, each with what the person who can act has to do.
 # It works beside a running agent, without one, and within one for the cloud. May touch: network, files, serial ports.
@@ -8859,54 +8872,58 @@ def silent_parts(plan: Plan) -> Iterator[str]:
 
 
 class Doctor:
-    """Examines a configuration. `running` is the status of the agent that has it, if one runs."""
+    """Examines a configuration. `running` is the status of the agent that has it, if one runs.
 
-    def __init__(self, config: ProcessConfig, running: Json | None, log: Log):
-        self.config, self.running = config, running
+    `remote`: the cloud asks, which hears nothing of the files that its Endpoints name.
+    """
+
+    def __init__(self, config: ProcessConfig, running: Json | None, remote: bool):
+        self.config, self.running, self.remote = config, running, remote
         self.checks: list[Check] = []
+        self._log = Log("doctor", LoggerSettings(logLevel="NONE"), None, None)
         self._base = urllib.parse.urlsplit(config.settings.baseUrl)
         self._port = self._base.port or (443 if self._base.scheme == "https" else 80)
         self._host = self._base.hostname or ""
+        self._proxy = urllib.parse.urlsplit(proxy_for(config.settings.baseUrl) or "")
         self._context = tls_context(config.settings.caFile)
-        self._fhir = Fhir(config.settings, self._context, log)
+        self._fhir = Fhir(config.settings, self._context, self._log)
         self._plan: Plan | None = None
 
     def say(self, name: str, level: int, text: str, remedy: str = "") -> bool:
         """Write a check down; whether those that build on it make sense."""
-        self.checks.append(Check(name, level, text, remedy))
+        self.checks.append(Check(name, level, text, remedy if level else ""))
         return level < WRONG
 
     async def examine(self, seconds: float) -> Json:
         """All checks within so many seconds, whatever hangs, and the tables for the firewall's administrator."""
         self._settings()
-        for group in (self._server, self._local):  # what is local is looked at even where the network hangs
+        for group, share in ((self._server, 0.7), (self._local, 0.3)):  # the second also where the network hangs
             try:
-                async with asyncio.timeout(seconds * (0.7 if group == self._server else 0.3)):
+                async with asyncio.timeout(seconds * share):
                     await group()
             except TimeoutError:
-                last = self.checks[-1].name
-                self.say("time", WRONG, f"what comes after '{last}' took too long", "See whether a firewall drops it.")
+                text = f"what comes after '{self.checks[-1].name}' took too long"
+                self.say("time", WRONG, text, "See whether a firewall drops it, or a disk hangs.")
         plan = self._plan or self._saved_plan()
         outbound = [[f"{self._host}:{self._port}", "HTTPS and secure WebSocket to the Medplum server"]]
+        if self._proxy.hostname:
+            outbound = [[f"{self._proxy.hostname}:{self._proxy.port or 80}", f"the proxy, to {outbound[0][0]}"]]
         inbound = list[list[str]]()
-        for channel in plan.channels if plan else ():
+        for channel in [channel for channel in plan.channels if channel.port and channel.active] if plan else ():
             purpose = f"{channel.protocol}, channel '{channel.name}'"
             (outbound if channel.dials else inbound).append([f"{channel.host}:{channel.port}", purpose])
-        outbound += [
-            [device["address"], "device that is pushed to"] for device in (self.running or {}).get("devices", ())
-        ]
+        devices = (self.running or {}).get("devices", ())
+        outbound += [[device["address"], "device that is pushed to"] for device in devices]
         return {
             "level": max(check.level for check in self.checks), "checks": [check._asdict() for check in self.checks],
             "outbound": outbound, "inbound": inbound,
         }  # fmt: skip
 
     def _settings(self) -> None:
-        rows = vars(self.config.settings)
-        sources = self.config.sources
-        text = ", ".join(
-            f"{name} {'is set' if 'ecret' in name else rows[name]} (from {source})" for name, source in sources.items()
-        )
-        self.say("settings", FINE, text)
+        rows, shown = vars(self.config.settings), []
+        for name, source in self.config.sources.items():
+            shown.append(f"{name} {'is set' if 'ecret' in name else rows[name]} (from {source})")
+        self.say("settings", FINE, ", ".join(shown))
         for warning in self.config.warnings:
             self.say("settings", DOUBTFUL, warning, "Correct or remove that line.")
         if re.search(r"/fhir(/R4)?/?$", self._base.path):
@@ -8916,73 +8933,113 @@ class Doctor:
     # --- the server ---
 
     async def _server(self) -> None:
-        if await self._way() and await self._login():
+        if await self._way() and await self._tls() and await self._login():
             await self._resources()
 
     async def _way(self) -> bool:
-        """Name, proxy, TCP, TLS."""
-        proxy = proxy_for(self.config.settings.baseUrl)
-        host, port = self._host, self._port
-        if proxy:
-            url = urllib.parse.urlsplit(proxy)
-            host, port = url.hostname or "", url.port or 80
+        """Name and TCP, of the proxy if there is one."""
+        host, port, whose, where = self._host, self._port, "the server", "baseUrl"
+        if self._proxy.hostname:
+            host, port, whose, where = self._proxy.hostname, self._proxy.port or 80, "the proxy", "HTTPS_PROXY"
             self.say("proxy", FINE, f"{host}:{port} is used for the server")
-        whose = "the proxy" if proxy else "the server"
         try:
             async with asyncio.timeout(3):
                 found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
             self.say("name", FINE, f"{host} is {', '.join(dict.fromkeys(str(one[4][0]) for one in found))}")
-        except (OSError, TimeoutError):
-            return self.say("name", WRONG, f"the name {host} of {whose} cannot be resolved",
-                "Check its spelling, and the name servers of this machine.")  # fmt: skip
+        except (OSError, ValueError, TimeoutError):
+            remedy = f"Check its spelling in {where}, and the name servers of this machine."
+            return self.say("name", WRONG, f"the name {host} of {whose} cannot be resolved", remedy)
         try:
-            async with asyncio.timeout(4):
+            async with asyncio.timeout(3):
                 _, writer = await asyncio.open_connection(host, port)
                 writer.close()
-            self.say("tcp", FINE, f"{host}:{port} can be reached")
+            return self.say("tcp", FINE, f"{host}:{port} can be reached")
         except TimeoutError:
-            return self.say("tcp", WRONG, f"{host}:{port} does not answer: what is sent there is dropped",
-                f"Have the firewall allow TCP from this machine to {host}:{port}, or set HTTPS_PROXY.")  # fmt: skip
+            text = f"{host}:{port} does not answer: what is sent there is dropped"
+            remedy = f"Have the firewall allow TCP from this machine to {host}:{port}, or set HTTPS_PROXY."
+            return self.say("tcp", WRONG, text, remedy)
         except OSError as error:
-            return self.say("tcp", WRONG, f"{host}:{port}: {os_reason(error)}",
-                f"Check the port in {'HTTPS_PROXY' if proxy else 'baseUrl'}, and the firewall.")  # fmt: skip
-        return self._base.scheme != "https" or bool(proxy) or await self._tls()
+            remedy = f"Check the port in {where}, and the firewall."
+            return self.say("tcp", WRONG, f"{host}:{port}: {os_reason(error)}", remedy)
+
+    async def _handshake(self, context: ssl.SSLContext) -> ssl.SSLObject:
+        """TLS with the server, through the proxy if there is one; OSError, EOFError, ServerError for the proxy's no."""
+        proxy = self._proxy
+        async with asyncio.timeout(4):
+            to = (proxy.hostname, proxy.port or 80) if proxy.hostname else (self._host, self._port)
+            reader, writer = await asyncio.open_connection(*to)
+            try:
+                if proxy.hostname:
+                    user = urllib.parse.unquote(f"{proxy.username}:{proxy.password}").encode()
+                    known = (
+                        f"Proxy-Authorization: Basic {base64.b64encode(user).decode()}\r\n" if proxy.username else ""
+                    )
+                    there = f"{self._host}:{self._port}"
+                    writer.write(f"CONNECT {there} HTTP/1.1\r\nHost: {there}\r\n{known}\r\n".encode())
+                    answer = (await reader.readuntil(b"\r\n\r\n")).split(b"\r\n")[0].decode("latin-1")
+                    if " 2" not in answer[8:11]:
+                        raise ServerError(f"the proxy answers '{answer}'")
+                await writer.start_tls(context, server_hostname=self._host)
+                return cast(ssl.SSLObject, writer.get_extra_info("ssl_object"))
+            finally:
+                writer.transport.abort()
 
     async def _tls(self) -> bool:
         """A certificate that cannot be trusted is fetched without trust, to say whose it is."""
+        if self._base.scheme != "https" or self._proxy.scheme == "https":
+            return True
         try:
-            async with asyncio.timeout(5):
-                _, writer = await asyncio.open_connection(self._host, self._port, ssl=self._context)
-                certificate = writer.get_extra_info("peercert") or {}
-                writer.transport.abort()
-        except (ssl.SSLError, ssl.CertificateError) as error:
-            reason = getattr(error, "verify_message", "") or str(error)
-            try:
-                pem = await asyncio.to_thread(ssl.get_server_certificate, (self._host, self._port), timeout=3)
-                issuer, left = issuer_of(pem), expiry(pem) - time.time()
-            except (OSError, ValueError):
-                return self.say("tls", WRONG, f"{reason}", "Is this an HTTPS port?")
-            if left < 0:
-                return self.say("tls", WRONG, f"the certificate of {self._host} ended {duration(-left)} ago",
-                    "Have it renewed; if it is valid, the clock of this machine is wrong.")  # fmt: skip
-            if "not yet valid" in reason:
-                return self.say("tls", WRONG, "the certificate is not yet valid", "Set the clock of this machine.")
-            if "mismatch" in reason or "not valid for" in reason:
-                return self.say("tls", WRONG, f"{reason}", "Write the host in baseUrl as the certificate names it.")
-            return self.say("tls", WRONG, f"the certificate of {self._host} is issued by {issuer}, not a public one",
-                "Your site inspects TLS, or has an authority of its own: give its CA with caFile.")  # fmt: skip
-        except (OSError, TimeoutError) as error:
-            return self.say("tls", WRONG, f"the handshake failed: {error or 'no answer'}", "Is this an HTTPS port?")
-        days = (ssl.cert_time_to_seconds(certificate["notAfter"]) - time.time()) / 86_400 if certificate else 0
-        who = ", ".join(value for part in certificate.get("issuer", ()) for name, value in part if name[0] in "oc"
-            and name in ("organizationName", "commonName"))  # fmt: skip
-        return self.say("tls", DOUBTFUL if days < EXPIRY_DAYS else FINE,
-            f"trusted, issued by {who}; ends in {days:.0f} days", "Have the certificate renewed.")  # fmt: skip
+            certificate: Json = (await self._handshake(self._context)).getpeercert() or {}
+        except ssl.SSLError as error:
+            reason = getattr(error, "verify_message", "") or error.reason or str(error)
+            return await self._distrust(reason)
+        except ServerError as error:
+            remedy = "Give user and password in HTTPS_PROXY, or have the proxy allow this server."
+            return self.say("tls", WRONG, str(error), remedy)
+        except (OSError, EOFError, TimeoutError) as error:
+            text = f"the handshake failed: {str(error) or 'no answer in time'}"
+            return self.say("tls", WRONG, text, "Is this an HTTPS port?")
+        left = ssl.cert_time_to_seconds(certificate["notAfter"]) - time.time()
+        names = dict(pair for part in certificate.get("issuer", ()) for pair in part)
+        who = ", ".join(names[name] for name in ("organizationName", "commonName") if name in names)
+        text = f"trusted, issued by {who}; ends in {duration(left)}"
+        level = DOUBTFUL if left < EXPIRY_DAYS * 86_400 else FINE
+        return self.say("tls", level, text, "Have the server's certificate renewed.")
+
+    async def _distrust(self, reason: str) -> bool:
+        anyone = ssl.create_default_context()
+        anyone.check_hostname, anyone.verify_mode = False, ssl.CERT_NONE
+        try:
+            der = (await self._handshake(anyone)).getpeercert(True) or b""
+            left, issuer = expiry(der) - time.time(), issuer_of(der)
+        except (OSError, EOFError, ValueError, TimeoutError, ServerError):
+            return self.say("tls", WRONG, reason, "Is this an HTTPS port?")
+        if left < 0:
+            text = f"the certificate of {self._host} ended {duration(-left)} ago"
+            return self.say("tls", WRONG, text, "Have it renewed; if it is valid, the clock of this machine is wrong.")
+        if "not yet valid" in reason:
+            return self.say("tls", WRONG, "the certificate is not yet valid", "Set the clock of this machine.")
+        if "mismatch" in reason or "not valid for" in reason:
+            return self.say("tls", WRONG, reason, "Write the host in baseUrl as the certificate names it.")
+        text = f"the certificate of {self._host} is issued by {issuer}, not a public one"
+        remedy = (
+            "Your site inspects TLS, or has an authority of its own: give its CA with caFile. If the authority is "
+            "public, the server does not send its intermediate certificate: mend that there."
+        )
+        return self.say("tls", WRONG, text, remedy)
+
+    async def _ask(self, work: Awaitable[T]) -> T:
+        """What the server answers, within a time that leaves some for other checks; ServerError."""
+        try:
+            async with asyncio.timeout(4):
+                return await work
+        except TimeoutError:
+            raise ServerError("the server does not answer") from None
 
     async def _login(self) -> bool:
+        problem = None
         try:
-            await self._fhir.fresh_token()
-            problem = None
+            await self._ask(self._fhir.fresh_token())
         except ServerError as error:
             problem = error
         off = self._fhir.clock_off
@@ -8993,33 +9050,36 @@ class Doctor:
             self.say("clock", FINE, "it agrees with the server's")
         if problem is None:
             return self.say("login", FINE, "clientId and clientSecret are accepted")
-        remedy = (
-            "Check the server." if problem.transient else "Check clientId and clientSecret of the ClientApplication."
-        )
+        remedy = "Check baseUrl: something else may answer there, such as the login page of a guest network."
+        if problem.status in (400, 401):
+            remedy = "Check clientId and clientSecret of the ClientApplication."
+        elif problem.transient:
+            remedy = "Try again in a moment; if it stays, see the server's log."
         return self.say("login", WRONG, str(problem), remedy)
 
     async def _resources(self) -> None:
         settings = self.config.settings
-        policy = "Check agentId, and that the access policy of the ClientApplication allows to read it."
+        policy = "Check {}, and that the access policy of the ClientApplication allows to read it."
         try:
-            agent = await self._fhir.read(f"Agent/{settings.agentId}")
+            agent = await self._ask(self._fhir.read(f"Agent/{settings.agentId}"))
         except ServerError as error:
-            self.say("agent", WRONG, f"Agent/{settings.agentId}: {error}", policy)
+            self.say("agent", WRONG, f"Agent/{settings.agentId}: {error}", policy.format("agentId"))
             return
         self.say("agent", FINE, f"Agent/{settings.agentId} can be read: {agent.get('name') or 'without a name'}")
-        wanted = endpoint_references(agent)
         bots = [(entry.get("targetReference") or {}).get("reference") or "" for entry in agent.get("channel") or []]
-        read = [*wanted, *dict.fromkeys(bot for bot in bots if bot.startswith("Bot/"))]
-        found = await asyncio.gather(*map(self._fhir.read, read), return_exceptions=True)
-        for reference, resource in zip(read, found, strict=True):
-            if isinstance(resource, BaseException):
-                self.say("access", WRONG, f"{reference}: {resource}", policy.replace("agentId", "the reference"))
-        if read and not any(isinstance(resource, BaseException) for resource in found):
+        read = [*endpoint_references(agent), *dict.fromkeys(bot for bot in bots if bot.startswith("Bot/"))]
+        asked = (self._ask(self._fhir.read(reference)) for reference in read)
+        found = dict(zip(read, await asyncio.gather(*asked, return_exceptions=True), strict=True))
+        failed = {reference: error for reference, error in found.items() if isinstance(error, BaseException)}
+        for reference, reason in failed.items():
+            self.say("access", WRONG, f"{reference}: {reason}", policy.format("the reference"))
+        if read and not failed:
             self.say("access", FINE, f"{len(read)} Endpoints and Bots can be read")
-        endpoints = cast("dict[str, Json | AgentError]", dict(zip(read, found, strict=True)))
-        self._plan, problems = build_plan(agent, endpoints)
+        self._plan, problems = build_plan(agent, cast("dict[str, Json | AgentError]", found))
         for problem in problems:
-            self.say("channels", WRONG, problem, "Mend the Endpoint, then call $reload-config.")
+            if not any(f"({reference})" in problem for reference in failed):
+                text = problem if self.remote else getattr(problem, "log", problem)
+                self.say("channels", WRONG, text, "Mend the Endpoint or its files, then call $reload-config.")
         for text in (*self._plan.warnings, *silent_parts(self._plan)):
             self.say("channels", DOUBTFUL, text, "Mend the Agent or Endpoint, then call $reload-config.")
         await self._rights(self._plan)
@@ -9030,105 +9090,106 @@ class Doctor:
         imaging = [one.settings for one in plan.channels if isinstance(one.settings, DicomSettings)]
         if any(one.storage == "dicomweb" or one.answer == "server" for one in imaging):
             try:
-                await self._fhir.search("DicomStudy?_count=1")
+                await self._ask(self._fhir.search("DicomStudy?_count=1"))
                 self.say("rights", FINE, "DicomStudy can be searched")
             except ServerError as error:
-                self.say("rights", WRONG, f"DicomStudy: {error}",
-                    "Allow DicomStudy, DicomSeries, DicomInstance in the access policy; server 5.1.28.")  # fmt: skip
+                remedy = (
+                    "Allow DicomStudy, DicomSeries and DicomInstance in the access policy; the server must be 5.1.28."
+                )
+                self.say("rights", WRONG, f"DicomStudy: {error}", remedy)
         if any(one.storage == "binary" for one in imaging):
             self.say("rights", FINE, "images need create and read on Binary; that shows when the first one comes")
 
     async def _connection(self, agent_id: str) -> None:
         """The WebSocket, and whether another agent has this id."""
+        remedy = "A proxy or firewall must let WebSockets through to /ws/agent; see also the main log."
         if self.running is not None:
             live = self.running["server"]["live"]
             text = "connected" if live else "the running agent is not connected"
-            remedy = "See the main log; a proxy or firewall must let WebSockets through."
             self.say("websocket", FINE if live else WRONG, text, remedy)
             return
-        url = urllib.parse.urlunsplit(
-            ("wss" if self._base.scheme == "https" else "ws", self._base.netloc, "/ws/agent", "", "")
-        )
+        scheme = "wss" if self._base.scheme == "https" else "ws"
+        url, context = f"{scheme}://{self._base.netloc}/ws/agent", self._context if scheme == "wss" else None
+        proxy = proxy_for(self.config.settings.baseUrl)
         try:
-            context = self._context if url.startswith("wss") else None
-            async with connect(url, ssl=context, proxy=proxy_for(self.config.settings.baseUrl), open_timeout=4):
+            async with connect(url, ssl=context, proxy=proxy, open_timeout=4):
                 self.say("websocket", FINE, "the server takes WebSockets")
-        except (OSError, TimeoutError, WebSocketException) as error:
-            text = f"{url}: {error or 'no answer'}"
-            self.say("websocket", WRONG, text, "A proxy or firewall must let WebSockets through.")
+        except (OSError, EOFError, TimeoutError, WebSocketException) as error:
+            self.say("websocket", WRONG, f"{url}: {str(error) or 'no answer'}", remedy)
         with suppress(ServerError, AttributeError):
-            found = (await self._fhir.read(f"Agent/{agent_id}/$status")).get("parameter") or []
-            if any(one.get("name") == "status" and one.get("valueCode") == "connected" for one in found):
-                self.say("other agents", DOUBTFUL, "an agent with this id is connected, and it does not run here",
-                    "Stop the other one, or give this one an Agent of its own.")  # fmt: skip
+            status = await self._ask(self._fhir.read(f"Agent/{agent_id}/$status"))
+            if any((one.get("name"), one.get("valueCode")) == ("status", "connected") for one in status["parameter"]):
+                remedy = "Stop the other one, or give this one an Agent of its own."
+                self.say("other agents", DOUBTFUL, "one with this id is connected, and it does not run here", remedy)
 
     # --- this machine ---
 
     def _saved_plan(self) -> Plan | None:
-        with suppress(OSError, ValueError, KeyError, TypeError):
+        with suppress(OSError, ValueError, KeyError, TypeError, ConfigError):
             saved = load_json((self.config.state_dir / CONFIG_FILE).read_bytes())
             return build_plan(saved["agent"], {f"Endpoint/{one['id']}": one for one in saved["endpoints"]})[0]
         return None
 
     async def _local(self) -> None:
         plan = self._plan or self._saved_plan()
-        for channel in plan.channels if plan else ():
-            if channel.active:
-                self._channel(channel)
+        for channel in [channel for channel in plan.channels if channel.active] if plan else ():
+            await self._channel(channel)
         folder = self.config.state_dir
         queue = Path(plan.settings.queueDbPath) if plan and plan.settings.queueDbPath else folder / QUEUE_FILE
-        for name, place in {
-            "state": folder,
-            "queue": queue.parent,
-            "logs": self.config.main_log.logDir or folder,
-        }.items():
-            await asyncio.to_thread(self._folder, name, Path(place))
+        logs = Path(self.config.main_log.logDir or folder)
+        for name, place in (("state", folder), ("queue", queue.parent), ("logs", logs)):
+            await asyncio.to_thread(self._folder, name, place)
         if queue.exists():
             try:
                 await asyncio.to_thread(read_queue, queue, seed_of)
             except StorageError as error:
                 self.say("queue", WRONG, str(error), _storage_advice(error))
-        if sys.platform != "win32":
+        if sys.platform != "win32" and (self.remote or self.running is None):  # else it is that of another process
             import resource
 
             limit, need = resource.getrlimit(resource.RLIMIT_NOFILE)[0], 200
             need += sum(min(channel.settings.maxConnections, 1000) for channel in plan.channels) if plan else 0
-            level, remedy = (DOUBTFUL, f"Raise it (LimitNOFILE={need}).") if limit < need else (FINE, "")
-            self.say("files", level, f"{limit} may be open at once; all connections together need {need}", remedy)
+            text = f"{limit} may be open at once; all connections together need {need}"
+            self.say("files", DOUBTFUL if limit < need else FINE, text, f"Raise it (LimitNOFILE={need}).")
 
-    def _channel(self, channel: ChannelPlan) -> None:
+    async def _channel(self, channel: ChannelPlan) -> None:
         where = f"channel '{channel.name}'"
         known = {one["name"]: one for one in (self.running or {}).get("channels", ())}
         if channel.dials and not channel.port:
-            usable = os.access(channel.host, os.R_OK | os.W_OK)
+            usable = sys.platform == "win32" or os.access(channel.host, os.R_OK | os.W_OK)
             text = f"{where}: {channel.host} {'is there' if usable else 'is missing, or this user may not use it'}"
-            self.say("serial port", FINE if usable or sys.platform == "win32" else WRONG, text,
-                "" if usable else "Plug it in; add the agent's user to the group dialout.")  # fmt: skip
+            remedy = "Plug it in; add the agent's user to the group dialout."
+            self.say("serial port", FINE if usable else WRONG, text, remedy)
         elif not channel.dials and known.get(channel.name, {}).get("open"):
             self.say("port", FINE, f"{where}: {channel.port} is open")
         elif not channel.dials:
             try:
-                with socket.create_server(("", channel.port)):
-                    text = "is free" if self.running is None else "is free, but the running agent has not opened it"
-                self.say("port", FINE if self.running is None else DOUBTFUL, f"{where}: {channel.port} {text}")
+                (await Listener.open(channel.bind, self._log)).close()
+                text = "is free" if self.running is None else "is free, but the running agent has not opened it"
+                remedy = "See the main log for the reason."
+                self.say("port", FINE if self.running is None else DOUBTFUL, f"{where}: {channel.port} {text}", remedy)
             except OSError as error:
                 remedy = f"Find the program with: ss -ltnp 'sport = :{channel.port}'. Stop it, or use another port."
-                self.say("port", WRONG, f"{where}: {channel.port}: {error.strerror}", remedy)
+                if isinstance(error, PermissionError):
+                    remedy = "Ports below 1024 take a right: CAP_NET_BIND_SERVICE, which the package's service has."
+                self.say("port", WRONG, f"{where}: {channel.port}: {os_reason(error)}", remedy)
         if channel.settings.tls and channel.settings.certFile:
             try:
                 listening_tls(channel.settings)
-                left = expiry(named_file(channel.settings.certFile).decode("ascii", "replace")) - time.time()
+                left = expiry(der_of(channel.settings.certFile)) - time.time()
                 level = WRONG if left < 0 else DOUBTFUL if left < EXPIRY_DAYS * 86_400 else FINE
                 ends = f"ends in {duration(left)}" if left > 0 else f"ended {duration(-left)} ago"
-                self.say("certificate", level, f"{where}: {ends}", "Have it renewed." if level else "")
+                self.say("certificate", level, f"{where}: {ends}", "Have it renewed.")
             except (OSError, ValueError) as error:
-                self.say("certificate", WRONG, f"{where}: {error}", "Put a readable PEM file there.")
+                text = "its files cannot be used; our main log says why" if self.remote else str(error)
+                self.say("certificate", WRONG, f"{where}: {text}", "Put a readable PEM file there.")
 
     def _folder(self, name: str, folder: Path) -> None:
-        """It may be written, it has room, and how long the disk takes over a write that counts."""
+        """It, or what it will be made in, may be written, has room, and how long the disk takes to sync."""
+        there = next(place for place in (folder, *folder.parents) if place.exists())
+        probe, took = there / f".medplum-agent-{os.getpid()}", list[float]()
         try:
-            there = folder if folder.exists() else folder.parent
-            free, probe, took = shutil.disk_usage(there).free, there / f".medplum-agent-{os.getpid()}", list[float]()
+            free = shutil.disk_usage(there).free
             try:
                 with open(probe, "wb", opener=private) as file:
                     for _ in range(5):
@@ -9145,13 +9206,29 @@ class Doctor:
             self.say(name, WRONG, f"{folder}: {error.strerror}", remedy)
             return
         level = WRONG if free < DISK_RESERVE_BYTES else DOUBTFUL if free < LOW_DISK_BYTES else FINE
-        self.say(name, level, f"{folder}: {free // MIB} MiB free, fsync {sorted(took)[2]:.1f} ms",
-            "Free space on that disk." if level else "")  # fmt: skip
+        text = f"{folder}: {free // MIB} MiB free, fsync {sorted(took)[2]:.1f} ms"
+        self.say(name, level, text, "Free space on that disk.")
 
 
-def issuer_of(pem: str) -> str:
+def der_of(path: str) -> bytes:
+    """The first certificate of a PEM file; OSError, ValueError."""
+    text = named_file(path).decode("ascii", "replace")
+    begin, end = "-----BEGIN CERTIFICATE-----", "-----END CERTIFICATE-----"
+    return ssl.PEM_cert_to_DER_cert(text[text.index(begin) : text.index(end) + len(end)])
+
+
+def expiry(der: bytes) -> float:
+    """Epoch seconds when a certificate ends (RFC 5280 4.1.2.5); ValueError for what is none."""
+    when = rb"(?:\x17\r(\d{12})|\x18\x0f(\d{14}))Z"
+    if not (match := re.search(when + when, der)):
+        raise ValueError("it is no certificate")
+    end = (match[3] or match[4]).decode()
+    year = end[:-10] if len(end) == 14 else f"{19 + (end < '50')}{end[:2]}"
+    return datetime.datetime.strptime(f"{year}{end[-10:]}+0000", "%Y%m%d%H%M%S%z").timestamp()
+
+
+def issuer_of(der: bytes) -> str:
     """Organisation and name of a certificate's issuer, which stand first in it (X.520: 2.5.4.10 and 2.5.4.3)."""
-    der = ssl.PEM_cert_to_DER_cert(pem)
     found = dict[bytes, str]()
     for match in re.finditer(rb"\x06\x03U\x04([\x03\x0a])[\x0c\x13\x14](.)", der, re.DOTALL):
         text = der[match.end() : match.end() + match[2][0]].decode("utf-8", "replace")
@@ -9159,13 +9236,13 @@ def issuer_of(pem: str) -> str:
     return ", ".join(found.values()) or "an unknown authority"
 
 
-async def examine(config: ProcessConfig, running: Json | None, seconds: float) -> Json:
+async def examine(config: ProcessConfig, running: Json | None, seconds: float, remote: bool = False) -> Json:
     """`doctor` for a configuration that can be parsed: level, checks, and the tables of inbound and outbound."""
-    return await Doctor(config, running, Log("doctor", LoggerSettings(logLevel="NONE"), None, None)).examine(seconds)
+    return await Doctor(config, running, remote).examine(seconds)
 
 
 # =====================================================================================================================
-# Operations (730 lines, 7050 tokens)
+# Operations (710 lines, 6850 tokens)
 #
 # What a person asks of a running agent: status, the queue, alarms, the page and its figures. One `ask` serves the
 # command line (over a socket in the state directory that only the agent's user can open), the page, and the cloud (a
@@ -9234,29 +9311,6 @@ class Alarm(NamedTuple):
     @property
     def shown(self) -> Json:
         return {name: value for name, value in self._asdict().items() if name != "holds"}
-
-
-def expiry(pem: str) -> float:
-    """Epoch seconds when a certificate ends (RFC 5280 4.1.2.5); ValueError for what is none."""
-    der = ssl.PEM_cert_to_DER_cert(pem[pem.index("-----BEGIN CERTIFICATE") : pem.index("-----END CERTIFICATE")].strip()
-        + "\n-----END CERTIFICATE-----")  # fmt: skip
-    when = rb"(?:\x17\r(\d{12})|\x18\x0f(\d{14}))Z"
-    if not (match := re.search(when + when, der, re.DOTALL)):
-        raise ValueError("a certificate without an end")
-    end = (match[3] or match[4]).decode()
-    year = end[:-10] if len(end) == 14 else f"{19 + (end < '50')}{end[:2]}"
-    return datetime.datetime.strptime(f"{year}{end[-10:]}+0000", "%Y%m%d%H%M%S%z").timestamp()
-
-
-def duration(seconds: float) -> str:
-    """In the two largest units, for people."""
-    units = (("d", 86_400), ("h", 3600), ("min", 60), ("s", 1))
-    rest, parts = int(max(0, seconds)), []
-    for unit, size in units:
-        count, rest = divmod(rest, size)
-        if count:
-            parts.append(f"{count} {unit}")
-    return " ".join(parts[:2]) or "0 s"
 
 
 def expected_secs(s: ChannelSettings, last: float) -> float | None:
@@ -9402,7 +9456,7 @@ class Operations:
             yield Alarm("silent", name, True if silent and silent > expected else False if came else None, text)
         if plan.settings.certFile and plan.settings.tls:
             with suppress(OSError, ValueError):
-                left = expiry(named_file(plan.settings.certFile).decode("ascii", "replace")) - time.time()
+                left = expiry(der_of(plan.settings.certFile)) - time.time()
                 text = f"channel '{name}': its certificate ends in {duration(left)}" if left > 0 else (
                     f"channel '{name}': its certificate has ended")  # fmt: skip
                 yield Alarm("certificate", name, left < EXPIRY_DAYS * 86_400, text, left < 0)
@@ -9615,7 +9669,7 @@ class Operations:
         return await self._agent.validate()
 
     async def _doctor(self, asked: Json) -> Json:
-        return await examine(self._agent.config, await self.status(), REMOTE_SECS - 1)
+        return await examine(self._agent.config, await self.status(), REMOTE_SECS - 1, remote=True)
 
     async def _bundle(self, asked: Json) -> Json:
         """What support asks for; the configuration without anything that could be a secret."""
@@ -9895,7 +9949,7 @@ def ask_agent(state_dir: Path, asked: Json, seconds: float = HTTP_TIMEOUT_SECS) 
 
 
 # =====================================================================================================================
-# Agent (590 lines, 5000 tokens)
+# Agent (590 lines, 4900 tokens)
 #
 # Plans become running channels. A reload reads everything, lists every problem, and changes nothing if there is one;
 # otherwise only what differs changes, and untouched channels keep their connections. The life cycle: lock, logs,
@@ -10476,7 +10530,7 @@ def _stack(error: BaseException | None) -> list[str]:
 
 
 # =====================================================================================================================
-# Command line (510 lines, 4350 tokens)
+# Command line (510 lines, 4400 tokens)
 # =====================================================================================================================
 
 _USAGE = """\
@@ -10531,7 +10585,8 @@ def _parse(argv: list[str], program: str) -> argparse.Namespace:
         "the look is written to the audit log first")  # fmt: skip
     add("--once", action="store_true", help="demo: end after the example traffic")
     add("--version", action="version", version=VERSION)
-    values = argv[:4] if len(argv) >= 4 and re.match(r"https?:", argv[0]) else []
+    first = int(argv[:1] == ["doctor"])
+    values = argv[: first + 4] if len(argv) >= first + 4 and re.match(r"https?:", argv[first]) else []
     options = parser.parse_intermixed_args(argv[len(values) :])
     options.arguments = values + options.arguments
     return options
@@ -10668,27 +10723,32 @@ def _screen(status: Json) -> Iterator[str]:
     )
 
 
-def _doctor(options: argparse.Namespace, *arguments: str) -> int:
-    """Also what cannot even be parsed is a finding; 0, 1 with warnings, 2."""
+def _doctor(options: argparse.Namespace, *arguments: str) -> NoReturn:
+    """Also what cannot even be parsed, and an agent that hangs, is a finding; 0, 1 with warnings, 2."""
+    first = list[Check]()
+    found: Json = {"level": FINE, "checks": [], "outbound": [], "inbound": []}
     try:
-        config = _process_config(options, *arguments)
-        running = ask_agent(config.state_dir, {"command": "status"}, 2)
-        found = asyncio.run(examine(config, running, DOCTOR_SECS))
-    except (ConfigError, StorageError) as error:
-        problems = getattr(error, "problems", [str(error)])
-        wrong = [Check("settings", WRONG, problem, "Mend it; see --help.")._asdict() for problem in problems]
-        found = {"level": WRONG, "checks": wrong, "outbound": [], "inbound": []}
+        config, running = _process_config(options, *arguments), None
+        try:
+            running = ask_agent(config.state_dir, {"command": "status"}, 2)
+        except StorageError as error:
+            first.append(Check("running agent", WRONG, str(error), "Ask as its user; if it hangs, restart it."))
+        runner = asyncio.Runner()  # which is not closed: that would wait for threads that wait for the network
+        found = runner.run(examine(config, running, DOCTOR_SECS))
+    except ConfigError as error:
+        first += [Check("settings", WRONG, problem, "Mend it; see --help.") for problem in error.problems]
+    found["checks"] = [*(check._asdict() for check in first), *found["checks"]]
+    code = max(check["level"] for check in found["checks"])
     if options.json:
-        _show([json.dumps(found)])
+        _show([json.dumps(found | {"level": code})])
     else:
         marks = ("ok", "WARN", "FAIL")
         for check in found["checks"]:
-            remedy = f"\n      -> {check['remedy']}" if check["level"] and check["remedy"] else ""
-            _show(f"{marks[check['level']]:5} {check['name']}: {check['text']}{remedy}".split("\n"))
+            remedy = [f"      -> {check['remedy']}"] if check["remedy"] else []
+            _show([f"{marks[check['level']]:5} {check['name']}: {check['text']}", *remedy])
         for title, rows in (("Outbound: to host, for", found["outbound"]), ("Inbound: at port, for", found["inbound"])):
             _show(["", title, *(f"  {where:40} {purpose}" for where, purpose in rows)])
-    sys.stdout.flush()
-    return int(found["level"])
+    os._exit(code)
 
 
 def _validate(options: argparse.Namespace) -> int:
@@ -10726,7 +10786,7 @@ def _send(options: argparse.Namespace, address: str = "", *files: str) -> int:
                         for answer in core.receive(received):
                             if isinstance(answer, bytes):
                                 ack = read_ack(answer.decode("utf-8", "replace"))
-                                if not ack or ack.control_id in ("", wanted):  # else it answers an earlier one
+                                if not code and (not ack or ack.control_id in ("", wanted)):  # else of an earlier one
                                     code = ack.code if ack else "no acknowledgment"
                     failed |= code not in ("AA", "CA")
                     _show([f"{name}: {wanted}: {code} after {1000 * (time.monotonic() - began):.1f} ms"])

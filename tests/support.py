@@ -736,7 +736,9 @@ class ConnectProxy:
 
     def _serve(self, client: socket.socket) -> None:
         with client, contextlib.suppress(OSError), client.makefile("rb") as reader:
-            method, target, _ = reader.readline().decode().split(" ", 2)
+            if not (request := reader.readline().decode()):  # who only looked whether there is something
+                return
+            method, target, _ = request.split(" ", 2)
             headers = http.client.parse_headers(reader)
             assert method == "CONNECT"
             self.targets.append(target)
