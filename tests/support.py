@@ -22,6 +22,7 @@ from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Self, TypeVar
 
+import pytest
 from demo import BotResult, Faults, Sandbox, Transmit, accepting_bot, sandbox_resources
 
 import medplum_agent
@@ -434,6 +435,14 @@ def accepts(address: tuple[str, int]) -> bool:
     with contextlib.suppress(OSError), socket.create_connection(address, timeout=1):
         return True
     return False
+
+
+def changed(agent: AgentProcess, code: str) -> None:
+    """Run the agent with its module changed by `code`, in which it is called `m`: other limits, slower parts."""
+    if os.environ.get("MEDPLUM_AGENT_BINARY"):
+        pytest.skip("an executable cannot be changed")
+    whole = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import medplum_agent as m\n{code}\nsys.exit(m.main())"
+    agent.COMMAND = [sys.executable, "-c", whole]
 
 
 class Site:

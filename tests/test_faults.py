@@ -27,7 +27,6 @@ from tests.dicom_peers import made, store
 from tests.instruments import ACK, ENQ, EOT, NAK, Instrument, body_of, frames_of, of, rows
 from tests.support import (
     AGENT_ID,
-    ROOT,
     AgentProcess,
     Device,
     Receiver,
@@ -36,6 +35,7 @@ from tests.support import (
     accepts,
     acknowledgment,
     bot,
+    changed,
     control_id,
     eventually,
     log_lines,
@@ -48,14 +48,6 @@ ASTM = "tcp://127.0.0.1:{port}?mode=astm"
 RAW = "tcp://127.0.0.1:{port}?startChar=%02&endChar=%03&bodyEncoding=utf-8"
 RESULT = ("H|\\^&|||ABC", "P|1", "O|1|S1|GLU", "R|1|^^^GLU|5.4|mg/dL", "L|1|N")
 SHORT_TIMES = "m.UNREAD_SECS = 0.5; m.UNFINISHED_BYTES = 6 * m.MIB; m.BIND_RETRY_SECS = 0.1"
-
-
-def changed(agent: AgentProcess, code: str) -> None:
-    """Run the agent with its module changed by `code`, in which it is called `m`: other limits, slower parts."""
-    if os.environ.get("MEDPLUM_AGENT_BINARY"):
-        pytest.skip("an executable cannot be changed")
-    whole = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import medplum_agent as m\n{code}\nsys.exit(m.main())"
-    agent.COMMAND = [sys.executable, "-c", whole]
 
 
 def said(here: Site, *words: str, level: str = "", since: int = 0) -> list[str]:

@@ -9,7 +9,6 @@ import os
 import socket
 import sqlite3
 import subprocess
-import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -21,13 +20,13 @@ import medplum_agent
 from medplum_agent import ChannelPlan, ChannelRow, Hl7Settings, Message, Queue
 from tests.support import (
     AGENT_ID,
-    ROOT,
     AgentProcess,
     Receiver,
     SandboxThread,
     accepts,
     acknowledgment,
     bot,
+    changed,
     eventually,
     log_lines,
     message,
@@ -38,14 +37,6 @@ from tests.support import (
 FAST = "autoRetryBaseDelayMs=20&autoRetryMaxDelayMs=40"
 QUICK_RECONNECTS = "m.RECONNECT_BASE_SECS, m.RECONNECT_MAX_SECS = 0.01, 0.05"
 HEARTBEAT = b'{"type":"agent:heartbeat:request"}'
-
-
-def changed(agent, code):
-    """Run the agent with its module changed by `code`, in which it is called `m`: other limits, slower parts."""
-    if os.environ.get("MEDPLUM_AGENT_BINARY"):
-        pytest.skip("an executable cannot be changed")
-    whole = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import medplum_agent as m\n{code}\nsys.exit(m.main())"
-    agent.COMMAND = [sys.executable, "-c", whole]
 
 
 def logins(here):

@@ -17,7 +17,7 @@ import trustme
 from prometheus_client.parser import text_string_to_metric_families
 
 import medplum_agent
-from tests.support import AGENT_ID, AgentProcess, Site, eventually, free_ports, message, setting, site
+from tests.support import AGENT_ID, AgentProcess, Site, changed, eventually, free_ports, message, setting, site
 
 PATIENT = "P-4711"
 ONCE = [setting("channelAutoRetryMaxAttempts", 1), setting("channelAutoRetryBaseDelayMs", 20)]
@@ -37,9 +37,21 @@ def status(here: Site) -> Any:
     return ask(here, command="status")
 
 
+OFTEN = "m.LOOK_SECS = 0.2"  # seconds between two looks for alarms
+
+
 @pytest.fixture
 def here(tmp_path):
     with site(tmp_path, CHANNELS, ONCE) as running:
+        yield running
+
+
+@pytest.fixture
+def watched(tmp_path):
+    """The same with an agent that looks for alarms all the time."""
+    with site(tmp_path, CHANNELS, ONCE, start=False) as running:
+        changed(running.agent, OFTEN)
+        running.agent.start()
         yield running
 
 
@@ -373,7 +385,9 @@ def test_an_incident_is_told_twice_over_restarts(tmp_path):
     told, script = tmp_path / "told.txt", tmp_path / "tell.py"
     script.write_text("import sys; open(sys.argv[1], 'a').write(sys.stdin.read())")
     config = f"alarmTo = '{sys.executable} {script} {told}'"
-    with site(tmp_path, {"ADT": "?enhanced=true&alarmAgeSecs=1"}, config=config) as here:
+    with site(tmp_path, {"ADT": "?enhanced=true&alarmAgeSecs=1"}, config=config, start=False) as here:
+        changed(here.agent, OFTEN)
+        here.agent.start()
         here.sandbox.stop()
         with here.device("ADT") as device:
             assert device.ask(message("OLD", patient=PATIENT))[0] == "CA"
@@ -404,7 +418,9 @@ def test_an_alarm_goes_to_syslog_over_tls(tmp_path):
         listener.settimeout(30)
         target = f"syslog+tls://localhost:{listener.getsockname()[1]}"
         config = f"alarmTo = '{target}'\ncaFile = '{tmp_path / 'ca.pem'}'"
-        with site(tmp_path, CHANNELS, ONCE, config=config) as here:
+        with site(tmp_path, CHANNELS, ONCE, config=config, start=False) as here:
+            changed(here.agent, OFTEN)
+            here.agent.start()
             dead_letters(here, 1)
             accepted, _ = listener.accept()
             with context.wrap_socket(accepted, server_side=True) as syslog:
@@ -416,12 +432,12 @@ def test_an_alarm_goes_to_syslog_over_tls(tmp_path):
     assert found and found[1].startswith(b"channel 'ADT' has 1 dead"), text
 
 
-def test_dead_letters_are_an_alarm_until_somebody_decides(here):
-    dead_letters(here, 1)
-    eventually(lambda: "dead" in alarms(here), timeout=30)
-    assert ask(here, command="queue", verb="retry") == {"count": 1}
-    here.agent.wait_state("DEAD-0", "processed")
-    eventually(lambda: alarms(here) == [], timeout=30)
+def test_dead_letters_are_an_alarm_until_somebody_decides(watched):
+    dead_letters(watched, 1)
+    eventually(lambda: "dead" in alarms(watched))
+    assert ask(watched, command="queue", verb="retry") == {"count": 1}
+    watched.agent.wait_state("DEAD-0", "processed")
+    eventually(lambda: alarms(watched) == [])
 
 
 @pytest.mark.parametrize(
@@ -459,7 +475,9 @@ def test_hours_that_mean_nothing_are_refused(text):
 
 
 def test_a_channel_that_falls_silent_is_an_alarm_until_something_comes(tmp_path):
-    with site(tmp_path, {"ADT": "?enhanced=true&expectEverySecs=1"}) as here:
+    with site(tmp_path, {"ADT": "?enhanced=true&expectEverySecs=1"}, start=False) as here:
+        changed(here.agent, OFTEN)
+        here.agent.start()
         eventually(lambda: "silent" in alarms(here), timeout=30)
         here.agent.kill()
         here.agent.start()
