@@ -478,8 +478,15 @@ def binary() -> None:
 def package() -> None:
     """make the packages of this system from dist/medplum-agent, compiled anew where it is not current"""
     ensure_binary()
-    if not succeeds(sys.executable, PACKAGING / "packages.py", STANDALONE.parent, DIST):
+    ensure_compiling()  # has what the agent imports: its parser knows the manual page and the completions
+    if not succeeds(COMPILING_PYTHON, PACKAGING / "packages.py", STANDALONE.parent, DIST):
         raise BuildError("the packages were not made; the reason is above")
+
+
+def docs() -> None:
+    """write the manual page and the completions of four shells into build/docs/"""
+    ensure("runtime")
+    quiet(PYTHON, PACKAGING / "docs.py", WORK / "docs")
 
 
 def lock() -> None:
@@ -558,6 +565,7 @@ VERBS = {
     "bench": Verb(bench, "[ARGUMENTS]"),
     "binary": Verb(binary),
     "package": Verb(package),
+    "docs": Verb(docs),
     "lock": Verb(lock),
     "fuzz": Verb(fuzz, "[TARGET] [--seconds N]"),
     "clean": Verb(clean),

@@ -10530,7 +10530,7 @@ def _stack(error: BaseException | None) -> list[str]:
 
 
 # =====================================================================================================================
-# Command line (510 lines, 4400 tokens)
+# Command line (510 lines, 4420 tokens)
 # =====================================================================================================================
 
 _USAGE = """\
@@ -10546,8 +10546,9 @@ _USAGE = """\
        %(prog)s queue show ID            the same by its number in the queue and the main log
        %(prog)s queue retry [ID...]      send dead letters again: these, or all that --channel, --reason, --since name
        %(prog)s queue discard ID...      give dead letters up
-       %(prog)s queue export FILE        messages with their content, for another queue: queue import FILE
-       %(prog)s queue replay --channel NAME --since TIME --to Bot/ID
+       %(prog)s queue export FILE        messages with their content, for another queue
+       %(prog)s queue import FILE        what was exported, into this queue
+       %(prog)s queue replay             messages of --channel, since --since, once more: to the Bot that --to names
        %(prog)s send HOST:PORT FILE...   HL7 messages to a device or channel, with their acknowledgments"""
 
 
@@ -10556,8 +10557,8 @@ class _Parser(argparse.ArgumentParser):
         raise ConfigError([message])
 
 
-def _parse(argv: list[str], program: str) -> argparse.Namespace:
-    """The reference's arguments come first and are taken as they are: a secret may begin with a dash."""
+def command_parser(program: str) -> argparse.ArgumentParser:
+    """Every option; packaging/docs.py makes the manual page and the completions of shells from it."""
     description = "Carries messages between hospital devices and a Medplum server."
     named = ", ".join(row.metadata["env"] for row in rows_of(ProcessSettings).values() if row.metadata["env"])
     parser = _Parser(prog=program, usage=_USAGE, description=description, epilog=f"Environment: {named}. State is in "
@@ -10585,9 +10586,14 @@ def _parse(argv: list[str], program: str) -> argparse.Namespace:
         "the look is written to the audit log first")  # fmt: skip
     add("--once", action="store_true", help="demo: end after the example traffic")
     add("--version", action="version", version=VERSION)
+    return parser
+
+
+def _parse(argv: list[str], program: str) -> argparse.Namespace:
+    """The reference's arguments come first and are taken as they are: a secret may begin with a dash."""
     first = int(argv[:1] == ["doctor"])
     values = argv[: first + 4] if len(argv) >= first + 4 and re.match(r"https?:", argv[first]) else []
-    options = parser.parse_intermixed_args(argv[len(values) :])
+    options = command_parser(program).parse_intermixed_args(argv[len(values) :])
     options.arguments = values + options.arguments
     return options
 

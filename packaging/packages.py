@@ -19,6 +19,7 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
+import docs
 from binary import needed_glibc
 
 HERE = Path(__file__).resolve().parent
@@ -70,8 +71,8 @@ def squeeze(text: bytes, target: Path) -> None:
 # --- Linux ---
 
 
-def linux_tree(program: Path, tree: Path) -> None:
-    """What the .deb and the .rpm have in common."""
+def linux_tree(program: Path, tree: Path, zsh: str) -> None:
+    """What the .deb and the .rpm have in common; `zsh`: where this system's zsh looks for completions."""
     library, documents = tree / "usr/lib/medplum-agent", tree / "usr/share/doc/medplum-agent"
     shutil.copytree(program, library, ignore=shutil.ignore_patterns("LICENSES.txt"))
     for path in library.rglob("*"):
@@ -81,6 +82,15 @@ def linux_tree(program: Path, tree: Path) -> None:
     put(LINUX / "medplum-agent.service", tree / "usr/lib/systemd/system/medplum-agent.service")
     put(ROOT / "README.md", documents / "README.md")
     squeeze((program / "LICENSES.txt").read_bytes(), documents / "LICENSES.txt.gz")
+    for path in (HERE / "monitoring").iterdir():
+        put(path, documents / "monitoring" / path.name)
+    made = tree.with_name("docs")
+    docs.main(made)
+    share = tree / "usr/share"
+    put(made / "medplum-agent.bash", share / "bash-completion/completions/medplum-agent")
+    put(made / "medplum-agent.fish", share / "fish/vendor_completions.d/medplum-agent.fish")
+    put(made / "_medplum-agent", share / "zsh" / zsh / "_medplum-agent")
+    squeeze((made / "medplum-agent.1").read_bytes(), share / "man/man1/medplum-agent.1.gz")
 
 
 def open_up(tree: Path) -> None:
@@ -92,7 +102,7 @@ def open_up(tree: Path) -> None:
 
 def debian(program: Path, dist: Path, work: Path) -> Path:
     tree, machine = work / "deb", DEBIAN_MACHINE[platform.machine()]
-    linux_tree(program, tree)
+    linux_tree(program, tree, "vendor-completions")
     (tree / "lib").mkdir()  # where Debian has its units until every release has merged it into /usr
     (tree / "usr/lib/systemd").rename(tree / "lib/systemd")
     put(LINUX / "agent.toml", tree / "usr/share/medplum-agent/agent.toml")
@@ -119,7 +129,7 @@ def debian_changes() -> str:
 
 def rpm(program: Path, dist: Path, work: Path) -> Path:
     tree = work / "tree"
-    linux_tree(program, tree)
+    linux_tree(program, tree, "site-functions")
     put(LINUX / "agent.toml", tree / "etc/medplum-agent/agent.toml", 0o600)
     for state in ("var/lib/medplum-agent", "var/log/medplum-agent"):
         (tree / state).mkdir(parents=True)

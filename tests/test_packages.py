@@ -29,6 +29,11 @@ PACKAGING = ROOT / "packaging"
 WORKFLOWS = sorted((ROOT / ".github/workflows").glob("*.yml"))
 UNIT = PACKAGING / "linux/medplum-agent.service"
 SCRIPTS = sorted(path for path in PACKAGING.rglob("*") if path.is_file() and path.read_bytes()[:3] == b"#!/")
+DOCUMENTS = (  # in both Linux packages
+    "bash-completion/completions/medplum-agent", "fish/vendor_completions.d/medplum-agent.fish",
+    "man/man1/medplum-agent.1.gz", "doc/medplum-agent/monitoring/prometheus-rules.yml",
+    "doc/medplum-agent/monitoring/grafana-dashboard.json",
+)  # fmt: skip
 EXPOSURE = 2.0  # systemd-analyze security: 0 is locked up, 10 is open
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="packages are made on their own systems")
@@ -171,6 +176,8 @@ def test_debian_package(scripts: Any, program: Path, tmp_path: Path) -> None:
     installed = next(line for line in listed.splitlines() if line.endswith("lib/medplum-agent/medplum-agent"))
     assert installed.startswith("-rwxr-xr-x root/root")
     assert "./etc/" not in listed  # the settings are the site's own
+    for name in (*DOCUMENTS, "zsh/vendor-completions/_medplum-agent"):
+        assert f" ./usr/share/{name}\n" in listed
     run("lintian", "--fail-on", "error", "--allow-root", package)
 
 
@@ -184,6 +191,8 @@ def test_rpm_package(scripts: Any, program: Path, tmp_path: Path) -> None:
     assert modes["/etc/medplum-agent/agent.toml"] == ("-rw-------", *own)
     assert modes["/var/lib/medplum-agent"] == modes["/var/log/medplum-agent"] == ("drwx------", *own)
     assert modes["/usr/lib/medplum-agent/medplum-agent"] == ("-rwxr-xr-x", "root", "root")
+    for name in (*DOCUMENTS, "zsh/site-functions/_medplum-agent"):
+        assert modes[f"/usr/share/{name}"] == ("-rw-r--r--", "root", "root")
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: str(path.relative_to(PACKAGING)))
