@@ -217,6 +217,7 @@ PING_SECS = 8.0  # a whole ping, whatever its count: below the server's 10 s
 PING_MAX = 100  # echo requests of one ping
 MAX_STATS_SAMPLES = 1000  # round trips kept per channel
 LOG_HELD_BYTES = 4 * MIB  # channel log lines in memory; more than this means a slow disk, and the writer must wait
+EVENT_CHARS = 30_000  # of an event of Windows; its limit is 31,839
 LOG_PAGE_MAX = 1000  # entries of one $fetch-logs
 LOG_BLOCK_BYTES = 64 * KIB  # log files are read backwards in blocks of this size
 
@@ -1408,7 +1409,7 @@ def _markdown(shown: Json) -> str:
 
 
 # =====================================================================================================================
-# Logs (170 lines, 1200 tokens)
+# Logs (190 lines, 1350 tokens)
 #
 # Two logs as JSON lines, each a rotating file: the main log says what the agent does and never holds patient data
 # (messages are named by their row number in the queue); the channel log holds the messages. On a terminal the main
@@ -1428,6 +1429,19 @@ def _is_journal(console: typing.TextIO | None) -> bool:
         found = os.fstat(cast(typing.TextIO, console).fileno())
         return os.environ.get("JOURNAL_STREAM") == f"{found.st_dev}:{found.st_ino}"
     return False
+
+
+def _tell_windows(text: str) -> None:
+    """Into the event log "Application", where the administrators of Windows look. The installer names the program
+    that shows event 1 of this source as its text alone."""
+    import ctypes
+
+    log = ctypes.windll.advapi32  # type: ignore[attr-defined]
+    log.RegisterEventSourceW.restype = ctypes.c_void_p  # a handle has 64 bits
+    if source := ctypes.c_void_p(log.RegisterEventSourceW(None, "Medplum Agent")):
+        texts = (ctypes.c_wchar_p * 1)(text[:EVENT_CHARS])
+        log.ReportEventW(source, 1, 0, 1, None, 1, 0, texts, None)  # EVENTLOG_ERROR_TYPE
+        log.DeregisterEventSource(source)
 
 
 class Log:
@@ -1475,6 +1489,8 @@ class Log:
                 elif console.isatty():
                     shown = f"{stamp[11:19]} {level:5} {plain}"
                 print(shown, file=console, flush=True)
+        if sys.platform == "win32" and level == "ERROR" and self.name == "main":
+            _tell_windows(_CONTROLS.sub(" ", text))
         if not self.lazy or self._bytes > LOG_HELD_BYTES:
             self.flush()
 

@@ -1,11 +1,13 @@
 """The two logs: lines, levels, rotation by size and day, disks that fail; and reading them backwards by pages."""
 
+import ctypes
 import datetime
 import errno
 import io
 import json
 import os
 import re
+import sys
 import threading
 import types
 import typing
@@ -122,6 +124,30 @@ def test_the_journal_gets_words_and_their_priority(tmp_path: Path, monkeypatch: 
     else:
         assert [json.loads(line)["level"] for line in shown] == ["WARN", "INFO"]
     assert everything(tmp_path) == ["Agent stats", "port 104\nis \x1b[31mtaken"]
+
+
+def test_errors_of_the_main_log_are_events_of_windows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a stand-in for advapi32: one event for each error, the source closed again."""
+    calls = list[tuple[Any, ...]]()
+
+    class Advapi:
+        def __getattr__(self, name: str) -> Any:
+            def call(*values: Any) -> int:
+                calls.append((name, *(list(v) if isinstance(v, ctypes.Array) else v for v in values)))
+                return 1 << 40
+
+            setattr(self, name, call)
+            return call
+
+    monkeypatch.setattr(ctypes, "windll", types.SimpleNamespace(advapi32=Advapi()), raising=False)
+    monkeypatch.setattr(sys, "platform", "win32")
+    main = log(tmp_path)
+    main.warn("only a warning")
+    log(tmp_path, "channels").error("a message, which stays in its own log")
+    main.error("The queue cannot\nbe written")
+    assert [call[0] for call in calls] == ["RegisterEventSourceW", "ReportEventW", "DeregisterEventSource"]
+    assert calls[1][2:4] == (1, 0) and calls[1][8] == ["The queue cannot be written"]
+    assert calls[2][1].value == 1 << 40
 
 
 def test_a_lazy_log_writes_when_flushed_or_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

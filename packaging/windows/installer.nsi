@@ -25,6 +25,7 @@ ManifestSupportedOS all
 
 !define SERVICE "MedplumAgent"
 !define UNINSTALL_KEY "Software\Microsoft\Windows\CurrentVersion\Uninstall\MedplumAgent"
+!define EVENT_KEY "SYSTEM\CurrentControlSet\Services\EventLog\Application\Medplum Agent"
 !define SYSTEM_ACCOUNTS '/grant:r "*S-1-5-18:(OI)(CI)F" "*S-1-5-32-544:(OI)(CI)F"' ; SYSTEM and Administrators
 !define LOCAL_SERVICE "*S-1-5-19"
 
@@ -322,6 +323,9 @@ Function Register
     WriteRegDWORD HKLM "${UNINSTALL_KEY}" "NoRepair" 1
     ${GetSize} "$INSTDIR" "/S=0K" $0 $1 $2
     WriteRegDWORD HKLM "${UNINSTALL_KEY}" "EstimatedSize" $0
+    ; Errors of the agent are event 1 of this source; EventCreate, a part of Windows, shows such events as their text
+    WriteRegExpandStr HKLM "${EVENT_KEY}" "EventMessageFile" "%SystemRoot%\System32\EventCreate.exe"
+    WriteRegDWORD HKLM "${EVENT_KEY}" "TypesSupported" 7
     CreateDirectory "$SMPROGRAMS\Medplum Agent"
     CreateShortcut "$SMPROGRAMS\Medplum Agent\Uninstall.lnk" "$INSTDIR\uninstall.exe"
 FunctionEnd
@@ -355,6 +359,7 @@ Section "Uninstall"
     Delete "$SMPROGRAMS\Medplum Agent\Uninstall.lnk"
     RMDir "$SMPROGRAMS\Medplum Agent"
     DeleteRegKey HKLM "${UNINSTALL_KEY}"
+    DeleteRegKey HKLM "${EVENT_KEY}"
     ${If} $Purge == yes
         Delete "$INSTDIR\agent.properties"
         Delete "$INSTDIR\agent.toml"
