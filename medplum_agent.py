@@ -47,7 +47,6 @@ import shlex
 import shutil
 import signal
 import socket
-import sqlite3
 import ssl
 import stat
 import struct
@@ -72,6 +71,7 @@ from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import Any, Final, NamedTuple, NoReturn, TypeVar, cast
 
+import apsw
 import certifi
 import h11
 import tomli
@@ -2675,7 +2675,7 @@ def text_records(body: str, settings: StreamSettings) -> list[bytes]:
 
 
 # =====================================================================================================================
-# Store (1140 lines, 8400 tokens)
+# Store (1160 lines, 8400 tokens)
 #
 # Every message on disk before it is acknowledged: one SQLite file (WAL, synchronous=FULL), one writer thread with one
 # commit in flight. What arrives while it runs is the next batch: one executemany, one COMMIT, one call back into the
@@ -2829,8 +2829,23 @@ class _Update(NamedTuple):
     then: Callable[[], None] | None
 
 
+class Database(apsw.Connection):
+    """A file in SQLite's format, by its URI; waits 5 s for whoever else holds it. apsw.Error."""
+
+    def __init__(self, uri: str):
+        super().__init__(uri, apsw.SQLITE_OPEN_READWRITE | apsw.SQLITE_OPEN_URI)  # `mode` in the URI may say less
+        self.set_busy_timeout(5000)
+
+    def rows(self, sql: str, values: Sequence[Any] = ()) -> list[tuple[Any, ...]]:
+        return self.execute(sql, values).fetchall()
+
+    def one(self, sql: str, values: Sequence[Any] = ()) -> Any:
+        """The only value of the only row, or the row where it has several; None where there is none."""
+        return self.execute(sql, values).get
+
+
 class _Call(NamedTuple):
-    run: Callable[[sqlite3.Connection], Any]
+    run: Callable[[Database], Any]
     future: asyncio.Future[Any]
 
 
@@ -2838,8 +2853,8 @@ _Item = Message | ChannelRow | _Update | _Call  # what the writer is given, in t
 
 
 _UNWRITABLE = (  # errors of a value, not of the file
-    ValueError, TypeError, OverflowError, sqlite3.InterfaceError, sqlite3.ProgrammingError, sqlite3.DataError,
-    sqlite3.IntegrityError,
+    ValueError, TypeError, OverflowError, apsw.BindingsError, apsw.ConstraintError, apsw.MismatchError, apsw.RangeError,
+    apsw.TooBigError,
 )  # fmt: skip
 
 
@@ -2975,7 +2990,7 @@ class Store:
         self._reach = 0  # row numbers below it are reserved
         self._opened = asyncio.Event()
         self._reader = ThreadPoolExecutor(1, "store-reader")
-        self._read_connection: sqlite3.Connection | None = None
+        self._read_connection: Database | None = None
         self._failed_at = self._measure_at = 0.0
         self._inode = (0, 0)
         self._lock_file: typing.BinaryIO | None = None
@@ -3043,18 +3058,18 @@ class Store:
         self._lazy = None
         self._bell.put(None)
 
-    def call(self, run: Callable[[sqlite3.Connection], T]) -> asyncio.Future[T]:
+    def call(self, run: Callable[[Database], T]) -> asyncio.Future[T]:
         """Run in the writer thread inside the next transaction."""
         future: asyncio.Future[T] = self._loop.create_future()
         self._inbox.append(_Call(run, future))
         self._bell.put(None)
         return future
 
-    async def read(self, run: Callable[[sqlite3.Connection], T]) -> T:
+    async def read(self, run: Callable[[Database], T]) -> T:
         """Run in the reader thread on a read-only connection; StorageError."""
         try:
             return await self._loop.run_in_executor(self._reader, self._read, run)
-        except sqlite3.Error as error:
+        except apsw.Error as error:
             raise StorageError(str(error)) from None
 
     async def close(self) -> None:
@@ -3084,17 +3099,17 @@ class Store:
         self._bell.put(None)
         return row
 
-    def _save_channel(self, db: sqlite3.Connection, row: ChannelRow) -> None:
+    def _save_channel(self, db: Database, row: ChannelRow) -> None:
         """The file knows better what id a name has."""
-        found = db.execute("SELECT id, epoch, key_spec FROM channel WHERE name = ?", (row.name,)).fetchone()
+        found = db.one("SELECT id, epoch, key_spec FROM channel WHERE name = ?", (row.name,))
         if found is not None:
             row.id, row.epoch = found[0], max(row.epoch, found[1] + (found[2] != row.key_spec))
             db.execute("UPDATE channel SET epoch = ?, key_spec = ? WHERE id = ?", (row.epoch, row.key_spec, row.id))
             return
-        taken = db.execute("SELECT 1 FROM channel WHERE id = ?", (row.id,)).fetchone()
+        taken = db.one("SELECT 1 FROM channel WHERE id = ?", (row.id,))
         values = None if taken or not row.id else row.id, row.name, row.key_spec, row.epoch
-        added = db.execute("INSERT INTO channel (id, name, key_spec, epoch) VALUES (?, ?, ?, ?)", values)
-        row.id = added.lastrowid or 0
+        db.execute("INSERT INTO channel (id, name, key_spec, epoch) VALUES (?, ?, ?, ?)", values)
+        row.id = db.last_insert_rowid()
         self._next_channel = max(self._next_channel, row.id + 1)
 
     async def recover(self, row: ChannelRow, state: int, error_code: str | None, reason: str | None) -> int:
@@ -3103,7 +3118,12 @@ class Store:
           WHERE channel = ? AND state = ?"""
         outcome, settled_at = (NOT_OWED, now_ms()) if error_code else (PENDING, 0)
         values = state, outcome, settled_at, error_code, reason, row.id, SENT
-        return await self.call(lambda db: db.execute(sql, values).rowcount)
+
+        def run(db: Database) -> int:
+            db.execute(sql, values)
+            return db.changes()
+
+        return await self.call(run)
 
     async def queued(
         self, row: ChannelRow, after: int, limit: int, retried: Sequence[int] = ()
@@ -3113,7 +3133,7 @@ class Store:
           FROM message WHERE channel = ? AND state < {PROCESSED} AND"""
         again = f"{sql} id IN (SELECT value FROM json_each(?)) ORDER BY id"
 
-        def run(db: sqlite3.Connection) -> list[tuple[Message, bytes | None]]:
+        def run(db: Database) -> list[tuple[Message, bytes | None]]:
             found = []
             first = db.execute(again, (row.id, json.dumps(retried))).fetchall() if retried else []
             rest = db.execute(f"{sql} id > ? ORDER BY id LIMIT ?", (row.id, after, limit))
@@ -3129,7 +3149,7 @@ class Store:
     async def bodies(self, ids: Sequence[int]) -> dict[int, tuple[bytes, str | None]]:
         """(original, finalized or None) of messages by id."""
         sql = f"SELECT id, original, finalized FROM message WHERE id IN ({','.join('?' * len(ids))})"
-        rows = await self.read(lambda db: db.execute(sql, tuple(ids)).fetchall())
+        rows = await self.read(lambda db: db.rows(sql, tuple(ids)))
         return {id_: (original, finalized) for id_, original, finalized in rows}
 
     async def finalize(self, message: Message, old: str, new: str) -> None:
@@ -3139,7 +3159,7 @@ class Store:
 
     async def message(self, id_: int) -> Message | None:
         """One message without its body, as it is after all updates that were asked for."""
-        row = await self.call(lambda db: db.execute(f"{_SELECT} FROM message WHERE id = ?", (id_,)).fetchone())
+        row = await self.call(lambda db: db.one(f"{_SELECT} FROM message WHERE id = ?", (id_,)))
         return Message._from_row(row) if row else None
 
     async def waits_for(self, row: ChannelRow, before: int, objects: Sequence[str]) -> bool:
@@ -3147,13 +3167,13 @@ class Store:
         sql = f"""SELECT 1 FROM message WHERE channel = ? AND state < {PROCESSED} AND id < ? AND type = 'C-STORE'
           AND control_id IN (SELECT value FROM json_each(?)) LIMIT 1"""
         values = row.id, before, json.dumps(objects)
-        return await self.read(lambda db: db.execute(sql, values).fetchone()) is not None
+        return await self.read(lambda db: db.one(sql, values)) is not None
 
     async def unreported(self, row: ChannelRow, since: int) -> list[Message]:
         """Storage commitments that were answered, and whose device has not taken the report."""
         sql = f"""{_SELECT} FROM message WHERE channel = ? AND type = '{COMMITMENT}' AND state = {PROCESSED}
           AND outcome = {UNDELIVERED} AND received_at > ?"""
-        rows = await self.call(lambda db: db.execute(sql, (row.id, since)).fetchall())
+        rows = await self.call(lambda db: db.rows(sql, (row.id, since)))
         return [Message._from_row(found) for found in rows]
 
     async def backlog(self) -> list[Backlog]:
@@ -3165,9 +3185,9 @@ class Store:
         """Dead letters by destination; only those that have some."""
         sql = f"""SELECT name, dead FROM channel JOIN (SELECT channel, count(*) AS dead FROM message
           WHERE state > {PROCESSED} AND state < {NACKED} GROUP BY channel) ON id = channel"""
-        return dict(await self.read(lambda db: db.execute(sql).fetchall()))
+        return dict(await self.read(lambda db: db.rows(sql)))
 
-    async def look(self, find: Callable[[sqlite3.Connection], T]) -> T:
+    async def look(self, find: Callable[[Database], T]) -> T:
         """What a person asks for (Wanted), after all updates that were asked for."""
         await self.call(lambda db: None)
         return await self.read(find)
@@ -3184,7 +3204,7 @@ class Store:
         parts = (f"SELECT state, count(*) FROM message WHERE state {which} GROUP BY state" for which in ("< 2", "> 2"))
         sql = " UNION ALL ".join((*parts, f"SELECT {PROCESSED}, (SELECT count(*) FROM message)"))
         await self.call(lambda db: None)
-        found = dict(await self.read(lambda db: db.execute(sql).fetchall()))
+        found = dict(await self.read(lambda db: db.rows(sql)))
         found[PROCESSED] -= sum(count for state, count in found.items() if state != PROCESSED)
         return {name: found.get(state, 0) for state, name in enumerate(STATES)}
 
@@ -3198,7 +3218,7 @@ class Store:
             failed.set_exception(StorageError(self.trouble))
             return failed
 
-        def run(db: sqlite3.Connection) -> None:
+        def run(db: Database) -> None:
             db.execute("INSERT INTO partial VALUES (?, ?, ?, ?, ?)", values)
 
         return self.call(run)
@@ -3210,16 +3230,14 @@ class Store:
         """(session, remote, the frames joined) of each session that is no message."""
         sql = """SELECT session, remote, group_concat(hex(frame), '') FROM
           (SELECT * FROM partial WHERE channel = ? ORDER BY session, number) GROUP BY session"""
-        rows = await self.call(lambda db: db.execute(sql, (row.id,)).fetchall())
+        rows = await self.call(lambda db: db.rows(sql, (row.id,)))
         return [(session, remote, bytes.fromhex(frames)) for session, remote, frames in rows]
 
     # --- the reader thread ---
 
-    def _read(self, run: Callable[[sqlite3.Connection], T]) -> T:
+    def _read(self, run: Callable[[Database], T]) -> T:
         if self._read_connection is None:
-            self._read_connection = sqlite3.connect(
-                f"{self.path.absolute().as_uri()}?mode=ro", uri=True, isolation_level=None
-            )
+            self._read_connection = Database(f"{self.path.absolute().as_uri()}?mode=ro")
             self._read_connection.execute("PRAGMA cache_size=-4000")
         return run(self._read_connection)
 
@@ -3231,7 +3249,7 @@ class Store:
     # --- the writer thread ---
 
     def _write_loop(self) -> None:
-        db: sqlite3.Connection | None = None
+        db: Database | None = None
         while not (self._stopping and (not self._inbox or db is None)):
             if db is None:
                 db = self._open()
@@ -3249,7 +3267,7 @@ class Store:
             if not self._write_batch(db, self._take_batch()):
                 db = self._after_failure(db)
         if db is not None:
-            with suppress(sqlite3.Error):
+            with suppress(apsw.Error):
                 db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
             db.close()
             self._remember(self._next_id)
@@ -3270,7 +3288,7 @@ class Store:
             batch.append(item)
         return batch
 
-    def _write_batch(self, db: sqlite3.Connection, batch: list[_Item]) -> bool:
+    def _write_batch(self, db: Database, batch: list[_Item]) -> bool:
         """One transaction. When it fails, messages are refused; the rest is tried without them, and else kept."""
         messages = [item for item in batch if isinstance(item, Message)]
         updates = [item for item in batch if isinstance(item, _Update)]
@@ -3290,10 +3308,10 @@ class Store:
             results = [call.run(db) for call in calls]
             db.execute("COMMIT")
         except Exception as error:  # whatever it is, the thread must live: it holds the promise
-            with suppress(sqlite3.Error):
+            with suppress(apsw.Error):
                 db.execute("ROLLBACK")
             return self._after_error(db, messages, [*rows, *updates], calls, error)
-        with suppress(sqlite3.Error):
+        with suppress(apsw.Error):
             self._measure(db, messages, exact=bool(calls))
         if self._failed_at and messages:
             self._failed_at = 0.0
@@ -3302,7 +3320,7 @@ class Store:
         return True
 
     def _after_error(
-        self, db: sqlite3.Connection, messages: list[Message], kept: Sequence[ChannelRow | _Update],
+        self, db: Database, messages: list[Message], kept: Sequence[ChannelRow | _Update],
         calls: list[_Call], error: Exception,
     ) -> bool:  # fmt: skip
         if isinstance(error, _UNWRITABLE):
@@ -3327,7 +3345,7 @@ class Store:
             self._loop.call_soon_threadsafe(self._fail_calls, calls, error)
         return False
 
-    def _insert(self, db: sqlite3.Connection, messages: list[Message]) -> None:
+    def _insert(self, db: Database, messages: list[Message]) -> None:
         """Insert all that are new; a repetition gets `earlier` set instead."""
         plain = []
         for message in messages:
@@ -3336,11 +3354,11 @@ class Store:
                 self._insert_numbered(db, message)
             else:
                 plain.append(message)
-        before = db.total_changes
+        before = db.total_changes()
         _execute_many(db, _INSERT, list(map(_new_row, plain)))
-        if db.total_changes - before != len(plain):
+        if db.total_changes() - before != len(plain):
             for message in plain:
-                if not db.execute("SELECT 1 FROM message WHERE id = ?", (message.id,)).fetchone():
+                if not db.one("SELECT 1 FROM message WHERE id = ?", (message.id,)):
                     message.earlier = self._find_earlier(db, message)
                     if message.earlier is None:
                         _execute_many(db, _INSERT, [_new_row(message)])
@@ -3348,35 +3366,35 @@ class Store:
             if message.session:
                 db.execute("DELETE FROM partial WHERE session = ?", (message.session,))
 
-    def _insert_numbered(self, db: sqlite3.Connection, message: Message) -> None:
+    def _insert_numbered(self, db: Database, message: Message) -> None:
         """A number is taken only by a message that is really stored, in the same transaction."""
         message.earlier = self._find_earlier(db, message) if message.checked else None
         if message.earlier is not None:
             return
-        (number,) = db.execute("SELECT next_seq FROM channel WHERE id = ?", (message.channel,)).fetchone()
+        number = db.one("SELECT next_seq FROM channel WHERE id = ?", (message.channel,))
         message.seq_no = number
         message.text = message.finalized = write_sequence_number(message.text or "", number)
         _execute_many(db, _INSERT, [_new_row(message)])
         db.execute("UPDATE channel SET next_seq = ? WHERE id = ?", (number + 1, message.channel))
 
-    def _find_earlier(self, db: sqlite3.Connection, message: Message) -> Message | None:
+    def _find_earlier(self, db: Database, message: Message) -> Message | None:
         """What a message repeats; None when that is too long ago."""
         sql = f"{_SELECT} FROM message WHERE channel = ? AND control_id = ? AND checked = ?"
-        row = db.execute(sql, (message.channel, message.control_id, message.checked)).fetchone()
+        row = db.one(sql, (message.channel, message.control_id, message.checked))
         earlier = Message._from_row(row) if row else None
         if earlier and message.received_at - earlier.received_at >= message.window_ms:
             db.execute("UPDATE message SET checked = NULL WHERE id = ?", (earlier.id,))
             return None
         return earlier
 
-    def _after_failure(self, db: sqlite3.Connection) -> sqlite3.Connection | None:
+    def _after_failure(self, db: Database) -> Database | None:
         """Wait a moment; a file that is damaged is closed and opened anew (a person may have mended it)."""
         self._wait(LAZY_SECS)
         try:
             self._check_file()
-            db.execute("SELECT max(id) FROM message").fetchone()
+            db.one("SELECT max(id) FROM message")
             return db
-        except (sqlite3.Error, StorageError):
+        except (apsw.Error, StorageError):
             db.close()
             self._loop.run_in_executor(self._reader, self._close_reader)
             return None
@@ -3405,26 +3423,26 @@ class Store:
         if (found.st_dev, found.st_ino) != self._inode:
             raise StorageError("unable to open: another file took the place of the queue file")
 
-    def _measure(self, db: sqlite3.Connection, messages: Sequence[Message] = (), *, exact: bool = True) -> None:
+    def _measure(self, db: Database, messages: Sequence[Message] = (), *, exact: bool = True) -> None:
         """The size of what is used in the file: measured ten times a second, in between what was added is counted."""
         self.size_bytes += sum(message.size for message in messages)
         if exact or time.monotonic() >= self._measure_at:
             self._measure_at = time.monotonic() + LAZY_SECS
-            (pages,) = db.execute("PRAGMA page_count").fetchone()
-            (free,) = db.execute("PRAGMA freelist_count").fetchone()
+            pages = db.one("PRAGMA page_count")
+            free = db.one("PRAGMA freelist_count")
             self.size_bytes = (pages - free) * PAGE_BYTES
 
-    def _open(self) -> sqlite3.Connection | None:
+    def _open(self) -> Database | None:
         """Open or create the file; None, with `trouble` set, when it cannot be used."""
-        db: sqlite3.Connection | None = None
+        db: Database | None = None
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._lock_queue()
             self._inspect_wal()
             os.close(os.open(self.path, os.O_RDWR | os.O_CREAT, 0o600))
-            db = sqlite3.connect(self.path, isolation_level=None, check_same_thread=False, timeout=5)
+            db = Database(self.path.absolute().as_uri())
             self._prepare(db)
-        except (OSError, sqlite3.Error, StorageError) as error:
+        except (OSError, apsw.Error, StorageError) as error:
             if db is not None:
                 db.close()
             text = _storage_text(error)
@@ -3478,14 +3496,14 @@ class Store:
             )
             self._log.error(f"{wal} is damaged: {text}. Copies of both files are beside them ({stamp}).")
 
-    def _prepare(self, db: sqlite3.Connection) -> None:
-        new, version = not db.execute("SELECT count(*) FROM sqlite_master").fetchone()[0], 0
+    def _prepare(self, db: Database) -> None:
+        new, version = not db.one("SELECT count(*) FROM sqlite_master"), 0
         if new:
             db.execute(f"PRAGMA page_size={PAGE_BYTES}")
             db.execute("PRAGMA auto_vacuum=INCREMENTAL")
         else:
-            (application,) = db.execute("PRAGMA application_id").fetchone()
-            (version,) = db.execute("PRAGMA user_version").fetchone()
+            application = db.one("PRAGMA application_id")
+            version = db.one("PRAGMA user_version")
             if application != APPLICATION_ID or version > SCHEMA_VERSION:
                 raise StorageError("foreign file: it is not a queue of this version of the agent")
         for pragma in ("journal_mode=WAL", "synchronous=FULL", "fullfsync=1", f"wal_autocheckpoint={CHECKPOINT_PAGES}"):
@@ -3493,18 +3511,18 @@ class Store:
         db.execute("PRAGMA cache_size=-16000")
         if new:
             seed = uuid.uuid4().hex[:19]
-            db.executescript(f"BEGIN; {_SCHEMA} INSERT INTO identity (seed) VALUES ('{seed}'); COMMIT;")
+            db.execute(f"BEGIN; {_SCHEMA} INSERT INTO identity (seed) VALUES ('{seed}'); COMMIT;")
         if not new and any(row[1] == "first_failed_at" for row in db.execute("PRAGMA table_info(message)")):
             db.execute("ALTER TABLE message RENAME COLUMN first_failed_at TO failing_ms")
             db.execute("UPDATE message SET failing_ms = 0")  # it was an epoch time
         for older in range(SCHEMA_VERSION if new else version, SCHEMA_VERSION):
-            db.executescript(f"BEGIN; {_MIGRATIONS[older]}; PRAGMA user_version = {older + 1}; COMMIT;")
-        db.executescript(f"{_DEAD_INDEX}; DROP INDEX IF EXISTS dead")
+            db.execute(f"BEGIN; {_MIGRATIONS[older]}; PRAGMA user_version = {older + 1}; COMMIT;")
+        db.execute(f"{_DEAD_INDEX}; DROP INDEX IF EXISTS dead")
         self._inspect(db)
 
-    def _inspect(self, db: sqlite3.Connection) -> None:
+    def _inspect(self, db: Database) -> None:
         """Learn what is in the file; a new one in the place of another gets the channels that are running."""
-        (seed,) = db.execute("SELECT seed FROM identity").fetchone() or (None,)
+        seed = db.one("SELECT seed FROM identity")
         if not isinstance(seed, str):
             raise StorageError("database disk image is malformed: it has no name")
         for row in list(self._channels.values()):
@@ -3512,8 +3530,8 @@ class Store:
         for id_, name, spec, epoch in db.execute("SELECT id, name, key_spec, epoch FROM channel"):
             self._channels.setdefault(name, ChannelRow(name, spec, id_, epoch))
         self._next_channel = max((row.id for row in self._channels.values()), default=0) + 1
-        (last,) = db.execute("SELECT ifnull(max(id), 0) FROM message").fetchone()
-        (deleted,) = db.execute("SELECT last_deleted_id FROM identity").fetchone()
+        last = db.one("SELECT ifnull(max(id), 0) FROM message")
+        deleted = db.one("SELECT last_deleted_id FROM identity")
         known, _, high = self._remembered().partition(" ")
         reached = int(high) if known == seed and high.isdecimal() else 0
         self._seed = seed
@@ -3582,13 +3600,13 @@ class Store:
         """Delete matching rows, oldest first, in small transactions while `needed`."""
         total = 0
 
-        def run(db: sqlite3.Connection) -> tuple[int, list[str]]:
+        def run(db: Database) -> tuple[int, list[str]]:
             sql = f"SELECT id, spool FROM message WHERE {condition} ORDER BY id LIMIT {SWEEP_ROWS}"
-            rows = db.execute(sql).fetchall()
+            rows = db.rows(sql)
             db.executemany("DELETE FROM message WHERE id = ?", [(id_,) for id_, _ in rows])
             last = rows[-1][0] if rows else 0
             db.execute("UPDATE identity SET last_deleted_id = max(last_deleted_id, ?)", (last,))
-            db.execute(f"PRAGMA incremental_vacuum({SWEEP_ROWS})").fetchall()
+            db.rows(f"PRAGMA incremental_vacuum({SWEEP_ROWS})")
             return len(rows), [spool for _, spool in rows if spool]
 
         while needed():
@@ -3628,11 +3646,11 @@ class Wanted(NamedTuple):
     limit: int = -1
     payload: bool = False  # with what was received
 
-    def ids(self, db: sqlite3.Connection) -> list[int]:
+    def ids(self, db: Database) -> list[int]:
         """Their row numbers, oldest first."""
         return [id_ for (id_,) in self._rows(db, "id")]
 
-    def found(self, db: sqlite3.Connection) -> list[tuple[str, Message]]:
+    def found(self, db: Database) -> list[tuple[str, Message]]:
         """These messages, oldest first, each with the name of its destination."""
         body = "original" if self.payload else "NULL"
         name, found = "(SELECT name FROM channel c WHERE c.id = m.channel)", list[tuple[str, Message]]()
@@ -3642,7 +3660,7 @@ class Wanted(NamedTuple):
             found.append((owner, message))
         return found
 
-    def _rows(self, db: sqlite3.Connection, columns: str) -> Iterator[tuple[Any, ...]]:
+    def _rows(self, db: Database, columns: str) -> Iterator[tuple[Any, ...]]:
         conditions = {
             "id = ?": self.id, "control_id = ?": self.control_id, "error_code = ?": self.reason,
             "channel = (SELECT id FROM channel WHERE name = ?)": self.channel, "received_at >= ?": self.since,
@@ -3654,14 +3672,14 @@ class Wanted(NamedTuple):
         return db.execute(sql, (*given.values(),))
 
 
-def backlog_of(db: sqlite3.Connection) -> list[Backlog]:
+def backlog_of(db: Database) -> list[Backlog]:
     """What waits in a queue, by destination; only those for which something does."""
     return [Backlog(*row) for row in db.execute(_BACKLOG)]
 
 
-def seed_of(db: sqlite3.Connection) -> str:
+def seed_of(db: Database) -> str:
     """What tells a queue from all others."""
-    return str(db.execute("SELECT seed FROM identity").fetchone()[0])
+    return str(db.one("SELECT seed FROM identity"))
 
 
 class Decided(NamedTuple):
@@ -3672,39 +3690,42 @@ class Decided(NamedTuple):
     spool: str | None
 
 
-def decide(db: sqlite3.Connection, fate: str, ids: Sequence[int]) -> list[Decided]:
+def decide(db: Database, fate: str, ids: Sequence[int]) -> list[Decided]:
     """Give these dead letters their fate; those that are none are left alone."""
     sql = f"""UPDATE message SET {FATES[fate]} WHERE id IN (SELECT value FROM json_each(?)) AND {KINDS["dead"]}
       RETURNING id, (SELECT name FROM channel c WHERE c.id = message.channel), spool"""
     return [Decided(*row) for row in db.execute(sql, (json.dumps(ids),))]
 
 
-def read_queue(path: Path, read: Callable[[sqlite3.Connection], T]) -> T:
+def read_queue(path: Path, read: Callable[[Database], T]) -> T:
     """Read beside a running agent or none; nothing is written. StorageError."""
     try:
         path = path.resolve()  # what belongs to the file is beside it, not beside a link to it
         path.stat()  # which says better than SQLite why it cannot be read
         # where no agent runs nothing may come into being beside the file: it would belong to whoever looks
         alone = "" if path.with_name(f"{path.name}-wal").exists() else "&immutable=1"
-        with closing(sqlite3.connect(f"{path.as_uri()}?mode=ro{alone}", uri=True)) as db:
+        with closing(Database(f"{path.as_uri()}?mode=ro{alone}")) as db:
             return read(db)
     except OSError as error:
         raise StorageError(f"the queue {path} cannot be read: {error.strerror}") from None
-    except sqlite3.Error as error:
+    except apsw.Error as error:
         advice = "; the agent has to run on it once after an update" if "no such" in str(error) else ""
         raise StorageError(f"the queue {path} cannot be read: {error}{advice}") from None
 
 
-def change_queue(path: Path, change: Callable[[sqlite3.Connection], T]) -> T:
+def change_queue(path: Path, change: Callable[[Database], T]) -> T:
     """One transaction in the queue of an agent that does not run; StorageError."""
     read_queue(path, lambda db: None)  # it is there
     with open(path.with_name(f"{path.name}.lock"), "a+b", opener=private) as lock:
         if not lock_file(lock):
             raise StorageError(f"another agent uses the queue {path}")
         try:
-            with closing(sqlite3.connect(path)) as db, db:
-                return change(db)
-        except sqlite3.Error as error:
+            with closing(Database(path.resolve().as_uri())) as db:
+                db.execute("BEGIN IMMEDIATE")
+                result = change(db)
+                db.execute("COMMIT")
+                return result
+        except apsw.Error as error:
             raise StorageError(f"the queue {path} cannot be written: {error}") from None
         finally:
             Path(lock.name).unlink(missing_ok=True)
@@ -3744,7 +3765,7 @@ def _statement(template: str, columns: int, rows: int) -> str:
     return template.format(rows=",".join([f"({','.join('?' * columns)})"] * rows))
 
 
-def _execute_many(db: sqlite3.Connection, template: str, rows: Sequence[tuple[Any, ...]]) -> None:
+def _execute_many(db: Database, template: str, rows: Sequence[tuple[Any, ...]]) -> None:
     """Many rows a statement: executemany takes and drops the interpreter lock for each row (a quarter of the path)."""
     at = 0
     while at < len(rows):

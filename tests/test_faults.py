@@ -211,11 +211,11 @@ def test_a1_a_write_error_at_eot_loses_no_session(tmp_path, failures):
     with site(tmp_path, {"ASTM": ASTM, "A": ""}, start=False) as here:
         changed(
             here.agent,
-            "import sqlite3; m.MUST_SECS = 0.1; insert, left = m.Store._insert, ['x'] * "
+            "import apsw; m.MUST_SECS = 0.1; insert, left = m.Store._insert, ['x'] * "
             f"{failures}\n"
             "def fail(self, db, messages):\n"
             "    if left and any(message.session for message in messages):\n"
-            "        left.pop(); raise sqlite3.OperationalError('disk I/O error')\n"
+            "        left.pop(); raise apsw.IOError('disk I/O error')\n"
             "    return insert(self, db, messages)\n"
             "m.Store._insert = fail",
         )
@@ -1557,7 +1557,7 @@ def test_d20_fsync_means_the_disk_on_macos_too(tmp_path, monkeypatch):
         log: Any = medplum_agent.Log("main", medplum_agent.LoggerSettings(logLevel="NONE"), None, None)
         store = medplum_agent.Store(tmp_path / "queue.sqlite", log)
         await store.open()
-        pragmas.extend(await store.call(lambda db: [str(db.execute(f"PRAGMA {p}").fetchone()[0]) for p in names]))
+        pragmas.extend(await store.call(lambda db: [str(db.one(f"PRAGMA {p}")) for p in names]))
         await store.close()
 
     names = ("fullfsync", "synchronous")

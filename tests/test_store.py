@@ -5,7 +5,6 @@ import contextlib
 import io
 import os
 import shutil
-import sqlite3
 import subprocess
 import threading
 import uuid
@@ -13,6 +12,7 @@ from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequen
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import apsw
 import pytest
 
 import medplum_agent as ma
@@ -92,7 +92,7 @@ async def held(store: ma.Store) -> AsyncIterator[None]:
     """The writer is held up: what is asked for inside is its next batch."""
     entered, go = threading.Event(), threading.Event()
 
-    def hold(_: sqlite3.Connection) -> None:
+    def hold(_: ma.Database) -> None:
         entered.set()
         go.wait(10)
 
@@ -133,9 +133,22 @@ async def healthy(store: ma.Store) -> None:
         await asyncio.sleep(0.005)
 
 
+def database(path: Path) -> ma.Database:
+    path.touch()
+    return ma.Database(path.as_uri())
+
+
+def noting(statements: list[str]) -> Callable[..., bool]:
+    def note(_: object, sql: str, values: object) -> bool:
+        statements.append(sql)
+        return True
+
+    return note
+
+
 def rows(path: Path, sql: str = "SELECT control_id FROM message ORDER BY id") -> list[Any]:
     """What another process sees."""
-    with contextlib.closing(sqlite3.connect(path)) as db:
+    with contextlib.closing(database(path)) as db:
         found = db.execute(sql).fetchall()
     return [row[0] if len(row) == 1 else row for row in found]
 
@@ -168,7 +181,7 @@ def test_a_commit_is_synced(path: Path) -> None:
     async def scenario() -> None:
         async with opened(path) as store:
             pragmas = ("synchronous", "journal_mode", "application_id", "user_version")
-            found = await store.call(lambda db: [db.execute(f"PRAGMA {p}").fetchone()[0] for p in pragmas])
+            found = await store.call(lambda db: [db.one(f"PRAGMA {p}") for p in pragmas])
             assert found == [2, "wal", ma.APPLICATION_ID, ma.SCHEMA_VERSION]
 
     run(scenario)
@@ -194,10 +207,10 @@ def test_many_messages_share_few_commits(path: Path) -> None:
         async with opened(path) as store:
             row = store.channel("ADT")
             statements: list[str] = []
-            await store.call(lambda db: db.set_trace_callback(statements.append))
+            await store.call(lambda db: db.set_exec_trace(noting(statements)))
             assert set(await in_one_batch(store, *(new(row, str(n)) for n in range(3000)))) == {"stored"}
             assert 1 <= sum(statement.startswith("COMMIT") for statement in statements) <= 3
-            await store.call(lambda db: db.set_trace_callback(None))
+            await store.call(lambda db: db.set_exec_trace(None))
             assert rows(path) == [str(n) for n in range(3000)]
             assert not store.congested and store._uncommitted == store._uncommitted_bytes == 0
 
@@ -211,7 +224,7 @@ def test_one_commit_is_bounded(path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         async with opened(path) as store:
             row = store.channel("ADT")
             statements: list[str] = []
-            await store.call(lambda db: db.set_trace_callback(statements.append))
+            await store.call(lambda db: db.set_exec_trace(noting(statements)))
             await in_one_batch(store, *(new(row, str(n)) for n in range(95)))
             assert sum(statement.startswith("COMMIT") for statement in statements) >= 10
             assert len(rows(path)) == 95
@@ -331,7 +344,7 @@ def test_messages_always_have_a_channel(path: Path) -> None:
     async def scenario() -> None:
         async with opened(path) as store:
             async with held(store):
-                failed = store.call(failing(sqlite3.OperationalError("disk I/O error")))
+                failed = store.call(failing(apsw.IOError("disk I/O error")))
                 row = store.channel("ADT")
             with pytest.raises(ma.StorageError):
                 await failed
@@ -499,7 +512,7 @@ def test_no_number_is_given_twice_and_what_waits_keeps_its_name(path: Path, kept
                 numbers.update(message.id for message in messages)
                 names.add(store.uuid)
                 if kept and not (path.parent / kept).exists():
-                    with contextlib.closing(sqlite3.connect(path)) as db:
+                    with contextlib.closing(database(path)) as db:
                         db.execute("VACUUM INTO ?", (str(path.parent / kept),))
             if kept:
                 shutil.copy(path.parent / kept, path)
@@ -550,12 +563,12 @@ def test_a_failed_batch_burns_no_number(path: Path, monkeypatch: pytest.MonkeyPa
             assert await put(store, first) == ["stored"]
             execute_many = ma._execute_many
 
-            def fail_after_it(db: sqlite3.Connection, template: str, values: Sequence[tuple[Any, ...]]) -> None:
+            def fail_after_it(db: ma.Database, template: str, values: Sequence[tuple[Any, ...]]) -> None:
                 execute_many(db, template, values)
                 if template == ma._UPDATE:  # the step after the insertion of a batch
-                    (number,) = db.execute("SELECT next_seq FROM channel").fetchone()
+                    number = db.one("SELECT next_seq FROM channel")
                     taken.append(number)
-                    raise sqlite3.OperationalError("disk I/O error")
+                    raise apsw.IOError("disk I/O error")
 
             taken: list[int] = []
             monkeypatch.setattr(ma, "_execute_many", fail_after_it)
@@ -746,15 +759,14 @@ def junk(path: Path) -> None:
 
 
 def foreign(path: Path) -> None:
-    with contextlib.closing(sqlite3.connect(path)) as db:
+    with contextlib.closing(database(path)) as db:
         db.execute("CREATE TABLE precious (x)")
         db.execute("INSERT INTO precious VALUES (1)")
-        db.commit()
 
 
 def from_the_future(path: Path) -> None:
-    with contextlib.closing(sqlite3.connect(path)) as db:
-        db.executescript(f"CREATE TABLE x (y); PRAGMA application_id={ma.APPLICATION_ID}; PRAGMA user_version=99;")
+    with contextlib.closing(database(path)) as db:
+        db.execute(f"CREATE TABLE x (y); PRAGMA application_id={ma.APPLICATION_ID}; PRAGMA user_version=99;")
 
 
 def directory(path: Path) -> None:
@@ -917,7 +929,7 @@ def test_a_message_is_never_acknowledged_into_a_deleted_file(path: Path) -> None
 
 
 @pytest.mark.parametrize(
-    "error", [RuntimeError("odd"), sqlite3.IntegrityError("no"), OverflowError("big"), OSError(5, "x")], ids=repr
+    "error", [RuntimeError("odd"), apsw.ConstraintError("no"), OverflowError("big"), OSError(5, "x")], ids=repr
 )
 def test_a_call_that_fails_fails_alone(path: Path, error: Exception) -> None:
     async def scenario() -> None:
@@ -968,9 +980,8 @@ def test_a_failing_table_refuses_and_recovers(path: Path) -> None:
             (refusal,) = await put(store, new(row, "2"))
             assert refusal.startswith("storage error") and "message" not in refusal
             assert not done.done()
-            with contextlib.closing(sqlite3.connect(path, timeout=10)) as db:
+            with contextlib.closing(database(path)) as db:
                 db.execute("ALTER TABLE gone RENAME TO message")
-                db.commit()
             await done
             assert rows(path, "SELECT control_id, state FROM message") == [("1", ma.PROCESSED)]
             assert await states(store) == {"processed": 1}
@@ -997,8 +1008,8 @@ def test_a_file_with_a_tally_keeps_its_messages_and_loses_the_tally(path: Path) 
     run(first)
     everything = "SELECT * FROM message ORDER BY id"
     before = rows(path, everything)
-    with contextlib.closing(sqlite3.connect(path)) as db:
-        db.executescript(
+    with contextlib.closing(database(path)) as db:
+        db.execute(
             "CREATE TABLE tally (state INTEGER PRIMARY KEY, n INTEGER NOT NULL);"
             "INSERT INTO tally VALUES (0, 3), (1, 0), (2, 1), (3, 0), (4, 1), (5, 0); PRAGMA user_version = 2;"
             "ALTER TABLE message RENAME COLUMN failing_ms TO first_failed_at;"
@@ -1027,8 +1038,8 @@ def test_a_file_of_the_first_version_goes_through_every_migration(path: Path) ->
             await put(store, new(store.channel("ADT"), "1"))
 
     run(first)
-    with contextlib.closing(sqlite3.connect(path)) as db:
-        db.executescript(
+    with contextlib.closing(database(path)) as db:
+        db.execute(
             "DROP INDEX spooled; ALTER TABLE message DROP COLUMN spool;"
             "CREATE TABLE tally (state INTEGER PRIMARY KEY, n INTEGER NOT NULL);"
             "ALTER TABLE message RENAME COLUMN failing_ms TO first_failed_at; PRAGMA user_version = 1;"
