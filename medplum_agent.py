@@ -139,6 +139,11 @@ COMMIT_MESSAGES = 4096  # messages in one transaction: bounds the latency of the
 COMMIT_BYTES = 16 * MIB  # the same for large messages
 UNCOMMITTED_BYTES = 16 * MIB  # received but not yet on disk; above it devices are no longer read
 UNCOMMITTED_MESSAGES = 8192  # the same for small messages
+INLINE_ITEMS = 64  # no more than this is written in the event loop's own thread, and only while the disk is quick
+INLINE_BYTES = 64 * KIB
+QUICK_SECS = 0.002  # of a commit
+QUICK_COMMITS = 32  # so many in a row, before the loop's thread writes; twice as many each time that was too early,
+QUICK_COMMITS_MAX = 512  # up to so many
 LAZY_SECS = 0.1  # finished rows are marked with the next batch, or after this time
 COMMITMENT_POLL_MS = 1000  # a storage commitment looks this often whether its objects have reached the server
 COMPLAIN_SECS = 5.0  # failed tries of one queue are logged at most this often
@@ -2675,7 +2680,7 @@ def text_records(body: str, settings: StreamSettings) -> list[bytes]:
 
 
 # =====================================================================================================================
-# Store (1160 lines, 8400 tokens)
+# Store (1240 lines, 9000 tokens)
 #
 # Every message on disk before it is acknowledged: one SQLite file (WAL, synchronous=FULL), one writer thread with one
 # commit in flight. What arrives while it runs is the next batch: one executemany, one COMMIT, one call back into the
@@ -2982,8 +2987,15 @@ class Store:
         self._loop = asyncio.get_running_loop()
         self._started_ms = now_ms() - round(self._loop.time() * 1000)
         self._inbox: deque[_Item] = deque()
+        self._outbox: deque[Callable[[], None]] = deque()
         self._bell: SimpleQueue[None] = SimpleQueue()  # wakes the writer in a third of an Event's time
         self._sleeping = self._stopping = False
+        self._db: Database | None = None
+        self._turn = threading.Lock()  # held by the thread that writes
+        self._soon = self._suspect = False
+        self._quick, self._needed = 0, QUICK_COMMITS
+        self._wal_pages = 0
+        self._disk_at, self._low = 0.0, False
         self._uncommitted_bytes = self._uncommitted = 0
         self._lazy: asyncio.TimerHandle | None = None
         self._next_id = self._next_channel = 1
@@ -3030,8 +3042,8 @@ class Store:
         self._uncommitted += 1
         self._uncommitted_bytes += message.size
         self._inbox.append(message)
-        if self._sleeping:
-            self._bell.put(None)
+        if self._sleeping and not self._soon:
+            self._wake()
 
     def refusal(self, size: int = 0) -> str:
         """Why a message of this size would be refused now, or an empty string."""
@@ -3050,13 +3062,34 @@ class Store:
         """Write a message's progress with the next batch; with `then`, now, and call it once committed."""
         self._inbox.append(_Update(_changes(message), then))
         if then is not None:
-            self._bell.put(None)
+            self._wake()
         elif self._lazy is None:
             self._lazy = self._loop.call_later(LAZY_SECS, self._write_lazily)
 
     def _write_lazily(self) -> None:
         self._lazy = None
-        self._bell.put(None)
+        self._wake()
+
+    def _wake(self) -> None:
+        """Have what waits written at the end of this turn: here while the disk is quick, else in the writer thread."""
+        if self._quick < self._needed:
+            self._bell.put(None)
+        elif not self._soon:
+            self._soon = True
+            self._loop.call_soon(self._write_here)
+
+    def _write_here(self) -> None:
+        """Little waits and the disk has lately been quick: no thread is waited for."""
+        self._soon = False
+        light = len(self._inbox) <= INLINE_ITEMS and self._uncommitted_bytes <= INLINE_BYTES and not self._suspect
+        if light and not any(type(item) is _Call for item in self._inbox) and self._turn.acquire(blocking=False):
+            try:
+                if self._db is not None and not self._write_batch(self._db, self._take_batch()):
+                    self._quick, self._suspect = 0, True
+            finally:
+                self._turn.release()
+        if (self._inbox and not self._soon) or self._suspect or self._wal_pages >= CHECKPOINT_PAGES:
+            self._bell.put(None)
 
     def call(self, run: Callable[[Database], T]) -> asyncio.Future[T]:
         """Run in the writer thread inside the next transaction."""
@@ -3249,28 +3282,42 @@ class Store:
     # --- the writer thread ---
 
     def _write_loop(self) -> None:
-        db: Database | None = None
-        while not (self._stopping and (not self._inbox or db is None)):
-            if db is None:
-                db = self._open()
+        served = False
+        while not (self._stopping and (not self._inbox or self._db is None)):
+            if self._db is None:
+                self._db = self._open()
                 self._loop.call_soon_threadsafe(self._opened.set)
-                if db is None:
+                if self._db is None:
                     self._wait(STORE_REOPEN_SECS)
                     self._refuse_inbox()
                     continue
-            if not self._inbox:
-                self._sleeping = True
-                if not self._inbox and not self._stopping:
-                    self._wait(None)
-                self._sleeping = False
+            quick = self._quick >= self._needed and len(self._inbox) <= INLINE_ITEMS and not self._stopping
+            if self._suspect or self._wal_pages >= CHECKPOINT_PAGES or (self._inbox and not (quick and served)):
+                with self._turn:
+                    self._write_next(self._db)
+                    served = True
                 continue
-            if not self._write_batch(db, self._take_batch()):
-                db = self._after_failure(db)
-        if db is not None:
+            self._sleeping = True
+            if self._inbox:
+                self._loop.call_soon_threadsafe(self._wake)  # who writes it in its own thread
+            self._wait(None)
+            self._sleeping = served = False
+        if self._db is not None:
             with suppress(apsw.Error):
-                db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
-            db.close()
+                self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+            self._db.close()
             self._remember(self._next_id)
+
+    def _write_next(self, db: Database) -> None:
+        """What waits; and what the loop's thread leaves to this one."""
+        if self._suspect or (self._inbox and not self._write_batch(db, self._take_batch())):
+            self._suspect = False
+            self._db = self._after_failure(db)
+            return
+        if self._wal_pages >= CHECKPOINT_PAGES:
+            self._wal_pages = 0
+            with suppress(apsw.Error):
+                db.wal_checkpoint(mode=apsw.SQLITE_CHECKPOINT_PASSIVE)
 
     def _wait(self, seconds: float | None) -> None:
         """Until the bell rings, or so long."""
@@ -3306,7 +3353,9 @@ class Store:
             self._insert(db, messages)
             _execute_many(db, _UPDATE, [*{item.changes[0]: item.changes for item in updates}.values()])
             results = [call.run(db) for call in calls]
+            started = time.perf_counter()
             db.execute("COMMIT")
+            self._note_commit(time.perf_counter() - started, len(batch))
         except Exception as error:  # whatever it is, the thread must live: it holds the promise
             with suppress(apsw.Error):
                 db.execute("ROLLBACK")
@@ -3316,8 +3365,31 @@ class Store:
         if self._failed_at and messages:
             self._failed_at = 0.0
             self._log.info("The queue can be written again.")
-        self._loop.call_soon_threadsafe(self._committed, messages, updates, calls, results)
+        self._tell(self._committed, messages, updates, calls, results)
         return True
+
+    def _tell(self, then: Callable[..., None], *values: Any) -> None:
+        """What came of a batch, to the loop, in the order of the batches whichever thread wrote them."""
+        self._outbox.append(partial(then, *values))
+        if threading.current_thread() is self._writer:
+            self._loop.call_soon_threadsafe(self._hear)
+        else:
+            self._hear()
+
+    def _hear(self) -> None:
+        while self._outbox:
+            self._outbox.popleft()()
+
+    def _note_commit(self, secs: float, items: int) -> None:
+        """How quick the disk is now, judged by small commits."""
+        if items > INLINE_ITEMS:
+            return
+        here = self._quick >= self._needed
+        self._quick = self._quick + 1 if secs < QUICK_SECS else 0
+        if self._quick >= 2 * self._needed:
+            self._quick = self._needed = max(self._needed // 2, QUICK_COMMITS)
+        elif here and not self._quick:  # the loop stood still for so long
+            self._needed = min(self._needed * 2, QUICK_COMMITS_MAX)
 
     def _after_error(
         self, db: Database, messages: list[Message], kept: Sequence[ChannelRow | _Update],
@@ -3337,12 +3409,12 @@ class Store:
         for message in messages:
             message.refusal = _storage_text(error)
         if messages:
-            self._loop.call_soon_threadsafe(self._committed, messages, (), (), ())
+            self._tell(self._committed, messages, (), (), ())
             return bool(kept or calls) and self._write_batch(db, [*kept, *calls])
         waiting = calls if isinstance(error, StorageError) else []
         self._inbox.extendleft(reversed([*kept, *waiting]))
         if not waiting:
-            self._loop.call_soon_threadsafe(self._fail_calls, calls, error)
+            self._tell(self._fail_calls, calls, error)
         return False
 
     def _insert(self, db: Database, messages: list[Message]) -> None:
@@ -3405,14 +3477,16 @@ class Store:
         for message in refused:
             message.refusal = self.trouble
         self._inbox.extendleft(item for item in reversed(batch) if not isinstance(item, Message))
-        self._loop.call_soon_threadsafe(self._committed, refused, (), (), ())
+        self._tell(self._committed, refused, (), (), ())
 
     def _disk_full(self) -> bool:
-        try:
-            usage = shutil.disk_usage(self.path.parent)
-        except OSError:
-            return False  # the folder is gone: that is found when the file is used
-        return usage.free < min(DISK_RESERVE_BYTES, usage.total // 50)
+        """As it was a moment ago; SQLite itself finds a disk that filled up since."""
+        if time.monotonic() >= self._disk_at:
+            self._disk_at, self._low = time.monotonic() + LAZY_SECS, False
+            with suppress(OSError):  # the folder is gone: that is found when the file is used
+                usage = shutil.disk_usage(self.path.parent)
+                self._low = usage.free < min(DISK_RESERVE_BYTES, usage.total // 50)
+        return self._low
 
     def _check_file(self) -> None:
         """The file is still the one in the folder: what is written into a deleted file is lost."""
@@ -3506,8 +3580,9 @@ class Store:
             version = db.one("PRAGMA user_version")
             if application != APPLICATION_ID or version > SCHEMA_VERSION:
                 raise StorageError("foreign file: it is not a queue of this version of the agent")
-        for pragma in ("journal_mode=WAL", "synchronous=FULL", "fullfsync=1", f"wal_autocheckpoint={CHECKPOINT_PAGES}"):
+        for pragma in ("journal_mode=WAL", "synchronous=FULL", "fullfsync=1"):
             db.execute(f"PRAGMA {pragma}")
+        db.set_wal_hook(self._wal_grew)  # instead of checkpoints within commits, which would hold up the loop
         db.execute("PRAGMA cache_size=-16000")
         if new:
             seed = uuid.uuid4().hex[:19]
@@ -3519,6 +3594,10 @@ class Store:
             db.execute(f"BEGIN; {_MIGRATIONS[older]}; PRAGMA user_version = {older + 1}; COMMIT;")
         db.execute(f"{_DEAD_INDEX}; DROP INDEX IF EXISTS dead")
         self._inspect(db)
+
+    def _wal_grew(self, db: apsw.Connection, name: str, pages: int) -> int:
+        self._wal_pages = pages
+        return apsw.SQLITE_OK
 
     def _inspect(self, db: Database) -> None:
         """Learn what is in the file; a new one in the place of another gets the channels that are running."""

@@ -437,6 +437,10 @@ def accepts(address: tuple[str, int]) -> bool:
     return False
 
 
+# Whatever the disk: what waits is written in the event loop's own thread as long as it is little
+INLINE = "m.QUICK_COMMITS, m.QUICK_SECS = 0, 60"
+
+
 def changed(agent: AgentProcess, code: str) -> None:
     """Run the agent with its module changed by `code`, in which it is called `m`: other limits, slower parts."""
     if os.environ.get("MEDPLUM_AGENT_BINARY"):

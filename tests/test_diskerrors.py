@@ -19,7 +19,7 @@ from demo import accepting_bot
 import medplum_agent as ma
 from tests.dicom_peers import SUCCESS, Aborted, Rejected, made, start, store
 from tests.instruments import Instrument
-from tests.support import Site, accepts, eventually, message, site
+from tests.support import INLINE, Site, accepts, changed, eventually, message, site
 
 CHANNELS = {"FEED": "?enhanced=true", "LAB": "tcp://127.0.0.1:{port}?mode=astm", "PACS": "dicom://127.0.0.1:{port}?"}
 CALLS = "pwrite64 write fdatasync fsync ftruncate rename unlink mkdir".split()
@@ -88,6 +88,8 @@ def run(folder: Path, fault: Fault | None, count: str = "") -> tuple[list[bytes]
     trace = folder / "strace.txt"
     counting = ["strace", "-D", "-f", "-qq", "-o", str(trace), "-e", f"trace={count}"]
     with site(folder, CHANNELS, start=False, wrapper=fault.wrapper(trace) if fault else counting) as here:
+        if fault and fault.number % 2:
+            changed(here.agent, INLINE)
         here.sandbox.bot = lambda got: accepting_bot(got) if got.content_type == ma.HL7_TYPE else (200, "")
         here.agent.start(ready=False)
         with suppress(AssertionError):  # a disk that errs at the start may keep the doors closed

@@ -21,7 +21,7 @@ from demo import accepting_bot
 import medplum_agent as ma
 from tests.dicom_peers import SUCCESS, made, spooled, start, store
 from tests.instruments import ACK, Instrument, frames_of
-from tests.support import ROOT, AgentProcess, Receiver, Site, eventually, message, site
+from tests.support import INLINE, ROOT, AgentProcess, Receiver, Site, eventually, message, site
 
 POINTS = int(os.environ.get("POINTS", "20"))
 SECTOR = 512
@@ -31,7 +31,7 @@ SENDS = "sendto sendmsg".split()
 UNHEARD = """creat pwritev pwritev2 truncate fallocate copy_file_range sendfile renameat renameat2 unlinkat mkdirat
   rmdir link linkat symlink symlinkat dup dup2 dup3""".split()  # what the rebuild cannot do, and the agent must not
 # A checkpoint after 20 pages instead of 2000: in a short run the log is copied into the file again and again.
-FEW_PAGES = "import sys, medplum_agent as ma; ma.CHECKPOINT_PAGES = 20; sys.exit(ma.main())"
+FEW_PAGES = "import sys, medplum_agent as m; m.CHECKPOINT_PAGES = 20; {}; sys.exit(m.main())"
 
 pytestmark = pytest.mark.skipif(not shutil.which("strace"), reason="NO STRACE: power cuts were not tried")
 
@@ -214,14 +214,14 @@ def told(calls: Sequence[Call], ports: dict[str, int], unnamed: dict[str, list[s
             yield next(waiting[own]), call.begin
 
 
-@pytest.fixture(scope="module")
-def recording(tmp_path_factory: pytest.TempPathFactory) -> Recording:
+@pytest.fixture(scope="module", params=["pass", INLINE], ids=["thread", "loop"])
+def recording(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Recording:
     """Each kind of device, first with the server and then without."""
     folder = tmp_path_factory.mktemp("power")
     trace, bodies, unnamed = folder / "strace.txt", dict[str, bytes](), dict[str, list[str]](PACS=[], LAB=[])
     wrapper = f"strace -D -f -yy -xx -s 2000000 -e trace={','.join([*FILES, *SENDS, *UNHEARD])} -o {trace}".split()
     with pytest.MonkeyPatch.context() as patch, Receiver() as pump:
-        patch.setattr(AgentProcess, "COMMAND", [sys.executable, "-c", FEW_PAGES])
+        patch.setattr(AgentProcess, "COMMAND", [sys.executable, "-c", FEW_PAGES.format(request.param)])
         with site(folder, CHANNELS, start=False, wrapper=wrapper, env={"PYTHONPATH": str(ROOT)}) as here:
             here.sandbox.bot = lambda got: accepting_bot(got) if got.content_type == ma.HL7_TYPE else (200, "")
             start(here)

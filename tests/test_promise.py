@@ -14,7 +14,8 @@ from collections import defaultdict
 
 import pytest
 
-from tests.support import AgentProcess, bot, control_id, eventually, message, site
+import medplum_agent
+from tests.support import INLINE, AgentProcess, bot, changed, control_id, eventually, message, site
 
 FAST = "autoRetryBaseDelayMs=20&autoRetryMaxDelayMs=200&autoRetryMaxAttempts=0&deadLetterAfterHours=0"
 SENDERS = 4
@@ -140,9 +141,11 @@ def answers_400(here):
 @pytest.mark.parametrize("trouble", [answers_late, answers_never, answers_400])
 def test_kills_while_the_server_misbehaves(tmp_path, trouble):
     senders = [Sender(n) for n in range(SENDERS)]
-    with site(tmp_path, {"FEED": f"?enhanced=true&responseTimeoutSecs=0.5&{FAST}"}) as here:
+    with site(tmp_path, {"FEED": f"?enhanced=true&responseTimeoutSecs=0.5&{FAST}"}, start=False) as here:
+        changed(here.agent, INLINE)
+        here.agent.start()
         trouble(here)
-        kill_while_sending(here, senders, 20, seed=3)
+        kill_while_sending(here, senders, 10, seed=3)
         here.sandbox.faults.silent = False
         here.sandbox.faults.delay = lambda: 0.0
         here.sandbox.answered.clear()  # what was answered 400 is not delivered
@@ -272,8 +275,9 @@ def read_strace(text):
             yield Syscall(name[1], call)
 
 
+@pytest.mark.parametrize("thread", ["thread", "loop"])
 @pytest.mark.parametrize("query", ["?enhanced=true", "?enhanced=aa"])
-def test_the_queue_is_synced_to_disk_before_each_accept(tmp_path, query):
+def test_the_queue_is_synced_to_disk_before_each_accept(tmp_path, query, thread):
     if not shutil.which("strace"):
         pytest.skip("NO STRACE: that a commit reaches the disk before the acknowledgment leaves was not checked")
     trace = tmp_path / "strace.txt"
@@ -291,7 +295,10 @@ def test_the_queue_is_synced_to_disk_before_each_accept(tmp_path, query):
     ]
     controls = [f"SYNC{n:04d}X" for n in range(60)]
     code = "CA" if query.endswith("true") else "AA"
-    with site(tmp_path, {"FEED": query}, wrapper=wrapper) as here:
+    with site(tmp_path, {"FEED": query}, start=False, wrapper=wrapper) as here:
+        if thread == "loop":
+            changed(here.agent, INLINE)
+        here.agent.start()
         with here.device("FEED") as device:
             for control in controls[:30]:  # one at a time
                 device.send(message(control, patient=control))
@@ -311,6 +318,24 @@ def test_the_queue_is_synced_to_disk_before_each_accept(tmp_path, query):
         synced = index(calls, written, "fdatasync fsync", "", "-wal")
         acknowledged = index(calls, 0, "sendto", f"MSA|{code}|{control}|", "socket:")
         assert written < synced < acknowledged, control
+
+
+def test_a_slow_disk_never_holds_up_the_loop(tmp_path):
+    """20 ms a sync from the start on: no commit is made in the thread of the event loop."""
+    if not shutil.which("strace"):
+        pytest.skip("NO STRACE: a slow disk was not tried")
+    trace = tmp_path / "strace.txt"
+    slow = "-e trace=fdatasync -e inject=fdatasync:delay_enter=20000".split()
+    with site(tmp_path, {"FEED": "?enhanced=true"}, wrapper=["strace", "-D", "-f", *slow, "-o", str(trace)]) as here:
+        assert here.agent.process is not None
+        with here.device("FEED") as device:
+            for n in range(3 * medplum_agent.QUICK_COMMITS):
+                device.send(message(f"SLOW{n}", patient=f"P{n}"))
+                while device.ack() != ("CA", f"SLOW{n}"):
+                    pass
+        loop = here.agent.process.pid
+    threads = [int(line.split()[0]) for line in trace.read_text().splitlines() if "fdatasync(" in line]
+    assert len(threads) > 3 * medplum_agent.QUICK_COMMITS and loop not in threads
 
 
 def index(calls, start, names, text, file):

@@ -22,8 +22,12 @@ CONSOLE = io.StringIO()
 Scenario = Callable[[], Coroutine[Any, Any, None]]
 
 
-@pytest.fixture(autouse=True)
-def _fast_and_quiet(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(autouse=True, params=["thread", "loop"])
+def _fast_and_quiet(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Everything twice: written by the writer's thread, and in the loop's where that may be."""
+    if request.param == "loop":
+        monkeypatch.setattr(ma, "QUICK_COMMITS", 0)
+        monkeypatch.setattr(ma, "QUICK_SECS", 60)
     monkeypatch.setattr(ma, "STORE_REOPEN_SECS", 0.02)
     monkeypatch.setattr(ma, "LAZY_SECS", 0.01)
     monkeypatch.setitem(globals(), "CONSOLE", io.StringIO())
