@@ -65,8 +65,8 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Itera
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, closing, suppress
 from dataclasses import dataclass
-from functools import cache, cached_property, lru_cache, partial
-from operator import attrgetter
+from functools import cache, cached_property, lru_cache, partial, reduce
+from operator import attrgetter, getitem
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import Any, Final, NamedTuple, NoReturn, TypeVar, cast
@@ -109,7 +109,7 @@ except ImportError:  # pragma: no cover - platforms without a wheel: slower, the
 
 
 # =====================================================================================================================
-# Version, limits (210 lines, 950 tokens)
+# Version, limits (220 lines, 1000 tokens)
 #
 # Every bound has a name, a unit and a reason. What a site could need to change is a setting instead (next section).
 # =====================================================================================================================
@@ -164,11 +164,14 @@ SERVER_AWAY_SECS = 60.0  # a server that is away for longer is an alarm
 EXPIRY_DAYS = 14  # a certificate that ends sooner is an alarm
 CLOCK_SECS = 60.0  # a clock that differs more from the server's is an alarm: tokens and times are wrong then
 LOW_DISK_BYTES = 512 * MIB  # less free is an alarm, long before messages are refused
-ALARM_TRIES, ALARM_SECS = 5, 10.0  # to bring an alarm to alarmTo, and for each try
+ALARM_SECS = 10.0  # to bring an alarm to alarmTo
+ALARMS_HELD = 1000  # events that alarmTo has not taken
 WEB_SECS, WEB_BYTES = 10.0, 64 * MIB  # a request to the page or the local socket: to arrive, and at most
-WEB_GUESTS = 64  # connections to them at once
+STRANGER_BYTES = 4 * KIB  # of one from somebody who has not the token
+WEB_GUESTS = 64  # connections to each of them at once
 EVENT_SECS = 2.0  # between two updates of the page
 REMOTE_SECS = 5.0  # for what the cloud asks the agent itself; the server waits 10 s
+SHOWN_CHARS = 48  # of a name or address in a table
 HEALTH_SECS = 4.0  # an agent that does not answer `health` for so long hangs; Docker waits 5 s
 STORE_REMIND_SECS = 60.0  # a store that cannot be written is an error in the log this often
 DISK_RESERVE_BYTES = 64 * MIB  # kept free so that settling and logging go on when the disk fills up
@@ -1348,7 +1351,8 @@ def shape_problem(agent: Json) -> str:
     """What in an Agent resource has another shape than FHIR gives it, or an empty string."""
     for name in ("channel", "setting"):
         try:
-            "".join((entry.get("endpoint") or {}).get("reference") or "" for entry in agent.get(name) or [])
+            for part in ("endpoint", "targetReference"):
+                "".join((entry.get(part) or {}).get("reference") or "" for entry in agent.get(name) or [])
         except (AttributeError, TypeError):
             return f"{name} is no list of objects, or an endpoint in it no reference"
     return ""
@@ -2680,7 +2684,7 @@ def text_records(body: str, settings: StreamSettings) -> list[bytes]:
 
 
 # =====================================================================================================================
-# Store (1240 lines, 9000 tokens)
+# Store (1240 lines, 9050 tokens)
 #
 # Every message on disk before it is acknowledged: one SQLite file (WAL, synchronous=FULL), one writer thread with one
 # commit in flight. What arrives while it runs is the next batch: one executemany, one COMMIT, one call back into the
@@ -3195,6 +3199,10 @@ class Store:
         row = await self.call(lambda db: db.one(f"{_SELECT} FROM message WHERE id = ?", (id_,)))
         return Message._from_row(row) if row else None
 
+    async def earlier(self, message: Message) -> Message | None:
+        """What a message would repeat, if it were stored."""
+        return await self.call(lambda db: self._find_earlier(db, message))
+
     async def waits_for(self, row: ChannelRow, before: int, objects: Sequence[str]) -> bool:
         """Whether one of these images, by SOP Instance UID, is still on its way to the server."""
         sql = f"""SELECT 1 FROM message WHERE channel = ? AND state < {PROCESSED} AND id < ? AND type = 'C-STORE'
@@ -3226,11 +3234,8 @@ class Store:
         return await self.read(find)
 
     async def decide(self, fate: str, ids: Sequence[int]) -> list[Decided]:
-        """A key of FATES for these dead letters, a few at a time: no acknowledgment waits for all of them."""
-        decided = list[Decided]()
-        for at in range(0, len(ids), DECIDED_ROWS):
-            decided += await self.call(partial(decide, fate=fate, ids=ids[at : at + DECIDED_ROWS]))
-        return decided
+        """A key of FATES for these dead letters."""
+        return await self.call(partial(decide, fate=fate, ids=ids))
 
     async def counts(self) -> dict[str, int]:
         """Messages by state."""
@@ -3702,11 +3707,13 @@ KINDS = {  # what a person asks for, as a condition on rows
     "waiting": f"state < {PROCESSED}",
     "dead": f"state > {PROCESSED} AND state < {NACKED}",
     "undelivered": f"state = {PROCESSED} AND outcome = {UNDELIVERED}",
+    "open": f"state < {NACKED} AND state <> {PROCESSED}",  # waiting or dead
+    "all": "true",
 }
 FATES = {  # what becomes of dead letters
     "retry": f"state = {QUEUED}, outcome = {PENDING}, failures = 0, next_attempt_at = 0, failing_ms = 0, settled_at = 0"
     ", response = NULL, status_code = NULL, error_code = NULL, last_error = NULL",
-    "discard": f"state = {PROCESSED}, outcome = {NOT_OWED}, error_code = 'discarded', last_error = "
+    "discard": f"state = {PROCESSED}, outcome = {NOT_OWED}, checked = NULL, error_code = 'discarded', last_error = "
     f"'a person gave it up; before: ' || last_error, settled_at = strftime('%s') * 1000",
 }
 
@@ -3795,7 +3802,11 @@ def read_queue(path: Path, read: Callable[[Database], T]) -> T:
 def change_queue(path: Path, change: Callable[[Database], T]) -> T:
     """One transaction in the queue of an agent that does not run; StorageError."""
     read_queue(path, lambda db: None)  # it is there
-    with open(path.with_name(f"{path.name}.lock"), "a+b", opener=private) as lock:
+    try:
+        file = open(path.with_name(f"{path.name}.lock"), "a+b", opener=private)  # noqa: SIM115
+    except OSError as error:
+        raise StorageError(f"the queue {path} cannot be written: {error.strerror}") from None
+    with file as lock:
         if not lock_file(lock):
             raise StorageError(f"another agent uses the queue {path}")
         try:
@@ -3870,9 +3881,9 @@ def lock_file(file: typing.BinaryIO) -> bool:
         file.truncate(0)
         file.write(str(os.getpid()).encode())
         file.flush()
+        return os.path.samestat(Path(file.name).stat(), os.fstat(file.fileno()))  # who had it may have removed it
     except OSError:
         return False
-    return True
 
 
 def _storage_text(error: Exception) -> str:
@@ -4295,7 +4306,7 @@ def _json_object(text: bytes) -> Json:
 
 
 # =====================================================================================================================
-# Delivery (550 lines, 4100 tokens)
+# Delivery (560 lines, 4150 tokens)
 #
 # What is on its way, the same for every protocol and in both directions. `Order` decides what may be in flight, `judge`
 # what an answer means; `Queue` keeps a window of the stored messages of one destination, which is the server or one
@@ -4493,9 +4504,13 @@ class Queue:
     # --- new messages ---
 
     def stored(self, message: Message) -> None:
-        """A new message is on disk."""
+        """A new message of a device is on disk."""
         self.count += 1
         self.last_at = message.received_at
+        self.take(message)
+
+    def take(self, message: Message) -> None:
+        """It waits for its turn."""
         if message.id <= self._loaded:
             return  # it was read from there already
         if self._behind or self._loading or len(self.window) >= WINDOW_MESSAGES:
@@ -4517,8 +4532,8 @@ class Queue:
         self.pump()
 
     def retry(self, ids: Iterable[int]) -> None:
-        """Dead letters are queued again on disk; what was not read yet is read in its turn."""
-        self._retried.extend(id_ for id_ in ids if id_ <= self._loaded)
+        """Dead letters are queued again on disk."""
+        self._retried.extend(ids)
         self._load_soon()
 
     # --- the window ---
@@ -4573,13 +4588,14 @@ class Queue:
 
     async def _load_rows(self) -> None:
         self._behind, retried = False, list(itertools.islice(self._retried, REFILL_MESSAGES))
+        passed = [id_ for id_ in retried if id_ <= self._loaded]  # the others are read in their turn
         try:
-            rows = await self._store.queued(self.row, self._loaded, REFILL_MESSAGES, retried)
+            rows = await self._store.queued(self.row, self._loaded, REFILL_MESSAGES, passed)
         except StorageError:
             self._behind = True
             raise
-        for _ in retried:
-            self._retried.popleft()
+        read = {message.id for message, _ in rows}.union(retried)
+        self._retried = deque(id_ for id_ in self._retried if id_ not in read)
         self._behind |= len(rows) >= REFILL_MESSAGES
         for message, original in rows:
             self._loaded = max(self._loaded, message.id)
@@ -8958,7 +8974,7 @@ def _checked_status(answer: Dataset) -> int:
 
 
 # =====================================================================================================================
-# Doctor (400 lines, 3600 tokens)
+# Doctor (420 lines, 3700 tokens)
 #
 # `doctor`: one line a check, in the order in which things can fail, each with what the person who can act has to do.
 # It works beside a running agent, without one, and within one for the cloud. May touch: network, files, serial ports.
@@ -9038,7 +9054,7 @@ class Doctor:
     def _settings(self) -> None:
         rows, shown = vars(self.config.settings), []
         for name, source in self.config.sources.items():
-            shown.append(f"{name} {'is set' if 'ecret' in name else rows[name]} (from {source})")
+            shown.append(f"{name} {'is set' if 'ecret' in name or name == 'alarmTo' else rows[name]} (from {source})")
         self.say("settings", FINE, ", ".join(shown))
         for warning in self.config.warnings:
             self.say("settings", DOUBTFUL, warning, "Correct or remove that line.")
@@ -9112,7 +9128,7 @@ class Doctor:
         except ServerError as error:
             remedy = "Give user and password in HTTPS_PROXY, or have the proxy allow this server."
             return self.say("tls", WRONG, str(error), remedy)
-        except (OSError, EOFError, TimeoutError) as error:
+        except (OSError, EOFError, ValueError, asyncio.LimitOverrunError) as error:
             text = f"the handshake failed: {str(error) or 'no answer in time'}"
             return self.say("tls", WRONG, text, "Is this an HTTPS port?")
         left = ssl.cert_time_to_seconds(certificate["notAfter"]) - time.time()
@@ -9182,6 +9198,9 @@ class Doctor:
             self.say("agent", WRONG, f"Agent/{settings.agentId}: {error}", policy.format("agentId"))
             return
         self.say("agent", FINE, f"Agent/{settings.agentId} can be read: {agent.get('name') or 'without a name'}")
+        if problem := shape_problem(agent):
+            self.say("agent", WRONG, f"Agent/{settings.agentId}: {problem}", "Mend the Agent.")
+            return
         bots = [(entry.get("targetReference") or {}).get("reference") or "" for entry in agent.get("channel") or []]
         read = [*endpoint_references(agent), *dict.fromkeys(bot for bot in bots if bot.startswith("Bot/"))]
         asked = (self._ask(self._fhir.read(reference)) for reference in read)
@@ -9232,7 +9251,7 @@ class Doctor:
                 self.say("websocket", FINE, "the server takes WebSockets")
         except (OSError, EOFError, TimeoutError, WebSocketException) as error:
             self.say("websocket", WRONG, f"{url}: {str(error) or 'no answer'}", remedy)
-        with suppress(ServerError, AttributeError):
+        with suppress(ServerError, AttributeError, LookupError, TypeError):
             status = await self._ask(self._fhir.read(f"Agent/{agent_id}/$status"))
             if any((one.get("name"), one.get("valueCode")) == ("status", "connected") for one in status["parameter"]):
                 remedy = "Stop the other one, or give this one an Agent of its own."
@@ -9250,6 +9269,7 @@ class Doctor:
         plan = self._plan or self._saved_plan()
         for channel in [channel for channel in plan.channels if channel.active] if plan else ():
             await self._channel(channel)
+        await self._page()
         folder = self.config.state_dir
         queue = Path(plan.settings.queueDbPath) if plan and plan.settings.queueDbPath else folder / QUEUE_FILE
         logs = Path(self.config.main_log.logDir or folder)
@@ -9267,6 +9287,17 @@ class Doctor:
             need += sum(min(channel.settings.maxConnections, 1000) for channel in plan.channels) if plan else 0
             text = f"{limit} may be open at once; all connections together need {need}"
             self.say("files", DOUBTFUL if limit < need else FINE, text, f"Raise it (LimitNOFILE={need}).")
+
+    async def _page(self) -> None:
+        if address := self.config.settings.statusAddress:
+            trouble = self.running["pageTrouble"] if self.running else ""
+            try:
+                if self.running is None:
+                    (await Listener.open(web_address(address), self._log)).close()
+            except OSError as error:
+                trouble = os_reason(error)
+            text = f"statusAddress {address}: {trouble or 'free, or ours'}"
+            self.say("page", WRONG if trouble else FINE, text, "Stop the program that has this port, or use another.")
 
     async def _channel(self, channel: ChannelPlan) -> None:
         where = f"channel '{channel.name}'"
@@ -9358,7 +9389,7 @@ async def examine(config: ProcessConfig, running: Json | None, seconds: float, r
 
 
 # =====================================================================================================================
-# Operations (710 lines, 6850 tokens)
+# Operations (730 lines, 7000 tokens)
 #
 # What a person asks of a running agent: status, the queue, alarms, the page and its figures. One `ask` serves the
 # command line (over a socket in the state directory that only the agent's user can open), the page, and the cloud (a
@@ -9374,34 +9405,32 @@ PAGE = Path(__file__).with_name("packaging") / "status.html"
 MONITOR_STATES = ("OK", "WARNING", "CRITICAL", "UNKNOWN")  # of a monitor's plug-in, and its exit codes
 # What of a message's type is shown: a device that shifts its fields must not bring a name here
 _KIND = re.compile(r"[A-Z0-9]{3}(\^[A-Z0-9]{3})?(?![A-Za-z0-9])|C-STORE|N-[A-Z]+|[a-z.-]+/[a-z0-9.+-]+")
-# Prometheus: name, type, help, where it stands in the status, and what one of it is in the unit of the name
+# Prometheus: name, where it stands in the status, help; names that end in At or Ms there are milliseconds
 _FIGURES = {
-    "": (
-        ("server_connected", "gauge", "1 while the server accepts this agent.", "server.live", 1),
-        ("server_round_trip_seconds", "gauge", "Last heartbeat to the server and back.", "server.roundTripMs", 0.001),
-        ("server_away_seconds", "gauge", "For how long the server has been away.", "server.awaySecs", 1),
-        ("start_time_seconds", "gauge", "When the agent started, in epoch seconds.", "startedAt", 0.001),
-        ("queue_healthy", "gauge", "1 while messages can be stored.", "store.healthy", 1),
-        ("queue_bytes", "gauge", "Queue file and spool folder.", "store.bytes", 1),
-        ("disk_free_bytes", "gauge", "Free space on the disk of the queue.", "store.freeBytes", 1),
-    ),
-    "channel": (
-        ("channel_open", "gauge", "1 while devices can connect, or are.", "open", 1),
-        ("channel_connections", "gauge", "Open connections of devices.", "connections", 1),
-        ("channel_messages_total", "counter", "Messages stored since the start.", "count", 1),
-        ("channel_last_message_time_seconds", "gauge", "Last message, in epoch seconds.", "lastMessageAt", 0.001),
-        ("channel_waiting_messages", "gauge", "Stored and not yet answered.", "waiting", 1),
-        ("channel_oldest_waiting_seconds", "gauge", "Age of the oldest of them.", "oldestSecs", 1),
-        ("channel_dead_letters", "gauge", "Messages that a person has to decide about.", "dead", 1),
-    ),
-    "device": (
-        ("device_connections", "gauge", "Open connections to a device that is pushed to.", "connections", 1),
-        ("device_waiting_messages", "gauge", "Stored pushes it has not taken.", "waiting", 1),
-        ("device_oldest_waiting_seconds", "gauge", "Age of the oldest of them.", "oldestSecs", 1),
-        ("device_dead_letters", "gauge", "Pushes that a person has to decide about.", "dead", 1),
-    ),
-    "kind": (("alarm_active", "gauge", "1 for each alarm that holds, by kind and subject.", "holds", 1),),
-}  # fmt: skip
+    "": """\
+server_connected server.live 1 while the server accepts this agent.
+server_round_trip_seconds server.roundTripMs Last heartbeat to the server and back.
+server_away_seconds server.awaySecs For how long the server has been away.
+start_time_seconds startedAt When the agent started, in epoch seconds.
+queue_healthy store.healthy 1 while messages can be stored.
+queue_bytes store.bytes Queue file and spool folder.
+disk_free_bytes store.freeBytes Free space on the disk of the queue.""",
+    "channel": """\
+channel_open open 1 while devices can connect, or are.
+channel_connections connections Open connections of devices.
+channel_messages_total count Messages stored since the start.
+channel_last_message_time_seconds lastMessageAt Last message, in epoch seconds.
+channel_waiting_messages waiting Stored and not yet answered.
+channel_oldest_waiting_seconds oldestSecs Age of the oldest of them.
+channel_dead_letters dead Messages that a person has to decide about.""",
+    "device": """\
+device_connections connections Open connections to a device that is pushed to.
+device_waiting_messages waiting Stored pushes it has not taken.
+device_oldest_waiting_seconds oldestSecs Age of the oldest of them.
+device_dead_letters dead Pushes that a person has to decide about.""",
+    "kind": """\
+alarm_active holds 1 for each alarm that holds, by kind and subject.""",
+}
 
 
 _GONE: Json = {  # a channel that is not configured any more, and has messages
@@ -9420,26 +9449,22 @@ class Alarm(NamedTuple):
     critical: bool = False
     since: int = 0  # epoch milliseconds; of one that was raised
 
-    @property
-    def key(self) -> tuple[str, str]:
-        return self.kind, self.subject
-
-    @property
-    def shown(self) -> Json:
-        return {name: value for name, value in self._asdict().items() if name != "holds"}
-
 
 def expected_secs(s: ChannelSettings, last: float) -> float | None:
     """For how many seconds a channel has been silent when it was expected not to be; None outside its hours."""
-    now = datetime.datetime.now().astimezone()
+    now = opened = datetime.datetime.now().astimezone()
     if not (hours := opening_hours(s.expectHours)):
         return now.timestamp() - last
-    minute = 60 * now.hour + now.minute
-    starts = [part.start for part in hours if now.weekday() in part.days and part.start <= minute < part.end]
-    if not starts:
+    while now - opened < datetime.timedelta(days=7):  # back through parts that adjoin, also past midnight
+        minute = 60 * opened.hour + opened.minute
+        starts = [part.start for part in hours if opened.weekday() in part.days and part.start <= minute < part.end]
+        if not starts:
+            break
+        opened = opened.replace(hour=0, minute=0, second=0, microsecond=0)
+        opened += datetime.timedelta(minutes=min(starts) - 1)
+    if opened == now:
         return None
-    opened = now.replace(hour=0, minute=0, second=0, microsecond=0).timestamp() + 60 * min(starts)
-    return now.timestamp() - max(last, opened)
+    return now.timestamp() - max(last, opened.timestamp() + 60)
 
 
 class Operations:
@@ -9455,8 +9480,13 @@ class Operations:
         self._samples: dict[str, deque[int]] = {}  # messages of a channel in all, every LOOK_SECS, for an hour
         self._last: dict[str, int] = {}  # when a channel's last message came, also before the start
         self._servers: list[asyncio.Server] = []
-        self._guests = 0
+        self._guests = collections.Counter[str]()
         self._looking = asyncio.Lock()
+        self.page_trouble = ""
+        self._counted = False  # once what waits is known, a destination without an entry has nothing
+        self._unsent: deque[tuple[str, int]] = deque(maxlen=ALARMS_HELD)  # text and severity (RFC 5424 6.2.1)
+        self._sender: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._sender.set_result(None)
 
     # --- watching ---
 
@@ -9466,48 +9496,43 @@ class Operations:
             return
         async with self._looking:
             await self._count()
-            for name, queue in self._queues():
-                self._samples.setdefault(name, deque([0], round(3600 / LOOK_SECS) + 1)).append(queue.count)
+            for name, channel in self._agent.channels.items():
+                self._samples.setdefault(name, deque([0], round(3600 / LOOK_SECS) + 1)).append(channel.queue.count)
             self._judge()
-
-    def _queues(self) -> Iterator[tuple[str, Queue]]:
-        yield from ((name, channel.queue) for name, channel in self._agent.channels.items())
 
     async def _count(self) -> None:
         if self._agent.started.is_set():
             with suppress(StorageError):  # the store itself reports a file that cannot be read
                 self._waiting = {one.name: one for one in await self._agent.store.backlog()}
                 self._dead = await self._agent.store.dead()
-            self._last |= {name: queue.last_at for name, queue in self._queues() if queue.last_at}
+                self._counted = True
+            for name, channel in self._agent.channels.items():
+                if channel.queue.last_at:
+                    self._last[name] = channel.queue.last_at
 
     def _judge(self) -> None:
         """Each incident begins once and ends once, also over restarts: what was raised is kept in a file."""
-        before, found = dict(self.alarms), {alarm.key: alarm for alarm in self._conditions()}
-        for key, alarm in found.items():
-            if key in self.alarms:
-                if alarm.holds:
-                    self.alarms[key] = alarm._replace(since=self.alarms[key].since)
-                elif alarm.holds is False:
-                    del self.alarms[key]
-            elif alarm.holds:
-                self.alarms[key] = alarm._replace(since=now_ms())
-        for key in self.alarms.keys() - found.keys():
-            del self.alarms[key]
-        if self.alarms.keys() == before.keys():
-            return
-        self._save()
+        before, found = self.alarms, {alarm[:2]: alarm for alarm in self._conditions()}
+        kept = {key: alarm for key, alarm in before.items() if key not in found and not self._counted}
+        self.alarms = kept | {
+            key: alarm._replace(since=before[key].since if key in before else now_ms()) if alarm.holds else before[key]
+            for key, alarm in found.items() if alarm.holds or (alarm.holds is None and key in before)
+        }  # fmt: skip
+        for key in before.keys() - self.alarms.keys():
+            text = f"over after {duration((now_ms() - before[key].since) / 1000)}: {before[key].text}"
+            self._agent.log.info(f"Alarm {text}.")
+            self._unsent.append((f"OVER: {text}", 5))
         for key in self.alarms.keys() - before.keys():
             alarm = self.alarms[key]
             (self._agent.log.error if alarm.critical else self._agent.log.warn)(f"Alarm: {alarm.text}.")
-            spawn(self._send_out(f"ALARM: {alarm.text}", 2 if alarm.critical else 4))
-        for key in before.keys() - self.alarms.keys():
-            alarm = before[key]
-            text = f"over after {duration((now_ms() - alarm.since) / 1000)}: {alarm.text}"
-            self._agent.log.info(f"Alarm {text}.")
-            spawn(self._send_out(f"OVER: {text}", 5))
+            self._unsent.append((f"ALARM: {alarm.text}", 2 if alarm.critical else 4))
+        if self.alarms.keys() != before.keys():
+            self._save()
+        if self._unsent and self._sender.done():
+            self._sender = spawn(self._send_out())
 
     def _save(self) -> None:
-        saved = {"alarms": [*self.alarms.values()], "last": self._last}
+        saved = {"alarms": [*self.alarms.values()], "last": self._last, "unsent": [*self._unsent]}
         with suppress(OSError):  # said where the queue cannot be written
             replace_file(self._agent.state_dir / ALARM_FILE, json.dumps(saved).encode())
 
@@ -9520,20 +9545,20 @@ class Operations:
             replace_file(token, self._token.encode())
         with suppress(OSError, ValueError, KeyError, TypeError):
             saved = load_json((self._agent.state_dir / ALARM_FILE).read_bytes())
-            self.alarms = {alarm.key: alarm for alarm in (Alarm(*one) for one in saved["alarms"])}
+            self.alarms = {alarm[:2]: alarm for alarm in (Alarm(*one) for one in saved["alarms"])}
             self._last = dict(saved["last"])
+            self._unsent.extend((str(text), int(severity)) for text, severity in saved.get("unsent", ()))
 
     def _conditions(self) -> Iterator[Alarm]:
         agent, uplink = self._agent, self._agent.uplink
         away = self._away_secs()
         text = f"the server has not been reached for {duration(away)}; messages are kept on disk"
         yield Alarm("server", "", False if uplink.live else True if away > SERVER_AWAY_SECS else None, text, True)
-        if (token := agent.fhir.token) is not None:
-            ended = token.expires_at - time.time() < SERVER_AWAY_SECS
-            yield Alarm("token", "", ended, "the access token ends and could not be renewed: see the log")
-        if (off := agent.fhir.clock_off) is not None:
-            text = f"the clock of this machine differs by {duration(abs(off))} from the server's: set up NTP"
-            yield Alarm("clock", "", abs(off) > CLOCK_SECS, text)
+        token, off = agent.fhir.token, agent.fhir.clock_off
+        ended = token.expires_at - time.time() < SERVER_AWAY_SECS if token and uplink.live else None
+        yield Alarm("token", "", ended, "the access token ends and could not be renewed: see the log")
+        text = f"the clock of this machine differs by {duration(abs(off or 0))} from the server's: set up NTP"
+        yield Alarm("clock", "", None if off is None else abs(off) > CLOCK_SECS, text)
         store, free = agent.store, self._free_bytes()
         yield Alarm("queue", "", not store.healthy, store.trouble, True)
         text = f"{free // MIB} MiB are free on the disk of the queue"
@@ -9569,7 +9594,8 @@ class Operations:
             silent = expected_secs(plan.settings, max(came, self._started_at) / 1000)
             text = f"channel '{name}' has been silent for {duration(silent or 0)}"
             expected = plan.settings.expectEverySecs
-            yield Alarm("silent", name, True if silent and silent > expected else False if came else None, text)
+            holds = True if silent and silent > expected else False if now_ms() - came < 1000 * expected else None
+            yield Alarm("silent", name, holds, text)
         if plan.settings.certFile and plan.settings.tls:
             with suppress(OSError, ValueError):
                 left = expiry(der_of(plan.settings.certFile)) - time.time()
@@ -9591,20 +9617,28 @@ class Operations:
             return shutil.disk_usage(self._agent.store.path.parent).free
         return 0
 
-    async def _send_out(self, text: str, severity: int) -> None:
-        """To alarmTo: RFC 5424 over TLS (RFC 5425), or a command's standard input."""
-        target = self._agent.config.settings.alarmTo
-        for tried in range(ALARM_TRIES if target else 0):
+    async def _send_out(self) -> None:
+        """To alarmTo, in their order, until it has taken them: syslog over TLS, or a command's standard input."""
+        target, tried = self._agent.config.settings.alarmTo, 0
+        while self._unsent:
+            text, severity = self._unsent[0]
             try:
                 async with asyncio.timeout(ALARM_SECS):
                     if target.startswith("syslog"):
                         await self._to_syslog(urllib.parse.urlsplit(target), text, severity)
-                    else:
+                    elif target:
                         await self._to_command(target, text)
-                return
             except (OSError, ValueError) as error:
-                self._agent.log.error(f"An alarm cannot be brought to alarmTo: {error or 'no answer in time'}.")
-                await asyncio.sleep(back_off(tried + 1))
+                if not tried:
+                    reason = f"{error or 'no answer in time'}; it is tried again"
+                    self._agent.log.error(f"An alarm cannot be brought to alarmTo: {reason}.")
+                tried += 1
+                await asyncio.sleep(back_off(tried))
+            else:
+                tried = 0
+                with suppress(ValueError):  # newer ones have taken its place
+                    self._unsent.remove((text, severity))
+                self._save()
 
     async def _to_syslog(self, url: urllib.parse.SplitResult, text: str, severity: int) -> None:
         stamp = f"{utc_text('%Y-%m-%dT%H:%M:%S', now_ms())}Z"
@@ -9617,41 +9651,41 @@ class Operations:
 
     async def _to_command(self, command: str, text: str) -> None:
         words, pipe = shlex.split(command, posix=os.name == "posix"), asyncio.subprocess.PIPE
-        process = await asyncio.create_subprocess_exec(*words, stdin=pipe, stdout=asyncio.subprocess.DEVNULL)
+        process = await asyncio.create_subprocess_exec(
+            *words, stdin=pipe, stdout=asyncio.subprocess.DEVNULL, start_new_session=True
+        )
         try:
             await process.communicate(f"{text}\n".encode())
             if process.returncode:
                 raise OSError(f"the command ended with {process.returncode}")
         finally:
             if process.returncode is None:
-                process.kill()
+                with suppress(OSError):
+                    os.killpg(process.pid, signal.SIGKILL) if os.name == "posix" else process.kill()
                 await process.wait()
 
     # --- answers ---
 
-    async def remote(self, body: object) -> Json:
-        """What the cloud asks, as members of the answer to its push."""
+    async def answer(self, body: str | bytes, remote: bool = False) -> tuple[int, bytes]:
+        """To a question in JSON; what cannot be answered is a 400 that says why."""
         try:
-            asked = load_json(str(body))
-            if not isinstance(asked, dict):
-                raise ValueError
-            async with asyncio.timeout(REMOTE_SECS):
-                found = dump_json(await self.ask(asked, remote=True))
-            if len(found) > BODY_BYTES:
-                raise LocalError(f"the answer of {len(found)} bytes is too large: ask for less with limit")
-            return {"body": found.decode()}
-        except ValueError:
-            text = 'send JSON such as {"command": "status"}'
+            async with asyncio.timeout(REMOTE_SECS if remote else None):
+                found = dump_json(await self.ask(load_json(body), remote))
+            if not remote or len(found) <= BODY_BYTES:
+                return 200, found
+            text = f"the answer of {len(found)} bytes is too large: ask for less with limit"
         except TimeoutError:
             text = f"there was no answer within {REMOTE_SECS:g} s"
         except AgentError as error:
             text = str(error)
-        return {"statusCode": 400, "body": dump_json({"error": text}).decode()}
+        except (ValueError, TypeError, AttributeError, LookupError, ArithmeticError):
+            text = 'send JSON such as {"command": "status"}'
+        return 400, dump_json({"error": text})
 
     async def ask(self, asked: Json, remote: bool = False) -> Json:
         """Answer `{"command": ..., ...}`; the commands are those of the command line."""
-        commands = {"status": self.status, "queue": self._queue, "validate": self._validate, "doctor": self._doctor,
-            "bundle": self._bundle}  # fmt: skip
+        commands = {"status": self.status, "queue": self._queue, "validate": self._validate,
+            "doctor": self._doctor, "bundle": self._bundle, "retry": self._queue}  # fmt: skip
         command = str(asked.get("command"))
         if command not in commands:
             raise LocalError(f"the command '{command}' is unknown: use {', '.join(commands)}")
@@ -9676,9 +9710,9 @@ class Operations:
         return {
             "version": VERSION, "agentId": agent.config.settings.agentId, "startedAt": self._started_at,
             "now": now_ms(), "state": 2 if wrong else int(bool(self.alarms)),
-            "problems": agent.problems,
+            "problems": agent.problems, "pageTrouble": self.page_trouble,
             "server": {
-                "url": agent.fhir.base, "live": agent.uplink.live, "roundTripMs": agent.uplink.ping_ms,
+                "url": agent.fhir.base, "live": agent.uplink.live, "roundTripMs": max(0, agent.uplink.ping_ms),
                 "awaySecs": round(self._away_secs()),
             },
             "store": store, "channels": channels,
@@ -9690,16 +9724,21 @@ class Operations:
         }  # fmt: skip
 
     def shown_alarms(self) -> list[Json]:
-        return [alarm.shown for alarm in self.alarms.values()]
+        return [
+            {name: value for name, value in one._asdict().items() if name != "holds"} for one in self.alarms.values()
+        ]
 
     def _depth(self, name: str) -> Json:
         waiting = self._waiting.get(name)
         age = max(0, now_ms() - waiting.oldest) // 1000 if waiting else 0
         return {"waiting": waiting.waiting if waiting else 0, "oldestSecs": age, "dead": self._dead.get(name, 0)}
 
+    def lines_of(self, channel: Channel) -> int:
+        return len(getattr(channel, "associations", channel.lines))
+
     def _channel(self, name: str, channel: Channel) -> Json:
         plan, queue = channel.plan, channel.queue
-        lines = len(getattr(channel, "associations", channel.lines))
+        lines = self.lines_of(channel)
         counted = [*self._samples.get(name, (0,)), queue.count]
         minutes = counted[::-1][:: round(60 / LOOK_SECS)][::-1]
         return {
@@ -9715,18 +9754,19 @@ class Operations:
         """list, find, show, retry and discard; patient data for the cloud only with remotePayload."""
         if not self._agent.started.is_set():
             raise LocalError("the agent is still starting; try again in a moment")
-        store, verb = self._agent.store, asked.get("verb")
+        store, verb = self._agent.store, "retry" if asked["command"] == "retry" else asked.get("verb")
         if verb == "retry" or (verb == "discard" and not asked["remote"]):
-            if verb == "discard" and not asked.keys() & {"ids", "channel", "reason", "since", "until"}:
+            wanted = wanted_of(asked, "dead")
+            if verb == "discard" and "ids" not in asked and not any(wanted[1:7]):
                 raise LocalError("discard needs ids, or a filter: channel, reason, since, until")
-            ids = asked["ids"] if asked.get("ids") else await store.look(wanted_of(asked, "dead").ids)
-            return {"count": await self._decide(str(verb), [int(id_) for id_ in ids])}
+            ids = [int(id_) for id_ in asked["ids"]] if "ids" in asked else await store.look(wanted.ids)
+            return {"count": await asyncio.shield(spawn(self._decide(str(verb), ids)))}  # also when nobody waits
         if verb == "import" and not asked["remote"]:
-            return {"count": await self._import(asked["lines"])}
+            return {"count": await self._import(asked["lines"], bool(asked.get("dryRun")))}
         payload = bool(asked.get("payload")) and verb == "show"
         if payload and not self._agent.config.settings.remotePayload:
             raise LocalError("patient data is shown to the cloud only with remotePayload=true in agent.toml")
-        limit = min(int(asked.get("limit") or 100), SWEEP_ROWS)
+        limit = min(max(1, int(asked.get("limit") or 100)), SWEEP_ROWS)
         wanted = wanted_of(asked, "waiting" if verb == "list" else "")._replace(limit=limit + 1, payload=payload)
         if verb not in ("list", "find", "show") or not (verb == "list" or wanted.id or wanted.control_id):
             raise LocalError("queue needs a verb: list, find with controlId, show with id, retry or discard")
@@ -9740,25 +9780,27 @@ class Operations:
 
     async def _decide(self, fate: str, ids: list[int]) -> int:
         """Retry or give up dead letters, and have those that are to be sent again taken up by their queues."""
-        decided = await self._agent.store.decide(fate, ids)
-        by_name = dict[str, list[int]]()
-        for one in decided:
-            by_name.setdefault(one.name, []).append(one.id)
-            if one.spool and fate == "discard":
-                self._agent.store.spool.remove(one.spool)
-        queues = dict(self._queues())
-        for name, found in by_name.items():
-            self._agent.log.warn(f"{self._owner(name)}: a person asked for {fate} of {len(found)} dead letters.")
-            if fate == "retry" and name.startswith(PUSH_PREFIX):
-                queues[name] = self._agent.devices.device(name.removeprefix(PUSH_PREFIX)).queue
-            if fate == "retry" and name in queues:
-                queues[name].retry(found)
+        counts = collections.Counter[str]()
+        for at in range(0, len(ids), DECIDED_ROWS):  # no acknowledgment waits for all of them
+            by_name = dict[str, list[int]]()
+            for one in await self._agent.store.decide(fate, ids[at : at + DECIDED_ROWS]):
+                by_name.setdefault(one.name, []).append(one.id)
+                if one.spool and fate == "discard":
+                    self._agent.store.spool.remove(one.spool)
+            for name, found in by_name.items():
+                counts[name] += len(found)
+                if fate == "retry" and name.startswith(PUSH_PREFIX):
+                    self._agent.devices.device(name.removeprefix(PUSH_PREFIX)).queue.retry(found)
+                elif fate == "retry" and name in self._agent.channels:
+                    self._agent.channels[name].queue.retry(found)
+        for name, count in counts.items():
+            self._agent.log.warn(f"{self._owner(name)}: a person asked for {fate} of {count} dead letters.")
         await self._count()
-        return len(decided)
+        return counts.total()
 
-    async def _import(self, lines: Sequence[Json]) -> int:
+    async def _import(self, lines: Sequence[Json], dry: bool) -> int:
         """Messages of another queue, as `queue export` wrote them; those that were imported before are not counted."""
-        loop, waiting = asyncio.get_running_loop(), list[asyncio.Future[bool]]()
+        waiting, messages = list[asyncio.Future[bool]](), list[Message]()
 
         def stored(queue: Queue, future: asyncio.Future[bool], message: Message) -> None:
             if message.refusal:
@@ -9766,7 +9808,7 @@ class Operations:
                 return
             future.set_result(message.earlier is None)
             if message.earlier is None:
-                queue.stored(message)
+                queue.take(message)
 
         for line in lines:
             if (channel := self._agent.channels.get(line["channel"])) is None:
@@ -9776,8 +9818,12 @@ class Operations:
             digest = hashlib.sha256(line["name"].encode()).digest()
             message.checked = int.from_bytes(digest[:6], "big") + 2
             message.text = channel.text_of(message, message.original or b"")
-            waiting.append(loop.create_future())
+            waiting.append(asyncio.get_running_loop().create_future())
             message.source = partial(stored, channel.queue, waiting[-1])
+            messages.append(message)
+        if dry:
+            return sum([await self._agent.store.earlier(message) is None for message in messages])
+        for message in messages:  # all of them can be read
             self._agent.store.put(message)
         return sum(await asyncio.gather(*waiting))
 
@@ -9789,7 +9835,8 @@ class Operations:
 
     async def _bundle(self, asked: Json) -> Json:
         """What support asks for; the configuration without anything that could be a secret."""
-        settings = {name: value for name, value in vars(self._agent.config.settings).items() if "ecret" not in name}
+        rows = vars(self._agent.config.settings).items()
+        settings = {name: value for name, value in rows if "ecret" not in name and name != "alarmTo"}
         return {"doctor": await self._doctor(asked), "status": await self.status(), "settings": settings,
             "channels": [{"name": one.name, "address": one.address} for one in self._agent.plan.channels],
             "log": await asyncio.to_thread(self._log_tail, 500)}  # fmt: skip
@@ -9812,122 +9859,121 @@ class Operations:
         try:
             self._load()
             if hasattr(socket, "AF_UNIX") and len(os.fsencode(path)) < 100:  # sun_path holds 104 to 108 bytes
-                self._servers.append(await asyncio.start_unix_server(partial(self._guest, True), path))
+                self._servers.append(await asyncio.start_unix_server(partial(self._guest, "socket"), path))
                 path.chmod(0o600)
             else:
-                self._servers.append(server := await asyncio.start_server(partial(self._guest, False), "127.0.0.1", 0))
+                self._servers.append(server := await asyncio.start_server(partial(self._guest, "door"), "127.0.0.1", 0))
                 port = server.sockets[0].getsockname()[1]
                 replace_file(folder / DOOR_FILE, str(port).encode())
-            if address:
-                host, port = web_address(address)
-                self._servers.append(await asyncio.start_server(partial(self._guest, False), host, port))
-                shown_host = f"[{host}]" if ":" in host else host
-                print(
-                    f"The status page: http://{shown_host}:{port}/#token={self._token}",
-                    file=self._agent.console,
-                    flush=True,
-                )
-                self._agent.log.info(f"The status page is on http://{shown_host}:{port}/ (token: see the console).")
-                if not _is_loopback(host):
-                    self._agent.log.warn(f"statusAddress {address} is open to the network, in clear text.")
         except OSError as error:
-            self._agent.log.error(f"The local socket or statusAddress {address} cannot be opened: {error}.")
+            self._agent.log.error(f"The local socket cannot be opened: {error}.")
+        if address:
+            spawn(self._open_page(address))
+
+    async def _open_page(self, address: str) -> None:
+        """As long as its port is another program's it is tried again."""
+        host, port = web_address(address)
+        while True:
+            try:
+                self._servers.append(await asyncio.start_server(partial(self._guest, "page"), host, port))
+                break
+            except OSError as error:
+                if not self.page_trouble:
+                    self._agent.log.error(f"statusAddress {address} cannot be opened: {os_reason(error)}.")
+                self.page_trouble = os_reason(error)
+                await asyncio.sleep(BIND_RETRY_SECS)
+        self.page_trouble = ""
+        print(f"The status page: http://{address}/#token={self._token}", file=self._agent.console, flush=True)
+        self._agent.log.info(f"The status page is on http://{address}/ (token: see the console).")
+        if not _is_loopback(host):
+            self._agent.log.warn(f"statusAddress {address} is open to the network, in clear text.")
 
     def close(self) -> None:
         self._save()
         for server in self._servers:
             server.close()
-        for name in (SOCKET_FILE, DOOR_FILE):
-            (self._agent.state_dir / name).unlink(missing_ok=True)
+        with suppress(OSError):
+            for name in (SOCKET_FILE, DOOR_FILE):
+                (self._agent.state_dir / name).unlink(missing_ok=True)
 
-    async def _guest(self, trusted: bool, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        """One connection, one request (RFC 9112)."""
-        connection = h11.Connection(h11.SERVER)
-        self._guests += 1
-        with closing(writer), suppress(OSError, TimeoutError, h11.RemoteProtocolError):
+    async def _guest(self, door: str, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """One connection, one request (RFC 9112). Only the agent's user can open the socket; others need the token."""
+        self._guests[door] += 1
+        with closing(writer), suppress(OSError, TimeoutError, h11.ProtocolError):
             try:
-                async with asyncio.timeout(WEB_SECS):
-                    request, body = await _request(connection, reader)
-                await self._respond(trusted, request, body, connection, writer)
-                await writer.drain()
+                if self._guests[door] <= WEB_GUESTS:
+                    await self._serve(door, h11.Connection(h11.SERVER), reader, writer)
             finally:
-                self._guests -= 1
+                self._guests[door] -= 1
 
-    async def _respond(
-        self, trusted: bool, request: h11.Request, body: bytes, connection: h11.Connection, writer: asyncio.StreamWriter
+    async def _serve(
+        self, door: str, connection: h11.Connection, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
     ) -> None:
-        headers = {name.decode(): value.decode("latin-1") for name, value in request.headers}
-        method, path = request.method.decode(), urllib.parse.urlsplit(request.target.decode("latin-1")).path
-        given, token = headers.get("authorization", "").encode(), f"Bearer {self._token}".encode()
-        known = trusted or hmac.compare_digest(given, token)
+        body = bytearray()
+        async with asyncio.timeout(WEB_SECS):
+            request = await _event(connection, reader)
+            if not isinstance(request, h11.Request):
+                return
+            given = dict(request.headers).get(b"authorization", b"")
+            known = door == "socket" or hmac.compare_digest(given, f"Bearer {self._token}".encode())
+            while isinstance(part := await _event(connection, reader), h11.Data):
+                body += part.data
+                if len(body) > (WEB_BYTES if known else STRANGER_BYTES):
+                    return
+        answer = await self._respond(door, known, request, bytes(body))
+        writer.writelines([connection.send(event) or b"" for event in answer])
+        while True:
+            async with asyncio.timeout(WEB_SECS):
+                await writer.drain()
+            if isinstance(answer[-1], h11.EndOfMessage):
+                return
+            event = await self.status() | {"log": await asyncio.to_thread(self._log_tail, 30)}
+            writer.write(connection.send(h11.Data(data=b"data: %b\n\n" % dump_json(event))) or b"")
+            await asyncio.sleep(EVENT_SECS)
+
+    async def _respond(self, door: str, known: bool, request: h11.Request, body: bytes) -> list[h11.Event]:
+        """A whole answer; without its end it goes on with server-sent events, until the page goes away."""
+        address = self._agent.config.settings.statusAddress
+        method, path = request.method.decode(), request.target.decode("latin-1").partition("?")[0]
+        asked = ("GET" if method == "HEAD" else method, path)
         status, kind, content, more = 200, "text/plain; charset=utf-8", b"", dict[str, str]()
-        if self._guests > WEB_GUESTS:
-            status, content = 503, b"too many connections"
-        elif not (trusted or _is_own_name(headers.get("host", ""), self._agent.config.settings.statusAddress)):
+        anywhere = path in ("/metrics", "/healthz") and door == "page" and not _is_loopback(web_address(address)[0])
+        if not (door == "socket" or anywhere or _is_own_name(dict(request.headers).get(b"host", b""), address)):
             status, content = 421, b"this name is not known here: use the address of statusAddress"
-        elif (method, path) == ("GET", "/"):
+        elif asked == ("GET", "/"):
             kind, content, more = "text/html; charset=utf-8", *page()
-        elif (method, path) == ("GET", "/metrics"):
+        elif asked == ("GET", "/metrics"):
             kind, content = "text/plain; version=0.0.4; charset=utf-8", figures(await self.status()).encode()
-        elif (method, path) == ("GET", "/healthz"):
+        elif asked == ("GET", "/healthz"):
             found = await self.status()
             wrong = found["problems"] + [alarm["text"] for alarm in found["alarms"] if alarm["critical"]]
             wrong += [] if found["store"]["healthy"] else [f"the queue: {found['store']['trouble']}"]
             status, content = (503 if wrong else 200), "; ".join(wrong or ["well"]).encode()
-        elif (method, path) not in (("GET", "/events"), ("POST", "/ask")):
+        elif asked not in (("GET", "/events"), ("POST", "/ask")):
             status, content = 404, b"not found"
         elif not known:
             status, content = 401, b"this needs the token that the agent printed at its start"
         elif path == "/events":
-            await self._events(connection, writer)
-            return
+            kind = "text/event-stream"
         else:
             kind = JSON_TYPE
-            status, content = await self._asked(body)
-        fields = {"content-type": kind, "content-length": str(len(content)), "connection": "close",
-            "cache-control": "no-store", "x-content-type-options": "nosniff"} | more  # fmt: skip
-        parts: list[h11.Event] = [h11.Response(status_code=status, headers=[*fields.items()]),
-            h11.Data(data=content), h11.EndOfMessage()]  # fmt: skip
-        writer.writelines([connection.send(part) or b"" for part in parts])
-
-    async def _asked(self, body: bytes) -> tuple[int, bytes]:
-        try:
-            asked = load_json(body)
-            if not isinstance(asked, dict):
-                raise ValueError("no object")
-            return 200, dump_json(await self.ask(asked))
-        except (AgentError, ValueError, TypeError) as error:
-            text = str(error) if isinstance(error, AgentError) else 'send JSON such as {"command": "status"}'
-            return 400, dump_json({"error": text})
-
-    async def _events(self, connection: h11.Connection, writer: asyncio.StreamWriter) -> None:
-        """Server-sent events: the status and the newest lines of the log, until the page goes away."""
-        fields = [("content-type", "text/event-stream"), ("cache-control", "no-store")]
-        writer.write(connection.send(h11.Response(status_code=200, headers=fields)) or b"")
-        while not writer.is_closing():
-            event = await self.status() | {"log": await asyncio.to_thread(self._log_tail, 30)}
-            writer.write(connection.send(h11.Data(data=b"data: %b\n\n" % dump_json(event))) or b"")
-            await writer.drain()
-            await asyncio.sleep(EVENT_SECS)
+            status, content = await self.answer(body)
+        fields = {"content-type": kind, "connection": "close", "cache-control": "no-store",
+            "x-content-type-options": "nosniff"} | more  # fmt: skip
+        if kind == "text/event-stream":
+            return [h11.Response(status_code=status, headers=[*fields.items()])]
+        fields["content-length"] = str(len(content))
+        data = [] if method == "HEAD" else [h11.Data(data=content)]
+        return [h11.Response(status_code=status, headers=[*fields.items()]), *data, h11.EndOfMessage()]
 
 
-async def _request(connection: h11.Connection, reader: asyncio.StreamReader) -> tuple[h11.Request, bytes]:
-    """A whole request; h11.RemoteProtocolError, OSError when it is none."""
-    request, body = None, bytearray()
-    while True:
-        event = connection.next_event()
-        if event is h11.NEED_DATA:
-            if connection.they_are_waiting_for_100_continue or len(body) > WEB_BYTES:
-                raise h11.RemoteProtocolError("no such request is served")
-            connection.receive_data(await reader.read(READ_BYTES))
-        elif isinstance(event, h11.Request):
-            request = event
-        elif isinstance(event, h11.Data):
-            body += event.data
-        elif isinstance(event, h11.EndOfMessage) and request is not None:
-            return request, bytes(body)
-        else:
-            raise ConnectionError
+async def _event(connection: h11.Connection, reader: asyncio.StreamReader) -> object:
+    """The next of a request; h11.RemoteProtocolError, OSError when it is none."""
+    while (event := connection.next_event()) is h11.NEED_DATA:
+        if connection.they_are_waiting_for_100_continue:
+            raise h11.RemoteProtocolError("no such request is served")
+        connection.receive_data(await reader.read(READ_BYTES))
+    return event
 
 
 def _is_loopback(host: str) -> bool:
@@ -9936,10 +9982,10 @@ def _is_loopback(host: str) -> bool:
     return host == "localhost"
 
 
-def _is_own_name(named: str, address: str) -> bool:
+def _is_own_name(named: bytes, address: str) -> bool:
     """Whether a Host header is an address, or ours: a page of another site must not reach us by a name of its own."""
     with suppress(ValueError):
-        host = urllib.parse.urlsplit(f"//{named}").hostname or ""
+        host = urllib.parse.urlsplit(f"//{named.decode('latin-1')}").hostname or ""
         if host == "localhost" or (address and host == web_address(address)[0]):
             return True
         return bool(ipaddress.ip_address(host))
@@ -9974,15 +10020,15 @@ def figures(status: Json) -> str:
     }
     lines = [f'medplum_agent_info{{version="{VERSION}"}} 1']
     for label, rows in _FIGURES.items():
-        for name, kind, text, where, unit in rows:
+        for name, where, text in (row.split(" ", 2) for row in rows.splitlines()):
+            kind, unit = "counter" if name.endswith("_total") else "gauge", 0.001 if where.endswith(("At", "Ms")) else 1
             lines += [f"# HELP medplum_agent_{name} {text}", f"# TYPE medplum_agent_{name} {kind}"]
             for value, group in groups[label]:
                 labels = {label: value} if label else {}
                 labels |= {"subject": group["subject"]} if label == "kind" else {}
-                escaped = [f"{key}={json.dumps(text, ensure_ascii=False)}" for key, text in labels.items()]
-                found: Any = group
-                for member in where.split("."):
-                    found = found[member]
+                plain = ((key, _CONTROLS.sub(" ", text)) for key, text in labels.items())
+                escaped = [f"{key}={json.dumps(text, ensure_ascii=False)}" for key, text in plain]
+                found: Any = reduce(getitem, where.split("."), group)
                 shown_labels = f"{{{','.join(escaped)}}}" if escaped else ""
                 lines.append(f"medplum_agent_{name}{shown_labels} {float(found) * unit:.15g}")
     return "\n".join(lines) + "\n"
@@ -9991,12 +10037,13 @@ def figures(status: Json) -> str:
 def wanted_of(asked: Json, kind: str) -> Wanted:
     """What somebody asks for in JSON, else `kind`; LocalError."""
     try:
-        found = Wanted(
-            str(asked.get("what") or kind), int(asked.get("id") or 0), str(asked.get("controlId") or ""),
-            str(asked.get("channel") or ""), str(asked.get("reason") or ""), int(asked.get("since") or 0),
-            int(asked.get("until") or 0),
-        )  # fmt: skip
-    except (ValueError, TypeError):
+        names = ("what", "id", "controlId", "channel", "reason", "since", "until")
+        rows: Iterable[tuple[str, Any]] = zip(names, Wanted(kind), strict=False)
+        values: list[Any] = [type(row)(asked.get(name) or row) for name, row in rows]
+        found = Wanted(*values)
+        if max(found.id, found.since, found.until) >= 1 << 63:
+            raise ValueError
+    except (ValueError, TypeError, OverflowError):
         raise LocalError("id, since and until are whole numbers") from None
     if found.kind and found.kind not in KINDS:
         raise LocalError(f"'{found.kind}' is unknown: use {', '.join(KINDS)}")
@@ -10052,9 +10099,12 @@ def ask_agent(state_dir: Path, asked: Json, seconds: float = HTTP_TIMEOUT_SECS) 
             return None
         with closing(connection):
             connection.request("POST", "/ask", dump_json(asked), {"Authorization": f"Bearer {token}"})
-            answer = _json_object(connection.getresponse().read())
+            response = connection.getresponse()
+            answer = _json_object(response.read())
+            if response.status not in (200, 400):
+                raise OSError(f"status {response.status}")
     except PermissionError:
-        raise StorageError(f"the agent in {state_dir} cannot be asked by this user: use sudo") from None
+        raise LocalError(f"the agent in {state_dir} cannot be asked by this user: use sudo") from None
     except ConnectionRefusedError:  # it was killed
         return None
     except (OSError, http.client.HTTPException) as error:
@@ -10065,7 +10115,7 @@ def ask_agent(state_dir: Path, asked: Json, seconds: float = HTTP_TIMEOUT_SECS) 
 
 
 # =====================================================================================================================
-# Agent (590 lines, 4900 tokens)
+# Agent (600 lines, 5000 tokens)
 #
 # Plans become running channels. A reload reads everything, lists every problem, and changes nothing if there is one;
 # otherwise only what differs changes, and untouched channels keep their connections. The life cycle: lock, logs,
@@ -10270,12 +10320,17 @@ class Agent:
 
     # --- plans ---
 
+    async def _planned(self) -> tuple[Plan, list[str]]:
+        """What the server has now, and what forbids to apply it."""
+        plan, problems = build_plan(*await self._read_config())
+        if plan.settings.queueDbPath != self.plan.settings.queueDbPath:
+            problems.append("queueDbPath cannot change while the agent runs: restart it")
+        return plan, problems
+
     async def reload(self) -> None:
         """Read the configuration and apply it whole, or raise ConfigError or ServerError and change nothing."""
         async with self._reloading:
-            plan, problems = build_plan(*await self._read_config())
-            if plan.settings.queueDbPath != self.plan.settings.queueDbPath:
-                problems.append("queueDbPath cannot change while the agent runs: restart it")
+            plan, problems = await self._planned()
             if problems:
                 raise ConfigError(problems)
             await self._apply(plan)
@@ -10283,15 +10338,26 @@ class Agent:
 
     async def validate(self) -> Json:
         """What a reload would do now, in words; nothing is changed."""
-        plan, problems = build_plan(*await self._read_config())
+        plan, problems = await self._planned()
+        for one in _listening(plan):
+            if one.bind not in self.listeners:
+                try:
+                    (await Listener.open(one.bind, self.log)).close()
+                except OSError as error:
+                    problems.append(f"channel '{one.name}': port {one.port}: {os_reason(error)}")
         old, new = ({channel.name: channel for channel in one.channels} for one in (self.plan, plan))
-        changes = [f"channel '{name}' goes" for name in old.keys() - new.keys()]
-        changes += [f"channel '{name}' comes: {new[name].address}" for name in new.keys() - old.keys()]
-        for name in [name for name in new if name in old and new[name] != old[name]]:
-            anew = _STAYS(new[name]) != _STAYS(old[name])
-            lines = len(self.channels[name].lines) if name in self.channels else 0
+        changes = [f"channel '{name}' comes: {new[name].address}" for name in new if name not in old]
+        for name in [name for name in old if new.get(name) != old[name]]:
+            then, channel = new.get(name), self.channels.get(name)
+            anew = (
+                then is None
+                or _STAYS(then) != _STAYS(old[name])
+                or (then.dials and then.settings != old[name].settings)
+            )
+            lines = self.operations.lines_of(channel) if channel else 0
             closed = f"; {lines} connections would close" if anew and lines else ""
-            changes.append(f"channel '{name}' changes: {old[name].address} -> {new[name].address}{closed}")
+            what = f"changes: {old[name].address} -> {then.address}" if then else "goes"
+            changes.append(f"channel '{name}' {what}{closed}")
         if plan.settings != self.plan.settings or plan.status != self.plan.status:
             changes.append("the Agent's own settings change")
         return {"problems": problems, "warnings": [*plan.warnings, *silent_parts(plan)], "changes": changes}
@@ -10440,8 +10506,9 @@ class Agent:
     async def _push(self, message: Json) -> Json | None:
         """A push or a ping (uplink contract 4.7 to 4.9), or a question to the agent itself; None when nobody waits."""
         if str(message.get("remote")).startswith("agent:"):
-            found = await self.operations.remote(message.get("body"))
-            return {"remote": message["remote"], "contentType": JSON_TYPE} | found if message.get("callback") else None
+            status, found = await self.operations.answer(str(message.get("body")), remote=True)
+            answer = {"remote": message["remote"], "contentType": JSON_TYPE, "body": found.decode()}
+            return answer | ({} if status == 200 else {"statusCode": status}) if message.get("callback") else None
         async with self._push_gate:  # fair: those that wait for the start stay before those that come later
             await self.started.wait()
             if str(message.get("remote")).startswith("dicom"):
@@ -10646,7 +10713,7 @@ def _stack(error: BaseException | None) -> list[str]:
 
 
 # =====================================================================================================================
-# Command line (510 lines, 4420 tokens)
+# Command line (530 lines, 4600 tokens)
 # =====================================================================================================================
 
 _USAGE = """\
@@ -10692,8 +10759,9 @@ def command_parser(program: str) -> argparse.ArgumentParser:
     add("--reason", metavar="CODE", default="", help="queue: with this error code, such as server-rejected")
     add("--since", metavar="TIME", default="", help="queue: received since 2026-11-26T03:00, or since 12h ago")
     add("--until", metavar="TIME", default="", help="queue: received before")
-    add("--limit", type=int, metavar="N", default=100, help="queue list: so many at most (100)")
-    add("--kind", choices=KINDS, default="", help="queue export, replay: only what is waiting, dead or undelivered")
+    add("--limit", type=_limit, metavar="N", default=100, help="queue list: so many at most (100)")
+    add("--kind", choices=KINDS, default="", help="queue export, replay: only what is waiting, dead, undelivered; open "
+        "(waiting or dead: what export means without it), or all (what replay means)")  # fmt: skip
     add("--to", metavar="Bot/ID", default="", help="queue replay: the Bot that gets the messages")
     add("--dry-run", action="store_true", help="queue retry, discard, import, replay: only count")
     add("--watch", action="store_true", help="status: again and again")
@@ -10703,6 +10771,13 @@ def command_parser(program: str) -> argparse.ArgumentParser:
     add("--once", action="store_true", help="demo: end after the example traffic")
     add("--version", action="version", version=VERSION)
     return parser
+
+
+def _limit(text: str) -> int:
+    """A number of rows; ValueError."""
+    if not re.fullmatch("[1-9][0-9]{0,8}", text):
+        raise ValueError
+    return int(text)
 
 
 def _parse(argv: list[str], program: str) -> argparse.Namespace:
@@ -10716,12 +10791,13 @@ def _parse(argv: list[str], program: str) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code: 0 after a clean stop, 1 when it cannot start."""
-    program = Path(sys.argv[0]).name
+    program, argv = Path(sys.argv[0]).name, sys.argv[1:] if argv is None else list(argv)
+    unknown = 3 if argv[:1] == ["status"] else 1  # to a monitor
     try:
-        options = _parse(sys.argv[1:] if argv is None else list(argv), program)
+        options = _parse(argv, program)
         if options.settings_schema:
             shown = options.settings_schema == "markdown"
-            print(settings_markdown() if shown else json.dumps(settings_schema(), indent=2))
+            _show((settings_markdown() if shown else json.dumps(settings_schema(), indent=2)).splitlines())
             return 0
         os.umask(0o077)
         gc.freeze()  # what is loaded stays: collections look at messages only, and seldom
@@ -10736,10 +10812,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         _run_agent(_process_config(options, *options.arguments[:4], *filter(None, options.arguments[4:5])))
     except ConfigError as error:
         print(*(f"{program}: {problem}" for problem in error.problems), "Try --help.", sep="\n", file=sys.stderr)
-        return error.exit_code
-    except (LocalError, ServerError) as error:
+        return unknown if unknown == 3 else error.exit_code
+    except (LocalError, ServerError, OSError) as error:
         print(f"{program}: {error}", file=sys.stderr)
-        return 1
+        return unknown
     except KeyboardInterrupt:  # before the agent listens for signals
         return 130
 
@@ -10792,6 +10868,8 @@ def _asked(options: argparse.Namespace, asked: Json, seconds: float = HTTP_TIMEO
 
 def _show(lines: Iterable[str]) -> None:
     """Print; nothing in a message may steer a terminal."""
+    if sys.stdout is None:  # it was closed
+        return
     sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr] # a console need not know every name
     try:
         sys.stdout.writelines(f"{_CONTROLS.sub(' ', line)}\n" for line in lines)
@@ -10803,19 +10881,23 @@ def _show(lines: Iterable[str]) -> None:
 
 def _status(options: argparse.Namespace) -> int:
     """One screen; the exit code is that of a monitor's plug-in."""
+    state_dir = _state_dir(options)
     while True:
-        state_dir = _state_dir(options)
-        status = ask_agent(state_dir, {"command": "status"})
-        if status is None:
-            waiting = read_queue(_queue_path(state_dir), backlog_of)
-            lines = [f"{name}: {count} messages wait" for name, count, _ in waiting]
-            _show([f"CRITICAL: no agent runs with the state in {state_dir}", *lines])
-            return 2
-        if options.watch and sys.stdout.isatty():
+        code, lines = 2, list[str]()
+        try:
+            if status := ask_agent(state_dir, {"command": "status"}, HEALTH_SECS):
+                code, lines = int(status["state"]), [json.dumps(status)] if options.json else [*_screen(status)]
+            else:
+                lines = [f"CRITICAL: no agent runs with the state in {state_dir}"]
+                waiting = read_queue(_queue_path(state_dir), backlog_of)
+                lines += [f"{name}: {count} messages wait" for name, count, _ in waiting]
+        except StorageError as error:
+            lines = lines or [f"CRITICAL: {error}"]
+        if options.watch and sys.stdout and sys.stdout.isatty():
             print("\x1b[H\x1b[2J", end="")
-        _show([json.dumps(status)] if options.json else _screen(status))
+        _show(lines)
         if not options.watch:
-            return int(status["state"])
+            return code
         time.sleep(EVENT_SECS)
 
 
@@ -10830,7 +10912,7 @@ def _screen(status: Json) -> Iterator[str]:
     yield from (f"PROBLEM  {problem}" for problem in status["problems"])
     for alarm in status["alarms"]:
         yield f"ALARM    {alarm['text']} (for {duration((status['now'] - alarm['since']) / 1000)})"
-    rows = [["CHANNEL", "ADDRESS", "LINES", "MINUTE", "HOUR", "LAST", "WAITING", "OLDEST", "DEAD"]]
+    rows: list[list[Any]] = [["CHANNEL", "ADDRESS", "LINES", "MINUTE", "HOUR", "LAST", "WAITING", "OLDEST", "DEAD"]]
     for one in status["channels"]:
         last = f"{duration((status['now'] - one['lastMessageAt']) / 1000)} ago" if one["lastMessageAt"] else "never"
         address = f"{one['address']}{' TLS' if one['tls'] else ''}{'' if one['open'] else ' CLOSED'}"
@@ -10839,10 +10921,9 @@ def _screen(status: Json) -> Iterator[str]:
     for one in status["devices"]:
         depth = [one["waiting"], duration(one["oldestSecs"]) if one["waiting"] else "", one["dead"]]
         rows.append(["(device)", one["address"], one["connections"], "", "", "", *depth])
-    widths = [max(len(str(cell)) for cell in column) for column in zip(*rows, strict=True)]
-    yield from (
-        "  ".join(f"{cell!s:{width}}" for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
-    )
+    rows = [[str(cell)[:SHOWN_CHARS] for cell in row] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    yield from ("  ".join(f"{cell:{width}}" for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows)
 
 
 def _doctor(options: argparse.Namespace, *arguments: str) -> NoReturn:
@@ -10887,11 +10968,14 @@ def _send(options: argparse.Namespace, address: str = "", *files: str) -> int:
     import hl7
 
     url = urllib.parse.urlsplit(address if "://" in address else f"mllp://{address}")
-    if not (url.hostname and url.port and files):
+    port = 0
+    with suppress(ValueError):  # it is none
+        port = url.port or 0
+    if not (url.hostname and port and files):
         raise ConfigError(["send needs HOST:PORT, or mllps://HOST:PORT, and one or more files"])
     failed = False
     try:
-        with socket.create_connection((url.hostname, url.port), CONNECT_TIMEOUT_SECS) as plain:
+        with socket.create_connection((url.hostname, port), CONNECT_TIMEOUT_SECS) as plain:
             plain.settimeout(HTTP_TIMEOUT_SECS)
             context = tls_context(os.environ.get("MEDPLUM_CA_FILE", "")) if url.scheme == "mllps" else None
             sock = context.wrap_socket(plain, server_hostname=url.hostname) if context else plain
@@ -10913,13 +10997,14 @@ def _send(options: argparse.Namespace, address: str = "", *files: str) -> int:
                     failed |= code not in ("AA", "CA")
                     _show([f"{name}: {wanted}: {code} after {1000 * (time.monotonic() - began):.1f} ms"])
     except (OSError, ValueError, hl7.HL7Exception) as error:
-        raise StorageError(f"{address}: {error}") from None
+        where = "" if isinstance(error, OSError) and error.filename else f"{address}: "
+        raise StorageError(f"{where}{error}") from None
     return int(failed)
 
 
 def _when(text: str) -> int:
     """Epoch milliseconds of `2026-11-26T03:00`, in local time, or of `90m`, `12h`, `3d` ago; ConfigError."""
-    if match := re.fullmatch(r"(\d+)([mhd])", text):
+    if match := re.fullmatch(r"(\d{1,6})([mhd])", text):
         return now_ms() - int(match[1]) * {"m": 60, "h": 3600, "d": 86_400}[match[2]] * 1000
     try:
         return round(datetime.datetime.fromisoformat(text).astimezone().timestamp() * 1000) if text else 0
@@ -10935,16 +11020,16 @@ def _queue_path(state_dir: Path) -> Path:
 
 
 _QUEUE_FORMS = (
-    r"list( waiting| dead| undelivered)?|find \S+|show \d{1,18}|(retry|discard)( \d{1,18})*|"
-    r"export \S.*|import \S.*|replay"
+    rf"list( ({'|'.join(KINDS)}))?|find \S.*|"
+    r"show \d{1,18}|(retry|discard)( \d{1,18})*|export \S.*|import \S.*|replay"
 )
-_QUEUE_VERBS = """queue needs one of: list [waiting | dead | undelivered], find CONTROL_ID, show ID, retry [ID...],
-discard [ID...], export FILE, import FILE, replay"""
+_QUEUE_VERBS = """queue needs one of: list [waiting | dead | undelivered | open | all], find CONTROL_ID, show ID,
+retry [ID...], discard [ID...], export FILE, import FILE, replay"""
 
 
 def _queue(options: argparse.Namespace, verb: str = "", *what: str) -> int:
     """What lies in the queue, without patient data unless that is asked for; 1 when what is looked for is not there."""
-    if options.limit < 1 or not re.fullmatch(_QUEUE_FORMS, " ".join((verb, *what))):
+    if not re.fullmatch(_QUEUE_FORMS, " ".join((verb, *what))):
         raise ConfigError([_QUEUE_VERBS.replace("\n", " ")])
     since, until = _when(options.since), _when(options.until)
     wanted = Wanted("", 0, "", options.channel, options.reason, since, until)
@@ -10953,12 +11038,12 @@ def _queue(options: argparse.Namespace, verb: str = "", *what: str) -> int:
     if verb == "import":
         return _import(options, Path(" ".join(what)), wanted)
     if verb in ("export", "replay"):
-        wanted = wanted._replace(kind=options.kind, payload=True)
+        wanted = wanted._replace(kind=options.kind or ("open" if what else "all"), payload=True)
         return _export(options, Path(" ".join(what)), wanted) if what else _replay(options, wanted)
     if verb == "list":
         wanted = wanted._replace(kind=what[0] if what else "waiting", limit=options.limit)
     elif verb == "find":
-        wanted = wanted._replace(control_id=what[0])
+        wanted = wanted._replace(control_id=" ".join(what))
     else:
         wanted = wanted._replace(id=int(what[0]), payload=options.payload)
     state_dir = _state_dir(options)
@@ -11026,10 +11111,9 @@ def _import(options: argparse.Namespace, file: Path, wanted: Wanted) -> int:
         ]  # fmt: skip
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise StorageError(f"{file} is not what queue export writes: {error}") from None
-    count = len(chosen)
-    if not options.dry_run:
-        batches = [chosen[at : at + SWEEP_ROWS] for at in range(0, len(chosen), SWEEP_ROWS)]
-        count = sum(_asked(options, {"command": "queue", "verb": "import", "lines": one})["count"] for one in batches)
+    count, asked = 0, {"command": "queue", "verb": "import", "dryRun": options.dry_run}
+    for at in range(0, len(chosen), SWEEP_ROWS):
+        count += _asked(options, asked | {"lines": chosen[at : at + SWEEP_ROWS]})["count"]
     _show([f"{count} of {len(chosen)} messages {'would be' if options.dry_run else 'are'} imported."])
     return int(not count)
 
@@ -11064,15 +11148,15 @@ def _decide(options: argparse.Namespace, fate: str, wanted: Wanted, ids: list[in
     path = _queue_path(state_dir)
     named = set(ids)
     chosen = [id_ for id_ in read_queue(path, wanted.ids) if not ids or id_ in named]
-    if fate == "discard" and not (ids or wanted[3:7] != ("", "", 0, 0)):
+    if fate == "discard" and not (ids or any(wanted[3:7])):
         raise ConfigError(["discard needs the numbers of messages, or --channel, --reason, --since, --until"])
     count = len(chosen)
     if not options.dry_run and chosen:
         answer = ask_agent(state_dir, {"command": "queue", "verb": fate, "ids": chosen}, 600)
         changed = partial(decide, fate=fate, ids=chosen)
         count = len(change_queue(path, changed)) if answer is None else answer["count"]
-    words = {"retry": "to be sent again", "discard": "given up"}[fate]
-    _show([f"{count} dead letters {'would be' if options.dry_run else 'are'} {words}."])
+    done = {"retry": "are sent again", "discard": "are given up"}[fate]
+    _show([f"{count} dead letters {done.replace('are', 'would be', 1) if options.dry_run else done}."])
     return int(not count)
 
 
@@ -11092,8 +11176,10 @@ def _story(name: str, message: Message) -> Iterator[str]:
     reason = f": {message.last_error}" if message.last_error else ""
     if message.attempts:
         yield f"{at(message.sent_at)}  sent, try {message.attempts}"
-    if message.state == PROCESSED and pushed:
+    if message.state == PROCESSED and pushed and message.error_code != "discarded":
         yield f"{at(message.settled_at)}  taken by the device"
+    elif message.error_code == "discarded":
+        yield f"{at(message.settled_at)}  {message.last_error}"
     elif message.state == PROCESSED:
         outcome = f"; {_OUTCOME_WORDS[message.outcome]}" if _OUTCOME_WORDS[message.outcome] else ""
         yield f"{at(message.settled_at)}  answered with status {message.status_code}{outcome}{reason}"

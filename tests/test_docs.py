@@ -42,7 +42,7 @@ CASES = {
     "st": "status",
     "queue ": "list find show retry discard export replay ... !status",
     "queue ret": "retry",
-    "queue list ": "waiting dead undelivered",
+    "queue list ": "waiting dead undelivered open all",
     "queue --channel ADT list d": "dead",
     "--config agent.toml queue li": "list",
     "queue list --l": "--limit",

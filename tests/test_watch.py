@@ -1,9 +1,12 @@
 """What a person asks of a running agent: status, alarms, the page's endpoints, figures, and the cloud's agent://."""
 
+import contextlib
 import datetime
 import http.client
 import json
 import re
+import shutil
+import signal
 import socket
 import ssl
 import stat
@@ -118,7 +121,7 @@ def test_dead_letters_are_sent_again(here):
     assert command(here, "queue", "retry", "--channel", "LAB").returncode == 1
     first = json.loads(command(here, "queue", "list", "dead", "--json").stdout.splitlines()[0])["id"]
     done = command(here, "queue", "retry", str(first))
-    assert done.returncode == 0 and done.stdout.startswith("1 dead letters are to be sent again"), done.stderr
+    assert done.returncode == 0 and done.stdout.startswith("1 dead letters are sent again"), done.stderr
     here.agent.wait_state("DEAD-0", "processed")
     assert command(here, "queue", "retry", "--reason", "server-rejected").stdout.startswith("2 ")
     here.agent.wait_state("DEAD-1", "processed")
@@ -145,6 +148,50 @@ def test_dead_letters_of_an_agent_that_does_not_run(here):
     here.agent.start()
     here.agent.wait_state("DEAD-0", "processed")
     here.agent.wait_state("DEAD-1", "processed")
+
+
+def test_dead_letters_from_before_a_restart_are_sent_again(here):
+    dead_letters(here, 2)
+    here.agent.terminate()
+    here.agent.start()  # nothing waits: the queue has read nothing yet
+    assert command(here, "queue", "retry").stdout.startswith("2 ")
+    here.agent.wait_state("DEAD-0", "processed")
+    here.agent.wait_state("DEAD-1", "processed")
+    assert here.sandbox.ids() == ["DEAD-0", "DEAD-1"] * 2
+
+
+def test_no_numbers_mean_no_messages(here):
+    dead_letters(here, 2)
+    assert ask(here, command="queue", verb="retry", ids=[]) == {"count": 0}
+    assert ask(here, command="queue", verb="discard", ids=[]) == {"count": 0}
+    for nothing in ({"channel": ""}, {"since": 0}, {}):
+        with pytest.raises(medplum_agent.LocalError, match="discard needs"):
+            ask(here, command="queue", verb="discard", **nothing)
+    assert status(here)["channels"][0]["dead"] == 2
+
+
+def test_what_was_given_up_can_be_sent_anew_by_its_device(here):
+    dead_letters(here, 1)
+    assert command(here, "queue", "discard", "--channel", "ADT").stdout.startswith("1 ")
+    assert "gave it up" in command(here, "queue", "find", "DEAD-0").stdout
+    with here.device("ADT") as device:
+        assert device.ask(message("DEAD-0", patient=PATIENT))[0] == "CA"
+        assert device.ack() == ("AA", "DEAD-0")
+
+
+def test_the_cloud_gives_up_waiting_and_no_message_is_stranded(tmp_path):
+    with site(tmp_path, {"ADT": "?enhanced=true"}, ONCE, start=False) as here:
+        changed(here.agent, "m.REMOTE_SECS, m.DECIDED_ROWS = 0.05, 2")
+        here.agent.start()
+        well, here.sandbox.bot = here.sandbox.bot, lambda transmit: (400, "no")
+        names = [f"M-{n}" for n in range(1500)]
+        with here.device("ADT") as device:
+            device.send(*(message(name, patient=name) for name in names))
+            eventually(lambda: status(here)["channels"][0]["dead"] == len(names), timeout=30)
+        here.sandbox.bot = well
+        code, refused = cloud(here, command="retry")
+        assert code == 400 and "no answer within" in refused["error"]
+        eventually(lambda: all(here.sandbox.ids().count(name) == 2 for name in names), timeout=30)
 
 
 def test_many_dead_letters_keep_their_order_and_new_messages_flow(tmp_path):
@@ -221,6 +268,19 @@ def test_a_file_is_sent_to_a_channel(here, tmp_path):
     assert done.returncode == 1 and "refused" in done.stderr and "Traceback" not in done.stderr
 
 
+def test_lines_that_are_no_messages_are_refused_and_nothing_is_imported(here, tmp_path):
+    dead_letters(here, 2)
+    file = tmp_path / "moved.jsonl"
+    assert command(here, "queue", "export", str(file)).returncode == 0
+    good, other = map(json.loads, file.read_text().splitlines())
+    for bad in ({"encoding": "nope"}, {"controlId": ["x"]}, {"original": None}, {"channel": "GONE"}):
+        file.write_text(f"{json.dumps(good | {'name': 'new'})}\n{json.dumps(other | bad)}\n")
+        done = command(here, "queue", "import", str(file))
+        assert done.returncode == 1 and "does not answer" not in done.stderr and "Traceback" not in done.stderr
+    assert here.agent.rows("DEAD-0") + here.agent.rows("DEAD-1") and status(here)["channels"][0]["count"] == 2
+    assert command(here, "queue", "list", "open", "--json").stdout.count("\n") == 2
+
+
 def test_settings_in_a_file_that_cannot_work_end_with_78(tmp_path):
     (tmp_path / "agent.toml").write_text("baseUrl = 'ftp://x'\nclientId = ''\n")
     done = subprocess.run(
@@ -284,6 +344,37 @@ def test_a_port_that_is_taken_is_a_problem_for_monitors(tmp_path):
         eventually(lambda: http_get(port, "/healthz")[0] == 200, timeout=30)
 
 
+def test_a_page_whose_port_is_taken_opens_once_it_is_free(tmp_path):
+    (port,) = free_ports(1)
+    with site(tmp_path, CHANNELS, env={"MEDPLUM_STATUS_ADDRESS": f"127.0.0.1:{port}"}, start=False) as here:
+        with socket.create_server(("127.0.0.1", port)):
+            here.agent.start()
+            eventually(lambda: status(here)["pageTrouble"])
+        eventually(lambda: not status(here)["pageTrouble"])
+        assert http_get(port, "/healthz")[0] == 200
+
+
+def test_strangers_cannot_keep_the_agent_from_its_user(web):
+    with contextlib.ExitStack() as stack:
+        for _ in range(medplum_agent.WEB_GUESTS + 10):
+            stack.enter_context(socket.create_connection(("127.0.0.1", web.ports["page"]), 5))
+        assert command(web, "health").returncode == 0
+        assert command(web, "status").returncode == 0
+
+
+def test_strangers_cannot_fill_the_memory(web):
+    with socket.create_connection(("127.0.0.1", web.ports["page"]), 5) as stranger:
+        stranger.sendall(b"POST /ask HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: 60000000\r\n\r\n")
+        with pytest.raises(OSError):  # long before all of it was sent
+            for _ in range(60):
+                stranger.sendall(bytes(1_000_000))
+
+
+def test_head_is_answered_without_a_body(web):
+    code, text, headers = http_get(web.ports["page"], "/healthz", "HEAD")
+    assert (code, text, headers["Content-Length"]) == (200, "", "4")
+
+
 def test_who_has_no_token_sees_nothing(web):
     for path, method in (("/events", "GET"), ("/ask", "POST")):
         assert http_get(web.ports["page"], path, method)[0] == 401
@@ -321,7 +412,7 @@ def test_events_come_by_themselves(web):
 
 
 @pytest.mark.parametrize("request_bytes", [
-    b"garbage\r\n\r\n", b"GET / HTTP/1.1\r\n\r\n",
+    b"garbage\r\n\r\n", b"GET //[ HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n", b"GET / HTTP/1.1\r\n\r\n",
     b"POST /ask HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: 99999999999\r\n\r\nx",
     b"GET /" + b"a" * 100_000 + b" HTTP/1.1\r\n\r\n",
 ])  # fmt: skip
@@ -369,6 +460,9 @@ def test_the_cloud_sees_what_a_reload_would_change(here):
     assert cloud(here, command="validate")[1] == {"problems": [], "warnings": [], "changes": []}
     here.endpoint("LAB")["address"] += "&maxWorkers=2"
     assert "channel 'LAB' changes" in cloud(here, command="validate")[1]["changes"][0]
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        here.endpoint("LAB")["address"] = f"mllp://127.0.0.1:{taken.getsockname()[1]}"
+        assert "channel 'LAB': port" in cloud(here, command="validate")[1]["problems"][0]
     here.endpoint("LAB")["address"] = "mllp://0.0.0.0"
     found = command(here, "validate")
     assert found.returncode == 1 and "ERROR: " in found.stdout and "needs a port" in found.stdout
@@ -406,6 +500,55 @@ def test_an_incident_is_told_twice_over_restarts(tmp_path):
         assert [line.split(":")[0] for line in about] == ["ALARM", "OVER"], lines
         log = here.agent.main_log().decode()
         assert log.count("\"Alarm: channel 'ADT'") == 1 and PATIENT not in "".join(lines) + log
+
+
+def test_alarms_wait_for_a_target_that_fails_and_keep_their_order(tmp_path):
+    told, script = tmp_path / "told.txt", tmp_path / "tell.py"
+    script.write_text("import sys; open(sys.argv[1], 'a').write(sys.stdin.read())")
+    (told / "in the way").mkdir(parents=True)
+    config = f"alarmTo = '{sys.executable} {script} {told} SECRET'"
+    with site(tmp_path, CHANNELS, ONCE, config=config, start=False) as here:
+        changed(here.agent, OFTEN)
+        here.agent.start()
+        dead_letters(here, 1)
+        eventually(lambda: alarms(here) == ["dead"])
+        here.agent.kill()
+        here.agent.start()
+        assert command(here, "queue", "discard", "--channel", "ADT").returncode == 0
+        eventually(lambda: alarms(here) == [])
+        shutil.rmtree(told)
+        eventually(lambda: told.exists() and "OVER" in told.read_text(), timeout=30)
+        assert [line.split(":")[0] for line in told.read_text().splitlines()] == ["ALARM", "OVER"]
+        doctor = command(here, "doctor", "--config", str(here.agent.state_dir.parent / "agent.toml"))
+        assert "SECRET" not in doctor.stdout + json.dumps(cloud(here, command="bundle"))
+
+
+def test_what_cannot_be_told_is_not_over(tmp_path):
+    """A restart while the server is away: whether clock and token are right is not known."""
+    with site(tmp_path, CHANNELS, start=False) as here:
+        changed(here.agent, OFTEN)
+        here.agent.start()
+        here.agent.kill()
+        here.sandbox.stop()
+        raised = [[kind, "", True, f"{kind} is wrong", False, 1] for kind in ("clock", "token", "queue")]
+        saved = json.dumps({"alarms": raised, "last": {}})
+        (here.agent.state_dir / "medplum-agent-alarms.json").write_text(saved)
+        here.agent.start(ready=False)
+        eventually(lambda: b"queue is wrong" in here.agent.main_log(), timeout=30)  # that one is known to be over
+        assert sorted(alarms(here)) == ["clock", "token"]
+        here.sandbox.start()
+        eventually(lambda: "token" not in alarms(here), timeout=30)
+
+
+def test_status_as_a_monitor_sees_it(here):
+    assert command(here, "status", "--bogus").returncode == command(here, "status", "extra").returncode == 3
+    assert here.agent.process is not None
+    here.agent.process.send_signal(signal.SIGSTOP)
+    try:
+        found = command(here, "status")
+        assert found.returncode == 2 and "does not answer" in found.stdout
+    finally:
+        here.agent.process.send_signal(signal.SIGCONT)
 
 
 def test_an_alarm_goes_to_syslog_over_tls(tmp_path):
@@ -466,6 +609,22 @@ def test_hours_when_silence_counts(monkeypatch, text, day, clock, inside):
     assert (found is not None) == inside
     if found is not None and text:
         assert found < 86_400  # silence before the hours does not count
+
+
+@pytest.mark.parametrize(
+    ("text", "clock", "hours"),
+    [("22:00-24:00,00:00-06:00", "05:00", 7), ("06:00-12:00,12:00-18:00", "13:00", 7), ("08:00-12:00", "09:00", 1)],
+)
+def test_hours_that_adjoin_are_one(monkeypatch, text, clock, hours):
+    class Now(datetime.datetime):
+        @classmethod
+        def now(cls, tz: datetime.tzinfo | None = None) -> Any:
+            hour, minute = map(int, clock.split(":"))
+            return cls(2026, 11, 25, hour, minute)
+
+    monkeypatch.setattr(datetime, "datetime", Now)
+    settings = medplum_agent.Hl7Settings(expectEverySecs=60, expectHours=text)
+    assert medplum_agent.expected_secs(settings, 0.0) == hours * 3600
 
 
 @pytest.mark.parametrize("text", ["Mo", "07:00", "Mo-Xx 07:00-08:00", "22:00-06:00", "07:00-07:00", "Mo 7-8"])
