@@ -964,7 +964,7 @@ class ProcessConfig:
     @property
     def state_dir(self) -> Path:
         """The folder of queue, logs and saved configuration: one for each Agent."""
-        return Path(self.settings.stateDir or default_state_root() / self.settings.agentId)
+        return Path(self.settings.stateDir or default_state_root() / self.settings.agentId).absolute()
 
 
 _MAC_FOLDER = "Library/Application Support/MedplumAgent"
@@ -10965,7 +10965,7 @@ def _process_config(options: argparse.Namespace, *arguments: str) -> ProcessConf
 def _state_dir(options: argparse.Namespace) -> Path:
     """Of the agent that is asked about; StorageError when its settings cannot be read."""
     if options.state_dir:
-        return Path(options.state_dir)
+        return Path(options.state_dir).absolute()
     installed = installed_config_file()
     if not options.config and installed.exists() and not os.access(installed, os.R_OK):
         raise StorageError(f"the settings in {installed} cannot be read by this user: use sudo")
