@@ -600,7 +600,7 @@ def test_role_client_raw(here):
 # --- kill -9 ---
 
 
-@pytest.mark.parametrize(("transport", "times"), [("tcp", 50), ("serial", 5)])
+@pytest.mark.parametrize(("transport", "times"), [("tcp", 25), ("serial", 5)])
 def test_kill_between_frames_loses_no_acknowledged_frame(tmp_path, transport, times):
     """After each restart everything acknowledged is delivered or in a dead letter, under exactly one of them."""
     with lone_site(tmp_path, transport) as (lone, cable):
