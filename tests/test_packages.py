@@ -160,6 +160,12 @@ def test_the_unit_is_valid_and_hardened(tmp_path: Path) -> None:
     assert level and float(level[1]) <= EXPOSURE, found
 
 
+def test_the_unit_starts_the_link_and_gives_up_only_where_settings_cannot_work() -> None:
+    lines = UNIT.read_text().splitlines()
+    assert "ExecStart=/usr/bin/medplum-agent --config /etc/medplum-agent/agent.toml" in lines
+    assert f"RestartPreventExitStatus={medplum_agent.EX_CONFIG}" in lines
+
+
 def test_settings_to_fill_in_name_what_is_missing(tmp_path: Path) -> None:
     path = shutil.copy(PACKAGING / "linux/agent.toml", tmp_path)
     with pytest.raises(medplum_agent.ConfigError) as caught:
@@ -176,6 +182,7 @@ def test_debian_package(scripts: Any, program: Path, tmp_path: Path) -> None:
     installed = next(line for line in listed.splitlines() if line.endswith("lib/medplum-agent/medplum-agent"))
     assert installed.startswith("-rwxr-xr-x root/root")
     assert "./etc/" not in listed  # the settings are the site's own
+    assert run("dpkg-deb", "--field", package, "Recommends", "Suggests") == "Suggests: ca-certificates\n"  # offline
     for name in (*DOCUMENTS, "zsh/vendor-completions/_medplum-agent"):
         assert f" ./usr/share/{name}\n" in listed
     run("lintian", "--fail-on", "error", "--allow-root", package)
@@ -185,12 +192,17 @@ def test_debian_package(scripts: Any, program: Path, tmp_path: Path) -> None:
 def test_rpm_package(scripts: Any, program: Path, tmp_path: Path) -> None:
     package = scripts("packages").rpm(program, tmp_path, tmp_path / "work")
     form = "[%{FILENAMES}\t%{FILEMODES:perms}\t%{FILEUSERNAME}\t%{FILEGROUPNAME}\n]"
-    listed = run("rpm", "--query", "--queryformat", form, "--dbpath", tmp_path / "db", "--package", package)
+    query = ("rpm", "--query", "--dbpath", tmp_path / "db", "--package", package)
+    listed = run(*query, "--queryformat", form)
     modes = {name: tuple(rest) for name, *rest in (line.split("\t") for line in listed.splitlines())}
     own = ("medplum-agent", "medplum-agent")
     assert modes["/etc/medplum-agent/agent.toml"] == ("-rw-------", *own)
     assert modes["/var/lib/medplum-agent"] == modes["/var/log/medplum-agent"] == ("drwx------", *own)
-    assert modes["/usr/lib/medplum-agent/medplum-agent"] == ("-rwxr-xr-x", "root", "root")
+    assert modes["/usr/libexec/medplum-agent/medplum-agent"] == ("-rwxr-xr-x", "root", "root")
+    assert not [name for name in modes if name.startswith("/usr/lib/medplum-agent")]  # SELinux: lib_t, not executed
+    link = run(*query, "--queryformat", "[%{FILENAMES} %{FILELINKTOS}\n]")
+    assert "/usr/bin/medplum-agent ../libexec/medplum-agent/medplum-agent\n" in link
+    assert run(*query, "--recommends") == "" and run(*query, "--suggests") == "ca-certificates\n"
     for name in (*DOCUMENTS, "zsh/site-functions/_medplum-agent"):
         assert modes[f"/usr/share/{name}"] == ("-rw-r--r--", "root", "root")
 
