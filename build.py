@@ -404,7 +404,8 @@ def ensure_compiling() -> None:
     first = WORK / "setuptools.lock"  # builds Nuitka, which comes as source, without fetching what no hash protects
     first.write_text(locked("setuptools"), "utf-8")
     quiet(*pip, "--require-hashes", "--requirement", first)
-    quiet(*pip, "--require-hashes", "--no-build-isolation", "--requirement", LOCK)
+    report = COMPILING / "installed.json"  # the bill of materials has the hashes of what was installed
+    quiet(*pip, "--require-hashes", "--no-build-isolation", "--report", report, "--requirement", LOCK)
     stamp.write_text(wanted, "utf-8")
 
 

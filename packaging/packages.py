@@ -21,7 +21,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import docs
-from binary import needed_glibc
+from binary import commit_time, needed_glibc
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
@@ -43,12 +43,6 @@ def run(*command: str | Path) -> str:
     if done.returncode:
         raise PackageError(f"{' '.join(map(str, command))} ended with {done.returncode}:\n{done.stdout}{done.stderr}")
     return done.stdout
-
-
-def commit_time() -> str:
-    """Stands for the time of the build: the same sources give the same package."""
-    command = ["git", "log", "-1", "--format=%ct"]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout.strip() or "0"
 
 
 def version() -> str:
