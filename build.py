@@ -463,9 +463,14 @@ def test(*arguments: str) -> None:
 
 
 def test_binary(*arguments: str) -> NoReturn:
-    """The folder, which packages install, runs every test that starts an agent; the one file has checks of its own."""
-    ensure_binary()
-    os.environ |= {"MEDPLUM_AGENT_BINARY": str(STANDALONE), "MEDPLUM_AGENT_ONE_FILE": str(BINARY)}
+    """The folder, which packages install, runs every test that starts an agent; the one file has checks of its own.
+
+    Where the environment names both already, as after an installation, those are tested and nothing is compiled.
+    """
+    built = {"MEDPLUM_AGENT_BINARY": str(STANDALONE), "MEDPLUM_AGENT_ONE_FILE": str(BINARY)}
+    if not built.keys() <= os.environ.keys():
+        ensure_binary()
+        os.environ |= built
     starts = re.compile(r"AgentProcess|\bsite\(")
     files = [path for path in sorted(ROOT.glob("tests/test_*.py")) if starts.search(path.read_text("utf-8"))]
     become(PYTHON, "-m", "pytest", *PARALLEL, ROOT / "tests/check_binary.py", *files, *arguments)

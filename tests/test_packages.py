@@ -360,6 +360,10 @@ def test_workflows_pass_actionlint() -> None:
     run(actionlint, *WORKFLOWS, cwd=ROOT)
 
 
+def test_workflows_pass_zizmor() -> None:
+    run(Path(sys.executable).with_name("zizmor"), "--offline", "--no-progress", *WORKFLOWS, cwd=ROOT)
+
+
 def test_workflows_name_files_that_exist() -> None:
     for path in WORKFLOWS:
         for name in set(re.findall(r"packaging/[\w/.-]+\w", path.read_text())):
@@ -394,13 +398,59 @@ def test_jobs_have_time_limits_and_no_more_rights_than_they_need() -> None:
         for name, job in flow["jobs"].items():
             assert "uses" in job or "timeout-minutes" in job, name
             assert "permissions" not in job or name == "publish"
+            for step in job.get("steps", ()):
+                kept = step.get("with", {}).get("persist-credentials", True)
+                assert not step.get("uses", "").startswith("actions/checkout@") or kept is False, name
+
+
+def test_keys_and_publishing_wait_for_approval_and_for_the_tests_of_what_is_shipped() -> None:
+    jobs = workflow("release")["jobs"]
+    for name, job in jobs.items():
+        secret = "secrets." in str(job) or "write" in job.get("permissions", {}).values()
+        assert job.get("environment") == ("release" if secret else None), name
+    assert set(jobs["publish"]["needs"]) == {"ci", "try"} and jobs["try"]["needs"] == "build"
+    assert jobs["build"]["needs"] == jobs["ci"]["needs"] == "version"
+    built, tried = ({row["name"] for row in jobs[name]["strategy"]["matrix"]["include"]} for name in ("build", "try"))
+    assert built == tried
+
+
+def test_only_a_tag_on_main_is_released(tmp_path: Path) -> None:
+    """The workflow's own commands in a repository whose second commit is on another branch."""
+    step = next(step for step in workflow("release")["jobs"]["version"]["steps"] if "run" in step)
+    for name in ("medplum_agent.py", "pyproject.toml"):
+        shutil.copy(ROOT / name, tmp_path)
+
+    def git(*words: str) -> str:
+        return run("git", "-c", "user.name=n", "-c", "user.email=e", *words, cwd=tmp_path).strip()
+
+    def compared(**facts: str) -> bool:
+        tag = f"v{medplum_agent.__version__}"
+        environ = {**os.environ, "GITHUB_REF_TYPE": "tag", "GITHUB_REF_NAME": tag, "GITHUB_SHA": main, **facts}
+        return subprocess.run(["bash", "-e", "-c", step["run"]], cwd=tmp_path, env=environ).returncode == 0
+
+    git("init", "--quiet")
+    git("add", ".")
+    git("commit", "--quiet", "--message", "first")
+    main = git("rev-parse", "HEAD")
+    git("update-ref", "refs/remotes/origin/main", main)
+    git("commit", "--quiet", "--allow-empty", "--message", "second")
+    assert compared()
+    assert not compared(GITHUB_SHA=git("rev-parse", "HEAD"))
+    assert not compared(GITHUB_REF_TYPE="branch")
+    assert not compared(GITHUB_REF_NAME="v0.0.1")
 
 
 @pytest.mark.parametrize("system", ["linux", "macos", "windows"])
-def test_without_a_key_signing_is_skipped_with_a_notice(system: str) -> None:
-    keys = ("GPG_PRIVATE_KEY", "MACOS_CERTIFICATE", "WINDOWS_CERTIFICATE")
+def test_without_a_key_nothing_is_published_but_where_that_is_allowed(system: str) -> None:
+    keys = ("GPG_PRIVATE_KEY", "MACOS_CERTIFICATE", "WINDOWS_CERTIFICATE", "ALLOW_UNSIGNED")
     environ = {name: value for name, value in os.environ.items() if name not in keys}
-    assert run(PACKAGING / "sign.sh", system, "a file", env=environ).startswith("::notice title=Not signed")
+    command: tuple[str | Path, ...] = (PACKAGING / "sign.sh", system, "a file")
+    for refused in ({}, {"ALLOW_UNSIGNED": "false"}):
+        done = subprocess.run(command, capture_output=True, text=True, env={**environ, **refused})
+        assert done.returncode == 1 and done.stdout.startswith("::error title=Not signed")
+    assert run(*command, env={**environ, "ALLOW_UNSIGNED": "true"}).startswith("::notice title=Not signed")
+    assert workflow("release")["env"]["ALLOW_UNSIGNED"] == "${{ inputs.unsigned || false }}"
+    assert workflow("release")[True]["workflow_dispatch"]["inputs"]["unsigned"]["default"] is False  # YAML's "on"
 
 
 def test_an_older_version_can_read_the_manifest(scripts: Any, tmp_path: Path) -> None:
