@@ -394,7 +394,8 @@ def ensure_compiling() -> None:
     """Bring build/venv to the lock; nothing is installed whose hash it does not name."""
     stamp = COMPILING / "build-stamp"
     wanted = hashlib.sha256(LOCK.read_bytes() + sys.version.encode()).hexdigest()
-    if stamp.exists() and stamp.read_text("utf-8") == wanted:
+    report = COMPILING / "installed.json"  # the bill of materials has the hashes of what was installed
+    if report.exists() and stamp.exists() and stamp.read_text("utf-8") == wanted:
         return
     say("making build/venv from packaging/binary.lock")
     if importlib.util.find_spec("ensurepip") is None:
@@ -404,7 +405,6 @@ def ensure_compiling() -> None:
     first = WORK / "setuptools.lock"  # builds Nuitka, which comes as source, without fetching what no hash protects
     first.write_text(locked("setuptools"), "utf-8")
     quiet(*pip, "--require-hashes", "--requirement", first)
-    report = COMPILING / "installed.json"  # the bill of materials has the hashes of what was installed
     quiet(*pip, "--require-hashes", "--no-build-isolation", "--report", report, "--requirement", LOCK)
     stamp.write_text(wanted, "utf-8")
 

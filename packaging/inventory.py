@@ -154,7 +154,7 @@ def archives() -> dict[tuple[str, str], tuple[str, str]]:
     found: dict[tuple[str, str], tuple[str, str]] = {}
     for item in json.loads(read(INSTALLED))["install"]:
         meta, where = item["metadata"], item["download_info"]
-        digest = where["archive_info"]["hashes"]["sha256"]
+        digest = where["archive_info"].get("hashes", {}).get("sha256", "")  # pip before 23.1 does not write it so
         found[normal(meta["name"]), meta["version"]] = (where["url"].rpartition("/")[2], digest)
     return found
 
