@@ -63,7 +63,7 @@ from asyncio.sslproto import SSLProtocol
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager, closing, suppress
+from contextlib import asynccontextmanager, closing, contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache, cached_property, lru_cache, partial, reduce
 from operator import attrgetter, getitem
@@ -109,7 +109,7 @@ except ImportError:  # pragma: no cover - platforms without a wheel: slower, the
 
 
 # =====================================================================================================================
-# Version, limits (220 lines, 1000 tokens)
+# Version, limits (230 lines, 1000 tokens)
 #
 # Every bound has a name, a unit and a reason. What a site could need to change is a setting instead (next section).
 # =====================================================================================================================
@@ -164,6 +164,8 @@ SERVER_AWAY_SECS = 60.0  # a server that is away for longer is an alarm
 EXPIRY_DAYS = 14  # a certificate that ends sooner is an alarm
 CLOCK_SECS = 60.0  # a clock that differs more from the server's is an alarm: tokens and times are wrong then
 LOW_DISK_BYTES = 512 * MIB  # less free is an alarm, long before messages are refused
+KEY_SECS = 30.0  # for a command that tells the key of the queue
+KEY_CHARS = 32  # of it at least
 ALARM_SECS = 10.0  # to bring an alarm to alarmTo
 ALARMS_HELD = 1000  # events that alarmTo has not taken
 WEB_SECS, WEB_BYTES = 10.0, 64 * MIB  # a request to the page or the local socket: to arrive, and at most
@@ -263,6 +265,14 @@ def sync(descriptor: int) -> None:
         fcntl.fcntl(descriptor, fcntl.F_FULLFSYNC)
     else:
         os.fsync(descriptor)
+
+
+def give_memory_back() -> None:
+    """What was freed goes to the system; glibc keeps it otherwise (13 MB after a burst of 20,000 messages)."""
+    import ctypes
+
+    with suppress(AttributeError, OSError, TypeError):  # other C libraries have no such function, Windows no None
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def sync_folder(folder: Path) -> None:
@@ -396,7 +406,7 @@ class ServerError(PeerError):
 
 
 # =====================================================================================================================
-# Settings (1030 lines, 7150 tokens)
+# Settings (1040 lines, 7200 tokens)
 #
 # One setting, one row: a field of a frozen dataclass. The parser, the checks, `--settings-schema` and README's tables
 # come from the row. Names are the wire's own (camelCase). Precedence for a channel, field by field: Endpoint address,
@@ -481,6 +491,13 @@ def opening_hours(text: str) -> list[Hours]:
         from_day, to_day = _DAYS.index(first or "Mo"), _DAYS.index(last or first or "Su")
         found.append(Hours(frozenset((from_day + n) % 7 for n in range((to_day - from_day) % 7 + 1)), start, end))
     return found
+
+
+def key_source(text: str) -> str:
+    """Where a key is; ValueError."""
+    if text and not re.match("(file|systemd|keychain|command):.", text):
+        raise ValueError("needs the form file:PATH, systemd:CREDENTIAL, keychain:NAME or command:PROGRAM")
+    return text
 
 
 @cache
@@ -672,6 +689,11 @@ class ProcessSettings:
     alarmTo: str = setting("",
         "Alarms: where they go beside the log: `syslog+tls://host:6514` (RFC 5425), or a command that reads the text",
         check=alarm_target)
+    storeKey: str = setting("",
+        "Store key: where the key of the queue is, which is then encrypted: `file:PATH`, `systemd:CREDENTIAL`, "
+        "`keychain:NAME` (macOS) or `command:PROGRAM ...`; default: not encrypted", check=key_source,
+        env="MEDPLUM_STORE_KEY")
+    storeCipher: str = setting("aegis", "Store cipher: how, AEGIS-256 or AES-256 as SQLCipher has it [aegis sqlcipher]")
     remotePayload: bool = setting(False, "Remote payload: a push to `agent://` may read patient data of the queue")
 
 
@@ -942,7 +964,7 @@ class ProcessConfig:
     @property
     def state_dir(self) -> Path:
         """The folder of queue, logs and saved configuration: one for each Agent."""
-        return Path(self.settings.stateDir or default_state_root() / self.settings.agentId)
+        return Path(self.settings.stateDir or default_state_root() / self.settings.agentId).absolute()
 
 
 _MAC_FOLDER = "Library/Application Support/MedplumAgent"
@@ -2684,7 +2706,7 @@ def text_records(body: str, settings: StreamSettings) -> list[bytes]:
 
 
 # =====================================================================================================================
-# Store (1240 lines, 9050 tokens)
+# Store (1330 lines, 9750 tokens)
 #
 # Every message on disk before it is acknowledged: one SQLite file (WAL, synchronous=FULL), one writer thread with one
 # commit in flight. What arrives while it runs is the next batch: one executemany, one COMMIT, one call back into the
@@ -2838,11 +2860,39 @@ class _Update(NamedTuple):
     then: Callable[[], None] | None
 
 
-class Database(apsw.Connection):
-    """A file in SQLite's format, by its URI; waits 5 s for whoever else holds it. apsw.Error."""
+def store_key(source: str, cipher: str) -> str:
+    """What SQLite needs to open an encrypted queue, as a part of its URI; empty for a plain one. ConfigError."""
+    kind, _, where = key_source(source).partition(":")
+    if not kind:
+        return ""
+    try:
+        if kind == "systemd":  # systemd.exec(5), LoadCredentialEncrypted
+            secret = named_file(os.path.join(os.environ.get("CREDENTIALS_DIRECTORY", ""), where))  # noqa: PTH118
+        elif kind == "file":
+            secret = named_file(where)
+        else:
+            import subprocess
 
-    def __init__(self, uri: str):
-        super().__init__(uri, apsw.SQLITE_OPEN_READWRITE | apsw.SQLITE_OPEN_URI)  # `mode` in the URI may say less
+            words = (
+                ["security", "find-generic-password", "-w", "-s", where] if kind == "keychain" else shlex.split(where)
+            )
+            secret = subprocess.run(words, stdin=subprocess.DEVNULL, capture_output=True, timeout=KEY_SECS).stdout
+    except OSError as error:
+        raise ConfigError([f"storeKey: the key cannot be read from {kind}: {error.strerror}"]) from None
+    except ValueError:
+        raise ConfigError(["storeKey: the command cannot be understood"]) from None
+    if len(secret.strip()) < KEY_CHARS:
+        text = f"storeKey: {kind} gives fewer than {KEY_CHARS} characters; make a key with: openssl rand -hex 32"
+        raise ConfigError([text])
+    return f"cipher={cipher}&key=raw:{hmac.digest(secret.strip(), b'medplum-agent queue', 'sha256').hex()}"
+
+
+class Database(apsw.Connection):
+    """A file in SQLite's format; waits 5 s for whoever else holds it. `key` and `options` are parts of its URI."""
+
+    def __init__(self, path: Path, key: str = "", options: str = ""):
+        uri = f"{path.absolute().as_uri()}?{key}&{options}"
+        super().__init__(uri, apsw.SQLITE_OPEN_READWRITE | apsw.SQLITE_OPEN_URI)  # options may say less
         self.set_busy_timeout(5000)
 
     def rows(self, sql: str, values: Sequence[Any] = ()) -> list[tuple[Any, ...]]:
@@ -2978,8 +3028,8 @@ class Store:
     tried again until a person has mended it. Nothing in the file is ever thrown away to get going again.
     """
 
-    def __init__(self, path: Path, log: Log):
-        self.path = path
+    def __init__(self, path: Path, log: Log, key: str = ""):
+        self.path, self._key = path, key
         self._seed = ""
         self.uuid = ""  # of the queue, without its last 12 digits: with a row's number it names a message for ever
         self.trouble = "the queue is not open yet"
@@ -3275,7 +3325,7 @@ class Store:
 
     def _read(self, run: Callable[[Database], T]) -> T:
         if self._read_connection is None:
-            self._read_connection = Database(f"{self.path.absolute().as_uri()}?mode=ro")
+            self._read_connection = Database(self.path, self._key, "mode=ro")
             self._read_connection.execute("PRAGMA cache_size=-4000")
         return run(self._read_connection)
 
@@ -3518,9 +3568,13 @@ class Store:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._lock_queue()
             self._inspect_wal()
+            if self._key and is_plain(self.path):
+                rewrite_queue(self.path, "", self._key)
+                self._log.warn(f"The queue {self.path} is encrypted from now on. {BACK_UP_KEY}")
             os.close(os.open(self.path, os.O_RDWR | os.O_CREAT, 0o600))
-            db = Database(self.path.absolute().as_uri())
+            db = Database(self.path, self._key)
             self._prepare(db)
+            mark_key(self.path, self._key)
         except (OSError, apsw.Error, StorageError) as error:
             if db is not None:
                 db.close()
@@ -3783,25 +3837,89 @@ def decide(db: Database, fate: str, ids: Sequence[int]) -> list[Decided]:
     return [Decided(*row) for row in db.execute(sql, (json.dumps(ids),))]
 
 
-def read_queue(path: Path, read: Callable[[Database], T]) -> T:
+BACK_UP_KEY = "Keep a copy of its key in a safe place: without it nobody can read what waits there."
+
+
+def key_mark(path: Path) -> Path:
+    return path.with_name(f"{path.name}.key")
+
+
+def is_plain(path: Path) -> bool:
+    """Whether there is a queue that is not encrypted."""
+    with suppress(FileNotFoundError), open(path, "rb") as file:
+        return file.read(16) == b"SQLite format 3\0"
+    return False
+
+
+def check_key(path: Path, key: str) -> None:
+    """An encrypted queue is not touched without its own key; ConfigError. A mark beside the file tells which it is."""
+    known = key_mark(path).read_text("ascii") if key_mark(path).exists() else ""
+    if known and not key and path.exists() and not is_plain(path):
+        raise ConfigError([f"the queue {path} is encrypted: name its key with storeKey (and storeCipher)"], True)
+    if known not in ("", _mark_of(key)) and path.exists() and not is_plain(path):
+        raise ConfigError([f"storeKey, or storeCipher, is not that of the queue {path}; nothing was changed"], True)
+
+
+def mark_key(path: Path, key: str) -> None:
+    """The file can be read with this key."""
+    if key:
+        replace_file(key_mark(path), _mark_of(key).encode())
+    else:
+        key_mark(path).unlink(missing_ok=True)
+
+
+def _mark_of(key: str) -> str:
+    return hashlib.sha256(key.encode()).hexdigest()[:16] if key else ""
+
+
+def rewrite_queue(path: Path, old: str, new: str) -> None:
+    """The queue with another key, or without one: a whole copy takes its place. apsw.Error, OSError."""
+    target = path.with_name(f"{path.name}.new")
+    target.unlink(missing_ok=True)
+    os.close(os.open(target, os.O_RDWR | os.O_CREAT, 0o600))
+    try:
+        with closing(Database(path, old)) as db:
+            db.execute("VACUUM INTO ?", (f"{target.absolute().as_uri()}?{new or 'key='}",))
+            db.rows("PRAGMA wal_checkpoint(TRUNCATE)")  # and its log goes when it is closed: it is in the copy
+        with open(target, "r+b") as file:
+            sync(file.fileno())
+        target.replace(path)
+        sync_folder(path.parent)
+    finally:
+        target.unlink(missing_ok=True)
+
+
+def read_queue(path: Path, read: Callable[[Database], T], key: str = "") -> T:
     """Read beside a running agent or none; nothing is written. StorageError."""
     try:
         path = path.resolve()  # what belongs to the file is beside it, not beside a link to it
         path.stat()  # which says better than SQLite why it cannot be read
         # where no agent runs nothing may come into being beside the file: it would belong to whoever looks
         alone = "" if path.with_name(f"{path.name}-wal").exists() else "&immutable=1"
-        with closing(Database(f"{path.as_uri()}?mode=ro{alone}")) as db:
+        with closing(Database(path, key, f"mode=ro{alone}")) as db:
             return read(db)
     except OSError as error:
         raise StorageError(f"the queue {path} cannot be read: {error.strerror}") from None
     except apsw.Error as error:
         advice = "; the agent has to run on it once after an update" if "no such" in str(error) else ""
+        if key_mark(path).exists() and isinstance(error, apsw.NotADBError):
+            advice = "; it is encrypted: run this with the agent's own settings (--config FILE), as its user"
         raise StorageError(f"the queue {path} cannot be read: {error}{advice}") from None
 
 
-def change_queue(path: Path, change: Callable[[Database], T]) -> T:
+def change_queue(path: Path, change: Callable[[Database], T], key: str = "") -> T:
     """One transaction in the queue of an agent that does not run; StorageError."""
-    read_queue(path, lambda db: None)  # it is there
+    with alone_with(path, key), closing(Database(path.resolve(), key)) as db:
+        db.execute("BEGIN IMMEDIATE")
+        result = change(db)
+        db.execute("COMMIT")
+        return result
+
+
+@contextmanager
+def alone_with(path: Path, key: str) -> Iterator[None]:
+    """No agent runs on this queue; what is wrong within, and another that does, is a StorageError."""
+    read_queue(path, seed_of, key)  # it is there, and ours
     try:
         file = open(path.with_name(f"{path.name}.lock"), "a+b", opener=private)  # noqa: SIM115
     except OSError as error:
@@ -3810,12 +3928,8 @@ def change_queue(path: Path, change: Callable[[Database], T]) -> T:
         if not lock_file(lock):
             raise StorageError(f"another agent uses the queue {path}")
         try:
-            with closing(Database(path.resolve().as_uri())) as db:
-                db.execute("BEGIN IMMEDIATE")
-                result = change(db)
-                db.execute("COMMIT")
-                return result
-        except apsw.Error as error:
+            yield
+        except (apsw.Error, OSError) as error:
             raise StorageError(f"the queue {path} cannot be written: {error}") from None
         finally:
             Path(lock.name).unlink(missing_ok=True)
@@ -3907,9 +4021,10 @@ _TROUBLES = (  # what the words of SQLite and of the system mean: words, MSA-3, 
     ),
     (
         ("malformed", "not a database"),
-        "the queue file of the agent is damaged",
-        "Messages accepted earlier are still in that file. Stop the agent, keep a copy, repair it with "
-        "'sqlite3 FILE .recover | sqlite3 NEW' and put NEW in its place, or move it away to start empty.",
+        "the queue file of the agent is damaged, or encrypted with another key",
+        "Messages accepted earlier are still in that file. If it is encrypted, check storeKey. Stop the agent, keep a "
+        "copy, repair it with 'sqlite3 FILE .recover | sqlite3 NEW' and put NEW in its place, or move it away to start "
+        "empty.",
     ),
 )
 
@@ -8974,7 +9089,7 @@ def _checked_status(answer: Dataset) -> int:
 
 
 # =====================================================================================================================
-# Doctor (420 lines, 3700 tokens)
+# Doctor (420 lines, 3750 tokens)
 #
 # `doctor`: one line a check, in the order in which things can fail, each with what the person who can act has to do.
 # It works beside a running agent, without one, and within one for the cloud. May touch: network, files, serial ports.
@@ -9277,7 +9392,10 @@ class Doctor:
             await asyncio.to_thread(self._folder, name, place)
         if queue.exists():
             try:
-                await asyncio.to_thread(read_queue, queue, seed_of)
+                key = store_key(self.config.settings.storeKey, self.config.settings.storeCipher)
+                await asyncio.to_thread(read_queue, queue, seed_of, "" if is_plain(queue) else key)
+            except ConfigError as error:
+                self.say("queue", WRONG, str(error), "Mend storeKey; without the key the queue cannot be read.")
             except StorageError as error:
                 self.say("queue", WRONG, str(error), _storage_advice(error))
         if sys.platform != "win32" and (self.remote or self.running is None):  # else it is that of another process
@@ -9389,7 +9507,7 @@ async def examine(config: ProcessConfig, running: Json | None, seconds: float, r
 
 
 # =====================================================================================================================
-# Operations (730 lines, 7000 tokens)
+# Operations (740 lines, 7050 tokens)
 #
 # What a person asks of a running agent: status, the queue, alarms, the page and its figures. One `ask` serves the
 # command line (over a socket in the state directory that only the agent's user can open), the page, and the cloud (a
@@ -9496,9 +9614,14 @@ class Operations:
             return
         async with self._looking:
             await self._count()
+            came = 0
             for name, channel in self._agent.channels.items():
-                self._samples.setdefault(name, deque([0], round(3600 / LOOK_SECS) + 1)).append(channel.queue.count)
+                counts = self._samples.setdefault(name, deque([0], round(3600 / LOOK_SECS) + 1))
+                came += channel.queue.count - counts[-1]
+                counts.append(channel.queue.count)
             self._judge()
+            if not came:
+                await asyncio.to_thread(give_memory_back)
 
     async def _count(self) -> None:
         if self._agent.started.is_set():
@@ -10115,7 +10238,7 @@ def ask_agent(state_dir: Path, asked: Json, seconds: float = HTTP_TIMEOUT_SECS) 
 
 
 # =====================================================================================================================
-# Agent (600 lines, 5000 tokens)
+# Agent (610 lines, 5100 tokens)
 #
 # Plans become running channels. A reload reads everything, lists every problem, and changes nothing if there is one;
 # otherwise only what differs changes, and untouched channels keep their connections. The life cycle: lock, logs,
@@ -10150,6 +10273,7 @@ class Agent:
         self._last_sweep = dict.fromkeys(_SWEPT, -1)
         self._problem = "it has not started yet"
         self.operations = Operations(self)
+        self.key = store_key(config.settings.storeKey, config.settings.storeCipher)
 
     def stop(self) -> None:
         """Begin the clean stop; `run` returns when it is done."""
@@ -10212,6 +10336,8 @@ class Agent:
             directory.mkdir(parents=True, exist_ok=True, mode=0o700)
         except OSError as error:
             raise ConfigError([f"the log directory {directory} cannot be used: {error.strerror}"]) from None
+        if name == "channels" and self.key:  # it would hold in clear what the queue does not
+            settings = dataclasses.replace(settings, logLevel="NONE")
         return Log(name, settings, directory, console, lazy=name == "channels")
 
     def _close_files(self) -> None:
@@ -10234,7 +10360,9 @@ class Agent:
             self._report_problems(problems, "the other channels start")
         elif not saved:
             self._save_config(plan)
-        self.store = Store(Path(plan.settings.queueDbPath or self.state_dir / QUEUE_FILE), self.log)
+        path = Path(plan.settings.queueDbPath or self.state_dir / QUEUE_FILE)
+        check_key(path, self.key)
+        self.store = Store(path, self.log, self.key)
         self._parts = Parts(self.store, self.uplink, self.fhir, self.log, self.channel_log)
         self.devices = Devices(self._parts, self.channels, self.config.settings.pushTargets)
         self.devices.imaging = ImagingCaller(self.store.spool, self.fhir, self.log)
@@ -10713,7 +10841,7 @@ def _stack(error: BaseException | None) -> list[str]:
 
 
 # =====================================================================================================================
-# Command line (530 lines, 4600 tokens)
+# Command line (550 lines, 4800 tokens)
 # =====================================================================================================================
 
 _USAGE = """\
@@ -10732,6 +10860,7 @@ _USAGE = """\
        %(prog)s queue export FILE        messages with their content, for another queue
        %(prog)s queue import FILE        what was exported, into this queue
        %(prog)s queue replay             messages of --channel, since --since, once more: to the Bot that --to names
+       %(prog)s queue rekey              another key for the queue of an agent that does not run: --to names it
        %(prog)s send HOST:PORT FILE...   HL7 messages to a device or channel, with their acknowledgments"""
 
 
@@ -10762,7 +10891,7 @@ def command_parser(program: str) -> argparse.ArgumentParser:
     add("--limit", type=_limit, metavar="N", default=100, help="queue list: so many at most (100)")
     add("--kind", choices=KINDS, default="", help="queue export, replay: only what is waiting, dead, undelivered; open "
         "(waiting or dead: what export means without it), or all (what replay means)")  # fmt: skip
-    add("--to", metavar="Bot/ID", default="", help="queue replay: the Bot that gets the messages")
+    add("--to", default="", help="queue replay, rekey: the Bot that gets the messages; where the new key is, or plain")
     add("--dry-run", action="store_true", help="queue retry, discard, import, replay: only count")
     add("--watch", action="store_true", help="status: again and again")
     add("--json", action="store_true", help="queue, status, doctor: as JSON")
@@ -10836,7 +10965,7 @@ def _process_config(options: argparse.Namespace, *arguments: str) -> ProcessConf
 def _state_dir(options: argparse.Namespace) -> Path:
     """Of the agent that is asked about; StorageError when its settings cannot be read."""
     if options.state_dir:
-        return Path(options.state_dir)
+        return Path(options.state_dir).absolute()
     installed = installed_config_file()
     if not options.config and installed.exists() and not os.access(installed, os.R_OK):
         raise StorageError(f"the settings in {installed} cannot be read by this user: use sudo")
@@ -10889,7 +11018,8 @@ def _status(options: argparse.Namespace) -> int:
                 code, lines = int(status["state"]), [json.dumps(status)] if options.json else [*_screen(status)]
             else:
                 lines = [f"CRITICAL: no agent runs with the state in {state_dir}"]
-                waiting = read_queue(_queue_path(state_dir), backlog_of)
+                _, path, key = _queue_file(options)
+                waiting = read_queue(path, backlog_of, key)
                 lines += [f"{name}: {count} messages wait" for name, count, _ in waiting]
         except StorageError as error:
             lines = lines or [f"CRITICAL: {error}"]
@@ -11012,19 +11142,24 @@ def _when(text: str) -> int:
         raise ConfigError([f"'{text}' is no time: write 2026-11-26T03:00, or 12h for twelve hours ago"]) from None
 
 
-def _queue_path(state_dir: Path) -> Path:
-    settings = Json()
+def _queue_file(options: argparse.Namespace) -> tuple[Path, Path, str]:
+    """State directory, queue, and its key."""
+    state_dir, settings = _state_dir(options), Json()
     with suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
         settings = agent_settings(load_json((state_dir / CONFIG_FILE).read_bytes())["agent"], [])
-    return Path(settings.get("queueDbPath") or state_dir / QUEUE_FILE)
+    path = Path(settings.get("queueDbPath") or state_dir / QUEUE_FILE)
+    if not key_mark(path).exists():
+        return state_dir, path, ""
+    process = _process_config(options).settings
+    return state_dir, path, store_key(process.storeKey, process.storeCipher)
 
 
 _QUEUE_FORMS = (
     rf"list( ({'|'.join(KINDS)}))?|find \S.*|"
-    r"show \d{1,18}|(retry|discard)( \d{1,18})*|export \S.*|import \S.*|replay"
+    r"show \d{1,18}|(retry|discard)( \d{1,18})*|export \S.*|import \S.*|replay|rekey"
 )
 _QUEUE_VERBS = """queue needs one of: list [waiting | dead | undelivered | open | all], find CONTROL_ID, show ID,
-retry [ID...], discard [ID...], export FILE, import FILE, replay"""
+retry [ID...], discard [ID...], export FILE, import FILE, replay, rekey"""
 
 
 def _queue(options: argparse.Namespace, verb: str = "", *what: str) -> int:
@@ -11033,6 +11168,8 @@ def _queue(options: argparse.Namespace, verb: str = "", *what: str) -> int:
         raise ConfigError([_QUEUE_VERBS.replace("\n", " ")])
     since, until = _when(options.since), _when(options.until)
     wanted = Wanted("", 0, "", options.channel, options.reason, since, until)
+    if verb == "rekey":
+        return _rekey(options)
     if verb in FATES:
         return _decide(options, verb, wanted._replace(kind="dead"), [int(id_) for id_ in what])
     if verb == "import":
@@ -11046,11 +11183,14 @@ def _queue(options: argparse.Namespace, verb: str = "", *what: str) -> int:
         wanted = wanted._replace(control_id=" ".join(what))
     else:
         wanted = wanted._replace(id=int(what[0]), payload=options.payload)
-    state_dir = _state_dir(options)
-    path = _queue_path(state_dir)
+    return _look(options, wanted, verb)
+
+
+def _look(options: argparse.Namespace, wanted: Wanted, verb: str) -> int:
+    state_dir, path, key = _queue_file(options)
     if wanted.payload:
         audit(state_dir, f"payload of message {wanted.id}")
-    found = read_queue(path, wanted.found)
+    found = read_queue(path, wanted.found, key)
     lines: list[str] = []
     for name, message in found:
         received = (message.original or b"").decode(message.encoding, "replace")
@@ -11068,22 +11208,21 @@ def _queue(options: argparse.Namespace, verb: str = "", *what: str) -> int:
     return int(not found and verb != "list")
 
 
-def _each(path: Path, wanted: Wanted) -> Iterator[tuple[str, Message]]:
+def _each(path: Path, key: str, wanted: Wanted) -> Iterator[tuple[str, Message]]:
     """What is wanted, a few rows at a time."""
-    while found := read_queue(path, wanted._replace(limit=REFILL_MESSAGES).found):
+    while found := read_queue(path, wanted._replace(limit=REFILL_MESSAGES).found, key):
         yield from found
         wanted = wanted._replace(after=found[-1][1].id)
 
 
 def _export(options: argparse.Namespace, file: Path, wanted: Wanted) -> int:
     """Messages as JSON lines, with patient data: into a file that only its user can read."""
-    state_dir, count = _state_dir(options), 0
-    path = _queue_path(state_dir)
+    (state_dir, path, key), count = _queue_file(options), 0
     audit(state_dir, f"export of {wanted._replace(payload=False)} to {file}")
-    seed = read_queue(path, seed_of)
+    seed = read_queue(path, seed_of, key)
     try:
         with open(file, "x", encoding="utf-8", opener=private) as target:
-            for channel, message in _each(path, wanted):
+            for channel, message in _each(path, key, wanted):
                 if message.spool or channel.startswith(PUSH_PREFIX):
                     print(f"Message {message.id} is left out: {channel} has files, or is a device.", file=sys.stderr)
                     continue
@@ -11122,13 +11261,13 @@ def _replay(options: argparse.Namespace, wanted: Wanted) -> int:
     """Stored messages, in their order, to a Bot that is named; never to the channel's own by accident."""
     if not (wanted.channel and wanted.since and re.fullmatch(r"Bot/[A-Za-z0-9.-]{1,64}", options.to)):
         raise ConfigError(["queue replay needs --channel NAME, --since TIME and --to Bot/ID"])
-    state_dir, statuses = _state_dir(options), collections.Counter[str]()
+    (state_dir, path, key), statuses = _queue_file(options), collections.Counter[str]()
     config = _process_config(options)
     audit(state_dir, f"replay of {wanted._replace(payload=False)} to {options.to}")
 
     async def run() -> None:
         fhir = Fhir(config.settings, tls_context(config.settings.caFile), Log("replay", config.main_log, None, None))
-        for _, message in _each(_queue_path(state_dir), wanted):
+        for _, message in _each(path, key, wanted):
             if message.spool:
                 statuses["left out: images"] += 1
                 continue
@@ -11142,19 +11281,30 @@ def _replay(options: argparse.Namespace, wanted: Wanted) -> int:
     return int(not statuses or any(status >= "status 3" for status in statuses if status.startswith("status ")))
 
 
+def _rekey(options: argparse.Namespace) -> int:
+    """The agent's settings get the new storeKey afterwards."""
+    if not options.to:
+        raise ConfigError(["queue rekey needs --to file:PATH, as storeKey has it, or --to plain"])
+    _, path, key = _queue_file(options)
+    new = "" if options.to == "plain" else store_key(options.to, _process_config(options).settings.storeCipher)
+    with alone_with(path, key):
+        rewrite_queue(path, key, new)
+        mark_key(path, new)
+    _show([f"The queue {path} is rewritten. Write storeKey into the agent's settings, then start it. {BACK_UP_KEY}"])
+    return 0
+
+
 def _decide(options: argparse.Namespace, fate: str, wanted: Wanted, ids: list[int]) -> int:
     """Dead letters are sent again or given up: by the running agent, else in its queue."""
-    state_dir = _state_dir(options)
-    path = _queue_path(state_dir)
-    named = set(ids)
-    chosen = [id_ for id_ in read_queue(path, wanted.ids) if not ids or id_ in named]
+    (state_dir, path, key), named = _queue_file(options), set(ids)
+    chosen = [id_ for id_ in read_queue(path, wanted.ids, key) if not ids or id_ in named]
     if fate == "discard" and not (ids or any(wanted[3:7])):
         raise ConfigError(["discard needs the numbers of messages, or --channel, --reason, --since, --until"])
     count = len(chosen)
     if not options.dry_run and chosen:
         answer = ask_agent(state_dir, {"command": "queue", "verb": fate, "ids": chosen}, 600)
         changed = partial(decide, fate=fate, ids=chosen)
-        count = len(change_queue(path, changed)) if answer is None else answer["count"]
+        count = len(change_queue(path, changed, key)) if answer is None else answer["count"]
     done = {"retry": "are sent again", "discard": "are given up"}[fate]
     _show([f"{count} dead letters {done.replace('are', 'would be', 1) if options.dry_run else done}."])
     return int(not count)

@@ -647,3 +647,17 @@ def test_a_channel_that_falls_silent_is_an_alarm_until_something_comes(tmp_path)
                 assert device.ask(message(f"N-{time.monotonic_ns()}"))[0] in ("CA", "AA") and time.monotonic() < until
         log = here.agent.main_log()
         assert log.count(b"\"Alarm: channel 'ADT' has been silent") == 1 and log.count(b'"Alarm over after') == 1
+
+
+def test_the_socket_is_found_by_a_relative_path_as_well(tmp_path):
+    """What decides between socket and door is the whole path, for the agent and for who asks it."""
+    folder = tmp_path / ("y" * 60)
+    folder.mkdir()
+    with site(folder, CHANNELS, start=False) as here:
+        here.agent._options = ["--state-dir", "state"]
+        here.agent.start(ready=False)
+        here.agent.wait_connected()
+        asked = [*AgentProcess.COMMAND, "status", "--state-dir"]
+        for path, cwd in (("state", folder), (str(folder / "state"), tmp_path)):
+            done = subprocess.run([*asked, path], capture_output=True, text=True, timeout=30, cwd=cwd)
+            assert done.returncode == 0, done.stdout + done.stderr

@@ -1,4 +1,5 @@
-"""Measure the agent: python3 build.py bench [--quick] [--case NAME] [--backlog N] [--json FILE] [--dir DIR].
+"""Measure the agent: python3 build.py bench [--quick] [--case NAME] [--backlog N] [--json FILE] [--against CMD]
+[--dir DIR].
 
 The agent runs as a process of its own, as at a site: medplum_agent.py, or the program in MEDPLUM_AGENT_BINARY. This
 process plays the devices; peers.py plays the server, and a bare echo that shows what the same traffic could reach at
@@ -16,6 +17,7 @@ import platform
 import random
 import re
 import selectors
+import shlex
 import signal
 import socket
 import statistics
@@ -64,7 +66,8 @@ def template(size: int) -> bytes:
 
 @dataclasses.dataclass(frozen=True)
 class Traffic:
-    """What the devices do. `window`: messages that one connection leaves unanswered; 1 is lockstep."""
+    """What the devices do. `window`: messages that one connection leaves unanswered; 1 is lockstep. `pace`: messages a
+    second of all of them; 0 is as fast as they can."""
 
     name: str
     connections: int
@@ -74,27 +77,30 @@ class Traffic:
     channel: str = "enhanced"
     counted: str = "CA"  # the acknowledgment that answers a message
     server: bool = False  # is there
+    patients: int = PATIENTS
+    pace: int = 0
 
     def frames(self, first: int, count: int) -> Iterator[bytes]:
         """Messages with control ids of their own, from many patients."""
         form = template(self.size)
-        made = (form % (number, number % PATIENTS) for number in range(first, first + count))
+        made = (form % (number, number % self.patients) for number in range(first, first + count))
         return iter(list(made)) if count * self.size * self.connections <= PREBUILT_BYTES else made
 
     @property
     def echo(self) -> str:
         """The echo that answers as many frames as the agent does."""
-        return "CA+AA" if self.server and self.channel == "enhanced" else self.counted
+        return "CA+AA" if self.server and self.channel == "enhanced" else "AA" if self.channel != "enhanced" else "CA"
 
 
 class Device:
     """One connection that keeps up to `window` messages unanswered."""
 
-    def __init__(self, port: int, frames: Iterator[bytes], window: int):
+    def __init__(self, port: int, frames: Iterator[bytes], window: int, pace: float):
         self.sock = socket.create_connection(("127.0.0.1", port))
         self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.sock.setblocking(False)
-        self._frames, self._window = frames, window
+        self._frames, self._window, self._pace = frames, window, pace
+        self._begin, self._given = time.perf_counter(), 0
         self._unsent = memoryview(b"")
         self._sent_at: collections.deque[float] = collections.deque()  # of unanswered messages
         self._rest = b""  # of an answer that is not complete
@@ -102,7 +108,11 @@ class Device:
     def write(self) -> bool:
         """Send what the window allows; True when the socket would not take it all."""
         if not self._unsent and len(self._sent_at) < self._window:
-            batch = list(itertools.islice(self._frames, self._window - len(self._sent_at)))
+            room = self._window - len(self._sent_at)
+            if self._pace:
+                room = min(room, int((time.perf_counter() - self._begin) * self._pace) - self._given)
+            batch = list(itertools.islice(self._frames, max(0, room)))
+            self._given += len(batch)
             self._unsent = memoryview(b"".join(batch))
             self._sent_at.extend([time.perf_counter()] * len(batch))
         with contextlib.suppress(BlockingIOError):
@@ -133,9 +143,11 @@ class Load:
     def __init__(self, traffic: Traffic, port: int, messages: int):
         self.each = messages // traffic.connections
         self.messages = self.each * traffic.connections
-        self._selector = selectors.DefaultSelector()
+        self._selector, self._paced = selectors.DefaultSelector(), traffic.pace > 0
         self._devices = [
-            Device(port, traffic.frames(number * self.each, self.each), traffic.window)
+            Device(
+                port, traffic.frames(number * self.each, self.each), traffic.window, traffic.pace / traffic.connections
+            )
             for number in range(traffic.connections)
         ]
         for device in self._devices:
@@ -144,13 +156,17 @@ class Load:
     def run(self, code: str) -> "Measured":
         """Until as many acknowledgments with this code came as there are messages."""
         answers, marks, latencies = 0, [(0.0, 0)], list[float]()
+        heard = time.perf_counter()
         cpu, begin = time.process_time(), time.perf_counter()
         for device in self._devices:
             self._write(device)
         while answers < self.messages:
-            events = self._selector.select(STALL_SECS)
-            if not events:
+            events = self._selector.select(0.001 if self._paced else STALL_SECS)
+            if not events and time.perf_counter() - heard > STALL_SECS - 1:
                 raise BenchError(f"silent for {STALL_SECS:.0f} s after {answers} of {self.messages} {code}")
+            heard = time.perf_counter() if events else heard
+            for device in self._devices if self._paced else ():
+                self._write(device)
             for key, mask in events:
                 if mask & selectors.EVENT_READ:
                     answers += key.data.read(code, latencies)
@@ -252,16 +268,11 @@ class Peer(Process):
 class Site:
     """An agent with an empty queue and its server. `start_ms`: from the start of the process to its open ports."""
 
-    def __init__(self, directory: Path):
-        self.ports = {name: free_port() for name in ("enhanced", "original")}
-        addresses = {
-            name: f"mllp://127.0.0.1:{port}{'?enhanced=true' if name == 'enhanced' else ''}"
-            for name, port in self.ports.items()
-        }
+    def __init__(self, directory: Path, program: Sequence[str]):
+        self.ports = {name: free_port() for name in CHANNELS}
+        addresses = {name: f"mllp://127.0.0.1:{port}{CHANNELS[name]}" for name, port in self.ports.items()}
         self.server = Peer(directory, "server", str(free_port()), AGENT_ID, json.dumps(addresses))
-        binary = os.environ.get("MEDPLUM_AGENT_BINARY")
-        program = [binary] if binary else [sys.executable, str(ROOT / "medplum_agent.py")]
-        arguments = [self.server.listening, "sandbox-client", "sandbox-secret", AGENT_ID, "--state-dir", "state"]
+        arguments = [self.server.listening, "sandbox-client", "sandbox-secret", AGENT_ID]
         self._said = directory / "agent.out"
         with self._said.open("wb") as said:
             self._begin = time.perf_counter()
@@ -291,10 +302,15 @@ class Site:
         self.server.stop()
 
 
+def ours() -> list[str]:
+    binary = os.environ.get("MEDPLUM_AGENT_BINARY")
+    return [*([binary] if binary else [sys.executable, str(ROOT / "medplum_agent.py")]), "--state-dir", "state"]
+
+
 @contextlib.contextmanager
-def new_site(parent: str | None) -> Iterator[Site]:
+def new_site(parent: str | None, program: Sequence[str] = ()) -> Iterator[Site]:
     with tempfile.TemporaryDirectory(prefix="medplum-agent-bench-", dir=parent) as directory:
-        site = Site(Path(directory))
+        site = Site(Path(directory), program or ours())
         try:
             site.wait()
             yield site
@@ -325,6 +341,7 @@ def syncs_per_second(parent: str | None, seconds: float = 1.0) -> float:
 
 # --- Cases -----------------------------------------------------------------------------------------------------------
 
+CHANNELS = {"enhanced": "?enhanced=true", "original": "", "aa": "?enhanced=aa"}
 SMALL, LARGE, HUGE = 480, 100 * KIB, 1000 * KIB
 TRAFFIC = (
     *(Traffic(f"intake lockstep x{n}", n, 1, SMALL, 8000 * n) for n in (1, 4)),
@@ -335,6 +352,16 @@ TRAFFIC = (
     Traffic("relay original x4", 4, 500, SMALL, 50_000, "original", "AA", server=True),
     Traffic("relay enhanced x4", 4, 500, SMALL, 50_000, "enhanced", "AA", server=True),
     Traffic("CA+AA lockstep x1", 1, 1, SMALL, 6000, "enhanced", "AA", server=True),
+    Traffic("CA+AA lockstep x16", 16, 1, SMALL, 24_000, "enhanced", "AA", server=True),
+    Traffic("original lockstep x1", 1, 1, SMALL, 6000, "original", "AA", server=True),
+    Traffic("original lockstep x16", 16, 1, SMALL, 24_000, "original", "AA", server=True),
+    Traffic("original 100 in flight", 1, 100, SMALL, 50_000, "original", "AA", server=True),
+    Traffic("original, one patient", 1, 100, SMALL, 10_000, "original", "AA", server=True, patients=1),
+    Traffic("aa lockstep x1", 1, 1, SMALL, 8000, "aa", "AA", server=True),
+    Traffic("aa lockstep x16", 16, 1, SMALL, 60_000, "aa", "AA", server=True),
+    Traffic("aa 100 KB lockstep", 1, 1, LARGE, 2000, "aa", "AA", server=True),
+    Traffic("aa 1 MB lockstep", 1, 1, HUGE, 300, "aa", "AA", server=True),
+    Traffic("aa at 5,000/s x16", 16, 100, SMALL, 50_000, "aa", "AA", server=True, pace=5000),
 )
 
 
@@ -366,9 +393,9 @@ class Row:
         return f"{self.case:26}" + "".join(shown)
 
 
-def measure(traffic: Traffic, messages: int, echo: Peer, parent: str | None) -> Row:
+def measure(traffic: Traffic, messages: int, echo: Peer, parent: str | None, program: Sequence[str]) -> Row:
     """One kind of traffic: first through a new agent, then against the echo."""
-    with new_site(parent) as site:
+    with new_site(parent, program) as site:
         site.uplink(traffic.server)
         with contextlib.closing(Load(traffic, site.ports[traffic.channel], messages)) as load:
             agent, server = site.agent.cpu(), site.server.cpu()
@@ -430,7 +457,8 @@ def measure_idle(parent: str | None, starts: int) -> tuple[float, float]:
 NOTES = """\
 ceiling: a bare asyncio echo for the same traffic, in memory, same interpreter. CPU us: of the agent per message, all
 threads; others: of devices and server. RSS: the agent's peak; of "last" tenth: at its end. p50 and p99: from handing
-a message to the socket to its CA (relay and CA+AA: AA; there, the n-th answer is taken for the n-th message's).
+a message to the socket to its CA (original, aa, relay and CA+AA: AA; there, the n-th answer is taken for the n-th
+message's).
 """
 
 
@@ -454,7 +482,14 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as directory:
         echo = Peer(Path(directory), "echo")
         for case in chosen:
-            show(measure(case, case.messages // (5 if options.quick else 1), echo, options.dir))
+            count = case.messages // (5 if options.quick else 1)
+            show(measure(case, count, echo, options.dir, ours()))
+            if options.against:
+                try:
+                    other = measure(case, count, echo, options.dir, shlex.split(options.against))
+                    show(dataclasses.replace(other, case=f"  {Path(shlex.split(options.against)[-1]).name}"))
+                except BenchError as error:
+                    print(f"  {options.against}: {error}", flush=True)
         if not wanted or "backlog" in wanted:
             show(*measure_backlog(options.backlog or (20_000 if options.quick else 100_000), echo, options.dir))
         echo.stop()
@@ -473,6 +508,11 @@ def main() -> None:
     option("--case", action="append", default=[], metavar="NAME", help="only cases with NAME in their name; repeatable")
     option("--backlog", type=int, metavar="N", help="messages stored with the server away; default 100000")
     option("--json", type=Path, metavar="FILE", help="write the figures there as well")
+    option(
+        "--against",
+        metavar="CMD",
+        help="beside each case another agent, which takes the same four arguments, in an empty working directory",
+    )
     option("--dir", metavar="DIR", help="where queues are made; default: the system's temporary folder")
     options = parser.parse_args()
     try:

@@ -1,0 +1,218 @@
+"""The queue encrypted at rest: nothing of a message in any file, keys that are missing or wrong, conversion, damage."""
+
+import contextlib
+import errno
+import os
+import random
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import apsw
+import pytest
+
+import medplum_agent as ma
+from tests.support import AgentProcess, Site, eventually, message, site
+
+KEY = "0123456789abcdef" * 4
+SECRETS = ("TESTPERSON", "PAULA", "PATIENT-4711", "CONTROL-", "POTASSIUM")
+ONCE = "?enhanced=true"
+
+
+@pytest.fixture
+def key_file(tmp_path: Path) -> Path:
+    path = tmp_path / "store.key"
+    path.write_text(f"{KEY}\n")
+    return path
+
+
+def encrypted(folder: Path, key_file: Path, cipher: str = "aegis", **options: Any) -> Any:
+    return site(folder, {"ADT": ONCE}, config=f"storeKey = 'file:{key_file}'\nstoreCipher = '{cipher}'", **options)
+
+
+def send(here: Site, *names: str) -> None:
+    with here.device("ADT") as device:
+        for name in names:
+            text = message(f"CONTROL-{name}", "PATIENT-4711", text="POTASSIUM 9.9")
+            device.send(text)
+            while device.ack() != ("CA", f"CONTROL-{name}"):
+                pass
+
+
+def found_in(folder: Path) -> set[tuple[str, str]]:
+    """What of the messages stands in clear in the files, and where."""
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    assert files
+    return {
+        (word, path.name) for path in files for word in SECRETS if word in path.read_bytes().decode("latin-1").upper()
+    }
+
+
+def command(here: Site, *arguments: str) -> "subprocess.CompletedProcess[str]":
+    line = [*AgentProcess.COMMAND, *arguments, "--state-dir", str(here.agent.state_dir), "--config", str(config(here))]
+    names = ("BASE_URL", "CLIENT_ID", "CLIENT_SECRET", "AGENT_ID")
+    env = os.environ | {f"MEDPLUM_{name}": "http://localhost" for name in names} | {"MEDPLUM_AGENT_ID": "1"}
+    return subprocess.run(line, capture_output=True, text=True, timeout=30, env=env)
+
+
+def config(here: Site) -> Path:
+    return here.agent.state_dir.with_name("state-agent.toml")
+
+
+@pytest.mark.parametrize("cipher", ["aegis", "sqlcipher"])
+def test_no_byte_of_a_message_is_in_clear_and_all_of_them_arrive(tmp_path: Path, key_file: Path, cipher: str) -> None:
+    with encrypted(tmp_path, key_file, cipher) as here:
+        send(here, "BEFORE")
+        here.sandbox.wait_ids("CONTROL-BEFORE")
+        here.sandbox.stop()
+        send(here, *map(str, range(200)))
+        here.agent.kill()
+        assert found_in(here.agent.state_dir) == set()
+        assert not ma.is_plain(here.agent.queue_path)
+        here.sandbox.start()
+        here.agent.start()
+        here.sandbox.wait_ids(*(f"CONTROL-{n}" for n in range(200)))
+        shown = command(here, "queue", "find", "CONTROL-7")
+        assert shown.returncode == 0 and "answered with status 200" in shown.stdout, shown.stderr
+        here.agent.terminate()
+        assert found_in(here.agent.state_dir) == set()
+
+
+def test_a_plain_queue_is_converted_with_what_waits_in_it(tmp_path: Path, key_file: Path) -> None:
+    with site(tmp_path, {"ADT": ONCE}) as here:
+        here.sandbox.stop()
+        send(here, "WAITS")
+        here.agent.kill()  # its log still holds what was stored
+        assert any(name.startswith("medplum-agent-queue") for _, name in found_in(here.agent.state_dir))
+        for log in here.agent.state_dir.glob("*channels*"):
+            log.unlink()
+        config(here).write_text(f"storeKey = 'file:{key_file}'")
+        here.agent._options = [*here.agent._options, "--config", str(config(here))]
+        here.sandbox.start()
+        here.agent.start()
+        here.sandbox.wait_ids("CONTROL-WAITS")
+        assert b"is encrypted from now on" in here.agent.main_log()
+        here.agent.terminate()
+        assert found_in(here.agent.state_dir) == set()
+
+
+@pytest.mark.parametrize("wrong", ["missing", "another key", "another cipher"])
+def test_without_its_key_the_agent_does_not_start_and_touches_nothing(
+    tmp_path: Path, key_file: Path, wrong: str
+) -> None:
+    with encrypted(tmp_path, key_file) as here:
+        here.sandbox.stop()
+        send(here, "KEPT")
+        here.agent.kill()
+        files = [here.agent.queue_path, here.agent.queue_path.with_name(f"{here.agent.queue_path.name}-wal")]
+        before = [path.read_bytes() for path in files]
+        settings = config(here)
+        good = settings.read_text()
+        if wrong == "missing":
+            settings.write_text("\n".join(line for line in good.splitlines() if "storeKey" not in line))
+        elif wrong == "another key":
+            key_file.write_text("f" * 64)
+        else:
+            settings.write_text(good.replace("'aegis'", "'sqlcipher'"))
+        here.agent.start(ready=False)
+        process = here.agent.process
+        assert process is not None and process.wait(20) == 78
+        assert "storeKey" in here.agent.output() and "Traceback" not in here.agent.output()
+        assert [path.read_bytes() for path in files] == before
+        settings.write_text(good)
+        key_file.write_text(KEY)
+        here.sandbox.start()
+        here.agent.start()
+        here.sandbox.wait_ids("CONTROL-KEPT")
+
+
+def test_the_key_changes_and_goes(tmp_path: Path, key_file: Path) -> None:
+    other = tmp_path / "other.key"
+    other.write_text("e" * 64)
+    with encrypted(tmp_path, key_file) as here:
+        here.sandbox.stop()
+        send(here, "KEPT")
+        busy = command(here, "queue", "rekey", "--to", f"file:{other}")
+        assert busy.returncode == 1 and "another agent" in busy.stderr
+        here.agent.terminate()
+        assert command(here, "queue", "rekey", "--to", f"file:{other}").returncode == 0
+        assert command(here, "queue", "list").returncode == 1  # the settings still name the old one
+        settings = config(here)
+        settings.write_text(settings.read_text().replace(str(key_file), str(other)))
+        assert "waiting" in command(here, "queue", "list").stdout
+        assert command(here, "queue", "rekey", "--to", "plain").returncode == 0
+        assert ma.is_plain(here.agent.queue_path)
+        settings.write_text("\n".join(line for line in settings.read_text().splitlines() if "storeKey" not in line))
+        here.sandbox.start()
+        here.agent.start()
+        here.sandbox.wait_ids("CONTROL-KEPT")
+
+
+@pytest.fixture
+def queue(tmp_path: Path) -> Iterator[tuple[Path, str]]:
+    """An encrypted file with a table and an index of some pages."""
+    path, key = tmp_path / "queue", ma.store_key(f"command:echo {KEY}", "aegis")
+    path.touch()
+    with contextlib.closing(ma.Database(path, key)) as db:
+        db.execute(f"PRAGMA page_size={ma.PAGE_BYTES}; CREATE TABLE t (x UNIQUE, y)")
+        db.executemany("INSERT INTO t VALUES (?, ?)", [(f"{n:09}", "y" * 3000) for n in range(200)])
+    yield path, key
+
+
+def test_a_flipped_bit_is_found_in_every_page(queue: tuple[Path, str]) -> None:
+    path, key = queue
+    good, dice = path.read_bytes(), random.Random(1)
+    assert len(good) > 20 * ma.PAGE_BYTES
+    for page in range(len(good) // ma.PAGE_BYTES):
+        bad = bytearray(good)
+        bad[page * ma.PAGE_BYTES + dice.randrange(ma.PAGE_BYTES)] ^= 1 << dice.randrange(8)
+        path.write_bytes(bad)
+        with contextlib.closing(ma.Database(path, key)) as db, contextlib.suppress(apsw.CorruptError, apsw.NotADBError):
+            assert db.one("PRAGMA integrity_check") != "ok", page  # there are no free pages here: each is read
+
+
+def test_a_disk_that_fills_up_while_converting_costs_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, queue: tuple[Path, str]
+) -> None:
+    path, key = queue
+    ma.rewrite_queue(path, key, "")
+    before = path.read_bytes()
+
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(ma, "sync", full)
+    with pytest.raises(OSError):
+        ma.rewrite_queue(path, "", key)
+    assert path.read_bytes() == before and not path.with_name("queue.new").exists()
+    monkeypatch.undo()
+    ma.rewrite_queue(path, "", key)
+    assert not ma.is_plain(path)
+    with contextlib.closing(ma.Database(path, key)) as db:
+        assert db.one("SELECT count(*) FROM t") == 200
+
+
+def test_where_keys_come_from(tmp_path: Path, key_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    one = ma.store_key(f"file:{key_file}", "aegis")
+    monkeypatch.setenv("CREDENTIALS_DIRECTORY", str(tmp_path))
+    assert ma.store_key("systemd:store.key", "aegis") == one == ma.store_key(f"command:cat {key_file}", "aegis")
+    assert KEY not in one and ma.store_key("", "aegis") == ""
+    key_file.write_text("short")
+    for source in (f"file:{key_file}", "command:true", "file:/does/not/exist", "command:/does/not/exist", "command:'"):
+        with pytest.raises(ma.ConfigError, match="storeKey"):
+            ma.store_key(source, "aegis")
+    with pytest.raises(ValueError, match="needs the form"):
+        ma.key_source("plain text")
+
+
+def test_a_copy_that_lost_the_mark_of_its_key_is_not_called_damaged_only(tmp_path: Path, key_file: Path) -> None:
+    with encrypted(tmp_path, key_file) as here:
+        here.agent.terminate()
+        here.agent.queue_path.with_name(f"{here.agent.queue_path.name}.key").unlink()
+        key_file.write_text("d" * 64)
+        here.agent.start(ready=False)
+        eventually(lambda: b"If it is encrypted, check storeKey" in here.agent.main_log(), timeout=20)
+        key_file.write_text(KEY)
+        here.agent.kill()
+        here.agent.start()
