@@ -394,7 +394,8 @@ def ensure_compiling() -> None:
     """Bring build/venv to the lock; nothing is installed whose hash it does not name."""
     stamp = COMPILING / "build-stamp"
     wanted = hashlib.sha256(LOCK.read_bytes() + sys.version.encode()).hexdigest()
-    if stamp.exists() and stamp.read_text("utf-8") == wanted:
+    report = COMPILING / "installed.json"  # the bill of materials has the hashes of what was installed
+    if report.exists() and stamp.exists() and stamp.read_text("utf-8") == wanted:
         return
     say("making build/venv from packaging/binary.lock")
     if importlib.util.find_spec("ensurepip") is None:
@@ -404,7 +405,7 @@ def ensure_compiling() -> None:
     first = WORK / "setuptools.lock"  # builds Nuitka, which comes as source, without fetching what no hash protects
     first.write_text(locked("setuptools"), "utf-8")
     quiet(*pip, "--require-hashes", "--requirement", first)
-    quiet(*pip, "--require-hashes", "--no-build-isolation", "--requirement", LOCK)
+    quiet(*pip, "--require-hashes", "--no-build-isolation", "--report", report, "--requirement", LOCK)
     stamp.write_text(wanted, "utf-8")
 
 
@@ -462,9 +463,14 @@ def test(*arguments: str) -> None:
 
 
 def test_binary(*arguments: str) -> NoReturn:
-    """The folder, which packages install, runs every test that starts an agent; the one file has checks of its own."""
-    ensure_binary()
-    os.environ |= {"MEDPLUM_AGENT_BINARY": str(STANDALONE), "MEDPLUM_AGENT_ONE_FILE": str(BINARY)}
+    """The folder, which packages install, runs every test that starts an agent; the one file has checks of its own.
+
+    Where the environment names both already, as after an installation, those are tested and nothing is compiled.
+    """
+    built = {"MEDPLUM_AGENT_BINARY": str(STANDALONE), "MEDPLUM_AGENT_ONE_FILE": str(BINARY)}
+    if not built.keys() <= os.environ.keys():
+        ensure_binary()
+        os.environ |= built
     starts = re.compile(r"AgentProcess|\bsite\(")
     files = [path for path in sorted(ROOT.glob("tests/test_*.py")) if starts.search(path.read_text("utf-8"))]
     become(PYTHON, "-m", "pytest", *PARALLEL, ROOT / "tests/check_binary.py", *files, *arguments)

@@ -59,6 +59,12 @@ def build_commit() -> str:
     return commit.stdout.strip()[:7] if changed.returncode == 0 and commit.returncode == 0 else "0000000"
 
 
+def commit_time() -> str:
+    """Stands for the time of the build, in Unix seconds: the same sources give the same files."""
+    command = ["git", "log", "-1", "--format=%ct"]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout.strip() or "0"
+
+
 def stamped_source(folder: Path) -> Path:
     """A copy of the module that knows its commit, and the demo beside it."""
     text = MODULE.read_text("utf-8")
@@ -148,9 +154,9 @@ def collect(work: Path, dist: Path) -> list[Path]:
     if sys.platform == "linux":
         check_complete(folder)
     report = inventory.read_report(work / "report.xml")
-    parts = inventory.parts(report)
+    parts = inventory.parts(report, folder)
     bill, licenses = dist / "medplum-agent.cdx.json", dist / "LICENSES.txt"
-    bill.write_text(inventory.cyclonedx(parts, version_of(folder / PROGRAM)), "utf-8")
+    bill.write_text(inventory.cyclonedx(parts, version_of(folder / PROGRAM), int(commit_time())), "utf-8")
     licenses.write_text(inventory.license_texts(parts, ROOT / "LICENSE"), "utf-8")
     shutil.copy2(licenses, folder)
     return [one_file, bill, licenses]

@@ -4,7 +4,7 @@ set -euo pipefail
 version=${1#v} system=$2 program=$3 ending=$4
 mkdir -p assets
 cp "$program" "assets/medplum-agent-$version-$ending"
-cp dist/medplum-agent.cdx.json "assets/medplum-agent-$version-$system.cdx.json"
+python3 packaging/inventory.py dist/medplum-agent.cdx.json "$program" >"assets/medplum-agent-$version-$system.cdx.json"
 cp dist/LICENSES.txt "assets/medplum-agent-$version-$system-LICENSES.txt"
 # Installers and packages have their version and machine in their names already.
 find dist -maxdepth 1 \( -name '*.deb' -o -name '*.rpm' -o -name '*.pkg' -o -name 'medplum-agent-installer-*.exe' \) \

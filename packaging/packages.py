@@ -2,8 +2,9 @@
 
 All of them carry the compiled folder, which is never unpacked at start.
 
-    Linux     .deb and .rpm: /usr/lib/medplum-agent, a link in /usr/bin, a systemd unit; settings in /etc/medplum-agent,
-              state in /var/lib/medplum-agent, logs in /var/log/medplum-agent
+    Linux     .deb (/usr/lib/medplum-agent) and .rpm (/usr/libexec/medplum-agent, which SELinux lets a service execute):
+              a link in /usr/bin, a systemd unit; settings in /etc/medplum-agent, state in /var/lib/medplum-agent, logs
+              in /var/log/medplum-agent
     macOS     .pkg: /usr/local/lib/medplum-agent, a launchd job
     Windows   installer .exe with makensis; SHAWL names the service wrapper, which the release fetches by its hash
 """
@@ -20,7 +21,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import docs
-from binary import needed_glibc
+from binary import commit_time, needed_glibc
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
@@ -44,12 +45,6 @@ def run(*command: str | Path) -> str:
     return done.stdout
 
 
-def commit_time() -> str:
-    """Stands for the time of the build: the same sources give the same package."""
-    command = ["git", "log", "-1", "--format=%ct"]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout.strip() or "0"
-
-
 def version() -> str:
     match = re.search(r'^__version__ = "(.+)"', (ROOT / "medplum_agent.py").read_text("utf-8"), re.MULTILINE)
     if not match:
@@ -71,14 +66,14 @@ def squeeze(text: bytes, target: Path) -> None:
 # --- Linux ---
 
 
-def linux_tree(program: Path, tree: Path, zsh: str) -> None:
-    """What the .deb and the .rpm have in common; `zsh`: where this system's zsh looks for completions."""
-    library, documents = tree / "usr/lib/medplum-agent", tree / "usr/share/doc/medplum-agent"
+def linux_tree(program: Path, tree: Path, place: str, zsh: str) -> None:
+    """What the .deb and the .rpm have in common; `place`, below /usr: the program's; `zsh`: of its completions."""
+    library, documents = tree / "usr" / place / "medplum-agent", tree / "usr/share/doc/medplum-agent"
     shutil.copytree(program, library, ignore=shutil.ignore_patterns("LICENSES.txt"))
     for path in library.rglob("*"):
         path.chmod(0o755 if path.is_dir() or path.name == "medplum-agent" else 0o644)
     (tree / "usr/bin").mkdir()
-    (tree / "usr/bin/medplum-agent").symlink_to("../lib/medplum-agent/medplum-agent")
+    (tree / "usr/bin/medplum-agent").symlink_to(f"../{place}/medplum-agent/medplum-agent")
     put(LINUX / "medplum-agent.service", tree / "usr/lib/systemd/system/medplum-agent.service")
     put(ROOT / "README.md", documents / "README.md")
     squeeze((program / "LICENSES.txt").read_bytes(), documents / "LICENSES.txt.gz")
@@ -102,7 +97,7 @@ def open_up(tree: Path) -> None:
 
 def debian(program: Path, dist: Path, work: Path) -> Path:
     tree, machine = work / "deb", DEBIAN_MACHINE[platform.machine()]
-    linux_tree(program, tree, "vendor-completions")
+    linux_tree(program, tree, "lib", "vendor-completions")
     (tree / "lib").mkdir()  # where Debian has its units until every release has merged it into /usr
     (tree / "usr/lib/systemd").rename(tree / "lib/systemd")
     put(LINUX / "agent.toml", tree / "usr/share/medplum-agent/agent.toml")
@@ -129,7 +124,7 @@ def debian_changes() -> str:
 
 def rpm(program: Path, dist: Path, work: Path) -> Path:
     tree = work / "tree"
-    linux_tree(program, tree, "site-functions")
+    linux_tree(program, tree, "libexec", "site-functions")
     put(LINUX / "agent.toml", tree / "etc/medplum-agent/agent.toml", 0o600)
     for state in ("var/lib/medplum-agent", "var/log/medplum-agent"):
         (tree / state).mkdir(parents=True)

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Sign with the keys that the environment names, and say so where there are none: sign.sh linux|macos|windows FILE...
+# Sign with the keys that the environment names: sign.sh linux|macos|windows FILE...
+# Where one is missing it fails, or only says so when ALLOW_UNSIGNED is "true".
 #
 #   linux     GPG_PRIVATE_KEY (armoured): a detached signature beside each file
 #   macos     MACOS_CERTIFICATE (.p12 in base64), MACOS_CERTIFICATE_PASSWORD, MACOS_IDENTITY for programs,
@@ -13,6 +14,10 @@ work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 
 unsigned() {
+    if [ "${ALLOW_UNSIGNED:-}" != true ]; then
+        echo "::error title=Not signed ($system)::$1 is not configured; only a workflow started with 'unsigned' publishes without"
+        exit 1
+    fi
     echo "::notice title=Not signed ($system)::$1 is not configured, so this is not signed or not notarised: $2"
     exit 0
 }

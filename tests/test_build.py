@@ -1,5 +1,7 @@
 """build.py counts the lines and tokens of the module, whole and by section, and holds them to their budgets."""
 
+import os
+
 import pytest
 
 import build
@@ -145,3 +147,16 @@ def test_what_is_above_its_budget_is_named_with_the_remedy(tmp_path, monkeypatch
     assert "pyproject.toml" in classes
     module.write_text(MODULE.replace("(12 lines", "(22 lines").replace("class Outer:", "if True:"))
     assert build.module_is_within_budget()
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_what_is_installed_already_is_tested_without_compiling(named: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the release workflow does after it installed its own package."""
+    names = ("MEDPLUM_AGENT_BINARY", "MEDPLUM_AGENT_ONE_FILE")
+    compiled: list[bool] = []
+    monkeypatch.setattr(os, "environ", dict.fromkeys(names, "installed") if named else {})
+    monkeypatch.setattr(build, "ensure_binary", lambda: compiled.append(True))
+    monkeypatch.setattr(build, "become", lambda *command: None)
+    build.test_binary()
+    assert compiled == ([] if named else [True])
+    assert [os.environ[name] == "installed" for name in names] == [named] * 2

@@ -6,11 +6,13 @@ A folder with a stand-in program takes the place of the compiled one.
 import ast
 import hashlib
 import importlib
+import importlib.metadata
 import json
 import os
 import plistlib
 import re
 import shutil
+import ssl
 import subprocess
 import sys
 import tomllib
@@ -19,8 +21,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import apsw
 import pytest
 import yaml
+from cyclonedx.schema import SchemaVersion
+from cyclonedx.validation.json import JsonStrictValidator
+from license_expression import get_spdx_licensing
+from packageurl import PackageURL
 
 import medplum_agent
 from tests.support import ROOT
@@ -129,14 +136,103 @@ def test_the_version_names_the_commit(scripts: Any, tmp_path: Path) -> None:
     assert text.replace(f'"{binary.build_commit()}"', '"0000000"', 1) == (ROOT / "medplum_agent.py").read_text()
 
 
-def test_bill_of_materials_and_licences(scripts: Any) -> None:
-    inventory = scripts("inventory")
+@pytest.fixture
+def inventory(scripts: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
+    """Knows the archives of two distributions, and takes urllib3 for the compiler, which is not installed here."""
+    module = scripts("inventory")
+    told = [
+        {
+            "metadata": {"name": name, "version": importlib.metadata.version(name)},
+            "download_info": {"url": f"https://host/{name}.whl", "archive_info": {"hashes": {"sha256": 64 * "a"}}},
+        }
+        for name in ("hl7", "apsw-sqlite3mc")
+    ]
+    monkeypatch.setattr(module, "INSTALLED", tmp_path / "installed.json")
+    module.INSTALLED.write_text(json.dumps({"install": told}))
+    known = module.distribution_part
+    monkeypatch.setattr(module, "distribution_part", lambda name: known({"nuitka": "urllib3"}.get(name, name)))
+    return module
+
+
+def compiled(inventory: Any, folder: Path) -> list[Any]:
+    """What would be in the program, were it compiled with the Python of the tests."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    names = [pin.split("==")[0] for pin in project["dependencies"]]
+    extensions = ("_ssl", "zlib", "_ctypes", "_bz2", "_lzma", "pyexpat", "_decimal", "apsw")
+    modules = "".join(f'<module name="{name}"/>' for name in extensions)
+    distributions = "".join(f'<distribution name="{name}"/>' for name in names)
+    libraries = "".join(
+        f'<included_dll source_path="{path.resolve()}" dest_path="{path.name}" ignored="no"/>'
+        for name in ("libz.so.1", "libffi.so.8", "libuuid.so.1")
+        for path in Path("/lib").glob(f"*-linux-gnu/{name}")
+    )
+    (folder / "libz.so.1").write_bytes(b"as it is shipped")
+    report = folder / "report.xml"
+    report.write_text(f"<report>{modules}{distributions}{libraries}</report>")
+    return list(inventory.parts(inventory.read_report(report), folder))
+
+
+def test_the_bill_of_materials_is_what_its_schema_and_the_ntia_ask_for(inventory: Any, tmp_path: Path) -> None:
+    text = inventory.cyclonedx(compiled(inventory, tmp_path), "5.2.0-abcdef0", 1_700_000_000)
+    assert (error := JsonStrictValidator(SchemaVersion.V1_6).validate_str(text)) is None, error
+    bill = json.loads(text)
+    about = bill["metadata"]
+    assert about["timestamp"] == "2023-11-14T22:13:20Z"
+    assert about["authors"] and about["supplier"]["name"] and about["tools"]["components"][0]["version"]
+    spdx = get_spdx_licensing()
+    for part in (about["component"], *bill["components"]):
+        assert part["supplier"]["name"] and "@" not in part["supplier"]["name"], part
+        assert PackageURL.from_string(part["purl"]).to_string() == part["purl"]
+        assert part.get("version") or "medplum-agent:version" in {told["name"] for told in part["properties"]}
+        term = part["licenses"][0]
+        for name in spdx.validate(term.get("expression") or term["license"]["id"]).invalid_symbols:
+            assert name.startswith("LicenseRef-"), part
+        assert inventory.UNKNOWN_LICENSE not in str(term) or part["purl"].startswith("pkg:deb/")  # these bring the text
+    named = {ref["ref"] for ref in bill["dependencies"]}
+    assert named == {"medplum-agent", *(part["bom-ref"] for part in bill["components"])}
+    assert named == {"medplum-agent", *(ref for one in bill["dependencies"] for ref in one.get("dependsOn", ()))}
+
+
+def test_the_bill_of_materials_names_the_libraries_in_c(inventory: Any, tmp_path: Path) -> None:
+    parts = compiled(inventory, tmp_path)
+    native = {part.name: part for part in parts if part.within and not part.purl.startswith("pkg:cargo/")}
+    assert {"OpenSSL", "zlib", "libffi", "bzip2", "xz", "expat", "mpdecimal", "SQLite"} <= set(native)
+    assert native["OpenSSL"].version == ssl.OPENSSL_VERSION.split()[1]
+    assert native["SQLite"].version == apsw.sqlite_lib_version()  # the driver's, not Python's
+    assert native["SQLite"].within == native["SQLite3MultipleCiphers"].within == next(
+        part.purl for part in parts if part.purl.startswith("pkg:pypi/apsw-sqlite3mc@")
+    )  # fmt: skip
+    assert native["SQLite3MultipleCiphers"].version in vars(apsw)["mc_version"]
+    assert native["SQLite"].cpe == f"cpe:2.3:a:sqlite:sqlite:{apsw.sqlite_lib_version()}:*:*:*:*:*:*:*"
+
+
+@needs("dpkg-query")
+def test_a_library_of_the_system_is_its_package(inventory: Any, tmp_path: Path) -> None:
+    found = [part for part in compiled(inventory, tmp_path) if part.name == "zlib"]
+    if not list(Path("/lib").glob("*-linux-gnu/libz.so.1")):
+        pytest.skip("NO SHARED ZLIB: not checked")
+    assert [part.purl.startswith("pkg:deb/") and "upstream=zlib" in part.purl for part in found] == [True]
+    assert found[0].sha256 == hashlib.sha256(b"as it is shipped").hexdigest()
+
+
+def test_hashes_are_of_the_archives_and_of_the_signed_program(inventory: Any, tmp_path: Path) -> None:
+    parts = [inventory.distribution_part(name) for name in ("hl7", "orjson")]
+    assert [part.sha256 for part in parts] == [64 * "a", ""]
+    crates = list(inventory.crates(parts[1]))
+    assert {part.within for part in crates} == {parts[1].purl} and all(part.sha256 for part in crates)
+    bill, signed = inventory.cyclonedx([*parts, *crates], "5.2.0", 0), tmp_path / "signed"
+    signed.write_text("program")
+    assert inventory.cyclonedx([*crates[::-1], *parts], "5.2.0", 0) == bill
+    (tmp_path / "bill").write_text(bill)
+    isolated = (sys.executable, "-S", "-E")  # as the release runs it, without any library
+    text = run(*isolated, PACKAGING / "inventory.py", tmp_path / "bill", signed)
+    assert JsonStrictValidator(SchemaVersion.V1_6).validate_str(text) is None
+    wanted = [{"alg": "SHA-256", "content": hashlib.sha256(b"program").hexdigest()}]
+    assert json.loads(text)["metadata"]["component"]["hashes"] == wanted
+
+
+def test_every_licence_text_is_there(inventory: Any) -> None:
     parts = [inventory.distribution_part(name) for name in ("urllib3", "certifi")] + [inventory.python_part()]
-    bill = json.loads(inventory.cyclonedx(parts, "5.2.0"))
-    assert [part["purl"].split("@")[0] for part in bill["components"]] == [
-        "pkg:generic/cpython", "pkg:pypi/certifi", "pkg:pypi/urllib3",
-    ]  # fmt: skip
-    assert inventory.cyclonedx(parts[::-1], "5.2.0") == inventory.cyclonedx(parts, "5.2.0")
     texts = inventory.license_texts(parts, ROOT / "LICENSE")
     assert "Mozilla Public License" in texts and "Andrey Petrov" in texts and "Apache License" in texts
 
@@ -160,6 +256,12 @@ def test_the_unit_is_valid_and_hardened(tmp_path: Path) -> None:
     assert level and float(level[1]) <= EXPOSURE, found
 
 
+def test_the_unit_starts_the_link_and_gives_up_only_where_settings_cannot_work() -> None:
+    lines = UNIT.read_text().splitlines()
+    assert "ExecStart=/usr/bin/medplum-agent --config /etc/medplum-agent/agent.toml" in lines
+    assert f"RestartPreventExitStatus={medplum_agent.EX_CONFIG}" in lines
+
+
 def test_settings_to_fill_in_name_what_is_missing(tmp_path: Path) -> None:
     path = shutil.copy(PACKAGING / "linux/agent.toml", tmp_path)
     with pytest.raises(medplum_agent.ConfigError) as caught:
@@ -176,6 +278,7 @@ def test_debian_package(scripts: Any, program: Path, tmp_path: Path) -> None:
     installed = next(line for line in listed.splitlines() if line.endswith("lib/medplum-agent/medplum-agent"))
     assert installed.startswith("-rwxr-xr-x root/root")
     assert "./etc/" not in listed  # the settings are the site's own
+    assert run("dpkg-deb", "--field", package, "Recommends", "Suggests") == "Suggests: ca-certificates\n"  # offline
     for name in (*DOCUMENTS, "zsh/vendor-completions/_medplum-agent"):
         assert f" ./usr/share/{name}\n" in listed
     run("lintian", "--fail-on", "error", "--allow-root", package)
@@ -185,12 +288,17 @@ def test_debian_package(scripts: Any, program: Path, tmp_path: Path) -> None:
 def test_rpm_package(scripts: Any, program: Path, tmp_path: Path) -> None:
     package = scripts("packages").rpm(program, tmp_path, tmp_path / "work")
     form = "[%{FILENAMES}\t%{FILEMODES:perms}\t%{FILEUSERNAME}\t%{FILEGROUPNAME}\n]"
-    listed = run("rpm", "--query", "--queryformat", form, "--dbpath", tmp_path / "db", "--package", package)
+    query = ("rpm", "--query", "--dbpath", tmp_path / "db", "--package", package)
+    listed = run(*query, "--queryformat", form)
     modes = {name: tuple(rest) for name, *rest in (line.split("\t") for line in listed.splitlines())}
     own = ("medplum-agent", "medplum-agent")
     assert modes["/etc/medplum-agent/agent.toml"] == ("-rw-------", *own)
     assert modes["/var/lib/medplum-agent"] == modes["/var/log/medplum-agent"] == ("drwx------", *own)
-    assert modes["/usr/lib/medplum-agent/medplum-agent"] == ("-rwxr-xr-x", "root", "root")
+    assert modes["/usr/libexec/medplum-agent/medplum-agent"] == ("-rwxr-xr-x", "root", "root")
+    assert not [name for name in modes if name.startswith("/usr/lib/medplum-agent")]  # SELinux: lib_t, not executed
+    link = run(*query, "--queryformat", "[%{FILENAMES} %{FILELINKTOS}\n]")
+    assert "/usr/bin/medplum-agent ../libexec/medplum-agent/medplum-agent\n" in link
+    assert run(*query, "--recommends") == "" and run(*query, "--suggests") == "ca-certificates\n"
     for name in (*DOCUMENTS, "zsh/site-functions/_medplum-agent"):
         assert modes[f"/usr/share/{name}"] == ("-rw-r--r--", "root", "root")
 
@@ -252,6 +360,10 @@ def test_workflows_pass_actionlint() -> None:
     run(actionlint, *WORKFLOWS, cwd=ROOT)
 
 
+def test_workflows_pass_zizmor() -> None:
+    run(Path(sys.executable).with_name("zizmor"), "--offline", "--no-progress", *WORKFLOWS, cwd=ROOT)
+
+
 def test_workflows_name_files_that_exist() -> None:
     for path in WORKFLOWS:
         for name in set(re.findall(r"packaging/[\w/.-]+\w", path.read_text())):
@@ -286,13 +398,59 @@ def test_jobs_have_time_limits_and_no_more_rights_than_they_need() -> None:
         for name, job in flow["jobs"].items():
             assert "uses" in job or "timeout-minutes" in job, name
             assert "permissions" not in job or name == "publish"
+            for step in job.get("steps", ()):
+                kept = step.get("with", {}).get("persist-credentials", True)
+                assert not step.get("uses", "").startswith("actions/checkout@") or kept is False, name
+
+
+def test_keys_and_publishing_wait_for_approval_and_for_the_tests_of_what_is_shipped() -> None:
+    jobs = workflow("release")["jobs"]
+    for name, job in jobs.items():
+        secret = "secrets." in str(job) or "write" in job.get("permissions", {}).values()
+        assert job.get("environment") == ("release" if secret else None), name
+    assert set(jobs["publish"]["needs"]) == {"ci", "try"} and jobs["try"]["needs"] == "build"
+    assert jobs["build"]["needs"] == jobs["ci"]["needs"] == "version"
+    built, tried = ({row["name"] for row in jobs[name]["strategy"]["matrix"]["include"]} for name in ("build", "try"))
+    assert built == tried
+
+
+def test_only_a_tag_on_main_is_released(tmp_path: Path) -> None:
+    """The workflow's own commands in a repository whose second commit is on another branch."""
+    step = next(step for step in workflow("release")["jobs"]["version"]["steps"] if "run" in step)
+    for name in ("medplum_agent.py", "pyproject.toml"):
+        shutil.copy(ROOT / name, tmp_path)
+
+    def git(*words: str) -> str:
+        return run("git", "-c", "user.name=n", "-c", "user.email=e", *words, cwd=tmp_path).strip()
+
+    def compared(**facts: str) -> bool:
+        tag = f"v{medplum_agent.__version__}"
+        environ = {**os.environ, "GITHUB_REF_TYPE": "tag", "GITHUB_REF_NAME": tag, "GITHUB_SHA": main, **facts}
+        return subprocess.run(["bash", "-e", "-c", step["run"]], cwd=tmp_path, env=environ).returncode == 0
+
+    git("init", "--quiet")
+    git("add", ".")
+    git("commit", "--quiet", "--message", "first")
+    main = git("rev-parse", "HEAD")
+    git("update-ref", "refs/remotes/origin/main", main)
+    git("commit", "--quiet", "--allow-empty", "--message", "second")
+    assert compared()
+    assert not compared(GITHUB_SHA=git("rev-parse", "HEAD"))
+    assert not compared(GITHUB_REF_TYPE="branch")
+    assert not compared(GITHUB_REF_NAME="v0.0.1")
 
 
 @pytest.mark.parametrize("system", ["linux", "macos", "windows"])
-def test_without_a_key_signing_is_skipped_with_a_notice(system: str) -> None:
-    keys = ("GPG_PRIVATE_KEY", "MACOS_CERTIFICATE", "WINDOWS_CERTIFICATE")
+def test_without_a_key_nothing_is_published_but_where_that_is_allowed(system: str) -> None:
+    keys = ("GPG_PRIVATE_KEY", "MACOS_CERTIFICATE", "WINDOWS_CERTIFICATE", "ALLOW_UNSIGNED")
     environ = {name: value for name, value in os.environ.items() if name not in keys}
-    assert run(PACKAGING / "sign.sh", system, "a file", env=environ).startswith("::notice title=Not signed")
+    command: tuple[str | Path, ...] = (PACKAGING / "sign.sh", system, "a file")
+    for refused in ({}, {"ALLOW_UNSIGNED": "false"}):
+        done = subprocess.run(command, capture_output=True, text=True, env={**environ, **refused})
+        assert done.returncode == 1 and done.stdout.startswith("::error title=Not signed")
+    assert run(*command, env={**environ, "ALLOW_UNSIGNED": "true"}).startswith("::notice title=Not signed")
+    assert workflow("release")["env"]["ALLOW_UNSIGNED"] == "${{ inputs.unsigned || false }}"
+    assert workflow("release")[True]["workflow_dispatch"]["inputs"]["unsigned"]["default"] is False  # YAML's "on"
 
 
 def test_an_older_version_can_read_the_manifest(scripts: Any, tmp_path: Path) -> None:

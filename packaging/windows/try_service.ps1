@@ -1,5 +1,6 @@
-# Install silently on a Windows machine, see the service run, uninstall: try_service.ps1 INSTALLER (administrators only).
-param([Parameter(Mandatory)] [string] $Installer)
+# Install silently on a Windows machine, see the service run and stop, uninstall: try_service.ps1 INSTALLER [-Test]
+# (administrators only). -Test: run the tests against what is installed and the one file beside the installer.
+param([Parameter(Mandatory)] [string] $Installer, [switch] $Test)
 $ErrorActionPreference = "Stop"
 $installed = "$env:ProgramFiles\Medplum Agent"
 
@@ -17,6 +18,17 @@ foreach ($try in 1..30) { # it has got so far that it writes its log
 }
 $readers = (Get-Acl "$installed\agent.properties").Access.IdentityReference.Value -join " "
 if ($readers -match "Users|Everyone") { throw "others can read the secret: $readers" }
+
+if ($Test) {
+    $env:MEDPLUM_AGENT_BINARY = "$installed\program\medplum-agent.exe"
+    $env:MEDPLUM_AGENT_ONE_FILE = (Get-Item "$(Split-Path $Installer)\medplum-agent-*-windows-x86_64.exe").FullName
+    python build.py test --binary
+    if ($LASTEXITCODE -ne 0) { throw "the tests ended with $LASTEXITCODE" }
+}
+
+Stop-Service MedplumAgent
+(Get-Service MedplumAgent).WaitForStatus("Stopped", "00:00:30")
+if (Get-Process medplum-agent -ErrorAction SilentlyContinue) { throw "the agent outlived its service" }
 
 Run "$installed\uninstall.exe" "/S", "/PURGE"
 foreach ($try in 1..30) {
