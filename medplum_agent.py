@@ -3357,11 +3357,13 @@ class Store:
                 self._loop.call_soon_threadsafe(self._wake)  # who writes it in its own thread
             self._wait(None)
             self._sleeping = served = False
-        if self._db is not None:
-            with suppress(apsw.Error):
-                self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
-            self._db.close()
-            self._remember(self._next_id)
+        with self._turn:
+            if self._db is not None:
+                with suppress(apsw.Error):
+                    self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+                self._db.close()
+                self._db = None
+                self._remember(self._next_id)
 
     def _write_next(self, db: Database) -> None:
         """What waits; and what the loop's thread leaves to this one."""
