@@ -976,10 +976,11 @@ def default_state_root() -> Path:
         return Path(given.split(":")[0])
     if sys.platform == "win32":
         return Path(os.environ.get("PROGRAMDATA", r"C:\ProgramData"), "MedplumAgent")
-    service = os.geteuid() == 0
+    home = os.path.expanduser("~")  # noqa: PTH111  # which is no error for a user without one, as in containers
+    service = os.geteuid() == 0 or home == "~"
     if sys.platform == "darwin":
-        return Path("/" if service else Path.home(), _MAC_FOLDER)
-    own = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local/state"
+        return Path("/" if service else home, _MAC_FOLDER)
+    own = os.environ.get("XDG_STATE_HOME") or Path(home, ".local/state")
     return Path("/var/lib" if service else own, "medplum-agent")
 
 
@@ -2706,7 +2707,7 @@ def text_records(body: str, settings: StreamSettings) -> list[bytes]:
 
 
 # =====================================================================================================================
-# Store (1330 lines, 9750 tokens)
+# Store (1340 lines, 9750 tokens)
 #
 # Every message on disk before it is acknowledged: one SQLite file (WAL, synchronous=FULL), one writer thread with one
 # commit in flight. What arrives while it runs is the next batch: one executemany, one COMMIT, one call back into the

@@ -4,6 +4,8 @@ import contextlib
 import dataclasses
 import encodings.aliases
 import json
+import os
+import sys
 import urllib.parse
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -794,3 +796,20 @@ def test_markdown_lists_every_row() -> None:
     assert sorted(line.split("`")[1] for line in rows) == sorted([*common, *own])  # what is the same is listed once
     assert all(line.replace("\\|", "").count("|") == 5 for line in rows)
     assert sum(line.startswith("### ") for line in lines) == len(ma.SETTING_GROUPS) + 1
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="users of other systems")
+@pytest.mark.parametrize("user", [0, 65532])
+def test_a_user_without_a_home_gets_the_place_of_services(monkeypatch: pytest.MonkeyPatch, user: int) -> None:
+    """As in a container: no HOME, and no line in the list of users."""
+    import pwd
+
+    def nobody(number: int) -> None:
+        raise KeyError(number)
+
+    for name in ("HOME", "STATE_DIRECTORY", "XDG_STATE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(pwd, "getpwuid", nobody)
+    monkeypatch.setattr(os, "geteuid", lambda: user)
+    assert ma.default_state_root() in (Path("/var/lib/medplum-agent"), Path("/", ma._MAC_FOLDER))
+    assert ma.command_parser("medplum-agent").format_help()
