@@ -3877,6 +3877,7 @@ def _mark_of(key: str) -> str:
 
 def rewrite_queue(path: Path, old: str, new: str) -> None:
     """The queue with another key, or without one: a whole copy takes its place. apsw.Error, OSError."""
+    path = path.resolve()  # a link stays one
     target = path.with_name(f"{path.name}.new")
     target.unlink(missing_ok=True)
     os.close(os.open(target, os.O_RDWR | os.O_CREAT, 0o600))

@@ -172,6 +172,14 @@ def test_a_flipped_bit_is_found_in_every_page(queue: tuple[Path, str]) -> None:
             assert db.one("PRAGMA integrity_check") != "ok", page  # there are no free pages here: each is read
 
 
+def test_a_link_to_the_queue_stays_a_link(tmp_path: Path, queue: tuple[Path, str]) -> None:
+    path, key = queue
+    link = tmp_path / "link"
+    link.symlink_to(path)
+    ma.rewrite_queue(link, key, "")
+    assert link.is_symlink() and ma.is_plain(path)
+
+
 def test_a_disk_that_fills_up_while_converting_costs_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, queue: tuple[Path, str]
 ) -> None:
