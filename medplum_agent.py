@@ -10010,7 +10010,8 @@ class Operations:
                 self.page_trouble = os_reason(error)
                 await asyncio.sleep(BIND_RETRY_SECS)
         self.page_trouble = ""
-        print(f"The status page: http://{address}/#token={self._token}", file=self._agent.console, flush=True)
+        with suppress(OSError, ValueError):  # nobody may be there to read it
+            print(f"The status page: http://{address}/#token={self._token}", file=self._agent.console, flush=True)
         self._agent.log.info(f"The status page is on http://{address}/ (token: see the console).")
         if not _is_loopback(host):
             self._agent.log.warn(f"statusAddress {address} is open to the network, in clear text.")
