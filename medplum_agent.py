@@ -139,6 +139,7 @@ COMMIT_MESSAGES = 4096  # messages in one transaction: bounds the latency of the
 COMMIT_BYTES = 16 * MIB  # the same for large messages
 UNCOMMITTED_BYTES = 16 * MIB  # received but not yet on disk; above it devices are no longer read
 UNCOMMITTED_MESSAGES = 8192  # the same for small messages
+BUSY_MS = 5000  # for another program that holds the queue file
 INLINE_ITEMS = 64  # no more than this is written in the event loop's own thread, and only while the disk is quick
 INLINE_BYTES = 64 * KIB
 QUICK_SECS = 0.002  # of a commit
@@ -173,6 +174,7 @@ STRANGER_BYTES = 4 * KIB  # of one from somebody who has not the token
 WEB_GUESTS = 64  # connections to each of them at once
 EVENT_SECS = 2.0  # between two updates of the page
 REMOTE_SECS = 5.0  # for what the cloud asks the agent itself; the server waits 10 s
+COUNT_SECS = 2.0  # for counting what waits: a store that hangs must not hide that it does
 SHOWN_CHARS = 48  # of a name or address in a table
 HEALTH_SECS = 4.0  # an agent that does not answer `health` for so long hangs; Docker waits 5 s
 STORE_REMIND_SECS = 60.0  # a store that cannot be written is an error in the log this often
@@ -406,7 +408,7 @@ class ServerError(PeerError):
 
 
 # =====================================================================================================================
-# Settings (1040 lines, 7200 tokens)
+# Settings (1040 lines, 7250 tokens)
 #
 # One setting, one row: a field of a frozen dataclass. The parser, the checks, `--settings-schema` and README's tables
 # come from the row. Names are the wire's own (camelCase). Precedence for a channel, field by field: Endpoint address,
@@ -491,6 +493,11 @@ def opening_hours(text: str) -> list[Hours]:
         from_day, to_day = _DAYS.index(first or "Mo"), _DAYS.index(last or first or "Su")
         found.append(Hours(frozenset((from_day + n) % 7 for n in range((to_day - from_day) % 7 + 1)), start, end))
     return found
+
+
+def may_be_secret(name: str) -> bool:
+    """Whether the value of a setting may hold one, as commands may."""
+    return "ecret" in name or name in ("alarmTo", "storeKey")
 
 
 def key_source(text: str) -> str:
@@ -2707,7 +2714,7 @@ def text_records(body: str, settings: StreamSettings) -> list[bytes]:
 
 
 # =====================================================================================================================
-# Store (1340 lines, 9750 tokens)
+# Store (1380 lines, 10000 tokens)
 #
 # Every message on disk before it is acknowledged: one SQLite file (WAL, synchronous=FULL), one writer thread with one
 # commit in flight. What arrives while it runs is the next batch: one executemany, one COMMIT, one call back into the
@@ -2863,9 +2870,13 @@ class _Update(NamedTuple):
 
 def store_key(source: str, cipher: str) -> str:
     """What SQLite needs to open an encrypted queue, as a part of its URI; empty for a plain one. ConfigError."""
-    kind, _, where = key_source(source).partition(":")
+    try:
+        kind, _, where = key_source(source).partition(":")
+    except ValueError as error:
+        raise ConfigError([f"storeKey {error}"]) from None
     if not kind:
         return ""
+    secret = b""
     try:
         if kind == "systemd":  # systemd.exec(5), LoadCredentialEncrypted
             secret = named_file(os.path.join(os.environ.get("CREDENTIALS_DIRECTORY", ""), where))  # noqa: PTH118
@@ -2874,16 +2885,18 @@ def store_key(source: str, cipher: str) -> str:
         else:
             import subprocess
 
-            words = (
-                ["security", "find-generic-password", "-w", "-s", where] if kind == "keychain" else shlex.split(where)
-            )
-            secret = subprocess.run(words, stdin=subprocess.DEVNULL, capture_output=True, timeout=KEY_SECS).stdout
+            words = ["security", "find-generic-password", "-w", "-s", where]
+            words = words if kind == "keychain" else shlex.split(where, posix=os.name == "posix")
+            with suppress(subprocess.SubprocessError):  # its text would quote the command
+                done = subprocess.run(words, stdin=subprocess.DEVNULL, capture_output=True, timeout=KEY_SECS)
+                secret = b"" if done.returncode else done.stdout
     except OSError as error:
         raise ConfigError([f"storeKey: the key cannot be read from {kind}: {error.strerror}"]) from None
     except ValueError:
         raise ConfigError(["storeKey: the command cannot be understood"]) from None
     if len(secret.strip()) < KEY_CHARS:
-        text = f"storeKey: {kind} gives fewer than {KEY_CHARS} characters; make a key with: openssl rand -hex 32"
+        failed = "fails, or" if kind in ("command", "keychain") else ""
+        text = f"storeKey: {kind} {failed} gives fewer than {KEY_CHARS} characters; for a key: openssl rand -hex 32"
         raise ConfigError([text])
     return f"cipher={cipher}&key=raw:{hmac.digest(secret.strip(), b'medplum-agent queue', 'sha256').hex()}"
 
@@ -2894,7 +2907,7 @@ class Database(apsw.Connection):
     def __init__(self, path: Path, key: str = "", options: str = ""):
         uri = f"{path.absolute().as_uri()}?{key}&{options}"
         super().__init__(uri, apsw.SQLITE_OPEN_READWRITE | apsw.SQLITE_OPEN_URI)  # options may say less
-        self.set_busy_timeout(5000)
+        self.set_busy_timeout(BUSY_MS)
 
     def rows(self, sql: str, values: Sequence[Any] = ()) -> list[tuple[Any, ...]]:
         return self.execute(sql, values).fetchall()
@@ -3137,14 +3150,29 @@ class Store:
         """Little waits and the disk has lately been quick: no thread is waited for."""
         self._soon = False
         light = len(self._inbox) <= INLINE_ITEMS and self._uncommitted_bytes <= INLINE_BYTES and not self._suspect
-        if light and not any(type(item) is _Call for item in self._inbox) and self._turn.acquire(blocking=False):
+        if light and self._turn.acquire(blocking=False):
             try:
-                if self._db is not None and not self._write_batch(self._db, self._take_batch()):
-                    self._quick, self._suspect = 0, True
+                if not any(type(item) is _Call for item in self._inbox) and self._begins_here():
+                    self._suspect = not self._write_batch(cast(Database, self._db), self._take_batch())
+                    self._quick *= not self._suspect
             finally:
                 self._turn.release()
         if (self._inbox and not self._soon) or self._suspect or self._wal_pages >= CHECKPOINT_PAGES:
             self._bell.put(None)
+
+    def _begins_here(self) -> bool:
+        """A transaction, unless somebody else holds the file: the loop does not wait for them."""
+        if self._db is None or not self._inbox:
+            return False
+        self._db.set_busy_timeout(0)
+        try:
+            self._db.execute("BEGIN IMMEDIATE")
+            return True
+        except apsw.Error:  # the writer finds it as well
+            self._quick = 0
+            return False
+        finally:
+            self._db.set_busy_timeout(BUSY_MS)
 
     def call(self, run: Callable[[Database], T]) -> asyncio.Future[T]:
         """Run in the writer thread inside the next transaction."""
@@ -3405,7 +3433,8 @@ class Store:
                 raise StorageError("database or disk is full")  # so that what is stored can still be settled
             if messages and messages[-1].id >= self._reach:
                 self._remember(messages[-1].id + RESERVED_IDS)
-            db.execute("BEGIN IMMEDIATE")
+            if not db.in_transaction:
+                db.execute("BEGIN IMMEDIATE")
             for row in rows:
                 self._save_channel(db, row)
             self._insert(db, messages)
@@ -3633,15 +3662,10 @@ class Store:
             self._log.error(f"{wal} is damaged: {text}. Copies of both files are beside them ({stamp}).")
 
     def _prepare(self, db: Database) -> None:
-        new, version = not db.one("SELECT count(*) FROM sqlite_master"), 0
-        if new:
+        version = version_of(db)
+        if new := not version:
             db.execute(f"PRAGMA page_size={PAGE_BYTES}")
             db.execute("PRAGMA auto_vacuum=INCREMENTAL")
-        else:
-            application = db.one("PRAGMA application_id")
-            version = db.one("PRAGMA user_version")
-            if application != APPLICATION_ID or version > SCHEMA_VERSION:
-                raise StorageError("foreign file: it is not a queue of this version of the agent")
         for pragma in ("journal_mode=WAL", "synchronous=FULL", "fullfsync=1"):
             db.execute(f"PRAGMA {pragma}")
         db.set_wal_hook(self._wal_grew)  # instead of checkpoints within commits, which would hold up the loop
@@ -3695,11 +3719,13 @@ class Store:
         for call, result in zip(calls, results, strict=True):
             if not call.future.done():
                 call.future.set_result(result)
-        for update in updates:
-            if update.then is not None:
-                update.then()
         self._uncommitted -= len(messages)
         self._uncommitted_bytes -= sum(message.size for message in messages)
+        for then in [update.then for update in updates if update.then is not None]:
+            try:
+                then()
+            except Exception as error:  # it must not cost the messages of its batch their acknowledgments
+                self._log.error(f"Internal error: {type(error).__name__} after a change was stored")
         self._release(messages)
         if self.on_resume and not self.congested:
             waiting, self.on_resume = self.on_resume, []
@@ -3820,6 +3846,16 @@ def backlog_of(db: Database) -> list[Backlog]:
     return [Backlog(*row) for row in db.execute(_BACKLOG)]
 
 
+def version_of(db: Database) -> int:
+    """Of a queue's schema; 0 when there is none yet. StorageError when it is not ours."""
+    if not db.one("SELECT count(*) FROM sqlite_master"):
+        return 0
+    version = int(db.one("PRAGMA user_version"))
+    if db.one("PRAGMA application_id") != APPLICATION_ID or version > SCHEMA_VERSION:
+        raise StorageError("foreign file: it is not a queue of this version of the agent")
+    return version
+
+
 def seed_of(db: Database) -> str:
     """What tells a queue from all others."""
     return str(db.one("SELECT seed FROM identity"))
@@ -3877,18 +3913,27 @@ def _mark_of(key: str) -> str:
 
 def rewrite_queue(path: Path, old: str, new: str) -> None:
     """The queue with another key, or without one: a whole copy takes its place. apsw.Error, OSError."""
-    path = path.resolve()  # a link stays one
+    mark, path = key_mark(path), path.resolve()  # a link stays one
     target = path.with_name(f"{path.name}.new")
     target.unlink(missing_ok=True)
+    if shutil.disk_usage(path.parent).free < path.stat().st_size + DISK_RESERVE_BYTES:
+        raise OSError(errno.ENOSPC, "no space for a copy of the queue")
     os.close(os.open(target, os.O_RDWR | os.O_CREAT, 0o600))
     try:
         with closing(Database(path, old)) as db:
+            version_of(db)
+            # nobody reads, and the log is in the file and gone: beside the new file it would be taken for its own
+            if db.one("PRAGMA journal_mode=DELETE") != "delete":
+                raise apsw.BusyError("database is locked: another program reads it")
             db.execute("VACUUM INTO ?", (f"{target.absolute().as_uri()}?{new or 'key='}",))
-            db.rows("PRAGMA wal_checkpoint(TRUNCATE)")  # and its log goes when it is closed: it is in the copy
         with open(target, "r+b") as file:
             sync(file.fileno())
+        mark.unlink(missing_ok=True)  # it is that of the old file
+        sync_folder(mark.parent)
         target.replace(path)
         sync_folder(path.parent)
+    except apsw.Error as error:
+        raise type(error)(re.sub(r"key=raw:\w+", "key=...", str(error))) from None
     finally:
         target.unlink(missing_ok=True)
 
@@ -3936,7 +3981,8 @@ def alone_with(path: Path, key: str) -> Iterator[None]:
         except (apsw.Error, OSError) as error:
             raise StorageError(f"the queue {path} cannot be written: {error}") from None
         finally:
-            Path(lock.name).unlink(missing_ok=True)
+            with suppress(OSError):  # Windows does not remove what is open
+                Path(lock.name).unlink()
 
 
 def lost_frames(wal: bytes) -> int:
@@ -9173,7 +9219,7 @@ class Doctor:
     def _settings(self) -> None:
         rows, shown = vars(self.config.settings), []
         for name, source in self.config.sources.items():
-            shown.append(f"{name} {'is set' if 'ecret' in name or name == 'alarmTo' else rows[name]} (from {source})")
+            shown.append(f"{name} {'is set' if may_be_secret(name) else rows[name]} (from {source})")
         self.say("settings", FINE, ", ".join(shown))
         for warning in self.config.warnings:
             self.say("settings", DOUBTFUL, warning, "Correct or remove that line.")
@@ -9511,7 +9557,7 @@ async def examine(config: ProcessConfig, running: Json | None, seconds: float, r
 
 
 # =====================================================================================================================
-# Operations (740 lines, 7050 tokens)
+# Operations (740 lines, 7100 tokens)
 #
 # What a person asks of a running agent: status, the queue, alarms, the page and its figures. One `ask` serves the
 # command line (over a socket in the state directory that only the agent's user can open), the page, and the cloud (a
@@ -9606,7 +9652,7 @@ class Operations:
         self._looking = asyncio.Lock()
         self.page_trouble = ""
         self._counted = False  # once what waits is known, a destination without an entry has nothing
-        self._unsent: deque[tuple[str, int]] = deque(maxlen=ALARMS_HELD)  # text and severity (RFC 5424 6.2.1)
+        self._unsent: deque[tuple[str, int, int]] = deque(maxlen=ALARMS_HELD)  # text, severity (RFC 5424 6.2.1), time
         self._sender: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._sender.set_result(None)
 
@@ -9629,10 +9675,11 @@ class Operations:
 
     async def _count(self) -> None:
         if self._agent.started.is_set():
-            with suppress(StorageError):  # the store itself reports a file that cannot be read
-                self._waiting = {one.name: one for one in await self._agent.store.backlog()}
-                self._dead = await self._agent.store.dead()
-                self._counted = True
+            with suppress(StorageError, TimeoutError):  # the store itself reports a file that cannot be read
+                async with asyncio.timeout(COUNT_SECS if self._agent.store.healthy else 0):
+                    self._waiting = {one.name: one for one in await self._agent.store.backlog()}
+                    self._dead = await self._agent.store.dead()
+                    self._counted = True
             for name, channel in self._agent.channels.items():
                 if channel.queue.last_at:
                     self._last[name] = channel.queue.last_at
@@ -9648,11 +9695,13 @@ class Operations:
         for key in before.keys() - self.alarms.keys():
             text = f"over after {duration((now_ms() - before[key].since) / 1000)}: {before[key].text}"
             self._agent.log.info(f"Alarm {text}.")
-            self._unsent.append((f"OVER: {text}", 5))
+            self._unsent.append((f"OVER: {text}", 5, now_ms()))
         for key in self.alarms.keys() - before.keys():
             alarm = self.alarms[key]
             (self._agent.log.error if alarm.critical else self._agent.log.warn)(f"Alarm: {alarm.text}.")
-            self._unsent.append((f"ALARM: {alarm.text}", 2 if alarm.critical else 4))
+            self._unsent.append((f"ALARM: {alarm.text}", 2 if alarm.critical else 4, alarm.since))
+        if not self._agent.config.settings.alarmTo:
+            self._unsent.clear()
         if self.alarms.keys() != before.keys():
             self._save()
         if self._unsent and self._sender.done():
@@ -9674,7 +9723,7 @@ class Operations:
             saved = load_json((self._agent.state_dir / ALARM_FILE).read_bytes())
             self.alarms = {alarm[:2]: alarm for alarm in (Alarm(*one) for one in saved["alarms"])}
             self._last = dict(saved["last"])
-            self._unsent.extend((str(text), int(severity)) for text, severity in saved.get("unsent", ()))
+            self._unsent.extend(tuple(one) for one in saved.get("unsent", ()))
 
     def _conditions(self) -> Iterator[Alarm]:
         agent, uplink = self._agent, self._agent.uplink
@@ -9748,12 +9797,12 @@ class Operations:
         """To alarmTo, in their order, until it has taken them: syslog over TLS, or a command's standard input."""
         target, tried = self._agent.config.settings.alarmTo, 0
         while self._unsent:
-            text, severity = self._unsent[0]
+            text, severity, at = sent = self._unsent[0]
             try:
                 async with asyncio.timeout(ALARM_SECS):
                     if target.startswith("syslog"):
-                        await self._to_syslog(urllib.parse.urlsplit(target), text, severity)
-                    elif target:
+                        await self._to_syslog(urllib.parse.urlsplit(target), text, severity, at)
+                    else:
                         await self._to_command(target, text)
             except (OSError, ValueError) as error:
                 if not tried:
@@ -9763,12 +9812,12 @@ class Operations:
                 await asyncio.sleep(back_off(tried))
             else:
                 tried = 0
-                with suppress(ValueError):  # newer ones have taken its place
-                    self._unsent.remove((text, severity))
+                if self._unsent[0] is sent:  # else newer ones have taken its place
+                    self._unsent.popleft()
                 self._save()
 
-    async def _to_syslog(self, url: urllib.parse.SplitResult, text: str, severity: int) -> None:
-        stamp = f"{utc_text('%Y-%m-%dT%H:%M:%S', now_ms())}Z"
+    async def _to_syslog(self, url: urllib.parse.SplitResult, text: str, severity: int, at: int) -> None:
+        stamp = f"{utc_text('%Y-%m-%dT%H:%M:%S', at)}Z"
         head = f"<{16 * 8 + severity}>1 {stamp} {socket.gethostname()} medplum-agent {os.getpid()} alarm -"
         line = f"{head} \ufeff{text}".encode()
         _, writer = await asyncio.open_connection(url.hostname, url.port or 6514, ssl=self._context)
@@ -9963,7 +10012,7 @@ class Operations:
     async def _bundle(self, asked: Json) -> Json:
         """What support asks for; the configuration without anything that could be a secret."""
         rows = vars(self._agent.config.settings).items()
-        settings = {name: value for name, value in rows if "ecret" not in name and name != "alarmTo"}
+        settings = {name: value for name, value in rows if not may_be_secret(name)}
         return {"doctor": await self._doctor(asked), "status": await self.status(), "settings": settings,
             "channels": [{"name": one.name, "address": one.address} for one in self._agent.plan.channels],
             "log": await asyncio.to_thread(self._log_tail, 500)}  # fmt: skip
@@ -10846,7 +10895,7 @@ def _stack(error: BaseException | None) -> list[str]:
 
 
 # =====================================================================================================================
-# Command line (550 lines, 4800 tokens)
+# Command line (560 lines, 4850 tokens)
 # =====================================================================================================================
 
 _USAGE = """\
@@ -11153,9 +11202,14 @@ def _queue_file(options: argparse.Namespace) -> tuple[Path, Path, str]:
     with suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
         settings = agent_settings(load_json((state_dir / CONFIG_FILE).read_bytes())["agent"], [])
     path = Path(settings.get("queueDbPath") or state_dir / QUEUE_FILE)
-    if not key_mark(path).exists():
+    if not path.exists() or is_plain(path):
         return state_dir, path, ""
-    process = _process_config(options).settings
+    try:
+        process = _process_config(options).settings
+    except ConfigError:
+        if key_mark(path).exists():
+            raise
+        return state_dir, path, ""  # damaged, as it seems
     return state_dir, path, store_key(process.storeKey, process.storeCipher)
 
 

@@ -155,6 +155,7 @@ def queue(tmp_path: Path) -> Iterator[tuple[Path, str]]:
     path, key = tmp_path / "queue", ma.store_key(f"command:echo {KEY}", "aegis")
     path.touch()
     with contextlib.closing(ma.Database(path, key)) as db:
+        db.execute(f"PRAGMA application_id={ma.APPLICATION_ID}; PRAGMA user_version={ma.SCHEMA_VERSION}")
         db.execute(f"PRAGMA page_size={ma.PAGE_BYTES}; CREATE TABLE t (x UNIQUE, y)")
         db.executemany("INSERT INTO t VALUES (?, ?)", [(f"{n:09}", "y" * 3000) for n in range(200)])
     yield path, key
@@ -170,6 +171,51 @@ def test_a_flipped_bit_is_found_in_every_page(queue: tuple[Path, str]) -> None:
         path.write_bytes(bad)
         with contextlib.closing(ma.Database(path, key)) as db, contextlib.suppress(apsw.CorruptError, apsw.NotADBError):
             assert db.one("PRAGMA integrity_check") != "ok", page  # there are no free pages here: each is read
+
+
+def test_a_reader_keeps_the_queue_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its log would stand beside the new file, and be taken for that file's own."""
+    monkeypatch.setattr(ma, "BUSY_MS", 100)
+    path, key = tmp_path / "queue", ma.store_key(f"command:echo {KEY}", "aegis")
+    path.touch()
+    writer = ma.Database(path)
+    writer.rows(
+        f"PRAGMA journal_mode=WAL; PRAGMA application_id={ma.APPLICATION_ID}; PRAGMA user_version={ma.SCHEMA_VERSION};"
+        "CREATE TABLE t (x); INSERT INTO t VALUES (1)"
+    )
+    with contextlib.closing(ma.Database(path)) as reader:
+        reader.execute("BEGIN; SELECT * FROM t")
+        with pytest.raises(apsw.BusyError):
+            ma.rewrite_queue(path, "", key)
+        assert ma.is_plain(path) and writer.one("SELECT x FROM t") == 1
+    writer.close()
+    ma.rewrite_queue(path, "", key)
+    assert not path.with_name("queue-wal").exists()
+    with contextlib.closing(ma.Database(path, key)) as db:
+        assert db.one("SELECT x FROM t") == 1
+
+
+def test_a_file_that_is_not_ours_is_not_encrypted(tmp_path: Path) -> None:
+    path = tmp_path / "foreign"
+    path.touch()
+    with contextlib.closing(ma.Database(path)) as db:
+        db.execute("CREATE TABLE precious (x)")
+    with pytest.raises(ma.StorageError, match="foreign"):
+        ma.rewrite_queue(path, "", ma.store_key(f"command:echo {KEY}", "aegis"))
+    assert ma.is_plain(path)
+
+
+def test_the_key_is_in_no_error_text(queue: tuple[Path, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    path, key = queue
+
+    def missing(path: str | Path, *rest: Any) -> int:
+        return os.dup(1)  # the target is not made, and its folder can take no file
+
+    monkeypatch.setattr(os, "open", missing)
+    monkeypatch.setattr(Path, "with_name", lambda self, name: Path("/does/not/exist", name))
+    with pytest.raises(Exception) as caught:
+        ma.rewrite_queue(path, key, key)
+    assert key.rpartition(":")[2] not in str(caught.value)
 
 
 def test_a_link_to_the_queue_stays_a_link(tmp_path: Path, queue: tuple[Path, str]) -> None:
@@ -207,7 +253,15 @@ def test_where_keys_come_from(tmp_path: Path, key_file: Path, monkeypatch: pytes
     assert ma.store_key("systemd:store.key", "aegis") == one == ma.store_key(f"command:cat {key_file}", "aegis")
     assert KEY not in one and ma.store_key("", "aegis") == ""
     key_file.write_text("short")
-    for source in (f"file:{key_file}", "command:true", "file:/does/not/exist", "command:/does/not/exist", "command:'"):
+    for source in (
+        f"file:{key_file}",
+        "command:true",
+        "file:/does/not/exist",
+        "command:/does/not/exist",
+        "command:'",
+        f"command:sh -c 'echo {KEY}; exit 1'",
+        "nonsense",
+    ):
         with pytest.raises(ma.ConfigError, match="storeKey"):
             ma.store_key(source, "aegis")
     with pytest.raises(ValueError, match="needs the form"):

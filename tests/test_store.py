@@ -221,6 +221,26 @@ def test_many_messages_share_few_commits(path: Path) -> None:
     run(scenario)
 
 
+def test_who_holds_the_file_does_not_hold_up_the_loop(path: Path) -> None:
+    async def scenario() -> None:
+        async with opened(path) as store:
+            row = store.channel("ADT")
+            await put(store, new(row, "1"))
+            other = database(path)
+            other.execute("BEGIN IMMEDIATE")
+            waiting, beats = asyncio.ensure_future(put(store, new(row, "2"))), 0
+            while beats < 20:
+                before = asyncio.get_running_loop().time()
+                await asyncio.sleep(0.01)
+                assert asyncio.get_running_loop().time() - before < 2  # a transaction waits for 5 s
+                beats += 1
+            assert not waiting.done()
+            other.close()
+            assert await waiting == ["stored"]
+
+    run(scenario)
+
+
 def test_one_commit_is_bounded(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ma, "COMMIT_MESSAGES", 10)
 

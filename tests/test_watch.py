@@ -540,6 +540,18 @@ def test_what_cannot_be_told_is_not_over(tmp_path):
         eventually(lambda: "token" not in alarms(here), timeout=30)
 
 
+def test_a_queue_that_cannot_be_used_is_an_alarm(watched):
+    for name in ("", "-wal"):
+        path = watched.agent.queue_path.with_name(watched.agent.queue_path.name + name)
+        path.rename(path.with_name(f"gone{name}"))
+        path.write_bytes(b"garbage" * 10_000)
+    with watched.device("ADT") as device:
+        assert device.ask(message("REFUSED"))[0] == "CE"
+    eventually(lambda: "queue" in alarms(watched), timeout=30)
+    found = command(watched, "status")
+    assert found.returncode == 2 and "the queue file of the agent" in found.stdout, found.stdout + found.stderr
+
+
 def test_status_as_a_monitor_sees_it(here):
     assert command(here, "status", "--bogus").returncode == command(here, "status", "extra").returncode == 3
     assert here.agent.process is not None
