@@ -17,6 +17,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -61,6 +62,7 @@ def put(source: Path, target: Path, mode: int = 0o644) -> None:
 def squeeze(text: bytes, target: Path) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     target.write_bytes(gzip.compress(text, 9, mtime=0))
+    target.chmod(0o644)
 
 
 # --- Linux ---
@@ -88,11 +90,14 @@ def linux_tree(program: Path, tree: Path, place: str, zsh: str) -> None:
     squeeze((made / "medplum-agent.1").read_bytes(), share / "man/man1/medplum-agent.1.gz")
 
 
-def open_up(tree: Path) -> None:
-    """Folders are readable by all, whatever the umask."""
+def settle(tree: Path) -> None:
+    """Folders are readable by all, whatever the umask; all has the time of the sources, for equal packages."""
+    seconds = int(commit_time())
     for path in (tree, *tree.rglob("*")):
         if path.is_dir() and not path.is_symlink():
             path.chmod(0o755)
+    for path in (tree, *tree.rglob("*")):
+        os.utime(path, (seconds, seconds), follow_symlinks=False)
 
 
 def debian(program: Path, dist: Path, work: Path) -> Path:
@@ -111,7 +116,7 @@ def debian(program: Path, dist: Path, work: Path) -> Path:
         "kilobytes": sum(path.lstat().st_size for path in tree.rglob("*") if not path.is_dir()) // 1024,
     }  # fmt: skip
     (tree / "DEBIAN/control").write_text((LINUX / "deb/control").read_text("utf-8").format(**facts), "utf-8")
-    open_up(tree)
+    settle(tree)
     target = dist / f"medplum-agent_{version()}_{machine}.deb"
     run("dpkg-deb", "--root-owner-group", "-Zxz", "--build", tree, target)
     return target
@@ -128,10 +133,11 @@ def rpm(program: Path, dist: Path, work: Path) -> Path:
     put(LINUX / "agent.toml", tree / "etc/medplum-agent/agent.toml", 0o600)
     for state in ("var/lib/medplum-agent", "var/log/medplum-agent"):
         (tree / state).mkdir(parents=True)
-    open_up(tree)
+    settle(tree)
     defines = {
         "_topdir": work / "rpm", "_rpmdir": work / "made", "_rpmfilename": "%{NAME}-%{VERSION}-%{RELEASE}.%{ARCH}.rpm",
         "_dbpath": work / "rpmdb", "agent_version": version(), "agent_glibc": needed_glibc(program), "agent_tree": tree,
+        "agent_maintainer": MAINTAINER, "agent_date": time.strftime("%a %b %d %Y", time.gmtime(int(commit_time()))),
         "_binary_payload": "w6.xzdio", "use_source_date_epoch_as_buildtime": 1, "_buildhost": "localhost",
         "clamp_mtime_to_source_date_epoch": 1,
     }  # fmt: skip

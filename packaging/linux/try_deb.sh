@@ -12,8 +12,10 @@ mount -t proc proc "$root/proc"
 trap 'umount "$root/proc"' EXIT
 cp "$package" "$root/tmp/agent.deb"
 
-say install
-inside dpkg -i /tmp/agent.deb
+say install without a network
+mkdir -p "$root/tmp/no-mirror" # no list of packages and no network, as in a closed hospital network
+unshare --net chroot "$root" /usr/bin/env -i PATH=/usr/sbin:/usr/bin:/sbin:/bin DEBIAN_FRONTEND=noninteractive LC_ALL=C \
+    apt-get -qq -o Dir::Etc::SourceList=/dev/null -o Dir::Etc::SourceParts=/tmp/no-mirror install --yes /tmp/agent.deb
 must 'test "$(stat -c %a:%U:%G /etc/medplum-agent/agent.toml)" = 600:medplum-agent:medplum-agent'
 must 'test "$(stat -c %a:%U /var/lib/medplum-agent)" = 700:medplum-agent'
 must 'test "$(stat -c %a:%U /var/log/medplum-agent)" = 700:medplum-agent'
@@ -38,5 +40,5 @@ inside dpkg -P medplum-agent
 must 'test ! -e /etc/medplum-agent && test ! -e /var/lib/medplum-agent && test ! -e /var/log/medplum-agent'
 must '! find /etc/systemd /usr/lib/medplum-agent /usr/share/medplum-agent /usr/share/doc/medplum-agent 2>/dev/null | grep medplum'
 must '! getent passwd medplum-agent && ! dpkg -s medplum-agent >/dev/null 2>&1'
-rm -rf "$root/tmp/next" "$root/tmp/next.deb" "$root/tmp/agent.deb"
+rm -rf "$root/tmp/no-mirror" "$root/tmp/next" "$root/tmp/next.deb" "$root/tmp/agent.deb"
 say "all as it should be"
