@@ -5,6 +5,7 @@ WORK takes what lies between (cached there: the second run is quick), DIST the r
     medplum-agent-linux, -macos or -windows.exe    one file that unpacks itself at each start
     medplum-agent/                                 the same program as a folder, for packages
     medplum-agent.cdx.json                         what is inside (CycloneDX)
+    medplum-agent.vex.cdx.json                     what its known vulnerabilities mean here (VEX, from vex.toml)
     LICENSES.txt                                   under which terms
     SHA256SUMS                                     of the files above
 """
@@ -115,6 +116,7 @@ def compiler(work: Path) -> dict[str, str]:
 
 def compile_module(work: Path) -> None:
     environment = {**os.environ, **compiler(work), "NUITKA_CACHE_DIR": str(work / "cache")}
+    environment.setdefault("SOURCE_DATE_EPOCH", commit_time())
     source = stamped_source(work / "source")
     command = [sys.executable, "-m", "nuitka", *options(work), str(source)]
     if subprocess.call(command, cwd=work, env=environment):
@@ -155,11 +157,13 @@ def collect(work: Path, dist: Path) -> list[Path]:
         check_complete(folder)
     report = inventory.read_report(work / "report.xml")
     parts = inventory.parts(report, folder)
-    bill, licenses = dist / "medplum-agent.cdx.json", dist / "LICENSES.txt"
+    names = ("medplum-agent.cdx.json", "medplum-agent.vex.cdx.json", "LICENSES.txt")
+    bill, vex, licenses = (dist / name for name in names)
     bill.write_text(inventory.cyclonedx(parts, version_of(folder / PROGRAM), int(commit_time())), "utf-8")
+    vex.write_text(inventory.vex(bill.read_text("utf-8"), ROOT / "packaging/vex.toml"), "utf-8")
     licenses.write_text(inventory.license_texts(parts, ROOT / "LICENSE"), "utf-8")
     shutil.copy2(licenses, folder)
-    return [one_file, bill, licenses]
+    return [one_file, bill, vex, licenses]
 
 
 def version_of(program: Path) -> str:

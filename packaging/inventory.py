@@ -1,7 +1,8 @@
 """What is inside the binary, from Nuitka's report and the metadata of the installed distributions.
 
-The bill of materials (CycloneDX 1.6, JSON, with all that the NTIA's minimum elements ask for) and the texts of the
-licences. `inventory.py BILL PROGRAM` prints the bill with the hash of the program, which signing changes.
+The bill of materials (CycloneDX 1.6, JSON, with all that the NTIA's minimum elements ask for), what known
+vulnerabilities of the parts mean here (VEX, the same form), and the texts of the licences. `inventory.py BILL PROGRAM`
+prints the bill with the hash of the program, which signing changes.
 """
 
 import dataclasses
@@ -19,6 +20,7 @@ import ssl
 import subprocess
 import sys
 import sysconfig
+import tomllib
 import uuid
 import xml.etree.ElementTree as ElementTree
 import zlib
@@ -32,7 +34,7 @@ MAINTAINERS = "Medplum Agent maintainers"
 LICENSE_FILE = re.compile(r"(licen[cs]e|copying|notice|copyright)", re.IGNORECASE)
 INSTALLED = Path(sys.prefix, "installed.json")  # pip's report: which archives build.py installed, with their hashes
 SPDX = {  # of distributions whose metadata has no SPDX id; read from the texts that they bring
-    "apsw-sqlite3mc": "Zlib", "certifi": "MPL-2.0", "h11": "MIT", "hl7": "BSD-3-Clause", "icmplib": "LGPL-3.0-only",
+    "apsw-sqlite3mc": "Zlib", "certifi": "MPL-2.0", "h11": "MIT", "hl7": "BSD-3-Clause", "icmplib": "LGPL-3.0-or-later",
     "pydicom": "MIT", "pynetdicom": "MIT", "pywin32": "PSF-2.0", "webencodings": "BSD-3-Clause",
     "nuitka": "LicenseRef-AGPL-3.0-only-with-Nuitka-runtime-library-exception",  # SPDX lists no such exception
 }  # fmt: skip
@@ -124,11 +126,14 @@ def distribution_part(name: str) -> Part:
     files = [file for file in distribution.files or () if ".dist-info" in str(file) and LICENSE_FILE.search(file.name)]
     texts = tuple((file.name, read(Path(str(file.locate())))) for file in files)
     plain, version = normal(meta["Name"]), distribution.version
+    terms = SPDX.get(plain) or meta.get("License-Expression") or UNKNOWN_LICENSE
+    if "LGPL-3.0" in terms:  # its text adds to the GPL's
+        texts += (("GPL-3.0", read(HERE / "licenses/GPL-3.0.txt")),)
     required = [line for line in meta.get_all("Requires-Dist") or () if "extra ==" not in line]
     archive, digest = archives().get((plain, version), ("", ""))
     return Part(
         meta["Name"], version, package_url("pypi", plain, version),
-        SPDX.get(plain) or meta.get("License-Expression") or UNKNOWN_LICENSE, supplier(meta), texts, sha256=digest,
+        terms, supplier(meta), texts, sha256=digest,
         requires=tuple(package_url("pypi", normal(re.split(r"[^\w.-]", line)[0]), "") for line in required),
         hashed=archive,
     )  # fmt: skip
@@ -254,8 +259,15 @@ def native_part(row: Native, own: list[Library], within: str) -> Part:
     place = own[0].target if own else holder
     return Part(
         row.name, version, package_url("generic", row.name.lower(), version), row.license, row.supplier,
-        cpe=cpe(row.product, version) if row.product else "", within=within, sha256=sha256(place), hashed=place.name,
+        terms_of(row.name), within=within, sha256=sha256(place), hashed=place.name,
+        cpe=cpe(row.product, version) if row.product else "",
     )  # fmt: skip
+
+
+def terms_of(name: str) -> tuple[tuple[str, str], ...]:
+    """The licence of a library that brings none along; OpenSSL's is the Apache License, as ours."""
+    path = HERE / "licenses" / f"{name}.txt"
+    return ((path.name, read(path if name != "OpenSSL" else HERE.parent / "LICENSE")),)
 
 
 def module_file(name: str) -> Path:
@@ -300,7 +312,16 @@ def shawl_part() -> Part:
     script = read(HERE / "windows/fetch_shawl.sh")
     version, digest = (re.findall(rf"^{name}=(\S+)", script, re.MULTILINE)[0] for name in ("version", "sha256"))
     url = package_url("cargo", "shawl", version)
-    return Part("shawl", version, url, "MIT", "Matthew Kennerly", sha256=digest, hashed=f"shawl-v{version}-win64.zip")
+    return Part(
+        "shawl",
+        version,
+        url,
+        "MIT",
+        "Matthew Kennerly",
+        terms_of("shawl"),
+        sha256=digest,
+        hashed=f"shawl-v{version}-win64.zip",
+    )
 
 
 # --- the two documents ---
@@ -360,6 +381,26 @@ def with_program(bill: str, program: Path) -> str:
     """The bill with the hash of the program as it is published."""
     document = json.loads(bill)
     document["metadata"]["component"]["hashes"] = [{"alg": "SHA-256", "content": sha256(program)}]
+    return json.dumps(document, indent=2) + "\n"
+
+
+def vex(bill: str, statements: Path) -> str:
+    """What known vulnerabilities of the parts mean for the agent, from a file like vex.toml, about this bill."""
+    about = json.loads(bill)
+    link = f"urn:cdx:{about['serialNumber'].removeprefix('urn:uuid:')}/{about['version']}"
+    refs = {part["name"]: f"{link}#{quote(part['bom-ref'], safe='')}" for part in about["components"]}
+    found = [
+        {
+            "id": stated["id"], "source": {"url": stated["source"]},
+            "analysis": {name: stated[name] for name in ("state", "justification", "detail") if name in stated},
+            "affects": [{"ref": refs[stated["part"]]}],
+        }
+        for stated in tomllib.loads(read(statements)).get("vulnerability", ())
+        if stated["part"] in refs
+    ]  # fmt: skip
+    members = {name: about[name] for name in ("$schema", "bomFormat", "specVersion", "metadata")}
+    serial = uuid.uuid5(uuid.NAMESPACE_URL, json.dumps([link, found]))
+    document = {**members, "serialNumber": f"urn:uuid:{serial}", "version": 1, "vulnerabilities": found}
     return json.dumps(document, indent=2) + "\n"
 
 
