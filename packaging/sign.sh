@@ -64,7 +64,16 @@ notarise() {
 windows() {
     [ -n "${WINDOWS_CERTIFICATE:-}" ] || unsigned WINDOWS_CERTIFICATE "$*"
     base64 --decode <<<"$WINDOWS_CERTIFICATE" >"$work/certificate.pfx"
-    local signtool
+    local signtool file
+    if [ "${RUNNER_OS:-}" = Linux ]; then # where the .msi is made; Debian's osslsigncode
+        printf %s "$WINDOWS_CERTIFICATE_PASSWORD" >"$work/password"
+        for file in "$@"; do
+            osslsigncode sign -pkcs12 "$work/certificate.pfx" -readpass "$work/password" -h sha256 \
+                -ts http://timestamp.digicert.com -in "$file" -out "$work/signed"
+            mv "$work/signed" "$file"
+        done
+        return
+    fi
     signtool=$(find "/c/Program Files (x86)/Windows Kits/10/bin" -path '*/x64/signtool.exe' | sort | tail -n 1)
     MSYS2_ARG_CONV_EXCL='*' "$signtool" sign /fd SHA256 /tr http://timestamp.digicert.com /td SHA256 \
         /f "$(cygpath -w "$work/certificate.pfx")" /p "$WINDOWS_CERTIFICATE_PASSWORD" "$@"
