@@ -13,6 +13,7 @@ import plistlib
 import re
 import shutil
 import ssl
+import struct
 import subprocess
 import sys
 import tomllib
@@ -231,10 +232,31 @@ def test_hashes_are_of_the_archives_and_of_the_signed_program(inventory: Any, tm
     assert json.loads(text)["metadata"]["component"]["hashes"] == wanted
 
 
-def test_every_licence_text_is_there(inventory: Any) -> None:
-    parts = [inventory.distribution_part(name) for name in ("urllib3", "certifi")] + [inventory.python_part()]
+def test_every_licence_text_is_there(inventory: Any, tmp_path: Path) -> None:
+    parts = compiled(inventory, tmp_path)
     texts = inventory.license_texts(parts, ROOT / "LICENSE")
     assert "Mozilla Public License" in texts and "Andrey Petrov" in texts and "Apache License" in texts
+    assert "GNU LESSER GENERAL PUBLIC LICENSE" in texts  # icmplib's, which adds to the next
+    assert "GNU GENERAL PUBLIC LICENSE\n                       Version 3" in texts
+    silent = texts.partition("Without a text of their own:")[2]
+    crates = {part.name for part in parts if part.purl.startswith("pkg:cargo/")}
+    assert {line.split()[0] for line in silent.splitlines() if line} <= {*crates, "CPython"}
+    assert all(inventory.terms_of(name)[0][1] for name in ("shawl", *(row.name for row in inventory.NATIVE)))
+
+
+def test_what_vulnerabilities_mean_is_said_of_the_same_bill(inventory: Any, tmp_path: Path) -> None:
+    bill = inventory.cyclonedx(compiled(inventory, tmp_path), "5.2.0", 0)
+    check = JsonStrictValidator(SchemaVersion.V1_6).validate_str
+    none = inventory.vex(bill, PACKAGING / "vex.toml")
+    assert check(none) is None and json.loads(none)["vulnerabilities"] == []
+    example = (PACKAGING / "vex.toml").read_text().partition("An entry:")[2]
+    (tmp_path / "vex.toml").write_text(example.replace("\n#", "\n"))
+    some = inventory.vex(bill, tmp_path / "vex.toml")
+    assert check(some) is None
+    (stated,) = json.loads(some)["vulnerabilities"]
+    assert (stated["id"], stated["analysis"]["state"]) == ("CVE-2030-12345", "not_affected")
+    serial = json.loads(bill)["serialNumber"].removeprefix("urn:uuid:")
+    assert re.fullmatch(rf"urn:cdx:{serial}/1#pkg%3A\w+%2F.*(openssl|libssl).*", stated["affects"][0]["ref"])
 
 
 @needs("cc")
@@ -303,6 +325,35 @@ def test_rpm_package(scripts: Any, program: Path, tmp_path: Path) -> None:
         assert modes[f"/usr/share/{name}"] == ("-rw-r--r--", "root", "root")
 
 
+@needs("rpmbuild")
+@needs("rpmlint")
+def test_rpm_package_passes_rpmlint(scripts: Any, program: Path, tmp_path: Path) -> None:
+    """But for what the file beside the spec gives a reason for, which is more than this stand-in shows."""
+    package = scripts("packages").rpm(program, tmp_path, tmp_path / "work")
+    reasons = ("--ignore-unused-rpmlintrc", "--rpmlintrc", PACKAGING / "linux/medplum-agent.rpmlintrc")
+    run("rpmlint", "--strict", *reasons, package)
+
+
+@pytest.mark.parametrize(("kind", "tool"), [("debian", "dpkg-deb"), ("rpm", "rpmbuild")])
+def test_the_same_folder_gives_the_same_package(
+    scripts: Any, program: Path, tmp_path: Path, kind: str, tool: str
+) -> None:
+    """Byte for byte: whatever the clock, the times of the files, the umask and the folder of the build are."""
+    if shutil.which(tool) is None:
+        pytest.skip(f"NO {tool.upper()}: not checked")
+    made = []
+    for number, mask in enumerate((0o022, 0o077)):
+        dist, before = tmp_path / f"dist{number}" / ("x" * number), os.umask(mask)
+        try:
+            dist.mkdir(parents=True)
+            made.append(getattr(scripts("packages"), kind)(program, dist, dist / "work"))
+        finally:
+            os.umask(before)
+        for path in program.rglob("*"):
+            os.utime(path, (1_700_000_000, 1_700_000_000))
+    assert made[0].read_bytes() == made[1].read_bytes()
+
+
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: str(path.relative_to(PACKAGING)))
 @needs("shellcheck")
 def test_scripts(script: Path) -> None:
@@ -330,12 +381,38 @@ def test_windows_installer(scripts: Any, program: Path, tmp_path: Path, monkeypa
     assert installer.read_bytes()[:2] == b"MZ"
 
 
+@needs("wixl")
+@needs("msibuild")
+def test_msi_has_its_actions_where_windows_takes_them(tmp_path: Path) -> None:
+    (tmp_path / "installer.exe").write_bytes(b"MZ")
+    made = tmp_path / "agent.msi"
+    run(PACKAGING / "windows/make_msi.sh", "5.2.0", tmp_path / "installer.exe", made)
+    rows = [line.split("\t") for line in run("msiinfo", "export", made, "InstallExecuteSequence").splitlines()]
+    at = {row[0]: int(row[2]) for row in rows[3:] if row[-1].strip().isdigit()}
+    order = ["InstallInitialize", "RemoveExistingProducts", "ProcessComponents", "Uninstall", "UninstallPurge",
+             "RemoveFiles", "InstallFiles", "Install", "InstallConfig", "InstallFinalize"]  # fmt: skip
+    assert sorted(order, key=at.__getitem__) == order
+    properties = run("msiinfo", "export", made, "Property")
+    assert "ProductVersion\t5.2.0" in properties and "SECRET" not in properties.upper()
+
+
 def test_the_installer_shows_and_passes_no_secret() -> None:
     script = (PACKAGING / "windows/installer.nsi").read_text()
     for line in script.splitlines():
         if "$ClientSecret" in line:
             assert not re.search(r"DetailPrint|MessageBox|Exec|Label|CreateText", line), line
     assert "ShowInstDetails nevershow" in script and '${NSD_CreatePassword} 0 69u 100% 13u "$ClientSecret"' in script
+
+
+def test_the_installer_knows_its_service_account_by_number() -> None:
+    """Windows derives it from the name: SHA-1 of its upper case in UTF-16, as five numbers."""
+    script = (PACKAGING / "windows/installer.nsi").read_text()
+    (name,) = re.findall(r'^!define SERVICE "(\w+)"', script, re.MULTILINE)
+    numbers = struct.unpack("<5I", hashlib.sha1(name.upper().encode("utf-16-le")).digest())
+    assert f'!define SERVICE_SID "*S-1-5-80-{"-".join(map(str, numbers))}"' in script
+    assert re.search(r"advfirewall firewall add rule .* profile=domain,private ", script)
+    taken = [script.index(f'"$StateDir{what}') for what in ('" /setowner', '" /inheritance:r', '\\*" /reset')]
+    assert taken == sorted(taken) and script.index("Call CloseStateDir") < script.index("Call LookAtService")
 
 
 def test_container() -> None:
@@ -408,7 +485,7 @@ def test_keys_and_publishing_wait_for_approval_and_for_the_tests_of_what_is_ship
     for name, job in jobs.items():
         secret = "secrets." in str(job) or "write" in job.get("permissions", {}).values()
         assert job.get("environment") == ("release" if secret else None), name
-    assert set(jobs["publish"]["needs"]) == {"ci", "try"} and jobs["try"]["needs"] == "build"
+    assert set(jobs["publish"]["needs"]) == {"ci", "try"} and set(jobs["try"]["needs"]) == {"build", "msi"}
     assert jobs["build"]["needs"] == jobs["ci"]["needs"] == "version"
     built, tried = ({row["name"] for row in jobs[name]["strategy"]["matrix"]["include"]} for name in ("build", "try"))
     assert built == tried
