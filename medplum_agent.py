@@ -140,8 +140,8 @@ COMMIT_BYTES = 16 * MIB  # the same for large messages
 UNCOMMITTED_BYTES = 16 * MIB  # received but not yet on disk; above it devices are no longer read
 UNCOMMITTED_MESSAGES = 8192  # the same for small messages
 BUSY_MS = 5000  # for another program that holds the queue file
-INLINE_ITEMS = 64  # no more than this is written in the event loop's own thread, and only while the disk is quick
-INLINE_BYTES = 64 * KIB
+COMMIT_HERE_ITEMS = 64  # no more than this is written in the loop's own thread, and only while the disk is quick
+COMMIT_HERE_BYTES = 64 * KIB
 QUICK_SECS = 0.002  # of a commit
 QUICK_COMMITS = 32  # so many in a row, before the loop's thread writes; twice as many each time that was too early,
 QUICK_COMMITS_MAX = 512  # up to so many
@@ -3149,7 +3149,9 @@ class Store:
     def _write_here(self) -> None:
         """Little waits and the disk has lately been quick: no thread is waited for."""
         self._soon = False
-        light = len(self._inbox) <= INLINE_ITEMS and self._uncommitted_bytes <= INLINE_BYTES and not self._suspect
+        light = (
+            len(self._inbox) <= COMMIT_HERE_ITEMS and self._uncommitted_bytes <= COMMIT_HERE_BYTES and not self._suspect
+        )
         if light and self._turn.acquire(blocking=False):
             try:
                 if not any(type(item) is _Call for item in self._inbox) and self._begins_here():
@@ -3375,7 +3377,7 @@ class Store:
                     self._wait(STORE_REOPEN_SECS)
                     self._refuse_inbox()
                     continue
-            quick = self._quick >= self._needed and len(self._inbox) <= INLINE_ITEMS and not self._stopping
+            quick = self._quick >= self._needed and len(self._inbox) <= COMMIT_HERE_ITEMS and not self._stopping
             if self._suspect or self._wal_pages >= CHECKPOINT_PAGES or (self._inbox and not (quick and served)):
                 with self._turn:
                     self._write_next(self._db)
@@ -3469,7 +3471,7 @@ class Store:
 
     def _note_commit(self, secs: float, items: int) -> None:
         """How quick the disk is now, judged by small commits."""
-        if items > INLINE_ITEMS:
+        if items > COMMIT_HERE_ITEMS:
             return
         here = self._quick >= self._needed
         self._quick = self._quick + 1 if secs < QUICK_SECS else 0

@@ -1,5 +1,7 @@
 """build.py counts the lines and tokens of the module, whole and by section, and holds them to their budgets."""
 
+import ast
+import collections
 import os
 
 import pytest
@@ -160,3 +162,16 @@ def test_what_is_installed_already_is_tested_without_compiling(named: bool, monk
     build.test_binary()
     assert compiled == ([] if named else [True])
     assert [os.environ[name] == "installed" for name in names] == [named] * 2
+
+
+def test_no_name_of_the_module_is_given_twice() -> None:
+    """The later value would count for both uses, and no linter says so."""
+    names = collections.Counter(
+        target.id
+        for node in ast.parse(build.AGENT.read_text("utf-8")).body
+        if isinstance(node, ast.Assign | ast.AnnAssign)
+        for given in (node.targets if isinstance(node, ast.Assign) else [node.target])
+        for target in ast.walk(given)
+        if isinstance(target, ast.Name) and isinstance(target.ctx, ast.Store)
+    )
+    assert len(names) > 200 and [name for name, count in names.items() if count > 1] == []
