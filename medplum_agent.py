@@ -2895,8 +2895,8 @@ def store_key(source: str, cipher: str) -> str:
     except ValueError:
         raise ConfigError(["storeKey: the command cannot be understood"]) from None
     if len(secret.strip()) < KEY_CHARS:
-        failed = "fails, or" if kind in ("command", "keychain") else ""
-        text = f"storeKey: {kind} {failed} gives fewer than {KEY_CHARS} characters; for a key: openssl rand -hex 32"
+        failed = "fails, or " if kind in ("command", "keychain") else ""
+        text = f"storeKey: {kind} {failed}gives fewer than {KEY_CHARS} characters; for a key: openssl rand -hex 32"
         raise ConfigError([text])
     return f"cipher={cipher}&key=raw:{hmac.digest(secret.strip(), b'medplum-agent queue', 'sha256').hex()}"
 
@@ -11387,10 +11387,10 @@ def _story(name: str, message: Message) -> Iterator[str]:
     reason = f": {message.last_error}" if message.last_error else ""
     if message.attempts:
         yield f"{at(message.sent_at)}  sent, try {message.attempts}"
-    if message.state == PROCESSED and pushed and message.error_code != "discarded":
-        yield f"{at(message.settled_at)}  taken by the device"
-    elif message.error_code == "discarded":
+    if message.error_code == "discarded":
         yield f"{at(message.settled_at)}  {message.last_error}"
+    elif message.state == PROCESSED and pushed:
+        yield f"{at(message.settled_at)}  taken by the device"
     elif message.state == PROCESSED:
         outcome = f"; {_OUTCOME_WORDS[message.outcome]}" if _OUTCOME_WORDS[message.outcome] else ""
         yield f"{at(message.settled_at)}  answered with status {message.status_code}{outcome}{reason}"
