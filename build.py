@@ -39,10 +39,13 @@ STAMPS = VENV / "build-stamps"  # one file per installed group of dependencies, 
 
 PACKAGING = ROOT / "packaging"
 LOCK = PACKAGING / "binary.lock"  # what the binary is made of and with, with hashes, for every system and Python
+RELEASE_LOCK = PACKAGING / "release.lock"  # what signs upgrades, likewise
+KEYS = "MEDPLUM_AGENT_KEYS"  # names the folder of the keys that sign them
 WORK = ROOT / "build"  # between source and result; its caches make the second build quick
 DIST = ROOT / "dist"
 COMPILING = WORK / "venv"  # holds what the lock names and nothing else
 COMPILING_PYTHON = COMPILING / PYTHON.relative_to(VENV)
+SIGNING = WORK / "signing"  # as little as possible beside the keys
 BINARY = DIST / ("medplum-agent-" + {"linux": "linux", "darwin": "macos"}.get(sys.platform, "windows.exe"))
 STANDALONE = DIST / "medplum-agent" / ("medplum-agent.exe" if WINDOWS else "medplum-agent")
 
@@ -394,22 +397,28 @@ def module_is_within_budget() -> bool:
 
 
 def ensure_compiling() -> None:
-    """Bring build/venv to the lock; nothing is installed whose hash it does not name."""
-    stamp = COMPILING / "build-stamp"
-    wanted = hashlib.sha256(LOCK.read_bytes() + sys.version.encode()).hexdigest()
-    report = COMPILING / "installed.json"  # the bill of materials has the hashes of what was installed
+    ensure_locked(COMPILING, LOCK)
+
+
+def ensure_locked(venv: Path, lock: Path) -> Path:
+    """Bring a virtual environment to a lock; nothing is installed whose hash it does not name. Returns its Python."""
+    python, stamp = venv / PYTHON.relative_to(VENV), venv / "build-stamp"
+    wanted = hashlib.sha256(lock.read_bytes() + sys.version.encode()).hexdigest()
+    report = venv / "installed.json"  # the bill of materials has the hashes of what was installed
     if report.exists() and stamp.exists() and stamp.read_text("utf-8") == wanted:
-        return
-    say("making build/venv from packaging/binary.lock")
+        return python
+    say(f"making build/{venv.name} from packaging/{lock.name}")
     if importlib.util.find_spec("ensurepip") is None:
         install_ensurepip()
-    quiet(sys.executable, "-m", "venv", "--clear", COMPILING)
-    pip = (COMPILING_PYTHON, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-input")
-    first = WORK / "setuptools.lock"  # builds Nuitka, which comes as source, without fetching what no hash protects
-    first.write_text(locked("setuptools"), "utf-8")
-    quiet(*pip, "--require-hashes", "--requirement", first)
-    quiet(*pip, "--require-hashes", "--no-build-isolation", "--report", report, "--requirement", LOCK)
+    quiet(sys.executable, "-m", "venv", "--clear", venv)
+    pip = (python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-input", "--require-hashes")
+    if lock == LOCK:
+        first = WORK / "setuptools.lock"  # builds Nuitka, which comes as source, without fetching what no hash protects
+        first.write_text(locked("setuptools"), "utf-8")
+        quiet(*pip, "--requirement", first)
+    quiet(*pip, "--no-build-isolation", "--report", report, "--requirement", lock)
     stamp.write_text(wanted, "utf-8")
+    return python
 
 
 def locked(name: str) -> str:
@@ -422,7 +431,8 @@ def locked(name: str) -> str:
 
 def binary_sources() -> str:
     """Changes when something does that the binary is made of."""
-    sources = (AGENT, LOCK, *sorted(PACKAGING.glob("*.py")), PACKAGING / "linux/onefile_boot.c")
+    data = (PACKAGING / name for name in ("linux/onefile_boot.c", "status.html", "upgrade-root.json"))
+    sources = (AGENT, LOCK, *sorted(PACKAGING.glob("*.py")), *(path for path in data if path.exists()))
     return hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()
 
 
@@ -446,7 +456,7 @@ def build_binary() -> None:
 
 def setup() -> None:
     """make .venv with the pinned dependencies (the verbs that need it do this themselves)"""
-    ensure("runtime", "test")
+    ensure("runtime", "test", "release")
 
 
 def demo(*arguments: str) -> None:
@@ -457,7 +467,7 @@ def demo(*arguments: str) -> None:
 
 def test(*arguments: str) -> None:
     """lint, then run the tests (--binary: those that start the agent, against dist/); arguments go to pytest"""
-    ensure("runtime", "test")
+    ensure("runtime", "test", "release")
     ensure_peers()
     if arguments[:1] == ("--binary",):
         test_binary(*arguments[1:])
@@ -492,6 +502,35 @@ def package() -> None:
         raise BuildError("the packages were not made; the reason is above")
 
 
+def keys(*folders: str) -> None:
+    """make keys to sign upgrades with, and packaging/upgrade-root.json, which names them; again: change them"""
+    upgrades("keys", *map(Path, folders or [key_folder()]))
+
+
+def release(*folders: str) -> None:
+    """sign the programs in dist/ for upgrades, into dist/repository; PREVIOUS: the repository of the last release"""
+    upgrades("release", DIST, DIST / "repository", *map(Path, folders or [key_folder()]))
+
+
+def renew(*folders: str) -> None:
+    """put a fresh timestamp into a repository of signed upgrades and its bundle; default: dist/repository"""
+    repository, *signing = map(Path, folders or [DIST / "repository"])
+    upgrades("renew", repository, *(signing or [Path(key_folder())]))
+
+
+def key_folder() -> str:
+    folder = os.environ.get(KEYS, "")
+    if not folder:
+        raise BuildError(f"which folder has the keys? Name it, or set {KEYS} to it.")
+    return folder
+
+
+def upgrades(verb: str, *folders: Path) -> None:
+    python = ensure_locked(SIGNING, RELEASE_LOCK)
+    if not succeeds(python, PACKAGING / "upgrades.py", verb, *map(Path.absolute, folders)):
+        raise BuildError("nothing was signed; the reason is above")
+
+
 def docs() -> None:
     """write the manual page and the completions of four shells into build/docs/"""
     ensure("runtime")
@@ -499,15 +538,17 @@ def docs() -> None:
 
 
 def lock() -> None:
-    """write packaging/binary.lock from the pins in pyproject.toml"""
+    """write packaging/binary.lock and release.lock from the pins in pyproject.toml"""
     ensure("lock")
-    options = ("--universal", "--python-version", "3.11", "--group", "binary", "--generate-hashes")
-    quiet(PYTHON, "-m", "uv", "pip", "compile", *options, "--no-header", "--quiet", "pyproject.toml", "-o", LOCK)
+    options = ("--universal", "--python-version", "3.11", "--generate-hashes", "--no-header", "--quiet")
+    compile_to = (PYTHON, "-m", "uv", "pip", "compile", *options)
+    quiet(*compile_to, "--group", "binary", "pyproject.toml", "-o", LOCK)
+    quiet(*compile_to, "--group", "release", "-o", RELEASE_LOCK)
 
 
 def lint() -> None:
     """check rules, format, types, README.md's settings, and the size of medplum_agent.py"""
-    ensure("runtime", "test")
+    ensure("runtime", "test", "release")
     checks = (
         succeeds(PYTHON, "-m", "ruff", "check", "--quiet", "."),
         succeeds(PYTHON, "-m", "ruff", "format", "--quiet", "--check", "."),
@@ -574,6 +615,9 @@ VERBS = {
     "bench": Verb(bench, "[ARGUMENTS]"),
     "binary": Verb(binary),
     "package": Verb(package),
+    "keys": Verb(keys, "[KEYS]"),
+    "release": Verb(release, "[KEYS [PREVIOUS]]"),
+    "renew": Verb(renew, "[REPOSITORY [KEYS]]"),
     "docs": Verb(docs),
     "lock": Verb(lock),
     "fuzz": Verb(fuzz, "[TARGET] [--seconds N]"),

@@ -24,25 +24,28 @@ ROOT = Path(__file__).resolve().parent.parent
 MODULE = ROOT / "medplum_agent.py"
 DEMO = ROOT / "packaging/demo.py"
 PAGE = ROOT / "packaging/status.html"
+UPGRADE_ROOT = ROOT / "packaging/upgrade-root.json"  # whose signatures upgrades must have; there after upgrades.py keys
 SYSTEM = {"linux": "linux", "darwin": "macos", "win32": "windows.exe"}[sys.platform]
 PROGRAM = "medplum-agent.exe" if sys.platform == "win32" else "medplum-agent"
 LOWER_GLIBC = "MEDPLUM_AGENT_GLIBC"  # such as 2.17: compile against this glibc, with zig
 
 # Modules that Nuitka does not see: imported by C code, by name, or left out by default. Without the first two JSON is
 # six times slower.
-NAMED_MODULES = ("_json", "_bisect", "orjson", "demo")
+NAMED_MODULES = ("_json", "_bisect", "orjson", "demo", "tuf.api.metadata", "tuf.ngclient")
 NAMED_PACKAGES = (
     "icmplib", "hl7", "serialx", "pynetdicom", "pydicom.pixels.decoders", "pydicom.pixels.encoders", "pydicom.uid",
 )  # fmt: skip
 # Found by Nuitka and never used. pydicom.examples looks for files of a source tree as soon as it is imported: the agent
 # puts an empty module in its place. multiprocessing drags in half of the standard library; the agent uses threads.
 # medplum_agent is the program itself, which demo.py imports: without this it would be compiled twice.
+# securesystemslib signs with cryptography; to check Ed25519, which is all that upgrades have, it does without.
 LEFT_OUT = (
     "pydicom.examples", "pydicom.sr", "pydicom.cli", "pynetdicom.apps", "pynetdicom.tests", "pynetdicom.benchmarks",
     "multiprocessing", "concurrent.futures.process", "numpy", "PIL", "pylibjpeg", "gdcm", "openjpeg", "tkinter",
     "unittest", "pydoc", "pdb", "doctest", "distutils", "setuptools", "pip", "webbrowser", "imaplib", "poplib",
     "smtplib", "ftplib", "cgi", "cgitb", "trace", "turtle", "xdrlib", "zipapp", "lib2to3", "idlelib", "ensurepip",
     "venv", "pickletools", "modulefinder", "pyclbr", "rlcompleter", "wsgiref", "xmlrpc", "crypt", "medplum_agent",
+    "cryptography", "tuf.ngclient.requests_fetcher",
 )  # fmt: skip
 C_LIBRARY = ("libc", "libm", "libdl", "libpthread", "librt", "libutil", "ld-linux-x86-64", "ld-linux-aarch64")
 
@@ -54,7 +57,7 @@ class BinaryError(Exception):
 def build_commit() -> str:
     """The second part of the version: seven characters of the commit, zeros when the source was changed since."""
     changed = subprocess.run(
-        ["git", "diff", "--quiet", "HEAD", "--", MODULE, DEMO, PAGE], cwd=ROOT, capture_output=True
+        ["git", "diff", "--quiet", "HEAD", "--", MODULE, DEMO, PAGE, UPGRADE_ROOT], cwd=ROOT, capture_output=True
     )
     commit = subprocess.run(["git", "rev-parse", "--short=7", "HEAD"], cwd=ROOT, capture_output=True, text=True)
     return commit.stdout.strip()[:7] if changed.returncode == 0 and commit.returncode == 0 else "0000000"
@@ -84,11 +87,13 @@ def options(work: Path) -> list[str]:
     named = [f"--include-module={name}" for name in NAMED_MODULES]
     named += [f"--include-package={name}" for name in NAMED_PACKAGES]
     metadata = [f"--include-distribution-metadata={name}" for name in ("pydicom", "pynetdicom")]
+    files = [path for path in (PAGE, UPGRADE_ROOT) if path.exists()]
     return [
         "--mode=onefile", "--deployment", "--assume-yes-for-downloads", "--python-flag=no_docstrings",
         "--python-flag=isolated", "--python-flag=no_site",
         f"--user-plugin={Path(__file__).with_name('nuitka_plugin.py')}",
-        *named, *metadata, "--include-package-data=pydicom.data", f"--include-data-files={PAGE}=packaging/{PAGE.name}",
+        *named, *metadata, "--include-package-data=pydicom.data",
+        *(f"--include-data-files={path}=packaging/{path.name}" for path in files),
         "--noinclude-data-files=pydicom/data/test_files/*", "--noinclude-data-files=pydicom/data/charset_files/*",
         f"--nofollow-import-to={','.join(LEFT_OUT)}",
         "--onefile-child-grace-time=infinity",  # default: killed after 5 s of a clean stop
@@ -185,6 +190,8 @@ def main(work: Path, dist: Path) -> int:
         print(f"binary.py: {error}", file=sys.stderr)
         return 1
     (dist / "SHA256SUMS").write_text(checksums(files), "utf-8", newline="\n")
+    if not UPGRADE_ROOT.exists():
+        print("binary.py: no packaging/upgrade-root.json, so this program cannot upgrade itself", file=sys.stderr)
     megabytes = files[0].stat().st_size / 1e6
     glibc = f"; needs glibc {needed_glibc(dist / 'medplum-agent')} or newer" if sys.platform == "linux" else ""
     print(f"{files[0].relative_to(ROOT)}: {megabytes:.1f} MB, {version_of(files[0])}{glibc}")

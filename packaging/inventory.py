@@ -148,7 +148,7 @@ def supplier(meta: Any) -> str:
     """Who the distribution says it is from, without addresses."""
     fields = ("Author", "Author-email", "Maintainer", "Maintainer-email")
     said = [str(meta.get(field)).split(" <")[0].strip('"') for field in fields if meta.get(field)]
-    return next((who for who in said if "@" not in who), f"{meta['Name']} project")
+    return next((who for who in said if not re.search("@|://", who)), f"{meta['Name']} project")
 
 
 @functools.cache

@@ -7,6 +7,7 @@ All of them carry the compiled folder, which is never unpacked at start.
               in /var/log/medplum-agent
     macOS     .pkg: /usr/local/lib/medplum-agent, a launchd job
     Windows   installer .exe with makensis; SHAWL names the service wrapper, which the release fetches by its hash
+    each      .tar.gz, from which an installed agent upgrades itself once upgrades.py has signed it
 """
 
 import gzip
@@ -16,6 +17,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tarfile
 import tempfile
 import time
 from collections.abc import Callable
@@ -193,17 +195,57 @@ def windows(program: Path, dist: Path, work: Path) -> Path:
     return target
 
 
+# --- upgrades ---
+
+
+def archive_name(version: str) -> str:
+    """Of this system's; an agent knows its own by what platform.machine() says."""
+    system = {"linux": "linux", "darwin": "macos", "win32": "windows"}[sys.platform]
+    return f"medplum-agent-{version}-{system}-{platform.machine().lower()}.tar.gz"
+
+
+def archive(program: Path, dist: Path, _: Path) -> Path:
+    return pack(program, dist / archive_name(version()))
+
+
+def pack(program: Path, target: Path) -> Path:
+    """The folder as medplum-agent/: the same bytes whatever the clock, the owner and the umask are. No links in it."""
+    seconds = int(commit_time())
+    with (
+        target.open("wb") as file,
+        gzip.GzipFile("", "wb", 9, file, mtime=0) as squeezed,
+        tarfile.open(fileobj=squeezed, mode="w") as tar,
+    ):
+        for path in (program, *sorted(program.rglob("*"))):
+            member = tarfile.TarInfo(Path("medplum-agent", path.relative_to(program)).as_posix())
+            member.mtime = seconds
+            runs = path.parent == program and path.stem == "medplum-agent"
+            member.mode = 0o755 if runs or path.is_dir() else 0o644
+            if path.is_symlink():
+                raise PackageError(f"{path} is a link, which agents would refuse to unpack")
+            if path.is_dir():
+                member.type = tarfile.DIRTYPE
+                tar.addfile(member)
+            else:
+                member.size = path.stat().st_size
+                with path.open("rb") as content:
+                    tar.addfile(member, content)
+    return target
+
+
 # --- all of them ---
 
 Maker = Callable[[Path, Path, Path], Path]
-MAKERS: dict[str, dict[str, Maker]] = {  # the tool that it needs -> what it makes
-    "linux": {"dpkg-deb": debian, "rpmbuild": rpm}, "darwin": {"pkgbuild": macos}, "win32": {"": windows},
-}  # fmt: skip
+MAKERS: dict[str, tuple[tuple[str, Maker], ...]] = {  # the tool that it needs, and what it makes
+    "linux": (("", archive), ("dpkg-deb", debian), ("rpmbuild", rpm)),
+    "darwin": (("", archive), ("pkgbuild", macos)),
+    "win32": (("", archive), ("", windows)),
+}
 
 
 def main(program: Path, dist: Path) -> int:
     failed = False
-    for tool, make in MAKERS[sys.platform].items():
+    for tool, make in MAKERS[sys.platform]:
         if tool and shutil.which(tool) is None:
             print(f"packages.py: WARNING: no {tool} here, so that package is not made", file=sys.stderr)
             continue
