@@ -10369,7 +10369,7 @@ def ask_agent(state_dir: Path, asked: Json, seconds: float = HTTP_TIMEOUT_SECS) 
 
 
 # =====================================================================================================================
-# Upgrade (370 lines, 3150 tokens)
+# Upgrade (370 lines, 3200 tokens)
 #
 # Another version of this program in the place of the running one. What is signed (The Update Framework) is unpacked
 # into versions/<version> beside the installed program, and proves itself beside the running one (--selftest). Then the
@@ -10381,7 +10381,7 @@ def ask_agent(state_dir: Path, asked: Json, seconds: float = HTTP_TIMEOUT_SECS) 
 ROOT_FILE = Path(__file__).with_name("packaging") / "upgrade-root.json"  # whose signatures count
 HANDOVER = "MEDPLUM_AGENT_HANDOVER"  # in the environment: the descriptor of what was left for the program
 CURRENT_FILE, UPGRADE_FILE = "current", "medplum-agent-upgrade.json"
-REQUEST_FILE = "upgrade"  # in the run-time directory of a service: what root shall do for it
+REQUEST_FILE, ANSWER_FILE = "upgrade", "answer"  # what root shall do for a service, in its run-time directory; done
 _VERSION = r"\d{1,4}\.\d{1,4}\.\d{1,4}(?:-[0-9a-z]{7})?"
 
 
@@ -10457,6 +10457,9 @@ class Versions:
 
         from tuf.api.exceptions import DownloadError, RepositoryError
 
+        source = source or settings.upgradeUrl
+        if not source:
+            raise LocalError("upgradeUrl is not set, which says where releases are: set it, or name a bundle")
         if not ROOT_FILE.exists():
             raise LocalError("this build has no keys to check upgrades with: install the new version over it")
         self.folder.mkdir(mode=0o755, exist_ok=True)
@@ -10481,8 +10484,8 @@ class Versions:
         import tarfile
 
         from tuf.api.exceptions import DownloadHTTPError
-        from tuf.api.metadata import Metadata, Targets  # type: ignore[attr-defined]
-        from tuf.ngclient import FetcherInterface, Updater, UpdaterConfig  # type: ignore[attr-defined]
+        from tuf.api.metadata import Metadata, Targets
+        from tuf.ngclient import FetcherInterface, Updater, UpdaterConfig
 
         pool = http_pool(source, tls_context(settings.caFile)) if "://" in source else None
 
@@ -10602,11 +10605,8 @@ class Upgrades:
         agent.stop()
 
     async def _fetch(self, wanted: str) -> str:
-        settings, versions = self._agent.config.settings, self.versions
-        if not settings.upgradeUrl:
-            raise LocalError("upgradeUrl is not set: this agent does not know where releases are")
-        if versions.writable:
-            return await asyncio.to_thread(versions.fetch, settings, settings.upgradeUrl, wanted)
+        if self.versions.writable:
+            return await asyncio.to_thread(self.versions.fetch, self._agent.config.settings, "", wanted)
         return await self._ask_root(f"fetch {wanted}")
 
     async def _ask_root(self, wish: str) -> str:
@@ -10615,12 +10615,17 @@ class Upgrades:
         if not folder:
             raise LocalError("this agent may not change its program: in a container use the new image, elsewhere "
                 "install the new package, or call `upgrade` as who installed it")  # fmt: skip
-        request, answer = Path(folder, REQUEST_FILE), self.versions.folder / "answer"
+        request = Path(folder, REQUEST_FILE)
         replace_file(request, wish.encode())
-        async with asyncio.timeout(PROVE_SECS):
-            while request.exists():  # noqa: ASYNC110 - root's unit removes it
-                await asyncio.sleep(LAZY_SECS)
-        found = _json_object(answer.read_bytes())
+        try:
+            async with asyncio.timeout(PROVE_SECS):
+                while request.exists():  # noqa: ASYNC110 - root's unit removes it
+                    await asyncio.sleep(LAZY_SECS)
+        except TimeoutError:
+            raise LocalError(
+                "medplum-agent-upgrade.path did nothing: is it enabled, and what does its log say?"
+            ) from None
+        found = _json_object((self.versions.folder / ANSWER_FILE).read_bytes())
         if found.get("error"):
             raise LocalError(str(found["error"]))
         return str(found["version"])
@@ -11378,7 +11383,7 @@ def _stack(error: BaseException | None) -> list[str]:
 
 
 # =====================================================================================================================
-# Command line (640 lines, 5500 tokens)
+# Command line (660 lines, 5750 tokens)
 # =====================================================================================================================
 
 _USAGE = """\
@@ -11437,6 +11442,7 @@ def command_parser(program: str) -> argparse.ArgumentParser:
         "the look is written to the audit log first")  # fmt: skip
     add("--rollback", action="store_true", help="upgrade: to the version before")
     add("--allow-downgrade", action="store_true", help="upgrade: also to an older version")
+    add("--requested", action="store_true", help="upgrade: what the service asked for, as root")
     add("--selftest", action="store_true", help="whether an agent with these values could start; nothing is changed")
     add("--once", action="store_true", help="demo: end after the example traffic")
     add("--version", action="version", version=VERSION)
@@ -11915,20 +11921,42 @@ def _selftest(options: argparse.Namespace, *arguments: str) -> int:
     return 0
 
 
+def _requested(config: ProcessConfig, versions: Versions) -> int:
+    """Root does what a service asked for, which may be anything: what is signed decides."""
+    request = Path(os.environ.get("RUNTIME_DIRECTORY") or "/run/medplum-agent", REQUEST_FILE)
+    answer = Json()
+    try:
+        with os.fdopen(os.open(request, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK), "rb") as file:
+            found = re.fullmatch(rf"(fetch|choose) ({_VERSION})?", file.read(64).decode("latin-1"))
+        if not found or (found[1] == "choose" and not versions.program(found[2] or "?").exists()):
+            raise LocalError("this is no request of an agent")
+        if found[1] == "choose":
+            versions.choose(found[2])
+        answer["version"] = found[2] or ""
+        if found[1] == "fetch":
+            answer["version"] = versions.fetch(config.settings, "", found[2] or "")
+    except (OSError, AgentError) as error:
+        answer["error"] = str(error)
+    versions.folder.mkdir(exist_ok=True)
+    replace_file(versions.folder / ANSWER_FILE, dump_json(answer))
+    (versions.folder / ANSWER_FILE).chmod(0o644)
+    request.unlink(missing_ok=True)
+    return int("error" in answer)
+
+
 def _upgrade(options: argparse.Namespace, what: str = "") -> int:
     """A running agent goes to another version, without its devices noticing."""
     config, versions, state_dir = _process_config(options), Versions(own_program()), _state_dir(options)
     bundle = what if what.endswith(".bundle") else ""
     wanted = "" if bundle else what
     os.umask(0o022)  # others may execute what we unpack
+    if options.requested:
+        return _requested(config, versions)
     if options.rollback and not (wanted := versions.current["previous"]):
         raise LocalError("there is no older version here: install its package")
     if not versions.program(wanted or "?").exists() and versions.writable:
-        source = bundle or config.settings.upgradeUrl
-        if not source:
-            raise ConfigError(["upgrade needs a bundle, or upgradeUrl in agent.toml"])
-        _show([f"Fetching {wanted or 'the newest version'} from {source}."])
-        wanted = versions.fetch(config.settings, source, wanted, downgrade=options.allow_downgrade)
+        _show([f"Fetching {wanted or 'the newest version'}."])
+        wanted = versions.fetch(config.settings, bundle, wanted, downgrade=options.allow_downgrade)
     elif bundle:
         raise LocalError(f"{versions.folder} cannot be written by this user: use sudo")
     _show([f"{wanted or 'The newest version'} proves itself and takes over."])

@@ -63,11 +63,13 @@ def make_repository(
     are roles ("targets", "snapshot", "timestamp") that keys sign which the root does not name.
     """
     upgrades, keys = tools(), keys or throw_away_keys()
+    import packages  # beside it
+
     now = upgrades.utc_now() - timedelta(age_days)
     folder.mkdir(parents=True, exist_ok=True)
     bundles = {}
     for version, program in programs.items():
-        upgrades.pack(program, folder / upgrades.archive_name(version))
+        packages.pack(program, folder / packages.archive_name(version))
         upgrades.release(folder, folder, keys.folder, name=version, root_file=keys.root, now=now)
         if strangers:
             state = upgrades.read_state(folder, keys.root)
