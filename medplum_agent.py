@@ -135,11 +135,12 @@ GIVE_WAY_SECS = 0.008  # images wait so long where another device has just sent 
 ENDED_SECS = 60.0  # a device that ended its side may wait so long for its answers
 STOP_ANSWER_SECS = 3.0  # at shutdown, wait this long for answers that devices are waiting for
 STOP_SECS = 9.0  # the whole clean stop; service managers kill after 10 s
+SESSION_SECS = 15.0  # an upgrade waits so long for sessions of analyzers and associations to end
 YIELD_SECS = 2.0  # before another version takes over, wait this long for answers of the server; devices are served
 TRIAL_SECS = 180.0  # in which a new version must have proved itself
 TRIAL_WELL_SECS = 30.0  # well for so long, it has; the server waits 45 s for the answer to `$upgrade`
 PROVE_SECS = 60.0  # for a new version to try itself beside the running one
-KEEP_OLD_SECS = 7 * 86_400.0  # the version before the current one stays on disk
+KEEP_OLD_SECS, KEEP_NEW_SECS = 7 * 86_400.0, 86_400.0  # on disk: the version before the current one, and any new one
 
 COMMIT_MESSAGES = 4096  # messages in one transaction: bounds the latency of the one behind
 COMMIT_BYTES = 16 * MIB  # the same for large messages
@@ -10440,12 +10441,13 @@ class Versions:
         self.tidy()
 
     def tidy(self) -> None:
-        """Versions that are not needed any more go."""
+        """Versions that are not needed any more go; one that has just come may be about to take over."""
         with suppress(OSError):
-            age = time.time() - (self.folder / CURRENT_FILE).stat().st_mtime
-            kept = {self.current["version"], self.name, self.current["previous"] if age < KEEP_OLD_SECS else ""}
+            old, now = (self.folder / CURRENT_FILE).stat().st_mtime + KEEP_OLD_SECS, time.time()
+            kept = {self.current["version"], self.name, self.current["previous"] if now < old else ""}
             for folder in self.folder.iterdir():
-                if re.fullmatch(_VERSION, folder.name) and folder.name not in kept:
+                settled = now - folder.stat().st_ctime > KEEP_NEW_SECS
+                if settled and re.fullmatch(_VERSION, folder.name) and folder.name not in kept:
                     shutil.rmtree(folder, ignore_errors=True)
 
     def fetch(self, settings: ProcessSettings, source: str, wanted: str = "", *, downgrade: bool = False) -> str:
@@ -10507,9 +10509,10 @@ class Versions:
         system = {"darwin": "macos", "win32": "windows"}.get(sys.platform, sys.platform)
         form = re.compile(rf"medplum-agent-({_VERSION})-{system}-{re.escape(machine)}\.tar\.gz")
         found = {match[1]: target for name, target in listed.items() if (match := form.fullmatch(name))}
-        version = wanted or max(found, key=number_of, default="")
-        if version not in found:
-            raise ValueError(f"there is no version {version} for {system} on {machine}")
+        fit = [version for version in found if wanted in ("", version, version.split("-")[0])]
+        if not fit:
+            raise ValueError(f"there is no version {wanted} for {system} on {machine}")
+        version = max(fit, key=number_of)
         if number_of(version) < number_of(VERSION) and not downgrade:
             raise ValueError(f"{version} is older than {VERSION}: upgrade --allow-downgrade on this machine")
         if not self.program(version).exists():
@@ -10555,7 +10558,8 @@ class Upgrades:
 
     def _write(self, **changed: object) -> None:
         self.record |= changed
-        replace_file(self._path, dump_json(self.record))
+        with suppress(OSError):  # without it a next start cannot say how the upgrade ended
+            replace_file(self._path, dump_json(self.record))
 
     # --- the old program ---
 
@@ -10568,9 +10572,9 @@ class Upgrades:
         self._busy = True
         try:
             await self._begin(wanted, callback)
-        except AgentError as error:
+        except (OSError, AgentError) as error:
             self._agent.log.error(f"The upgrade is refused: {error}. {VERSION} goes on.")
-            raise
+            raise LocalError(str(error)) from None
         finally:
             self._busy = bool(self.successor)
 
@@ -10578,7 +10582,10 @@ class Upgrades:
         agent, versions = self._agent, self.versions
         if not wanted or not versions.program(wanted).exists():
             agent.log.info(f"Upgrade: {wanted or 'the newest version'} is fetched.")
-            wanted = await self._fetch(wanted)
+            if versions.writable:
+                wanted = await asyncio.to_thread(versions.fetch, agent.config.settings, "", wanted)
+            else:
+                wanted = await self._ask_root(f"fetch {wanted}")
         if wanted == versions.name:
             raise LocalError(f"{wanted} is what runs, and there is no newer version")
         program = str(versions.program(wanted))
@@ -10604,11 +10611,6 @@ class Upgrades:
         self.successor = [program, program]
         agent.stop()
 
-    async def _fetch(self, wanted: str) -> str:
-        if self.versions.writable:
-            return await asyncio.to_thread(self.versions.fetch, self._agent.config.settings, "", wanted)
-        return await self._ask_root(f"fetch {wanted}")
-
     async def _ask_root(self, wish: str) -> str:
         """A service does not write what it executes: a unit of root's, which believes signatures only, does that."""
         folder = os.environ.get("RUNTIME_DIRECTORY", "")
@@ -10622,9 +10624,7 @@ class Upgrades:
                 while request.exists():  # noqa: ASYNC110 - root's unit removes it
                     await asyncio.sleep(LAZY_SECS)
         except TimeoutError:
-            raise LocalError(
-                "medplum-agent-upgrade.path did nothing: is it enabled, and what does its log say?"
-            ) from None
+            raise LocalError("medplum-agent-upgrade.path did nothing: is it enabled, and what is in its log?") from None
         found = _json_object((self.versions.folder / ANSWER_FILE).read_bytes())
         if found.get("error"):
             raise LocalError(str(found["error"]))
@@ -10652,14 +10652,13 @@ class Upgrades:
         """Become the successor, or this program again, should that be none. All else is stopped."""
         import tempfile
 
-        with tempfile.TemporaryFile() as file:  # without a name: there may be patient data in what is left
-            descriptor = os.memfd_create("left") if sys.platform == "linux" else os.dup(file.fileno())
-        with os.fdopen(os.dup(descriptor), "wb") as writer:
-            writer.write(dump_json(self.left))
-        os.lseek(descriptor, 0, os.SEEK_SET)
-        os.set_inheritable(descriptor, True)
+        # without a name: there may be patient data in what is left
+        file: Any = os.fdopen(os.memfd_create("left"), "r+b") if sys.platform == "linux" else tempfile.TemporaryFile()  # noqa: SIM115
+        file.write(dump_json(self.left))
+        file.seek(0)
+        os.set_inheritable(file.fileno(), True)
         self._pass_on(True)
-        os.environ[HANDOVER] = str(descriptor)
+        os.environ[HANDOVER] = str(file.fileno())
         with suppress(OSError):
             os.execv(self.successor[0], [*self.successor[1:], *sys.argv[1:]])
         self.give_up("it cannot be executed")
@@ -10739,7 +10738,7 @@ class Upgrades:
 
 
 # =====================================================================================================================
-# Agent (650 lines, 5450 tokens)
+# Agent (660 lines, 5550 tokens)
 #
 # Plans become running channels. A reload reads everything, lists every problem, and changes nothing if there is one;
 # otherwise only what differs changes, and untouched channels keep their connections. The life cycle: lock, logs,
@@ -11328,7 +11327,8 @@ class Agent:
                 if hasattr(self, "devices"):
                     self.devices.close()
                 await self._settle(0 if upgrade else STOP_ANSWER_SECS)
-                await self.uplink.goodbye()
+                with suppress(TimeoutError):  # a device waits longer than the server
+                    await asyncio.wait_for(self.uplink.goodbye(), LAZY_SECS if upgrade else STOP_SECS)
                 await asyncio.sleep(0)  # the last answers are written
                 if upgrade:
                     self.upgrades.leave_lines(self.channels)
@@ -11354,12 +11354,18 @@ class Agent:
             wait = any(line.pending or (answers and line.awaiting) for line in lines)
 
     async def _await_answers(self) -> None:
-        """Send nothing more, and let the answers come, while devices go on."""
-        for queue in self.uplink.queues:
+        """Before another program takes over: sessions and associations end, then answers come; devices go on."""
+
+        async def pause(seconds: float, going_on: Callable[[], bool]) -> None:
+            until = time.monotonic() + seconds
+            while going_on() and time.monotonic() < until:  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
+
+        channels, queues = self.channels.values(), self.uplink.queues
+        await pause(SESSION_SECS, lambda: any(line.rest is None for one in channels for line in one.lines.values()))
+        for queue in queues:
             queue.paused = True
-        until = time.monotonic() + YIELD_SECS
-        while self.uplink.live and any(q.inflight for q in self.uplink.queues) and time.monotonic() < until:  # noqa: ASYNC110
-            await asyncio.sleep(0.01)
+        await pause(YIELD_SECS, lambda: self.uplink.live and any(queue.inflight for queue in queues))
 
 
 def _listening(plan: Plan) -> list[ChannelPlan]:
@@ -11471,7 +11477,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     unknown = 3 if argv[:1] == ["status"] else 1  # to a monitor
     try:
         if HANDOVER not in os.environ and "--selftest" not in argv and (chosen := Versions(own_program()).instead):
-            os.execv(chosen, [str(chosen), *argv])
+            with suppress(OSError):
+                os.execv(chosen, [str(chosen), *argv])
         options = _parse(argv, program)
         if options.settings_schema:
             shown = options.settings_schema == "markdown"
