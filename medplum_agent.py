@@ -14,7 +14,7 @@ or kept as a dead letter with its bytes and a reason a person can act on.
 The file is read top to bottom; sections look only upwards:
 
     Version, limits · Errors · Settings · Logs · HL7 · MLLP · Byte stream · ASTM · Store · FHIR · Delivery · Uplink ·
-    Lines · Channels · Devices · DICOM · Agent · Command line
+    Lines · Channels · Devices · DICOM · Doctor · Operations · Upgrade · Agent · Command line
 """
 
 from __future__ import annotations
@@ -10625,6 +10625,8 @@ class Upgrades:
                     await asyncio.sleep(LAZY_SECS)
         except TimeoutError:
             raise LocalError("medplum-agent-upgrade.path did nothing: is it enabled, and what is in its log?") from None
+        finally:
+            request.unlink(missing_ok=True)
         found = _json_object((self.versions.folder / ANSWER_FILE).read_bytes())
         if found.get("error"):
             raise LocalError(str(found["error"]))

@@ -78,7 +78,8 @@ def linux_tree(program: Path, tree: Path, place: str, zsh: str) -> None:
         path.chmod(0o755 if path.is_dir() or path.name == "medplum-agent" else 0o644)
     (tree / "usr/bin").mkdir()
     (tree / "usr/bin/medplum-agent").symlink_to(f"../{place}/medplum-agent/medplum-agent")
-    put(LINUX / "medplum-agent.service", tree / "usr/lib/systemd/system/medplum-agent.service")
+    for unit in ("medplum-agent.service", "medplum-agent-upgrade.path", "medplum-agent-upgrade.service"):
+        put(LINUX / unit, tree / "usr/lib/systemd/system" / unit)
     put(ROOT / "README.md", documents / "README.md")
     squeeze((program / "LICENSES.txt").read_bytes(), documents / "LICENSES.txt.gz")
     for path in (HERE / "monitoring").iterdir():

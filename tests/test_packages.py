@@ -268,14 +268,30 @@ def test_the_boot_process_compiles_without_warnings() -> None:
 # --- Linux ---
 
 
+UPGRADE = UNIT.with_name("medplum-agent-upgrade.service")
+
+
 @needs("systemd-analyze")
-def test_the_unit_is_valid_and_hardened(tmp_path: Path) -> None:
-    unit = tmp_path / UNIT.name
-    unit.write_text(UNIT.read_text().replace("/usr/bin/medplum-agent", "/bin/true"))
-    assert run("systemd-analyze", "verify", "--man=no", unit) == ""
-    found = run("systemd-analyze", "security", "--offline=true", "--no-pager", UNIT)
-    level = re.search(r"exposure level for \S+: ([\d.]+)", found)
-    assert level and float(level[1]) <= EXPOSURE, found
+@pytest.mark.parametrize("unit", [UNIT, UPGRADE, UPGRADE.with_suffix(".path")], ids=lambda unit: unit.name)
+def test_the_units_are_valid_and_hardened(tmp_path: Path, unit: Path) -> None:
+    for one in (UNIT, UPGRADE, UPGRADE.with_suffix(".path")):
+        (tmp_path / one.name).write_text(one.read_text().replace("/usr/bin/medplum-agent", "/bin/true"))
+    assert run("systemd-analyze", "verify", "--man=no", tmp_path / unit.name) == ""
+    if unit.suffix == ".service":
+        found = run("systemd-analyze", "security", "--offline=true", "--no-pager", unit)
+        level = re.search(r"exposure level for \S+: ([\d.]+)", found)
+        assert level and float(level[1]) <= EXPOSURE, found
+
+
+def test_who_asks_and_who_answers_an_upgrade_meet() -> None:
+    """The service leaves its wish where the path unit looks, and the other unit does what the command says."""
+    assert "RuntimeDirectory=medplum-agent" in UNIT.read_text().splitlines()
+    wish = f"PathExists=/run/medplum-agent/{medplum_agent.REQUEST_FILE}"
+    assert wish in UPGRADE.with_suffix(".path").read_text().splitlines()
+    command = next(line for line in UPGRADE.read_text().splitlines() if line.startswith("ExecStart=")).split()[1:]
+    options = medplum_agent.command_parser("medplum-agent").parse_intermixed_args(command)
+    assert (options.arguments, options.requested) == (["upgrade"], True)
+    assert options.config == "/etc/medplum-agent/agent.toml"
 
 
 def test_the_unit_starts_the_link_and_gives_up_only_where_settings_cannot_work() -> None:
