@@ -10,9 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pynetdicom import AE
+from pynetdicom.sop_class import Verification
 
 from tests import releases
+from tests.instruments import ACK, ENQ, EOT, Instrument, frames_of
 from tests.support import Device, bot, eventually, message, site
+from tests.test_tls import Identities, dial
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="programs are not replaced while they run there")
 ROOT = Path(__file__).resolve().parent.parent
@@ -401,3 +405,46 @@ def test_root_does_it_for_a_service_that_may_not(tmp_path):
         (run / "upgrade").write_text("choose ../../evil")
         assert there.command("upgrade", "--requested", run=run).returncode == 1
         assert "no request" in json.loads((there.folder / "versions/answer").read_text())["error"]
+
+
+def test_sessions_and_associations_end_first_and_connections_that_cannot_stay_are_closed_between_messages(tmp_path):
+    """An analyzer in the middle of a session, an association that is open, a TLS connection, a byte stream."""
+    identities = Identities(tmp_path)
+    channels = {
+        "LAB": "tcp://127.0.0.1:{port}?mode=astm",
+        "RAW": "tcp://127.0.0.1:{port}?startChar=%02&endChar=%03",
+        "PACS": "dicom://127.0.0.1:{port}",
+        "TLS": f"mllps://127.0.0.1:{{port}}?enhanced=true&certFile={identities.server}",
+    }
+    with site(tmp_path, channels, start=False) as here:
+        here.sandbox.sandbox.bot = lambda transmit: bot("AA")(transmit) if transmit.channel == "TLS" else (200, "")
+        there = Installed(tmp_path, here)
+        there.add("5.3.0")
+        secure = dial(here, "TLS", identities.client())
+        with Instrument.at(here.ports["LAB"]) as analyzer, here.device("RAW") as raw, secure:
+            assert analyzer.ask(ENQ) == ACK
+            frames = frames_of("H|\\^&", "R|1|^^^GLU|5.1", "L|1|N")
+            assert analyzer.ask(frames[0]) == ACK
+            scanner = AE(ae_title="SCANNER")
+            scanner.add_requested_context(Verification)
+            association = scanner.associate("127.0.0.1", here.ports["PACS"])
+            assert association.is_established
+            secure.sendall(b"\x0b" + message("T1").encode() + b"\x1c\r")
+            assert b"CA|T1" in secure.recv(4096)
+            ran: list[subprocess.CompletedProcess[str]] = []
+            command = threading.Thread(target=lambda: ran.append(there.command("upgrade", "5.3.0")))
+            command.start()
+            here.agent.logged("5.3.0 takes over", 20)
+            for frame in frames[1:]:  # it waits for both
+                assert analyzer.ask(frame) == ACK
+            analyzer.write(EOT)
+            assert association.send_c_echo().Status == 0
+            association.release()
+            command.join()
+            assert ran[0].returncode == 0, ran[0].stderr
+            analyzer.session("H|\\^&", "R|1|^^^GLU|5.2", "L|1|N")  # on the same line, with the new version
+            raw.send_raw(b"\x02again\x03")
+            here.sandbox.wait_for(lambda: len([t for _, t in here.sandbox.seen if t.channel == "LAB"]) == 2)
+            here.sandbox.wait_for(lambda: [t for _, t in here.sandbox.seen if t.channel == "RAW"])
+            rest = b"".join(iter(lambda: secure.recv(4096), b""))  # the Bot's answer, and the end of the connection
+            assert b"AA|T1" in rest
