@@ -40,11 +40,11 @@ static void remove_abandoned(const char *parent) {
         struct stat status;
         if (strncmp(entry->d_name, PREFIX, strlen(PREFIX)) || strlen(entry->d_name) != strlen(PREFIX) + 6) continue;
         if (snprintf(path, sizeof path, "%s/%s", parent, entry->d_name) >= (int)sizeof path) continue;
-        int lock = open(path, O_RDONLY | O_DIRECTORY | O_NOFOLLOW | O_CLOEXEC);
-        if (lock < 0) continue;
-        if (!fstat(lock, &status) && status.st_uid == geteuid() && !flock(lock, LOCK_EX | LOCK_NB))
+        int other = open(path, O_RDONLY | O_DIRECTORY | O_NOFOLLOW | O_CLOEXEC);
+        if (other < 0) continue;
+        if (!fstat(other, &status) && status.st_uid == geteuid() && !flock(other, LOCK_EX | LOCK_NB))
             nftw(path, removed, 16, FTW_DEPTH | FTW_PHYS);
-        close(lock);
+        close(other);
     }
     if (listing) closedir(listing);
 }
