@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 from pynetdicom import AE
-from pynetdicom.sop_class import Verification
 
 from tests import releases
 from tests.instruments import ACK, ENQ, EOT, Instrument, frames_of
@@ -426,7 +425,7 @@ def test_sessions_and_associations_end_first_and_connections_that_cannot_stay_ar
             frames = frames_of("H|\\^&", "R|1|^^^GLU|5.1", "L|1|N")
             assert analyzer.ask(frames[0]) == ACK
             scanner = AE(ae_title="SCANNER")
-            scanner.add_requested_context(Verification)
+            scanner.add_requested_context("1.2.840.10008.1.1")  # Verification
             association = scanner.associate("127.0.0.1", here.ports["PACS"])
             assert association.is_established
             secure.sendall(b"\x0b" + message("T1").encode() + b"\x1c\r")
