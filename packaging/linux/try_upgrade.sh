@@ -33,8 +33,8 @@ within() { # SECONDS COMMAND: succeeds as soon as the command does
 ask() { # COMMAND that makes the request, as the agent would
     as_agent "$1" || fail "$1"
     within 60 "! test -e $wish && ! test -L $wish"
-    within 5 '! systemctl is-active --quiet medplum-agent-upgrade.service'
 }
+request() { ask "printf '$1' > $wish.new; mv $wish.new $wish"; } # whole, as the agent writes it
 runs() { within 20 "tr '\\0' ' ' < /proc/\$(systemctl show --property MainPID --value medplum-agent)/cmdline | grep -q '$1'"; }
 finish() {
     [ -z "$leader" ] || inside systemctl poweroff || true
@@ -118,13 +118,13 @@ must 'test $(stat -c %a:%U:%G /run/medplum-agent) = 700:medplum-agent:medplum-ag
 ! as_agent "touch $versions/x" 2>/dev/null || fail "the agent can write its versions"
 
 say fetch
-ask "printf 'fetch $version' > $wish.new; mv $wish.new $wish"
+request "fetch $version"
 must "grep -q '\"version\": *\"$version\"' $versions/answer || { cat $versions/answer >&2; false; }"
 must "! find $versions/$version ! -user root | grep ."
 as_agent "cat $versions/answer && cd / && $versions/$version/medplum-agent/medplum-agent --version" || fail "not for the agent to execute"
 
 say choose
-ask "printf 'choose $version' > $wish"
+request "choose $version"
 must "grep -q $version $versions/current && systemctl restart medplum-agent"
 runs "$versions/$version/"
 
@@ -136,10 +136,10 @@ for bad in "printf 'fetch ../../x' > $wish" "ln -s /etc/shadow $wish" "mkdir -p 
 done
 must 'systemctl is-active medplum-agent-upgrade.path >/dev/null && test -s /etc/shadow'
 must 'cp -p /etc/medplum-agent/agent.toml /tmp/kept && echo "{" > /etc/medplum-agent/agent.toml'
-ask "printf 'fetch $version' > $wish"
+request "fetch $version"
 never "test -e $versions/answer"
 must 'cat /tmp/kept > /etc/medplum-agent/agent.toml'
-ask "printf 'fetch $version' > $wish"
+request "fetch $version"
 must "grep -q '\"version\": *\"$version\"' $versions/answer"
 
 say a new package brings what runs
@@ -147,7 +147,7 @@ must 'dpkg -i /mnt/next.deb'
 must "test -d $versions && ! find $versions -name current -o -name '[0-9]*' | grep ."
 runs '/usr/\(bin\|lib/medplum-agent\)/medplum-agent '
 must 'systemctl is-active medplum-agent medplum-agent-upgrade.path >/dev/null'
-ask "printf 'fetch $version' > $wish"
+request "fetch $version"
 must "test -d $versions/$version"
 
 say what an administrator switched off stays so
