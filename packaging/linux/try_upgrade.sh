@@ -144,7 +144,7 @@ must "grep -q '\"version\": *\"$version\"' $versions/answer"
 
 say a new package brings what runs
 must 'dpkg -i /mnt/next.deb'
-must "test -d $versions && ! find $versions -name current -o -name '[0-9]*' | grep ."
+must "test -d $versions && ! ls $versions | grep '^current\|^[0-9]'"
 runs '/usr/\(bin\|lib/medplum-agent\)/medplum-agent '
 must 'systemctl is-active medplum-agent medplum-agent-upgrade.path >/dev/null'
 request "fetch $version"
