@@ -36,6 +36,8 @@ from tests.support import ROOT
 PACKAGING = ROOT / "packaging"
 WORKFLOWS = sorted((ROOT / ".github/workflows").glob("*.yml"))
 UNIT = PACKAGING / "linux/medplum-agent.service"
+UPGRADE_UNIT = UNIT.with_name("medplum-agent-upgrade.service")
+UPGRADE_PATH = UPGRADE_UNIT.with_suffix(".path")
 SCRIPTS = sorted(path for path in PACKAGING.rglob("*") if path.is_file() and path.read_bytes()[:3] == b"#!/")
 DOCUMENTS = (  # in both Linux packages
     "bash-completion/completions/medplum-agent", "fish/vendor_completions.d/medplum-agent.fish",
@@ -268,13 +270,10 @@ def test_the_boot_process_compiles_without_warnings() -> None:
 # --- Linux ---
 
 
-UPGRADE = UNIT.with_name("medplum-agent-upgrade.service")
-
-
 @needs("systemd-analyze")
-@pytest.mark.parametrize("unit", [UNIT, UPGRADE, UPGRADE.with_suffix(".path")], ids=lambda unit: unit.name)
+@pytest.mark.parametrize("unit", [UNIT, UPGRADE_UNIT, UPGRADE_PATH], ids=lambda unit: unit.name)
 def test_the_units_are_valid_and_hardened(tmp_path: Path, unit: Path) -> None:
-    for one in (UNIT, UPGRADE, UPGRADE.with_suffix(".path")):
+    for one in (UNIT, UPGRADE_UNIT, UPGRADE_PATH):
         (tmp_path / one.name).write_text(one.read_text().replace("/usr/bin/medplum-agent", "/bin/true"))
     assert run("systemd-analyze", "verify", "--man=no", tmp_path / unit.name) == ""
     if unit.suffix == ".service":
@@ -287,11 +286,52 @@ def test_who_asks_and_who_answers_an_upgrade_meet() -> None:
     """The service leaves its wish where the path unit looks, and the other unit does what the command says."""
     assert "RuntimeDirectory=medplum-agent" in UNIT.read_text().splitlines()
     wish = f"PathExists=/run/medplum-agent/{medplum_agent.REQUEST_FILE}"
-    assert wish in UPGRADE.with_suffix(".path").read_text().splitlines()
-    command = next(line for line in UPGRADE.read_text().splitlines() if line.startswith("ExecStart=")).split()[1:]
+    assert wish in UPGRADE_PATH.read_text().splitlines()
+    command = next(line for line in UPGRADE_UNIT.read_text().splitlines() if line.startswith("ExecStart=")).split()[1:]
     options = medplum_agent.command_parser("medplum-agent").parse_intermixed_args(command)
     assert (options.arguments, options.requested) == (["upgrade"], True)
     assert options.config == "/etc/medplum-agent/agent.toml"
+
+
+def directives(unit: Path) -> dict[str, list[str]]:
+    """Values by name, in their order."""
+    found: dict[str, list[str]] = {}
+    for name, value in re.findall(r"^(\w+)=(.*)", unit.read_text(), re.MULTILINE):
+        found.setdefault(name, []).append(value)
+    return found
+
+
+def test_root_looks_where_the_agent_asks_and_writes_nowhere_else() -> None:
+    agent, path, service = directives(UNIT), directives(UPGRADE_PATH), directives(UPGRADE_UNIT)
+    folder = f"/run/{agent['RuntimeDirectory'][0]}"
+    request = f"{folder}/{medplum_agent.REQUEST_FILE}"
+    versions = [f"/usr/{place}/medplum-agent/versions" for place in ("lib", "libexec")]
+    assert agent["RuntimeDirectoryMode"] == ["0700"] and "RuntimeDirectoryPreserve" not in agent
+    assert path["PathExists"] == [request] and path["PartOf"] == path["WantedBy"] == [UNIT.name]
+    assert service["ReadWritePaths"] == [" ".join(f"-{writable}" for writable in (folder, *versions))]
+    assert service["ProtectSystem"] == ["strict"] and service["ReadOnlyPaths"] == ["/run"]
+    assert service["CapabilityBoundingSet"] == ["CAP_DAC_OVERRIDE"]  # settings and request are the agent's
+    assert service["ExecStart"] == [agent["ExecStart"][0].replace("--config", "upgrade --requested --config")]
+    answers = " ".join(f"{place}/{medplum_agent.ANSWER_FILE}" for place in versions)
+    assert service["ExecStartPre"] == [f"/bin/rm -f {answers}"]
+    assert f" rm -rf {request}'" in service["ExecStopPost"][0]
+
+
+SCRIPTLETS = {  # of a package: before and after the agent is restarted, and when it goes
+    "deb": ("deb/postinst", "try-restart", "deb/prerm", "/usr/lib/medplum-agent/versions"),
+    "rpm": ("medplum-agent.spec", "%posttrans", "medplum-agent.spec", "/usr/libexec/medplum-agent/versions"),
+}
+
+
+@pytest.mark.parametrize("kind", SCRIPTLETS)
+def test_what_a_package_brings_is_what_runs(kind: str) -> None:
+    """An agent that runs may load more of its version until it is restarted."""
+    installs, restarts, removes, versions = SCRIPTLETS[kind]
+    text = (UNIT.parent / installs).read_text().replace('"$versions', versions).replace('"', "")
+    current = text.index(f"{versions}/{medplum_agent.CURRENT_FILE}")
+    assert current < text.index(restarts) < text.index(f"{versions}/[0-9]*")
+    assert text.index(f"stop {UPGRADE_PATH.name} {UPGRADE_UNIT.name}") < current
+    assert f"rm -rf {versions}/* {versions}/.new-*" in (UNIT.parent / removes).read_text()
 
 
 def test_the_unit_starts_the_link_and_gives_up_only_where_settings_cannot_work() -> None:
@@ -307,6 +347,17 @@ def test_settings_to_fill_in_name_what_is_missing(tmp_path: Path) -> None:
     assert [problem.split()[0] for problem in caught.value.problems] == ["clientId", "clientSecret", "agentId"]
 
 
+def test_settings_that_are_offered_are_settings(tmp_path: Path) -> None:
+    text = (PACKAGING / "linux/agent.toml").read_text()
+    values = re.sub(r"^# (?=\w+ = )", "", text, flags=re.MULTILINE).replace('""', '"given"')
+    (tmp_path / "agent.toml").write_text(values)
+    config = medplum_agent.resolve_process([], {}, {}, str(tmp_path / "agent.toml"))
+    offered = set(re.findall(r"^# (\w+) = ", text, re.MULTILINE))
+    assert offered == {"upgradeUrl", "remoteUpgrade", "upgradeWindow"} and not config.warnings
+    untouched = medplum_agent.ProcessSettings()
+    assert all(getattr(config.settings, name) != getattr(untouched, name) for name in offered)
+
+
 @needs("dpkg-deb")
 @needs("lintian")
 def test_debian_package(scripts: Any, program: Path, tmp_path: Path) -> None:
@@ -315,6 +366,9 @@ def test_debian_package(scripts: Any, program: Path, tmp_path: Path) -> None:
     assert "./usr/bin/medplum-agent -> ../lib/medplum-agent/medplum-agent" in listed
     installed = next(line for line in listed.splitlines() if line.endswith("lib/medplum-agent/medplum-agent"))
     assert installed.startswith("-rwxr-xr-x root/root")
+    for unit in (UNIT, UPGRADE_UNIT, UPGRADE_PATH):
+        assert f" ./lib/systemd/system/{unit.name}\n" in listed
+    assert re.search(r"^drwxr-xr-x root/root .* \./usr/lib/medplum-agent/versions/$", listed, re.MULTILINE)
     assert "./etc/" not in listed  # the settings are the site's own
     assert run("dpkg-deb", "--field", package, "Recommends", "Suggests") == "Suggests: ca-certificates\n"  # offline
     for name in (*DOCUMENTS, "zsh/vendor-completions/_medplum-agent"):
@@ -333,6 +387,9 @@ def test_rpm_package(scripts: Any, program: Path, tmp_path: Path) -> None:
     assert modes["/etc/medplum-agent/agent.toml"] == ("-rw-------", *own)
     assert modes["/var/lib/medplum-agent"] == modes["/var/log/medplum-agent"] == ("drwx------", *own)
     assert modes["/usr/libexec/medplum-agent/medplum-agent"] == ("-rwxr-xr-x", "root", "root")
+    assert modes["/usr/libexec/medplum-agent/versions"] == ("drwxr-xr-x", "root", "root")
+    for unit in (UNIT, UPGRADE_UNIT, UPGRADE_PATH):
+        assert modes[f"/usr/lib/systemd/system/{unit.name}"] == ("-rw-r--r--", "root", "root")
     assert not [name for name in modes if name.startswith("/usr/lib/medplum-agent")]  # SELinux: lib_t, not executed
     link = run(*query, "--queryformat", "[%{FILENAMES} %{FILELINKTOS}\n]")
     assert "/usr/bin/medplum-agent ../libexec/medplum-agent/medplum-agent\n" in link
