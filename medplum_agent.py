@@ -140,6 +140,7 @@ YIELD_SECS = 2.0  # before another version takes over, wait this long for answer
 TRIAL_SECS = 180.0  # in which a new version must have proved itself
 TRIAL_WELL_SECS = 30.0  # well for so long, it has; the server waits 45 s for the answer to `$upgrade`
 PROVE_SECS = 60.0  # for a new version to try itself beside the running one
+FETCH_SECS = 900.0  # for root to fetch it, over a slow line
 KEEP_OLD_SECS, KEEP_NEW_SECS = 7 * 86_400.0, 86_400.0  # on disk: the version before the current one, and any new one
 
 COMMIT_MESSAGES = 4096  # messages in one transaction: bounds the latency of the one behind
@@ -10620,14 +10621,16 @@ class Upgrades:
         request = Path(folder, REQUEST_FILE)
         replace_file(request, wish.encode())
         try:
-            async with asyncio.timeout(PROVE_SECS):
+            async with asyncio.timeout(FETCH_SECS):
                 while request.exists():  # noqa: ASYNC110 - root's unit removes it
                     await asyncio.sleep(LAZY_SECS)
         except TimeoutError:
             raise LocalError("medplum-agent-upgrade.path did nothing: is it enabled, and what is in its log?") from None
         finally:
             request.unlink(missing_ok=True)
-        found = _json_object((self.versions.folder / ANSWER_FILE).read_bytes())
+        found: Json = {"error": "medplum-agent-upgrade.service failed: journalctl -u medplum-agent-upgrade says why"}
+        with suppress(OSError):
+            found = _json_object((self.versions.folder / ANSWER_FILE).read_bytes())
         if found.get("error"):
             raise LocalError(str(found["error"]))
         return str(found["version"])
