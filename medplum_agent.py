@@ -110,7 +110,7 @@ except ImportError:  # pragma: no cover - platforms without a wheel: slower, the
 
 
 # =====================================================================================================================
-# Version, limits (230 lines, 1050 tokens)
+# Version, limits (240 lines, 1050 tokens)
 #
 # Every bound has a name, a unit and a reason. What a site could need to change is a setting instead (next section).
 # =====================================================================================================================
@@ -10371,7 +10371,7 @@ def ask_agent(state_dir: Path, asked: Json, seconds: float = HTTP_TIMEOUT_SECS) 
 
 
 # =====================================================================================================================
-# Upgrade (370 lines, 3200 tokens)
+# Upgrade (380 lines, 3200 tokens)
 #
 # Another version of this program in the place of the running one. What is signed (The Update Framework) is unpacked
 # into versions/<version> beside the installed program, and proves itself beside the running one (--selftest). Then the
@@ -10512,10 +10512,10 @@ class Versions:
         found = {match[1]: target for name, target in listed.items() if (match := form.fullmatch(name))}
         fit = [version for version in found if wanted in ("", version, version.split("-")[0])]
         if not fit:
-            raise ValueError(f"there is no version {wanted} for {system} on {machine}")
+            raise LocalError(f"there is no version {wanted} for {system} on {machine}")
         version = max(fit, key=number_of)
         if number_of(version) < number_of(VERSION) and not downgrade:
-            raise ValueError(f"{version} is older than {VERSION}: upgrade --allow-downgrade on this machine")
+            raise LocalError(f"{version} is older than {VERSION}: upgrade --allow-downgrade on this machine")
         if not self.program(version).exists():
             with tarfile.open(updater.download_target(found[version])) as archive:
                 archive.extractall(work / version, filter="data")

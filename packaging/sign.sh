@@ -1,11 +1,13 @@
 #!/usr/bin/env bash
-# Sign with the keys that the environment names: sign.sh linux|macos|windows FILE...
+# Sign with the keys that the environment names: sign.sh linux|macos|windows FILE..., sign.sh upgrades FOLDER
 # Where one is missing it fails, or only says so when ALLOW_UNSIGNED is "true".
 #
 #   linux     GPG_PRIVATE_KEY (armoured): a detached signature beside each file
 #   macos     MACOS_CERTIFICATE (.p12 in base64), MACOS_CERTIFICATE_PASSWORD, MACOS_IDENTITY for programs,
 #             MACOS_INSTALLER_IDENTITY for packages; with APPLE_ID, APPLE_PASSWORD, APPLE_TEAM these are notarised
 #   windows   WINDOWS_CERTIFICATE (.pfx in base64), WINDOWS_CERTIFICATE_PASSWORD
+#   upgrades  UPGRADE_TARGETS_KEY, UPGRADE_SNAPSHOT_KEY, UPGRADE_TIMESTAMP_KEY (PEM): the archives in the folder that is
+#             named become a repository of signed upgrades, as the next after that of the latest release (GH_TOKEN)
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 system=$1
@@ -77,6 +79,22 @@ windows() {
     signtool=$(find "/c/Program Files (x86)/Windows Kits/10/bin" -path '*/x64/signtool.exe' | sort | tail -n 1)
     MSYS2_ARG_CONV_EXCL='*' "$signtool" sign /fd SHA256 /tr http://timestamp.digicert.com /td SHA256 \
         /f "$(cygpath -w "$work/certificate.pfx")" /p "$WINDOWS_CERTIFICATE_PASSWORD" "$@"
+}
+
+upgrades() {
+    local role variable previous=$work/previous
+    mkdir -p "$work/keys" "$previous" "$here/../dist"
+    for role in targets snapshot timestamp; do
+        variable=UPGRADE_${role^^}_KEY
+        [ -n "${!variable:-}" ] || unsigned "$variable" "no agent can upgrade itself to this release"
+        (umask 077 && printf '%s\n' "${!variable}" >"$work/keys/$role.pem")
+    done
+    gh release download --dir "$previous" --pattern '*.root.json' --pattern '*.snapshot.json' \
+        --pattern '*.targets.json' --pattern timestamp.json || echo "no release before this one has signed upgrades"
+    [ -e "$previous/timestamp.json" ] || previous=
+    cp "$1"/medplum-agent-*.tar.gz "$here/../dist/"
+    python3 "$here/../build.py" release "$work/keys" ${previous:+"$previous"}
+    cp "$here/../dist/repository/"* "$1/"
 }
 
 "$system" "$@"

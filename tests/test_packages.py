@@ -31,6 +31,7 @@ from license_expression import get_spdx_licensing
 from packageurl import PackageURL
 
 import medplum_agent
+from tests import releases
 from tests.support import ROOT
 
 PACKAGING = ROOT / "packaging"
@@ -590,9 +591,9 @@ def test_only_a_tag_on_main_is_released(tmp_path: Path) -> None:
     assert not compared(GITHUB_REF_NAME="v0.0.1")
 
 
-@pytest.mark.parametrize("system", ["linux", "macos", "windows"])
+@pytest.mark.parametrize("system", ["linux", "macos", "windows", "upgrades"])
 def test_without_a_key_nothing_is_published_but_where_that_is_allowed(system: str) -> None:
-    keys = ("GPG_PRIVATE_KEY", "MACOS_CERTIFICATE", "WINDOWS_CERTIFICATE", "ALLOW_UNSIGNED")
+    keys = ("GPG_PRIVATE_KEY", "MACOS_CERTIFICATE", "WINDOWS_CERTIFICATE", "UPGRADE_TARGETS_KEY", "ALLOW_UNSIGNED")
     environ = {name: value for name, value in os.environ.items() if name not in keys}
     command: tuple[str | Path, ...] = (PACKAGING / "sign.sh", system, "a file")
     for refused in ({}, {"ALLOW_UNSIGNED": "false"}):
@@ -601,6 +602,42 @@ def test_without_a_key_nothing_is_published_but_where_that_is_allowed(system: st
     assert run(*command, env={**environ, "ALLOW_UNSIGNED": "true"}).startswith("::notice title=Not signed")
     assert workflow("release")["env"]["ALLOW_UNSIGNED"] == "${{ inputs.unsigned || false }}"
     assert workflow("release")[True]["workflow_dispatch"]["inputs"]["unsigned"]["default"] is False  # YAML's "on"
+
+
+def test_the_release_signs_the_archives_of_all_systems(tmp_path: Path) -> None:
+    """The workflow's own step in a copy of the sources, with stand-ins for gh and for what installs tuf; twice."""
+    keys, here = releases.throw_away_keys(), tmp_path / "here"
+    (here / "packaging").mkdir(parents=True)
+    for name in ("sign.sh", "upgrades.py", "packages.py", "binary.py", "inventory.py", "docs.py"):
+        shutil.copy(PACKAGING / name, here / "packaging")
+    for source, target in ((keys.root, "packaging/upgrade-root.json"), (ROOT / "medplum_agent.py", "medplum_agent.py")):
+        shutil.copy(source, here / target)
+    (here / "build.py").write_text(
+        "import subprocess, sys\nfolders = sys.argv[2:]\nfrom pathlib import Path\nhere = Path(__file__).parent\n"
+        f"sys.exit(subprocess.call([{sys.executable!r}, here / 'packaging/upgrades.py', 'release', here / 'dist', "
+        f"here / 'dist/repository', *folders], env={{'PYTHONPATH': {str(ROOT)!r}, 'PATH': '/usr/bin:/bin'}}))\n"
+    )
+    tools, latest = tmp_path / "tools", tmp_path / "latest"
+    tools.mkdir()
+    (tools / "gh").write_text(f'#!/bin/sh\nset -e\ncp {latest}/*.json "$4"\n')
+    (tools / "gh").chmod(0o755)
+    environ = {**os.environ, "PATH": f"{tools}:{os.environ['PATH']}"}
+    for role in ("targets", "snapshot", "timestamp"):
+        environ[f"UPGRADE_{role.upper()}_KEY"] = (keys.folder / f"{role}.pem").read_text()
+    for release in (1, 2):
+        assets = tmp_path / f"assets{release}"
+        assets.mkdir()
+        for system in ("linux-x86_64", "macos-arm64"):
+            (assets / f"medplum-agent-{medplum_agent.__version__}-{system}.tar.gz").write_text(system)
+        (assets / f"medplum-agent-{medplum_agent.__version__}-linux-x86_64-image.tar.gz").write_text("image")
+        run(here / "packaging/sign.sh", "upgrades", assets, env=environ)
+        found = json.loads((assets / f"{release}.targets.json").read_text())["signed"]["targets"]
+        assert len(found) == 2 and all("image" not in name for name in found)
+        assert {"1.root.json", "timestamp.json", f"medplum-agent-{medplum_agent.__version__}.bundle"} <= {
+            path.name for path in assets.iterdir()
+        }
+        shutil.copytree(assets, latest, dirs_exist_ok=True)
+        shutil.rmtree(here / "dist")
 
 
 def test_an_older_version_can_read_the_manifest(scripts: Any, tmp_path: Path) -> None:
