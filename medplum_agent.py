@@ -5789,8 +5789,9 @@ class Line(asyncio.Protocol):
         else:  # a serial port
             self.host = self.remote = self.owner.host
         self.owner.opened(self)
-        if self.inherited and self.attached:
-            self.data_received(self.inherited)
+        inherited, self.inherited = self.inherited, b""
+        if inherited and self.attached:
+            self.data_received(inherited)
 
     def connection_lost(self, error: Exception | None) -> None:
         self._closing = True
@@ -9211,7 +9212,7 @@ def _checked_status(answer: Dataset) -> int:
 
 
 # =====================================================================================================================
-# Doctor (420 lines, 3750 tokens)
+# Doctor (430 lines, 3800 tokens)
 #
 # `doctor`: one line a check, in the order in which things can fail, each with what the person who can act has to do.
 # It works beside a running agent, without one, and within one for the cloud. May touch: network, files, serial ports.
@@ -9283,6 +9284,10 @@ class Doctor:
             (outbound if channel.dials else inbound).append([f"{channel.host}:{channel.port}", purpose])
         devices = (self.running or {}).get("devices", ())
         outbound += [[device["address"], "device that is pushed to"] for device in devices]
+        if (releases := urllib.parse.urlsplit(self.config.settings.upgradeUrl)).hostname:
+            outbound.append(
+                [f"{releases.hostname}:{releases.port or 443}", "signed releases, when an upgrade is asked for"]
+            )
         return {
             "level": max(check.level for check in self.checks), "checks": [check._asdict() for check in self.checks],
             "outbound": outbound, "inbound": inbound,

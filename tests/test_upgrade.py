@@ -1,5 +1,6 @@
 """Another version takes over from the running agent: no device notices, and what does not work goes back."""
 
+import datetime
 import json
 import os
 import subprocess
@@ -311,6 +312,26 @@ def test_the_server_hears_why_not(remote, version, env, words):
     answer = remote.here.sandbox.ask("agent:upgrade:request", version=version)
     assert (answer["type"], words in answer["body"]) == ("agent:error", True), answer
     assert remote.version() == "5.2.0-0000000"
+
+
+def test_upgrades_have_their_hours(remote):
+    day = "Mo Tu We Th Fr Sa Su".split()[(datetime.datetime.now().weekday() + 3) % 7]
+    config = remote.folder / "hours.toml"
+    config.write_text(f'upgradeWindow = "{day} 00:00-24:00"')
+    remote.agent._options += ["--config", str(config)]
+    remote.agent.start()
+    answer = remote.here.sandbox.ask("agent:upgrade:request", version="5.3.0")
+    assert f"within {day} 00:00-24:00 only" in answer["body"]
+
+
+def test_what_cannot_be_executed_is_given_up(remote):
+    """It passed its selftest, and is gone or another when it is to take over."""
+    program(remote.folder, "5.2.0", "e = m.os.execv\nm.os.execv = lambda path, _: e(path.replace('5.3.0', 'x'), _)")
+    remote.agent.start()
+    with remote.here.device("ADT") as device:
+        answer = remote.here.sandbox.ask("agent:upgrade:request", version="5.3.0")
+        assert answer["body"] == "Failed to upgrade to version 5.3.0: it cannot be executed"
+        assert device.ask(message("A1"))[0] == "CA"
 
 
 def test_a_version_that_never_works_is_reported_by_the_old_one(remote):
