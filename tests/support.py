@@ -233,7 +233,7 @@ class SandboxThread:
 
     def start(self) -> None:
         """Listen; after `stop()` on the same port as before."""
-        self.call(self.sandbox.start(self.sandbox.port, self._context))
+        self.call(self.sandbox.start(self.sandbox.port or free_ports(1)[0], self._context))
 
     def stop(self) -> None:
         """Refuse new connections and cut the open ones."""
@@ -572,8 +572,8 @@ class Receiver:
     def start(self) -> None:
         """Listen; after `stop()` on the same port as before."""
         family = socket.AF_INET6 if ":" in self._host else socket.AF_INET
+        self.port = self.port or free_ports(1)[0]  # nobody is given it while this does not listen
         self._listener = socket.create_server((self._host, self.port), family=family, backlog=512)
-        self.port = self._listener.getsockname()[1]
         self._thread(self._listen, self._listener)
 
     def stop(self) -> None:

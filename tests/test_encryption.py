@@ -239,6 +239,7 @@ def test_a_kill_at_each_step_of_a_new_key_leaves_the_queue_to_one_of_both(
     """One of the two keys reads it, and the agent with that key starts; trying again ends well."""
     path, key = queue
     whole, other, killed = path.read_bytes(), ma.store_key(f"command:echo {KEY[::-1]}", "aegis"), 0
+    ended = 1
     for step in range(100):
         path.write_bytes(whole)
         ma.mark_key(path, key)
