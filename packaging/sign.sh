@@ -1,11 +1,14 @@
 #!/usr/bin/env bash
-# Sign with the keys that the environment names: sign.sh linux|macos|windows FILE...
+# Sign with the keys that the environment names: sign.sh linux|macos|windows FILE..., upgrades PREVIOUS, renew REPOSITORY
 # Where one is missing it fails, or only says so when ALLOW_UNSIGNED is "true".
 #
 #   linux     GPG_PRIVATE_KEY (armoured): a detached signature beside each file
 #   macos     MACOS_CERTIFICATE (.p12 in base64), MACOS_CERTIFICATE_PASSWORD, MACOS_IDENTITY for programs,
 #             MACOS_INSTALLER_IDENTITY for packages; with APPLE_ID, APPLE_PASSWORD, APPLE_TEAM these are notarised
 #   windows   WINDOWS_CERTIFICATE (.pfx in base64), WINDOWS_CERTIFICATE_PASSWORD
+#   upgrades  UPGRADE_TARGETS_KEY, UPGRADE_SNAPSHOT_KEY, UPGRADE_TIMESTAMP_KEY (.pem), MEDPLUM_AGENT_PASSPHRASE where
+#             they have one: build.py release of dist/, as the next after the repository in PREVIOUS, if that is there
+#   renew     UPGRADE_TIMESTAMP_KEY, MEDPLUM_AGENT_PASSPHRASE: build.py renew
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 system=$1
@@ -77,6 +80,27 @@ windows() {
     signtool=$(find "/c/Program Files (x86)/Windows Kits/10/bin" -path '*/x64/signtool.exe' | sort | tail -n 1)
     MSYS2_ARG_CONV_EXCL='*' "$signtool" sign /fd SHA256 /tr http://timestamp.digicert.com /td SHA256 \
         /f "$(cygpath -w "$work/certificate.pfx")" /p "$WINDOWS_CERTIFICATE_PASSWORD" "$@"
+}
+
+upgrade_keys() {
+    local role name
+    [ -e "$here/upgrade-root.json" ] || unsigned packaging/upgrade-root.json upgrades
+    for role in "$@"; do
+        name=UPGRADE_${role^^}_KEY
+        [ -n "${!name:-}" ] || unsigned "$name" upgrades
+        printf '%s\n' "${!name}" >"$work/$role.pem"
+    done
+}
+
+upgrades() {
+    upgrade_keys targets snapshot timestamp
+    if [ -d "$1" ]; then set -- "$1"; else set --; fi
+    python3 "$here/../build.py" release "$work" "$@"
+}
+
+renew() {
+    upgrade_keys timestamp
+    python3 "$here/../build.py" renew "$1" "$work"
 }
 
 "$system" "$@"

@@ -82,19 +82,25 @@ def run(*command: str | Path, **how: Any) -> str:
 # --- what the binary is made of ---
 
 
-def pins() -> dict[str, str]:
+def pins(group: str) -> dict[str, str]:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
-    wanted = [*project["project"]["dependencies"], *project["dependency-groups"]["binary"]]
+    wanted = [*project["dependency-groups"][group], *(project["project"]["dependencies"] if group == "binary" else ())]
     return dict(pin.split(";")[0].strip().lower().replace("_", "-").split("==") for pin in wanted)
 
 
-def test_the_lock_has_the_pins_with_hashes_and_no_address() -> None:
-    text = (PACKAGING / "binary.lock").read_text()
+@pytest.mark.parametrize("group", ["binary", "release"])
+def test_the_lock_has_the_pins_with_hashes_and_no_address(group: str) -> None:
+    text = (PACKAGING / f"{group}.lock").read_text()
     locked = dict(re.findall(r"^([a-z0-9-]+)==([^ ]+)", text, re.MULTILINE))
-    assert pins().items() <= locked.items(), "run: python3 build.py lock"
+    assert pins(group).items() <= locked.items(), "run: python3 build.py lock"
     for entry in re.split(r"\n(?=[a-z])", text):
         assert "--hash=sha256:" in entry, entry.splitlines()[0]
     assert "://" not in text
+
+
+def test_what_signs_upgrades_is_what_reads_them_and_never_part_of_the_program() -> None:
+    assert pins("release")["tuf"] == pins("binary")["tuf"]
+    assert not re.search("^cryptography==", (PACKAGING / "binary.lock").read_text(), re.MULTILINE)
 
 
 def test_every_module_that_is_loaded_late_is_named_for_the_compiler(scripts: Any) -> None:
@@ -517,9 +523,57 @@ def test_only_a_tag_on_main_is_released(tmp_path: Path) -> None:
     assert not compared(GITHUB_REF_NAME="v0.0.1")
 
 
-@pytest.mark.parametrize("system", ["linux", "macos", "windows"])
+def test_a_fresh_timestamp_needs_no_approval_and_has_one_key() -> None:
+    """Which can only say that the newest release still is the newest."""
+    flow = workflow("renew")
+    (job,) = flow["jobs"].values()
+    assert job["environment"] == "renew" and set(flow[True]) == {"schedule", "workflow_dispatch"}  # YAML's "on"
+    assert set(re.findall(r"secrets\.(\w+)", str(job))) == {"UPGRADE_TIMESTAMP_KEY", "UPGRADE_PASSPHRASE"}
+    assert flow["concurrency"] == workflow("release")["jobs"]["publish"]["concurrency"]
+
+
+@pytest.mark.parametrize(("system", "roles"), [("upgrades", "snapshot targets timestamp"), ("renew", "timestamp")])
+def test_keys_of_upgrades_come_from_the_environment(tmp_path: Path, system: str, roles: str) -> None:
+    """A stand-in takes the place of Python, and shows what build.py would be given."""
+    script, shown = tmp_path / "packaging/sign.sh", tmp_path / "python3"
+    script.parent.mkdir()
+    shutil.copy(PACKAGING / "sign.sh", script)
+    (script.parent / "upgrade-root.json").touch()
+    shown.write_text('#!/bin/sh\necho "$2"\nfor given in "$3" "$4"; do cd "$given" && grep . *; done\n')
+    shown.chmod(0o755)
+    (tmp_path / "repository").mkdir()
+    (tmp_path / "repository/timestamp.json").write_text("signed\n")
+    environ = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "ALLOW_UNSIGNED": "false"}
+    environ |= {f"UPGRADE_{role.upper()}_KEY": f"key of {role}" for role in roles.split()}
+    lines = run(script, system, tmp_path / "repository", env=environ).splitlines()
+    assert lines[0] == {"upgrades": "release", "renew": "renew"}[system]
+    keys = [f"{role}.pem:key of {role}" for role in roles.split()] if len(roles.split()) > 1 else ["key of timestamp"]
+    assert sorted(lines[1:]) == sorted([*keys, "signed"])
+    done = subprocess.run([script, system, "none"], capture_output=True, text=True, env=environ | {
+        "UPGRADE_TIMESTAMP_KEY": ""})  # fmt: skip
+    assert done.returncode == 1 and "UPGRADE_TIMESTAMP_KEY is not configured" in done.stdout
+
+
+@pytest.mark.parametrize("tags", ["v5.4.0\nv5.3.0\n", ""])
+def test_upgrades_go_on_from_the_newest_release_that_has_them(tmp_path: Path, tags: str) -> None:
+    """A stand-in takes the place of gh."""
+    (tmp_path / "tags").write_text(tags)
+    (tmp_path / "gh").write_text(
+        f'#!/bin/sh\nif [ "$1" = api ]; then cat {tmp_path}/tags; else echo "$@" >{tmp_path}/asked; fi\n'
+    )
+    (tmp_path / "gh").chmod(0o755)
+    environ = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "GITHUB_REPOSITORY": "owner/name"}
+    printed = run(PACKAGING / "fetch_repository.sh", "previous", env=environ)
+    assert printed.strip() == tags.partition("\n")[0]
+    asked = (tmp_path / "asked").read_text() if tags else ""
+    assert asked.startswith("release download v5.4.0 --dir previous --pattern *.root.json " if tags else "")
+    assert (tmp_path / "asked").exists() == bool(tags)
+
+
+@pytest.mark.parametrize("system", ["linux", "macos", "windows", "upgrades", "renew"])
 def test_without_a_key_nothing_is_published_but_where_that_is_allowed(system: str) -> None:
-    keys = ("GPG_PRIVATE_KEY", "MACOS_CERTIFICATE", "WINDOWS_CERTIFICATE", "ALLOW_UNSIGNED")
+    keys = ("GPG_PRIVATE_KEY", "MACOS_CERTIFICATE", "WINDOWS_CERTIFICATE", "UPGRADE_TIMESTAMP_KEY",
+            "UPGRADE_TARGETS_KEY", "ALLOW_UNSIGNED")  # fmt: skip
     environ = {name: value for name, value in os.environ.items() if name not in keys}
     command: tuple[str | Path, ...] = (PACKAGING / "sign.sh", system, "a file")
     for refused in ({}, {"ALLOW_UNSIGNED": "false"}):
@@ -530,12 +584,13 @@ def test_without_a_key_nothing_is_published_but_where_that_is_allowed(system: st
     assert workflow("release")[True]["workflow_dispatch"]["inputs"]["unsigned"]["default"] is False  # YAML's "on"
 
 
-def test_an_older_version_can_read_the_manifest(scripts: Any, tmp_path: Path) -> None:
+def test_an_older_version_can_read_the_manifest(tmp_path: Path) -> None:
     """As the reference does (operations contract 6): the first asset that ends in .exe or linux."""
     names = ["medplum-agent-9-windows-x86_64.exe", "medplum-agent-installer-9.exe", "medplum-agent-9-linux-arm64"]
     for name in (*names, "medplum-agent-9-linux"):
         (tmp_path / name).write_text(name)
-    assert scripts("release").main(tmp_path, "https://example.org/v9/") == 0
+    isolated = (sys.executable, "-S", "-E")  # as the release runs it, without any library
+    run(*isolated, PACKAGING / "release.py", tmp_path, "https://example.org/v9/")
     manifest = json.loads((tmp_path / "release-manifest.json").read_text())
     assert manifest["tag_name"] == f"v{medplum_agent.__version__}"
     first = {end: next(a for a in manifest["assets"] if a["name"].endswith(end)) for end in (".exe", "linux")}

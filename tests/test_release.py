@@ -317,10 +317,26 @@ def test_roots_with_a_gap(program: Path, tmp_path: Path, keys: Keys) -> None:
         make_repository(folder, {NEW: program}, keys=keys)
 
 
-def test_command_line(program: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert upgrades.main() == upgrades.main("release", "one") == upgrades.main("sell", "one") == 2
     assert upgrades.main("renew", str(tmp_path), str(tmp_path)) == 1
     assert "upgrades.py: " in capsys.readouterr().err
+
+
+def test_what_signs_needs_nothing_but_its_lock(tmp_path: Path) -> None:
+    """Of the libraries that are here only those that packaging/release.lock names, by their modules."""
+    lock = (ROOT / "packaging/release.lock").read_text()
+    allowed = {line.split("==")[0] for line in lock.splitlines() if "==" in line}
+    script = f"""
+import sys, upgrades
+from pathlib import Path
+there = {{name.split(".")[0] for name, module in sys.modules.items()
+         if "site-packages" in str(getattr(module, "__file__", ""))}}
+print(*sorted(name for name in there - {allowed!r} if name[0] != "_"))
+"""
+    environ = {**os.environ, "PYTHONPATH": str(ROOT / "packaging")}
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environ, check=True)
+    assert done.stdout.split() == []
 
 
 # --- what it rests on ---
