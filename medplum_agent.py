@@ -14,7 +14,7 @@ or kept as a dead letter with its bytes and a reason a person can act on.
 The file is read top to bottom; sections look only upwards:
 
     Version, limits · Errors · Settings · Logs · HL7 · MLLP · Byte stream · ASTM · Store · FHIR · Delivery · Uplink ·
-    Lines · Channels · Devices · DICOM · Agent · Command line
+    Lines · Channels · Devices · DICOM · Doctor · Operations · Upgrade · Agent · Command line
 """
 
 from __future__ import annotations
@@ -41,6 +41,7 @@ import json
 import logging
 import math
 import os
+import platform
 import random
 import re
 import shlex
@@ -109,7 +110,7 @@ except ImportError:  # pragma: no cover - platforms without a wheel: slower, the
 
 
 # =====================================================================================================================
-# Version, limits (230 lines, 1000 tokens)
+# Version, limits (240 lines, 1050 tokens)
 #
 # Every bound has a name, a unit and a reason. What a site could need to change is a setting instead (next section).
 # =====================================================================================================================
@@ -134,6 +135,13 @@ GIVE_WAY_SECS = 0.008  # images wait so long where another device has just sent 
 ENDED_SECS = 60.0  # a device that ended its side may wait so long for its answers
 STOP_ANSWER_SECS = 3.0  # at shutdown, wait this long for answers that devices are waiting for
 STOP_SECS = 9.0  # the whole clean stop; service managers kill after 10 s
+SESSION_SECS = 15.0  # an upgrade waits so long for sessions of analyzers and associations to end
+YIELD_SECS = 2.0  # before another version takes over, wait this long for answers of the server; devices are served
+TRIAL_SECS = 180.0  # in which a new version must have proved itself
+TRIAL_WELL_SECS = 30.0  # well for so long, it has; the server waits 45 s for the answer to `$upgrade`
+PROVE_SECS = 60.0  # for a new version to try itself beside the running one
+FETCH_SECS = 900.0  # for root to fetch it, over a slow line
+KEEP_OLD_SECS, KEEP_NEW_SECS = 7 * 86_400.0, 86_400.0  # on disk: the version before the current one, and any new one
 
 COMMIT_MESSAGES = 4096  # messages in one transaction: bounds the latency of the one behind
 COMMIT_BYTES = 16 * MIB  # the same for large messages
@@ -408,7 +416,7 @@ class ServerError(PeerError):
 
 
 # =====================================================================================================================
-# Settings (1040 lines, 7250 tokens)
+# Settings (1060 lines, 7350 tokens)
 #
 # One setting, one row: a field of a frozen dataclass. The parser, the checks, `--settings-schema` and README's tables
 # come from the row. Names are the wire's own (camelCase). Precedence for a channel, field by field: Endpoint address,
@@ -493,6 +501,13 @@ def opening_hours(text: str) -> list[Hours]:
         from_day, to_day = _DAYS.index(first or "Mo"), _DAYS.index(last or first or "Su")
         found.append(Hours(frozenset((from_day + n) % 7 for n in range((to_day - from_day) % 7 + 1)), start, end))
     return found
+
+
+def in_hours(hours: list[Hours]) -> bool:
+    """Whether now is one of them, in local time; always where there are none."""
+    now = datetime.datetime.now().astimezone()
+    minute = 60 * now.hour + now.minute
+    return not hours or any(now.weekday() in part.days and part.start <= minute < part.end for part in hours)
 
 
 def may_be_secret(name: str) -> bool:
@@ -702,6 +717,12 @@ class ProcessSettings:
         env="MEDPLUM_STORE_KEY")
     storeCipher: str = setting("aegis", "Store cipher: how, AEGIS-256 or AES-256 as SQLCipher has it [aegis sqlcipher]")
     remotePayload: bool = setting(False, "Remote payload: a push to `agent://` may read patient data of the queue")
+    upgradeUrl: str = setting("", "Upgrades: folder or https URL below which signed releases are; default: no upgrades",
+        env="MEDPLUM_UPGRADE_URL")
+    remoteUpgrade: bool = setting(False, "Remote upgrade: the server may ask for one ($upgrade), of signed releases",
+        env="MEDPLUM_REMOTE_UPGRADE")
+    upgradeWindow: str = setting("",
+        "Upgrade window: when it may, in local time, such as `Sa-Su 01:00-05:00`; default: always", check=opening_hours)
 
 
 @dataclass(frozen=True)
@@ -1864,7 +1885,7 @@ def passes_filter(settings: Hl7Settings, code: str) -> bool:
 
 
 # =====================================================================================================================
-# MLLP (140 lines, 1050 tokens)
+# MLLP (150 lines, 1050 tokens)
 #
 # The frame layer (HL7 Minimal Lower Layer Protocol, release 1): <0x0B> content <0x1C 0x0D>. Bytes in, events out.
 # Whatever arrives, in one piece or byte by byte, gives the same frames and FrameErrors and never anything else. When
@@ -1917,6 +1938,11 @@ class Mllp:
     def held(self) -> int:
         """Bytes of the unfinished frame."""
         return len(self._buffer)
+
+    @property
+    def rest(self) -> bytes | None:
+        """The unfinished frame as it was received, for another core; None when it is too large."""
+        return None if self._oversize else START + self._buffer if self.inside else b""
 
     def receive(self, chunk: bytes) -> list[bytes | FrameError]:
         """The frames (their content) and errors that these bytes complete."""
@@ -5477,7 +5503,7 @@ class Uplink:
 
 
 # =====================================================================================================================
-# Lines (1050 lines, 7350 tokens)
+# Lines (1090 lines, 7650 tokens)
 #
 # One open connection to a device, whoever dialled; each protocol has one class here, which owns its core. A line takes
 # bytes (`receive`), makes messages of them (`intake`), acknowledges when the store says durable (`stored`), writes down
@@ -5690,6 +5716,7 @@ class Line(asyncio.Protocol):
         self._paused: set[str] = set()
         self._closing = False
         self._transport: asyncio.Transport | None = None
+        self.inherited = b""  # received by an earlier version of this program
 
     # --- what each protocol does in its own way ---
 
@@ -5710,6 +5737,11 @@ class Line(asyncio.Protocol):
     def held(self) -> int:
         """Bytes of it that are in memory."""
         return 0
+
+    @property
+    def rest(self) -> bytes | None:
+        """What was received and is not stored, for another version of this program; None: it cannot go on with that."""
+        return None
 
     def receive(self, received: bytes) -> None:
         """Bytes from the device."""
@@ -5757,6 +5789,9 @@ class Line(asyncio.Protocol):
         else:  # a serial port
             self.host = self.remote = self.owner.host
         self.owner.opened(self)
+        inherited, self.inherited = self.inherited, b""
+        if inherited and self.attached:
+            self.data_received(inherited)
 
     def connection_lost(self, error: Exception | None) -> None:
         self._closing = True
@@ -5868,6 +5903,23 @@ class Line(asyncio.Protocol):
             await asyncio.wait_for(self.lost.wait(), HANG_UP_SECS)
         self.abort()
 
+    def leave(self) -> Json | None:
+        """A descriptor of the connection, which stays open, and what it was about; None where that cannot pass on."""
+        transport, rest = self._transport, self.rest
+        if transport is None or rest is None or not self.attached or self._outbox or self._closing:
+            return None
+        if transport.get_extra_info("ssl_object") or transport.get_write_buffer_size():
+            return None
+        descriptor = os.dup(transport.get_extra_info("socket").fileno())
+        return {"socket": descriptor, "rest": base64.b64encode(rest).decode(), "awaiting": self.awaiting,
+            "messages": self.messages}  # fmt: skip
+
+    def inherit(self, left: Json) -> asyncio.Protocol:
+        """Go on with what an earlier version left."""
+        self.awaiting, self.messages = left["awaiting"], left["messages"]
+        self.inherited = base64.b64decode(left["rest"])
+        return self
+
     def check_time(self, now: float, idle: float, inside: float) -> str:
         """Why this connection should be closed for its silence, or an empty string."""
         silent = now - self.active_at
@@ -5939,6 +5991,11 @@ class MllpLine(Line):
     @property
     def held(self) -> int:
         return self.core.held
+
+    @property
+    def rest(self) -> bytes | None:
+        whole = b"".join(mllp_frame(frame) for frame in self._delayed if isinstance(frame, bytes))
+        return None if (last := self.core.rest) is None else whole + last
 
     def write(self, text: str, encoding: str = "", control_id: str = "") -> None:
         """A message without the bytes that would end or begin its frame, and with its last carriage return.
@@ -6298,6 +6355,11 @@ class StreamLine(Line):
     def held(self) -> int:
         return cast(int, self.core.held)
 
+    @property
+    def rest(self) -> bytes | None:
+        """Only between messages."""
+        return None if self.inside or self.held or self._replies else b""
+
     def connection_lost(self, error: Exception | None) -> None:
         super().connection_lost(error)
         if self.inside:
@@ -6399,6 +6461,11 @@ class AstmLine(StreamLine):
         self._frames = 0
         self._sends: deque[asyncio.Future[str]] = deque()  # in the order of the core
         self._timer: asyncio.TimerHandle | None = None
+
+    @property
+    def rest(self) -> bytes | None:
+        """Only between sessions."""
+        return None if self.session or self._sends or self._timer else super().rest
 
     def receive(self, received: bytes) -> None:
         self._do(self.core.receive, received)
@@ -6519,7 +6586,7 @@ class AstmLine(StreamLine):
 
 
 # =====================================================================================================================
-# Channels (380 lines, 2850 tokens)
+# Channels (380 lines, 2900 tokens)
 #
 # A channel is a configured name: its plan, its queue, its lines, and the door by which they come, a listener or a
 # dialler. A listener owns a bound port and may change its channel, so that a reload can swap ports without ever
@@ -6820,6 +6887,10 @@ class Listener:
         self.channel: Channel | None = None
         self._sockets = sockets
         self._servers: list[asyncio.Server] = []
+
+    def leave(self) -> Json:
+        """Descriptors of the port, which stays open for another version of this program."""
+        return {"bind": self.bind, "sockets": [os.dup(sock.fileno()) for sock in self._sockets]}
 
     @property
     def shown(self) -> str:
@@ -9141,7 +9212,7 @@ def _checked_status(answer: Dataset) -> int:
 
 
 # =====================================================================================================================
-# Doctor (420 lines, 3750 tokens)
+# Doctor (430 lines, 3800 tokens)
 #
 # `doctor`: one line a check, in the order in which things can fail, each with what the person who can act has to do.
 # It works beside a running agent, without one, and within one for the cloud. May touch: network, files, serial ports.
@@ -9213,6 +9284,10 @@ class Doctor:
             (outbound if channel.dials else inbound).append([f"{channel.host}:{channel.port}", purpose])
         devices = (self.running or {}).get("devices", ())
         outbound += [[device["address"], "device that is pushed to"] for device in devices]
+        if (releases := urllib.parse.urlsplit(self.config.settings.upgradeUrl)).hostname:
+            outbound.append(
+                [f"{releases.hostname}:{releases.port or 443}", "signed releases, when an upgrade is asked for"]
+            )
         return {
             "level": max(check.level for check in self.checks), "checks": [check._asdict() for check in self.checks],
             "outbound": outbound, "inbound": inbound,
@@ -9559,7 +9634,7 @@ async def examine(config: ProcessConfig, running: Json | None, seconds: float, r
 
 
 # =====================================================================================================================
-# Operations (740 lines, 7100 tokens)
+# Operations (750 lines, 7200 tokens)
 #
 # What a person asks of a running agent: status, the queue, alarms, the page and its figures. One `ask` serves the
 # command line (over a socket in the state directory that only the agent's user can open), the page, and the cloud (a
@@ -9864,6 +9939,8 @@ class Operations:
         """Answer `{"command": ..., ...}`; the commands are those of the command line."""
         commands = {"status": self.status, "queue": self._queue, "validate": self._validate,
             "doctor": self._doctor, "bundle": self._bundle, "retry": self._queue}  # fmt: skip
+        if not remote:
+            commands["upgrade"] = self._upgrade
         command = str(asked.get("command"))
         if command not in commands:
             raise LocalError(f"the command '{command}' is unknown: use {', '.join(commands)}")
@@ -9899,6 +9976,7 @@ class Operations:
                 for key, lines in devices.items()
             ],
             "alarms": self.shown_alarms(),
+            "upgrade": {name: agent.upgrades.record.get(name, "") for name in ("from", "to", "step", "reason")},
         }  # fmt: skip
 
     def shown_alarms(self) -> list[Json]:
@@ -10007,6 +10085,10 @@ class Operations:
 
     async def _validate(self, asked: Json) -> Json:
         return await self._agent.validate()
+
+    async def _upgrade(self, asked: Json) -> Json:
+        await self._agent.upgrades.begin(str(asked.get("version") or ""))
+        return {"version": self._agent.upgrades.record["to"]}
 
     async def _doctor(self, asked: Json) -> Json:
         return await examine(self._agent.config, await self.status(), REMOTE_SECS - 1, remote=True)
@@ -10294,7 +10376,379 @@ def ask_agent(state_dir: Path, asked: Json, seconds: float = HTTP_TIMEOUT_SECS) 
 
 
 # =====================================================================================================================
-# Agent (610 lines, 5100 tokens)
+# Upgrade (380 lines, 3200 tokens)
+#
+# Another version of this program in the place of the running one. What is signed (The Update Framework) is unpacked
+# into versions/<version> beside the installed program, and proves itself beside the running one (--selftest). Then the
+# agent stores what it has read and executes it as itself, process id and all: ports and idle connections are handed
+# over, bytes wait in the kernel. It is on trial until a message was answered, or it was well for a while, and becomes
+# `current`; else it hands all back. May touch: the program's files, processes, HTTP.
+# =====================================================================================================================
+
+ROOT_FILE = Path(__file__).with_name("packaging") / "upgrade-root.json"  # whose signatures count
+HANDOVER = "MEDPLUM_AGENT_HANDOVER"  # in the environment: the descriptor of what was left for the program
+CURRENT_FILE, UPGRADE_FILE = "current", "medplum-agent-upgrade.json"
+REQUEST_FILE, ANSWER_FILE = "upgrade", "answer"  # what root shall do for a service, in its run-time directory; done
+_VERSION = r"\d{1,4}\.\d{1,4}\.\d{1,4}(?:-[0-9a-z]{7})?"
+
+
+def own_program() -> Path:
+    """The program that was started, whatever link or search path led to it."""
+    name = sys.argv[0]
+    return Path(name if os.sep in name else shutil.which(name) or name).resolve()
+
+
+def own_command() -> list[str]:
+    """What executes this very program again: the file, and its first arguments."""
+    if "__compiled__" not in globals():
+        return [sys.executable, sys.executable, str(own_program())]
+    linux = sys.platform == "linux"  # there the one file has unpacked itself, which need not be done again
+    return [str(Path("/proc/self/exe").readlink() if linux else own_program()), str(own_program())]
+
+
+def number_of(version: str) -> tuple[int, ...]:
+    return tuple(map(int, version.split("-")[0].split(".")))
+
+
+class Versions:
+    """The folder of versions beside the installed program."""
+
+    def __init__(self, program: Path):
+        inside = next((folder for folder in program.parents if folder.name == "versions"), None)
+        self.folder, self.inside = inside or program.parent / "versions", inside is not None
+        self.name = program.relative_to(self.folder).parts[0] if self.inside else VERSION
+        self.current = {"version": VERSION, "over": VERSION, "installed": str(program), "previous": ""}
+        with suppress(OSError):
+            found = _json_object((self.folder / CURRENT_FILE).read_bytes())
+            if self.inside or found.get("over") == VERSION:  # else another program was installed since
+                self.current |= found
+
+    def program(self, version: str) -> Path:
+        if version == self.current["over"]:
+            return Path(self.current["installed"])
+        return self.folder / version / "medplum-agent" / "medplum-agent"
+
+    @property
+    def writable(self) -> bool:
+        return os.access(self.folder if self.folder.exists() else self.folder.parent, os.W_OK)
+
+    @property
+    def instead(self) -> Path | None:
+        """What runs in the place of the installed program; None: that itself."""
+        chosen = self.program(self.current["version"])
+        itself = self.inside or self.current["version"] == VERSION or not os.access(chosen, os.X_OK)
+        return None if itself or sys.platform == "win32" else chosen
+
+    def choose(self, version: str) -> None:
+        """This one runs from the next start on; of the others only the last one is kept, and for a while."""
+        self.current |= {"version": version, "previous": self.current["version"]}
+        replace_file(self.folder / CURRENT_FILE, dump_json(self.current))
+        (self.folder / CURRENT_FILE).chmod(0o644)
+        self.tidy()
+
+    def tidy(self) -> None:
+        """Versions that are not needed any more go; one that has just come may be about to take over."""
+        with suppress(OSError):
+            old, now = (self.folder / CURRENT_FILE).stat().st_mtime + KEEP_OLD_SECS, time.time()
+            kept = {self.current["version"], self.name, self.current["previous"] if now < old else ""}
+            for folder in self.folder.iterdir():
+                settled = now - folder.stat().st_ctime > KEEP_NEW_SECS
+                if settled and re.fullmatch(_VERSION, folder.name) and folder.name not in kept:
+                    shutil.rmtree(folder, ignore_errors=True)
+
+    def fetch(self, settings: ProcessSettings, source: str, wanted: str = "", *, downgrade: bool = False) -> str:
+        """Verify the version `wanted`, or the newest, of a folder, its URL, or a bundle, and unpack it.
+
+        Returns its name; LocalError says why not.
+        """
+        import tarfile
+
+        from tuf.api.exceptions import DownloadError, RepositoryError
+
+        source = source or settings.upgradeUrl
+        if not source:
+            raise LocalError("upgradeUrl is not set, which says where releases are: set it, or name a bundle")
+        if not ROOT_FILE.exists():
+            raise LocalError("this build has no keys to check upgrades with: install the new version over it")
+        self.folder.mkdir(mode=0o755, exist_ok=True)
+        work = self.folder / f".new-{os.getpid()}"
+        try:
+            work.mkdir(mode=0o700)
+            if source.endswith(".bundle"):
+                with tarfile.open(source, "r:") as bundle:
+                    bundle.extractall(work / "bundle", filter="data")
+                source = str(work / "bundle")
+            return self._unpack(settings, source, wanted, work, downgrade)
+        except DownloadError as error:
+            raise LocalError(f"the upgrade cannot be had from {source}: {error.__cause__ or error}") from None
+        except RepositoryError as error:
+            raise LocalError(f"the upgrade from {source} is not to be trusted: {error}") from None
+        except (OSError, tarfile.TarError, urllib3.exceptions.HTTPError, EOFError, ValueError) as error:
+            raise LocalError(f"the upgrade from {source} cannot be unpacked: {error}") from None
+        finally:
+            shutil.rmtree(work, ignore_errors=True)
+
+    def _unpack(self, settings: ProcessSettings, source: str, wanted: str, work: Path, downgrade: bool) -> str:
+        import tarfile
+
+        from tuf.api.exceptions import DownloadHTTPError
+        from tuf.api.metadata import Metadata, Targets
+        from tuf.ngclient import FetcherInterface, Updater, UpdaterConfig
+
+        pool = http_pool(source, tls_context(settings.caFile)) if "://" in source else None
+
+        class Fetcher(FetcherInterface):
+            def _fetch(self, url: str) -> Iterator[bytes]:
+                if pool is None and not Path(url).exists():
+                    raise DownloadHTTPError(f"there is no {url}", 404)
+                file: Any = pool.request("GET", url, preload_content=False) if pool else open(url, "rb")  # noqa: SIM115
+                if pool and file.status != 200:
+                    raise DownloadHTTPError(f"status {file.status} for {url}", file.status)
+                return iter(partial(file.read, TRANSFER_BLOCK_BYTES), b"")
+
+        metadata, machine = self.folder / "metadata", platform.machine().lower()
+        metadata.mkdir(mode=0o700, exist_ok=True)
+        updater = Updater(str(metadata), source, str(work), source, Fetcher(),
+            UpdaterConfig(prefix_targets_with_hash=False), bootstrap=ROOT_FILE.read_bytes())  # fmt: skip
+        updater.refresh()
+        listed = Metadata[Targets].from_file(str(metadata / "targets.json")).signed.targets
+        system = {"darwin": "macos", "win32": "windows"}.get(sys.platform, sys.platform)
+        form = re.compile(rf"medplum-agent-({_VERSION})-{system}-{re.escape(machine)}\.tar\.gz")
+        found = {match[1]: target for name, target in listed.items() if (match := form.fullmatch(name))}
+        fit = [version for version in found if wanted in ("", version, version.split("-")[0])]
+        if not fit:
+            raise LocalError(f"there is no version {wanted} for {system} on {machine}")
+        version = max(fit, key=number_of)
+        if number_of(version) < number_of(VERSION) and not downgrade:
+            raise LocalError(f"{version} is older than {VERSION}: upgrade --allow-downgrade on this machine")
+        if not self.program(version).exists():
+            with tarfile.open(updater.download_target(found[version])) as archive:
+                archive.extractall(work / version, filter="data")
+            for path in (work / version, *(work / version).rglob("*")):
+                path.chmod(0o755 if path.is_dir() or os.access(path, os.X_OK) else 0o644)
+            os.sync()
+            (work / version).rename(self.folder / version)
+            sync_folder(self.folder)
+        return version
+
+
+class Upgrades:
+    """The upgrade of a running agent, from the wish to the last word, which the program says that then runs."""
+
+    def __init__(self, agent: Agent):
+        self._agent = agent
+        self._path = agent.state_dir / UPGRADE_FILE
+        self.versions = Versions(own_program())
+        self._busy = False
+        self.successor: list[str] = []  # is executed when the agent has stopped
+        self.left: Json = {"ports": [], "lines": []}  # by an earlier program for this one, or by this one for the next
+        self.handed = HANDOVER in os.environ
+        if self.handed:
+            with os.fdopen(int(os.environ.pop(HANDOVER)), "rb") as file:
+                self.left = load_json(file.read())
+            self._pass_on(False)
+        self.record = Json()  # of the last upgrade: from, to, step, reason; callback until the server knows
+        with suppress(OSError, ValueError):
+            self.record = _json_object(self._path.read_bytes())
+        if self.on_trial:
+            self.versions.current = self.record["current"]
+
+    @property
+    def on_trial(self) -> bool:
+        return self.handed and self.record.get("step") == "on trial"
+
+    def ports(self, bind: tuple[str, int]) -> list[socket.socket]:
+        """Of an earlier program. It keeps them, in case that the trial ends at once."""
+        found = [port["sockets"] for port in self.left["ports"] if tuple(port["bind"]) == bind]
+        return [socket.socket(fileno=os.dup(descriptor)) for descriptor in (found or [[]])[0]]
+
+    def _write(self, **changed: object) -> None:
+        self.record |= changed
+        with suppress(OSError):  # without it a next start cannot say how the upgrade ended
+            replace_file(self._path, dump_json(self.record))
+
+    # --- the old program ---
+
+    async def begin(self, wanted: str, callback: str = "") -> None:
+        """Go to this version, or the newest. Returns when it takes over; LocalError when it is refused."""
+        if self._busy or self.on_trial:
+            raise LocalError("Pending upgrade is already in progress")
+        if sys.platform == "win32":
+            raise LocalError("on Windows run the installer of the new version; it keeps queue and settings")
+        self._busy = True
+        try:
+            await self._begin(wanted, callback)
+        except (OSError, AgentError) as error:
+            self._agent.log.error(f"The upgrade is refused: {error}. {VERSION} goes on.")
+            raise LocalError(str(error)) from None
+        finally:
+            self._busy = bool(self.successor)
+
+    async def _begin(self, wanted: str, callback: str) -> None:
+        agent, versions = self._agent, self.versions
+        if not wanted or not versions.program(wanted).exists():
+            agent.log.info(f"Upgrade: {wanted or 'the newest version'} is fetched.")
+            if versions.writable:
+                wanted = await asyncio.to_thread(versions.fetch, agent.config.settings, "", wanted)
+            else:
+                wanted = await self._ask_root(f"fetch {wanted}")
+        if wanted == versions.name:
+            raise LocalError(f"{wanted} is what runs, and there is no newer version")
+        program = str(versions.program(wanted))
+        agent.log.info(f"Upgrade: {wanted} proves itself.")
+        started = await asyncio.create_subprocess_exec(
+            program, *sys.argv[1:], "--selftest", stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.DEVNULL,
+            stderr=asyncio.subprocess.PIPE,
+        )  # fmt: skip
+        try:
+            async with asyncio.timeout(PROVE_SECS):
+                _, said = await started.communicate()
+        except TimeoutError:
+            raise LocalError(f"version {wanted} was not done with its selftest in {PROVE_SECS:g} s") from None
+        finally:
+            with suppress(ProcessLookupError):
+                started.kill()
+        if started.returncode:
+            words = said.decode("utf-8", "replace").strip().splitlines()[-1:] or [f"code {started.returncode}"]
+            raise LocalError(f"version {wanted} failed its selftest: {words[0]}")
+        self._write(**{"from": versions.name, "to": wanted, "step": "on trial", "reason": "", "callback": callback,
+            "current": versions.current, "old": own_command()})  # fmt: skip
+        agent.log.info(f"Upgrade: {wanted} takes over.")
+        self.successor = [program, program]
+        agent.stop()
+
+    async def _ask_root(self, wish: str) -> str:
+        """A service does not write what it executes: a unit of root's, which believes signatures only, does that."""
+        folder = os.environ.get("RUNTIME_DIRECTORY", "")
+        if not folder:
+            raise LocalError("this agent may not change its program: in a container use the new image, elsewhere "
+                "install the new package, or call `upgrade` as who installed it")  # fmt: skip
+        request = Path(folder, REQUEST_FILE)
+        replace_file(request, wish.encode())
+        try:
+            async with asyncio.timeout(FETCH_SECS):
+                while request.exists():  # noqa: ASYNC110 - root's unit removes it
+                    await asyncio.sleep(LAZY_SECS)
+        except TimeoutError:
+            raise LocalError("medplum-agent-upgrade.path did nothing: is it enabled, and what is in its log?") from None
+        finally:
+            request.unlink(missing_ok=True)
+        found: Json = {"error": "medplum-agent-upgrade.service failed: journalctl -u medplum-agent-upgrade says why"}
+        with suppress(OSError):
+            found = _json_object((self.versions.folder / ANSWER_FILE).read_bytes())
+        if found.get("error"):
+            raise LocalError(str(found["error"]))
+        return str(found["version"])
+
+    def leave_ports(self, listeners: Iterable[Listener]) -> None:
+        self.left = {"ports": [listener.leave() for listener in listeners], "lines": []}
+
+    def leave_lines(self, channels: Mapping[str, Channel]) -> None:
+        """Those that another program can go on with."""
+        for name, channel in channels.items():
+            for line in channel.lines.values() if not channel.plan.dials else ():
+                if left := line.leave():
+                    self.left["lines"].append(left | {"channel": name})
+
+    def _pass_on(self, wanted: bool) -> list[int]:
+        """Descriptors that a program which is executed shall find, or shall not."""
+        found = [line["socket"] for line in self.left["lines"]]
+        found += itertools.chain(*(port["sockets"] for port in self.left["ports"]))
+        for descriptor in found:
+            os.set_inheritable(descriptor, wanted)
+        return found
+
+    def execute(self) -> NoReturn:
+        """Become the successor, or this program again, should that be none. All else is stopped."""
+        import tempfile
+
+        # without a name: there may be patient data in what is left
+        file: Any = os.fdopen(os.memfd_create("left"), "r+b") if sys.platform == "linux" else tempfile.TemporaryFile()  # noqa: SIM115
+        file.write(dump_json(self.left))
+        file.seek(0)
+        os.set_inheritable(file.fileno(), True)
+        self._pass_on(True)
+        os.environ[HANDOVER] = str(file.fileno())
+        with suppress(OSError):
+            os.execv(self.successor[0], [*self.successor[1:], *sys.argv[1:]])
+        self.give_up("it cannot be executed")
+        os.execv(self.successor[0], [*self.successor[1:], *sys.argv[1:]])
+
+    # --- the new program ---
+
+    async def adopt(self) -> None:
+        """Connections that an earlier program left."""
+        left, self.left["lines"] = self.left["lines"], []
+        for one in left:
+            sock, channel = socket.socket(fileno=one["socket"]), self._agent.channels.get(one["channel"])
+            if channel is None or not channel.plan.active:
+                sock.close()
+                continue
+            sock.setblocking(False)
+            loop = asyncio.get_running_loop()
+            with suppress(OSError):
+                await loop.connect_accepted_socket(lambda: channel.kind(channel).inherit(one), sock)  # noqa: B023
+
+    async def run(self) -> None:
+        """The trial, and the last word on an upgrade that was begun before this program started."""
+        if self.on_trial:
+            if reason := await self._trial():
+                self.give_up(reason)
+                self._agent.stop()
+                return
+            self._write(step="done")
+            self._agent.log.info(f"Upgrade: {self.record['to']} has proved itself, and stays.")
+        elif self.record.get("step") == "on trial":
+            done = self.record["to"] == self.versions.name
+            reason = "" if done else "the agent ended before it had proved itself"
+            self._write(step="done" if done else "given up", reason=reason)
+        for descriptor in self._pass_on(False):
+            os.close(descriptor)
+        self.left["ports"] = []
+        answer: Json = {"type": "agent:upgrade:response", "statusCode": 200}
+        if reason := str(self.record.get("reason") or ""):
+            answer = {"type": "agent:error", "body": f"Failed to upgrade to version {self.record['to']}: {reason}"}
+        if "callback" in self.record:
+            if reason:
+                self._agent.log.error(f"{answer['body']}. {VERSION} goes on.")
+            while self.record["callback"] and not self._agent.uplink.live:  # noqa: ASYNC110 - it comes when it comes
+                await asyncio.sleep(LAZY_SECS)
+            self._agent.uplink.send(answer | {"callback": self.record.pop("callback")})
+            self._write()
+
+    async def _trial(self) -> str:
+        """Why this version is not to stay; empty when it is."""
+        agent, loop = self._agent, asyncio.get_running_loop()
+        began = well_since = loop.time()
+        while True:
+            await asyncio.sleep(LAZY_SECS)
+            now = loop.time()
+            well = agent.uplink.live and agent.applied and agent.store.healthy and not agent.problems
+            well_since = well_since if well else now
+            passed = any(channel.queue.round_trips for channel in agent.channels.values())
+            if well and (passed or now - well_since >= TRIAL_WELL_SECS):
+                break
+            if now - began >= TRIAL_SECS:
+                missing = ["the server did not accept it"] * (not agent.uplink.live)
+                missing += ["the configuration could not be applied"] * (not agent.applied) + agent.problems
+                return f"after {TRIAL_SECS:g} s {', '.join(missing or ['it was not well for long enough'])}"
+        try:
+            if self.versions.writable:
+                self.versions.choose(self.record["to"])
+            else:
+                await self._ask_root(f"choose {self.record['to']}")
+        except (OSError, TimeoutError, AgentError) as error:
+            return f"it could not be made the current version: {error}"
+        return ""
+
+    def give_up(self, reason: str) -> None:
+        """The old program comes back."""
+        self.successor = self.record["old"]
+        self._write(step="given up", reason=reason)
+
+
+# =====================================================================================================================
+# Agent (660 lines, 5550 tokens)
 #
 # Plans become running channels. A reload reads everything, lists every problem, and changes nothing if there is one;
 # otherwise only what differs changes, and untouched channels keep their connections. The life cycle: lock, logs,
@@ -10325,10 +10779,12 @@ class Agent:
         self.channels: dict[str, Channel] = {}
         self.listeners: dict[tuple[str, int], Listener] = {}
         self._stop = asyncio.Event()
-        self._reloading, self._push_gate = asyncio.Lock(), asyncio.Lock()
+        self._reloading, self._applying, self._push_gate = asyncio.Lock(), asyncio.Lock(), asyncio.Lock()
         self._last_sweep = dict.fromkeys(_SWEPT, -1)
         self._problem = "it has not started yet"
         self.operations = Operations(self)
+        self.upgrades = Upgrades(self)
+        self.applied = False  # the server's configuration
         self.key = store_key(config.settings.storeKey, config.settings.storeCipher)
 
     def stop(self) -> None:
@@ -10425,17 +10881,19 @@ class Agent:
         await self.store.open()
         self.uplink.store = self.store
         await self._apply(plan)
+        await self.upgrades.adopt()
         spawn(self.devices.resume())
-        self._problem = ""
+        self._problem, self.applied = "", not saved
         self.started.set()
         self.log.info("Medplum service started successfully.")
         spawn(self._keep_house())
+        spawn(self.upgrades.run())
         if saved:
             spawn(self._catch_up())
 
     async def _first_config(self, last: Resources | None) -> Resources:
-        """From the server; the last good one when the server is away at start."""
-        while True:
+        """From the server; the last good one when the server is away at start, or devices were just connected."""
+        while not (last and self.upgrades.handed):
             try:
                 async with asyncio.timeout(SERVER_FIRST_SECS if last else None):
                     return await self._read_config()
@@ -10450,6 +10908,7 @@ class Agent:
                 self.log.error(f"The configuration cannot be read: {reason}. Trying again until it can.")
                 self.fhir.said = reason
             await asyncio.sleep(random.uniform(0, RECONNECT_MAX_SECS))
+        return last
 
     async def _read_config(self) -> Resources:
         agent = await self.fhir.read(f"Agent/{self.config.settings.agentId}")
@@ -10517,7 +10976,11 @@ class Agent:
             plan, problems = await self._planned()
             if problems:
                 raise ConfigError(problems)
-            await self._apply(plan)
+            async with self._applying:
+                if self._stop.is_set():
+                    raise LocalError("the agent is stopping")
+                await self._apply(plan)
+            self.applied = True
             self._save_config(plan)
 
     async def validate(self) -> Json:
@@ -10579,7 +11042,8 @@ class Agent:
                 self.listeners.pop(old.bind).close()  # the same port with another host: ours is in the way
                 moved.append(old)
             try:
-                opened.append(await Listener.open(channel.bind, self.log))
+                left = self.upgrades.ports(channel.bind)
+                opened.append(Listener(channel.bind, left) if left else await Listener.open(channel.bind, self.log))
             except OSError as error:
                 reason = error.strerror or error
                 problems.append(f"channel '{channel.name}': port {channel.port} cannot be opened: {reason}")
@@ -10754,8 +11218,19 @@ class Agent:
     async def _fetch_stats(self, message: Json) -> Json:
         return {"stats": await self.stats()}
 
-    async def _upgrade(self, message: Json) -> Json:
-        raise LocalError("This version cannot upgrade itself: install the new one over it; queue and settings are kept")
+    async def _upgrade(self, message: Json) -> Json | None:
+        """None: who runs afterwards answers (uplink contract 4.11)."""
+        settings, version = self.config.settings, str(message.get("version") or "")
+        if version and not re.fullmatch(_VERSION, version):
+            raise PeerError(f"Error during upgrading to version 'v{version}'. '{version}' is not a valid version")
+        if version and VERSION.startswith(version) and not message.get("force"):
+            return {}
+        if not settings.remoteUpgrade:
+            raise LocalError("Remote upgrades are off: set remoteUpgrade in agent.toml on the machine of the agent")
+        if not in_hours(opening_hours(settings.upgradeWindow)):
+            raise LocalError(f"Upgrades are done within {settings.upgradeWindow} only (upgradeWindow in agent.toml)")
+        await self.upgrades.begin(version, str(message.get("callback") or ""))
+        return None
 
     async def stats(self) -> Json:
         """The stats object of operations contract 8."""
@@ -10829,6 +11304,7 @@ class Agent:
         try:
             deleted = await self.store.sweep(self.plan.settings)
             self._last_sweep = dict(zip(_SWEPT, (now_ms(), *deleted), strict=True))
+            await asyncio.to_thread(self.upgrades.versions.tidy)
         except StorageError as error:
             self.log.error(f"Old messages cannot be deleted: {error}")
 
@@ -10846,27 +11322,28 @@ class Agent:
     async def _shut_down(self) -> None:
         """Stop accepting, store what was read, let answers come for a moment, say goodbye."""
         self.log.info("Stopping.")
+        upgrade = bool(self.upgrades.successor)
+        if upgrade:
+            await self._await_answers()
         self.operations.close()
-        until, wait = time.monotonic() + STOP_ANSWER_SECS, True
         try:
-            async with asyncio.timeout(STOP_SECS):
+            async with asyncio.timeout(STOP_SECS), self._applying:
+                if upgrade:
+                    self.upgrades.leave_ports(self.listeners.values())
                 for listener in self.listeners.values():
                     listener.close()
                 for channel in self.channels.values():
                     channel.close_door()
-                    for line in channel.lines.values():
-                        line.pause("stopping")
                 if hasattr(self, "devices"):
                     self.devices.close()
-                # until nothing is on its way to the disk, and a little for the answers that devices wait for
-                while wait:
-                    await asyncio.sleep(0.02)  # callers whose push ended just now are answered, too
-                    lines = [line for channel in self.channels.values() for line in channel.lines.values()]
-                    answers = self.uplink.live and time.monotonic() < until
-                    wait = any(line.pending or (answers and line.awaiting) for line in lines)
+                await self._settle(0 if upgrade else STOP_ANSWER_SECS)
+                with suppress(TimeoutError):  # a device waits longer than the server
+                    await asyncio.wait_for(self.uplink.goodbye(), LAZY_SECS if upgrade else STOP_SECS)
+                await asyncio.sleep(0)  # the last answers are written
+                if upgrade:
+                    self.upgrades.leave_lines(self.channels)
                 for channel in list(self.channels.values()):
                     channel.stop()
-                await self.uplink.goodbye()
                 for task in _tasks:
                     task.cancel()
                 if hasattr(self, "store"):
@@ -10874,6 +11351,31 @@ class Agent:
         except TimeoutError:
             self.log.warn("The clean stop took too long; what is on disk goes on at the next start.")
         self.log.info("Stopped.")
+
+    async def _settle(self, seconds: float) -> None:
+        """Until nothing is on its way to the disk, and a little for the answers that devices wait for."""
+        until, wait = time.monotonic() + seconds, True
+        while wait:
+            for line in [line for channel in self.channels.values() for line in channel.lines.values()]:
+                line.pause("stopping")
+            await asyncio.sleep(0.02)  # callers whose push ended just now are answered, too
+            lines = [line for channel in self.channels.values() for line in channel.lines.values()]
+            answers = self.uplink.live and time.monotonic() < until
+            wait = any(line.pending or (answers and line.awaiting) for line in lines)
+
+    async def _await_answers(self) -> None:
+        """Before another program takes over: sessions and associations end, then answers come; devices go on."""
+
+        async def pause(seconds: float, going_on: Callable[[], bool]) -> None:
+            until = time.monotonic() + seconds
+            while going_on() and time.monotonic() < until:  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
+
+        channels, queues = self.channels.values(), self.uplink.queues
+        await pause(SESSION_SECS, lambda: any(line.rest is None for one in channels for line in one.lines.values()))
+        for queue in queues:
+            queue.paused = True
+        await pause(YIELD_SECS, lambda: self.uplink.live and any(queue.inflight for queue in queues))
 
 
 def _listening(plan: Plan) -> list[ChannelPlan]:
@@ -10897,7 +11399,7 @@ def _stack(error: BaseException | None) -> list[str]:
 
 
 # =====================================================================================================================
-# Command line (560 lines, 4850 tokens)
+# Command line (680 lines, 5900 tokens)
 # =====================================================================================================================
 
 _USAGE = """\
@@ -10917,6 +11419,7 @@ _USAGE = """\
        %(prog)s queue import FILE        what was exported, into this queue
        %(prog)s queue replay             messages of --channel, since --since, once more: to the Bot that --to names
        %(prog)s queue rekey              another key for the queue of an agent that does not run: --to names it
+       %(prog)s upgrade [VERSION|BUNDLE] another version takes over from the running one; no device notices
        %(prog)s send HOST:PORT FILE...   HL7 messages to a device or channel, with their acknowledgments"""
 
 
@@ -10953,6 +11456,11 @@ def command_parser(program: str) -> argparse.ArgumentParser:
     add("--json", action="store_true", help="queue, status, doctor: as JSON")
     add("--payload", action="store_true", help="queue show: with what was received and answered. This is patient data; "
         "the look is written to the audit log first")  # fmt: skip
+    add("--rollback", action="store_true", help="upgrade: to the version before")
+    add("--allow-downgrade", action="store_true", help="upgrade: also to an older version")
+    add("--requested", action="store_true", help="upgrade: what the service asked for, as root")
+    add("--selftest", action="store_true", help="whether an agent with these values could start; nothing is changed")
+    add("--evidence", action="store_true", help="print what is built in, and whose signatures upgrades must have")
     add("--once", action="store_true", help="demo: end after the example traffic")
     add("--version", action="version", version=VERSION)
     return parser
@@ -10979,11 +11487,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     program, argv = Path(sys.argv[0]).name, sys.argv[1:] if argv is None else list(argv)
     unknown = 3 if argv[:1] == ["status"] else 1  # to a monitor
     try:
+        if HANDOVER not in os.environ and "--selftest" not in argv and (chosen := Versions(own_program()).instead):
+            with suppress(OSError):
+                os.execv(chosen, [str(chosen), *argv])
         options = _parse(argv, program)
         if options.settings_schema:
             shown = options.settings_schema == "markdown"
             _show((settings_markdown() if shown else json.dumps(settings_schema(), indent=2)).splitlines())
             return 0
+        if options.evidence:
+            _show(_evidence())
+            return 0
+        if options.selftest:
+            return _selftest(options, *options.arguments)
         os.umask(0o077)
         gc.freeze()  # what is loaded stays: collections look at messages only, and seldom
         gc.set_threshold(50_000, 20, 50)
@@ -10991,7 +11507,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if options.arguments[:1] == ["demo"]:
             return _run_demo(options.state_dir, stay=not options.once)
         verbs = {"health": _health, "status": _status, "doctor": _doctor, "validate": _validate, "queue": _queue,
-            "send": _send}  # fmt: skip
+            "send": _send, "upgrade": _upgrade}  # fmt: skip
         if verb := verbs.get("".join(options.arguments[:1])):
             return _performed(verb, options)
         _run_agent(_process_config(options, *options.arguments[:4], *filter(None, options.arguments[4:5])))
@@ -11403,15 +11919,125 @@ def _story(name: str, message: Message) -> Iterator[str]:
         yield f"{at(now_ms())}  waiting for its turn, or with the {'device' if pushed else 'server'}{reason}"
 
 
+def _evidence() -> Iterator[str]:
+    """What somebody asks who reads of a vulnerability; the bill of materials beside a release says more."""
+    import pyexpat
+    import zlib
+
+    yield f"medplum-agent {VERSION}"
+    yield f"python {platform.python_version()}"
+    yield f"openssl {ssl.OPENSSL_VERSION.split()[1]}"
+    yield f"sqlite {apsw.sqlite_lib_version()} ({cast(Any, apsw).mc_version})"
+    yield f"zlib {zlib.ZLIB_RUNTIME_VERSION}"
+    yield f"expat {pyexpat.EXPAT_VERSION.removeprefix('expat_')}"
+    with suppress(OSError):
+        lock = ROOT_FILE.with_name("binary.lock").read_text("utf-8")
+        yield from (f"{name} {version}" for name, version in re.findall(r"^([\w.-]+)==([\w.]+)", lock, re.MULTILINE))
+    keys = load_json(ROOT_FILE.read_bytes())["signed"]["roles"] if ROOT_FILE.exists() else {}
+    yield from (f"upgrade key, {role}: {key}" for role, found in keys.items() for key in found["keyids"])
+
+
+def _selftest(options: argparse.Namespace, *arguments: str) -> int:
+    """Whether this version can read the settings, the queue, the last configuration and the server's; ConfigError."""
+    config = _process_config(options, *arguments)
+
+    async def prove() -> None:
+        agent = Agent(config, None)
+        agent.log = Log("selftest", config.main_log, None, None)
+        agent.fhir = Fhir(config.settings, tls_context(config.settings.caFile), agent.log)
+        plan, problems = build_plan(*await agent._read_config())
+        saved, problems_before = build_plan(*(agent._saved_config() or ({}, {})))
+        if problems and not problems_before:
+            raise ConfigError(problems)
+        path = Path(saved.settings.queueDbPath or config.state_dir / QUEUE_FILE)
+        check_key(path, agent.key)
+        if path.exists():
+            read_queue(path, backlog_of, agent.key)
+        if any(isinstance(channel.settings, DicomSettings) for channel in plan.channels):
+            await load_imaging()
+
+    asyncio.run(prove())
+    return 0
+
+
+def _requested(config: ProcessConfig, versions: Versions) -> int:
+    """Root does what a service asked for, which may be anything: what is signed decides."""
+    request = Path(os.environ.get("RUNTIME_DIRECTORY") or "/run/medplum-agent", REQUEST_FILE)
+    answer = Json()
+    try:
+        with os.fdopen(os.open(request, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK), "rb") as file:
+            found = re.fullmatch(rf"(fetch|choose) ({_VERSION})?", file.read(64).decode("latin-1"))
+        if not found or (found[1] == "choose" and not versions.program(found[2] or "?").exists()):
+            raise LocalError("this is no request of an agent")
+        if found[1] == "choose":
+            versions.choose(found[2])
+        answer["version"] = found[2] or ""
+        if found[1] == "fetch":
+            answer["version"] = versions.fetch(config.settings, "", found[2] or "")
+    except (OSError, AgentError) as error:
+        answer["error"] = str(error)
+    versions.folder.mkdir(exist_ok=True)
+    replace_file(versions.folder / ANSWER_FILE, dump_json(answer))
+    (versions.folder / ANSWER_FILE).chmod(0o644)
+    request.unlink(missing_ok=True)
+    return int("error" in answer)
+
+
+def _upgrade(options: argparse.Namespace, what: str = "") -> int:
+    """A running agent goes to another version, without its devices noticing."""
+    config, versions, state_dir = _process_config(options), Versions(own_program()), _state_dir(options)
+    bundle = what if what.endswith(".bundle") else ""
+    wanted = "" if bundle else what
+    os.umask(0o022)  # others may execute what we unpack
+    if options.requested:
+        return _requested(config, versions)
+    if options.rollback and not (wanted := versions.current["previous"]):
+        raise LocalError("there is no older version here: install its package")
+    if not versions.program(wanted or "?").exists() and versions.writable:
+        _show([f"Fetching {wanted or 'the newest version'}."])
+        wanted = versions.fetch(config.settings, bundle, wanted, downgrade=options.allow_downgrade)
+    elif bundle:
+        raise LocalError(f"{versions.folder} cannot be written by this user: use sudo")
+    _show([f"{wanted or 'The newest version'} proves itself and takes over."])
+    try:
+        if (answer := ask_agent(state_dir, {"command": "upgrade", "version": wanted}, 600)) is None:
+            versions.choose(wanted)
+            _show([f"No agent runs with the state in {state_dir}. {wanted} runs from its next start."])
+            return 0
+        wanted = answer["version"]
+        while True:
+            time.sleep(LAZY_SECS)
+            with suppress(StorageError):
+                status = ask_agent(state_dir, {"command": "status"}) or {}
+                found = status.get("upgrade", {})
+                if found.get("step") in ("done", "given up") and found["to"] == wanted:
+                    break
+    except KeyboardInterrupt:
+        _show(["The upgrade goes on; `status` says how it ends."])
+        return 130
+    _show([f"{status['version']} runs{'. ' + found['reason'] if found['reason'] else '.'}"])
+    return int(found["step"] != "done")
+
+
 def _run_agent(config: ProcessConfig) -> NoReturn:
+    agent: Agent | None = None
+
     async def serve() -> None:
+        nonlocal agent
         agent = Agent(config, sys.stdout)
         _stop_on_signals(agent)
         await agent.run()
 
     with asyncio.Runner() as runner:
-        runner.run(serve())
+        try:
+            runner.run(serve())
+        except BaseException as error:
+            if not (agent and agent.upgrades.on_trial):
+                raise
+            agent.upgrades.give_up(f"it ended with {error if isinstance(error, AgentError) else type(error).__name__}")
         sys.stdout.flush()
+        if agent and agent.upgrades.successor:
+            agent.upgrades.execute()
         os._exit(0)  # everything is written; a thread that hangs in a dead HTTP connection must not hold the process
 
 

@@ -87,7 +87,7 @@ def options(work: Path) -> list[str]:
     named = [f"--include-module={name}" for name in NAMED_MODULES]
     named += [f"--include-package={name}" for name in NAMED_PACKAGES]
     metadata = [f"--include-distribution-metadata={name}" for name in ("pydicom", "pynetdicom")]
-    files = [path for path in (PAGE, UPGRADE_ROOT) if path.exists()]
+    files = [path for path in (PAGE, UPGRADE_ROOT, ROOT / "packaging/binary.lock") if path.exists()]
     return [
         "--mode=onefile", "--deployment", "--assume-yes-for-downloads", "--python-flag=no_docstrings",
         "--python-flag=isolated", "--python-flag=no_site",

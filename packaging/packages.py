@@ -3,7 +3,7 @@
 All of them carry the compiled folder, which is never unpacked at start.
 
     Linux     .deb (/usr/lib/medplum-agent) and .rpm (/usr/libexec/medplum-agent, which SELinux lets a service execute):
-              a link in /usr/bin, a systemd unit; settings in /etc/medplum-agent, state in /var/lib/medplum-agent, logs
+              a link in /usr/bin, systemd units; settings in /etc/medplum-agent, state in /var/lib/medplum-agent, logs
               in /var/log/medplum-agent
     macOS     .pkg: /usr/local/lib/medplum-agent, a launchd job
     Windows   installer .exe with makensis; SHAWL names the service wrapper, which the release fetches by its hash
@@ -77,7 +77,9 @@ def linux_tree(program: Path, tree: Path, place: str, zsh: str) -> None:
         path.chmod(0o755 if path.is_dir() or path.name == "medplum-agent" else 0o644)
     (tree / "usr/bin").mkdir()
     (tree / "usr/bin/medplum-agent").symlink_to(f"../{place}/medplum-agent/medplum-agent")
-    put(LINUX / "medplum-agent.service", tree / "usr/lib/systemd/system/medplum-agent.service")
+    (library / "versions").mkdir()  # of which root unpacks others
+    for unit in ("medplum-agent.service", "medplum-agent-upgrade.path", "medplum-agent-upgrade.service"):
+        put(LINUX / unit, tree / "usr/lib/systemd/system" / unit)
     put(ROOT / "README.md", documents / "README.md")
     squeeze((program / "LICENSES.txt").read_bytes(), documents / "LICENSES.txt.gz")
     for path in (HERE / "monitoring").iterdir():

@@ -1,6 +1,8 @@
 """What hospitals are told (packaging/evidence) against the code: whatever can be compared is."""
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -103,3 +105,13 @@ def test_security_says_when_a_report_is_answered() -> None:
     text = words(ROOT / ".github/SECURITY.md")
     for time in ("24 hours", "72 hours", "14 days"):
         assert f"| {time} |" in text
+
+
+def test_the_program_says_what_is_built_in() -> None:
+    done = subprocess.run(
+        [sys.executable, ROOT / "medplum_agent.py", "--evidence"], capture_output=True, text=True, check=True
+    )
+    said = dict(line.rsplit(" ", 1) for line in done.stdout.splitlines() if "(" not in line)
+    pins = dict(re.findall(r'^    "([\w-]+)==([\w.]+)"', (ROOT / "pyproject.toml").read_text("utf-8"), re.MULTILINE))
+    assert {name: pins[name] for name in ("pynetdicom", "websockets", "tuf")}.items() <= said.items()
+    assert {"python", "openssl", "zlib", "expat"} <= said.keys()

@@ -31,11 +31,14 @@ from license_expression import get_spdx_licensing
 from packageurl import PackageURL
 
 import medplum_agent
+from tests import releases
 from tests.support import ROOT
 
 PACKAGING = ROOT / "packaging"
 WORKFLOWS = sorted((ROOT / ".github/workflows").glob("*.yml"))
 UNIT = PACKAGING / "linux/medplum-agent.service"
+UPGRADE_UNIT = UNIT.with_name("medplum-agent-upgrade.service")
+UPGRADE_PATH = UPGRADE_UNIT.with_suffix(".path")
 SCRIPTS = sorted(path for path in PACKAGING.rglob("*") if path.is_file() and path.read_bytes()[:3] == b"#!/")
 DOCUMENTS = (  # in both Linux packages
     "bash-completion/completions/medplum-agent", "fish/vendor_completions.d/medplum-agent.fish",
@@ -275,13 +278,67 @@ def test_the_boot_process_compiles_without_warnings() -> None:
 
 
 @needs("systemd-analyze")
-def test_the_unit_is_valid_and_hardened(tmp_path: Path) -> None:
-    unit = tmp_path / UNIT.name
-    unit.write_text(UNIT.read_text().replace("/usr/bin/medplum-agent", "/bin/true"))
-    assert run("systemd-analyze", "verify", "--man=no", unit) == ""
-    found = run("systemd-analyze", "security", "--offline=true", "--no-pager", UNIT)
-    level = re.search(r"exposure level for \S+: ([\d.]+)", found)
-    assert level and float(level[1]) <= EXPOSURE, found
+@pytest.mark.parametrize("unit", [UNIT, UPGRADE_UNIT, UPGRADE_PATH], ids=lambda unit: unit.name)
+def test_the_units_are_valid_and_hardened(tmp_path: Path, unit: Path) -> None:
+    for one in (UNIT, UPGRADE_UNIT, UPGRADE_PATH):
+        (tmp_path / one.name).write_text(one.read_text().replace("/usr/bin/medplum-agent", "/bin/true"))
+    assert run("systemd-analyze", "verify", "--man=no", tmp_path / unit.name) == ""
+    if unit.suffix == ".service":
+        found = run("systemd-analyze", "security", "--offline=true", "--no-pager", unit)
+        level = re.search(r"exposure level for \S+: ([\d.]+)", found)
+        assert level and float(level[1]) <= EXPOSURE, found
+
+
+def test_who_asks_and_who_answers_an_upgrade_meet() -> None:
+    """The service leaves its wish where the path unit looks, and the other unit does what the command says."""
+    assert "RuntimeDirectory=medplum-agent" in UNIT.read_text().splitlines()
+    wish = f"PathExists=/run/medplum-agent/{medplum_agent.REQUEST_FILE}"
+    assert wish in UPGRADE_PATH.read_text().splitlines()
+    command = next(line for line in UPGRADE_UNIT.read_text().splitlines() if line.startswith("ExecStart=")).split()[1:]
+    options = medplum_agent.command_parser("medplum-agent").parse_intermixed_args(command)
+    assert (options.arguments, options.requested) == (["upgrade"], True)
+    assert options.config == "/etc/medplum-agent/agent.toml"
+
+
+def directives(unit: Path) -> dict[str, list[str]]:
+    """Values by name, in their order."""
+    found: dict[str, list[str]] = {}
+    for name, value in re.findall(r"^(\w+)=(.*)", unit.read_text(), re.MULTILINE):
+        found.setdefault(name, []).append(value)
+    return found
+
+
+def test_root_looks_where_the_agent_asks_and_writes_nowhere_else() -> None:
+    agent, path, service = directives(UNIT), directives(UPGRADE_PATH), directives(UPGRADE_UNIT)
+    folder = f"/run/{agent['RuntimeDirectory'][0]}"
+    request = f"{folder}/{medplum_agent.REQUEST_FILE}"
+    versions = [f"/usr/{place}/medplum-agent/versions" for place in ("lib", "libexec")]
+    assert agent["RuntimeDirectoryMode"] == ["0700"] and "RuntimeDirectoryPreserve" not in agent
+    assert path["PathExists"] == [request] and path["PartOf"] == path["WantedBy"] == [UNIT.name]
+    assert service["ReadWritePaths"] == [" ".join(f"-{writable}" for writable in (folder, *versions))]
+    assert service["ProtectSystem"] == ["strict"] and service["ReadOnlyPaths"] == ["/run"]
+    assert service["CapabilityBoundingSet"] == ["CAP_DAC_OVERRIDE"]  # settings and request are the agent's
+    assert service["ExecStart"] == [agent["ExecStart"][0].replace("--config", "upgrade --requested --config")]
+    answers = " ".join(f"{place}/{medplum_agent.ANSWER_FILE}" for place in versions)
+    assert service["ExecStartPre"] == [f"/bin/rm -f {answers}"]
+    assert f" rm -rf {request}'" in service["ExecStopPost"][0]
+
+
+SCRIPTLETS = {  # of a package: before and after the agent is restarted, and when it goes
+    "deb": ("deb/postinst", "try-restart", "deb/prerm", "/usr/lib/medplum-agent/versions"),
+    "rpm": ("medplum-agent.spec", "%posttrans", "medplum-agent.spec", "/usr/libexec/medplum-agent/versions"),
+}
+
+
+@pytest.mark.parametrize("kind", SCRIPTLETS)
+def test_what_a_package_brings_is_what_runs(kind: str) -> None:
+    """An agent that runs may load more of its version until it is restarted."""
+    installs, restarts, removes, versions = SCRIPTLETS[kind]
+    text = (UNIT.parent / installs).read_text().replace('"$versions', versions).replace('"', "")
+    current = text.index(f"{versions}/{medplum_agent.CURRENT_FILE}")
+    assert current < text.index(restarts) < text.index(f"{versions}/[0-9]*")
+    assert text.index(f"stop {UPGRADE_PATH.name} {UPGRADE_UNIT.name}") < current
+    assert f"rm -rf {versions}/* {versions}/.new-*" in (UNIT.parent / removes).read_text()
 
 
 def test_the_unit_starts_the_link_and_gives_up_only_where_settings_cannot_work() -> None:
@@ -297,6 +354,17 @@ def test_settings_to_fill_in_name_what_is_missing(tmp_path: Path) -> None:
     assert [problem.split()[0] for problem in caught.value.problems] == ["clientId", "clientSecret", "agentId"]
 
 
+def test_settings_that_are_offered_are_settings(tmp_path: Path) -> None:
+    text = (PACKAGING / "linux/agent.toml").read_text()
+    values = re.sub(r"^# (?=\w+ = )", "", text, flags=re.MULTILINE).replace('""', '"given"')
+    (tmp_path / "agent.toml").write_text(values)
+    config = medplum_agent.resolve_process([], {}, {}, str(tmp_path / "agent.toml"))
+    offered = set(re.findall(r"^# (\w+) = ", text, re.MULTILINE))
+    assert offered == {"upgradeUrl", "remoteUpgrade", "upgradeWindow"} and not config.warnings
+    untouched = medplum_agent.ProcessSettings()
+    assert all(getattr(config.settings, name) != getattr(untouched, name) for name in offered)
+
+
 @needs("dpkg-deb")
 @needs("lintian")
 def test_debian_package(scripts: Any, program: Path, tmp_path: Path) -> None:
@@ -305,6 +373,9 @@ def test_debian_package(scripts: Any, program: Path, tmp_path: Path) -> None:
     assert "./usr/bin/medplum-agent -> ../lib/medplum-agent/medplum-agent" in listed
     installed = next(line for line in listed.splitlines() if line.endswith("lib/medplum-agent/medplum-agent"))
     assert installed.startswith("-rwxr-xr-x root/root")
+    for unit in (UNIT, UPGRADE_UNIT, UPGRADE_PATH):
+        assert f" ./lib/systemd/system/{unit.name}\n" in listed
+    assert re.search(r"^drwxr-xr-x root/root .* \./usr/lib/medplum-agent/versions/$", listed, re.MULTILINE)
     assert "./etc/" not in listed  # the settings are the site's own
     assert run("dpkg-deb", "--field", package, "Recommends", "Suggests") == "Suggests: ca-certificates\n"  # offline
     for name in (*DOCUMENTS, "zsh/vendor-completions/_medplum-agent"):
@@ -323,6 +394,9 @@ def test_rpm_package(scripts: Any, program: Path, tmp_path: Path) -> None:
     assert modes["/etc/medplum-agent/agent.toml"] == ("-rw-------", *own)
     assert modes["/var/lib/medplum-agent"] == modes["/var/log/medplum-agent"] == ("drwx------", *own)
     assert modes["/usr/libexec/medplum-agent/medplum-agent"] == ("-rwxr-xr-x", "root", "root")
+    assert modes["/usr/libexec/medplum-agent/versions"] == ("drwxr-xr-x", "root", "root")
+    for unit in (UNIT, UPGRADE_UNIT, UPGRADE_PATH):
+        assert modes[f"/usr/lib/systemd/system/{unit.name}"] == ("-rw-r--r--", "root", "root")
     assert not [name for name in modes if name.startswith("/usr/lib/medplum-agent")]  # SELinux: lib_t, not executed
     link = run(*query, "--queryformat", "[%{FILENAMES} %{FILELINKTOS}\n]")
     assert "/usr/bin/medplum-agent ../libexec/medplum-agent/medplum-agent\n" in link
@@ -582,6 +656,39 @@ def test_without_a_key_nothing_is_published_but_where_that_is_allowed(system: st
     assert run(*command, env={**environ, "ALLOW_UNSIGNED": "true"}).startswith("::notice title=Not signed")
     assert workflow("release")["env"]["ALLOW_UNSIGNED"] == "${{ inputs.unsigned || false }}"
     assert workflow("release")[True]["workflow_dispatch"]["inputs"]["unsigned"]["default"] is False  # YAML's "on"
+
+
+def test_the_release_signs_the_archives_of_all_systems(tmp_path: Path) -> None:
+    """The workflow's own step in a copy of the sources, with a stand-in for what makes an environment; twice."""
+    keys, here = releases.throw_away_keys(), tmp_path / "here"
+    (here / "packaging").mkdir(parents=True)
+    for name in ("sign.sh", "upgrades.py", "packages.py", "binary.py", "inventory.py"):
+        shutil.copy(PACKAGING / name, here / "packaging")
+    for source, target in ((keys.root, "packaging/upgrade-root.json"), (ROOT / "medplum_agent.py", "medplum_agent.py")):
+        shutil.copy(source, here / target)
+    (here / "build.py").write_text(
+        "import subprocess, sys\nfrom pathlib import Path\nhere = Path(__file__).parent\n"
+        f"sys.exit(subprocess.call([{sys.executable!r}, here / 'packaging/upgrades.py', 'release', here / 'dist', "
+        "here / 'dist/repository', *sys.argv[2:]]))\n"
+    )
+    steps = workflow("release")["jobs"]["publish"]["steps"]
+    (step,) = (step for step in steps if "UPGRADE_TARGETS_KEY" in step.get("env", ()))
+    environ = {name: os.environ.get(name, "") for name in ("PATH", "TMPDIR")}
+    for role in ("targets", "snapshot", "timestamp"):
+        environ[f"UPGRADE_{role.upper()}_KEY"] = (keys.folder / f"{role}.pem").read_text()
+    version, repository = medplum_agent.__version__, here / "dist/repository"
+    (here / "assets").mkdir()
+    for system in ("linux-x86_64", "macos-arm64"):
+        (here / f"assets/medplum-agent-{version}-{system}.tar.gz").write_text(system)
+    (here / f"assets/medplum-agent-{version}-linux-x86_64-image.tar.gz").write_text("image")
+    for release in (1, 2):
+        run("bash", "-e", "-c", step["run"], cwd=here, env=environ)
+        found = json.loads((repository / f"{release}.targets.json").read_text())["signed"]["targets"]
+        assert len(found) == 2 and all("image" not in name for name in found)
+        made = {path.name for path in repository.iterdir()}
+        assert {"1.root.json", "timestamp.json", f"medplum-agent-{version}.bundle"} <= made
+        repository.rename(here / "previous") if release == 1 else None
+        shutil.rmtree(here / "dist")
 
 
 def test_an_older_version_can_read_the_manifest(tmp_path: Path) -> None:

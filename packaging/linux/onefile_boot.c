@@ -24,6 +24,7 @@
 #define NEEDED_BYTES (48 << 20) /* the program takes 35 MB; a folder that it fills would stop others, too */
 
 static char folder[PATH_MAX];
+static int lock = -1; /* of the folder; inherited by the program on purpose */
 static pid_t boot;
 
 static int removed(const char *path, const struct stat *status, int kind, struct FTW *ftw) {
@@ -39,11 +40,11 @@ static void remove_abandoned(const char *parent) {
         struct stat status;
         if (strncmp(entry->d_name, PREFIX, strlen(PREFIX)) || strlen(entry->d_name) != strlen(PREFIX) + 6) continue;
         if (snprintf(path, sizeof path, "%s/%s", parent, entry->d_name) >= (int)sizeof path) continue;
-        int lock = open(path, O_RDONLY | O_DIRECTORY | O_NOFOLLOW | O_CLOEXEC);
-        if (lock < 0) continue;
-        if (!fstat(lock, &status) && status.st_uid == geteuid() && !flock(lock, LOCK_EX | LOCK_NB))
+        int other = open(path, O_RDONLY | O_DIRECTORY | O_NOFOLLOW | O_CLOEXEC);
+        if (other < 0) continue;
+        if (!fstat(other, &status) && status.st_uid == geteuid() && !flock(other, LOCK_EX | LOCK_NB))
             nftw(path, removed, 16, FTW_DEPTH | FTW_PHYS);
-        close(lock);
+        close(other);
     }
     if (listing) closedir(listing);
 }
@@ -58,13 +59,23 @@ static int taken(const char *parent, const char *below) {
     if (statvfs(folder, &system) || (unsigned long long)system.f_bavail * system.f_frsize < NEEDED_BYTES) return 0;
     strcat(folder, "/" PREFIX "XXXXXX");
     if (!mkdtemp(folder)) return 0;
-    int lock = open(folder, O_RDONLY | O_DIRECTORY); /* inherited by the program on purpose */
+    lock = open(folder, O_RDONLY | O_DIRECTORY);
     return lock >= 0 && !flock(lock, LOCK_EX);
 }
 
 static void end_with_boot(void) { /* in the child, between fork and exec */
     prctl(PR_SET_PDEATHSIG, SIGKILL); /* a boot process that is killed shall not leave a program that nobody waits for */
     if (getppid() != boot) _exit(1);
+}
+
+static void let_go(void) { /* in the boot process, after fork: what an earlier version left is for the program alone */
+    DIR *listing = getenv("MEDPLUM_AGENT_HANDOVER") ? opendir("/proc/self/fd") : NULL;
+    struct dirent *entry;
+    while (listing && (entry = readdir(listing))) {
+        int number = atoi(entry->d_name);
+        if (number > 2 && number != lock && number != dirfd(listing)) close(number);
+    }
+    if (listing) closedir(listing);
 }
 
 static void hang_up(int number, siginfo_t *origin, void *context) { /* the boot process itself knows no SIGHUP */
@@ -76,7 +87,7 @@ __attribute__((constructor)) static void prepare(void) {
     struct sigaction action = {.sa_sigaction = hang_up, .sa_flags = SA_SIGINFO};
     boot = getpid();
     sigaction(SIGHUP, &action, NULL);
-    pthread_atfork(NULL, NULL, end_with_boot);
+    pthread_atfork(NULL, let_go, end_with_boot);
     if (taken(getenv("TMPDIR"), "") || taken("/tmp", "") || taken("/var/tmp", "") ||
         taken(getenv("XDG_RUNTIME_DIR"), "") || taken("/dev/shm", "") || taken("/run", "") ||
         taken(getenv("STATE_DIRECTORY"), "") || taken("/var/lib/medplum-agent", "") ||

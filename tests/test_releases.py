@@ -243,6 +243,22 @@ def test_lost_and_stolen_keys_are_replaced_and_old_agents_follow(
         client(folder, root, NEW)
 
 
+def test_a_timestamp_is_renewed_for_the_root_that_clients_find(
+    client: Any, program: Path, tmp_path: Path, keys: Keys
+) -> None:
+    """The next root is committed, and not released yet."""
+    folder, root, _ = make_repository(tmp_path / "repository", {OLD: program}, keys=keys)
+    upgrades.keys(keys.folder, keys.root)
+    assert upgrades.renew(folder, keys.folder, keys.root)
+    assert client(folder, root, OLD) and not (folder / "2.root.json").exists()
+    (keys.folder / "timestamp.pem").unlink()
+    keys.root.write_bytes(root)
+    upgrades.keys(keys.folder, keys.root)
+    with pytest.raises(upgrades.UpgradeError, match="not the key that version 1"):
+        upgrades.renew(folder, keys.folder, keys.root)
+    assert client(folder, root, OLD)
+
+
 def test_root_keys_that_go_sign_once_more(tmp_path: Path, keys: Keys) -> None:
     for name in ("root1", "root2"):
         (keys.folder / f"{name}.pem").rename(keys.folder / f"{name}.old.pem")
@@ -306,6 +322,15 @@ def test_keys_that_the_root_does_not_name(program: Path, tmp_path: Path, keys: K
     rsa = generate_private_key(65537, 2048).private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
     (keys.folder / "targets.pem").write_bytes(rsa)
     with pytest.raises(upgrades.UpgradeError, match="Ed25519"):
+        make_repository(tmp_path / "repository", {OLD: program}, keys=keys)
+
+
+@pytest.mark.parametrize(("content", "words"), [("", "cannot be read"), ("no key", "is not a key that")])
+def test_a_key_that_is_missing_or_none(program: Path, tmp_path: Path, keys: Keys, content: str, words: str) -> None:
+    (keys.folder / "targets.pem").unlink()
+    if content:
+        (keys.folder / "targets.pem").write_text(content)
+    with pytest.raises(upgrades.UpgradeError, match=rf"targets\.pem {words}"):
         make_repository(tmp_path / "repository", {OLD: program}, keys=keys)
 
 

@@ -1,0 +1,470 @@
+"""Another version takes over from the running agent: no device notices, and what does not work goes back."""
+
+import datetime
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pynetdicom import AE
+
+from tests import releases
+from tests.instruments import ACK, ENQ, EOT, Instrument, frames_of
+from tests.support import Device, bot, eventually, message, site
+from tests.test_tls import Identities, dial
+
+pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="programs are not replaced while they run there")
+ROOT = Path(__file__).resolve().parent.parent
+QUICK = "m.TRIAL_WELL_SECS, m.TRIAL_SECS = 0.5, 3.0"
+
+
+def program(folder: Path, version: str, code: str = "") -> Path:
+    """An executable of this version; its module is changed by `code`, in which it is called `m`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path, root = folder / "medplum-agent", releases.throw_away_keys().root
+    path.write_text(
+        f"#!{sys.executable}\nimport pathlib, sys\nsys.path.insert(0, {str(ROOT)!r})\nimport medplum_agent as m\n"
+        f"m.VERSION, m.ROOT_FILE = '{version}-0000000', pathlib.Path({str(root)!r})\n{QUICK}\n{code}\n"
+        "if __name__ == '__main__':\n    sys.exit(m.main())\n"
+    )
+    path.chmod(0o755)
+    return path
+
+
+class Installed:
+    """A site whose agent is installed in a folder of its own, and can be upgraded."""
+
+    def __init__(self, folder: Path, here, code: str = "", *, start: bool = True):
+        self.here, self.agent = here, here.agent
+        self.folder = folder / "installed"
+        self.agent.COMMAND = [str(program(self.folder, "5.2.0", code))]
+        if start:
+            self.agent.start()
+
+    @property
+    def pid(self) -> int:
+        """Of the agent, which must be alive."""
+        assert self.agent.process and self.agent.process.poll() is None, self.agent.output()[-3000:]
+        return self.agent.process.pid
+
+    def add(self, version: str, code: str = "") -> None:
+        program(self.folder / "versions" / version / "medplum-agent", version, code)
+
+    def releases(self, where: Path, versions: dict[str, str], **how: Any) -> releases.Repository:
+        """Signed releases; the values are what their modules are changed by."""
+        made = {one: program(where / one, one, code).parent for one, code in versions.items()}
+        return releases.make_repository(where / "repository", made, **how)
+
+    def command(
+        self, *words: str, timeout: float = 60, settings: str = "", run: Path | str = ""
+    ) -> subprocess.CompletedProcess[str]:
+        options = [self.agent._url or self.here.sandbox.url, "sandbox-client", "sandbox-secret", "agent-1"]
+        config = self.folder / "agent.toml"
+        names = ("baseUrl", "clientId", "clientSecret", "agentId")
+        lines = [f"{name} = {json.dumps(value)}\n" for name, value in zip(names, options, strict=True)]
+        config.write_text("".join(lines) + settings)
+        line = [*self.agent.COMMAND, *words, "--config", str(config), "--state-dir", str(self.agent.state_dir)]
+        env = {**os.environ, "RUNTIME_DIRECTORY": str(run)}
+        return subprocess.run(line, capture_output=True, text=True, timeout=timeout, check=False, env=env)
+
+    def version(self) -> str:
+        return str(json.loads(self.command("status", "--json").stdout)["version"])
+
+
+def test_connections_stay_and_nothing_is_lost(tmp_path):
+    with site(tmp_path, {"ADT": "?enhanced=true"}, start=False) as here:
+        here.sandbox.sandbox.bot = bot("AA")
+        there = Installed(tmp_path, here)
+        pid = there.pid
+        there.add("5.3.0")
+        with here.device("ADT") as device, here.device("ADT") as half:
+            assert device.ask(message("B1"))[0] == "CA"
+            half.send_raw(b"\x0b" + message("H1").encode()[:60])
+            done = there.command("upgrade", "5.3.0")
+            assert done.returncode == 0, done.stderr + here.agent.output()[-3000:]
+            assert there.pid == pid
+            assert there.version() == "5.3.0-0000000"
+            device.send(message("B2"))
+            half.send_raw(message("H1").encode()[60:] + b"\x1c\r")
+            here.sandbox.wait_ids("B1", "B2", "H1")
+
+
+class Feed:
+    """Four devices that send without a pause, each message after the CA of the one before, and sixteen that wait."""
+
+    def __init__(self, here, rate: float = 125):
+        self.busy = [here.device("ADT", timeout=30) for _ in range(4)]
+        self.idle = [here.device("ADT", timeout=30) for _ in range(16)]
+        self.accepted: list[str] = []
+        self.waits: list[float] = []
+        self.problems: list[str] = []
+        self._rate, self._stop = rate, threading.Event()
+        self._threads = [threading.Thread(target=self._run, args=(n, d)) for n, d in enumerate(self.busy)]
+
+    def _run(self, number: int, device: Device) -> None:
+        count, due = 0, time.monotonic()
+        try:
+            while not self._stop.is_set():
+                count += 1
+                control = f"S{number}-{count}"
+                began = time.monotonic()
+                device.send(message(control, patient=f"S{number}P{count % 3}"))
+                while (found := device.ack()) != ("CA", control):
+                    if found[0].startswith("C"):
+                        self.problems.append(f"{control}: {found}")
+                        break
+                self.waits.append(time.monotonic() - began)
+                self.accepted.append(control)
+                due = max(due + 1 / self._rate, time.monotonic() - 0.1)
+                self._stop.wait(max(0, due - time.monotonic()))
+        except (OSError, EOFError) as error:
+            self.problems.append(f"S{number}: {type(error).__name__}: {error}")
+
+    def __enter__(self) -> "Feed":
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        for thread in self._threads:
+            thread.join()
+        for device in (*self.busy, *self.idle):
+            device.close()
+
+
+def test_under_load_back_and_forth_with_broken_versions(tmp_path):
+    """None of the connections is closed or refused, nothing is lost, and broken versions are given up."""
+    rounds = int(os.environ.get("UPGRADE_ROUNDS", "3"))
+    with site(tmp_path, {"ADT": "?enhanced=true"}, start=False) as here:
+        here.sandbox.sandbox.bot = bot("AA")
+        there = Installed(tmp_path, here)
+        pid, pauses = there.pid, []
+        with Feed(here) as feed:
+            for number in range(rounds):
+                for wanted, words, code in (
+                    ("5.3.0", "", ""),
+                    ("5.9.1", "failed its selftest: it is broken", "raise SystemExit('it is broken')"),
+                    ("5.9.2", "it never works", "async def no(self): return 'it never works'\nm.Upgrades._trial = no"),
+                    (
+                        "5.9.3",
+                        "it never starts",
+                        "def no(*_): raise m.ConfigError(['it never starts'])\nm.Store.__init__ = no",
+                    ),
+                    ("", "", ""),
+                ):
+                    if wanted.startswith("5.9") and number % 10:
+                        continue
+                    if wanted:
+                        there.add(wanted, code)
+                    at = len(feed.waits)
+                    done = there.command("upgrade", wanted or "--rollback")
+                    pauses.append(max(feed.waits[at:], default=0))
+                    said = done.stdout + done.stderr
+                    assert (done.returncode, words in said) == (int(bool(words)), True), (
+                        said + here.agent.output()[-3000:]
+                    )
+                    assert not feed.problems
+                assert there.version() == "5.2.0-0000000"
+            with here.device("ADT") as fresh:
+                assert fresh.ask(message("NEW"))[0] == "CA"
+            for number, device in enumerate(feed.idle):
+                assert device.ask(message(f"IDLE{number}"))[0] == "CA"
+        assert there.pid == pid and not feed.problems
+        here.sandbox.wait_for(lambda: set(feed.accepted) <= set(here.sandbox.ids()), 30)
+        order: dict[str, int] = {}
+        for control in dict.fromkeys(c for c in here.sandbox.ids() if c.startswith("S")):
+            sender, count = control.split("-")
+            patient = f"{sender}P{int(count) % 3}"
+            assert int(count) > order.get(patient, 0), f"{control} came too late"
+            order[patient] = int(count)
+        print(f"\n{len(feed.accepted)} messages; longest wait of each upgrade: {[round(x, 2) for x in sorted(pauses)]}")
+
+
+# --- trust ---
+
+
+def test_the_newest_release_is_fetched_verified_and_stays(tmp_path):
+    with site(tmp_path, {"ADT": "?enhanced=true"}, start=False) as here:
+        there = Installed(tmp_path, here)
+        made = there.releases(tmp_path / "made", {"5.3.0": "", "5.10.0": ""})
+        with releases.served(made.folder) as url, here.device("ADT") as device:
+            done = there.command("upgrade", settings=f'upgradeUrl = "{url}"')
+            assert done.returncode == 0, done.stderr + here.agent.output()
+            assert there.version() == "5.10.0-0000000"
+            again = there.command("upgrade", settings=f'upgradeUrl = "{url}"')
+            assert (again.returncode, "5.10.0 is what runs" in again.stderr) == (1, True), again.stderr
+            older = there.command("upgrade", "5.3.0", settings=f'upgradeUrl = "{url}"')
+            assert (older.returncode, "older than 5.10.0" in older.stderr) == (1, True), older.stderr
+            assert device.ask(message("A1"))[0] == "CA"
+        here.agent.kill()  # what was chosen also runs from the next start on, until a package is installed over it
+        here.agent.start()
+        assert there.version() == "5.10.0-0000000"
+        here.agent.kill()
+        program(there.folder, "5.11.0")
+        here.agent.start()
+        assert there.version() == "5.11.0-0000000"
+
+
+def test_a_bundle_is_for_machines_without_internet_and_without_a_running_agent(tmp_path):
+    with site(tmp_path, {"ADT": "?enhanced=true"}, start=False) as here:
+        there = Installed(tmp_path, here, start=False)
+        made = there.releases(tmp_path / "made", {"5.3.0": ""})
+        done = there.command("upgrade", str(made.bundles["5.3.0"]))
+        assert (done.returncode, "runs from its next start" in done.stdout) == (0, True), done.stderr
+        here.agent.start()
+        assert there.version() == "5.3.0-0000000"
+
+
+def spoil(kind: str, there: Installed, folder: Path) -> Path:
+    """A bundle of 5.3.0 that must be refused."""
+    if kind == "expired":
+        return there.releases(folder, {"5.3.0": ""}, age_days=91).bundles["5.3.0"]
+    if kind in ("targets", "snapshot", "timestamp"):
+        return there.releases(folder, {"5.3.0": ""}, strangers=[kind]).bundles["5.3.0"]
+    if kind == "stranger":
+        return there.releases(folder, {"5.3.0": ""}, keys=releases.throw_away_keys("others")).bundles["5.3.0"]
+    bundle = there.releases(folder, {"5.3.0": ""}).bundles["5.3.0"]
+    whole = bundle.read_bytes()
+    at = whole.index(b"\x1f\x8b\x08")  # the program
+    bundle.write_bytes(whole[: at + 100] if kind == "truncated" else whole[:at] + b"\0" + whole[at + 1 :])
+    return bundle
+
+
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [
+        ("expired", "expired"), ("targets", "targets was signed by 0/1"), ("snapshot", "snapshot was signed by 0/1"),
+        ("timestamp", "timestamp was signed by 0/1"), ("stranger", "signed by 0/"), ("truncated", "unpacked"),
+        ("flipped", "hash"),
+    ],
+)  # fmt: skip
+def test_what_is_not_signed_fresh_and_whole_is_refused(tmp_path, kind, words):
+    with site(tmp_path, {"ADT": "?enhanced=true"}, start=False) as here:
+        there = Installed(tmp_path, here, start=False)
+        done = there.command("upgrade", str(spoil(kind, there, tmp_path / "made")))
+        assert done.returncode == 1
+        assert words in done.stderr and done.stderr.count("\n") == 1, done.stderr
+        left = {path.name for path in (there.folder / "versions").iterdir()}
+        assert left <= {"metadata"}, left
+
+
+def test_an_older_timestamp_is_refused_after_a_newer_one(tmp_path):
+    with site(tmp_path, {"ADT": "?enhanced=true"}, start=False) as here:
+        there = Installed(tmp_path, here, start=False)
+        first = there.releases(tmp_path / "made", {"5.3.0": ""}).bundles["5.3.0"]
+        old = tmp_path / "old.bundle"
+        old.write_bytes(first.read_bytes())
+        second = there.releases(tmp_path / "made", {"5.4.0": ""}).bundles["5.4.0"]
+        assert there.command("upgrade", str(second)).returncode == 0
+        done = there.command("upgrade", str(old), "--allow-downgrade")
+        assert (done.returncode, "not to be trusted" in done.stderr) == (1, True), done.stderr
+
+
+def test_a_full_disk_changes_nothing(tmp_path):
+    full = "import tarfile\ndef no(*_, **__): raise OSError(28, 'No space left')\ntarfile.TarFile.extractall = no"
+    with site(tmp_path, {"ADT": "?enhanced=true"}, start=False) as here:
+        there = Installed(tmp_path, here, full)
+        made = there.releases(tmp_path / "made", {"5.3.0": ""})
+        done = there.command("upgrade", settings=f'upgradeUrl = "{made.folder}"')
+        assert (done.returncode, "No space left" in done.stderr) == (1, True), done.stderr
+        assert there.version() == "5.2.0-0000000" and not (there.folder / "versions/current").exists()
+
+
+# --- the server's request ---
+
+
+@pytest.fixture
+def remote(tmp_path):
+    """An agent that may be upgraded by the server, and releases 5.3.0 and the broken 5.4.0."""
+    with site(tmp_path, {"ADT": "?enhanced=true"}, start=False) as here:
+        there = Installed(tmp_path, here, start=False)
+        made = there.releases(tmp_path / "made", {"5.3.0": "", "5.4.0": "raise SystemExit('it is broken')"})
+        here.agent._env |= {"MEDPLUM_UPGRADE_URL": str(made.folder), "MEDPLUM_REMOTE_UPGRADE": "true"}
+        yield there
+
+
+def test_the_server_hears_of_success_from_the_new_version(remote):
+    remote.agent.start()
+    answer = remote.here.sandbox.ask("agent:upgrade:request", version="5.3.0")
+    assert (answer["type"], answer["statusCode"]) == ("agent:upgrade:response", 200), answer
+    assert remote.version() == "5.3.0-0000000"
+    again = remote.here.sandbox.ask("agent:upgrade:request", version="5.3.0")
+    assert (again["type"], again["statusCode"]) == ("agent:upgrade:response", 200)
+
+
+@pytest.mark.parametrize(
+    ("version", "env", "words"),
+    [
+        ("5.4.0", {}, "5.4.0 failed its selftest: it is broken"), ("5.9.0", {}, "there is no version 5.9.0"),
+        ("latest", {}, "'latest' is not a valid version"),
+        ("5.3.0", {"MEDPLUM_REMOTE_UPGRADE": "false"}, "remoteUpgrade"), ("5.1.0", {}, "there is no version 5.1.0"),
+    ],
+)  # fmt: skip
+def test_the_server_hears_why_not(remote, version, env, words):
+    remote.agent._env |= env
+    remote.agent.start()
+    answer = remote.here.sandbox.ask("agent:upgrade:request", version=version)
+    assert (answer["type"], words in answer["body"]) == ("agent:error", True), answer
+    assert remote.version() == "5.2.0-0000000"
+
+
+def test_upgrades_have_their_hours(remote):
+    day = "Mo Tu We Th Fr Sa Su".split()[(datetime.datetime.now().weekday() + 3) % 7]
+    config = remote.folder / "hours.toml"
+    config.write_text(f'upgradeWindow = "{day} 00:00-24:00"')
+    remote.agent._options += ["--config", str(config)]
+    remote.agent.start()
+    answer = remote.here.sandbox.ask("agent:upgrade:request", version="5.3.0")
+    assert f"within {day} 00:00-24:00 only" in answer["body"]
+
+
+def test_what_cannot_be_executed_is_given_up(remote):
+    """It passed its selftest, and is gone or another when it is to take over."""
+    program(remote.folder, "5.2.0", "e = m.os.execv\nm.os.execv = lambda path, _: e(path.replace('5.3.0', 'x'), _)")
+    remote.agent.start()
+    with remote.here.device("ADT") as device:
+        answer = remote.here.sandbox.ask("agent:upgrade:request", version="5.3.0")
+        assert answer["body"] == "Failed to upgrade to version 5.3.0: it cannot be executed"
+        assert device.ask(message("A1"))[0] == "CA"
+
+
+def test_a_version_that_never_works_is_reported_by_the_old_one(remote):
+    remote.agent.start()
+    remote.add("5.5.0", "async def no(self): return 'it never works'\nm.Upgrades._trial = no")
+    answer = remote.here.sandbox.ask("agent:upgrade:request", version="5.5.0")
+    assert answer["type"] == "agent:error"
+    assert answer["body"] == "Failed to upgrade to version 5.5.0: it never works"
+
+
+@pytest.mark.parametrize("step", ["fetch", "prove", "execute", "trial", "choose"])
+def test_a_kill_at_each_step_leaves_a_version_that_works(remote, step):
+    """The service manager starts it again; the server hears how it ended."""
+    die = "os = m.os; die = lambda *_, **__: os.kill(os.getpid(), 9)\n"
+    old = {
+        "fetch": "m.Versions._unpack = die",
+        "prove": "m.Upgrades._write = die",
+        "execute": "m.Upgrades.execute = die",
+    }
+    new = {
+        "trial": "m.Upgrades._trial = die",
+        "choose": "c = m.Versions.choose; m.Versions.choose = lambda *a: die(c(*a))",
+    }
+    program(remote.folder, "5.2.0", die + old[step] if step in old else "")
+    remote.agent.start()
+    if step in new:
+        remote.add("5.3.0", die + new[step])
+    with pytest.raises(Exception):  # noqa: B017 - nobody answers
+        remote.here.sandbox.ask("agent:upgrade:request", version="5.3.0", timeout=5)
+    assert remote.agent.wait_exit() == -9
+    program(remote.folder, "5.2.0")
+    if step in new:
+        remote.add("5.3.0")
+    remote.agent.start()
+    assert remote.version() == ("5.3.0" if step == "choose" else "5.2.0") + "-0000000"
+    if step in ("execute", "trial"):
+        remote.agent.logged("ended before it had proved itself")
+    assert not list((remote.folder / "versions").glob("5.9*"))
+
+
+# --- what is under way ---
+
+
+def test_an_answer_that_comes_late_reaches_the_connection_that_waits_for_it(tmp_path):
+    with site(tmp_path, {"ADT": ""}, start=False) as here:
+        here.sandbox.sandbox.bot = bot("AA")
+        here.sandbox.faults.silent = True
+        there = Installed(tmp_path, here)
+        there.add("5.3.0")
+        with here.device("ADT", timeout=30) as device:
+            device.send(message("M1"))
+            here.sandbox.wait_for(lambda: here.sandbox.ids())
+            command = threading.Thread(target=there.command, args=("upgrade", "5.3.0"))
+            command.start()
+            here.agent.logged("5.3.0 takes over", 20)
+            eventually(lambda: "Medplum Agent 5.3.0" in here.agent.output(), 20)
+            here.sandbox.faults.silent = False
+            assert device.ack() == ("AA", "M1")
+            command.join()
+
+
+def test_root_does_it_for_a_service_that_may_not(tmp_path):
+    """The service asks by a file; root's unit, here a thread, believes signatures only."""
+    run = tmp_path / "run"
+    run.mkdir()
+    denied = "m.Versions.writable = property(lambda self: False)"
+    with site(tmp_path, {"ADT": "?enhanced=true"}, start=False) as here:
+        there = Installed(tmp_path, here, denied, start=False)
+        made = there.releases(tmp_path / "made", {"5.3.0": denied})
+        here.agent._env |= {"MEDPLUM_UPGRADE_URL": str(made.folder), "MEDPLUM_REMOTE_UPGRADE": "true",
+            "RUNTIME_DIRECTORY": str(run)}  # fmt: skip
+        here.agent.start()
+        over = threading.Event()
+
+        def unit():
+            while not over.wait(0.02):
+                if (run / "upgrade").exists():
+                    there.command("upgrade", "--requested", settings=f'upgradeUrl = "{made.folder}"', run=run)
+
+        root = threading.Thread(target=unit)
+        root.start()
+        try:
+            answer = here.sandbox.ask("agent:upgrade:request", version="5.3.0")
+            assert answer.get("statusCode") == 200, answer
+            assert there.version() == "5.3.0-0000000"
+            refused = here.sandbox.ask("agent:upgrade:request", version="5.9.0")
+            assert "there is no version 5.9.0" in refused["body"]
+        finally:
+            over.set()
+            root.join()
+        (run / "upgrade").write_text("choose ../../evil")
+        assert there.command("upgrade", "--requested", run=run).returncode == 1
+        assert "no request" in json.loads((there.folder / "versions/answer").read_text())["error"]
+
+
+def test_sessions_and_associations_end_first_and_connections_that_cannot_stay_are_closed_between_messages(tmp_path):
+    """An analyzer in the middle of a session, an association that is open, a TLS connection, a byte stream."""
+    identities = Identities(tmp_path)
+    channels = {
+        "LAB": "tcp://127.0.0.1:{port}?mode=astm",
+        "RAW": "tcp://127.0.0.1:{port}?startChar=%02&endChar=%03",
+        "PACS": "dicom://127.0.0.1:{port}",
+        "TLS": f"mllps://127.0.0.1:{{port}}?enhanced=true&certFile={identities.server}",
+    }
+    with site(tmp_path, channels, start=False) as here:
+        here.sandbox.sandbox.bot = lambda transmit: bot("AA")(transmit) if transmit.channel == "TLS" else (200, "")
+        there = Installed(tmp_path, here)
+        there.add("5.3.0")
+        secure = dial(here, "TLS", identities.client())
+        with Instrument.at(here.ports["LAB"]) as analyzer, here.device("RAW") as raw, secure:
+            assert analyzer.ask(ENQ) == ACK
+            frames = frames_of("H|\\^&", "R|1|^^^GLU|5.1", "L|1|N")
+            assert analyzer.ask(frames[0]) == ACK
+            scanner = AE(ae_title="SCANNER")
+            scanner.add_requested_context("1.2.840.10008.1.1")  # Verification
+            association = scanner.associate("127.0.0.1", here.ports["PACS"])
+            assert association.is_established
+            secure.sendall(b"\x0b" + message("T1").encode() + b"\x1c\r")
+            assert b"CA|T1" in secure.recv(4096)
+            ran: list[subprocess.CompletedProcess[str]] = []
+            command = threading.Thread(target=lambda: ran.append(there.command("upgrade", "5.3.0")))
+            command.start()
+            here.agent.logged("5.3.0 takes over", 20)
+            for frame in frames[1:]:  # it waits for both
+                assert analyzer.ask(frame) == ACK
+            analyzer.write(EOT)
+            assert association.send_c_echo().Status == 0
+            association.release()
+            command.join()
+            assert ran[0].returncode == 0, ran[0].stderr
+            analyzer.session("H|\\^&", "R|1|^^^GLU|5.2", "L|1|N")  # on the same line, with the new version
+            raw.send_raw(b"\x02again\x03")
+            here.sandbox.wait_for(lambda: len([t for _, t in here.sandbox.seen if t.channel == "LAB"]) == 2)
+            here.sandbox.wait_for(lambda: [t for _, t in here.sandbox.seen if t.channel == "RAW"])
+            rest = b"".join(iter(lambda: secure.recv(4096), b""))  # the Bot's answer, and the end of the connection
+            assert b"AA|T1" in rest
