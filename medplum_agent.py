@@ -11399,7 +11399,7 @@ def _stack(error: BaseException | None) -> list[str]:
 
 
 # =====================================================================================================================
-# Command line (680 lines, 5900 tokens)
+# Command line (690 lines, 5900 tokens)
 # =====================================================================================================================
 
 _USAGE = """\
@@ -11961,9 +11961,11 @@ def _selftest(options: argparse.Namespace, *arguments: str) -> int:
 
 
 def _requested(config: ProcessConfig, versions: Versions) -> int:
-    """Root does what a service asked for, which may be anything: what is signed decides."""
+    """Root does what a service asked for, if it did, and which may be anything: what is signed decides."""
     request = Path(os.environ.get("RUNTIME_DIRECTORY") or "/run/medplum-agent", REQUEST_FILE)
     answer = Json()
+    if not os.path.lexists(request):
+        return 0
     try:
         with os.fdopen(os.open(request, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK), "rb") as file:
             found = re.fullmatch(rf"(fetch|choose) ({_VERSION})?", file.read(64).decode("latin-1"))
@@ -12007,6 +12009,8 @@ def _upgrade(options: argparse.Namespace, what: str = "") -> int:
         wanted = answer["version"]
         while True:
             time.sleep(LAZY_SECS)
+            if versions.writable:
+                _requested(config, versions)
             with suppress(StorageError):
                 status = ask_agent(state_dir, {"command": "status"}) or {}
                 found = status.get("upgrade", {})

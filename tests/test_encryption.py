@@ -2,8 +2,10 @@
 
 import contextlib
 import errno
+import itertools
 import os
 import random
+import signal
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -224,6 +226,58 @@ def test_a_link_to_the_queue_stays_a_link(tmp_path: Path, queue: tuple[Path, str
     link.symlink_to(path)
     ma.rewrite_queue(link, key, "")
     assert link.is_symlink() and ma.is_plain(path)
+
+
+STEPS = {"unlink": Path, "replace": Path, "open": os, "replace_file": ma, "sync": ma, "sync_folder": ma}
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+@pytest.mark.parametrize("before", [False, True], ids=["after", "before"])
+def test_a_kill_at_each_step_of_a_new_key_leaves_the_queue_to_one_of_both(
+    queue: tuple[Path, str], before: bool
+) -> None:
+    """One of the two keys reads it, and the agent with that key starts; trying again ends well."""
+    path, key = queue
+    whole, other, killed = path.read_bytes(), ma.store_key(f"command:echo {KEY[::-1]}", "aegis"), 0
+    for step in range(100):
+        path.write_bytes(whole)
+        ma.mark_key(path, key)
+        if (child := os.fork()) == 0:
+            count = itertools.count()
+
+            def dying(work: Any) -> Any:
+                def run(*given: Any, **named: Any) -> Any:
+                    mine = next(count) == step  # noqa: B023
+                    if mine and before:
+                        os.kill(os.getpid(), signal.SIGKILL)
+                    found = work(*given, **named)
+                    if mine:
+                        os.kill(os.getpid(), signal.SIGKILL)
+                    return found
+
+                return run
+
+            for name, owner in STEPS.items():
+                setattr(owner, name, dying(getattr(owner, name)))
+            ma.rewrite_queue(path, key, other)
+            ma.mark_key(path, other)
+            os._exit(0)
+        ended = os.waitpid(child, 0)[1]
+        readable = []
+        for one in (key, other):
+            with contextlib.suppress(ma.ConfigError, apsw.NotADBError):
+                ma.check_key(path, one)
+                with contextlib.closing(ma.Database(path, one)) as db:
+                    readable += [one] * (db.one("SELECT count(*) FROM t") == 200)
+        assert len(readable) == 1, (step, readable)
+        if readable == [key]:
+            ma.rewrite_queue(path, key, other)
+        ma.mark_key(path, other)
+        ma.check_key(path, other)
+        if ended == 0:
+            break
+        killed += 1
+    assert ended == 0 and killed >= 8
 
 
 def test_a_disk_that_fills_up_while_converting_costs_nothing(
