@@ -9,6 +9,5 @@ cp dist/medplum-agent.vex.cdx.json "assets/medplum-agent-$version-$system.vex.cd
 cp dist/LICENSES.txt "assets/medplum-agent-$version-$system-LICENSES.txt"
 # Installers, packages and archives have their version and machine in their names already.
 find dist -maxdepth 1 \( -name '*.deb' -o -name '*.rpm' -o -name '*.pkg' -o -name 'medplum-agent-installer-*.exe' \
-    -o -name 'medplum-agent-*.tar.gz' \) \
-    -exec cp {} assets/ \;
+    -o -name "medplum-agent-$version-*.tar.gz" \) -exec cp {} assets/ \;
 if [ -e dist/image.tar.gz ]; then cp dist/image.tar.gz "assets/medplum-agent-$version-$system-image.tar.gz"; fi

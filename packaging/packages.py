@@ -23,7 +23,6 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import docs
 from binary import commit_time, needed_glibc
 
 HERE = Path(__file__).resolve().parent
@@ -85,6 +84,8 @@ def linux_tree(program: Path, tree: Path, place: str, zsh: str) -> None:
     squeeze((program / "LICENSES.txt").read_bytes(), documents / "LICENSES.txt.gz")
     for path in (HERE / "monitoring").iterdir():
         put(path, documents / "monitoring" / path.name)
+    import docs  # needs the agent's libraries, which nobody has who only releases
+
     made = tree.with_name("docs")
     docs.main(made)
     share = tree / "usr/share"

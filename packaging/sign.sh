@@ -1,13 +1,14 @@
 #!/usr/bin/env bash
-# Sign with the keys that the environment names: sign.sh linux|macos|windows FILE..., sign.sh upgrades FOLDER
+# Sign with the keys that the environment names: sign.sh linux|macos|windows FILE..., upgrades PREVIOUS, renew REPOSITORY
 # Where one is missing it fails, or only says so when ALLOW_UNSIGNED is "true".
 #
 #   linux     GPG_PRIVATE_KEY (armoured): a detached signature beside each file
 #   macos     MACOS_CERTIFICATE (.p12 in base64), MACOS_CERTIFICATE_PASSWORD, MACOS_IDENTITY for programs,
 #             MACOS_INSTALLER_IDENTITY for packages; with APPLE_ID, APPLE_PASSWORD, APPLE_TEAM these are notarised
 #   windows   WINDOWS_CERTIFICATE (.pfx in base64), WINDOWS_CERTIFICATE_PASSWORD
-#   upgrades  UPGRADE_TARGETS_KEY, UPGRADE_SNAPSHOT_KEY, UPGRADE_TIMESTAMP_KEY (PEM): the archives in the folder that is
-#             named become a repository of signed upgrades, as the next after that of the latest release (GH_TOKEN)
+#   upgrades  UPGRADE_TARGETS_KEY, UPGRADE_SNAPSHOT_KEY, UPGRADE_TIMESTAMP_KEY (.pem), MEDPLUM_AGENT_PASSPHRASE where
+#             they have one: build.py release of dist/, as the next after the repository in PREVIOUS, if that is there
+#   renew     UPGRADE_TIMESTAMP_KEY, MEDPLUM_AGENT_PASSPHRASE: build.py renew
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 system=$1
@@ -81,20 +82,25 @@ windows() {
         /f "$(cygpath -w "$work/certificate.pfx")" /p "$WINDOWS_CERTIFICATE_PASSWORD" "$@"
 }
 
-upgrades() {
-    local role variable previous=$work/previous
-    mkdir -p "$work/keys" "$previous" "$here/../dist"
-    for role in targets snapshot timestamp; do
-        variable=UPGRADE_${role^^}_KEY
-        [ -n "${!variable:-}" ] || unsigned "$variable" "no agent can upgrade itself to this release"
-        (umask 077 && printf '%s\n' "${!variable}" >"$work/keys/$role.pem")
+upgrade_keys() {
+    local role name
+    [ -e "$here/upgrade-root.json" ] || unsigned packaging/upgrade-root.json upgrades
+    for role in "$@"; do
+        name=UPGRADE_${role^^}_KEY
+        [ -n "${!name:-}" ] || unsigned "$name" upgrades
+        printf '%s\n' "${!name}" >"$work/$role.pem"
     done
-    gh release download --dir "$previous" --pattern '*.root.json' --pattern '*.snapshot.json' \
-        --pattern '*.targets.json' --pattern timestamp.json || echo "no release before this one has signed upgrades"
-    [ -e "$previous/timestamp.json" ] || previous=
-    cp "$1"/medplum-agent-*.tar.gz "$here/../dist/"
-    python3 "$here/../build.py" release "$work/keys" ${previous:+"$previous"}
-    cp "$here/../dist/repository/"* "$1/"
+}
+
+upgrades() {
+    upgrade_keys targets snapshot timestamp
+    if [ -d "$1" ]; then set -- "$1"; else set --; fi
+    python3 "$here/../build.py" release "$work" "$@"
+}
+
+renew() {
+    upgrade_keys timestamp
+    python3 "$here/../build.py" renew "$1" "$work"
 }
 
 "$system" "$@"

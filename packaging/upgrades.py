@@ -170,10 +170,15 @@ def read_roots(folder: Path, root_file: Path) -> tuple[Metadata[Root], ...]:
     return tuple(roots)
 
 
+def newest_root(folder: Path, roots: tuple[Metadata[Root], ...]) -> Root:
+    """Of those in the folder itself; the one that is shipped may be newer."""
+    return roots[len(root_files(folder)) - 1].signed
+
+
 def read_state(folder: Path, root_file: Path) -> State:
     """RepositoryError unless everything is signed by those whom the folder's own newest root names."""
     roots = read_roots(folder, root_file)
-    judge = roots[len(root_files(folder)) - 1].signed  # signed before a newer root was made
+    judge = newest_root(folder, roots)
     content = (folder / "timestamp.json").read_bytes()
     timestamp = Metadata[Timestamp].from_bytes(content)
     judge.verify_delegate("timestamp", timestamp.signed_bytes, timestamp.signatures)
@@ -280,11 +285,15 @@ def write_bundle(repository: Path, name: str) -> Path:
 
 
 def renew(repository: Path, keys: Path, root_file: Path = UPGRADE_ROOT, now: datetime.datetime | None = None) -> str:
-    """A fresh timestamp, also in the bundles that are there; all else stays as it was signed."""
+    """A fresh timestamp, also in the bundles that are there; all else stays as it was signed.
+
+    The key is the one that the repository's own root names: a newer root comes with the next release.
+    """
     state = read_state(repository, root_file)
-    signers = online(keys, state.roots[-1].signed, "timestamp")
+    root = newest_root(repository, state.roots)
+    signers = online(keys, root, "timestamp")
     content = signed(state.timestamp, signers["timestamp"], now or utc_now(), TIMESTAMP_DAYS)
-    others = min(part.expires for part in (state.roots[-1].signed, state.snapshot, state.targets))
+    others = min(part.expires for part in (root, state.snapshot, state.targets))
     if others < state.timestamp.expires:
         raise UpgradeError(f"root, snapshot or targets end on {others:%Y-%m-%d}: change keys, or release, before that")
     (repository / "timestamp.json").write_bytes(content)

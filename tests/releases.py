@@ -1,7 +1,6 @@
 """Signed repositories of releases for tests, made by packaging/upgrades.py with keys that are thrown away."""
 
 import functools
-import sys
 import tempfile
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
@@ -9,10 +8,10 @@ from datetime import timedelta
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
-from types import ModuleType
 from typing import NamedTuple
 
-PACKAGING = Path(__file__).resolve().parent.parent / "packaging"
+import packages
+import upgrades
 
 
 class Keys(NamedTuple):
@@ -26,22 +25,13 @@ class Repository(NamedTuple):
     bundles: dict[str, Path]  # by version
 
 
-def tools() -> ModuleType:
-    """packaging/upgrades.py; `packaging` itself is also a library of pytest's."""
-    if str(PACKAGING) not in sys.path:
-        sys.path.insert(0, str(PACKAGING))
-    import upgrades
-
-    return upgrades
-
-
 @functools.cache
 def throw_away_keys(name: str = "ours") -> Keys:
     """Made once for each process; another name gives other keys and another root."""
     holder = tempfile.TemporaryDirectory(prefix="medplum-agent-keys-")
     _HOLDERS.append(holder)
     keys = Keys(Path(holder.name, "keys"), Path(holder.name, "upgrade-root.json"))
-    tools().keys(keys.folder, keys.root)
+    upgrades.keys(keys.folder, keys.root)
     return keys
 
 
@@ -62,9 +52,7 @@ def make_repository(
     signed as if it were `age_days` ago: the timestamp is good for 90 days, snapshot and targets for 365. `strangers`
     are roles ("targets", "snapshot", "timestamp") that keys sign which the root does not name.
     """
-    upgrades, keys = tools(), keys or throw_away_keys()
-    import packages  # beside it
-
+    keys = keys or throw_away_keys()
     now = upgrades.utc_now() - timedelta(age_days)
     folder.mkdir(parents=True, exist_ok=True)
     bundles = {}
@@ -73,12 +61,8 @@ def make_repository(
         upgrades.release(folder, folder, keys.folder, name=version, root_file=keys.root, now=now)
         if strangers:
             state = upgrades.read_state(folder, keys.root)
-            signers = {
-                role: upgrades.signer(
-                    (throw_away_keys("strangers") if role in strangers else keys).folder / f"{role}.pem"
-                )
-                for role in upgrades.ROLES
-            }
+            holders = {role: throw_away_keys("strangers") if role in strangers else keys for role in upgrades.ROLES}
+            signers = {role: upgrades.signer(holder.folder / f"{role}.pem") for role, holder in holders.items()}
             upgrades.publish(folder, state, signers, now)
             upgrades.write_bundle(folder, version)
         bundles[version] = folder / f"medplum-agent-{version}.bundle"

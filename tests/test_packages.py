@@ -85,19 +85,25 @@ def run(*command: str | Path, **how: Any) -> str:
 # --- what the binary is made of ---
 
 
-def pins() -> dict[str, str]:
+def pins(group: str) -> dict[str, str]:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
-    wanted = [*project["project"]["dependencies"], *project["dependency-groups"]["binary"]]
+    wanted = [*project["dependency-groups"][group], *(project["project"]["dependencies"] if group == "binary" else ())]
     return dict(pin.split(";")[0].strip().lower().replace("_", "-").split("==") for pin in wanted)
 
 
-def test_the_lock_has_the_pins_with_hashes_and_no_address() -> None:
-    text = (PACKAGING / "binary.lock").read_text()
+@pytest.mark.parametrize("group", ["binary", "release"])
+def test_the_lock_has_the_pins_with_hashes_and_no_address(group: str) -> None:
+    text = (PACKAGING / f"{group}.lock").read_text()
     locked = dict(re.findall(r"^([a-z0-9-]+)==([^ ]+)", text, re.MULTILINE))
-    assert pins().items() <= locked.items(), "run: python3 build.py lock"
+    assert pins(group).items() <= locked.items(), "run: python3 build.py lock"
     for entry in re.split(r"\n(?=[a-z])", text):
         assert "--hash=sha256:" in entry, entry.splitlines()[0]
     assert "://" not in text
+
+
+def test_what_signs_upgrades_is_what_reads_them_and_never_part_of_the_program() -> None:
+    assert pins("release")["tuf"] == pins("binary")["tuf"]
+    assert not re.search("^cryptography==", (PACKAGING / "binary.lock").read_text(), re.MULTILINE)
 
 
 def test_every_module_that_is_loaded_late_is_named_for_the_compiler(scripts: Any) -> None:
@@ -591,9 +597,57 @@ def test_only_a_tag_on_main_is_released(tmp_path: Path) -> None:
     assert not compared(GITHUB_REF_NAME="v0.0.1")
 
 
-@pytest.mark.parametrize("system", ["linux", "macos", "windows", "upgrades"])
+def test_a_fresh_timestamp_needs_no_approval_and_has_one_key() -> None:
+    """Which can only say that the newest release still is the newest."""
+    flow = workflow("renew")
+    (job,) = flow["jobs"].values()
+    assert job["environment"] == "renew" and set(flow[True]) == {"schedule", "workflow_dispatch"}  # YAML's "on"
+    assert set(re.findall(r"secrets\.(\w+)", str(job))) == {"UPGRADE_TIMESTAMP_KEY", "UPGRADE_PASSPHRASE"}
+    assert flow["concurrency"] == workflow("release")["jobs"]["publish"]["concurrency"]
+
+
+@pytest.mark.parametrize(("system", "roles"), [("upgrades", "snapshot targets timestamp"), ("renew", "timestamp")])
+def test_keys_of_upgrades_come_from_the_environment(tmp_path: Path, system: str, roles: str) -> None:
+    """A stand-in takes the place of Python, and shows what build.py would be given."""
+    script, shown = tmp_path / "packaging/sign.sh", tmp_path / "python3"
+    script.parent.mkdir()
+    shutil.copy(PACKAGING / "sign.sh", script)
+    (script.parent / "upgrade-root.json").touch()
+    shown.write_text('#!/bin/sh\necho "$2"\nfor given in "$3" "$4"; do cd "$given" && grep . *; done\n')
+    shown.chmod(0o755)
+    (tmp_path / "repository").mkdir()
+    (tmp_path / "repository/timestamp.json").write_text("signed\n")
+    environ = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "ALLOW_UNSIGNED": "false"}
+    environ |= {f"UPGRADE_{role.upper()}_KEY": f"key of {role}" for role in roles.split()}
+    lines = run(script, system, tmp_path / "repository", env=environ).splitlines()
+    assert lines[0] == {"upgrades": "release", "renew": "renew"}[system]
+    keys = [f"{role}.pem:key of {role}" for role in roles.split()] if len(roles.split()) > 1 else ["key of timestamp"]
+    assert sorted(lines[1:]) == sorted([*keys, "signed"])
+    done = subprocess.run([script, system, "none"], capture_output=True, text=True, env=environ | {
+        "UPGRADE_TIMESTAMP_KEY": ""})  # fmt: skip
+    assert done.returncode == 1 and "UPGRADE_TIMESTAMP_KEY is not configured" in done.stdout
+
+
+@pytest.mark.parametrize("tags", ["v5.4.0\nv5.3.0\n", ""])
+def test_upgrades_go_on_from_the_newest_release_that_has_them(tmp_path: Path, tags: str) -> None:
+    """A stand-in takes the place of gh."""
+    (tmp_path / "tags").write_text(tags)
+    (tmp_path / "gh").write_text(
+        f'#!/bin/sh\nif [ "$1" = api ]; then cat {tmp_path}/tags; else echo "$@" >{tmp_path}/asked; fi\n'
+    )
+    (tmp_path / "gh").chmod(0o755)
+    environ = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "GITHUB_REPOSITORY": "owner/name"}
+    printed = run(PACKAGING / "fetch_repository.sh", "previous", env=environ)
+    assert printed.strip() == tags.partition("\n")[0]
+    asked = (tmp_path / "asked").read_text() if tags else ""
+    assert asked.startswith("release download v5.4.0 --dir previous --pattern *.root.json " if tags else "")
+    assert (tmp_path / "asked").exists() == bool(tags)
+
+
+@pytest.mark.parametrize("system", ["linux", "macos", "windows", "upgrades", "renew"])
 def test_without_a_key_nothing_is_published_but_where_that_is_allowed(system: str) -> None:
-    keys = ("GPG_PRIVATE_KEY", "MACOS_CERTIFICATE", "WINDOWS_CERTIFICATE", "UPGRADE_TARGETS_KEY", "ALLOW_UNSIGNED")
+    keys = ("GPG_PRIVATE_KEY", "MACOS_CERTIFICATE", "WINDOWS_CERTIFICATE", "UPGRADE_TIMESTAMP_KEY",
+            "UPGRADE_TARGETS_KEY", "ALLOW_UNSIGNED")  # fmt: skip
     environ = {name: value for name, value in os.environ.items() if name not in keys}
     command: tuple[str | Path, ...] = (PACKAGING / "sign.sh", system, "a file")
     for refused in ({}, {"ALLOW_UNSIGNED": "false"}):
@@ -605,47 +659,45 @@ def test_without_a_key_nothing_is_published_but_where_that_is_allowed(system: st
 
 
 def test_the_release_signs_the_archives_of_all_systems(tmp_path: Path) -> None:
-    """The workflow's own step in a copy of the sources, with stand-ins for gh and for what installs tuf; twice."""
+    """The workflow's own step in a copy of the sources, with a stand-in for what makes an environment; twice."""
     keys, here = releases.throw_away_keys(), tmp_path / "here"
     (here / "packaging").mkdir(parents=True)
-    for name in ("sign.sh", "upgrades.py", "packages.py", "binary.py", "inventory.py", "docs.py"):
+    for name in ("sign.sh", "upgrades.py", "packages.py", "binary.py", "inventory.py"):
         shutil.copy(PACKAGING / name, here / "packaging")
     for source, target in ((keys.root, "packaging/upgrade-root.json"), (ROOT / "medplum_agent.py", "medplum_agent.py")):
         shutil.copy(source, here / target)
     (here / "build.py").write_text(
-        "import subprocess, sys\nfolders = sys.argv[2:]\nfrom pathlib import Path\nhere = Path(__file__).parent\n"
+        "import subprocess, sys\nfrom pathlib import Path\nhere = Path(__file__).parent\n"
         f"sys.exit(subprocess.call([{sys.executable!r}, here / 'packaging/upgrades.py', 'release', here / 'dist', "
-        f"here / 'dist/repository', *folders], env={{'PYTHONPATH': {str(ROOT)!r}, 'PATH': '/usr/bin:/bin'}}))\n"
+        "here / 'dist/repository', *sys.argv[2:]]))\n"
     )
-    tools, latest = tmp_path / "tools", tmp_path / "latest"
-    tools.mkdir()
-    (tools / "gh").write_text(f'#!/bin/sh\nset -e\ncp {latest}/*.json "$4"\n')
-    (tools / "gh").chmod(0o755)
-    environ = {**os.environ, "PATH": f"{tools}:{os.environ['PATH']}"}
+    steps = workflow("release")["jobs"]["publish"]["steps"]
+    (step,) = (step for step in steps if "UPGRADE_TARGETS_KEY" in step.get("env", ()))
+    environ = {name: os.environ.get(name, "") for name in ("PATH", "TMPDIR")}
     for role in ("targets", "snapshot", "timestamp"):
         environ[f"UPGRADE_{role.upper()}_KEY"] = (keys.folder / f"{role}.pem").read_text()
+    version, repository = medplum_agent.__version__, here / "dist/repository"
+    (here / "assets").mkdir()
+    for system in ("linux-x86_64", "macos-arm64"):
+        (here / f"assets/medplum-agent-{version}-{system}.tar.gz").write_text(system)
+    (here / f"assets/medplum-agent-{version}-linux-x86_64-image.tar.gz").write_text("image")
     for release in (1, 2):
-        assets = tmp_path / f"assets{release}"
-        assets.mkdir()
-        for system in ("linux-x86_64", "macos-arm64"):
-            (assets / f"medplum-agent-{medplum_agent.__version__}-{system}.tar.gz").write_text(system)
-        (assets / f"medplum-agent-{medplum_agent.__version__}-linux-x86_64-image.tar.gz").write_text("image")
-        run(here / "packaging/sign.sh", "upgrades", assets, env=environ)
-        found = json.loads((assets / f"{release}.targets.json").read_text())["signed"]["targets"]
+        run("bash", "-e", "-c", step["run"], cwd=here, env=environ)
+        found = json.loads((repository / f"{release}.targets.json").read_text())["signed"]["targets"]
         assert len(found) == 2 and all("image" not in name for name in found)
-        assert {"1.root.json", "timestamp.json", f"medplum-agent-{medplum_agent.__version__}.bundle"} <= {
-            path.name for path in assets.iterdir()
-        }
-        shutil.copytree(assets, latest, dirs_exist_ok=True)
+        made = {path.name for path in repository.iterdir()}
+        assert {"1.root.json", "timestamp.json", f"medplum-agent-{version}.bundle"} <= made
+        repository.rename(here / "previous") if release == 1 else None
         shutil.rmtree(here / "dist")
 
 
-def test_an_older_version_can_read_the_manifest(scripts: Any, tmp_path: Path) -> None:
+def test_an_older_version_can_read_the_manifest(tmp_path: Path) -> None:
     """As the reference does (operations contract 6): the first asset that ends in .exe or linux."""
     names = ["medplum-agent-9-windows-x86_64.exe", "medplum-agent-installer-9.exe", "medplum-agent-9-linux-arm64"]
     for name in (*names, "medplum-agent-9-linux"):
         (tmp_path / name).write_text(name)
-    assert scripts("release").main(tmp_path, "https://example.org/v9/") == 0
+    isolated = (sys.executable, "-S", "-E")  # as the release runs it, without any library
+    run(*isolated, PACKAGING / "release.py", tmp_path, "https://example.org/v9/")
     manifest = json.loads((tmp_path / "release-manifest.json").read_text())
     assert manifest["tag_name"] == f"v{medplum_agent.__version__}"
     first = {end: next(a for a in manifest["assets"] if a["name"].endswith(end)) for end in (".exe", "linux")}

@@ -1,150 +1,403 @@
-"""Signed releases (packaging/upgrades.py) as a client of The Update Framework sees them, and who makes them."""
+"""Signed upgrades: what packaging/upgrades.py makes, judged by the client of TUF's own reference implementation."""
 
+import datetime
+import json
 import os
-import shutil
 import stat
+import subprocess
+import sys
 import tarfile
-from collections.abc import Callable
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import binary
+import packages
 import pytest
-from tuf.api.exceptions import BadVersionNumberError, ExpiredMetadataError, RepositoryError, UnsignedMetadataError
+import upgrades
+from cryptography.hazmat.primitives.asymmetric.rsa import generate_private_key
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
+from tuf.api.exceptions import (
+    BadVersionNumberError,
+    DownloadError,
+    ExpiredMetadataError,
+    LengthOrHashMismatchError,
+    UnsignedMetadataError,
+)
+from tuf.api.metadata import Metadata, Root
 from tuf.ngclient import Updater, UpdaterConfig
 
-from tests import releases
+from tests.releases import Keys, Repository, make_repository, served, throw_away_keys
+from tests.support import ROOT
+
+OLD, NEW = "5.3.0", "5.4.0"
+TARGETS = {version: packages.archive_name(version) for version in (OLD, NEW)}
 
 
-def program(folder: Path, text: str = "one") -> Path:
-    folder.mkdir(parents=True)
-    (folder / "medplum-agent").write_text(text)
-    (folder / "library.so").write_text("shared")
+@pytest.fixture
+def program(tmp_path: Path) -> Path:
+    folder = tmp_path / "program"
+    (folder / "certifi").mkdir(parents=True)
+    (folder / "medplum-agent").write_text("#!/bin/sh\n")
+    (folder / "certifi/cacert.pem").write_text("certificates\n")
     return folder
 
 
-def client(metadata: Path, url: str, root: bytes) -> Updater:
-    """As the agent is one."""
-    metadata.mkdir(exist_ok=True)
-    config = UpdaterConfig(prefix_targets_with_hash=False)
-    updater = Updater(str(metadata), url, str(metadata), url, config=config, bootstrap=root)
-    updater.refresh()
-    return updater
+@pytest.fixture
+def keys(tmp_path: Path) -> Keys:
+    """For tests that change them."""
+    made = Keys(tmp_path / "keys", tmp_path / "upgrade-root.json")
+    upgrades.keys(made.folder, made.root)
+    return made
 
 
-def names(made: releases.Repository) -> list[str]:
-    return sorted(path.name for path in made.folder.glob("*.tar.gz"))
+@pytest.fixture
+def client(tmp_path: Path) -> Iterator[Any]:
+    """Asks a repository as an agent does, and remembers between two calls what it saw; the target's bytes."""
+    memory = tmp_path / "memory"
+    memory.mkdir()
+
+    def ask(repository: Path, root: bytes, version: str) -> bytes | None:
+        with served(repository) as address:
+            updater = Updater(
+                str(memory), address, str(memory), address, config=UpdaterConfig(prefix_targets_with_hash=False),
+                bootstrap=root,
+            )  # fmt: skip
+            target = updater.get_targetinfo(TARGETS[version])
+            return Path(updater.download_target(target)).read_bytes() if target else None
+
+    yield ask
 
 
-def test_two_releases_and_a_bundle_are_accepted(tmp_path: Path) -> None:
-    made = releases.make_repository(tmp_path / "all", {"5.3.0": program(tmp_path / "a")})
-    with releases.served(made.folder) as url:
-        assert client(tmp_path / "client", url, made.root).get_targetinfo(names(made)[0])
-        made = releases.make_repository(tmp_path / "all", {"5.4.0": program(tmp_path / "b")})
-        updater = client(tmp_path / "client", url, made.root)
-        assert len(names(made)) == 2
-        for name in names(made):
-            found = updater.get_targetinfo(name)
-            assert found
-            with tarfile.open(updater.download_target(found)) as archive:
-                assert archive.getnames() == [
-                    "medplum-agent",
-                    "medplum-agent/library.so",
-                    "medplum-agent/medplum-agent",
-                ]
-    with tarfile.open(made.bundles["5.4.0"]) as bundle:
-        bundle.extractall(tmp_path / "bundle", filter="data")
-    with releases.served(tmp_path / "bundle") as url:
-        assert client(tmp_path / "other", url, made.root).get_targetinfo(names(made)[1])
+# --- what a client accepts ---
 
 
-@pytest.mark.parametrize("role", ["targets", "snapshot", "timestamp"])
-def test_a_stranger_signs_nothing(tmp_path: Path, role: str) -> None:
-    made = releases.make_repository(tmp_path / "all", {"5.3.0": program(tmp_path / "a")}, strangers=[role])
-    with releases.served(made.folder) as url, pytest.raises(UnsignedMetadataError, match=role):
-        client(tmp_path / "client", url, made.root)
+def test_each_release_is_accepted_and_the_older_one_stays_listed(client: Any, program: Path, tmp_path: Path) -> None:
+    folder, root, _ = make_repository(tmp_path / "repository", {OLD: program})
+    assert client(folder, root, OLD) == (folder / TARGETS[OLD]).read_bytes()
+    assert client(folder, root, NEW) is None
+    (program / "medplum-agent").write_text("#!/bin/sh\n# new\n")
+    make_repository(folder, {NEW: program})
+    assert client(folder, root, NEW) == (folder / TARGETS[NEW]).read_bytes()
+    assert client(folder, root, OLD) == (folder / TARGETS[OLD]).read_bytes()
 
 
-def test_what_is_old_is_refused(tmp_path: Path) -> None:
-    made = releases.make_repository(tmp_path / "all", {"5.3.0": program(tmp_path / "a")}, age_days=91)
-    with releases.served(made.folder) as url, pytest.raises(ExpiredMetadataError, match=r"timestamp\.json"):
-        client(tmp_path / "client", url, made.root)
-    releases.tools().renew(made.folder, releases.throw_away_keys().folder, releases.throw_away_keys().root)
-    with releases.served(made.folder) as url:
-        client(tmp_path / "client", url, made.root)
-    replayed = shutil.copytree(made.folder, tmp_path / "replayed")
-    releases.make_repository(tmp_path / "all", {"5.4.0": program(tmp_path / "b")})
-    with releases.served(made.folder) as url:
-        client(tmp_path / "client", url, made.root)
-    with releases.served(replayed) as url, pytest.raises(BadVersionNumberError):
-        client(tmp_path / "client", url, made.root)
+def test_a_release_of_its_own_folder_goes_on_where_the_previous_one_was(
+    client: Any, program: Path, tmp_path: Path
+) -> None:
+    """As on a forge: each release's assets are a whole repository, but for the programs of older ones."""
+    first, root, _ = make_repository(tmp_path / "first", {OLD: program})
+    dist, second, keys = tmp_path / "dist", tmp_path / "second", throw_away_keys()
+    dist.mkdir()
+    packages.pack(program, dist / TARGETS[NEW])
+    (dist / TARGETS[OLD]).write_text("a leftover of other days")
+    said = upgrades.release(dist, second, keys.folder, first, name=NEW, root_file=keys.root)
+    assert said.startswith(f"medplum-agent-{NEW}.bundle: 1 programs, timestamp 2, ")
+    assert {path.name for path in second.iterdir()} == {
+        "1.root.json", "timestamp.json", "2.snapshot.json", "2.targets.json", TARGETS[NEW],
+        f"medplum-agent-{NEW}.bundle",
+    }  # fmt: skip
+    assert client(first, root, OLD) and client(second, root, NEW)
+    with pytest.raises(DownloadError):
+        client(second, root, OLD)
+    assert set(upgrades.read_state(second, keys.root).targets.targets) == set(TARGETS.values())
 
 
-def test_keys_change_and_who_knows_the_first_root_follows(tmp_path: Path) -> None:
-    """A root key is lost, and one replaces it that two of the old ones vouch for."""
-    upgrades, keys = releases.tools(), releases.Keys(tmp_path / "keys", tmp_path / "root.json")
-    upgrades.keys(keys.folder, keys.root)
-    first = keys.root.read_bytes()
-    assert {stat.S_IMODE(path.stat().st_mode) for path in keys.folder.iterdir()} == {0o600}
-    releases.make_repository(tmp_path / "all", {"5.3.0": program(tmp_path / "a")}, keys=keys)
-    (keys.folder / "root1.pem").unlink()
-    assert "version 2" in upgrades.keys(keys.folder, keys.root)
-    made = releases.make_repository(tmp_path / "all", {"5.4.0": program(tmp_path / "b")}, keys=keys)
-    assert {"1.root.json", "2.root.json"} <= {path.name for path in made.folder.iterdir()}
-    with releases.served(made.folder) as url:
-        assert client(tmp_path / "client", url, first).get_targetinfo(names(made)[1])
-    for name in ("root1", "root2"):  # two of three at once: nobody vouches for that
+def test_a_bundle_is_a_whole_repository(client: Any, program: Path, tmp_path: Path) -> None:
+    _, root, bundles = make_repository(tmp_path / "repository", {OLD: program, NEW: program})
+    with tarfile.open(bundles[NEW], "r:") as bundle:
+        assert bundle.getnames() == [
+            "1.root.json", "2.snapshot.json", "2.targets.json", "timestamp.json", TARGETS[NEW],
+        ]  # fmt: skip
+        bundle.extractall(tmp_path / "carried", filter="data")
+    assert client(tmp_path / "carried", root, NEW)
+
+
+def test_an_archive_holds_the_program_with_modes_and_nothing_of_the_machine(program: Path, tmp_path: Path) -> None:
+    made = []
+    for number, mask in enumerate((0o022, 0o077)):
+        (tmp_path / str(number)).mkdir()
+        before = os.umask(mask)
+        try:
+            made.append(packages.pack(program, tmp_path / str(number) / TARGETS[OLD]))
+        finally:
+            os.umask(before)
+        for path in program.rglob("*"):
+            os.utime(path, (1_700_000_000, 1_700_000_000))
+            path.chmod(0o700)
+    assert made[0].read_bytes() == made[1].read_bytes()
+    with tarfile.open(made[0]) as tar:
+        members = {member.name: (member.mode, member.uid, member.uname, member.mtime) for member in tar}
+    seconds = int(binary.commit_time())
+    assert members == {
+        "medplum-agent": (0o755, 0, "", seconds), "medplum-agent/medplum-agent": (0o755, 0, "", seconds),
+        "medplum-agent/certifi": (0o755, 0, "", seconds), "medplum-agent/certifi/cacert.pem": (0o644, 0, "", seconds),
+    }  # fmt: skip
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="links need a privilege there")
+def test_an_archive_with_a_link_is_not_made(program: Path, tmp_path: Path) -> None:
+    (program / "link").symlink_to("certifi")
+    with pytest.raises(packages.PackageError, match="link"):
+        packages.pack(program, tmp_path / TARGETS[OLD])
+
+
+def test_the_compiled_folder_needs_no_archive(program: Path, tmp_path: Path) -> None:
+    keys, name = throw_away_keys(), packages.version()
+    program.rename(tmp_path / "medplum-agent")
+    upgrades.release(tmp_path, tmp_path / "repository", keys.folder, root_file=keys.root)
+    assert (tmp_path / "repository" / packages.archive_name(name)).exists()
+
+
+# --- what a client refuses ---
+
+
+@pytest.mark.parametrize("role", upgrades.ROLES)
+def test_a_stranger_signs(client: Any, program: Path, tmp_path: Path, role: str) -> None:
+    folder, root, _ = make_repository(tmp_path / "repository", {OLD: program}, strangers=[role])
+    with pytest.raises(UnsignedMetadataError):
+        client(folder, root, OLD)
+
+
+def test_another_root(client: Any, program: Path, tmp_path: Path) -> None:
+    folder, _, _ = make_repository(tmp_path / "repository", {OLD: program})
+    with pytest.raises(UnsignedMetadataError):
+        client(folder, throw_away_keys("strangers").root.read_bytes(), OLD)
+
+
+def test_a_timestamp_that_ended(client: Any, program: Path, tmp_path: Path) -> None:
+    folder, root, _ = make_repository(tmp_path / "repository", {OLD: program}, age_days=91)
+    with pytest.raises(ExpiredMetadataError, match="timestamp"):
+        client(folder, root, OLD)
+
+
+def test_a_root_that_one_key_signed(client: Any, program: Path, tmp_path: Path, keys: Keys) -> None:
+    folder, root, _ = make_repository(tmp_path / "repository", {OLD: program}, keys=keys)
+    lonely = Metadata[Root].from_bytes(root)
+    lonely.signed.version = 2
+    lonely.sign(upgrades.signer(keys.folder / "root1.pem"))
+    lonely.to_file(str(folder / "2.root.json"))
+    with pytest.raises(UnsignedMetadataError, match="1/2"):
+        client(folder, root, OLD)
+
+
+def test_an_older_repository_played_again(client: Any, program: Path, tmp_path: Path) -> None:
+    before, root, _ = make_repository(tmp_path / "before", {OLD: program})
+    assert client(before, root, OLD)
+    after, _, _ = make_repository(tmp_path / "after", {OLD: program, NEW: program})
+    assert client(after, root, NEW)
+    with pytest.raises(BadVersionNumberError):
+        client(before, root, OLD)
+
+
+@pytest.mark.parametrize("longer", [True, False])
+def test_another_program_under_the_name(client: Any, program: Path, tmp_path: Path, longer: bool) -> None:
+    folder, root, _ = make_repository(tmp_path / "repository", {OLD: program})
+    content = bytearray((folder / TARGETS[OLD]).read_bytes())
+    content[-1] ^= 1
+    (folder / TARGETS[OLD]).write_bytes(content + b"more" * longer)
+    with pytest.raises((LengthOrHashMismatchError, DownloadError)):
+        client(folder, root, OLD)
+
+
+# --- renewing, and changing keys ---
+
+
+def test_a_fresh_timestamp_needs_one_key_and_reaches_the_bundle(
+    client: Any, program: Path, tmp_path: Path, keys: Keys
+) -> None:
+    folder, root, bundles = make_repository(tmp_path / "repository", {OLD: program}, age_days=91, keys=keys)
+    for path in keys.folder.iterdir():
+        if path.name != "timestamp.pem":
+            path.unlink()
+    assert upgrades.renew(folder, keys.folder, keys.root).startswith("timestamp 2, good until ")
+    assert client(folder, root, OLD)
+    with tarfile.open(bundles[OLD]) as bundle:
+        bundle.extractall(tmp_path / "carried", filter="data")
+    assert client(tmp_path / "carried", root, OLD)
+
+
+def test_a_fresh_timestamp_does_not_outlive_what_it_vouches_for(program: Path, tmp_path: Path, keys: Keys) -> None:
+    folder, _, _ = make_repository(tmp_path / "repository", {OLD: program}, age_days=300, keys=keys)
+    before = (folder / "timestamp.json").read_bytes()
+    with pytest.raises(upgrades.UpgradeError, match="change keys, or release"):
+        upgrades.renew(folder, keys.folder, keys.root)
+    assert (folder / "timestamp.json").read_bytes() == before
+
+
+def test_lost_and_stolen_keys_are_replaced_and_old_agents_follow(
+    client: Any, program: Path, tmp_path: Path, keys: Keys
+) -> None:
+    folder, root, _ = make_repository(tmp_path / "repository", {OLD: program}, keys=keys)
+    assert client(folder, root, OLD)
+    stolen = {name: upgrades.signer(keys.folder / f"{name}.pem") for name in upgrades.ROLES}
+    for name in ("root3", *upgrades.ROLES):
         (keys.folder / f"{name}.pem").unlink()
+    assert "made: root3, targets, snapshot, timestamp." in upgrades.keys(keys.folder, keys.root)
+    old_state = upgrades.read_state(folder, keys.root)  # signed before, so still a base to go on from
+    make_repository(folder, {NEW: program}, keys=keys)
+    assert (folder / "2.root.json").read_bytes() == keys.root.read_bytes()
+    assert client(folder, root, NEW) and client(folder, keys.root.read_bytes(), NEW)
+    upgrades.publish(folder, old_state, stolen, upgrades.utc_now())
+    with pytest.raises(UnsignedMetadataError):
+        client(folder, root, NEW)
+
+
+def test_a_timestamp_is_renewed_for_the_root_that_clients_find(
+    client: Any, program: Path, tmp_path: Path, keys: Keys
+) -> None:
+    """The next root is committed, and not released yet."""
+    folder, root, _ = make_repository(tmp_path / "repository", {OLD: program}, keys=keys)
+    upgrades.keys(keys.folder, keys.root)
+    assert upgrades.renew(folder, keys.folder, keys.root)
+    assert client(folder, root, OLD) and not (folder / "2.root.json").exists()
+    (keys.folder / "timestamp.pem").unlink()
+    keys.root.write_bytes(root)
+    upgrades.keys(keys.folder, keys.root)
+    with pytest.raises(upgrades.UpgradeError, match="not the key that version 1"):
+        upgrades.renew(folder, keys.folder, keys.root)
+    assert client(folder, root, OLD)
+
+
+def test_root_keys_that_go_sign_once_more(tmp_path: Path, keys: Keys) -> None:
+    for name in ("root1", "root2"):
+        (keys.folder / f"{name}.pem").rename(keys.folder / f"{name}.old.pem")
     before = keys.root.read_bytes()
-    with pytest.raises(RepositoryError):
+    upgrades.keys(keys.folder, keys.root)
+    first, second = Metadata[Root].from_bytes(before), Metadata[Root].from_bytes(keys.root.read_bytes())
+    assert len(second.signatures) == 5 and second.signed.version == 2
+    assert len({*first.signed.roles["root"].keyids} & {*second.signed.roles["root"].keyids}) == 1
+
+
+def test_without_two_of_the_roots_keys_nothing_changes(tmp_path: Path, keys: Keys) -> None:
+    before = keys.root.read_bytes()
+    for name in ("root1", "root2"):
+        (keys.folder / f"{name}.pem").unlink()
+    with pytest.raises(UnsignedMetadataError, match="1/2"):
         upgrades.keys(keys.folder, keys.root)
     assert keys.root.read_bytes() == before and not (keys.folder / "root1.pem").exists()
 
 
-def test_a_program_that_was_released_never_changes(tmp_path: Path) -> None:
-    upgrades = releases.tools()
-    releases.make_repository(tmp_path / "all", {"5.3.0": program(tmp_path / "a")})
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such modes")
+def test_key_files_are_for_their_owner_only(keys: Keys) -> None:
+    assert {stat.S_IMODE(path.stat().st_mode) for path in keys.folder.iterdir()} == {0o600}
+
+
+def test_a_passphrase_closes_and_opens_keys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(upgrades.PASSPHRASE, "four words of it")
+    upgrades.keys(tmp_path / "keys", tmp_path / "root.json")
+    path = tmp_path / "keys/targets.pem"
+    assert b"ENCRYPTED" in path.read_bytes() and upgrades.signer(path)
+    for wrong in ("", "three words of it"):
+        monkeypatch.setenv(upgrades.PASSPHRASE, wrong)
+        with pytest.raises(upgrades.UpgradeError, match="opens"):
+            upgrades.signer(path)
+
+
+# --- what the tool refuses to sign ---
+
+
+def test_what_was_released_does_not_change(program: Path, tmp_path: Path) -> None:
+    folder, _, _ = make_repository(tmp_path / "repository", {OLD: program})
+    (program / "medplum-agent").write_text("#!/bin/sh\n# other\n")
     with pytest.raises(upgrades.UpgradeError, match="a change needs a new version"):
-        releases.make_repository(tmp_path / "all", {"5.3.0": program(tmp_path / "b", "two")})
+        make_repository(folder, {OLD: program})
 
 
-@pytest.mark.parametrize(
-    ("spoil", "words"),
-    [
-        (lambda folder: (folder / "targets.pem").unlink(), "targets.pem cannot be read"),
-        (lambda folder: (folder / "targets.pem").write_text("no key"), "is not a key that"),
-        (lambda folder: shutil.copy(folder / "root1.pem", folder / "targets.pem"), "is not the key that version 1"),
-    ],
-)
-def test_a_key_that_is_missing_or_another_is_named(tmp_path: Path, spoil: Callable[[Path], Any], words: str) -> None:
-    upgrades, ours = releases.tools(), releases.throw_away_keys()
-    keys = releases.Keys(Path(shutil.copytree(ours.folder, tmp_path / "keys")), ours.root)
-    spoil(keys.folder)
-    with pytest.raises(upgrades.UpgradeError, match=words):
-        releases.make_repository(tmp_path / "all", {"5.3.0": program(tmp_path / "a")}, keys=keys)
+def test_a_previous_repository_is_not_believed_but_checked(program: Path, tmp_path: Path) -> None:
+    """Whoever may write to it could else have programs of his own signed with the next release."""
+    folder, _, _ = make_repository(tmp_path / "repository", {OLD: program}, strangers=["targets"])
+    with pytest.raises(UnsignedMetadataError):
+        make_repository(folder, {NEW: program})
+    keys, empty = throw_away_keys(), tmp_path / "empty"
+    empty.mkdir()
+    with pytest.raises(FileNotFoundError):  # versions would begin anew, and agents refuse them
+        upgrades.release(folder, tmp_path / "other", keys.folder, empty, name=OLD, root_file=keys.root)
 
 
-def test_keys_may_need_a_passphrase(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    upgrades, keys = releases.tools(), releases.Keys(tmp_path / "keys", tmp_path / "root.json")
-    monkeypatch.setenv(upgrades.PASSPHRASE, "open sesame")
+def test_keys_that_the_root_does_not_name(program: Path, tmp_path: Path, keys: Keys) -> None:
+    (keys.folder / "targets.pem").write_bytes((keys.folder / "snapshot.pem").read_bytes())
+    with pytest.raises(upgrades.UpgradeError, match=r"targets\.pem is not the key"):
+        make_repository(tmp_path / "repository", {OLD: program}, keys=keys)
+    rsa = generate_private_key(65537, 2048).private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
+    (keys.folder / "targets.pem").write_bytes(rsa)
+    with pytest.raises(upgrades.UpgradeError, match="Ed25519"):
+        make_repository(tmp_path / "repository", {OLD: program}, keys=keys)
+
+
+@pytest.mark.parametrize(("content", "words"), [("", "cannot be read"), ("no key", "is not a key that")])
+def test_a_key_that_is_missing_or_none(program: Path, tmp_path: Path, keys: Keys, content: str, words: str) -> None:
+    (keys.folder / "targets.pem").unlink()
+    if content:
+        (keys.folder / "targets.pem").write_text(content)
+    with pytest.raises(upgrades.UpgradeError, match=rf"targets\.pem {words}"):
+        make_repository(tmp_path / "repository", {OLD: program}, keys=keys)
+
+
+def test_roots_with_a_gap(program: Path, tmp_path: Path, keys: Keys) -> None:
+    folder, _, _ = make_repository(tmp_path / "repository", {OLD: program}, keys=keys)
     upgrades.keys(keys.folder, keys.root)
-    assert b"ENCRYPTED" in (keys.folder / "root1.pem").read_bytes()
-    releases.make_repository(tmp_path / "all", {"5.3.0": program(tmp_path / "a")}, keys=keys)
-    monkeypatch.setenv(upgrades.PASSPHRASE, "wrong")
-    with pytest.raises(upgrades.UpgradeError, match="is not a key that"):
-        upgrades.renew(tmp_path / "all", keys.folder, keys.root)
+    upgrades.keys(keys.folder, keys.root)
+    with pytest.raises(upgrades.UpgradeError, match="do not lead to version 3"):
+        make_repository(folder, {NEW: program}, keys=keys)
 
 
-def test_the_same_program_is_the_same_archive(tmp_path: Path) -> None:
-    """Whatever the clock, the umask and the order of files."""
-    releases.tools()
-    import packages
+def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert upgrades.main() == upgrades.main("release", "one") == upgrades.main("sell", "one") == 2
+    assert upgrades.main("renew", str(tmp_path), str(tmp_path)) == 1
+    assert "upgrades.py: " in capsys.readouterr().err
 
-    made = []
-    for name, mask, mtime in (("a", 0o077, 1_000_000_000), ("b", 0o022, 1_700_000_000)):
-        before = os.umask(mask)
-        folder = program(tmp_path / name)
-        os.umask(before)
-        for path in folder.iterdir():
-            os.utime(path, (mtime, mtime))
-        made.append(packages.pack(folder, tmp_path / f"{name}.tar.gz").read_bytes())
-    assert made[0] == made[1]
+
+def test_what_signs_needs_nothing_but_its_lock(tmp_path: Path) -> None:
+    """Of the libraries that are here only those that packaging/release.lock names, by their modules."""
+    lock = (ROOT / "packaging/release.lock").read_text()
+    allowed = {line.split("==")[0] for line in lock.splitlines() if "==" in line}
+    script = f"""
+import sys, upgrades
+from pathlib import Path
+there = {{name.split(".")[0] for name, module in sys.modules.items()
+         if "site-packages" in str(getattr(module, "__file__", ""))}}
+print(*sorted(name for name in there - {allowed!r} if name[0] != "_"))
+"""
+    environ = {**os.environ, "PYTHONPATH": str(ROOT / "packaging")}
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environ, check=True)
+    assert done.stdout.split() == []
+
+
+# --- what it rests on ---
+
+
+def test_a_client_needs_no_library_in_c_to_check_signatures(program: Path, tmp_path: Path) -> None:
+    """Neither cryptography nor requests can be imported, as in the compiled program."""
+    repository: Repository = make_repository(tmp_path / "repository", {OLD: program})
+    (tmp_path / "root.json").write_bytes(repository.root)
+    (tmp_path / "memory").mkdir()
+    script = """
+import sys
+for name in ("cryptography", "requests", "nacl"):
+    sys.modules[name] = None
+from tuf.ngclient import Updater, UpdaterConfig
+folder, address, name = sys.argv[1:]
+root = open(folder + "/root.json", "rb").read()
+config = UpdaterConfig(prefix_targets_with_hash=False)
+updater = Updater(folder + "/memory", address, folder + "/memory", address, config=config, bootstrap=root)
+updater.download_target(updater.get_targetinfo(name))
+"""
+    with served(repository.folder) as address:
+        subprocess.run([sys.executable, "-c", script, str(tmp_path), address, TARGETS[OLD]], check=True)
+
+
+def test_no_key_and_no_root_of_the_project_are_in_the_sources() -> None:
+    """Until the ceremony; from then on the root is, and is one that two of three people must sign."""
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True).stdout.split()
+    assert not [name for name in listed if name.endswith((".pem", ".key"))]
+    if binary.UPGRADE_ROOT.exists():
+        role = upgrades.read_root(binary.UPGRADE_ROOT.read_bytes()).signed.roles["root"]
+        assert (role.threshold, len(role.keyids)) == (2, 3)
+
+
+def test_times_are_whole_seconds_of_utc(program: Path, tmp_path: Path) -> None:
+    folder, _, _ = make_repository(tmp_path / "repository", {OLD: program})
+    text = json.loads((folder / "timestamp.json").read_text())["signed"]["expires"]
+    until = datetime.datetime.strptime(text, "%Y-%m-%dT%H:%M:%SZ").replace(tzinfo=datetime.UTC)
+    assert datetime.timedelta(89) < until - datetime.datetime.now(datetime.UTC) <= datetime.timedelta(90)
