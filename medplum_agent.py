@@ -10376,7 +10376,7 @@ def ask_agent(state_dir: Path, asked: Json, seconds: float = HTTP_TIMEOUT_SECS) 
 
 
 # =====================================================================================================================
-# Upgrade (380 lines, 3200 tokens)
+# Upgrade (380 lines, 3250 tokens)
 #
 # Another version of this program in the place of the running one. What is signed (The Update Framework) is unpacked
 # into versions/<version> beside the installed program, and proves itself beside the running one (--selftest). Then the
@@ -10612,7 +10612,8 @@ class Upgrades:
             words = said.decode("utf-8", "replace").strip().splitlines()[-1:] or [f"code {started.returncode}"]
             raise LocalError(f"version {wanted} failed its selftest: {words[0]}")
         self._write(**{"from": versions.name, "to": wanted, "step": "on trial", "reason": "", "callback": callback,
-            "current": versions.current, "old": own_command()})  # fmt: skip
+            "current": versions.current, "old": own_command(), "problems": agent.problems,
+            "applied": agent.applied})  # fmt: skip
         agent.log.info(f"Upgrade: {wanted} takes over.")
         self.successor = [program, program]
         agent.stop()
@@ -10723,14 +10724,16 @@ class Upgrades:
         while True:
             await asyncio.sleep(LAZY_SECS)
             now = loop.time()
-            well = agent.uplink.live and agent.applied and agent.store.healthy and not agent.problems
+            worse = [text for text in agent.problems if text not in self.record["problems"]]  # than the old one was
+            applied = agent.applied or not self.record["applied"]
+            well = agent.uplink.live and applied and agent.store.healthy and not worse
             well_since = well_since if well else now
             passed = any(channel.queue.round_trips for channel in agent.channels.values())
             if well and (passed or now - well_since >= TRIAL_WELL_SECS):
                 break
             if now - began >= TRIAL_SECS:
                 missing = ["the server did not accept it"] * (not agent.uplink.live)
-                missing += ["the configuration could not be applied"] * (not agent.applied) + agent.problems
+                missing += ["the configuration could not be applied"] * (not applied) + worse
                 return f"after {TRIAL_SECS:g} s {', '.join(missing or ['it was not well for long enough'])}"
         try:
             if self.versions.writable:
@@ -10748,7 +10751,7 @@ class Upgrades:
 
 
 # =====================================================================================================================
-# Agent (660 lines, 5550 tokens)
+# Agent (660 lines, 5600 tokens)
 #
 # Plans become running channels. A reload reads everything, lists every problem, and changes nothing if there is one;
 # otherwise only what differs changes, and untouched channels keep their connections. The life cycle: lock, logs,
@@ -10949,7 +10952,10 @@ class Agent:
         """Started from the saved configuration: apply the server's as soon as it can be read."""
         while True:
             try:
-                await self.reload()
+                plan, _ = build_plan(*await self._read_config())
+                if (plan.agent, plan.endpoints) != (self.plan.agent, self.plan.endpoints):
+                    await self.reload()
+                self.applied = True
                 return
             except ServerError:
                 await asyncio.sleep(random.uniform(0, RECONNECT_MAX_SECS))

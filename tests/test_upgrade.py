@@ -3,6 +3,7 @@
 import datetime
 import json
 import os
+import socket
 import subprocess
 import sys
 import threading
@@ -328,6 +329,19 @@ def test_upgrades_have_their_hours(remote):
     remote.agent.start()
     answer = remote.ask("5.3.0")
     assert f"within {day} 00:00-24:00 only" in answer["body"]
+
+
+def test_what_was_wrong_before_is_no_reason_to_go_back(tmp_path):
+    """A port that another program holds."""
+    with (
+        site(tmp_path, {"ADT": "?enhanced=true", "TAKEN": ""}, start=False) as here,
+        socket.create_server(("127.0.0.1", here.ports["TAKEN"])),
+    ):
+        there = Installed(tmp_path, here)
+        there.add("5.3.0")
+        done = there.command("upgrade", "5.3.0")
+        assert done.returncode == 0, done.stdout + done.stderr + here.agent.output()
+        assert there.version() == "5.3.0-0000000"
 
 
 def test_what_cannot_be_executed_is_given_up(remote):
