@@ -11374,7 +11374,7 @@ class Agent:
 
         async def pause(seconds: float, going_on: Callable[[], bool]) -> None:
             until = time.monotonic() + seconds
-            while going_on() and time.monotonic() < until:  # noqa: ASYNC110
+            while self.upgrades.successor and going_on() and time.monotonic() < until:  # noqa: ASYNC110
                 await asyncio.sleep(0.01)
 
         channels, queues = self.channels.values(), self.uplink.queues
@@ -12042,9 +12042,11 @@ def _run_agent(config: ProcessConfig) -> NoReturn:
         try:
             runner.run(serve())
         except BaseException as error:
-            if not (agent and agent.upgrades.on_trial):
+            if not (agent and (agent.upgrades.on_trial or agent.upgrades.successor)):
                 raise
-            agent.upgrades.give_up(f"it ended with {error if isinstance(error, AgentError) else type(error).__name__}")
+            agent.upgrades.give_up(
+                f"{VERSION} ended with {error if isinstance(error, AgentError) else type(error).__name__}"
+            )
         sys.stdout.flush()
         if agent and agent.upgrades.successor:
             agent.upgrades.execute()
@@ -12076,6 +12078,7 @@ def _stop_on_signals(agent: Agent) -> None:
         if loop.time() - first > 1:  # systemd signals both processes of the one file
             os._exit(1)
         first = min(first, loop.time())
+        agent.upgrades.successor = []  # whoever wants it to end wants no other version
         agent.stop()
 
     for number in filter(None, (getattr(signal, f"SIG{name}", None) for name in "INT TERM HUP BREAK".split())):

@@ -450,6 +450,41 @@ def test_root_does_it_for_a_service_that_may_not(tmp_path):
         assert "no request" in json.loads((there.folder / "versions/answer").read_text())["error"]
 
 
+def test_a_stop_while_it_waits_for_a_session_ends_the_agent(tmp_path):
+    with site(tmp_path, {"LAB": "tcp://127.0.0.1:{port}?mode=astm"}, start=False) as here:
+        there = Installed(tmp_path, here)
+        there.add("5.3.0")
+        with Instrument.at(here.ports["LAB"]) as analyzer:
+            assert analyzer.ask(ENQ) == ACK
+            command = threading.Thread(target=there.command, args=("upgrade", "5.3.0"), daemon=True)
+            command.start()
+            here.agent.logged("5.3.0 takes over", 20)
+            code, seconds = here.agent.terminate()
+            assert code == 0 and seconds < 9
+        here.agent.start()
+        assert there.version() == "5.2.0-0000000"
+        here.agent.logged("ended before it had proved itself")
+
+
+@pytest.mark.parametrize("where", ["Listener.leave", "Line.leave", "Store.close"])
+def test_an_error_on_the_way_out_starts_the_old_version_again(tmp_path, where):
+    """Such as no more descriptors."""
+    fault = f"def no(*_): raise OSError(24, 'Too many open files')\nm.{where} = no"
+    with site(tmp_path, {"ADT": "?enhanced=true"}, start=False) as here:
+        there = Installed(tmp_path, here, fault)
+        there.add("5.3.0")
+        with here.device("ADT") as device:
+            assert device.ask(message("A1"))[0] == "CA"
+            done = there.command("upgrade", "5.3.0")
+        assert (done.returncode, "5.2.0-0000000 ended with OSError" in done.stdout) == (1, True), (
+            done.stdout + done.stderr
+        )
+        here.agent.wait_listening()
+        with here.device("ADT") as device:
+            assert device.ask(message("A2"))[0] == "CA"
+        here.sandbox.wait_ids("A1", "A2")
+
+
 def test_sessions_and_associations_end_first_and_connections_that_cannot_stay_are_closed_between_messages(tmp_path):
     """An analyzer in the middle of a session, an association that is open, a TLS connection, a byte stream."""
     identities = Identities(tmp_path)
