@@ -46,6 +46,7 @@ class Installed:
         self.agent.COMMAND = [str(program(self.folder, "5.2.0", code))]
         if start:
             self.agent.start()
+            self.agent.logged("started successfully")  # also channels that `start` does not look at
 
     @property
     def pid(self) -> int:
