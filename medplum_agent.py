@@ -141,6 +141,7 @@ TRIAL_SECS = 180.0  # in which a new version must have proved itself
 TRIAL_WELL_SECS = 30.0  # well for so long, it has; the server waits 45 s for the answer to `$upgrade`
 PROVE_SECS = 60.0  # for a new version to try itself beside the running one
 FETCH_SECS = 900.0  # for root to fetch it, over a slow line
+UNIT_SECS = 5.0  # root's unit has had its chance: `sudo upgrade` does what it should have done
 KEEP_OLD_SECS, KEEP_NEW_SECS = 7 * 86_400.0, 86_400.0  # on disk: the version before the current one, and any new one
 
 COMMIT_MESSAGES = 4096  # messages in one transaction: bounds the latency of the one behind
@@ -11405,7 +11406,7 @@ def _stack(error: BaseException | None) -> list[str]:
 
 
 # =====================================================================================================================
-# Command line (690 lines, 5900 tokens)
+# Command line (690 lines, 5950 tokens)
 # =====================================================================================================================
 
 _USAGE = """\
@@ -11966,11 +11967,14 @@ def _selftest(options: argparse.Namespace, *arguments: str) -> int:
     return 0
 
 
-def _requested(config: ProcessConfig, versions: Versions) -> int:
-    """Root does what a service asked for, if it did, and which may be anything: what is signed decides."""
+def _requested(config: ProcessConfig, versions: Versions, age: float = -math.inf) -> int:
+    """Root does what a service asked for `age` seconds ago, which may be anything: what is signed decides."""
     request = Path(os.environ.get("RUNTIME_DIRECTORY") or "/run/medplum-agent", REQUEST_FILE)
     answer = Json()
-    if not os.path.lexists(request):
+    try:
+        if time.time() - request.lstat().st_mtime < age:
+            return 0
+    except OSError:  # nothing was asked for
         return 0
     try:
         with os.fdopen(os.open(request, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK), "rb") as file:
@@ -12016,7 +12020,7 @@ def _upgrade(options: argparse.Namespace, what: str = "") -> int:
         while True:
             time.sleep(LAZY_SECS)
             if versions.writable:
-                _requested(config, versions)
+                _requested(config, versions, UNIT_SECS)
             with suppress(StorageError):
                 status = ask_agent(state_dir, {"command": "status"}) or {}
                 found = status.get("upgrade", {})
