@@ -21,12 +21,12 @@ unsigned() {
         echo "::error title=Not signed ($system)::$1 is not configured; only a workflow started with 'unsigned' publishes without"
         exit 1
     fi
-    echo "::notice title=Not signed ($system)::$1 is not configured, so this is not signed or not notarised: $2"
+    echo "::notice title=Not signed ($system)::$1 is not configured, so $2"
     exit 0
 }
 
 linux() {
-    [ -n "${GPG_PRIVATE_KEY:-}" ] || unsigned GPG_PRIVATE_KEY "$*"
+    [ -n "${GPG_PRIVATE_KEY:-}" ] || unsigned GPG_PRIVATE_KEY "these are not signed: $*"
     export GNUPGHOME=$work
     gpg --batch --quiet --import <<<"$GPG_PRIVATE_KEY"
     for file in "$@"; do
@@ -35,7 +35,7 @@ linux() {
 }
 
 macos() {
-    [ -n "${MACOS_CERTIFICATE:-}" ] || unsigned MACOS_CERTIFICATE "$*"
+    [ -n "${MACOS_CERTIFICATE:-}" ] || unsigned MACOS_CERTIFICATE "these are not signed: $*"
     local keychain=$work/signing.keychain-db
     base64 --decode <<<"$MACOS_CERTIFICATE" >"$work/certificate.p12"
     security create-keychain -p "" "$keychain"
@@ -59,13 +59,13 @@ macos() {
 }
 
 notarise() {
-    [ -n "${APPLE_ID:-}" ] || unsigned APPLE_ID "$1"
+    [ -n "${APPLE_ID:-}" ] || unsigned APPLE_ID "this is not notarised: $1"
     xcrun notarytool submit "$1" --wait --apple-id "$APPLE_ID" --password "$APPLE_PASSWORD" --team-id "$APPLE_TEAM"
     xcrun stapler staple "$1"
 }
 
 windows() {
-    [ -n "${WINDOWS_CERTIFICATE:-}" ] || unsigned WINDOWS_CERTIFICATE "$*"
+    [ -n "${WINDOWS_CERTIFICATE:-}" ] || unsigned WINDOWS_CERTIFICATE "these are not signed: $*"
     base64 --decode <<<"$WINDOWS_CERTIFICATE" >"$work/certificate.pfx"
     local signtool file
     if [ "${RUNNER_OS:-}" = Linux ]; then # where the .msi is made; Debian's osslsigncode
@@ -83,23 +83,24 @@ windows() {
 }
 
 upgrade_keys() {
-    local role name
-    [ -e "$here/upgrade-root.json" ] || unsigned packaging/upgrade-root.json upgrades
+    local role name without=$1
+    shift
+    [ -e "$here/upgrade-root.json" ] || unsigned packaging/upgrade-root.json "$without"
     for role in "$@"; do
         name=UPGRADE_${role^^}_KEY
-        [ -n "${!name:-}" ] || unsigned "$name" upgrades
+        [ -n "${!name:-}" ] || unsigned "$name" "$without"
         printf '%s\n' "${!name}" >"$work/$role.pem"
     done
 }
 
 upgrades() {
-    upgrade_keys targets snapshot timestamp
+    upgrade_keys "agents cannot upgrade themselves to this release" targets snapshot timestamp
     if [ -d "$1" ]; then set -- "$1"; else set --; fi
     python3 "$here/../build.py" release "$work" "$@"
 }
 
 renew() {
-    upgrade_keys timestamp
+    upgrade_keys "the timestamp is not renewed" timestamp
     python3 "$here/../build.py" renew "$1" "$work"
 }
 

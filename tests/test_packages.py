@@ -653,7 +653,10 @@ def test_without_a_key_nothing_is_published_but_where_that_is_allowed(system: st
     for refused in ({}, {"ALLOW_UNSIGNED": "false"}):
         done = subprocess.run(command, capture_output=True, text=True, env={**environ, **refused})
         assert done.returncode == 1 and done.stdout.startswith("::error title=Not signed")
-    assert run(*command, env={**environ, "ALLOW_UNSIGNED": "true"}).startswith("::notice title=Not signed")
+    said = run(*command, env={**environ, "ALLOW_UNSIGNED": "true"})
+    without = {"upgrades": "agents cannot upgrade themselves to this release", "renew": "the timestamp is not renewed"}
+    assert said.startswith("::notice title=Not signed")
+    assert said.endswith(f" is not configured, so {without.get(system, 'these are not signed: a file')}\n")
     assert workflow("release")["env"]["ALLOW_UNSIGNED"] == "${{ inputs.unsigned || false }}"
     assert workflow("release")[True]["workflow_dispatch"]["inputs"]["unsigned"]["default"] is False  # YAML's "on"
 

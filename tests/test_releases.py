@@ -109,13 +109,19 @@ def test_a_bundle_is_a_whole_repository(client: Any, program: Path, tmp_path: Pa
         assert bundle.getnames() == [
             "1.root.json", "2.snapshot.json", "2.targets.json", "timestamp.json", TARGETS[NEW],
         ]  # fmt: skip
+        assert {(member.mode, member.uid, member.mtime) for member in bundle} == {
+            (0o644, 0, int(binary.commit_time())),
+        }  # fmt: skip
         bundle.extractall(tmp_path / "carried", filter="data")
     assert client(tmp_path / "carried", root, NEW)
 
 
-def test_an_archive_holds_the_program_with_modes_and_nothing_of_the_machine(program: Path, tmp_path: Path) -> None:
+def test_an_archive_holds_the_program_with_modes_and_nothing_of_the_machine(
+    program: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     made = []
     for number, mask in enumerate((0o022, 0o077)):
+        monkeypatch.setattr("time.time", lambda day=number: 1_800_000_000.0 + day * 86400)
         (tmp_path / str(number)).mkdir()
         before = os.umask(mask)
         try:
@@ -281,6 +287,7 @@ def test_without_two_of_the_roots_keys_nothing_changes(tmp_path: Path, keys: Key
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such modes")
 def test_key_files_are_for_their_owner_only(keys: Keys) -> None:
     assert {stat.S_IMODE(path.stat().st_mode) for path in keys.folder.iterdir()} == {0o600}
+    assert stat.S_IMODE(keys.folder.stat().st_mode) == 0o700
 
 
 def test_a_passphrase_closes_and_opens_keys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -304,14 +311,33 @@ def test_what_was_released_does_not_change(program: Path, tmp_path: Path) -> Non
         make_repository(folder, {OLD: program})
 
 
-def test_a_previous_repository_is_not_believed_but_checked(program: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("role", upgrades.ROLES)
+def test_a_previous_repository_is_not_believed_but_checked(program: Path, tmp_path: Path, role: str) -> None:
     """Whoever may write to it could else have programs of his own signed with the next release."""
-    folder, _, _ = make_repository(tmp_path / "repository", {OLD: program}, strangers=["targets"])
-    with pytest.raises(UnsignedMetadataError):
+    folder, ours, theirs = tmp_path / "repository", throw_away_keys(), throw_away_keys("strangers")
+    make_repository(folder, {OLD: program})
+    state = upgrades.read_state(folder, ours.root)
+    holders = {name: theirs if name == role else ours for name in upgrades.ROLES}
+    signers = {name: upgrades.signer(holder.folder / f"{name}.pem") for name, holder in holders.items()}
+    upgrades.publish(folder, state, signers, upgrades.utc_now())
+    with pytest.raises(UnsignedMetadataError, match=role):
         make_repository(folder, {NEW: program})
+
+
+@pytest.mark.parametrize("role", ["snapshot", "targets"])
+def test_signed_parts_of_other_days_are_not_mixed(program: Path, tmp_path: Path, role: str) -> None:
+    """Each is signed by us, but is not the one that the next above it vouches for."""
+    folder, _, _ = make_repository(tmp_path / "repository", {OLD: program, NEW: program})
+    (folder / f"2.{role}.json").write_bytes((folder / f"1.{role}.json").read_bytes())
+    with pytest.raises(LengthOrHashMismatchError):
+        upgrades.read_state(folder, throw_away_keys().root)
+
+
+def test_versions_do_not_begin_anew_in_an_empty_folder(program: Path, tmp_path: Path) -> None:
+    folder, _, _ = make_repository(tmp_path / "repository", {OLD: program})
     keys, empty = throw_away_keys(), tmp_path / "empty"
     empty.mkdir()
-    with pytest.raises(FileNotFoundError):  # versions would begin anew, and agents refuse them
+    with pytest.raises(FileNotFoundError):  # agents would refuse them
         upgrades.release(folder, tmp_path / "other", keys.folder, empty, name=OLD, root_file=keys.root)
 
 
@@ -340,6 +366,42 @@ def test_roots_with_a_gap(program: Path, tmp_path: Path, keys: Keys) -> None:
     upgrades.keys(keys.folder, keys.root)
     with pytest.raises(upgrades.UpgradeError, match="do not lead to version 3"):
         make_repository(folder, {NEW: program}, keys=keys)
+
+
+def test_the_shipped_root_is_not_that_of_the_repository(program: Path, tmp_path: Path, keys: Keys) -> None:
+    folder, _, _ = make_repository(tmp_path / "repository", {OLD: program}, keys=keys)
+    with pytest.raises(upgrades.UpgradeError, match="do not lead to version 1"):
+        make_repository(folder, {NEW: program}, keys=throw_away_keys("strangers"))
+
+
+@pytest.mark.parametrize("signers", ["before", "after"])
+def test_a_root_that_only_one_side_signed_is_no_successor(
+    program: Path, tmp_path: Path, keys: Keys, signers: str
+) -> None:
+    """Neither strangers who name themselves, nor a root whose own keys nobody has shown to have."""
+    folder, _, _ = make_repository(tmp_path / "repository", {OLD: program}, keys=keys)
+    theirs = throw_away_keys("strangers")
+    root = Metadata[Root].from_bytes(theirs.root.read_bytes())
+    root.signed.version = 2
+    root.signatures.clear()
+    for name in upgrades.ROOT_KEYS:
+        root.sign(upgrades.signer((keys if signers == "before" else theirs).folder / f"{name}.pem"), append=True)
+    keys.root.write_bytes(root.to_bytes())
+    with pytest.raises(UnsignedMetadataError, match="0/2"):
+        upgrades.read_state(folder, keys.root)
+
+
+def test_there_is_nothing_to_sign(tmp_path: Path, keys: Keys) -> None:
+    (tmp_path / TARGETS[OLD]).touch()
+    with pytest.raises(upgrades.UpgradeError, match=f"no program of version {NEW} in"):
+        upgrades.release(tmp_path, tmp_path / "repository", keys.folder, name=NEW, root_file=keys.root)
+    assert not (tmp_path / "repository").exists()
+
+
+def test_without_a_root_nothing_is_signed(program: Path, tmp_path: Path, keys: Keys) -> None:
+    keys.root.unlink()
+    with pytest.raises(upgrades.UpgradeError, match=r"no upgrade-root\.json: .* upgrades\.py keys"):
+        make_repository(tmp_path / "repository", {OLD: program}, keys=keys)
 
 
 def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
