@@ -5907,7 +5907,7 @@ class Line(asyncio.Protocol):
     def leave(self) -> Json | None:
         """A descriptor of the connection, which stays open, and what it was about; None where that cannot pass on."""
         transport, rest = self._transport, self.rest
-        if transport is None or rest is None or not self.attached or self._outbox or self._closing:
+        if transport is None or rest is None or not self.attached or self._outbox or self._closing or self.pending:
             return None
         if transport.get_extra_info("ssl_object") or transport.get_write_buffer_size():
             return None
@@ -10377,7 +10377,7 @@ def ask_agent(state_dir: Path, asked: Json, seconds: float = HTTP_TIMEOUT_SECS) 
 
 
 # =====================================================================================================================
-# Upgrade (380 lines, 3250 tokens)
+# Upgrade (390 lines, 3400 tokens)
 #
 # Another version of this program in the place of the running one. What is signed (The Update Framework) is unpacked
 # into versions/<version> beside the installed program, and proves itself beside the running one (--selftest). Then the
@@ -10438,7 +10438,11 @@ class Versions:
         """What runs in the place of the installed program; None: that itself."""
         chosen = self.program(self.current["version"])
         itself = self.inside or self.current["version"] == VERSION or not os.access(chosen, os.X_OK)
-        return None if itself or sys.platform == "win32" else chosen
+        if itself or sys.platform == "win32" or not re.fullmatch(_VERSION, self.current["version"]):
+            return None
+        owners = {0, Path(self.current["installed"]).stat().st_uid}  # nobody else may say what is executed
+        found = [part.stat() for part in (self.folder, self.folder / CURRENT_FILE, chosen.parent.parent, chosen)]
+        return chosen if all(one.st_uid in owners and not one.st_mode & 0o022 for one in found) else None
 
     def choose(self, version: str) -> None:
         """This one runs from the next start on; of the others only the last one is kept, and for a while."""
@@ -10556,7 +10560,8 @@ class Upgrades:
 
     @property
     def on_trial(self) -> bool:
-        return self.handed and self.record.get("step") == "on trial"
+        to = self.record.get("to")  # the old one may find this too, where a full disk kept the last word
+        return self.handed and self.record.get("step") == "on trial" and to == self.versions.name
 
     def ports(self, bind: tuple[str, int]) -> list[socket.socket]:
         """Of an earlier program. It keeps them, in case that the trial ends at once."""
@@ -10615,6 +10620,10 @@ class Upgrades:
         self._write(**{"from": versions.name, "to": wanted, "step": "on trial", "reason": "", "callback": callback,
             "current": versions.current, "old": own_command(), "problems": agent.problems,
             "applied": agent.applied})  # fmt: skip
+        if _json_object(self._path.read_bytes()) != self.record:
+            raise LocalError("what is under way cannot be written down: is the disk full?")
+        if agent._stop.is_set():
+            raise LocalError("the agent is stopping")
         agent.log.info(f"Upgrade: {wanted} takes over.")
         self.successor = [program, program]
         agent.stop()
@@ -10752,7 +10761,7 @@ class Upgrades:
 
 
 # =====================================================================================================================
-# Agent (660 lines, 5600 tokens)
+# Agent (660 lines, 5650 tokens)
 #
 # Plans become running channels. A reload reads everything, lists every problem, and changes nothing if there is one;
 # otherwise only what differs changes, and untouched channels keep their connections. The life cycle: lock, logs,
@@ -11234,6 +11243,8 @@ class Agent:
             return {}
         if not settings.remoteUpgrade:
             raise LocalError("Remote upgrades are off: set remoteUpgrade in agent.toml on the machine of the agent")
+        if version and number_of(version) < number_of(VERSION):
+            raise LocalError(f"{version} is older than {VERSION}: upgrade --rollback on the machine of the agent")
         if not in_hours(opening_hours(settings.upgradeWindow)):
             raise LocalError(f"Upgrades are done within {settings.upgradeWindow} only (upgradeWindow in agent.toml)")
         await self.upgrades.begin(version, str(message.get("callback") or ""))

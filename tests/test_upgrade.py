@@ -311,7 +311,7 @@ def test_the_server_hears_of_success_from_the_new_version(remote):
     [
         ("5.4.0", {}, "5.4.0 failed its selftest: it is broken"), ("5.9.0", {}, "there is no version 5.9.0"),
         ("latest", {}, "'latest' is not a valid version"),
-        ("5.3.0", {"MEDPLUM_REMOTE_UPGRADE": "false"}, "remoteUpgrade"), ("5.1.0", {}, "there is no version 5.1.0"),
+        ("5.3.0", {"MEDPLUM_REMOTE_UPGRADE": "false"}, "remoteUpgrade"), ("5.1.0", {}, "5.1.0 is older than 5.2.0"),
     ],
 )  # fmt: skip
 def test_the_server_hears_why_not(remote, version, env, words):
