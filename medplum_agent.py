@@ -10440,7 +10440,7 @@ class Versions:
         itself = self.inside or self.current["version"] == VERSION or not os.access(chosen, os.X_OK)
         if itself or sys.platform == "win32" or not re.fullmatch(_VERSION, self.current["version"]):
             return None
-        owners = {0, Path(self.current["installed"]).stat().st_uid}  # nobody else may say what is executed
+        owners = {0, own_program().stat().st_uid}  # nobody else may say what is executed
         found = [part.stat() for part in (self.folder, self.folder / CURRENT_FILE, chosen.parent.parent, chosen)]
         return chosen if all(one.st_uid in owners and not one.st_mode & 0o022 for one in found) else None
 

@@ -284,6 +284,30 @@ def test_a_full_disk_changes_nothing(tmp_path):
         assert there.version() == "5.2.0-0000000" and not (there.folder / "versions/current").exists()
 
 
+@pytest.mark.parametrize("kind", ["written by others", "another's", "another's, who names himself", "elsewhere"])
+def test_nobody_else_says_what_is_executed(tmp_path, kind):
+    """A program in a folder where others can make files, such as that of temporary files."""
+    if kind.startswith("another") and os.geteuid() != 0:
+        pytest.skip("only root can give files away")
+    installed = program(tmp_path / "installed", "5.2.0")
+    versions = tmp_path / "installed/versions"
+    name = "../../evil" if kind == "elsewhere" else "5.3.0"
+    evil = program(versions / name / "medplum-agent", "5.3.0", "print('EVIL'); sys.exit()")
+    current = versions / "current"
+    found = {"version": name, "over": "5.2.0-0000000", "installed": str(installed), "previous": ""}
+    current.write_text(json.dumps(found | ({"installed": str(evil)} if "names" in kind else {})))
+    if kind.startswith("another"):
+        for path in (versions, current, evil.parent.parent, evil):
+            os.chown(path, 12345, 12345)
+    elif kind == "written by others":
+        current.chmod(0o666)
+    done = subprocess.run([installed, "--version"], capture_output=True, text=True, check=True)
+    assert done.stdout == "5.2.0-0000000\n"
+    if kind == "written by others":  # else it would be believed
+        current.chmod(0o644)
+        assert subprocess.run([installed, "--version"], capture_output=True, text=True).stdout == "EVIL\n"
+
+
 # --- the server's request ---
 
 
