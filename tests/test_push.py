@@ -914,7 +914,7 @@ def test_after_a_push_without_its_acknowledgment_the_connection_is_closed(monkey
         devices = settled_devices(keep)
         for n in range(2):
             with pytest.raises(medplum_agent.DeviceError, match="no acknowledgment"):
-                await asking(devices, receiver.url(), f"LOST-{n}", 0.1)
+                await asking(devices, receiver.url(), f"LOST-{n}", 1)
             await asyncio.to_thread(receiver.wait_for, lambda: not receiver.open)
         receiver.behaviour = accepts_all
         assert acknowledgment(await asking(devices, receiver.url(), "LOST-2")) == ("AA", "LOST-2")
