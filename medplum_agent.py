@@ -296,12 +296,14 @@ def sync_folder(folder: Path) -> None:
             os.close(descriptor)
 
 
-def replace_file(path: Path, content: bytes) -> None:
+def replace_file(path: Path, content: bytes, *, public: bool = False) -> None:
     """Whoever reads it finds the old content or the new one, whole, also after a power cut."""
     temporary = path.with_name(f"{path.name}.new")
     with open(temporary, "wb", opener=private) as file:
         file.write(content)
         file.flush()
+        if public:
+            temporary.chmod(0o644)
         sync(file.fileno())
     temporary.replace(path)
     sync_folder(path.parent)
@@ -1130,6 +1132,11 @@ class Policy(NamedTuple):
     workers: int  # messages in flight at once
     timeout_secs: float  # to wait for an answer
     written: bool = False  # somebody wrote the figures of settings: they count as they are
+
+    @property
+    def once(self) -> bool:
+        """What was sent, and got no answer, is not sent again."""
+        return self.mode in ("none", "normal")
 
     @property
     def max_delay_ms(self) -> int:
@@ -4833,7 +4840,7 @@ class Queue:
                     self._bodiless.append(item)
                 elif not item.prepared:
                     self._prepare(item)
-                elif policy.mode in ("none", "normal"):
+                elif policy.once:
                     item.state = SENT
                     self._store.update(item, then=partial(self._start_marked, item))
                 else:
@@ -4845,7 +4852,7 @@ class Queue:
 
     def _start_marked(self, message: Message) -> None:
         """It is on disk that the message was sent; if it cannot be, by now, that is taken back."""
-        if self.way.is_open:
+        if self.way.is_open and not self.paused:
             self._start(message)
         else:
             message.state = QUEUED
@@ -5021,12 +5028,17 @@ class Queue:
 
     def lost(self) -> None:
         """The connection ended: answers can no longer come. Whatever may be sent twice goes back to be sent again."""
-        if self.policy.mode in ("none", "normal"):
+        if self.policy.once:
             return
         self._bodiless.clear()
         for message in self.window.values():
             message.failing_since = 0.0  # time without a connection does not count
         self._unsend([message for id_, message in self.inflight.items() if id_ not in self._preparing])
+
+    def interrupt(self) -> None:
+        """Another program takes over, which knows nothing of the answers to these: their senders hear of it now."""
+        for message in [message for message in self.inflight.values() if message.deadline < math.inf]:
+            self.failed(message, "interrupted")
 
     @property
     def idle(self) -> bool:
@@ -5504,7 +5516,7 @@ class Uplink:
 
 
 # =====================================================================================================================
-# Lines (1090 lines, 7650 tokens)
+# Lines (1090 lines, 7700 tokens)
 #
 # One open connection to a device, whoever dialled; each protocol has one class here, which owns its core. A line takes
 # bytes (`receive`), makes messages of them (`intake`), acknowledges when the store says durable (`stored`), writes down
@@ -5911,7 +5923,10 @@ class Line(asyncio.Protocol):
             return None
         if transport.get_extra_info("ssl_object") or transport.get_write_buffer_size():
             return None
-        descriptor = os.dup(transport.get_extra_info("socket").fileno())
+        try:
+            descriptor = os.dup(transport.get_extra_info("socket").fileno())
+        except OSError:  # there are no more descriptors
+            return None
         return {"socket": descriptor, "rest": base64.b64encode(rest).decode(), "awaiting": self.awaiting,
             "messages": self.messages}  # fmt: skip
 
@@ -5986,7 +6001,7 @@ class MllpLine(Line):
 
     def _lone_end(self, since: float) -> None:
         """Nothing came for a while: the 0x1C has ended the frame."""
-        if self.active_at == since and not self._closing:
+        if self.active_at == since and not self._closing and "stopping" not in self._paused:
             self.data_received(END[1:])
 
     @property
@@ -5995,6 +6010,8 @@ class MllpLine(Line):
 
     @property
     def rest(self) -> bytes | None:
+        if any(exchange.line is self for exchange in self.owner.asked):  # its acknowledgment is to be recognized
+            return None
         whole = b"".join(mllp_frame(frame) for frame in self._delayed if isinstance(frame, bytes))
         return None if (last := self.core.rest) is None else whole + last
 
@@ -6106,6 +6123,8 @@ class Hl7Line(MllpLine):
     # --- messagesPerMin: hold messages back, and the device with them ---
 
     def _next_delayed(self) -> None:
+        if "stopping" in self._paused:  # another version goes on with them, or the device sends them again
+            return
         self.resume("rate")
         rate = self.settings.messagesPerMin  # a reload may have changed it
         while self._delayed and (rate <= 0 or self._loop.time() >= self._next_at):
@@ -10377,7 +10396,7 @@ def ask_agent(state_dir: Path, asked: Json, seconds: float = HTTP_TIMEOUT_SECS) 
 
 
 # =====================================================================================================================
-# Upgrade (390 lines, 3400 tokens)
+# Upgrade (400 lines, 3550 tokens)
 #
 # Another version of this program in the place of the running one. What is signed (The Update Framework) is unpacked
 # into versions/<version> beside the installed program, and proves itself beside the running one (--selftest). Then the
@@ -10446,10 +10465,17 @@ class Versions:
 
     def choose(self, version: str) -> None:
         """This one runs from the next start on; of the others only the last one is kept, and for a while."""
-        self.current |= {"version": version, "previous": self.current["version"]}
-        replace_file(self.folder / CURRENT_FILE, dump_json(self.current))
-        (self.folder / CURRENT_FILE).chmod(0o644)
+        self.current |= {"version": version, "previous": self.current["version"], "allowed": ""}
+        self._write()
         self.tidy()
+
+    def allow(self, version: str) -> None:
+        """Who may write here wants this one, which may be older; a service can ask for a newer one only."""
+        self.current["allowed"] = version
+        self._write()
+
+    def _write(self) -> None:
+        replace_file(self.folder / CURRENT_FILE, dump_json(self.current), public=True)
 
     def tidy(self) -> None:
         """Versions that are not needed any more go; one that has just come may be about to take over."""
@@ -10458,7 +10484,7 @@ class Versions:
             kept = {self.current["version"], self.name, self.current["previous"] if now < old else ""}
             for folder in self.folder.iterdir():
                 settled = now - folder.stat().st_ctime > KEEP_NEW_SECS
-                if settled and re.fullmatch(_VERSION, folder.name) and folder.name not in kept:
+                if settled and re.fullmatch(rf"{_VERSION}|\.new-\d+", folder.name) and folder.name not in kept:
                     shutil.rmtree(folder, ignore_errors=True)
 
     def fetch(self, settings: ProcessSettings, source: str, wanted: str = "", *, downgrade: bool = False) -> str:
@@ -10470,7 +10496,7 @@ class Versions:
 
         from tuf.api.exceptions import DownloadError, RepositoryError
 
-        source = source or settings.upgradeUrl
+        bundle, source = source.endswith(".bundle"), source or settings.upgradeUrl  # root opens none by itself
         if not source:
             raise LocalError("upgradeUrl is not set, which says where releases are: set it, or name a bundle")
         if not ROOT_FILE.exists():
@@ -10479,9 +10505,9 @@ class Versions:
         work = self.folder / f".new-{os.getpid()}"
         try:
             work.mkdir(mode=0o700)
-            if source.endswith(".bundle"):
-                with tarfile.open(source, "r:") as bundle:
-                    bundle.extractall(work / "bundle", filter="data")
+            if bundle:
+                with tarfile.open(source, "r:") as archive:
+                    archive.extractall(work / "bundle", filter="data")
                 source = str(work / "bundle")
             return self._unpack(settings, source, wanted, work, downgrade)
         except DownloadError as error:
@@ -10564,9 +10590,16 @@ class Upgrades:
         return self.handed and self.record.get("step") == "on trial" and to == self.versions.name
 
     def ports(self, bind: tuple[str, int]) -> list[socket.socket]:
-        """Of an earlier program. It keeps them, in case that the trial ends at once."""
+        """Of an earlier program. They are kept as well, in case that the trial ends at once."""
         found = [port["sockets"] for port in self.left["ports"] if tuple(port["bind"]) == bind]
         return [socket.socket(fileno=os.dup(descriptor)) for descriptor in (found or [[]])[0]]
+
+    def drop_ports(self, bind: tuple[str, int] | None = None) -> None:
+        """Keep this port no longer, or none."""
+        for port in [port for port in self.left["ports"] if bind in (None, tuple(port["bind"]))]:
+            self.left["ports"].remove(port)
+            for descriptor in port["sockets"]:
+                os.close(descriptor)
 
     def _write(self, **changed: object) -> None:
         self.record |= changed
@@ -10592,6 +10625,9 @@ class Upgrades:
 
     async def _begin(self, wanted: str, callback: str) -> None:
         agent, versions = self._agent, self.versions
+        if not versions.writable and not os.environ.get("RUNTIME_DIRECTORY"):
+            raise LocalError("this agent may not change its program: in a container use the new image, elsewhere "
+                "install the new package, or call `upgrade` as who installed it")  # fmt: skip
         if not wanted or not versions.program(wanted).exists():
             agent.log.info(f"Upgrade: {wanted or 'the newest version'} is fetched.")
             if versions.writable:
@@ -10617,24 +10653,21 @@ class Upgrades:
         if started.returncode:
             words = said.decode("utf-8", "replace").strip().splitlines()[-1:] or [f"code {started.returncode}"]
             raise LocalError(f"version {wanted} failed its selftest: {words[0]}")
-        self._write(**{"from": versions.name, "to": wanted, "step": "on trial", "reason": "", "callback": callback,
-            "current": versions.current, "old": own_command(), "problems": agent.problems,
-            "applied": agent.applied})  # fmt: skip
-        if _json_object(self._path.read_bytes()) != self.record:
-            raise LocalError("what is under way cannot be written down: is the disk full?")
         if agent._stop.is_set():
             raise LocalError("the agent is stopping")
+        record = {
+            "from": versions.name, "to": wanted, "step": "on trial", "reason": "", "callback": callback,
+            "current": versions.current, "old": own_command(), "problems": agent.problems, "applied": agent.applied,
+        }  # fmt: skip
+        replace_file(self._path, dump_json(record))  # without it neither would know what to do
+        self.record = record
         agent.log.info(f"Upgrade: {wanted} takes over.")
         self.successor = [program, program]
         agent.stop()
 
     async def _ask_root(self, wish: str) -> str:
         """A service does not write what it executes: a unit of root's, which believes signatures only, does that."""
-        folder = os.environ.get("RUNTIME_DIRECTORY", "")
-        if not folder:
-            raise LocalError("this agent may not change its program: in a container use the new image, elsewhere "
-                "install the new package, or call `upgrade` as who installed it")  # fmt: skip
-        request = Path(folder, REQUEST_FILE)
+        request = Path(os.environ["RUNTIME_DIRECTORY"], REQUEST_FILE)
         replace_file(request, wish.encode())
         try:
             async with asyncio.timeout(FETCH_SECS):
@@ -10652,22 +10685,22 @@ class Upgrades:
         return str(found["version"])
 
     def leave_ports(self, listeners: Iterable[Listener]) -> None:
-        self.left = {"ports": [listener.leave() for listener in listeners], "lines": []}
+        self.left = {"ports": [listener.leave() for listener in listeners], "lines": [], "pushed": Json()}
 
     def leave_lines(self, channels: Mapping[str, Channel]) -> None:
         """Those that another program can go on with."""
         for name, channel in channels.items():
+            self.left["pushed"][name] = list(channel.pushed)
             for line in channel.lines.values() if not channel.plan.dials else ():
                 if left := line.leave():
                     self.left["lines"].append(left | {"channel": name})
 
-    def _pass_on(self, wanted: bool) -> list[int]:
+    def _pass_on(self, wanted: bool) -> None:
         """Descriptors that a program which is executed shall find, or shall not."""
         found = [line["socket"] for line in self.left["lines"]]
         found += itertools.chain(*(port["sockets"] for port in self.left["ports"]))
         for descriptor in found:
             os.set_inheritable(descriptor, wanted)
-        return found
 
     def execute(self) -> NoReturn:
         """Become the successor, or this program again, should that be none. All else is stopped."""
@@ -10690,15 +10723,18 @@ class Upgrades:
     async def adopt(self) -> None:
         """Connections that an earlier program left."""
         left, self.left["lines"] = self.left["lines"], []
+        for name, pushed in self.left.get("pushed", {}).items():
+            if channel := self._agent.channels.get(name):
+                channel.pushed.extend(pushed)
         for one in left:
-            sock, channel = socket.socket(fileno=one["socket"]), self._agent.channels.get(one["channel"])
-            if channel is None or not channel.plan.active:
+            sock, owner = socket.socket(fileno=one["socket"]), self._agent.channels.get(one["channel"])
+            if owner is None or not owner.plan.active:
                 sock.close()
                 continue
             sock.setblocking(False)
             loop = asyncio.get_running_loop()
             with suppress(OSError):
-                await loop.connect_accepted_socket(lambda: channel.kind(channel).inherit(one), sock)  # noqa: B023
+                await loop.connect_accepted_socket(lambda: owner.kind(owner).inherit(one), sock)  # noqa: B023
 
     async def run(self) -> None:
         """The trial, and the last word on an upgrade that was begun before this program started."""
@@ -10713,9 +10749,7 @@ class Upgrades:
             done = self.record["to"] == self.versions.name
             reason = "" if done else "the agent ended before it had proved itself"
             self._write(step="done" if done else "given up", reason=reason)
-        for descriptor in self._pass_on(False):
-            os.close(descriptor)
-        self.left["ports"] = []
+        self.drop_ports()
         answer: Json = {"type": "agent:upgrade:response", "statusCode": 200}
         if reason := str(self.record.get("reason") or ""):
             answer = {"type": "agent:error", "body": f"Failed to upgrade to version {self.record['to']}: {reason}"}
@@ -10761,7 +10795,7 @@ class Upgrades:
 
 
 # =====================================================================================================================
-# Agent (660 lines, 5650 tokens)
+# Agent (680 lines, 5750 tokens)
 #
 # Plans become running channels. A reload reads everything, lists every problem, and changes nothing if there is one;
 # otherwise only what differs changes, and untouched channels keep their connections. The life cycle: lock, logs,
@@ -11035,7 +11069,7 @@ class Agent:
         self.store.max_bytes = plan.settings.queueMaxMb * MIB
         self.devices.configure(plan)
         for bind in self.listeners.keys() - wanted.keys():
-            self.listeners.pop(bind).close()
+            self._unlisten(bind)
         self.listeners |= {listener.bind: listener for listener in opened}
         for name in self.channels.keys() - {channel.name for channel in plan.channels}:
             self.channels[name].stop()
@@ -11055,7 +11089,7 @@ class Agent:
         opened, moved, problems = list[Listener](), list[Listener](), list[str]()
         for channel in [channel for channel in _listening(plan) if channel.bind not in self.listeners]:
             for old in [old for old in self.listeners.values() if old.bind[1] == channel.port]:
-                self.listeners.pop(old.bind).close()  # the same port with another host: ours is in the way
+                self._unlisten(old.bind)  # the same port with another host: ours is in the way
                 moved.append(old)
             try:
                 left = self.upgrades.ports(channel.bind)
@@ -11075,6 +11109,10 @@ class Agent:
         if problems and not opened:
             self.log.error("No port can be opened: is another agent running, perhaps with the same agentId?")
         return opened
+
+    def _unlisten(self, bind: tuple[str, int]) -> None:
+        self.listeners.pop(bind).close()
+        self.upgrades.drop_ports(bind)
 
     async def _listen(self, plan: ChannelPlan) -> None:
         """Open the port of a channel that is there; OSError."""
@@ -11362,7 +11400,7 @@ class Agent:
                     self.upgrades.leave_lines(self.channels)
                 for channel in list(self.channels.values()):
                     channel.stop()
-                for task in _tasks:
+                for task in asyncio.all_tasks() - {asyncio.current_task()}:  # also those of a server of asyncio's
                     task.cancel()
                 if hasattr(self, "store"):
                     await self.store.close()
@@ -11389,11 +11427,22 @@ class Agent:
             while self.upgrades.successor and going_on() and time.monotonic() < until:  # noqa: ASYNC110
                 await asyncio.sleep(0.01)
 
+        def owed(queues: list[Queue]) -> bool:
+            return self.uplink.live and any(queue.inflight for queue in queues)
+
         channels, queues = self.channels.values(), self.uplink.queues
-        await pause(SESSION_SECS, lambda: any(line.rest is None for one in channels for line in one.lines.values()))
+        once = [queue for queue in queues if queue.policy.once]
+        for queue in once:
+            queue.paused = True
+        await pause(
+            SESSION_SECS,
+            lambda: owed(once) or any(line.rest is None for one in channels for line in one.lines.values()),
+        )
         for queue in queues:
             queue.paused = True
-        await pause(YIELD_SECS, lambda: self.uplink.live and any(queue.inflight for queue in queues))
+        await pause(YIELD_SECS, lambda: owed(queues))
+        for queue in once if self.upgrades.successor else ():
+            queue.interrupt()
 
 
 def _listening(plan: Plan) -> list[ChannelPlan]:
@@ -11417,7 +11466,7 @@ def _stack(error: BaseException | None) -> list[str]:
 
 
 # =====================================================================================================================
-# Command line (690 lines, 5950 tokens)
+# Command line (700 lines, 6000 tokens)
 # =====================================================================================================================
 
 _USAGE = """\
@@ -11993,6 +12042,9 @@ def _requested(config: ProcessConfig, versions: Versions, age: float = -math.inf
         if not found or (found[1] == "choose" and not versions.program(found[2] or "?").exists()):
             raise LocalError("this is no request of an agent")
         if found[1] == "choose":
+            now = versions.current
+            if number_of(found[2]) < number_of(now["version"]) and found[2] != now.get("allowed"):
+                raise LocalError(f"{found[2]} is older than {now['version']}: use upgrade --rollback")
             versions.choose(found[2])
         answer["version"] = found[2] or ""
         if found[1] == "fetch":
@@ -12000,8 +12052,7 @@ def _requested(config: ProcessConfig, versions: Versions, age: float = -math.inf
     except (OSError, AgentError) as error:
         answer["error"] = str(error)
     versions.folder.mkdir(exist_ok=True)
-    replace_file(versions.folder / ANSWER_FILE, dump_json(answer))
-    (versions.folder / ANSWER_FILE).chmod(0o644)
+    replace_file(versions.folder / ANSWER_FILE, dump_json(answer), public=True)
     request.unlink(missing_ok=True)
     return int("error" in answer)
 
@@ -12021,6 +12072,8 @@ def _upgrade(options: argparse.Namespace, what: str = "") -> int:
         wanted = versions.fetch(config.settings, bundle, wanted, downgrade=options.allow_downgrade)
     elif bundle:
         raise LocalError(f"{versions.folder} cannot be written by this user: use sudo")
+    if versions.writable and number_of(wanted) < number_of(VERSION):
+        versions.allow(wanted)
     _show([f"{wanted or 'The newest version'} proves itself and takes over."])
     try:
         if (answer := ask_agent(state_dir, {"command": "upgrade", "version": wanted}, 600)) is None:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -391,11 +392,7 @@ def test_a_version_that_never_works_is_reported_by_the_old_one(remote):
 def test_a_kill_at_each_step_leaves_a_version_that_works(remote, step):
     """The service manager starts it again; the server hears how it ended."""
     die = "os = m.os; die = lambda *_, **__: os.kill(os.getpid(), 9)\n"
-    old = {
-        "fetch": "m.Versions._unpack = die",
-        "prove": "m.Upgrades._write = die",
-        "execute": "m.Upgrades.execute = die",
-    }
+    old = {"fetch": "m.Versions._unpack = die", "prove": "m.own_command = die", "execute": "m.Upgrades.execute = die"}
     new = {
         "trial": "m.Upgrades._trial = die",
         "choose": "c = m.Versions.choose; m.Versions.choose = lambda *a: die(c(*a))",
@@ -471,8 +468,167 @@ def test_root_does_it_for_a_service_that_may_not(tmp_path):
         done = there.command("upgrade", "--rollback", run=run)  # by root, whose unit may be switched off
         assert (done.returncode, there.version()) == (0, "5.2.0-0000000"), done.stderr
         (run / "upgrade").write_text("choose ../../evil")
+        answered = there.folder / "versions/answer"
         assert there.command("upgrade", "--requested", run=run).returncode == 1
-        assert "no request" in json.loads((there.folder / "versions/answer").read_text())["error"]
+        assert "no request" in json.loads(answered.read_text())["error"]
+        there.add("5.1.0")  # it was here long ago, and has faults that are known
+        (run / "upgrade").write_text("choose 5.1.0")
+        assert there.command("upgrade", "--requested", run=run).returncode == 1
+        assert "5.1.0 is older than 5.2.0" in json.loads(answered.read_text())["error"]
+        (run / "upgrade").write_text("fetch ")  # the service may write its settings, but root opens no archive for it
+        own = f'upgradeUrl = "{made.bundles["5.3.0"]}"'
+        assert there.command("upgrade", "--requested", settings=own, run=run).returncode == 1
+        assert "cannot be had" in json.loads(answered.read_text())["error"]
+        assert answered.stat().st_mode & 0o777 == (there.folder / "versions/current").stat().st_mode & 0o777 == 0o644
+
+
+def test_a_service_without_root_s_unit_is_not_put_on_trial(tmp_path):
+    """It could not make the new version the current one."""
+    with site(tmp_path, {"ADT": "?enhanced=true"}, start=False) as here:
+        there = Installed(tmp_path, here, "m.Versions.writable = property(lambda self: False)")
+        there.add("5.3.0")
+        done = there.command("upgrade", "5.3.0")
+        assert (done.returncode, "may not change its program" in done.stderr) == (1, True), done.stderr
+        assert "proves itself" not in here.agent.output()
+
+
+FULL = """
+whole = m.replace_file
+def full(path, *content, **how):
+    if path.name == m.UPGRADE_FILE:
+        raise OSError(28, "No space left on device", str(path))
+    whole(path, *content, **how)
+m.replace_file = full
+"""
+
+
+def test_what_cannot_be_written_down_is_not_begun(tmp_path):
+    with site(tmp_path, {"ADT": "?enhanced=true"}, start=False) as here:
+        there = Installed(tmp_path, here, FULL)
+        there.add("5.3.0")
+        done = there.command("upgrade", "5.3.0")
+        assert (done.returncode, "No space left" in done.stderr) == (1, True), done.stderr
+        assert there.version() == "5.2.0-0000000" and "takes over" not in here.agent.output()
+
+
+def test_the_old_version_is_not_on_trial_where_a_full_disk_kept_the_last_word(remote):
+    remote.agent.start()
+    remote.add("5.5.0", FULL + "async def no(self): return 'it never works'\nm.Upgrades._trial = no")
+    answer = remote.ask("5.5.0")
+    assert (answer["type"], "5.5.0: the agent ended before" in answer["body"]) == ("agent:error", True), answer
+    assert remote.version() == "5.2.0-0000000"
+    assert remote.ask("5.3.0").get("statusCode") == 200
+
+
+def test_a_stop_during_the_selftest_ends_the_agent_and_the_test(tmp_path):
+    with site(tmp_path, {"ADT": ""}, start=False) as here, socket.create_server(("127.0.0.1", 0)) as listener:
+        there = Installed(tmp_path, here)
+        endless = f"s = m.socket.create_connection({listener.getsockname()}); m.time.sleep(600)"
+        there.add("5.3.0", f"if '--selftest' in sys.argv:\n {endless}")
+        threading.Thread(target=there.command, args=("upgrade", "5.3.0"), daemon=True).start()
+        listener.settimeout(20)
+        with listener.accept()[0] as selftest:
+            code, seconds = here.agent.terminate()
+            assert code == 0 and seconds < 9
+            selftest.settimeout(5)
+            assert selftest.recv(1) == b""
+
+
+# --- cut-over: nobody waits in vain ---
+
+
+def test_a_device_whose_message_may_not_be_sent_twice_hears_that_it_failed(tmp_path):
+    """Original mode without retries, and a Bot that takes its time."""
+    with site(tmp_path, {"ADT": "?retryMode=none"}, start=False) as here:
+        here.sandbox.sandbox.bot = bot("AA")
+        here.sandbox.faults.silent = True
+        there = Installed(tmp_path, here, "m.SESSION_SECS = m.YIELD_SECS = 0.3")
+        there.add("5.3.0")
+        with here.device("ADT", timeout=20) as device:
+            device.send(message("M1"))
+            here.sandbox.wait_for(lambda: here.sandbox.ids())
+            command = threading.Thread(target=there.command, args=("upgrade", "5.3.0"))
+            command.start()
+            assert device.ack() == ("AE", "M1")
+            here.sandbox.faults.silent = False
+            assert device.ask(message("M2")) == ("AA", "M2")
+            command.join()
+        here.sandbox.wait_ids("M1", "M2")
+        assert there.version() == "5.3.0-0000000"
+
+
+def test_the_answer_to_a_push_is_no_message_for_the_server(tmp_path):
+    """A push to a connected device that is under way, and the ACK of an earlier one which comes again."""
+    with site(tmp_path, {"ADT": ""}, start=False) as here, ThreadPoolExecutor() as pool, here.caller() as caller:
+        here.sandbox.sandbox.bot = bot("AA")
+        there = Installed(tmp_path, here)
+        there.add("5.3.0")
+        with here.device("ADT", timeout=20) as device:
+            assert device.ask(message("M1")) == ("AA", "M1")
+            pushed = pool.submit(caller.push, "channel://ADT", message("P1"))
+            assert "|P1|" in device.receive()
+            command = pool.submit(there.command, "upgrade", "5.3.0")
+            here.agent.logged("5.3.0 takes over", 20)
+            acknowledgment = "MSH|^~\\&|||||20260101||ACK|A1|P|2.5\rMSA|AA|P1\r"
+            device.send(acknowledgment)
+            assert "MSA|AA|P1" in pushed.result(20).text
+            command.result(30)
+            assert there.version() == "5.3.0-0000000"
+            device.send(acknowledgment)
+            assert device.ask(message("M2")) == ("AA", "M2")
+        assert here.sandbox.ids() == ["M1", "M2"]
+
+
+def test_without_descriptors_a_connection_is_closed_and_the_upgrade_goes_on(tmp_path):
+    few = "d = m.os.dup; n = []\ndef dup(number):\n n.append(0)\n"
+    few += " if len(n) > 1: raise OSError(24, 'Too many open files')\n return d(number)\nm.os.dup = dup"
+    with site(tmp_path, {"ADT": "?enhanced=true"}, start=False) as here:
+        there = Installed(tmp_path, here, few)
+        there.add("5.3.0")
+        with here.device("ADT", timeout=20) as device:
+            device.send(message("A1"))
+            assert device.heard(2) == [("CA", "A1"), ("AA", "A1")]
+            assert there.command("upgrade", "5.3.0").returncode == 0, here.agent.output()
+            assert device.closed_by_peer()
+        with here.device("ADT") as device:
+            assert device.ask(message("A2"))[0] == "CA"
+        assert there.version() == "5.3.0-0000000"
+
+
+def test_messages_that_are_held_back_go_over_with_their_connection(tmp_path):
+    """And the clock that lets them through does not strike in between (the goodbye takes its time)."""
+    slow = "m.LAZY_SECS = 2.5\nasync def no(self): await m.asyncio.sleep(60)\nm.Uplink.goodbye = no"
+    with site(tmp_path, {"ADT": "?enhanced=true&messagesPerMin=60"}, start=False) as here:
+        there = Installed(tmp_path, here, slow)
+        there.add("5.3.0")
+        with here.device("ADT", timeout=20) as device:
+            for number in range(6):
+                device.send(message(f"A{number}"))
+            done = there.command("upgrade", "5.3.0")
+            assert done.returncode == 0, here.agent.output()
+            here.sandbox.wait_ids(*(f"A{number}" for number in range(6)))
+            device.send(message("B1"))
+            here.sandbox.wait_ids(*(f"A{number}" for number in range(6)), "B1")
+
+
+def test_a_port_can_move_while_the_new_version_is_on_trial(tmp_path):
+    """What it keeps for the old one must not hold it; and what is gone from the configuration does not listen."""
+    with site(tmp_path, {"ADT": "?enhanced=true", "GONE": ""}, start=False) as here:
+        here.sandbox.sandbox.bot = bot("AA")
+        there = Installed(tmp_path, here)
+        there.add("5.3.0", "m.TRIAL_WELL_SECS = m.TRIAL_SECS = 60.0")
+        command = threading.Thread(target=there.command, args=("upgrade", "5.3.0"))
+        command.start()
+        eventually(lambda: here.agent.output().count("Connected to") == 2, 20)
+        here.endpoint("ADT")["address"] = f"mllp://0.0.0.0:{here.ports['ADT']}?enhanced=true"
+        here.sandbox.resource("Agent/agent-1")["channel"].pop()
+        assert here.sandbox.reload().get("statusCode") == 200, here.agent.output()
+        with pytest.raises(ConnectionRefusedError):
+            socket.create_connection(("127.0.0.1", here.ports["GONE"]))
+        with here.device("ADT") as device:
+            assert device.ask(message("A1"))[0] == "CA"
+        command.join()
+        assert there.version() == "5.3.0-0000000"
 
 
 def test_a_stop_while_it_waits_for_a_session_ends_the_agent(tmp_path):
