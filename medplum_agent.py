@@ -11466,7 +11466,7 @@ def _stack(error: BaseException | None) -> list[str]:
 
 
 # =====================================================================================================================
-# Command line (700 lines, 6000 tokens)
+# Command line (720 lines, 6250 tokens)
 # =====================================================================================================================
 
 _USAGE = """\
@@ -11487,6 +11487,7 @@ _USAGE = """\
        %(prog)s queue replay             messages of --channel, since --since, once more: to the Bot that --to names
        %(prog)s queue rekey              another key for the queue of an agent that does not run: --to names it
        %(prog)s upgrade [VERSION|BUNDLE] another version takes over from the running one; no device notices
+       %(prog)s service VERB             start, stop or status; install [ARGUMENTS] makes this program one, uninstall
        %(prog)s send HOST:PORT FILE...   HL7 messages to a device or channel, with their acknowledgments"""
 
 
@@ -11542,7 +11543,7 @@ def _limit(text: str) -> int:
 
 def _parse(argv: list[str], program: str) -> argparse.Namespace:
     """The reference's arguments come first and are taken as they are: a secret may begin with a dash."""
-    first = int(argv[:1] == ["doctor"])
+    first = {"doctor": 1, "service": 2}.get("".join(argv[:1]), 0)
     values = argv[: first + 4] if len(argv) >= first + 4 and re.match(r"https?:", argv[first]) else []
     options = command_parser(program).parse_intermixed_args(argv[len(values) :])
     options.arguments = values + options.arguments
@@ -11574,7 +11575,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if options.arguments[:1] == ["demo"]:
             return _run_demo(options.state_dir, stay=not options.once)
         verbs = {"health": _health, "status": _status, "doctor": _doctor, "validate": _validate, "queue": _queue,
-            "send": _send, "upgrade": _upgrade}  # fmt: skip
+            "send": _send, "upgrade": _upgrade, "service": _service}  # fmt: skip
         if verb := verbs.get("".join(options.arguments[:1])):
             return _performed(verb, options)
         _run_agent(_process_config(options, *options.arguments[:4], *filter(None, options.arguments[4:5])))
@@ -12095,6 +12096,31 @@ def _upgrade(options: argparse.Namespace, what: str = "") -> int:
         return 130
     _show([f"{status['version']} runs{'. ' + found['reason'] if found['reason'] else '.'}"])
     return int(found["step"] != "done")
+
+
+def _service(options: argparse.Namespace, verb: str = "", *values: str) -> int:
+    """Ask the service manager; or make a service of this very program, where no package did, and remove it."""
+    import subprocess
+
+    if verb not in "install uninstall start stop status".split() or (values and (verb, len(values)) != ("install", 4)):
+        raise ConfigError(["after service comes start, stop, status, uninstall, or install, which may be followed by "
+            "base_url client_id client_secret agent_id"])  # fmt: skip
+    if sys.platform == "win32":
+        if verb.endswith("install"):
+            raise LocalError("on Windows the installer makes the service, and its uninstall.exe removes it")
+        return subprocess.run(["sc", {"status": "query"}.get(verb, verb), "MedplumAgent"], check=False).returncode
+    program, settings = own_program(), ""
+    if verb == "install":
+        if program.suffix == ".py":
+            raise LocalError("a service needs a program: install a package, or do this with the one file")
+        if values:
+            _process_config(options, *values)
+            named = zip(rows_of(ProcessSettings), values, strict=False)
+            settings = "".join(f"{name} = {json.dumps(value, ensure_ascii=False)}\n" for name, value in named)
+        elif not installed_config_file().exists():
+            raise ConfigError(["service install needs base_url client_id client_secret agent_id"])
+    script = Path(__file__).parent / "packaging" / sys.platform.replace("darwin", "macos") / "service.sh"
+    return subprocess.run(["sh", script, verb, program], input=settings.encode(), check=False).returncode
 
 
 def _run_agent(config: ProcessConfig) -> NoReturn:

@@ -27,6 +27,10 @@ PAGE = ROOT / "packaging/status.html"
 UPGRADE_ROOT = ROOT / "packaging/upgrade-root.json"  # whose signatures upgrades must have; there after upgrades.py keys
 SYSTEM = {"linux": "linux", "darwin": "macos", "win32": "windows.exe"}[sys.platform]
 PROGRAM = "medplum-agent.exe" if sys.platform == "win32" else "medplum-agent"
+SERVICE_FILES = {  # of `service install`
+    "linux": "service.sh medplum-agent.service medplum-agent-upgrade.service medplum-agent-upgrade.path",
+    "macos": "service.sh medplum-agent.plist uninstall.sh scripts/postinstall",
+}
 LOWER_GLIBC = "MEDPLUM_AGENT_GLIBC"  # such as 2.17: compile against this glibc, with zig
 
 # Modules that Nuitka does not see: imported by C code, by name, or left out by default. Without the first two JSON is
@@ -88,12 +92,13 @@ def options(work: Path) -> list[str]:
     named += [f"--include-package={name}" for name in NAMED_PACKAGES]
     metadata = [f"--include-distribution-metadata={name}" for name in ("pydicom", "pynetdicom")]
     files = [path for path in (PAGE, UPGRADE_ROOT, ROOT / "packaging/binary.lock") if path.exists()]
+    files += [ROOT / "packaging" / SYSTEM / name for name in SERVICE_FILES.get(SYSTEM, "").split()]
     return [
         "--mode=onefile", "--deployment", "--assume-yes-for-downloads", "--python-flag=no_docstrings",
         "--python-flag=isolated", "--python-flag=no_site",
         f"--user-plugin={Path(__file__).with_name('nuitka_plugin.py')}",
         *named, *metadata, "--include-package-data=pydicom.data",
-        *(f"--include-data-files={path}=packaging/{path.name}" for path in files),
+        *(f"--include-data-files={path}={path.relative_to(ROOT)}" for path in files),
         "--noinclude-data-files=pydicom/data/test_files/*", "--noinclude-data-files=pydicom/data/charset_files/*",
         f"--nofollow-import-to={','.join(LEFT_OUT)}",
         "--onefile-child-grace-time=infinity",  # default: killed after 5 s of a clean stop

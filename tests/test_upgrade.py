@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+import tomllib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -707,3 +708,36 @@ def test_sessions_and_associations_end_first_and_connections_that_cannot_stay_ar
             here.sandbox.wait_for(lambda: [t for _, t in here.sandbox.seen if t.channel == "RAW"])
             rest = b"".join(iter(lambda: secure.recv(4096), b""))  # the Bot's answer, and the end of the connection
             assert b"AA|T1" in rest
+
+
+# --- the service manager ---
+
+
+@pytest.mark.parametrize(
+    ("words", "words_back"),
+    [
+        ([], "after service comes"), (["restart"], "after service comes"),
+        (["install", "a", "b"], "after service comes"),
+        (["stop", "a", "b", "c", "d"], "after service comes"), (["install", "ftp://x/", "b", "c", "d"], "baseUrl"),
+        (["install"], "service install needs base_url"),
+    ],
+)  # fmt: skip
+def test_what_the_service_manager_is_not_asked(tmp_path, words, words_back):
+    tool = program(tmp_path, "5.2.0", "m.installed_config_file = lambda: m.Path('/nowhere')")
+    done = subprocess.run([tool, "service", *words], capture_output=True, text=True, cwd=tmp_path)
+    assert (done.returncode, words_back in done.stderr) == (1, True), done
+
+
+def test_a_service_is_made_of_this_program_and_its_secret_is_no_argument(tmp_path):
+    folder = tmp_path / "packaging" / ("macos" if sys.platform == "darwin" else "linux")
+    folder.mkdir(parents=True)
+    (folder / "service.sh").write_text('echo "$@"; cat; exit 3\n')
+    tool = program(tmp_path, "5.2.0", f"m.__file__ = {str(tmp_path / 'x.py')!r}")
+    values = ["https://api.example.org/", "an-id", '-se"cr\u00e9t', "agent-1"]
+    done = subprocess.run([tool, "service", "install", *values], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 3, done.stderr
+    first, *settings = done.stdout.splitlines()
+    assert first == f"install {tool}"
+    assert list(tomllib.loads("\n".join(settings)).values()) == values
+    done = subprocess.run([tool, "service", "status"], capture_output=True, text=True)
+    assert (done.stdout, done.returncode) == (f"status {tool}\n", 3)
