@@ -43,7 +43,7 @@ must 'test "$(find /usr/local/libexec ! -user root)" = ""'
 within 20 'journalctl -u medplum-agent | grep -q "starts for http://127.0.0.1:9/"'
 must 'systemctl is-enabled medplum-agent medplum-agent-upgrade.path && systemctl is-active medplum-agent-upgrade.path'
 must 'medplum-agent service status | grep -q "active (running)"'
-must 'test $(ps -o user= -p $(systemctl show --property MainPID --value medplum-agent) | cut -c1-7) = medplum'
+must 'test $(stat -c %U /proc/$(systemctl show --property MainPID --value medplum-agent)) = medplum-agent'
 before=$(inside systemctl show --property MainPID --value medplum-agent)
 must '/mnt/medplum-agent-linux service install && grep -q a1 /etc/medplum-agent/agent.toml'
 [ "$before" != "$(inside systemctl show --property MainPID --value medplum-agent)" ] || fail "the old program runs on"
