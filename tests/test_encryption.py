@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import itertools
+import json
 import os
 import random
 import signal
@@ -15,7 +16,28 @@ import apsw
 import pytest
 
 import medplum_agent as ma
-from tests.support import AgentProcess, Site, eventually, message, site
+from tests.dicom_peers import (
+    EXPLICIT,
+    SECONDARY,
+    SUCCESS,
+    Aborted,
+    Instance,
+    Scu,
+    Storescp,
+    announced,
+    assert_arrived,
+    assert_no_spool,
+    assert_works,
+    encoded,
+    imaging_site,
+    made,
+    made_dataset,
+    part10,
+    spooled,
+    start,
+    store,
+)
+from tests.support import AgentProcess, Site, changed, eventually, message, site
 
 KEY = "0123456789abcdef" * 4
 SECRETS = ("TESTPERSON", "PAULA", "PATIENT-4711", "CONTROL-", "POTASSIUM")
@@ -333,3 +355,120 @@ def test_a_copy_that_lost_the_mark_of_its_key_is_not_called_damaged_only(tmp_pat
         key_file.write_text(KEY)
         here.agent.kill()
         here.agent.start()
+
+
+# --- images: each a file of its own beside the queue, with a key of its own ---
+
+
+def scan() -> Instance:
+    """An object of many blocks that names its patient, in each of them."""
+    dataset = made_dataset(PatientName="TESTPERSON^PAULA", PatientID="PATIENT-4711")
+    dataset.add_new(0x7FE00010, "OW", b"TESTPERSON PAULA" * 200_000)
+    return Instance(SECONDARY, dataset.SOPInstanceUID, EXPLICIT, encoded(dataset))
+
+
+def imaging(folder: Path, key_file: Path | None, cipher: str = "aegis", address: str = "") -> Any:
+    config = f"storeKey = 'file:{key_file}'\nstoreCipher = '{cipher}'" if key_file else "logLevel = 'INFO'"
+    return imaging_site(folder, {"PACS": f"dicom://127.0.0.1:{{port}}{address}"}, config=config)
+
+
+def clear(here: Site) -> set[tuple[str, str]]:
+    return {(word, name) for word, name in found_in(here.agent.state_dir) if word in ("TESTPERSON", "PAULA")}
+
+
+@pytest.mark.parametrize("cipher", ["aegis", "sqlcipher"])
+@pytest.mark.parametrize("storage", ["binary", "dicomweb"])
+def test_images_on_their_way_are_encrypted_and_arrive_whole(
+    tmp_path: Path, key_file: Path, cipher: str, storage: str
+) -> None:
+    with imaging(tmp_path, key_file, cipher, f"?storage={storage}") as here:
+        here.sandbox.stop()
+        instances = [scan(), made(1000, PatientName="TESTPERSON^PAULA")]
+        assert store(here.ports["PACS"], *instances) == [SUCCESS, SUCCESS]
+        assert len(spooled(here)) == 2 and clear(here) == set()
+        late = scan()
+
+        def half() -> Iterator[bytes]:
+            yield late.content[:2_000_000]
+            eventually(lambda: len(spooled(here)) == 3)
+            here.agent.kill()
+
+        with pytest.raises((Aborted, OSError)), Scu.for_instances(here.ports["PACS"], late) as scu:
+            scu.store(late, half())
+        assert clear(here) == set()
+        here.sandbox.start()
+        start(here)
+        for instance in instances:
+            if storage == "binary":
+                assert_arrived(here, instance)
+            else:
+                announced(here, instance.uid)
+                found = here.sandbox.sandbox.binaries.values()
+                assert any(instance.content in (raw if isinstance(raw, bytes) else raw.read_bytes()) for raw in found)
+        assert_no_spool(here)
+
+
+@pytest.mark.parametrize("kill", ["", "keep", "tidy"])
+def test_images_that_wait_are_converted_with_their_queue(tmp_path: Path, key_file: Path, kill: str) -> None:
+    """And back; a kill between the new file and the queue, or before the plain one is gone, leaves one of both."""
+    with imaging(tmp_path, None) as here:
+        here.sandbox.stop()
+        instances = [scan(), made(1000)]
+        assert store(here.ports["PACS"], *instances) == [SUCCESS, SUCCESS]
+        here.agent.terminate()
+        for log in here.agent.state_dir.glob("*channels*"):
+            log.unlink()
+        assert clear(here) != set()
+        config(here).write_text(f"storeKey = 'file:{key_file}'")
+        usual = here.agent.COMMAND
+        if kill:
+            owner = {"keep": "SpoolFile", "tidy": "Spool"}[kill]
+            die = (
+                f"w = m.{owner}.{kill}\ndef die(*a):\n w(*a) if {kill == 'keep'} else 0\n m.os.kill(m.os.getpid(), 9)\n"
+            )
+            changed(here.agent, f"{die}m.{owner}.{kill} = die")
+            here.agent.start(ready=False)
+            assert here.agent.wait_exit() == -9
+            here.agent.COMMAND = usual
+        start(here)
+        assert clear(here) == set() and len(spooled(here)) == 2
+        here.agent.terminate()
+        assert command(here, "queue", "rekey", "--to", "plain").returncode == 0
+        config(here).write_text("logLevel = 'INFO'")
+        here.sandbox.start()
+        start(here)
+        for instance in instances:
+            assert_arrived(here, instance)
+        assert_no_spool(here)
+
+
+def test_a_damaged_image_is_not_sent_and_the_log_says_why(tmp_path: Path, key_file: Path) -> None:
+    with imaging(tmp_path, key_file) as here:
+        here.sandbox.stop()
+        assert store(here.ports["PACS"], scan()) == [SUCCESS]
+        (path,) = spooled(here)
+        content = bytearray(path.read_bytes())
+        content[len(content) // 2] ^= 1
+        path.write_bytes(content)
+        here.sandbox.start()
+        here.agent.logged("its file in the spool folder beside the queue cannot be read", 20)
+        assert not here.sandbox.sandbox.binaries
+        assert_works(here)
+
+
+def test_an_image_that_is_pushed_to_a_device_is_on_no_disk_in_clear(tmp_path: Path, key_file: Path) -> None:
+    """Its file is there until the device has it, or the agent is killed."""
+    with imaging(tmp_path, key_file) as here, Storescp(tmp_path / "device") as device, here.caller() as caller:
+        instance = scan()
+        here.sandbox.sandbox.binaries["Binary/scan"] = part10(instance)
+        request = json.dumps({"command": "C-STORE", "binary": {"reference": "Binary/scan"}})
+        answer = caller.push(f"dicom://{device.address}", request, contentType="application/json")
+        assert json.loads(answer.text)["status"] == 0, answer
+        assert device.instances() == {instance.uid: instance.content}
+        changed(here.agent, "m.Sender.send = lambda *_, **__: m.os.kill(m.os.getpid(), 9)")
+        here.agent.terminate()
+        start(here)
+        here.agent.wait_connected()
+        caller.store(f"dicom://{device.address}", request, contentType="application/json")
+        assert here.agent.wait_exit() == -9
+        assert spooled(here) and clear(here) == set()
