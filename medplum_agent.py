@@ -3297,9 +3297,8 @@ class Store:
     def _write_here(self) -> None:
         """Little waits and the disk has lately been quick: no thread is waited for."""
         self._soon = False
-        light = (
-            len(self._inbox) <= COMMIT_HERE_ITEMS and self._uncommitted_bytes <= COMMIT_HERE_BYTES and not self._suspect
-        )
+        light = len(self._inbox) <= COMMIT_HERE_ITEMS and self._uncommitted_bytes <= COMMIT_HERE_BYTES
+        light &= not self._suspect and self._next_id <= self._reach  # to reserve numbers is a file more to sync
         if light and self._turn.acquire(blocking=False):
             try:
                 if not any(type(item) is _Call for item in self._inbox) and self._begins_here():

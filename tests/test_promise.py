@@ -520,3 +520,20 @@ def memory_mb(agent: AgentProcess) -> float:
     with open(f"/proc/{agent.process.pid}/status") as status:
         (kilobytes,) = re.findall(r"VmRSS:\s+(\d+)", status.read())
     return int(kilobytes) / 1024
+
+
+def test_the_file_of_reserved_numbers_is_never_synced_by_the_loop(tmp_path):
+    """It is a file beside the queue: where the disk is slow, each sync would hold up all devices."""
+    with site(tmp_path, {"ADT": "?enhanced=true"}, start=False) as here:
+        told = tmp_path / "threads"
+        tell = f"open({str(told)!r}, 'a').write(m.threading.current_thread().name + chr(10))"
+        spy = f"r = m.Store._remember\ndef spy(*a):\n {tell}\n r(*a)\nm.Store._remember = spy\nm.RESERVED_IDS = 50\n"
+        changed(here.agent, spy + INLINE)
+        here.agent.start()
+        with here.device("ADT") as device:
+            for number in range(500):
+                device.send(message(f"M{number}"))
+                while device.ack() != ("CA", f"M{number}"):
+                    pass
+        found = told.read_text().split()
+        assert len(found) >= 10 and set(found) == {"store-writer"}
