@@ -1098,3 +1098,10 @@ def test_hl7_goes_on_while_images_come(here):
         thread.join(20)
     print(f"\nslowest CA of {len(controls)} beside four senders of images: {slowest * 1000:.0f} ms")
     assert slowest < 1
+
+
+@pytest.mark.parametrize("abstract", ["1.2.840.10008.1.3.10", "1.2.840.10008.1.20.2"], ids=["DICOMDIR", "pull model"])
+def test_classes_that_sound_like_storage_get_no_context(here, abstract):
+    """What an association would not be served for is not accepted (PS3.8 7.1.1.14)."""
+    with Scu(here.ports["PACS"], [(abstract, (EXPLICIT,)), (SECONDARY, (EXPLICIT,))]) as scu:
+        assert set(scu.accepted) == {(SECONDARY, EXPLICIT)}
