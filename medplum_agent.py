@@ -286,6 +286,11 @@ def give_memory_back() -> None:
         ctypes.CDLL(None).malloc_trim(0)
 
 
+def beside(path: Path, suffix: str) -> Path:
+    """What belongs to a file and lies in its folder."""
+    return path.with_name(path.name + suffix)
+
+
 def sync_folder(folder: Path) -> None:
     """The names in it."""
     if os.name == "posix":
@@ -298,7 +303,7 @@ def sync_folder(folder: Path) -> None:
 
 def replace_file(path: Path, content: bytes) -> None:
     """Whoever reads it finds the old content or the new one, whole, also after a power cut."""
-    temporary = path.with_name(f"{path.name}.new")
+    temporary = beside(path, ".new")
     with open(temporary, "wb", opener=private) as file:
         file.write(content)
         file.flush()
@@ -3225,7 +3230,7 @@ class Store:
         await asyncio.to_thread(self._writer.join, STOP_SECS)
         if self._lock_file is not None:
             with suppress(OSError):
-                self._lock_path.unlink()
+                beside(self.path, ".lock").unlink()
             self._lock_file.close()
         self._reader.shutdown(wait=False)
 
@@ -3649,29 +3654,16 @@ class Store:
         self.trouble = ""
         return db
 
-    @property
-    def _high_path(self) -> Path:
-        return self.path.with_name(self.path.name + ".high")
-
-    def _remembered(self) -> str:
-        with suppress(OSError, ValueError):
-            return self._high_path.read_text("ascii")
-        return ""
-
     def _remember(self, reach: int) -> None:
         """How far the row numbers may go, beside the queue: a copy put in its place must not use them again."""
         self._reach = reach
         with suppress(OSError):
-            replace_file(self._high_path, f"{self._seed} {reach}".encode())
-
-    @property
-    def _lock_path(self) -> Path:
-        return self.path.with_name(self.path.name + ".lock")
+            replace_file(beside(self.path, ".high"), f"{self._seed} {reach}".encode())
 
     def _lock_queue(self) -> None:
         """Two agents must never share a queue: their row numbers would clash."""
         if self._lock_file is None:
-            file = open(self._lock_path, "a+b", opener=private)  # noqa: SIM115
+            file = open(beside(self.path, ".lock"), "a+b", opener=private)  # noqa: SIM115
             if not lock_file(file):
                 file.close()
                 raise StorageError("foreign file: another agent uses this queue (queueDbPath)")
@@ -3679,16 +3671,14 @@ class Store:
 
     def _inspect_wal(self) -> None:
         """SQLite ends its recovery at the first bad frame and overwrites the rest: say so, and keep copies."""
-        wal = self.path.with_name(self.path.name + "-wal")
+        wal = beside(self.path, "-wal")
         lost = lost_frames(wal.read_bytes()) if wal.exists() else 0
         if lost:
             stamp = f"damaged-{now_ms()}"
             for path in (self.path, wal):
-                shutil.copy2(path, path.with_name(f"{path.name}.{stamp}"))
-            text = (
-                f"the last {lost} pages that were written to the queue are lost, with messages that were acknowledged"
-            )
-            self._log.error(f"{wal} is damaged: {text}. Copies of both files are beside them ({stamp}).")
+                shutil.copy2(path, beside(path, f".{stamp}"))
+            text = f"the last {lost} pages that were written to the queue are lost, with messages that were"
+            self._log.error(f"{wal} is damaged: {text} acknowledged. Copies of both files are beside them ({stamp}).")
 
     def _prepare(self, db: Database) -> None:
         version = version_of(db)
@@ -3726,7 +3716,9 @@ class Store:
         self._next_channel = max((row.id for row in self._channels.values()), default=0) + 1
         last = db.one("SELECT ifnull(max(id), 0) FROM message")
         deleted = db.one("SELECT last_deleted_id FROM identity")
-        known, _, high = self._remembered().partition(" ")
+        known = high = ""
+        with suppress(OSError, ValueError):
+            known, _, high = beside(self.path, ".high").read_text("ascii").partition(" ")
         reached = int(high) if known == seed and high.isdecimal() else 0
         self._seed = seed
         self.uuid = f"{seed[:8]}-{seed[8:12]}-4{seed[12:15]}-a{seed[15:18]}"
@@ -3908,10 +3900,6 @@ def decide(db: Database, fate: str, ids: Sequence[int]) -> list[Decided]:
 BACK_UP_KEY = "Keep a copy of its key in a safe place: without it nobody can read what waits there."
 
 
-def key_mark(path: Path) -> Path:
-    return path.with_name(f"{path.name}.key")
-
-
 def is_plain(path: Path) -> bool:
     """Whether there is a queue that is not encrypted."""
     with suppress(FileNotFoundError), open(path, "rb") as file:
@@ -3921,7 +3909,8 @@ def is_plain(path: Path) -> bool:
 
 def check_key(path: Path, key: str) -> None:
     """An encrypted queue is not touched without its own key; ConfigError. A mark beside the file tells which it is."""
-    known = key_mark(path).read_text("ascii") if key_mark(path).exists() else ""
+    mark = beside(path, ".key")
+    known = mark.read_text("ascii") if mark.exists() else ""
     if known and not key and path.exists() and not is_plain(path):
         raise ConfigError([f"the queue {path} is encrypted: name its key with storeKey (and storeCipher)"], True)
     if known not in ("", _mark_of(key)) and path.exists() and not is_plain(path):
@@ -3931,9 +3920,9 @@ def check_key(path: Path, key: str) -> None:
 def mark_key(path: Path, key: str) -> None:
     """The file can be read with this key."""
     if key:
-        replace_file(key_mark(path), _mark_of(key).encode())
+        replace_file(beside(path, ".key"), _mark_of(key).encode())
     else:
-        key_mark(path).unlink(missing_ok=True)
+        beside(path, ".key").unlink(missing_ok=True)
 
 
 def _mark_of(key: str) -> str:
@@ -3942,8 +3931,8 @@ def _mark_of(key: str) -> str:
 
 def rewrite_queue(path: Path, old: str, new: str) -> None:
     """The queue with another key, or without one: a whole copy takes its place. apsw.Error, OSError."""
-    mark, path = key_mark(path), path.resolve()  # a link stays one
-    target = path.with_name(f"{path.name}.new")
+    mark, path = beside(path, ".key"), path.resolve()  # a link stays one
+    target = beside(path, ".new")
     target.unlink(missing_ok=True)
     if shutil.disk_usage(path.parent).free < path.stat().st_size + DISK_RESERVE_BYTES:
         raise OSError(errno.ENOSPC, "no space for a copy of the queue")
@@ -3973,14 +3962,14 @@ def read_queue(path: Path, read: Callable[[Database], T], key: str = "") -> T:
         path = path.resolve()  # what belongs to the file is beside it, not beside a link to it
         path.stat()  # which says better than SQLite why it cannot be read
         # where no agent runs nothing may come into being beside the file: it would belong to whoever looks
-        alone = "" if path.with_name(f"{path.name}-wal").exists() else "&immutable=1"
+        alone = "" if beside(path, "-wal").exists() else "&immutable=1"
         with closing(Database(path, key, f"mode=ro{alone}")) as db:
             return read(db)
     except OSError as error:
         raise StorageError(f"the queue {path} cannot be read: {error.strerror}") from None
     except apsw.Error as error:
         advice = "; the agent has to run on it once after an update" if "no such" in str(error) else ""
-        if key_mark(path).exists() and isinstance(error, apsw.NotADBError):
+        if beside(path, ".key").exists() and isinstance(error, apsw.NotADBError):
             advice = "; it is encrypted: run this with the agent's own settings (--config FILE), as its user"
         raise StorageError(f"the queue {path} cannot be read: {error}{advice}") from None
 
@@ -3999,7 +3988,7 @@ def alone_with(path: Path, key: str) -> Iterator[None]:
     """No agent runs on this queue; what is wrong within, and another that does, is a StorageError."""
     read_queue(path, seed_of, key)  # it is there, and ours
     try:
-        file = open(path.with_name(f"{path.name}.lock"), "a+b", opener=private)  # noqa: SIM115
+        file = open(beside(path, ".lock"), "a+b", opener=private)  # noqa: SIM115
     except OSError as error:
         raise StorageError(f"the queue {path} cannot be written: {error.strerror}") from None
     with file as lock:
@@ -11743,7 +11732,7 @@ def _queue_file(options: argparse.Namespace) -> tuple[Path, Path, str]:
     try:
         process = _process_config(options).settings
     except ConfigError:
-        if key_mark(path).exists():
+        if beside(path, ".key").exists():
             raise
         return state_dir, path, ""  # damaged, as it seems
     return state_dir, path, store_key(process.storeKey, process.storeCipher)
