@@ -2980,7 +2980,7 @@ class SpoolFile(io.FileIO):
     def __init__(self, spool: Spool):
         self.spool, self.size, self.start, self.error = spool, 0, 0, ""
         self._kept = False
-        path = spool.folder / f"{spool.new_name()}.part"
+        path = spool.folder / f"{spool.prefix}{str(uuid.uuid4())[len(spool.prefix) :]}.part"
         try:
             if not spool.folder.is_dir():
                 spool.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -3038,9 +3038,6 @@ class Spool:
         self.tidied = False
         self._lock = threading.Lock()
 
-    def new_name(self) -> str:
-        return self.prefix + str(uuid.uuid4())[len(self.prefix) :]
-
     def path(self, name: str) -> Path:
         return self.folder / f"{name}.dcm"
 
@@ -3081,7 +3078,8 @@ class Store:
         self.trouble = "the queue is not open yet"
         self.max_bytes = 0  # 0: no limit but the disk's
         self.size_bytes = 0
-        self.spool = Spool(path.with_suffix(".spool"), self._spool_refusal)
+        # why a file of the spool may not grow to a size, or an empty string; asked from any thread
+        self.spool = Spool(path.with_suffix(".spool"), lambda size: self.refusal(size) or self.disk_refusal())
         self.on_resume: list[Callable[[], None]] = []  # called once when congestion ends
         self._log = log
         self._loop = asyncio.get_running_loop()
@@ -3154,10 +3152,6 @@ class Store:
     def disk_refusal(self) -> str:
         return _storage_text(OSError("disk full")) if self._disk_full() else ""
 
-    def _spool_refusal(self, size: int) -> str:
-        """Why a file of the spool may not grow to this size, or an empty string; called from any thread."""
-        return self.refusal(size) or self.disk_refusal()
-
     def update(self, message: Message, then: Callable[[], None] | None = None) -> None:
         """Write a message's progress with the next batch; with `then`, now, and call it once committed."""
         self._inbox.append(_Update(_changes(message), then))
@@ -3181,10 +3175,8 @@ class Store:
     def _write_here(self) -> None:
         """Little waits and the disk has lately been quick: no thread is waited for."""
         self._soon = False
-        light = (
-            len(self._inbox) <= COMMIT_HERE_ITEMS and self._uncommitted_bytes <= COMMIT_HERE_BYTES and not self._suspect
-        )
-        if light and self._turn.acquire(blocking=False):
+        light = len(self._inbox) <= COMMIT_HERE_ITEMS and self._uncommitted_bytes <= COMMIT_HERE_BYTES
+        if light and not self._suspect and self._turn.acquire(blocking=False):
             try:
                 if not any(type(item) is _Call for item in self._inbox) and self._begins_here():
                     self._suspect = not self._write_batch(cast(Database, self._db), self._take_batch())
@@ -3265,15 +3257,10 @@ class Store:
     async def recover(self, row: ChannelRow, state: int, error_code: str | None, reason: str | None) -> int:
         """Messages of a channel that were sent when the agent stopped get this state; how many there were."""
         sql = """UPDATE message SET state = ?, outcome = ?, settled_at = ?, error_code = ?, last_error = ?
-          WHERE channel = ? AND state = ?"""
+          WHERE channel = ? AND state = ? RETURNING id"""
         outcome, settled_at = (NOT_OWED, now_ms()) if error_code else (PENDING, 0)
         values = state, outcome, settled_at, error_code, reason, row.id, SENT
-
-        def run(db: Database) -> int:
-            db.execute(sql, values)
-            return db.changes()
-
-        return await self.call(run)
+        return len(await self.call(lambda db: db.rows(sql, values)))
 
     async def queued(
         self, row: ChannelRow, after: int, limit: int, retried: Sequence[int] = ()
@@ -3332,8 +3319,7 @@ class Store:
 
     async def backlog(self) -> list[Backlog]:
         """What waits, by destination; only those for which something does."""
-        await self.call(lambda db: None)  # what was asked for before is counted
-        return await self.read(backlog_of)
+        return await self.look(backlog_of)
 
     async def dead(self) -> dict[str, int]:
         """Dead letters by destination; only those that have some."""
@@ -3354,8 +3340,7 @@ class Store:
         """Messages by state."""
         parts = (f"SELECT state, count(*) FROM message WHERE state {which} GROUP BY state" for which in ("< 2", "> 2"))
         sql = " UNION ALL ".join((*parts, f"SELECT {PROCESSED}, (SELECT count(*) FROM message)"))
-        await self.call(lambda db: None)
-        found = dict(await self.read(lambda db: db.rows(sql)))
+        found = dict(await self.look(lambda db: db.rows(sql)))
         found[PROCESSED] -= sum(count for state, count in found.items() if state != PROCESSED)
         return {name: found.get(state, 0) for state, name in enumerate(STATES)}
 
@@ -3368,11 +3353,7 @@ class Store:
             failed: asyncio.Future[None] = self._loop.create_future()
             failed.set_exception(StorageError(self.trouble))
             return failed
-
-        def run(db: Database) -> None:
-            db.execute("INSERT INTO partial VALUES (?, ?, ?, ?, ?)", values)
-
-        return self.call(run)
+        return self.call(lambda db: cast(None, db.one("INSERT INTO partial VALUES (?, ?, ?, ?, ?)", values)))
 
     def drop_frames(self, session: str) -> None:
         self.call(lambda db: db.execute("DELETE FROM partial WHERE session = ?", (session,)))
@@ -3473,7 +3454,7 @@ class Store:
                 self._save_channel(db, row)
             self._insert(db, messages)
             _execute_many(db, _UPDATE, [*{item.changes[0]: item.changes for item in updates}.values()])
-            results = [call.run(db) for call in calls]
+            results = [(call, call.run(db)) for call in calls]
             started = time.perf_counter()
             db.execute("COMMIT")
             self._note_commit(time.perf_counter() - started, len(batch))
@@ -3486,7 +3467,7 @@ class Store:
         if self._failed_at and messages:
             self._failed_at = 0.0
             self._log.info("The queue can be written again.")
-        self._tell(self._committed, messages, updates, calls, results)
+        self._tell(self._committed, messages, updates, results)
         return True
 
     def _tell(self, then: Callable[..., None], *values: Any) -> None:
@@ -3530,7 +3511,7 @@ class Store:
         for message in messages:
             message.refusal = _storage_text(error)
         if messages:
-            self._tell(self._committed, messages, (), (), ())
+            self._tell(self._committed, messages)
             return bool(kept or calls) and self._write_batch(db, [*kept, *calls])
         waiting = calls if isinstance(error, StorageError) else []
         self._inbox.extendleft(reversed([*kept, *waiting]))
@@ -3564,8 +3545,7 @@ class Store:
         message.earlier = self._find_earlier(db, message) if message.checked else None
         if message.earlier is not None:
             return
-        number = db.one("SELECT next_seq FROM channel WHERE id = ?", (message.channel,))
-        message.seq_no = number
+        message.seq_no = number = db.one("SELECT next_seq FROM channel WHERE id = ?", (message.channel,))
         message.text = message.finalized = write_sequence_number(message.text or "", number)
         _execute_many(db, _INSERT, [_new_row(message)])
         db.execute("UPDATE channel SET next_seq = ? WHERE id = ?", (number + 1, message.channel))
@@ -3598,7 +3578,7 @@ class Store:
         for message in refused:
             message.refusal = self.trouble
         self._inbox.extendleft(item for item in reversed(batch) if not isinstance(item, Message))
-        self._tell(self._committed, refused, (), (), ())
+        self._tell(self._committed, refused)
 
     def _disk_full(self) -> bool:
         """As it was a moment ago; SQLite itself finds a disk that filled up since."""
@@ -3623,9 +3603,7 @@ class Store:
         self.size_bytes += sum(message.size for message in messages)
         if exact or time.monotonic() >= self._measure_at:
             self._measure_at = time.monotonic() + LAZY_SECS
-            pages = db.one("PRAGMA page_count")
-            free = db.one("PRAGMA freelist_count")
-            self.size_bytes = (pages - free) * PAGE_BYTES
+            self.size_bytes = (db.one("PRAGMA page_count") - db.one("PRAGMA freelist_count")) * PAGE_BYTES
 
     def _open(self) -> Database | None:
         """Open or create the file; None, with `trouble` set, when it cannot be used."""
@@ -3735,16 +3713,17 @@ class Store:
     # --- back in the event loop ---
 
     def _committed(
-        self, messages: list[Message], updates: Sequence[_Update], calls: Sequence[_Call], results: Sequence[Any]
+        self, messages: list[Message], updates: Sequence[_Update] = (), results: Iterable[tuple[_Call, Any]] = ()
     ) -> None:
-        for call, result in zip(calls, results, strict=True):
+        for call, result in results:
             if not call.future.done():
                 call.future.set_result(result)
         self._uncommitted -= len(messages)
         self._uncommitted_bytes -= sum(message.size for message in messages)
-        for then in [update.then for update in updates if update.then is not None]:
+        for update in updates:
             try:
-                then()
+                if update.then is not None:
+                    update.then()
             except Exception as error:  # it must not cost the messages of its batch their acknowledgments
                 self._log.error(f"Internal error: {type(error).__name__} after a change was stored")
         self._release(messages)
