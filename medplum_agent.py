@@ -4120,17 +4120,6 @@ def proxy_for(url: str) -> str | None:
     return proxy if not proxy or "://" in proxy else f"http://{proxy}"
 
 
-def _proxy_problem(proxy: str) -> str:
-    """The proxy without its password when it is no http proxy, else an empty string."""
-    shown = re.sub(r"//.*@", "//", proxy)
-    try:
-        parts = urllib.parse.urlsplit(proxy)
-        usable = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
-    except ValueError:
-        usable = False
-    return "" if usable else shown
-
-
 def http_pool(url: str, context: ssl.SSLContext) -> urllib3.PoolManager:
     """A connection pool for the server of `url`, through its proxy if there is one."""
     retries = urllib3.Retry(
@@ -4143,8 +4132,12 @@ def http_pool(url: str, context: ssl.SSLContext) -> urllib3.PoolManager:
     proxy = proxy_for(url)
     if not proxy:
         return urllib3.PoolManager(**common)
-    if problem := _proxy_problem(proxy):
-        raise ConfigError([f"the proxy '{problem}' of HTTP_PROXY or HTTPS_PROXY cannot be used: give http://host:port"])
+    try:
+        base_url(proxy)
+    except ValueError:
+        shown = re.sub(r"//.*@", "//", proxy)  # without its password
+        text = f"the proxy '{shown}' of HTTP_PROXY or HTTPS_PROXY cannot be used: give http://host:port"
+        raise ConfigError([text]) from None
     user = urllib.parse.urlsplit(proxy)
     secret = f"{urllib.parse.unquote(user.username or '')}:{urllib.parse.unquote(user.password or '')}"
     headers = urllib3.make_headers(proxy_basic_auth=secret) if user.username else None
@@ -4159,6 +4152,11 @@ def jwt_claims(token: str) -> Json:
         return claims if isinstance(claims, dict) else {}
     except (ValueError, IndexError):
         return {}
+
+
+Headers = dict[str, str]
+Response = urllib3.BaseHTTPResponse
+Body = str | bytes | typing.BinaryIO | Iterable[bytes] | None
 
 
 def outcome_text(resource: Any) -> str:
@@ -4190,16 +4188,11 @@ class Fhir:
 
     def usable_token(self) -> str | None:
         """A token that can be sent now, or None; a refresh is started in good time."""
-        token = self.token
-        if token is None:
-            return None
-        now = time.time()
-        if self._rejected or now >= token.expires_at - TOKEN_MARGIN_SECS:
-            if time.monotonic() - self._refreshed_at > TOKEN_REFRESH_SPACING_SECS:
-                return None
-            if now >= token.expires_at:
-                return None
-        return token.text
+        token, now = self.token, time.time()
+        if token is None or not (self._rejected or now >= token.expires_at - TOKEN_MARGIN_SECS):
+            return token.text if token else None
+        lately = time.monotonic() - self._refreshed_at <= TOKEN_REFRESH_SPACING_SECS
+        return token.text if lately and now < token.expires_at else None
 
     def reject_token(self) -> None:
         """The server does not accept the token any more: the next use logs in again, but not once per message."""
@@ -4239,7 +4232,7 @@ class Fhir:
             raise ServerError(f"login refused: {reason}{advice}", response.status)
         token = self._checked_token(answer)
         if isinstance(jwt_claims(token.text).get("login_id"), str):
-            self._checked(self._http("GET", self.base + "auth/me", headers=self._headers(token.text)), "auth/me")
+            self._checked(self._http("GET", self.base + "auth/me", self._headers(token.text)), "auth/me")
         return token
 
     def _checked_token(self, answer: Json) -> Token:
@@ -4261,18 +4254,17 @@ class Fhir:
     async def read(self, reference: str) -> Json:
         """GET fhir/R4/<reference>."""
         url = f"{self.base}fhir/R4/{reference}"
-        response = await self._authorized(None, lambda headers: self._http("GET", url, headers=headers))
-        return self._checked(response, reference)
+        return self._checked(await self._authorized(partial(self._http, "GET", url)), reference)
 
     async def _authorized(
-        self, executor: ThreadPoolExecutor | None, request: Callable[[dict[str, str]], urllib3.BaseHTTPResponse]
-    ) -> urllib3.BaseHTTPResponse:
+        self, send: Callable[[Headers], Response], pool: ThreadPoolExecutor | None = None
+    ) -> Response:
         """A request with a token, in a thread; a 401 is tried once more with a new one."""
         loop = asyncio.get_running_loop()
-        response = await loop.run_in_executor(executor, request, self._headers(await self.fresh_token()))
+        response = await loop.run_in_executor(pool, send, self._headers(await self.fresh_token()))
         if response.status == 401:
             self.token = None
-            response = await loop.run_in_executor(executor, request, self._headers(await self.fresh_token()))
+            response = await loop.run_in_executor(pool, send, self._headers(await self.fresh_token()))
         return response
 
     async def search(self, query: str) -> list[Json]:
@@ -4283,11 +4275,9 @@ class Fhir:
             pages += 1
             if max(pages, len(found)) > SEARCH_RESOURCES:
                 raise ServerError(f"the search finds more than {SEARCH_RESOURCES} resources", 400)
-            response = await self._authorized(None, lambda headers, url=url: self._http("GET", url, headers=headers))  # type: ignore[misc]
-            bundle = self._checked(response, query.split("?")[0])
-            found += [
-                entry["resource"] for entry in bundle.get("entry") or [] if isinstance(entry.get("resource"), dict)
-            ]
+            bundle = self._checked(await self._authorized(partial(self._http, "GET", url)), query.split("?")[0])
+            resources = (entry.get("resource") for entry in bundle.get("entry") or [])
+            found += [resource for resource in resources if isinstance(resource, dict)]
             links = {link.get("relation"): link.get("url") for link in bundle.get("link") or []}
             there = urllib.parse.urlsplit(urllib.parse.urljoin(url, str(links.get("next") or "")))
             # our token goes to our server only, by whatever name it calls itself
@@ -4298,10 +4288,10 @@ class Fhir:
         """Have a Bot that is named run on this body, and return the status."""
         url = f"{self.base}fhir/R4/{bot}/$execute"
 
-        def post(headers: dict[str, str]) -> urllib3.BaseHTTPResponse:
-            return self._http("POST", url, headers=headers | {"Content-Type": content_type}, body=body.encode())
+        def post(headers: Headers) -> Response:
+            return self._http("POST", url, headers | {"Content-Type": content_type}, body.encode())
 
-        return (await self._authorized(None, post)).status
+        return (await self._authorized(post)).status
 
     async def stow(self, path: Path, instance: str) -> None:
         """STOW-RS of a Part 10 file, streamed from disk (PS3.18 10.5, uplink contract 2).
@@ -4312,17 +4302,8 @@ class Fhir:
         head = f"--{boundary}\r\nContent-Type: {DICOM_TYPE}\r\n\r\n".encode()
         tail = f"\r\n--{boundary}--\r\n".encode()
         kind = f"multipart/related; type={DICOM_TYPE}; boundary={boundary}"
-
-        def send(headers: dict[str, str]) -> urllib3.BaseHTTPResponse:
-            with open(path, "rb") as file:
-                length = os.fstat(file.fileno()).st_size + len(head) + len(tail)
-                described = headers | {"Content-Type": kind, "Content-Length": str(length), "Accept": DICOM_JSON_TYPE}
-                blocks = iter(partial(file.read, TRANSFER_BLOCK_BYTES), b"")
-                body = itertools.chain((head,), blocks, (tail,))
-                url = f"{self.base}dicomweb/studies"
-                return self._http("POST", url, headers=described, body=body, timeout=TRANSFER_TIMEOUT_SECS, once=True)
-
-        response = await self._authorized(self._uploads, send)
+        described = {"Content-Type": kind, "Accept": DICOM_JSON_TYPE}
+        response = await self._post_file(path, f"{self.base}dicomweb/studies", described, head, tail)
         stored: list[str] = []
         with suppress(ValueError, KeyError, TypeError, AttributeError, IndexError):
             answer = load_json(response.data)
@@ -4334,18 +4315,21 @@ class Fhir:
     async def upload(self, path: Path, name: str, content_type: str) -> str:
         """POST a file as a Binary, streamed from disk, and return its reference; OSError when it cannot be read."""
         url = f"{self.base}fhir/R4/Binary?_filename={urllib.parse.quote(name)}"
-
-        def send(headers: dict[str, str]) -> urllib3.BaseHTTPResponse:
-            with open(path, "rb") as file:
-                length = os.fstat(file.fileno()).st_size
-                described = headers | {"Content-Type": content_type, "Content-Length": str(length)}
-                return self._http("POST", url, headers=described, body=file, timeout=TRANSFER_TIMEOUT_SECS)
-
-        response = await self._authorized(self._uploads, send)
+        response = await self._post_file(path, url, {"Content-Type": content_type})
         created = self._checked(response, "Binary")
         if created.get("resourceType") != "Binary" or not isinstance(created.get("id"), str) or not created["id"]:
             raise ServerError("the server took a file and named no Binary for it", response.status)
         return f"Binary/{created['id']}"
+
+    async def _post_file(self, path: Path, url: str, more: Headers, head: bytes = b"", tail: bytes = b"") -> Response:
+        def send(headers: Headers) -> Response:
+            with open(path, "rb") as file:
+                size = {"Content-Length": str(os.fstat(file.fileno()).st_size + len(head) + len(tail))}
+                blocks = iter(partial(file.read, TRANSFER_BLOCK_BYTES), b"")
+                body: Body = itertools.chain((head,), blocks, (tail,)) if head else file
+                return self._http("POST", url, headers | more | size, body, file=True)
+
+        return await self._authorized(send, self._uploads)
 
     async def download(self, reference: str, file: typing.BinaryIO) -> None:
         """GET, streamed into `file`, the content of a Binary, or by WADO-RS (PS3.18 10.4) what `dicomweb/...` names."""
@@ -4353,9 +4337,9 @@ class Fhir:
         url = self.base + ("" if instance else "fhir/R4/") + reference
         one = f'multipart/related; type="{DICOM_TYPE}"; transfer-syntax=*' if instance else DICOM_TYPE
 
-        def fetch(headers: dict[str, str]) -> urllib3.BaseHTTPResponse:
+        def fetch(headers: Headers) -> Response:
             wanted = headers | {"Accept": f"{one}, application/octet-stream; q=0.2, */*; q=0.1"}
-            with self._http("GET", url, headers=wanted, timeout=TRANSFER_TIMEOUT_SECS, stream=True) as response:
+            with self._http("GET", url, wanted, file=True, stream=True) as response:
                 kind = response.headers.get("Content-Type", "")
                 try:
                     if response.status >= 300 or "json" in kind:
@@ -4367,53 +4351,35 @@ class Fhir:
                     raise ServerError(f"the connection broke: {type(error).__name__}") from None
                 return response
 
-        response = await self._authorized(self._downloads, fetch)
+        response = await self._authorized(fetch, self._downloads)
         if response.status >= 300 or "json" in response.headers.get("Content-Type", ""):
             if not (data := self._checked(response, reference).get("data")):
                 raise ServerError(f"the server answered {reference} with JSON and no file", 406)
             file.write(base64.b64decode(data))
 
-    def _headers(self, token: str) -> dict[str, str]:
+    def _headers(self, token: str) -> Headers:
         return {
             "Authorization": f"Bearer {token}", "Accept": "application/fhir+json, */*; q=0.1", "X-Medplum": "extended",
             "Accept-Encoding": "identity", "Cache-Control": "max-age=0", "User-Agent": f"medplum-agent/{VERSION}",
         }  # fmt: skip
 
     def _http(
-        self,
-        method: str,
-        url: str,
-        *,
-        headers: dict[str, str],
-        body: str | bytes | typing.BinaryIO | Iterable[bytes] | None = None,
-        timeout: float = HTTP_TIMEOUT_SECS,
-        stream: bool = False,
-        once: bool = False,
-    ) -> urllib3.BaseHTTPResponse:
-        """`stream`: the body is left for the caller to read, and a redirect (to a store of files) is followed.
-
-        `once`: a body that cannot be read again is not sent again.
-        """
-        try:
-            response = self._pool.request(
-                method,
-                url,
-                body=body,
-                headers=headers,
-                redirect=stream,
-                timeout=urllib3.Timeout(connect=CONNECT_TIMEOUT_SECS, read=timeout),
-                preload_content=not stream,
-                decode_content=False,  # a small gzip may be a large answer
-                retries=False if once else None,
-            )
+        self, method: str, url: str, headers: Headers, body: Body = None, file: bool = False, stream: bool = False
+    ) -> Response:
+        """`stream`: the body is left for the caller to read, and a redirect (to a store of files) is followed."""
+        secs = TRANSFER_TIMEOUT_SECS if file else HTTP_TIMEOUT_SECS
+        timeout = urllib3.Timeout(connect=CONNECT_TIMEOUT_SECS, read=secs)
+        again = False if isinstance(body, itertools.chain) else None  # what cannot be read again is not sent again
+        options: Json = {"timeout": timeout, "retries": again, "redirect": stream, "preload_content": not stream}
+        try:  # without decoding: a small gzip may be a large answer
+            response = self._pool.request(method, url, body=body, headers=headers, decode_content=False, **options)
             with suppress(ValueError, TypeError, KeyError):  # a server without a Date, or without a right one
                 date = email.utils.parsedate_to_datetime(response.headers["Date"])
                 self.clock_off = time.time() - date.timestamp()
             return response
         except urllib3.exceptions.HTTPError as error:
-            raise ServerError(
-                f"{urllib.parse.urlsplit(url).netloc} cannot be reached: {_http_reason(url, error)}"
-            ) from None
+            host = urllib.parse.urlsplit(url).netloc
+            raise ServerError(f"{host} cannot be reached: {_http_reason(url, error)}") from None
 
     def _checked(self, response: urllib3.BaseHTTPResponse, what: str) -> Json:
         answer = _json_object(response.data)
