@@ -2052,15 +2052,13 @@ class Mllp:
 # =====================================================================================================================
 
 
-@dataclass(frozen=True)
-class StreamMessage:
+class StreamMessage(NamedTuple):
     """A message as received, with its framing."""
 
     content: bytes
 
 
-@dataclass(frozen=True)
-class Reply:
+class Reply(NamedTuple):
     """An automatic answer; one that comes after a message may leave once that message is on disk."""
 
     content: bytes
@@ -2199,15 +2197,13 @@ _TEXT_END = re.compile(rb"[\x02\x03\x04\x17]")
 _RESTRICTED = bytes(byte for byte in range(0x20) if byte not in (0x09, CR))  # not allowed in a text (6.6)
 
 
-@dataclass(frozen=True)
-class Write:
+class Write(NamedTuple):
     """Bytes for the instrument."""
 
     content: bytes
 
 
-@dataclass(frozen=True)
-class FrameAccepted:
+class FrameAccepted(NamedTuple):
     """A good frame that waits for committed() or refused(). `number` as on the wire; `end` is ETB or ETX."""
 
     number: str
@@ -2215,15 +2211,13 @@ class FrameAccepted:
     end: int
 
 
-@dataclass(frozen=True)
-class Session:
+class Session(NamedTuple):
     """A complete session: its texts, each joined from frames up to an ETX, as sent (normally one record and CR)."""
 
     records: tuple[bytes, ...]
 
 
-@dataclass(frozen=True)
-class Interrupted:
+class Interrupted(NamedTuple):
     """A session that must not be taken as a result; the last text may be the beginning of one."""
 
     records: tuple[bytes, ...]
@@ -2235,15 +2229,13 @@ class Sent:
     """The instrument accepted the oldest message given to send()."""
 
 
-@dataclass(frozen=True)
-class SendFailed:
+class SendFailed(NamedTuple):
     """The oldest message given to send() was not accepted."""
 
     reason: str
 
 
-@dataclass(frozen=True)
-class LineWarning:
+class LineWarning(NamedTuple):
     """The instrument deviates; no patient data in the text."""
 
     text: str
@@ -2315,11 +2307,6 @@ class Astm:
         self._refused = False  # the last frame got NAK
 
     # --- what the caller does ---
-
-    @property
-    def awaiting_commit(self) -> bool:
-        """A frame waits for committed() or refused(): a caller need not read on."""
-        return self._pending is not None
 
     def receive(self, chunk: bytes, now: float) -> list[AstmEvent]:
         """The events of these bytes; `now` in seconds of any steady clock."""
@@ -4090,8 +4077,7 @@ def _trouble_of(error: Exception) -> tuple[str, str]:
 # =====================================================================================================================
 
 
-@dataclass(frozen=True)
-class Token:
+class Token(NamedTuple):
     """An access token; times are epoch seconds, `expires_at` is infinite when the server does not say."""
 
     text: str
