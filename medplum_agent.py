@@ -2413,8 +2413,9 @@ class Astm:
     def _step(self, byte: int) -> None:
         """One row of the table; an action may move on to another state than the row's."""
         row = _LINK[self.state]
-        action, self.state = row.get(byte) or row[_OTHER]
-        action(self, byte)
+        self.state, *actions = row.get(byte) or row[_OTHER]
+        for action in actions:
+            action(self, byte)
 
     def _take_text(self, at: int) -> int:
         """Text up to the next byte that means something, in one go."""
@@ -2440,9 +2441,6 @@ class Astm:
 
     # --- receiver: sessions ---
 
-    def _pass(self, byte: int) -> None:
-        """Nothing to do."""
-
     def _skip(self, byte: int) -> None:
         """A byte that is no part of the protocol; without verification a checksum is skipped after its frame."""
         if self.settings.checksum == "off" and chr(byte) in "0123456789ABCDEFabcdef" and self._last.end:
@@ -2458,14 +2456,11 @@ class Astm:
         self._begin_session(byte)
         self._write(ACK)
 
-    def _open_bare(self, byte: int) -> None:
+    def _bare(self, byte: int) -> None:
         self._warn("a frame came without ENQ")
-        self._begin_session(byte)
-        self._begin(byte)
 
-    def _reopen(self, byte: int) -> None:
+    def _anew(self, byte: int) -> None:
         self._break("the instrument began a new session before EOT")
-        self._open(byte)
 
     def _end(self, byte: int) -> None:
         """EOT."""
@@ -2483,18 +2478,9 @@ class Astm:
         if self.settings.ackEot:
             self._write(ACK)
 
-    def _cut(self, byte: int) -> None:
+    def _give_up(self, byte: int) -> None:
         """EOT came in the middle of a frame, and then nothing."""
         self._refused = True
-        self._end(byte)
-
-    def _cut_and_open(self, byte: int) -> None:
-        self._refused = True
-        self._end_and_open(byte)
-
-    def _end_and_open(self, byte: int) -> None:
-        self._end(byte)
-        self._open(byte)
 
     def _silent(self, byte: int) -> None:
         self._break(f"the instrument was silent for {self.settings.receiveTimeoutSecs:g} s before EOT")
@@ -2519,9 +2505,8 @@ class Astm:
         self._text.clear()
         self._sum.clear()
 
-    def _restart(self, byte: int) -> None:
+    def _inside(self, byte: int) -> None:
         self._warn("a frame began inside a frame")
-        self._begin(byte)
 
     def _take_number(self, byte: int) -> None:
         self._number = byte if byte in b"01234567" else 0
@@ -2648,56 +2633,53 @@ class Astm:
 
 
 _TIME, _OTHER = -1, -2  # keys of the table beside bytes: the state's time is over; whatever is not named
-_Row = dict[int, tuple[Callable[[Astm, int], None], Link]]
+_Row = dict[int, tuple[Link, *tuple[Callable[[Astm, int], None], ...]]]  # the next state, and what is done
 _DOUBTS = (Link.NOISE_ENQ, Link.NOISE_EOT, Link.TEXT_EOT)
 
 
 def _padding(link: Link) -> _Row:
-    return dict.fromkeys((CR, LF, 0), (Astm._pass, link))
+    return dict.fromkeys((CR, LF, 0), (link,))
 
 
 # fmt: off
 _BETWEEN: _Row = {
-    STX: (Astm._begin, Link.NUMBER), EOT: (Astm._end, Link.IDLE), **_padding(Link.OPEN),
-    _OTHER: (Astm._skip, Link.NOISE), _TIME: (Astm._silent, Link.IDLE),
+    STX: (Link.NUMBER, Astm._begin), EOT: (Link.IDLE, Astm._end), **_padding(Link.OPEN),
+    _OTHER: (Link.NOISE, Astm._skip), _TIME: (Link.IDLE, Astm._silent),
 }
-_NOISY: _Row = {
-    **_BETWEEN, **_padding(Link.NOISE), ENQ: (Astm._pass, Link.NOISE_ENQ), EOT: (Astm._pass, Link.NOISE_EOT),
-}
+_NOISY: _Row = {**_BETWEEN, **_padding(Link.NOISE), ENQ: (Link.NOISE_ENQ,), EOT: (Link.NOISE_EOT,)}
 _LINK: dict[Link, _Row] = {
     Link.IDLE: {
-        ENQ: (Astm._open, Link.FRESH), STX: (Astm._open_bare, Link.NUMBER), EOT: (Astm._ack_eot, Link.IDLE),
-        **_padding(Link.IDLE), _OTHER: (Astm._skip, Link.IDLE), _TIME: (Astm._enquire, Link.IDLE),
+        ENQ: (Link.FRESH, Astm._open), STX: (Link.NUMBER, Astm._bare, Astm._begin_session, Astm._begin),
+        EOT: (Link.IDLE, Astm._ack_eot), **_padding(Link.IDLE), _OTHER: (Link.IDLE, Astm._skip),
+        _TIME: (Link.IDLE, Astm._enquire),
     },
     # receiver
-    Link.FRESH: {**_BETWEEN, **_padding(Link.FRESH), ENQ: (Astm._pass, Link.NOISE_ENQ)},
-    Link.OPEN: {**_BETWEEN, ENQ: (Astm._reopen, Link.FRESH)},
-    Link.AFTER: {**_BETWEEN, ENQ: (Astm._pass, Link.NOISE_ENQ)},  # a flipped CR, or no CR LF and a new session
+    Link.FRESH: {**_BETWEEN, **_padding(Link.FRESH), ENQ: (Link.NOISE_ENQ,)},
+    Link.OPEN: {**_BETWEEN, ENQ: (Link.FRESH, Astm._anew, Astm._open)},
+    Link.AFTER: {**_BETWEEN, ENQ: (Link.NOISE_ENQ,)},  # a flipped CR, or no CR LF and a new session
     Link.NOISE: _NOISY,
-    Link.NOISE_ENQ: {**_NOISY, _TIME: (Astm._reopen, Link.FRESH)},
+    Link.NOISE_ENQ: {**_NOISY, _TIME: (Link.FRESH, Astm._anew, Astm._open)},
     Link.NOISE_EOT: {
-        **_NOISY, **_padding(Link.NOISE_EOT), ENQ: (Astm._end_and_open, Link.FRESH), _TIME: (Astm._end, Link.IDLE),
+        **_NOISY, **_padding(Link.NOISE_EOT), ENQ: (Link.FRESH, Astm._end, Astm._open), _TIME: (Link.IDLE, Astm._end),
     },
     Link.NUMBER: {
-        STX: (Astm._begin, Link.NUMBER), ENQ: (Astm._reopen, Link.FRESH), EOT: (Astm._end, Link.IDLE),
-        _OTHER: (Astm._take_number, Link.TEXT), _TIME: (Astm._silent, Link.IDLE),
+        STX: (Link.NUMBER, Astm._begin), ENQ: (Link.FRESH, Astm._anew, Astm._open), EOT: (Link.IDLE, Astm._end),
+        _OTHER: (Link.TEXT, Astm._take_number), _TIME: (Link.IDLE, Astm._silent),
     },
     Link.TEXT: {  # all other bytes: _take_text
-        STX: (Astm._restart, Link.NUMBER), ETB: (Astm._take_sum, Link.SUM), ETX: (Astm._take_sum, Link.SUM),
-        EOT: (Astm._pass, Link.TEXT_EOT), _TIME: (Astm._silent, Link.IDLE),
+        STX: (Link.NUMBER, Astm._inside, Astm._begin), ETB: (Link.SUM, Astm._take_sum), ETX: (Link.SUM, Astm._take_sum),
+        EOT: (Link.TEXT_EOT,), _TIME: (Link.IDLE, Astm._silent),
     },
     Link.TEXT_EOT: {
-        STX: (Astm._restart, Link.NUMBER), ENQ: (Astm._cut_and_open, Link.FRESH),
-        _OTHER: (Astm._go_on, Link.TEXT), _TIME: (Astm._cut, Link.IDLE),
+        STX: (Link.NUMBER, Astm._inside, Astm._begin), ENQ: (Link.FRESH, Astm._give_up, Astm._end, Astm._open),
+        _OTHER: (Link.TEXT, Astm._go_on), _TIME: (Link.IDLE, Astm._give_up, Astm._end),
     },
-    Link.SUM: {_OTHER: (Astm._take_sum, Link.SUM), _TIME: (Astm._silent, Link.IDLE)},
+    Link.SUM: {_OTHER: (Link.SUM, Astm._take_sum), _TIME: (Link.IDLE, Astm._silent)},
     # sender
-    Link.ENQUIRE: {
-        ACK: (Astm._granted, Link.SENDING), **_padding(Link.ENQUIRE), _OTHER: (Astm._denied, Link.IDLE),
-    },
+    Link.ENQUIRE: {ACK: (Link.SENDING, Astm._granted), **_padding(Link.ENQUIRE), _OTHER: (Link.IDLE, Astm._denied)},
     Link.SENDING: {
-        ACK: (Astm._advance, Link.SENDING), EOT: (Astm._interrupt, Link.SENDING), **_padding(Link.SENDING),
-        _OTHER: (Astm._again, Link.SENDING),
+        ACK: (Link.SENDING, Astm._advance), EOT: (Link.SENDING, Astm._interrupt), **_padding(Link.SENDING),
+        _OTHER: (Link.SENDING, Astm._again),
     },
 }
 # fmt: on
