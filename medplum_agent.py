@@ -70,7 +70,7 @@ from functools import cache, cached_property, lru_cache, partial, reduce
 from operator import attrgetter, getitem
 from pathlib import Path
 from queue import Empty, SimpleQueue
-from typing import Any, Final, NamedTuple, NoReturn, TypeVar, cast
+from typing import Any, BinaryIO, Final, NamedTuple, NoReturn, Protocol, TextIO, TypeVar, cast
 
 import apsw
 import certifi
@@ -314,9 +314,8 @@ def replace_file(path: Path, content: bytes) -> None:
 
 def duration(seconds: float) -> str:
     """In the two largest units, for people."""
-    units = (("d", 86_400), ("h", 3600), ("min", 60), ("s", 1))
     rest, parts = int(max(0, seconds)), []
-    for unit, size in units:
+    for unit, size in (("d", 86_400), ("h", 3600), ("min", 60), ("s", 1)):
         count, rest = divmod(rest, size)
         if count:
             parts.append(f"{count} {unit}")
@@ -1056,10 +1055,6 @@ def read_config_file(given: str | None) -> tuple[str, Json]:
         raise ConfigError([problem], for_good=path.suffix == ".toml") from None
 
 
-def _secret_in(path: str) -> str:
-    return named_file(path).decode("utf-8-sig").strip()
-
-
 def resolve_process(
     arguments: Sequence[str], options: Mapping[str, str], environ: Mapping[str, str], config_file: str | None
 ) -> ProcessConfig:
@@ -1078,7 +1073,10 @@ def resolve_process(
             if name in found or secret_file:  # which counts as the secret itself
                 sources[name] = source
                 try:
-                    values[name] = _secret_in(str(secret_file)) if secret_file else parse_setting(row, found[name])
+                    if secret_file:
+                        values[name] = named_file(str(secret_file)).decode("utf-8-sig").strip()
+                    else:
+                        values[name] = parse_setting(row, found[name])
                 except (OSError, ValueError) as error:
                     shown = "" if "ecret" in name else f" '{found[name]}'"
                     file_shown = f"File {secret_file}" if secret_file else ""
@@ -1121,9 +1119,8 @@ PROTOCOLS: dict[str, tuple[str, type[ChannelSettings]]] = {  # name and settings
 }
 
 
-LIST_PARAMETERS = frozenset(  # repeated ones are joined by commas
-    "autoRespond stripSequence keepControlChars callingAeTitles peers moveDestinations".split()
-)
+# Repeated ones are joined by commas
+LIST_PARAMETERS = frozenset("autoRespond stripSequence keepControlChars callingAeTitles peers moveDestinations".split())
 
 
 class Policy(NamedTuple):
@@ -1135,10 +1132,6 @@ class Policy(NamedTuple):
     workers: int  # messages in flight at once
     timeout_secs: float  # to wait for an answer
     written: bool = False  # somebody wrote the figures of settings: they count as they are
-
-    @property
-    def max_delay_ms(self) -> int:
-        return self.settings.autoRetryMaxDelayMs
 
     def delay_ms(self, failures: int) -> int:
         """Back-off after so many failures, with jitter (channel contract 5.5)."""
@@ -1365,13 +1358,10 @@ def build_plan(agent: Json, endpoints: Mapping[str, Json | AgentError]) -> tuple
 
     A channel with a problem is left out of the plan: a reload refuses such a plan, a first start runs the rest.
     """
-    warnings: list[str] = []
-    problems: list[str] = []
+    warnings, problems, channels, names = list[str](), list[str](), list[ChannelPlan](), set[str]()
     given = agent_settings(agent, warnings)
     settings = AgentSettings(**{name: given[name] for name in rows_of(AgentSettings) if name in given})
     defaults, _ = channel_settings(ChannelSettings, "", "the Agent's settings", given, warnings)
-    channels: list[ChannelPlan] = []
-    names: set[str] = set()
     for name, reference in _channels(agent):
         try:
             if not name:
@@ -1454,11 +1444,9 @@ def settings_markdown() -> str:
     every = ("", "Every channel: parameters of its address", common)
     for category, title, rows in (*SETTING_GROUPS[:3], every, *SETTING_GROUPS[3:]):
         lines += [f"### {title}", "", "| Name | Type | Default | Meaning |", "| --- | --- | --- | --- |"]
-        for name, row in rows.items():
-            inherited = row is common.get(name) and category not in ("", "agent", "device")
-            if not inherited:
-                lines.append(_markdown(_described(category, name, row)))
-        lines.append("")
+        own = category in ("", "agent", "device")
+        named = [(name, row) for name, row in rows.items() if own or row is not common.get(name)]
+        lines += [*(_markdown(_described(category, name, row)) for name, row in named), ""]
     return "\n".join(lines)
 
 
@@ -1489,10 +1477,10 @@ _CONTROLS = re.compile(r"[\x00-\x1f\x7f-\x9f\u200b-\u200f\u2028-\u202e\u2060-\u2
 _PRIORITIES = {"ERROR": 3, "WARN": 4, "INFO": 6, "DEBUG": 7}  # of syslog (RFC 5424 6.2.1)
 
 
-def _is_journal(console: typing.TextIO | None) -> bool:
+def _is_journal(console: TextIO | None) -> bool:
     """Whether systemd's journal reads it (systemd.exec(5), JOURNAL_STREAM)."""
     with suppress(OSError, ValueError, AttributeError):
-        found = os.fstat(cast(typing.TextIO, console).fileno())
+        found = os.fstat(cast(TextIO, console).fileno())
         return os.environ.get("JOURNAL_STREAM") == f"{found.st_dev}:{found.st_ino}"
     return False
 
@@ -1517,12 +1505,7 @@ class Log:
     """
 
     def __init__(
-        self,
-        name: str,
-        settings: LoggerSettings,
-        directory: Path | None,
-        console: typing.TextIO | None,
-        lazy: bool = False,
+        self, name: str, settings: LoggerSettings, directory: Path | None, console: TextIO | None, lazy: bool = False
     ):
         self.name, self.directory, self.lazy = name, directory, lazy
         self.error, self.warn, self.info, self.debug = (partial(self._write, level) for level in LEVELS[1:])
@@ -3072,7 +3055,7 @@ class Store:
         self._read_connection: Database | None = None
         self._failed_at = self._measure_at = 0.0
         self._inode = (0, 0)
-        self._lock_file: typing.BinaryIO | None = None
+        self._lock_file: BinaryIO | None = None
         self._channels: dict[str, ChannelRow] = {}
         self._writer = threading.Thread(target=self._write_loop, name="store-writer", daemon=True)
 
@@ -3995,7 +3978,7 @@ def _execute_many(db: Database, template: str, rows: Sequence[tuple[Any, ...]]) 
         at += size
 
 
-def lock_file(file: typing.BinaryIO) -> bool:
+def lock_file(file: BinaryIO) -> bool:
     """Lock the file for this process, and write the process id into it; False when another holds it."""
     try:
         if sys.platform == "win32":
@@ -4124,7 +4107,7 @@ def jwt_claims(token: str) -> Json:
 
 Headers = dict[str, str]
 Response = urllib3.BaseHTTPResponse
-Body = str | bytes | typing.BinaryIO | Iterable[bytes] | None
+Body = str | bytes | BinaryIO | Iterable[bytes] | None
 
 
 def outcome_text(resource: Any) -> str:
@@ -4299,7 +4282,7 @@ class Fhir:
 
         return await self._authorized(send, self._uploads)
 
-    async def download(self, reference: str, file: typing.BinaryIO) -> None:
+    async def download(self, reference: str, file: BinaryIO) -> None:
         """GET, streamed into `file`, the content of a Binary, or by WADO-RS (PS3.18 10.4) what `dicomweb/...` names."""
         instance = reference.startswith("dicomweb/")
         url = self.base + ("" if instance else "fhir/R4/") + reference
@@ -4411,7 +4394,7 @@ def _json_object(text: bytes) -> Json:
 # =====================================================================================================================
 
 
-class Keyed(typing.Protocol):
+class Keyed(Protocol):
     """What `Order` orders: BARRIER as key means a barrier."""
 
     key: str | None
@@ -4543,7 +4526,7 @@ def referenced_objects(request: Json) -> list[tuple[str, str]]:
     return found
 
 
-class Way(typing.Protocol):
+class Way(Protocol):
     """Where a queue's messages go: the uplink, or a device that is pushed to."""
 
     def ready(self) -> bool: ...  # a message may be sent now
@@ -4556,7 +4539,7 @@ class Way(typing.Protocol):
     def prepare(self, queue: Queue, message: Message) -> Coroutine[Any, Any, None]: ...  # for what is not `prepared`
 
 
-class Owner(typing.Protocol):
+class Owner(Protocol):
     """Whose messages a queue holds: a channel, or a device that is pushed to."""
 
     def text_of(self, message: Message, original: bytes) -> str: ...  # what is sent, from the row
@@ -4785,7 +4768,9 @@ class Queue:
         """Wait for the next try without a worker; a large backlog of retries keeps its bodies on disk."""
         if self._bytes > WINDOW_BYTES:
             self.hold(message, None)
-        delay = min(max(0, message.next_attempt_at - now_ms()), self.policy.max_delay_ms) / 1000  # clocks jump
+        delay = (
+            min(max(0, message.next_attempt_at - now_ms()), self.policy.settings.autoRetryMaxDelayMs) / 1000
+        )  # clocks jump
         self._parked[message.id] = self._loop.call_later(delay, self._unpark, message)
 
     def _unpark(self, message: Message) -> None:
@@ -7996,7 +7981,7 @@ _LONG = b"OB OD OF OL OV OW SQ SV UC UN UR UT UV".split()  # with 4 bytes of len
 _VRS = _LONG + b"AE AS AT CS DA DS DT FD FL IS LO LT PN SH SL SS ST TM UI UL US".split()
 
 
-def check_whole(file: typing.BinaryIO, start: int, syntax: str) -> None:
+def check_whole(file: BinaryIO, start: int, syntax: str) -> None:
     """Refusal for a data set that breaks off, or is a whole Part 10 file; padding behind it is left alone.
 
     The file must not be deflated. Values are passed over, not read.
@@ -10685,7 +10670,7 @@ Resources = tuple[Json, dict[str, Json | AgentError]]  # the Agent, and its Endp
 class Agent:
     """One agent: `run()` until `stop()`. `console` gets the main log."""
 
-    def __init__(self, config: ProcessConfig, console: typing.TextIO | None):
+    def __init__(self, config: ProcessConfig, console: TextIO | None):
         self.config = config
         self.state_dir = config.state_dir
         self.console = console
@@ -10757,7 +10742,7 @@ class Agent:
         if url.scheme == "http" and url.hostname not in ("localhost", "127.0.0.1", "::1"):
             self.log.warn(f"baseUrl uses http: secret and messages go to {url.hostname} in clear. Use https.")
 
-    def _open_log(self, name: str, settings: LoggerSettings, console: typing.TextIO | None) -> Log:
+    def _open_log(self, name: str, settings: LoggerSettings, console: TextIO | None) -> Log:
         directory = Path(settings.logDir or os.environ.get("LOGS_DIRECTORY", "").split(":")[0] or self.state_dir)
         try:
             directory.mkdir(parents=True, exist_ok=True, mode=0o700)
