@@ -2681,8 +2681,7 @@ def half_session(records: Sequence[bytes]) -> str:
 
 
 def _records_of(text: str) -> list[str]:
-    lines = re.split(r"[\r\n]", text)
-    clean = ("".join(c for c in line if c >= " ") for line in lines)
+    clean = ("".join(c for c in line if c >= " ") for line in re.split(r"[\r\n]", text))
     return [line for line in clean if line.strip()]
 
 
@@ -2939,7 +2938,7 @@ class SpoolFile(io.FileIO):
                 sync_folder(spool.folder.parent)
             super().__init__(path, "x", opener=private)
         except OSError as error:
-            self.error = _storage_text(error)
+            self.error = _trouble_of(error)[0]
             super().__init__(os.devnull, "w")
             self.name = str(path)  # whoever removes the file by its name must not remove the null device
 
@@ -2951,7 +2950,7 @@ class SpoolFile(io.FileIO):
                 while rest and not self.error:
                     rest = rest[super().write(rest) :]
             except OSError as error:
-                self.error = _storage_text(error)
+                self.error = _trouble_of(error)[0]
         self.size += len(content)
         self.spool.count(len(content))
         return len(content)
@@ -3102,7 +3101,7 @@ class Store:
         return self.trouble
 
     def disk_refusal(self) -> str:
-        return _storage_text(OSError("disk full")) if self._disk_full() else ""
+        return _trouble_of(OSError("disk full"))[0] if self._disk_full() else ""
 
     def update(self, message: Message, then: Callable[[], None] | None = None) -> None:
         """Write a message's progress with the next batch; with `then`, now, and call it once committed."""
@@ -3449,6 +3448,7 @@ class Store:
         self, db: Database, messages: list[Message], kept: Sequence[ChannelRow | _Update],
         calls: list[_Call], error: Exception,
     ) -> bool:  # fmt: skip
+        text, advice = _trouble_of(error)
         if isinstance(error, _UNWRITABLE):
             batch: list[_Item] = [*messages, *kept, *calls]
             if len(batch) > 1:  # the others can be written
@@ -3459,9 +3459,9 @@ class Store:
                 return True
         elif not self._failed_at or time.monotonic() - self._failed_at > STORE_REMIND_SECS:
             self._failed_at = time.monotonic()
-            self._log.error(f"The queue {self.path} cannot be written: {error}. {_storage_advice(error)}")
+            self._log.error(f"The queue {self.path} cannot be written: {error}. {advice}")
         for message in messages:
-            message.refusal = _storage_text(error)
+            message.refusal = text
         if messages:
             self._tell(self._committed, messages)
             return bool(kept or calls) and self._write_batch(db, [*kept, *calls])
@@ -3574,9 +3574,9 @@ class Store:
         except (OSError, apsw.Error, StorageError) as error:
             if db is not None:
                 db.close()
-            text = _storage_text(error)
+            text, advice = _trouble_of(error)
             if text != self.trouble:
-                self._log.error(f"The queue {self.path} cannot be opened: {error}. {_storage_advice(error)}")
+                self._log.error(f"The queue {self.path} cannot be opened: {error}. {advice}")
             self.trouble = text
             return None
         if self.trouble and self._opened.is_set():
@@ -3613,12 +3613,9 @@ class Store:
     def _prepare(self, db: Database) -> None:
         version = version_of(db)
         if new := not version:
-            db.execute(f"PRAGMA page_size={PAGE_BYTES}")
-            db.execute("PRAGMA auto_vacuum=INCREMENTAL")
-        for pragma in ("journal_mode=WAL", "synchronous=FULL", "fullfsync=1"):
-            db.execute(f"PRAGMA {pragma}")
+            db.rows(f"PRAGMA page_size={PAGE_BYTES}; PRAGMA auto_vacuum=INCREMENTAL")
+        db.rows("PRAGMA journal_mode=WAL; PRAGMA synchronous=FULL; PRAGMA fullfsync=1; PRAGMA cache_size=-16000")
         db.set_wal_hook(self._wal_grew)  # instead of checkpoints within commits, which would hold up the loop
-        db.execute("PRAGMA cache_size=-16000")
         if new:
             seed = uuid.uuid4().hex[:19]
             db.execute(f"BEGIN; {_SCHEMA} INSERT INTO identity (seed) VALUES ('{seed}'); COMMIT;")
@@ -3644,15 +3641,13 @@ class Store:
         for id_, name, spec, epoch in db.execute("SELECT id, name, key_spec, epoch FROM channel"):
             self._channels.setdefault(name, ChannelRow(name, spec, id_, epoch))
         self._next_channel = max((row.id for row in self._channels.values()), default=0) + 1
-        last = db.one("SELECT ifnull(max(id), 0) FROM message")
-        deleted = db.one("SELECT last_deleted_id FROM identity")
+        last = db.one("SELECT max(last_deleted_id, (SELECT ifnull(max(id), 0) FROM message)) FROM identity")
         known = high = ""
         with suppress(OSError, ValueError):
             known, _, high = beside(self.path, ".high").read_text("ascii").partition(" ")
         reached = int(high) if known == seed and high.isdecimal() else 0
-        self._seed = seed
-        self.uuid = f"{seed[:8]}-{seed[8:12]}-4{seed[12:15]}-a{seed[15:18]}"
-        self._next_id = max(self._next_id, last + 1, deleted + 1, reached)
+        self._seed, self.uuid = seed, f"{seed[:8]}-{seed[8:12]}-4{seed[12:15]}-a{seed[15:18]}"
+        self._next_id = max(self._next_id, last + 1, reached)
         self._remember(self._next_id + RESERVED_IDS)
         if not self.spool.tidied:
             sql = f"SELECT spool FROM message WHERE spool IS NOT NULL AND state <> {PROCESSED}"
@@ -3999,27 +3994,17 @@ def lock_file(file: BinaryIO) -> bool:
         return False
 
 
-def _storage_text(error: Exception) -> str:
-    """MSA-3 for a message that could not be stored: short, and without a path."""
-    return f"storage error{_trouble_of(error)[0]}"
-
-
-def _storage_advice(error: Exception) -> str:
-    """What the main log tells the person who can mend it."""
-    return f"Devices get CE/AE and keep their messages. {_trouble_of(error)[1]}"
-
-
 _WRITABLE = "Make folder and file writable for the agent's user; the agent goes on by itself."
 _TROUBLES = (  # what the words of SQLite and of the system mean: words, MSA-3, advice
-    (("full", "no space"), "the disk of the agent is full", "Free space on that disk; the agent goes on by itself."),
-    (("readonly", "permission", "unable to open", "read-only"), "the queue of the agent cannot be written", _WRITABLE),
+    ("full|no space", "the disk of the agent is full", "Free space on that disk; the agent goes on by itself."),
+    ("readonly|permission|unable to open|read-only", "the queue of the agent cannot be written", _WRITABLE),
     (
-        ("foreign file",),
+        "foreign file",
         "the queue file of the agent belongs to another program or version",
         "Move that file away, or use the version of the agent that wrote it.",
     ),
     (
-        ("malformed", "not a database"),
+        "malformed|not a database",
         "the queue file of the agent is damaged, or encrypted with another key",
         "Messages accepted earlier are still in that file. If it is encrypted, check storeKey. Stop the agent, keep a "
         "copy, repair it with 'sqlite3 FILE .recover | sqlite3 NEW' and put NEW in its place, or move it away to start "
@@ -4029,9 +4014,10 @@ _TROUBLES = (  # what the words of SQLite and of the system mean: words, MSA-3, 
 
 
 def _trouble_of(error: Exception) -> tuple[str, str]:
-    text = str(error).lower()
-    found = ((f": {short}", advice) for words, short, advice in _TROUBLES if any(word in text for word in words))
-    return next(found, ("", _WRITABLE))
+    """MSA-3 for a message that could not be stored, short and without a path; and, for the main log, what mends it."""
+    found = ((f": {short}", mend) for words, short, mend in _TROUBLES if re.search(words, str(error).lower()))
+    text, advice = next(found, ("", _WRITABLE))
+    return f"storage error{text}", f"Devices get CE/AE and keep their messages. {advice}"
 
 
 # =====================================================================================================================
@@ -4097,12 +4083,10 @@ def http_pool(url: str, context: ssl.SSLContext) -> urllib3.PoolManager:
 
 def jwt_claims(token: str) -> Json:
     """The claims of a JWT, unverified; {} for an opaque token."""
-    try:
+    with suppress(ValueError, IndexError):
         payload = token.split(".")[1]
-        claims = json.loads(base64.urlsafe_b64decode(payload + "=" * (-len(payload) % 4)))
-        return claims if isinstance(claims, dict) else {}
-    except (ValueError, IndexError):
-        return {}
+        return _json_object(base64.urlsafe_b64decode(payload + "=" * (-len(payload) % 4)))
+    return {}
 
 
 Headers = dict[str, str]
@@ -4455,10 +4439,7 @@ class Fence:
 
 # Channel contract 5.5: which errors are tried again, by retry mode. `original` and `enhanced` are the modes of a
 # channel without retryMode. In original mode the device still owns its message: a refusal goes back to it at once.
-_RETRIED: dict[str, frozenset[str]] = {
-    "none": frozenset(),
-    "normal": frozenset({"server-error", "server-rate-limited"}),
-}
+_RETRIED = {"none": frozenset[str](), "normal": frozenset({"server-error", "server-rate-limited"})}
 _RETRIED["original"] = _RETRIED["normal"] | {"response-timeout", "interrupted", "connection-lost"}
 _RETRIED["enhanced"] = _RETRIED["original"] | {"server-rejected"}
 _RETRIED["upload"] = _RETRIED["enhanced"] | {"file-unreadable"}  # of a file, which comes before the message
@@ -8457,7 +8438,7 @@ class DicomChannel(Channel):
             spool = await self.loop.run_in_executor(self.threads, file.keep, mark)
             body |= {} if mark else {"binary": {"reference": spool_reference(spool)}}
         except OSError as error:
-            raise Refusal(_storage_text(error), OUT_OF_RESOURCES) from None
+            raise Refusal(_trouble_of(error)[0], OUT_OF_RESOURCES) from None
         message = self._new_message(request, request.uid, study or request.uid, body)
         message.spool, message.prepared = spool, False
         await self._keep(message)
@@ -9412,7 +9393,7 @@ class Doctor:
             except ConfigError as error:
                 self.say("queue", WRONG, str(error), "Mend storeKey; without the key the queue cannot be read.")
             except StorageError as error:
-                self.say("queue", WRONG, str(error), _storage_advice(error))
+                self.say("queue", WRONG, str(error), _trouble_of(error)[1])
         if sys.platform != "win32" and (self.remote or self.running is None):  # else it is that of another process
             import resource
 
