@@ -5106,7 +5106,10 @@ class Uplink:
             if kind in ("agent:transmit:response", "transmit"):
                 self._response(message)
             elif kind in ("agent:connect:response", "connected"):
-                self._accepted()
+                if not self.live:
+                    self.live, self._refused, self._fhir.said = True, "", ""
+                    self._log.info(f"Connected to {self.url}.")
+                    self.pump()
             elif kind == "agent:heartbeat:request":
                 self._write({"type": "agent:heartbeat:response", "version": VERSION})
             elif kind == "agent:heartbeat:response":
@@ -5127,20 +5130,12 @@ class Uplink:
             self._warned_at = self._loop.time()
             self._log.warn(text)
 
-    def _accepted(self) -> None:
-        if not self.live:
-            self.live, self._refused, self._fhir.said = True, "", ""
-            self._log.info(f"Connected to {self.url}.")
-            self.pump()
-
     def _not_accepted(self, reason: str) -> None:
         """The server answered our connect request with an error: nothing was sent yet, so its text is safe to log."""
         if reason != self._refused:
             self._refused = reason
-            self._log.error(
-                f"The server refuses this agent: {reason}. Check agentId {self._settings.agentId} "
-                "and the access policy of the ClientApplication."
-            )
+            check = f"Check agentId {self._settings.agentId} and the access policy of the ClientApplication."
+            self._log.error(f"The server refuses this agent: {reason}. {check}")
         if "token" in reason.lower():
             self._fhir.reject_token()
         self.reconnect("the server refused the connect request", quiet=True)
@@ -5152,9 +5147,9 @@ class Uplink:
             self._losses = 0
             self._loop.call_soon(self.pump)
         status, body, callback = answer.get("statusCode"), answer.get("body"), answer.get("callback")
-        if not isinstance(status, int) or isinstance(status, bool):
+        if type(status) is not int or not status:
             status = 200
-        status = status if 0 < status < 1000 else 500 if status else 200  # no status of HTTP is larger
+        status = status if 0 < status < 1000 else 500  # no status of HTTP is larger
         if not callback:
             self._without_callback(answer, status, body)
         elif asked := self._asked.get(str(callback)):
@@ -5233,9 +5228,8 @@ class Uplink:
             await self.store.finalize(message, name, reference)  # so that it is not sent twice, also after a restart
         except (ServerError, StorageError, OSError) as error:
             status = error.status if token and isinstance(error, ServerError) else 0
-            reason = (
-                _upload_error(error, stow) if token else "connection-lost"
-            )  # a login that fails is nobody's message
+            # a login that fails is nobody's message
+            reason = _upload_error(error, stow) if token else "connection-lost"
             queue.ahead_at = self._loop.time() + COMPLAIN_SECS
             queue.failed(message, reason, status, counts=status > 0, mode="upload")
             return
@@ -5301,23 +5295,21 @@ class Uplink:
             await sock.wait_closed()
         finally:
             beating.cancel()
-            self._ended(sock)
-        return self._close_reason(sock)
+            self._socket, close_code = None, sock.protocol.close_code or 1006
+            sock.transport.abort()
+            if self.live:
+                self._lost(close_code)
+        if close_code == 1009:
+            return "the server closed it because a message was larger than it accepts (1009)"
+        return f"the connection was closed ({close_code})"
 
     def _proxy_tls(self) -> Json:
         proxy = proxy_for(self._settings.baseUrl) or ""
         return {"proxy_ssl": tls_context(self._settings.caFile)} if proxy.startswith("https") else {}
 
-    def _ended(self, sock: _Socket) -> None:
-        self._socket = None
-        was_live, self.live = self.live, False
-        self.away_since = self._loop.time() if was_live else self.away_since
-        sock.transport.abort()
-        if was_live:
-            self._lost(sock.protocol.close_code or 1006)
-
     def _lost(self, close_code: int) -> None:
         """Close code 1009 (message too big) does not say which: it is the largest text of the connection."""
+        self.live, self.away_since = False, self._loop.time()
         sent = [(q, message) for q in self.queues for message in q.inflight.values() if message.deadline < math.inf]
         for queue, message in sent:
             message.losses += self._answered
@@ -5334,21 +5326,14 @@ class Uplink:
         for queue in self.queues:
             queue.lost()
 
-    @staticmethod
-    def _close_reason(sock: _Socket) -> str:
-        if sock.protocol.close_code == 1009:
-            return "the server closed it because a message was larger than it accepts (1009)"
-        return f"the connection was closed ({sock.protocol.close_code or 1006})"
-
     async def _heartbeats(self, sock: _Socket) -> None:
         silent = 0
         while True:
             await asyncio.sleep(self._settings.heartbeatSecs)
             silent = 0 if self.live else silent + 1
             if self.outstanding > 1 or silent > 2:
-                self.reconnect(
-                    "the server is silent" if self.live else "the server does not answer the connect request"
-                )
+                what = "is silent" if self.live else "does not answer the connect request"
+                self.reconnect(f"the server {what}")
                 return
             if self.live:
                 self.outstanding += 1
