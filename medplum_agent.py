@@ -435,13 +435,8 @@ Rows = dict[str, Row]
 Warn = Callable[[str], object]
 
 
-class FieldPath(NamedTuple):
-    """One part of a logical channel key; indices start at 1, 0 means the whole."""
-
-    segment: str
-    field: int
-    component: int
-    subcomponent: int
+# One part of a logical channel key: segment, field, component, subcomponent; indices start at 1, 0 means the whole
+FieldPath = tuple[str, int, int, int]
 
 
 class Peer(NamedTuple):
@@ -485,12 +480,7 @@ def listed(text: str) -> list[str]:
 _DAYS = "Mo Tu We Th Fr Sa Su".split()
 
 
-class Hours(NamedTuple):
-    """A part of some days of the week, in minutes of the day; Monday is 0."""
-
-    days: frozenset[int]
-    start: int
-    end: int
+Hours = tuple[frozenset[int], range]  # days of the week, where Monday is 0, and their minutes
 
 
 @cache
@@ -504,7 +494,8 @@ def opening_hours(text: str) -> list[Hours]:
         if start >= end:
             raise ValueError(f"'{part}' needs the form Mo-Fr 07:00-19:00; what passes midnight is two parts")
         from_day, to_day = _DAYS.index(first or "Mo"), _DAYS.index(last or first or "Su")
-        found.append(Hours(frozenset((from_day + n) % 7 for n in range((to_day - from_day) % 7 + 1)), start, end))
+        days = frozenset((from_day + n) % 7 for n in range((to_day - from_day) % 7 + 1))
+        found.append((days, range(start, end)))
     return found
 
 
@@ -512,7 +503,7 @@ def in_hours(hours: list[Hours]) -> bool:
     """Whether now is one of them, in local time; always where there are none."""
     now = datetime.datetime.now().astimezone()
     minute = 60 * now.hour + now.minute
-    return not hours or any(now.weekday() in part.days and part.start <= minute < part.end for part in hours)
+    return not hours or any(now.weekday() in days and minute in minutes for days, minutes in hours)
 
 
 def may_be_secret(name: str) -> bool:
@@ -580,8 +571,8 @@ def parse_key(spec: str) -> tuple[FieldPath, ...]:
         match = re.fullmatch(r"([A-Z][A-Z0-9]{2})-([1-9]\d*)(?:\.([1-9]\d*))?(?:\.([1-9]\d*))?", part)
         if not match:
             raise ValueError(f"'{part}' is not of the form PID-3 or PID-3.1")
-        segment, *indices = match.groups("0")
-        paths.append(FieldPath(segment, *map(int, indices)))
+        segment, field, component, subcomponent = match.groups("0")
+        paths.append((segment, int(field), int(component), int(subcomponent)))
     return tuple(paths)
 
 
@@ -1795,16 +1786,15 @@ def logical_key(text: str, header: Header, paths: Sequence[FieldPath]) -> str:
 
 def field_at(text: str, header: Header, path: FieldPath) -> str:
     """First segment of the name, first repetition; without a component the whole field text."""
-    if path.segment == "MSH":
-        value = header.separator if path.field == 1 else header.field(path.field)
+    name, field, component, subcomponent = path
+    if name == "MSH":
+        value = header.separator if field == 1 else header.field(field)
     else:
-        segment = text.partition(f"\r{path.segment}{header.separator}")[2].partition("\r")[0]
-        value = _nth(segment, header.separator, path.field)
-    if not path.component:
+        value = _nth(text.partition(f"\r{name}{header.separator}")[2].partition("\r")[0], header.separator, field)
+    if not component:
         return value
-    value = _nth(value.split(header.repetition, 1)[0], header.component, path.component)
-    subcomponent = header.field(2)[3:4] or "&"
-    return _nth(value, subcomponent, path.subcomponent) if path.subcomponent else value
+    value = _nth(value.split(header.repetition, 1)[0], header.component, component)
+    return _nth(value, header.field(2)[3:4] or "&", subcomponent) if subcomponent else value
 
 
 def _nth(text: str, separator: str, number: int) -> str:
@@ -2024,7 +2014,7 @@ class Mllp:
 #
 # | state   | bytes                     | event                                   | next    |
 # | outside | up to the start sequence  | - (skipped, counted)                    | inside  |
-# | inside  | ... end sequence          | StreamMessage                           | outside |
+# | inside  | ... end sequence          | the message, with its framing           | outside |
 # | inside  | ... start sequence        | PeerError for the part before           | inside  |
 # | inside  | more than maxMessageBytes | PeerError                               | too big |
 # | too big | ... end sequence          | - (dropped; nothing of it is answered)  | outside |
@@ -2035,19 +2025,13 @@ class Mllp:
 # =====================================================================================================================
 
 
-class StreamMessage(NamedTuple):
-    """A message as received, with its framing."""
-
-    content: bytes
-
-
 class Reply(NamedTuple):
     """An automatic answer; one that comes after a message may leave once that message is on disk."""
 
     content: bytes
 
 
-StreamEvent = StreamMessage | Reply | PeerError
+StreamEvent = bytes | Reply | PeerError
 
 
 class ByteStream:
@@ -2097,7 +2081,7 @@ class ByteStream:
         fresh = self._from + (len(self._start) if self.inside and not dropped else 0)
         if self.inside and self._kept.endswith(self._end, fresh, stop):
             if not dropped:
-                events.append(StreamMessage(bytes(self._kept[self._from : stop])))
+                events.append(bytes(self._kept[self._from : stop]))
             self.inside, self._oversize, self._from = False, False, stop
         elif self._kept.endswith(self._start, fresh, stop):
             begin = stop - len(self._start)
@@ -6222,11 +6206,11 @@ class StreamLine(Line):
 
     def receive(self, received: bytes) -> None:
         for event in self.core.receive(received):
-            if isinstance(event, StreamMessage):
+            if isinstance(event, bytes):
                 self.messages += 1
                 must, self._in_pieces = self._in_pieces, False
-                if text := stream_body(event.content, self.settings):  # else nothing is left of it
-                    self.intake(event.content, text, "latin-1", must=must)
+                if text := stream_body(event, self.settings):  # else nothing is left of it
+                    self.intake(event, text, "latin-1", must=must)
             elif isinstance(event, PeerError):
                 self.owner.warn(f"{self.remote}: {event}")
             elif self.pending:
@@ -9556,7 +9540,7 @@ def expected_secs(s: ChannelSettings, last: float) -> float | None:
         return now.timestamp() - last
     while now - opened < datetime.timedelta(days=7):  # back through parts that adjoin, also past midnight
         minute = 60 * opened.hour + opened.minute
-        starts = [part.start for part in hours if opened.weekday() in part.days and part.start <= minute < part.end]
+        starts = [minutes.start for days, minutes in hours if opened.weekday() in days and minute in minutes]
         if not starts:
             break
         opened = opened.replace(hour=0, minute=0, second=0, microsecond=0)
