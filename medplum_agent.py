@@ -4101,21 +4101,17 @@ class Fhir:
         self._pool = http_pool(self.base, context)
         self._refreshing: asyncio.Task[Token] | None = None
         self._refreshed_at = -math.inf
-        self._rejected = False
+        self.rejected = False  # the token, by the server: the next use logs in again, but not once per message
         # apart from the short requests, and from each other: somebody waits for what is fetched
         self._uploads, self._downloads = (ThreadPoolExecutor(TRANSFERS, name) for name in ("upload", "download"))
 
     def usable_token(self) -> str | None:
         """A token that can be sent now, or None; a refresh is started in good time."""
         token, now = self.token, time.time()
-        if token is None or not (self._rejected or now >= token.expires_at - TOKEN_MARGIN_SECS):
+        if token is None or not (self.rejected or now >= token.expires_at - TOKEN_MARGIN_SECS):
             return token.text if token else None
         lately = time.monotonic() - self._refreshed_at <= TOKEN_REFRESH_SPACING_SECS
         return token.text if lately and now < token.expires_at else None
-
-    def reject_token(self) -> None:
-        """The server does not accept the token any more: the next use logs in again, but not once per message."""
-        self._rejected = True
 
     async def fresh_token(self) -> str:
         """A usable token, after a login if needed (one at a time); raises ServerError."""
@@ -4131,7 +4127,7 @@ class Fhir:
         if self.token is not None:  # the first login may be followed by a refresh at once
             self._refreshed_at = time.monotonic()
         if not task.cancelled() and task.exception() is None:
-            self.token, self._rejected = task.result(), False
+            self.token, self.rejected = task.result(), False
 
     def _login(self) -> Token:
         """POST oauth2/token (RFC 6749 4.4) with the checks of uplink contract 1."""
@@ -4966,8 +4962,9 @@ class Uplink:
     """The connection to the server: the way of all channels' queues. `on_message` hears the server's requests."""
 
     def __init__(self, settings: ProcessSettings, fhir: Fhir, context: ssl.SSLContext, log: Log):
+        self._loop = asyncio.get_running_loop()
         self.live = False
-        self.away_since = asyncio.get_running_loop().time()
+        self.away_since = self._loop.time()
         self.outstanding = 0  # heartbeats without any sign of life since
         self.ping_ms = -1
         self.store: Store | None = None
@@ -4984,12 +4981,10 @@ class Uplink:
         self._warned_at = -math.inf
         self._largest = self._largest_id = 0  # bytes of the connection's largest text, and the message it carried
         self._masks = b""
-        self._loop = asyncio.get_running_loop()
-        self._flushing = self._refreshing = False
+        self._flushing = self._refreshing = self._stopping = False
         self._token = ""
         self._heartbeat_at = 0.0
         self._refused = ""
-        self._stopping = False
         self._asked: dict[str, asyncio.Future[Json]] = {}  # questions that are not stored, by callback
         self._losses = 0  # connections in a row that were lost with messages in flight and none answered
         self._answered = False  # this connection has brought an answer
@@ -5121,7 +5116,7 @@ class Uplink:
             check = f"Check agentId {self._settings.agentId} and the access policy of the ClientApplication."
             self._log.error(f"The server refuses this agent: {reason}. {check}")
         if "token" in reason.lower():
-            self._fhir.reject_token()
+            self._fhir.rejected = True
         self.reconnect("the server refused the connect request", quiet=True)
 
     def _response(self, answer: Json) -> None:
@@ -5196,10 +5191,18 @@ class Uplink:
     # --- what comes before sending ---
 
     async def prepare(self, queue: Queue, message: Message) -> None:
-        """The message's file becomes a Binary; a storage commitment waits for its objects."""
+        """The message's file becomes a Binary.
+
+        A storage commitment is asked for when none of its objects waits here any more (PS3.4 J.3.2). Meanwhile it gives
+        its place to others: these may be the ones that it waits for.
+        """
         assert self.store is not None
         if not message.spool:
-            await self._after_objects(self.store, queue, message)
+            objects = [uid for uid, _ in referenced_objects(load_json(message.text or "{}"))]
+            with suppress(StorageError):
+                message.prepared = not await self.store.waits_for(queue.row, message.id, objects)
+            if not message.prepared:
+                queue.park(message, COMMITMENT_POLL_MS)
             return
         path, name = self.store.spool.path(message.spool), spool_reference(message.spool)
         token, stow, reference = False, message.spool.endswith(STOWED), ""
@@ -5220,20 +5223,6 @@ class Uplink:
         message.prepared, message.binary = True, reference
         if message.text is not None and reference:
             queue.hold(message, message.text.replace(name, reference))
-
-    @staticmethod
-    async def _after_objects(store: Store, queue: Queue, message: Message) -> None:
-        """A storage commitment is asked for when none of its objects waits here any more (PS3.4 J.3.2).
-
-        Meanwhile it gives its place to others: these may be the ones that it waits for.
-        """
-        objects = [uid for uid, _ in referenced_objects(load_json(message.text or "{}"))]
-        waits = True
-        with suppress(StorageError):
-            waits = await store.waits_for(queue.row, message.id, objects)
-        message.prepared = not waits
-        if waits:
-            queue.park(message, COMMITMENT_POLL_MS)
 
     # --- the connection's life ---
 
@@ -5256,12 +5245,12 @@ class Uplink:
     async def _session(self) -> str:
         """One connection from start to end; returns why it ended."""
         try:
-            token = await self._fhir.fresh_token()
+            token, proxy = await self._fhir.fresh_token(), proxy_for(self._settings.baseUrl)
+            more: Json = {"proxy_ssl": tls_context(self._settings.caFile)} if (proxy or "").startswith("https") else {}
             sock = await connect(
-                self.url, create_connection=cast(Any, partial(_Socket, uplink=self)),
-                proxy=proxy_for(self._settings.baseUrl), ssl=self._context, **self._proxy_tls(),
-                compression="deflate" if self._settings.compression else None, ping_interval=None,
-                open_timeout=CONNECT_TIMEOUT_SECS, close_timeout=1, max_size=UPLINK_FRAME_BYTES,
+                self.url, create_connection=cast(Any, partial(_Socket, uplink=self)), proxy=proxy, ssl=self._context,
+                **more, compression="deflate" if self._settings.compression else None, ping_interval=None,
+                close_timeout=1, open_timeout=CONNECT_TIMEOUT_SECS, max_size=UPLINK_FRAME_BYTES,
                 write_limit=UPLINK_BUFFER_BYTES, user_agent_header=f"medplum-agent/{VERSION}",
             )  # fmt: skip
         except (ServerError, OSError, EOFError, WebSocketException) as error:
@@ -5286,10 +5275,6 @@ class Uplink:
         if close_code == 1009:
             return "the server closed it because a message was larger than it accepts (1009)"
         return f"the connection was closed ({close_code})"
-
-    def _proxy_tls(self) -> Json:
-        proxy = proxy_for(self._settings.baseUrl) or ""
-        return {"proxy_ssl": tls_context(self._settings.caFile)} if proxy.startswith("https") else {}
 
     def _lost(self, close_code: int) -> None:
         """Close code 1009 (message too big) does not say which: it is the largest text of the connection."""
@@ -10971,7 +10956,7 @@ class Agent:
             return
         text = str(message.get("body"))
         if "access token" in text:
-            self.fhir.reject_token()
+            self.fhir.rejected = True
         if text in _SAFE_ERRORS:
             self.log.error(f"The server reports: {text}.")
         else:
