@@ -70,7 +70,7 @@ from functools import cache, cached_property, lru_cache, partial, reduce
 from operator import attrgetter, getitem
 from pathlib import Path
 from queue import Empty, SimpleQueue
-from typing import Any, Final, NamedTuple, NoReturn, TypeVar, cast
+from typing import Any, BinaryIO, Final, NamedTuple, NoReturn, Protocol, TextIO, TypeVar, cast
 
 import apsw
 import certifi
@@ -286,6 +286,11 @@ def give_memory_back() -> None:
         ctypes.CDLL(None).malloc_trim(0)
 
 
+def beside(path: Path, suffix: str) -> Path:
+    """What belongs to a file and lies in its folder."""
+    return path.with_name(path.name + suffix)
+
+
 def sync_folder(folder: Path) -> None:
     """The names in it."""
     if os.name == "posix":
@@ -298,7 +303,7 @@ def sync_folder(folder: Path) -> None:
 
 def replace_file(path: Path, content: bytes, *, public: bool = False) -> None:
     """Whoever reads it finds the old content or the new one, whole, also after a power cut."""
-    temporary = path.with_name(f"{path.name}.new")
+    temporary = beside(path, ".new")
     with open(temporary, "wb", opener=private) as file:
         file.write(content)
         file.flush()
@@ -311,9 +316,8 @@ def replace_file(path: Path, content: bytes, *, public: bool = False) -> None:
 
 def duration(seconds: float) -> str:
     """In the two largest units, for people."""
-    units = (("d", 86_400), ("h", 3600), ("min", 60), ("s", 1))
     rest, parts = int(max(0, seconds)), []
-    for unit, size in units:
+    for unit, size in (("d", 86_400), ("h", 3600), ("min", 60), ("s", 1)):
         count, rest = divmod(rest, size)
         if count:
             parts.append(f"{count} {unit}")
@@ -433,13 +437,8 @@ Rows = dict[str, Row]
 Warn = Callable[[str], object]
 
 
-class FieldPath(NamedTuple):
-    """One part of a logical channel key; indices start at 1, 0 means the whole."""
-
-    segment: str
-    field: int
-    component: int
-    subcomponent: int
+# One part of a logical channel key: segment, field, component, subcomponent; indices start at 1, 0 means the whole
+FieldPath = tuple[str, int, int, int]
 
 
 class Peer(NamedTuple):
@@ -483,12 +482,7 @@ def listed(text: str) -> list[str]:
 _DAYS = "Mo Tu We Th Fr Sa Su".split()
 
 
-class Hours(NamedTuple):
-    """A part of some days of the week, in minutes of the day; Monday is 0."""
-
-    days: frozenset[int]
-    start: int
-    end: int
+Hours = tuple[frozenset[int], range]  # days of the week, where Monday is 0, and their minutes
 
 
 @cache
@@ -502,7 +496,8 @@ def opening_hours(text: str) -> list[Hours]:
         if start >= end:
             raise ValueError(f"'{part}' needs the form Mo-Fr 07:00-19:00; what passes midnight is two parts")
         from_day, to_day = _DAYS.index(first or "Mo"), _DAYS.index(last or first or "Su")
-        found.append(Hours(frozenset((from_day + n) % 7 for n in range((to_day - from_day) % 7 + 1)), start, end))
+        days = frozenset((from_day + n) % 7 for n in range((to_day - from_day) % 7 + 1))
+        found.append((days, range(start, end)))
     return found
 
 
@@ -510,7 +505,7 @@ def in_hours(hours: list[Hours]) -> bool:
     """Whether now is one of them, in local time; always where there are none."""
     now = datetime.datetime.now().astimezone()
     minute = 60 * now.hour + now.minute
-    return not hours or any(now.weekday() in part.days and part.start <= minute < part.end for part in hours)
+    return not hours or any(now.weekday() in days and minute in minutes for days, minutes in hours)
 
 
 def may_be_secret(name: str) -> bool:
@@ -578,8 +573,8 @@ def parse_key(spec: str) -> tuple[FieldPath, ...]:
         match = re.fullmatch(r"([A-Z][A-Z0-9]{2})-([1-9]\d*)(?:\.([1-9]\d*))?(?:\.([1-9]\d*))?", part)
         if not match:
             raise ValueError(f"'{part}' is not of the form PID-3 or PID-3.1")
-        segment, *indices = match.groups("0")
-        paths.append(FieldPath(segment, *map(int, indices)))
+        segment, field, component, subcomponent = match.groups("0")
+        paths.append((segment, int(field), int(component), int(subcomponent)))
     return tuple(paths)
 
 
@@ -1053,10 +1048,6 @@ def read_config_file(given: str | None) -> tuple[str, Json]:
         raise ConfigError([problem], for_good=path.suffix == ".toml") from None
 
 
-def _secret_in(path: str) -> str:
-    return named_file(path).decode("utf-8-sig").strip()
-
-
 def resolve_process(
     arguments: Sequence[str], options: Mapping[str, str], environ: Mapping[str, str], config_file: str | None
 ) -> ProcessConfig:
@@ -1075,7 +1066,10 @@ def resolve_process(
             if name in found or secret_file:  # which counts as the secret itself
                 sources[name] = source
                 try:
-                    values[name] = _secret_in(str(secret_file)) if secret_file else parse_setting(row, found[name])
+                    if secret_file:
+                        values[name] = named_file(str(secret_file)).decode("utf-8-sig").strip()
+                    else:
+                        values[name] = parse_setting(row, found[name])
                 except (OSError, ValueError) as error:
                     shown = "" if "ecret" in name else f" '{found[name]}'"
                     file_shown = f"File {secret_file}" if secret_file else ""
@@ -1118,9 +1112,8 @@ PROTOCOLS: dict[str, tuple[str, type[ChannelSettings]]] = {  # name and settings
 }
 
 
-LIST_PARAMETERS = frozenset(  # repeated ones are joined by commas
-    "autoRespond stripSequence keepControlChars callingAeTitles peers moveDestinations".split()
-)
+# Repeated ones are joined by commas
+LIST_PARAMETERS = frozenset("autoRespond stripSequence keepControlChars callingAeTitles peers moveDestinations".split())
 
 
 class Policy(NamedTuple):
@@ -1137,10 +1130,6 @@ class Policy(NamedTuple):
     def once(self) -> bool:
         """What was sent, and got no answer, is not sent again."""
         return self.mode in ("none", "normal")
-
-    @property
-    def max_delay_ms(self) -> int:
-        return self.settings.autoRetryMaxDelayMs
 
     def delay_ms(self, failures: int) -> int:
         """Back-off after so many failures, with jitter (channel contract 5.5)."""
@@ -1367,13 +1356,10 @@ def build_plan(agent: Json, endpoints: Mapping[str, Json | AgentError]) -> tuple
 
     A channel with a problem is left out of the plan: a reload refuses such a plan, a first start runs the rest.
     """
-    warnings: list[str] = []
-    problems: list[str] = []
+    warnings, problems, channels, names = list[str](), list[str](), list[ChannelPlan](), set[str]()
     given = agent_settings(agent, warnings)
     settings = AgentSettings(**{name: given[name] for name in rows_of(AgentSettings) if name in given})
     defaults, _ = channel_settings(ChannelSettings, "", "the Agent's settings", given, warnings)
-    channels: list[ChannelPlan] = []
-    names: set[str] = set()
     for name, reference in _channels(agent):
         try:
             if not name:
@@ -1456,11 +1442,9 @@ def settings_markdown() -> str:
     every = ("", "Every channel: parameters of its address", common)
     for category, title, rows in (*SETTING_GROUPS[:3], every, *SETTING_GROUPS[3:]):
         lines += [f"### {title}", "", "| Name | Type | Default | Meaning |", "| --- | --- | --- | --- |"]
-        for name, row in rows.items():
-            inherited = row is common.get(name) and category not in ("", "agent", "device")
-            if not inherited:
-                lines.append(_markdown(_described(category, name, row)))
-        lines.append("")
+        own = category in ("", "agent", "device")
+        named = [(name, row) for name, row in rows.items() if own or row is not common.get(name)]
+        lines += [*(_markdown(_described(category, name, row)) for name, row in named), ""]
     return "\n".join(lines)
 
 
@@ -1491,10 +1475,10 @@ _CONTROLS = re.compile(r"[\x00-\x1f\x7f-\x9f\u200b-\u200f\u2028-\u202e\u2060-\u2
 _PRIORITIES = {"ERROR": 3, "WARN": 4, "INFO": 6, "DEBUG": 7}  # of syslog (RFC 5424 6.2.1)
 
 
-def _is_journal(console: typing.TextIO | None) -> bool:
+def _is_journal(console: TextIO | None) -> bool:
     """Whether systemd's journal reads it (systemd.exec(5), JOURNAL_STREAM)."""
     with suppress(OSError, ValueError, AttributeError):
-        found = os.fstat(cast(typing.TextIO, console).fileno())
+        found = os.fstat(cast(TextIO, console).fileno())
         return os.environ.get("JOURNAL_STREAM") == f"{found.st_dev}:{found.st_ino}"
     return False
 
@@ -1519,12 +1503,7 @@ class Log:
     """
 
     def __init__(
-        self,
-        name: str,
-        settings: LoggerSettings,
-        directory: Path | None,
-        console: typing.TextIO | None,
-        lazy: bool = False,
+        self, name: str, settings: LoggerSettings, directory: Path | None, console: TextIO | None, lazy: bool = False
     ):
         self.name, self.directory, self.lazy = name, directory, lazy
         self.error, self.warn, self.info, self.debug = (partial(self._write, level) for level in LEVELS[1:])
@@ -1814,16 +1793,15 @@ def logical_key(text: str, header: Header, paths: Sequence[FieldPath]) -> str:
 
 def field_at(text: str, header: Header, path: FieldPath) -> str:
     """First segment of the name, first repetition; without a component the whole field text."""
-    if path.segment == "MSH":
-        value = header.separator if path.field == 1 else header.field(path.field)
+    name, field, component, subcomponent = path
+    if name == "MSH":
+        value = header.separator if field == 1 else header.field(field)
     else:
-        segment = text.partition(f"\r{path.segment}{header.separator}")[2].partition("\r")[0]
-        value = _nth(segment, header.separator, path.field)
-    if not path.component:
+        value = _nth(text.partition(f"\r{name}{header.separator}")[2].partition("\r")[0], header.separator, field)
+    if not component:
         return value
-    value = _nth(value.split(header.repetition, 1)[0], header.component, path.component)
-    subcomponent = header.field(2)[3:4] or "&"
-    return _nth(value, subcomponent, path.subcomponent) if path.subcomponent else value
+    value = _nth(value.split(header.repetition, 1)[0], header.component, component)
+    return _nth(value, header.field(2)[3:4] or "&", subcomponent) if subcomponent else value
 
 
 def _nth(text: str, separator: str, number: int) -> str:
@@ -2043,7 +2021,7 @@ class Mllp:
 #
 # | state   | bytes                     | event                                   | next    |
 # | outside | up to the start sequence  | - (skipped, counted)                    | inside  |
-# | inside  | ... end sequence          | StreamMessage                           | outside |
+# | inside  | ... end sequence          | the message, with its framing           | outside |
 # | inside  | ... start sequence        | PeerError for the part before           | inside  |
 # | inside  | more than maxMessageBytes | PeerError                               | too big |
 # | too big | ... end sequence          | - (dropped; nothing of it is answered)  | outside |
@@ -2054,21 +2032,13 @@ class Mllp:
 # =====================================================================================================================
 
 
-@dataclass(frozen=True)
-class StreamMessage:
-    """A message as received, with its framing."""
-
-    content: bytes
-
-
-@dataclass(frozen=True)
-class Reply:
+class Reply(NamedTuple):
     """An automatic answer; one that comes after a message may leave once that message is on disk."""
 
     content: bytes
 
 
-StreamEvent = StreamMessage | Reply | PeerError
+StreamEvent = bytes | Reply | PeerError
 
 
 class ByteStream:
@@ -2118,7 +2088,7 @@ class ByteStream:
         fresh = self._from + (len(self._start) if self.inside and not dropped else 0)
         if self.inside and self._kept.endswith(self._end, fresh, stop):
             if not dropped:
-                events.append(StreamMessage(bytes(self._kept[self._from : stop])))
+                events.append(bytes(self._kept[self._from : stop]))
             self.inside, self._oversize, self._from = False, False, stop
         elif self._kept.endswith(self._start, fresh, stop):
             begin = stop - len(self._start)
@@ -2201,15 +2171,13 @@ _TEXT_END = re.compile(rb"[\x02\x03\x04\x17]")
 _RESTRICTED = bytes(byte for byte in range(0x20) if byte not in (0x09, CR))  # not allowed in a text (6.6)
 
 
-@dataclass(frozen=True)
-class Write:
+class Write(NamedTuple):
     """Bytes for the instrument."""
 
     content: bytes
 
 
-@dataclass(frozen=True)
-class FrameAccepted:
+class FrameAccepted(NamedTuple):
     """A good frame that waits for committed() or refused(). `number` as on the wire; `end` is ETB or ETX."""
 
     number: str
@@ -2217,15 +2185,13 @@ class FrameAccepted:
     end: int
 
 
-@dataclass(frozen=True)
-class Session:
+class Session(NamedTuple):
     """A complete session: its texts, each joined from frames up to an ETX, as sent (normally one record and CR)."""
 
     records: tuple[bytes, ...]
 
 
-@dataclass(frozen=True)
-class Interrupted:
+class Interrupted(NamedTuple):
     """A session that must not be taken as a result; the last text may be the beginning of one."""
 
     records: tuple[bytes, ...]
@@ -2237,15 +2203,13 @@ class Sent:
     """The instrument accepted the oldest message given to send()."""
 
 
-@dataclass(frozen=True)
-class SendFailed:
+class SendFailed(NamedTuple):
     """The oldest message given to send() was not accepted."""
 
     reason: str
 
 
-@dataclass(frozen=True)
-class LineWarning:
+class LineWarning(NamedTuple):
     """The instrument deviates; no patient data in the text."""
 
     text: str
@@ -2317,11 +2281,6 @@ class Astm:
         self._refused = False  # the last frame got NAK
 
     # --- what the caller does ---
-
-    @property
-    def awaiting_commit(self) -> bool:
-        """A frame waits for committed() or refused(): a caller need not read on."""
-        return self._pending is not None
 
     def receive(self, chunk: bytes, now: float) -> list[AstmEvent]:
         """The events of these bytes; `now` in seconds of any steady clock."""
@@ -2428,8 +2387,9 @@ class Astm:
     def _step(self, byte: int) -> None:
         """One row of the table; an action may move on to another state than the row's."""
         row = _LINK[self.state]
-        action, self.state = row.get(byte) or row[_OTHER]
-        action(self, byte)
+        self.state, *actions = row.get(byte) or row[_OTHER]
+        for action in actions:
+            action(self, byte)
 
     def _take_text(self, at: int) -> int:
         """Text up to the next byte that means something, in one go."""
@@ -2455,9 +2415,6 @@ class Astm:
 
     # --- receiver: sessions ---
 
-    def _pass(self, byte: int) -> None:
-        """Nothing to do."""
-
     def _skip(self, byte: int) -> None:
         """A byte that is no part of the protocol; without verification a checksum is skipped after its frame."""
         if self.settings.checksum == "off" and chr(byte) in "0123456789ABCDEFabcdef" and self._last.end:
@@ -2473,14 +2430,11 @@ class Astm:
         self._begin_session(byte)
         self._write(ACK)
 
-    def _open_bare(self, byte: int) -> None:
+    def _bare(self, byte: int) -> None:
         self._warn("a frame came without ENQ")
-        self._begin_session(byte)
-        self._begin(byte)
 
-    def _reopen(self, byte: int) -> None:
+    def _anew(self, byte: int) -> None:
         self._break("the instrument began a new session before EOT")
-        self._open(byte)
 
     def _end(self, byte: int) -> None:
         """EOT."""
@@ -2498,18 +2452,9 @@ class Astm:
         if self.settings.ackEot:
             self._write(ACK)
 
-    def _cut(self, byte: int) -> None:
+    def _give_up(self, byte: int) -> None:
         """EOT came in the middle of a frame, and then nothing."""
         self._refused = True
-        self._end(byte)
-
-    def _cut_and_open(self, byte: int) -> None:
-        self._refused = True
-        self._end_and_open(byte)
-
-    def _end_and_open(self, byte: int) -> None:
-        self._end(byte)
-        self._open(byte)
 
     def _silent(self, byte: int) -> None:
         self._break(f"the instrument was silent for {self.settings.receiveTimeoutSecs:g} s before EOT")
@@ -2534,9 +2479,8 @@ class Astm:
         self._text.clear()
         self._sum.clear()
 
-    def _restart(self, byte: int) -> None:
+    def _inside(self, byte: int) -> None:
         self._warn("a frame began inside a frame")
-        self._begin(byte)
 
     def _take_number(self, byte: int) -> None:
         self._number = byte if byte in b"01234567" else 0
@@ -2663,56 +2607,53 @@ class Astm:
 
 
 _TIME, _OTHER = -1, -2  # keys of the table beside bytes: the state's time is over; whatever is not named
-_Row = dict[int, tuple[Callable[[Astm, int], None], Link]]
+_Row = dict[int, tuple[Link, *tuple[Callable[[Astm, int], None], ...]]]  # the next state, and what is done
 _DOUBTS = (Link.NOISE_ENQ, Link.NOISE_EOT, Link.TEXT_EOT)
 
 
 def _padding(link: Link) -> _Row:
-    return dict.fromkeys((CR, LF, 0), (Astm._pass, link))
+    return dict.fromkeys((CR, LF, 0), (link,))
 
 
 # fmt: off
 _BETWEEN: _Row = {
-    STX: (Astm._begin, Link.NUMBER), EOT: (Astm._end, Link.IDLE), **_padding(Link.OPEN),
-    _OTHER: (Astm._skip, Link.NOISE), _TIME: (Astm._silent, Link.IDLE),
+    STX: (Link.NUMBER, Astm._begin), EOT: (Link.IDLE, Astm._end), **_padding(Link.OPEN),
+    _OTHER: (Link.NOISE, Astm._skip), _TIME: (Link.IDLE, Astm._silent),
 }
-_NOISY: _Row = {
-    **_BETWEEN, **_padding(Link.NOISE), ENQ: (Astm._pass, Link.NOISE_ENQ), EOT: (Astm._pass, Link.NOISE_EOT),
-}
+_NOISY: _Row = {**_BETWEEN, **_padding(Link.NOISE), ENQ: (Link.NOISE_ENQ,), EOT: (Link.NOISE_EOT,)}
 _LINK: dict[Link, _Row] = {
     Link.IDLE: {
-        ENQ: (Astm._open, Link.FRESH), STX: (Astm._open_bare, Link.NUMBER), EOT: (Astm._ack_eot, Link.IDLE),
-        **_padding(Link.IDLE), _OTHER: (Astm._skip, Link.IDLE), _TIME: (Astm._enquire, Link.IDLE),
+        ENQ: (Link.FRESH, Astm._open), STX: (Link.NUMBER, Astm._bare, Astm._begin_session, Astm._begin),
+        EOT: (Link.IDLE, Astm._ack_eot), **_padding(Link.IDLE), _OTHER: (Link.IDLE, Astm._skip),
+        _TIME: (Link.IDLE, Astm._enquire),
     },
     # receiver
-    Link.FRESH: {**_BETWEEN, **_padding(Link.FRESH), ENQ: (Astm._pass, Link.NOISE_ENQ)},
-    Link.OPEN: {**_BETWEEN, ENQ: (Astm._reopen, Link.FRESH)},
-    Link.AFTER: {**_BETWEEN, ENQ: (Astm._pass, Link.NOISE_ENQ)},  # a flipped CR, or no CR LF and a new session
+    Link.FRESH: {**_BETWEEN, **_padding(Link.FRESH), ENQ: (Link.NOISE_ENQ,)},
+    Link.OPEN: {**_BETWEEN, ENQ: (Link.FRESH, Astm._anew, Astm._open)},
+    Link.AFTER: {**_BETWEEN, ENQ: (Link.NOISE_ENQ,)},  # a flipped CR, or no CR LF and a new session
     Link.NOISE: _NOISY,
-    Link.NOISE_ENQ: {**_NOISY, _TIME: (Astm._reopen, Link.FRESH)},
+    Link.NOISE_ENQ: {**_NOISY, _TIME: (Link.FRESH, Astm._anew, Astm._open)},
     Link.NOISE_EOT: {
-        **_NOISY, **_padding(Link.NOISE_EOT), ENQ: (Astm._end_and_open, Link.FRESH), _TIME: (Astm._end, Link.IDLE),
+        **_NOISY, **_padding(Link.NOISE_EOT), ENQ: (Link.FRESH, Astm._end, Astm._open), _TIME: (Link.IDLE, Astm._end),
     },
     Link.NUMBER: {
-        STX: (Astm._begin, Link.NUMBER), ENQ: (Astm._reopen, Link.FRESH), EOT: (Astm._end, Link.IDLE),
-        _OTHER: (Astm._take_number, Link.TEXT), _TIME: (Astm._silent, Link.IDLE),
+        STX: (Link.NUMBER, Astm._begin), ENQ: (Link.FRESH, Astm._anew, Astm._open), EOT: (Link.IDLE, Astm._end),
+        _OTHER: (Link.TEXT, Astm._take_number), _TIME: (Link.IDLE, Astm._silent),
     },
     Link.TEXT: {  # all other bytes: _take_text
-        STX: (Astm._restart, Link.NUMBER), ETB: (Astm._take_sum, Link.SUM), ETX: (Astm._take_sum, Link.SUM),
-        EOT: (Astm._pass, Link.TEXT_EOT), _TIME: (Astm._silent, Link.IDLE),
+        STX: (Link.NUMBER, Astm._inside, Astm._begin), ETB: (Link.SUM, Astm._take_sum), ETX: (Link.SUM, Astm._take_sum),
+        EOT: (Link.TEXT_EOT,), _TIME: (Link.IDLE, Astm._silent),
     },
     Link.TEXT_EOT: {
-        STX: (Astm._restart, Link.NUMBER), ENQ: (Astm._cut_and_open, Link.FRESH),
-        _OTHER: (Astm._go_on, Link.TEXT), _TIME: (Astm._cut, Link.IDLE),
+        STX: (Link.NUMBER, Astm._inside, Astm._begin), ENQ: (Link.FRESH, Astm._give_up, Astm._end, Astm._open),
+        _OTHER: (Link.TEXT, Astm._go_on), _TIME: (Link.IDLE, Astm._give_up, Astm._end),
     },
-    Link.SUM: {_OTHER: (Astm._take_sum, Link.SUM), _TIME: (Astm._silent, Link.IDLE)},
+    Link.SUM: {_OTHER: (Link.SUM, Astm._take_sum), _TIME: (Link.IDLE, Astm._silent)},
     # sender
-    Link.ENQUIRE: {
-        ACK: (Astm._granted, Link.SENDING), **_padding(Link.ENQUIRE), _OTHER: (Astm._denied, Link.IDLE),
-    },
+    Link.ENQUIRE: {ACK: (Link.SENDING, Astm._granted), **_padding(Link.ENQUIRE), _OTHER: (Link.IDLE, Astm._denied)},
     Link.SENDING: {
-        ACK: (Astm._advance, Link.SENDING), EOT: (Astm._interrupt, Link.SENDING), **_padding(Link.SENDING),
-        _OTHER: (Astm._again, Link.SENDING),
+        ACK: (Link.SENDING, Astm._advance), EOT: (Link.SENDING, Astm._interrupt), **_padding(Link.SENDING),
+        _OTHER: (Link.SENDING, Astm._again),
     },
 }
 # fmt: on
@@ -2731,8 +2672,7 @@ def half_session(records: Sequence[bytes]) -> str:
 
 
 def _records_of(text: str) -> list[str]:
-    lines = re.split(r"[\r\n]", text)
-    clean = ("".join(c for c in line if c >= " ") for line in lines)
+    clean = ("".join(c for c in line if c >= " ") for line in re.split(r"[\r\n]", text))
     return [line for line in clean if line.strip()]
 
 
@@ -2984,7 +2924,7 @@ class SpoolFile(io.FileIO):
         self._kept = False
         self.key = f"#{spool.cipher}.{os.urandom(32).hex()}" if spool.cipher else ""
         self._sealed: Database | None = None
-        path = spool.folder / f"{name or spool.new_name()}.part"
+        path = spool.folder / f"{name or spool.prefix + str(uuid.uuid4())[len(spool.prefix) :]}.part"
         try:
             if not spool.folder.is_dir():
                 spool.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -2994,7 +2934,7 @@ class SpoolFile(io.FileIO):
                 self._sealed = Database(path, key_of(self.key))
                 self._sealed.execute(_SEALED).fetchall()
         except (OSError, apsw.Error) as error:
-            self.error = _storage_text(error)
+            self.error = _trouble_of(error)[0]
             super().__init__(os.devnull, "w")
             self.name = str(path)  # whoever removes the file by its name must not remove the null device
 
@@ -3009,12 +2949,12 @@ class SpoolFile(io.FileIO):
                 while rest and not self.error:
                     rest = rest[super().write(rest) :]
             except (OSError, apsw.Error) as error:
-                self.error = _storage_text(error)
+                self.error = _trouble_of(error)[0]
         self.size += len(content)
         self.spool.count(len(content))
         return len(content)
 
-    def open(self) -> typing.BinaryIO:
+    def open(self) -> BinaryIO:
         """What was written, for reading; OSError."""
         self._seal()
         return open_sealed(Path(self.name), self.key)
@@ -3067,19 +3007,19 @@ def key_of(mark: str) -> str:
     return f"cipher={cipher}&key=raw:{secret}"
 
 
-def length_of(file: typing.BinaryIO) -> int:
+def length_of(file: BinaryIO) -> int:
     """Bytes of a file that is read from its beginning."""
     size = file.seek(0, os.SEEK_END)
     file.seek(0)
     return size
 
 
-def open_sealed(path: Path, mark: str) -> typing.BinaryIO:
+def open_sealed(path: Path, mark: str) -> BinaryIO:
     """A file of the spool for reading; OSError, also when it was damaged or is not this key's."""
     if not mark:
         return open(path, "rb")
     path.stat()
-    return cast(typing.BinaryIO, Sealed(path, mark))
+    return cast(BinaryIO, Sealed(path, mark))
 
 
 class Sealed(io.RawIOBase):
@@ -3137,14 +3077,11 @@ class Spool:
         self.tidied = False
         self._lock = threading.Lock()
 
-    def new_name(self) -> str:
-        return self.prefix + str(uuid.uuid4())[len(self.prefix) :]
-
     def path(self, name: str) -> Path:
         stem, mark, _ = name.partition("#")
         return self.folder / f"{stem}{'.sealed' if mark else '.dcm'}"
 
-    def open(self, name: str) -> typing.BinaryIO:
+    def open(self, name: str) -> BinaryIO:
         """For reading; OSError."""
         return open_sealed(self.path(name), "".join(name.partition("#")[1:]))
 
@@ -3197,7 +3134,8 @@ class Store:
         self.max_bytes = 0  # 0: no limit but the disk's
         self.size_bytes = 0
         cipher = key.removeprefix("cipher=").partition("&")[0]
-        self.spool = Spool(path.with_suffix(".spool"), self._spool_refusal, cipher)
+        # why a file of the spool may not grow to a size, or an empty string; asked from any thread
+        self.spool = Spool(path.with_suffix(".spool"), lambda size: self.refusal(size) or self.disk_refusal(), cipher)
         self.on_resume: list[Callable[[], None]] = []  # called once when congestion ends
         self._log = log
         self._loop = asyncio.get_running_loop()
@@ -3221,7 +3159,7 @@ class Store:
         self._read_connection: Database | None = None
         self._failed_at = self._measure_at = 0.0
         self._inode = (0, 0)
-        self._lock_file: typing.BinaryIO | None = None
+        self._lock_file: BinaryIO | None = None
         self._channels: dict[str, ChannelRow] = {}
         self._writer = threading.Thread(target=self._write_loop, name="store-writer", daemon=True)
 
@@ -3268,11 +3206,7 @@ class Store:
         return self.trouble
 
     def disk_refusal(self) -> str:
-        return _storage_text(OSError("disk full")) if self._disk_full() else ""
-
-    def _spool_refusal(self, size: int) -> str:
-        """Why a file of the spool may not grow to this size, or an empty string; called from any thread."""
-        return self.refusal(size) or self.disk_refusal()
+        return _trouble_of(OSError("disk full"))[0] if self._disk_full() else ""
 
     def update(self, message: Message, then: Callable[[], None] | None = None) -> None:
         """Write a message's progress with the next batch; with `then`, now, and call it once committed."""
@@ -3345,7 +3279,7 @@ class Store:
         await asyncio.to_thread(self._writer.join, STOP_SECS)
         if self._lock_file is not None:
             with suppress(OSError):
-                self._lock_path.unlink()
+                beside(self.path, ".lock").unlink()
             self._lock_file.close()
         self._reader.shutdown(wait=False)
 
@@ -3380,15 +3314,10 @@ class Store:
     async def recover(self, row: ChannelRow, state: int, error_code: str | None, reason: str | None) -> int:
         """Messages of a channel that were sent when the agent stopped get this state; how many there were."""
         sql = """UPDATE message SET state = ?, outcome = ?, settled_at = ?, error_code = ?, last_error = ?
-          WHERE channel = ? AND state = ?"""
+          WHERE channel = ? AND state = ? RETURNING id"""
         outcome, settled_at = (NOT_OWED, now_ms()) if error_code else (PENDING, 0)
         values = state, outcome, settled_at, error_code, reason, row.id, SENT
-
-        def run(db: Database) -> int:
-            db.execute(sql, values)
-            return db.changes()
-
-        return await self.call(run)
+        return len(await self.call(lambda db: db.rows(sql, values)))
 
     async def queued(
         self, row: ChannelRow, after: int, limit: int, retried: Sequence[int] = ()
@@ -3447,8 +3376,7 @@ class Store:
 
     async def backlog(self) -> list[Backlog]:
         """What waits, by destination; only those for which something does."""
-        await self.call(lambda db: None)  # what was asked for before is counted
-        return await self.read(backlog_of)
+        return await self.look(backlog_of)
 
     async def dead(self) -> dict[str, int]:
         """Dead letters by destination; only those that have some."""
@@ -3469,8 +3397,7 @@ class Store:
         """Messages by state."""
         parts = (f"SELECT state, count(*) FROM message WHERE state {which} GROUP BY state" for which in ("< 2", "> 2"))
         sql = " UNION ALL ".join((*parts, f"SELECT {PROCESSED}, (SELECT count(*) FROM message)"))
-        await self.call(lambda db: None)
-        found = dict(await self.read(lambda db: db.rows(sql)))
+        found = dict(await self.look(lambda db: db.rows(sql)))
         found[PROCESSED] -= sum(count for state, count in found.items() if state != PROCESSED)
         return {name: found.get(state, 0) for state, name in enumerate(STATES)}
 
@@ -3483,11 +3410,7 @@ class Store:
             failed: asyncio.Future[None] = self._loop.create_future()
             failed.set_exception(StorageError(self.trouble))
             return failed
-
-        def run(db: Database) -> None:
-            db.execute("INSERT INTO partial VALUES (?, ?, ?, ?, ?)", values)
-
-        return self.call(run)
+        return self.call(lambda db: cast(None, db.one("INSERT INTO partial VALUES (?, ?, ?, ?, ?)", values)))
 
     def drop_frames(self, session: str) -> None:
         self.call(lambda db: db.execute("DELETE FROM partial WHERE session = ?", (session,)))
@@ -3588,7 +3511,7 @@ class Store:
                 self._save_channel(db, row)
             self._insert(db, messages)
             _execute_many(db, _UPDATE, [*{item.changes[0]: item.changes for item in updates}.values()])
-            results = [call.run(db) for call in calls]
+            results = [(call, call.run(db)) for call in calls]
             started = time.perf_counter()
             db.execute("COMMIT")
             self._note_commit(time.perf_counter() - started, len(batch))
@@ -3601,7 +3524,7 @@ class Store:
         if self._failed_at and messages:
             self._failed_at = 0.0
             self._log.info("The queue can be written again.")
-        self._tell(self._committed, messages, updates, calls, results)
+        self._tell(self._committed, messages, updates, results)
         return True
 
     def _tell(self, then: Callable[..., None], *values: Any) -> None:
@@ -3631,6 +3554,7 @@ class Store:
         self, db: Database, messages: list[Message], kept: Sequence[ChannelRow | _Update],
         calls: list[_Call], error: Exception,
     ) -> bool:  # fmt: skip
+        text, advice = _trouble_of(error)
         if isinstance(error, _UNWRITABLE):
             batch: list[_Item] = [*messages, *kept, *calls]
             if len(batch) > 1:  # the others can be written
@@ -3641,11 +3565,11 @@ class Store:
                 return True
         elif not self._failed_at or time.monotonic() - self._failed_at > STORE_REMIND_SECS:
             self._failed_at = time.monotonic()
-            self._log.error(f"The queue {self.path} cannot be written: {error}. {_storage_advice(error)}")
+            self._log.error(f"The queue {self.path} cannot be written: {error}. {advice}")
         for message in messages:
-            message.refusal = _storage_text(error)
+            message.refusal = text
         if messages:
-            self._tell(self._committed, messages, (), (), ())
+            self._tell(self._committed, messages)
             return bool(kept or calls) and self._write_batch(db, [*kept, *calls])
         waiting = calls if isinstance(error, StorageError) else []
         self._inbox.extendleft(reversed([*kept, *waiting]))
@@ -3679,8 +3603,7 @@ class Store:
         message.earlier = self._find_earlier(db, message) if message.checked else None
         if message.earlier is not None:
             return
-        number = db.one("SELECT next_seq FROM channel WHERE id = ?", (message.channel,))
-        message.seq_no = number
+        message.seq_no = number = db.one("SELECT next_seq FROM channel WHERE id = ?", (message.channel,))
         message.text = message.finalized = write_sequence_number(message.text or "", number)
         _execute_many(db, _INSERT, [_new_row(message)])
         db.execute("UPDATE channel SET next_seq = ? WHERE id = ?", (number + 1, message.channel))
@@ -3713,7 +3636,7 @@ class Store:
         for message in refused:
             message.refusal = self.trouble
         self._inbox.extendleft(item for item in reversed(batch) if not isinstance(item, Message))
-        self._tell(self._committed, refused, (), (), ())
+        self._tell(self._committed, refused)
 
     def _disk_full(self) -> bool:
         """As it was a moment ago; SQLite itself finds a disk that filled up since."""
@@ -3738,9 +3661,7 @@ class Store:
         self.size_bytes += sum(message.size for message in messages)
         if exact or time.monotonic() >= self._measure_at:
             self._measure_at = time.monotonic() + LAZY_SECS
-            pages = db.one("PRAGMA page_count")
-            free = db.one("PRAGMA freelist_count")
-            self.size_bytes = (pages - free) * PAGE_BYTES
+            self.size_bytes = (db.one("PRAGMA page_count") - db.one("PRAGMA freelist_count")) * PAGE_BYTES
 
     def _open(self) -> Database | None:
         """Open or create the file; None, with `trouble` set, when it cannot be used."""
@@ -3759,9 +3680,9 @@ class Store:
         except (OSError, apsw.Error, StorageError) as error:
             if db is not None:
                 db.close()
-            text = _storage_text(error)
+            text, advice = _trouble_of(error)
             if text != self.trouble:
-                self._log.error(f"The queue {self.path} cannot be opened: {error}. {_storage_advice(error)}")
+                self._log.error(f"The queue {self.path} cannot be opened: {error}. {advice}")
             self.trouble = text
             return None
         if self.trouble and self._opened.is_set():
@@ -3769,29 +3690,16 @@ class Store:
         self.trouble = ""
         return db
 
-    @property
-    def _high_path(self) -> Path:
-        return self.path.with_name(self.path.name + ".high")
-
-    def _remembered(self) -> str:
-        with suppress(OSError, ValueError):
-            return self._high_path.read_text("ascii")
-        return ""
-
     def _remember(self, reach: int) -> None:
         """How far the row numbers may go, beside the queue: a copy put in its place must not use them again."""
         self._reach = reach
         with suppress(OSError):
-            replace_file(self._high_path, f"{self._seed} {reach}".encode())
-
-    @property
-    def _lock_path(self) -> Path:
-        return self.path.with_name(self.path.name + ".lock")
+            replace_file(beside(self.path, ".high"), f"{self._seed} {reach}".encode())
 
     def _lock_queue(self) -> None:
         """Two agents must never share a queue: their row numbers would clash."""
         if self._lock_file is None:
-            file = open(self._lock_path, "a+b", opener=private)  # noqa: SIM115
+            file = open(beside(self.path, ".lock"), "a+b", opener=private)  # noqa: SIM115
             if not lock_file(file):
                 file.close()
                 raise StorageError("foreign file: another agent uses this queue (queueDbPath)")
@@ -3799,26 +3707,21 @@ class Store:
 
     def _inspect_wal(self) -> None:
         """SQLite ends its recovery at the first bad frame and overwrites the rest: say so, and keep copies."""
-        wal = self.path.with_name(self.path.name + "-wal")
+        wal = beside(self.path, "-wal")
         lost = lost_frames(wal.read_bytes()) if wal.exists() else 0
         if lost:
             stamp = f"damaged-{now_ms()}"
             for path in (self.path, wal):
-                shutil.copy2(path, path.with_name(f"{path.name}.{stamp}"))
-            text = (
-                f"the last {lost} pages that were written to the queue are lost, with messages that were acknowledged"
-            )
-            self._log.error(f"{wal} is damaged: {text}. Copies of both files are beside them ({stamp}).")
+                shutil.copy2(path, beside(path, f".{stamp}"))
+            text = f"the last {lost} pages that were written to the queue are lost, with messages that were"
+            self._log.error(f"{wal} is damaged: {text} acknowledged. Copies of both files are beside them ({stamp}).")
 
     def _prepare(self, db: Database) -> None:
         version = version_of(db)
         if new := not version:
-            db.execute(f"PRAGMA page_size={PAGE_BYTES}")
-            db.execute("PRAGMA auto_vacuum=INCREMENTAL")
-        for pragma in ("journal_mode=WAL", "synchronous=FULL", "fullfsync=1"):
-            db.execute(f"PRAGMA {pragma}")
+            db.rows(f"PRAGMA page_size={PAGE_BYTES}; PRAGMA auto_vacuum=INCREMENTAL")
+        db.rows("PRAGMA journal_mode=WAL; PRAGMA synchronous=FULL; PRAGMA fullfsync=1; PRAGMA cache_size=-16000")
         db.set_wal_hook(self._wal_grew)  # instead of checkpoints within commits, which would hold up the loop
-        db.execute("PRAGMA cache_size=-16000")
         if new:
             seed = uuid.uuid4().hex[:19]
             db.execute(f"BEGIN; {_SCHEMA} INSERT INTO identity (seed) VALUES ('{seed}'); COMMIT;")
@@ -3844,13 +3747,13 @@ class Store:
         for id_, name, spec, epoch in db.execute("SELECT id, name, key_spec, epoch FROM channel"):
             self._channels.setdefault(name, ChannelRow(name, spec, id_, epoch))
         self._next_channel = max((row.id for row in self._channels.values()), default=0) + 1
-        last = db.one("SELECT ifnull(max(id), 0) FROM message")
-        deleted = db.one("SELECT last_deleted_id FROM identity")
-        known, _, high = self._remembered().partition(" ")
+        last = db.one("SELECT max(last_deleted_id, (SELECT ifnull(max(id), 0) FROM message)) FROM identity")
+        known = high = ""
+        with suppress(OSError, ValueError):
+            known, _, high = beside(self.path, ".high").read_text("ascii").partition(" ")
         reached = int(high) if known == seed and high.isdecimal() else 0
-        self._seed = seed
-        self.uuid = f"{seed[:8]}-{seed[8:12]}-4{seed[12:15]}-a{seed[15:18]}"
-        self._next_id = max(self._next_id, last + 1, deleted + 1, reached)
+        self._seed, self.uuid = seed, f"{seed[:8]}-{seed[8:12]}-4{seed[12:15]}-a{seed[15:18]}"
+        self._next_id = max(self._next_id, last + 1, reached)
         self._remember(self._next_id + RESERVED_IDS)
         if not self.spool.tidied:
             spooled = f"SELECT spool FROM message WHERE spool IS NOT NULL AND state <> {PROCESSED}"
@@ -3866,16 +3769,17 @@ class Store:
     # --- back in the event loop ---
 
     def _committed(
-        self, messages: list[Message], updates: Sequence[_Update], calls: Sequence[_Call], results: Sequence[Any]
+        self, messages: list[Message], updates: Sequence[_Update] = (), results: Iterable[tuple[_Call, Any]] = ()
     ) -> None:
-        for call, result in zip(calls, results, strict=True):
+        for call, result in results:
             if not call.future.done():
                 call.future.set_result(result)
         self._uncommitted -= len(messages)
         self._uncommitted_bytes -= sum(message.size for message in messages)
-        for then in [update.then for update in updates if update.then is not None]:
+        for update in updates:
             try:
-                then()
+                if update.then is not None:
+                    update.then()
             except Exception as error:  # it must not cost the messages of its batch their acknowledgments
                 self._log.error(f"Internal error: {type(error).__name__} after a change was stored")
         self._release(messages)
@@ -4031,10 +3935,6 @@ def decide(db: Database, fate: str, ids: Sequence[int]) -> list[Decided]:
 BACK_UP_KEY = "Keep a copy of its key in a safe place: without it nobody can read what waits there."
 
 
-def key_mark(path: Path) -> Path:
-    return path.with_name(f"{path.name}.key")
-
-
 def is_plain(path: Path) -> bool:
     """Whether there is a queue that is not encrypted."""
     with suppress(FileNotFoundError), open(path, "rb") as file:
@@ -4044,7 +3944,8 @@ def is_plain(path: Path) -> bool:
 
 def check_key(path: Path, key: str) -> None:
     """An encrypted queue is not touched without its own key; ConfigError. A mark beside the file tells which it is."""
-    known = key_mark(path).read_text("ascii") if key_mark(path).exists() else ""
+    mark = beside(path, ".key")
+    known = mark.read_text("ascii") if mark.exists() else ""
     if known and not key and path.exists() and not is_plain(path):
         raise ConfigError([f"the queue {path} is encrypted: name its key with storeKey (and storeCipher)"], True)
     if known not in ("", _mark_of(key)) and path.exists() and not is_plain(path):
@@ -4054,9 +3955,9 @@ def check_key(path: Path, key: str) -> None:
 def mark_key(path: Path, key: str) -> None:
     """The file can be read with this key."""
     if key:
-        replace_file(key_mark(path), _mark_of(key).encode())
+        replace_file(beside(path, ".key"), _mark_of(key).encode())
     else:
-        key_mark(path).unlink(missing_ok=True)
+        beside(path, ".key").unlink(missing_ok=True)
 
 
 def _mark_of(key: str) -> str:
@@ -4065,8 +3966,8 @@ def _mark_of(key: str) -> str:
 
 def rewrite_queue(path: Path, old: str, new: str) -> None:
     """The queue with another key, or without one: a whole copy takes its place. apsw.Error, OSError."""
-    mark, path = key_mark(path), path.resolve()  # a link stays one
-    target = path.with_name(f"{path.name}.new")
+    mark, path = beside(path, ".key"), path.resolve()  # a link stays one
+    target = beside(path, ".new")
     target.unlink(missing_ok=True)
     if shutil.disk_usage(path.parent).free < path.stat().st_size + DISK_RESERVE_BYTES:
         raise OSError(errno.ENOSPC, "no space for a copy of the queue")
@@ -4096,14 +3997,14 @@ def read_queue(path: Path, read: Callable[[Database], T], key: str = "") -> T:
         path = path.resolve()  # what belongs to the file is beside it, not beside a link to it
         path.stat()  # which says better than SQLite why it cannot be read
         # where no agent runs nothing may come into being beside the file: it would belong to whoever looks
-        alone = "" if path.with_name(f"{path.name}-wal").exists() else "&immutable=1"
+        alone = "" if beside(path, "-wal").exists() else "&immutable=1"
         with closing(Database(path, key, f"mode=ro{alone}")) as db:
             return read(db)
     except OSError as error:
         raise StorageError(f"the queue {path} cannot be read: {error.strerror}") from None
     except apsw.Error as error:
         advice = "; the agent has to run on it once after an update" if "no such" in str(error) else ""
-        if key_mark(path).exists() and isinstance(error, apsw.NotADBError):
+        if beside(path, ".key").exists() and isinstance(error, apsw.NotADBError):
             advice = "; it is encrypted: run this with the agent's own settings (--config FILE), as its user"
         raise StorageError(f"the queue {path} cannot be read: {error}{advice}") from None
 
@@ -4122,7 +4023,7 @@ def alone_with(path: Path, key: str) -> Iterator[None]:
     """No agent runs on this queue; what is wrong within, and another that does, is a StorageError."""
     read_queue(path, seed_of, key)  # it is there, and ours
     try:
-        file = open(path.with_name(f"{path.name}.lock"), "a+b", opener=private)  # noqa: SIM115
+        file = open(beside(path, ".lock"), "a+b", opener=private)  # noqa: SIM115
     except OSError as error:
         raise StorageError(f"the queue {path} cannot be written: {error.strerror}") from None
     with file as lock:
@@ -4181,7 +4082,7 @@ def _execute_many(db: Database, template: str, rows: Sequence[tuple[Any, ...]]) 
         at += size
 
 
-def lock_file(file: typing.BinaryIO) -> bool:
+def lock_file(file: BinaryIO) -> bool:
     """Lock the file for this process, and write the process id into it; False when another holds it."""
     try:
         if sys.platform == "win32":
@@ -4202,27 +4103,17 @@ def lock_file(file: typing.BinaryIO) -> bool:
         return False
 
 
-def _storage_text(error: Exception) -> str:
-    """MSA-3 for a message that could not be stored: short, and without a path."""
-    return f"storage error{_trouble_of(error)[0]}"
-
-
-def _storage_advice(error: Exception) -> str:
-    """What the main log tells the person who can mend it."""
-    return f"Devices get CE/AE and keep their messages. {_trouble_of(error)[1]}"
-
-
 _WRITABLE = "Make folder and file writable for the agent's user; the agent goes on by itself."
 _TROUBLES = (  # what the words of SQLite and of the system mean: words, MSA-3, advice
-    (("full", "no space"), "the disk of the agent is full", "Free space on that disk; the agent goes on by itself."),
-    (("readonly", "permission", "unable to open", "read-only"), "the queue of the agent cannot be written", _WRITABLE),
+    ("full|no space", "the disk of the agent is full", "Free space on that disk; the agent goes on by itself."),
+    ("readonly|permission|unable to open|read-only", "the queue of the agent cannot be written", _WRITABLE),
     (
-        ("foreign file",),
+        "foreign file",
         "the queue file of the agent belongs to another program or version",
         "Move that file away, or use the version of the agent that wrote it.",
     ),
     (
-        ("malformed", "not a database"),
+        "malformed|not a database",
         "the queue file of the agent is damaged, or encrypted with another key",
         "Messages accepted earlier are still in that file. If it is encrypted, check storeKey. Stop the agent, keep a "
         "copy, repair it with 'sqlite3 FILE .recover | sqlite3 NEW' and put NEW in its place, or move it away to start "
@@ -4232,9 +4123,10 @@ _TROUBLES = (  # what the words of SQLite and of the system mean: words, MSA-3, 
 
 
 def _trouble_of(error: Exception) -> tuple[str, str]:
-    text = str(error).lower()
-    found = ((f": {short}", advice) for words, short, advice in _TROUBLES if any(word in text for word in words))
-    return next(found, ("", _WRITABLE))
+    """MSA-3 for a message that could not be stored, short and without a path; and, for the main log, what mends it."""
+    found = ((f": {short}", mend) for words, short, mend in _TROUBLES if re.search(words, str(error).lower()))
+    text, advice = next(found, ("", _WRITABLE))
+    return f"storage error{text}", f"Devices get CE/AE and keep their messages. {advice}"
 
 
 # =====================================================================================================================
@@ -4245,8 +4137,7 @@ def _trouble_of(error: Exception) -> tuple[str, str]:
 # =====================================================================================================================
 
 
-@dataclass(frozen=True)
-class Token:
+class Token(NamedTuple):
     """An access token; times are epoch seconds, `expires_at` is infinite when the server does not say."""
 
     text: str
@@ -4275,17 +4166,6 @@ def proxy_for(url: str) -> str | None:
     return proxy if not proxy or "://" in proxy else f"http://{proxy}"
 
 
-def _proxy_problem(proxy: str) -> str:
-    """The proxy without its password when it is no http proxy, else an empty string."""
-    shown = re.sub(r"//.*@", "//", proxy)
-    try:
-        parts = urllib.parse.urlsplit(proxy)
-        usable = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
-    except ValueError:
-        usable = False
-    return "" if usable else shown
-
-
 def http_pool(url: str, context: ssl.SSLContext) -> urllib3.PoolManager:
     """A connection pool for the server of `url`, through its proxy if there is one."""
     retries = urllib3.Retry(
@@ -4298,8 +4178,12 @@ def http_pool(url: str, context: ssl.SSLContext) -> urllib3.PoolManager:
     proxy = proxy_for(url)
     if not proxy:
         return urllib3.PoolManager(**common)
-    if problem := _proxy_problem(proxy):
-        raise ConfigError([f"the proxy '{problem}' of HTTP_PROXY or HTTPS_PROXY cannot be used: give http://host:port"])
+    try:
+        base_url(proxy)
+    except ValueError:
+        shown = re.sub(r"//.*@", "//", proxy)  # without its password
+        text = f"the proxy '{shown}' of HTTP_PROXY or HTTPS_PROXY cannot be used: give http://host:port"
+        raise ConfigError([text]) from None
     user = urllib.parse.urlsplit(proxy)
     secret = f"{urllib.parse.unquote(user.username or '')}:{urllib.parse.unquote(user.password or '')}"
     headers = urllib3.make_headers(proxy_basic_auth=secret) if user.username else None
@@ -4308,12 +4192,15 @@ def http_pool(url: str, context: ssl.SSLContext) -> urllib3.PoolManager:
 
 def jwt_claims(token: str) -> Json:
     """The claims of a JWT, unverified; {} for an opaque token."""
-    try:
+    with suppress(ValueError, IndexError):
         payload = token.split(".")[1]
-        claims = json.loads(base64.urlsafe_b64decode(payload + "=" * (-len(payload) % 4)))
-        return claims if isinstance(claims, dict) else {}
-    except (ValueError, IndexError):
-        return {}
+        return _json_object(base64.urlsafe_b64decode(payload + "=" * (-len(payload) % 4)))
+    return {}
+
+
+Headers = dict[str, str]
+Response = urllib3.BaseHTTPResponse
+Body = str | bytes | Iterable[bytes] | None
 
 
 def outcome_text(resource: Any) -> str:
@@ -4339,26 +4226,17 @@ class Fhir:
         self._pool = http_pool(self.base, context)
         self._refreshing: asyncio.Task[Token] | None = None
         self._refreshed_at = -math.inf
-        self._rejected = False
+        self.rejected = False  # the token, by the server: the next use logs in again, but not once per message
         # apart from the short requests, and from each other: somebody waits for what is fetched
         self._uploads, self._downloads = (ThreadPoolExecutor(TRANSFERS, name) for name in ("upload", "download"))
 
     def usable_token(self) -> str | None:
         """A token that can be sent now, or None; a refresh is started in good time."""
-        token = self.token
-        if token is None:
-            return None
-        now = time.time()
-        if self._rejected or now >= token.expires_at - TOKEN_MARGIN_SECS:
-            if time.monotonic() - self._refreshed_at > TOKEN_REFRESH_SPACING_SECS:
-                return None
-            if now >= token.expires_at:
-                return None
-        return token.text
-
-    def reject_token(self) -> None:
-        """The server does not accept the token any more: the next use logs in again, but not once per message."""
-        self._rejected = True
+        token, now = self.token, time.time()
+        if token is None or not (self.rejected or now >= token.expires_at - TOKEN_MARGIN_SECS):
+            return token.text if token else None
+        lately = time.monotonic() - self._refreshed_at <= TOKEN_REFRESH_SPACING_SECS
+        return token.text if lately and now < token.expires_at else None
 
     async def fresh_token(self) -> str:
         """A usable token, after a login if needed (one at a time); raises ServerError."""
@@ -4374,7 +4252,7 @@ class Fhir:
         if self.token is not None:  # the first login may be followed by a refresh at once
             self._refreshed_at = time.monotonic()
         if not task.cancelled() and task.exception() is None:
-            self.token, self._rejected = task.result(), False
+            self.token, self.rejected = task.result(), False
 
     def _login(self) -> Token:
         """POST oauth2/token (RFC 6749 4.4) with the checks of uplink contract 1."""
@@ -4394,7 +4272,7 @@ class Fhir:
             raise ServerError(f"login refused: {reason}{advice}", response.status)
         token = self._checked_token(answer)
         if isinstance(jwt_claims(token.text).get("login_id"), str):
-            self._checked(self._http("GET", self.base + "auth/me", headers=self._headers(token.text)), "auth/me")
+            self._checked(self._http("GET", self.base + "auth/me", self._headers(token.text)), "auth/me")
         return token
 
     def _checked_token(self, answer: Json) -> Token:
@@ -4416,18 +4294,17 @@ class Fhir:
     async def read(self, reference: str) -> Json:
         """GET fhir/R4/<reference>."""
         url = f"{self.base}fhir/R4/{reference}"
-        response = await self._authorized(None, lambda headers: self._http("GET", url, headers=headers))
-        return self._checked(response, reference)
+        return self._checked(await self._authorized(partial(self._http, "GET", url)), reference)
 
     async def _authorized(
-        self, executor: ThreadPoolExecutor | None, request: Callable[[dict[str, str]], urllib3.BaseHTTPResponse]
-    ) -> urllib3.BaseHTTPResponse:
+        self, send: Callable[[Headers], Response], pool: ThreadPoolExecutor | None = None
+    ) -> Response:
         """A request with a token, in a thread; a 401 is tried once more with a new one."""
         loop = asyncio.get_running_loop()
-        response = await loop.run_in_executor(executor, request, self._headers(await self.fresh_token()))
+        response = await loop.run_in_executor(pool, send, self._headers(await self.fresh_token()))
         if response.status == 401:
             self.token = None
-            response = await loop.run_in_executor(executor, request, self._headers(await self.fresh_token()))
+            response = await loop.run_in_executor(pool, send, self._headers(await self.fresh_token()))
         return response
 
     async def search(self, query: str) -> list[Json]:
@@ -4438,11 +4315,9 @@ class Fhir:
             pages += 1
             if max(pages, len(found)) > SEARCH_RESOURCES:
                 raise ServerError(f"the search finds more than {SEARCH_RESOURCES} resources", 400)
-            response = await self._authorized(None, lambda headers, url=url: self._http("GET", url, headers=headers))  # type: ignore[misc]
-            bundle = self._checked(response, query.split("?")[0])
-            found += [
-                entry["resource"] for entry in bundle.get("entry") or [] if isinstance(entry.get("resource"), dict)
-            ]
+            bundle = self._checked(await self._authorized(partial(self._http, "GET", url)), query.split("?")[0])
+            resources = (entry.get("resource") for entry in bundle.get("entry") or [])
+            found += [resource for resource in resources if isinstance(resource, dict)]
             links = {link.get("relation"): link.get("url") for link in bundle.get("link") or []}
             there = urllib.parse.urlsplit(urllib.parse.urljoin(url, str(links.get("next") or "")))
             # our token goes to our server only, by whatever name it calls itself
@@ -4453,12 +4328,12 @@ class Fhir:
         """Have a Bot that is named run on this body, and return the status."""
         url = f"{self.base}fhir/R4/{bot}/$execute"
 
-        def post(headers: dict[str, str]) -> urllib3.BaseHTTPResponse:
-            return self._http("POST", url, headers=headers | {"Content-Type": content_type}, body=body.encode())
+        def post(headers: Headers) -> Response:
+            return self._http("POST", url, headers | {"Content-Type": content_type}, body.encode())
 
-        return (await self._authorized(None, post)).status
+        return (await self._authorized(post)).status
 
-    async def stow(self, spooled: Callable[[], typing.BinaryIO], instance: str) -> None:
+    async def stow(self, spooled: Callable[[], BinaryIO], instance: str) -> None:
         """STOW-RS of a Part 10 file, streamed from disk (PS3.18 10.5, uplink contract 2).
 
         Success is 200 with `instance`, the SOP Instance UID, among what was stored; else ServerError. OSError.
@@ -4467,16 +4342,8 @@ class Fhir:
         head = f"--{boundary}\r\nContent-Type: {DICOM_TYPE}\r\n\r\n".encode()
         tail = f"\r\n--{boundary}--\r\n".encode()
         kind = f"multipart/related; type={DICOM_TYPE}; boundary={boundary}"
-
-        def send(headers: dict[str, str]) -> urllib3.BaseHTTPResponse:
-            with spooled() as file:
-                length = length_of(file) + len(head) + len(tail)
-                described = headers | {"Content-Type": kind, "Content-Length": str(length), "Accept": DICOM_JSON_TYPE}
-                body = itertools.chain((head,), blocks_of(file), (tail,))
-                url = f"{self.base}dicomweb/studies"
-                return self._http("POST", url, headers=described, body=body, timeout=TRANSFER_TIMEOUT_SECS, once=True)
-
-        response = await self._authorized(self._uploads, send)
+        described = {"Content-Type": kind, "Accept": DICOM_JSON_TYPE}
+        response = await self._post_file(spooled, f"{self.base}dicomweb/studies", described, head, tail)
         stored: list[str] = []
         with suppress(ValueError, KeyError, TypeError, AttributeError, IndexError):
             answer = load_json(response.data)
@@ -4485,31 +4352,35 @@ class Fhir:
         if response.status != 200 or instance not in stored:
             raise ServerError(f"STOW-RS was answered with status {response.status}", response.status)
 
-    async def upload(self, spooled: Callable[[], typing.BinaryIO], name: str, content_type: str) -> str:
+    async def upload(self, spooled: Callable[[], BinaryIO], name: str, content_type: str) -> str:
         """POST a file as a Binary, streamed from disk, and return its reference; OSError when it cannot be read."""
         url = f"{self.base}fhir/R4/Binary?_filename={urllib.parse.quote(name)}"
-
-        def send(headers: dict[str, str]) -> urllib3.BaseHTTPResponse:
-            with spooled() as file:
-                described = headers | {"Content-Type": content_type, "Content-Length": str(length_of(file))}
-                timeout = TRANSFER_TIMEOUT_SECS
-                return self._http("POST", url, headers=described, body=blocks_of(file), timeout=timeout, once=True)
-
-        response = await self._authorized(self._uploads, send)
+        response = await self._post_file(spooled, url, {"Content-Type": content_type})
         created = self._checked(response, "Binary")
         if created.get("resourceType") != "Binary" or not isinstance(created.get("id"), str) or not created["id"]:
             raise ServerError("the server took a file and named no Binary for it", response.status)
         return f"Binary/{created['id']}"
 
-    async def download(self, reference: str, file: typing.BinaryIO) -> None:
+    async def _post_file(
+        self, spooled: Callable[[], BinaryIO], url: str, more: Headers, head: bytes = b"", tail: bytes = b""
+    ) -> Response:
+        def send(headers: Headers) -> Response:
+            with spooled() as file:
+                size = {"Content-Length": str(length_of(file) + len(head) + len(tail))}
+                body = itertools.chain((head,), blocks_of(file), (tail,))
+                return self._http("POST", url, headers | more | size, body, file=True)
+
+        return await self._authorized(send, self._uploads)
+
+    async def download(self, reference: str, file: BinaryIO) -> None:
         """GET, streamed into `file`, the content of a Binary, or by WADO-RS (PS3.18 10.4) what `dicomweb/...` names."""
         instance = reference.startswith("dicomweb/")
         url = self.base + ("" if instance else "fhir/R4/") + reference
         one = f'multipart/related; type="{DICOM_TYPE}"; transfer-syntax=*' if instance else DICOM_TYPE
 
-        def fetch(headers: dict[str, str]) -> urllib3.BaseHTTPResponse:
+        def fetch(headers: Headers) -> Response:
             wanted = headers | {"Accept": f"{one}, application/octet-stream; q=0.2, */*; q=0.1"}
-            with self._http("GET", url, headers=wanted, timeout=TRANSFER_TIMEOUT_SECS, stream=True) as response:
+            with self._http("GET", url, wanted, file=True, stream=True) as response:
                 kind = response.headers.get("Content-Type", "")
                 try:
                     if response.status >= 300 or "json" in kind:
@@ -4521,53 +4392,35 @@ class Fhir:
                     raise ServerError(f"the connection broke: {type(error).__name__}") from None
                 return response
 
-        response = await self._authorized(self._downloads, fetch)
+        response = await self._authorized(fetch, self._downloads)
         if response.status >= 300 or "json" in response.headers.get("Content-Type", ""):
             if not (data := self._checked(response, reference).get("data")):
                 raise ServerError(f"the server answered {reference} with JSON and no file", 406)
             file.write(base64.b64decode(data))
 
-    def _headers(self, token: str) -> dict[str, str]:
+    def _headers(self, token: str) -> Headers:
         return {
             "Authorization": f"Bearer {token}", "Accept": "application/fhir+json, */*; q=0.1", "X-Medplum": "extended",
             "Accept-Encoding": "identity", "Cache-Control": "max-age=0", "User-Agent": f"medplum-agent/{VERSION}",
         }  # fmt: skip
 
     def _http(
-        self,
-        method: str,
-        url: str,
-        *,
-        headers: dict[str, str],
-        body: str | bytes | Iterable[bytes] | None = None,
-        timeout: float = HTTP_TIMEOUT_SECS,
-        stream: bool = False,
-        once: bool = False,
-    ) -> urllib3.BaseHTTPResponse:
-        """`stream`: the body is left for the caller to read, and a redirect (to a store of files) is followed.
-
-        `once`: a body that cannot be read again is not sent again.
-        """
-        try:
-            response = self._pool.request(
-                method,
-                url,
-                body=body,
-                headers=headers,
-                redirect=stream,
-                timeout=urllib3.Timeout(connect=CONNECT_TIMEOUT_SECS, read=timeout),
-                preload_content=not stream,
-                decode_content=False,  # a small gzip may be a large answer
-                retries=False if once else None,
-            )
+        self, method: str, url: str, headers: Headers, body: Body = None, file: bool = False, stream: bool = False
+    ) -> Response:
+        """`stream`: the body is left for the caller to read, and a redirect (to a store of files) is followed."""
+        secs = TRANSFER_TIMEOUT_SECS if file else HTTP_TIMEOUT_SECS
+        timeout = urllib3.Timeout(connect=CONNECT_TIMEOUT_SECS, read=secs)
+        again = False if isinstance(body, itertools.chain) else None  # what cannot be read again is not sent again
+        options: Json = {"timeout": timeout, "retries": again, "redirect": stream, "preload_content": not stream}
+        try:  # without decoding: a small gzip may be a large answer
+            response = self._pool.request(method, url, body=body, headers=headers, decode_content=False, **options)
             with suppress(ValueError, TypeError, KeyError):  # a server without a Date, or without a right one
                 date = email.utils.parsedate_to_datetime(response.headers["Date"])
                 self.clock_off = time.time() - date.timestamp()
             return response
         except urllib3.exceptions.HTTPError as error:
-            raise ServerError(
-                f"{urllib.parse.urlsplit(url).netloc} cannot be reached: {_http_reason(url, error)}"
-            ) from None
+            host = urllib.parse.urlsplit(url).netloc
+            raise ServerError(f"{host} cannot be reached: {_http_reason(url, error)}") from None
 
     def _checked(self, response: urllib3.BaseHTTPResponse, what: str) -> Json:
         answer = _json_object(response.data)
@@ -4576,7 +4429,7 @@ class Fhir:
         return answer
 
 
-def blocks_of(file: typing.BinaryIO) -> Iterator[bytes]:
+def blocks_of(file: BinaryIO) -> Iterator[bytes]:
     """To be sent; StorageError where the disk fails, which urllib3 would take for the connection."""
     try:
         yield from iter(partial(file.read, TRANSFER_BLOCK_BYTES), b"")
@@ -4639,7 +4492,7 @@ def _json_object(text: bytes) -> Json:
 # =====================================================================================================================
 
 
-class Keyed(typing.Protocol):
+class Keyed(Protocol):
     """What `Order` orders: BARRIER as key means a barrier."""
 
     key: str | None
@@ -4700,10 +4553,7 @@ class Fence:
 
 # Channel contract 5.5: which errors are tried again, by retry mode. `original` and `enhanced` are the modes of a
 # channel without retryMode. In original mode the device still owns its message: a refusal goes back to it at once.
-_RETRIED: dict[str, frozenset[str]] = {
-    "none": frozenset(),
-    "normal": frozenset({"server-error", "server-rate-limited"}),
-}
+_RETRIED = {"none": frozenset[str](), "normal": frozenset({"server-error", "server-rate-limited"})}
 _RETRIED["original"] = _RETRIED["normal"] | {"response-timeout", "interrupted", "connection-lost"}
 _RETRIED["enhanced"] = _RETRIED["original"] | {"server-rejected"}
 _RETRIED["upload"] = _RETRIED["enhanced"] | {"file-unreadable"}  # of a file, which comes before the message
@@ -4771,7 +4621,7 @@ def referenced_objects(request: Json) -> list[tuple[str, str]]:
     return found
 
 
-class Way(typing.Protocol):
+class Way(Protocol):
     """Where a queue's messages go: the uplink, or a device that is pushed to."""
 
     def ready(self) -> bool: ...  # a message may be sent now
@@ -4784,7 +4634,7 @@ class Way(typing.Protocol):
     def prepare(self, queue: Queue, message: Message) -> Coroutine[Any, Any, None]: ...  # for what is not `prepared`
 
 
-class Owner(typing.Protocol):
+class Owner(Protocol):
     """Whose messages a queue holds: a channel, or a device that is pushed to."""
 
     def text_of(self, message: Message, original: bytes) -> str: ...  # what is sent, from the row
@@ -5013,7 +4863,9 @@ class Queue:
         """Wait for the next try without a worker; a large backlog of retries keeps its bodies on disk."""
         if self._bytes > WINDOW_BYTES:
             self.hold(message, None)
-        delay = min(max(0, message.next_attempt_at - now_ms()), self.policy.max_delay_ms) / 1000  # clocks jump
+        delay = (
+            min(max(0, message.next_attempt_at - now_ms()), self.policy.settings.autoRetryMaxDelayMs) / 1000
+        )  # clocks jump
         self._parked[message.id] = self._loop.call_later(delay, self._unpark, message)
 
     def _unpark(self, message: Message) -> None:
@@ -5249,8 +5101,9 @@ class Uplink:
     """The connection to the server: the way of all channels' queues. `on_message` hears the server's requests."""
 
     def __init__(self, settings: ProcessSettings, fhir: Fhir, context: ssl.SSLContext, log: Log):
+        self._loop = asyncio.get_running_loop()
         self.live = False
-        self.away_since = asyncio.get_running_loop().time()
+        self.away_since = self._loop.time()
         self.outstanding = 0  # heartbeats without any sign of life since
         self.ping_ms = -1
         self.store: Store | None = None
@@ -5267,12 +5120,10 @@ class Uplink:
         self._warned_at = -math.inf
         self._largest = self._largest_id = 0  # bytes of the connection's largest text, and the message it carried
         self._masks = b""
-        self._loop = asyncio.get_running_loop()
-        self._flushing = self._refreshing = False
+        self._flushing = self._refreshing = self._stopping = False
         self._token = ""
         self._heartbeat_at = 0.0
         self._refused = ""
-        self._stopping = False
         self._asked: dict[str, asyncio.Future[Json]] = {}  # questions that are not stored, by callback
         self._losses = 0  # connections in a row that were lost with messages in flight and none answered
         self._answered = False  # this connection has brought an answer
@@ -5373,7 +5224,10 @@ class Uplink:
             if kind in ("agent:transmit:response", "transmit"):
                 self._response(message)
             elif kind in ("agent:connect:response", "connected"):
-                self._accepted()
+                if not self.live:
+                    self.live, self._refused, self._fhir.said = True, "", ""
+                    self._log.info(f"Connected to {self.url}.")
+                    self.pump()
             elif kind == "agent:heartbeat:request":
                 self._write({"type": "agent:heartbeat:response", "version": VERSION})
             elif kind == "agent:heartbeat:response":
@@ -5394,22 +5248,14 @@ class Uplink:
             self._warned_at = self._loop.time()
             self._log.warn(text)
 
-    def _accepted(self) -> None:
-        if not self.live:
-            self.live, self._refused, self._fhir.said = True, "", ""
-            self._log.info(f"Connected to {self.url}.")
-            self.pump()
-
     def _not_accepted(self, reason: str) -> None:
         """The server answered our connect request with an error: nothing was sent yet, so its text is safe to log."""
         if reason != self._refused:
             self._refused = reason
-            self._log.error(
-                f"The server refuses this agent: {reason}. Check agentId {self._settings.agentId} "
-                "and the access policy of the ClientApplication."
-            )
+            check = f"Check agentId {self._settings.agentId} and the access policy of the ClientApplication."
+            self._log.error(f"The server refuses this agent: {reason}. {check}")
         if "token" in reason.lower():
-            self._fhir.reject_token()
+            self._fhir.rejected = True
         self.reconnect("the server refused the connect request", quiet=True)
 
     def _response(self, answer: Json) -> None:
@@ -5419,9 +5265,9 @@ class Uplink:
             self._losses = 0
             self._loop.call_soon(self.pump)
         status, body, callback = answer.get("statusCode"), answer.get("body"), answer.get("callback")
-        if not isinstance(status, int) or isinstance(status, bool):
+        if type(status) is not int or not status:
             status = 200
-        status = status if 0 < status < 1000 else 500 if status else 200  # no status of HTTP is larger
+        status = status if 0 < status < 1000 else 500  # no status of HTTP is larger
         if not callback:
             self._without_callback(answer, status, body)
         elif asked := self._asked.get(str(callback)):
@@ -5484,10 +5330,18 @@ class Uplink:
     # --- what comes before sending ---
 
     async def prepare(self, queue: Queue, message: Message) -> None:
-        """The message's file becomes a Binary; a storage commitment waits for its objects."""
+        """The message's file becomes a Binary.
+
+        A storage commitment is asked for when none of its objects waits here any more (PS3.4 J.3.2). Meanwhile it gives
+        its place to others: these may be the ones that it waits for.
+        """
         assert self.store is not None
         if not message.spool:
-            await self._after_objects(self.store, queue, message)
+            objects = [uid for uid, _ in referenced_objects(load_json(message.text or "{}"))]
+            with suppress(StorageError):
+                message.prepared = not await self.store.waits_for(queue.row, message.id, objects)
+            if not message.prepared:
+                queue.park(message, COMMITMENT_POLL_MS)
             return
         file, name = partial(self.store.spool.open, message.spool), spool_reference(message.spool)
         token, stow, reference = False, STOWED in message.spool, ""
@@ -5500,29 +5354,14 @@ class Uplink:
             await self.store.finalize(message, name, reference)  # so that it is not sent twice, also after a restart
         except (ServerError, StorageError, OSError) as error:
             status = error.status if token and isinstance(error, ServerError) else 0
-            reason = (
-                _upload_error(error, stow) if token else "connection-lost"
-            )  # a login that fails is nobody's message
+            # a login that fails is nobody's message
+            reason = _upload_error(error, stow) if token else "connection-lost"
             queue.ahead_at = self._loop.time() + COMPLAIN_SECS
             queue.failed(message, reason, status, counts=status > 0, mode="upload")
             return
         message.prepared, message.binary = True, reference
         if message.text is not None and reference:
             queue.hold(message, message.text.replace(name, reference))
-
-    @staticmethod
-    async def _after_objects(store: Store, queue: Queue, message: Message) -> None:
-        """A storage commitment is asked for when none of its objects waits here any more (PS3.4 J.3.2).
-
-        Meanwhile it gives its place to others: these may be the ones that it waits for.
-        """
-        objects = [uid for uid, _ in referenced_objects(load_json(message.text or "{}"))]
-        waits = True
-        with suppress(StorageError):
-            waits = await store.waits_for(queue.row, message.id, objects)
-        message.prepared = not waits
-        if waits:
-            queue.park(message, COMMITMENT_POLL_MS)
 
     # --- the connection's life ---
 
@@ -5545,12 +5384,12 @@ class Uplink:
     async def _session(self) -> str:
         """One connection from start to end; returns why it ended."""
         try:
-            token = await self._fhir.fresh_token()
+            token, proxy = await self._fhir.fresh_token(), proxy_for(self._settings.baseUrl)
+            more: Json = {"proxy_ssl": tls_context(self._settings.caFile)} if (proxy or "").startswith("https") else {}
             sock = await connect(
-                self.url, create_connection=cast(Any, partial(_Socket, uplink=self)),
-                proxy=proxy_for(self._settings.baseUrl), ssl=self._context, **self._proxy_tls(),
-                compression="deflate" if self._settings.compression else None, ping_interval=None,
-                open_timeout=CONNECT_TIMEOUT_SECS, close_timeout=1, max_size=UPLINK_FRAME_BYTES,
+                self.url, create_connection=cast(Any, partial(_Socket, uplink=self)), proxy=proxy, ssl=self._context,
+                **more, compression="deflate" if self._settings.compression else None, ping_interval=None,
+                close_timeout=1, open_timeout=CONNECT_TIMEOUT_SECS, max_size=UPLINK_FRAME_BYTES,
                 write_limit=UPLINK_BUFFER_BYTES, user_agent_header=f"medplum-agent/{VERSION}",
             )  # fmt: skip
         except (ServerError, OSError, EOFError, WebSocketException) as error:
@@ -5568,23 +5407,17 @@ class Uplink:
             await sock.wait_closed()
         finally:
             beating.cancel()
-            self._ended(sock)
-        return self._close_reason(sock)
-
-    def _proxy_tls(self) -> Json:
-        proxy = proxy_for(self._settings.baseUrl) or ""
-        return {"proxy_ssl": tls_context(self._settings.caFile)} if proxy.startswith("https") else {}
-
-    def _ended(self, sock: _Socket) -> None:
-        self._socket = None
-        was_live, self.live = self.live, False
-        self.away_since = self._loop.time() if was_live else self.away_since
-        sock.transport.abort()
-        if was_live:
-            self._lost(sock.protocol.close_code or 1006)
+            self._socket, close_code = None, sock.protocol.close_code or 1006
+            sock.transport.abort()
+            if self.live:
+                self._lost(close_code)
+        if close_code == 1009:
+            return "the server closed it because a message was larger than it accepts (1009)"
+        return f"the connection was closed ({close_code})"
 
     def _lost(self, close_code: int) -> None:
         """Close code 1009 (message too big) does not say which: it is the largest text of the connection."""
+        self.live, self.away_since = False, self._loop.time()
         sent = [(q, message) for q in self.queues for message in q.inflight.values() if message.deadline < math.inf]
         for queue, message in sent:
             message.losses += self._answered
@@ -5601,21 +5434,14 @@ class Uplink:
         for queue in self.queues:
             queue.lost()
 
-    @staticmethod
-    def _close_reason(sock: _Socket) -> str:
-        if sock.protocol.close_code == 1009:
-            return "the server closed it because a message was larger than it accepts (1009)"
-        return f"the connection was closed ({sock.protocol.close_code or 1006})"
-
     async def _heartbeats(self, sock: _Socket) -> None:
         silent = 0
         while True:
             await asyncio.sleep(self._settings.heartbeatSecs)
             silent = 0 if self.live else silent + 1
             if self.outstanding > 1 or silent > 2:
-                self.reconnect(
-                    "the server is silent" if self.live else "the server does not answer the connect request"
-                )
+                what = "is silent" if self.live else "does not answer the connect request"
+                self.reconnect(f"the server {what}")
                 return
             if self.live:
                 self.outstanding += 1
@@ -6511,11 +6337,11 @@ class StreamLine(Line):
 
     def receive(self, received: bytes) -> None:
         for event in self.core.receive(received):
-            if isinstance(event, StreamMessage):
+            if isinstance(event, bytes):
                 self.messages += 1
                 must, self._in_pieces = self._in_pieces, False
-                if text := stream_body(event.content, self.settings):  # else nothing is left of it
-                    self.intake(event.content, text, "latin-1", must=must)
+                if text := stream_body(event, self.settings):  # else nothing is left of it
+                    self.intake(event, text, "latin-1", must=must)
             elif isinstance(event, PeerError):
                 self.owner.warn(f"{self.remote}: {event}")
             elif self.pending:
@@ -8236,7 +8062,7 @@ _LONG = b"OB OD OF OL OV OW SQ SV UC UN UR UT UV".split()  # with 4 bytes of len
 _VRS = _LONG + b"AE AS AT CS DA DS DT FD FL IS LO LT PN SH SL SS ST TM UI UL US".split()
 
 
-def check_whole(file: typing.BinaryIO, start: int, syntax: str) -> None:
+def check_whole(file: BinaryIO, start: int, syntax: str) -> None:
     """Refusal for a data set that breaks off, or is a whole Part 10 file; padding behind it is left alone.
 
     The file must not be deflated. Values are passed over, not read.
@@ -8712,7 +8538,7 @@ class DicomChannel(Channel):
             spool = await self.loop.run_in_executor(self.threads, file.keep, mark)
             body |= {} if mark else {"binary": {"reference": spool_reference(spool)}}
         except OSError as error:
-            raise Refusal(_storage_text(error), OUT_OF_RESOURCES) from None
+            raise Refusal(_trouble_of(error)[0], OUT_OF_RESOURCES) from None
         message = self._new_message(request, request.uid, study or request.uid, body)
         message.spool, message.prepared = spool, False
         await self._keep(message)
@@ -9679,7 +9505,7 @@ class Doctor:
             except ConfigError as error:
                 self.say("queue", WRONG, str(error), "Mend storeKey; without the key the queue cannot be read.")
             except StorageError as error:
-                self.say("queue", WRONG, str(error), _storage_advice(error))
+                self.say("queue", WRONG, str(error), _trouble_of(error)[1])
         if sys.platform != "win32" and (self.remote or self.running is None):  # else it is that of another process
             import resource
 
@@ -9857,7 +9683,7 @@ def expected_secs(s: ChannelSettings, last: float) -> float | None:
         return now.timestamp() - last
     while now - opened < datetime.timedelta(days=7):  # back through parts that adjoin, also past midnight
         minute = 60 * opened.hour + opened.minute
-        starts = [part.start for part in hours if opened.weekday() in part.days and part.start <= minute < part.end]
+        starts = [minutes.start for days, minutes in hours if opened.weekday() in days and minute in minutes]
         if not starts:
             break
         opened = opened.replace(hour=0, minute=0, second=0, microsecond=0)
@@ -10952,7 +10778,7 @@ Resources = tuple[Json, dict[str, Json | AgentError]]  # the Agent, and its Endp
 class Agent:
     """One agent: `run()` until `stop()`. `console` gets the main log."""
 
-    def __init__(self, config: ProcessConfig, console: typing.TextIO | None):
+    def __init__(self, config: ProcessConfig, console: TextIO | None):
         self.config = config
         self.state_dir = config.state_dir
         self.console = console
@@ -11024,7 +10850,7 @@ class Agent:
         if url.scheme == "http" and url.hostname not in ("localhost", "127.0.0.1", "::1"):
             self.log.warn(f"baseUrl uses http: secret and messages go to {url.hostname} in clear. Use https.")
 
-    def _open_log(self, name: str, settings: LoggerSettings, console: typing.TextIO | None) -> Log:
+    def _open_log(self, name: str, settings: LoggerSettings, console: TextIO | None) -> Log:
         directory = Path(settings.logDir or os.environ.get("LOGS_DIRECTORY", "").split(":")[0] or self.state_dir)
         try:
             directory.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -11307,7 +11133,7 @@ class Agent:
             return
         text = str(message.get("body"))
         if "access token" in text:
-            self.fhir.reject_token()
+            self.fhir.rejected = True
         if text in _SAFE_ERRORS:
             self.log.error(f"The server reports: {text}.")
         else:
@@ -11928,7 +11754,7 @@ def _queue_file(options: argparse.Namespace) -> tuple[Path, Path, str]:
     try:
         process = _process_config(options).settings
     except ConfigError:
-        if key_mark(path).exists():
+        if beside(path, ".key").exists():
             raise
         return state_dir, path, ""  # damaged, as it seems
     return state_dir, path, store_key(process.storeKey, process.storeCipher)

@@ -122,7 +122,7 @@ def _astm_events(kind: int, pieces: list[list[bytes]], late: bool) -> list[str]:
     heard: list[ma.AstmEvent] = list(core.send((b"H|\\^&\r", b"L|1\r"), now) if kind & 0x80 else [])
 
     def commit() -> None:
-        while core.awaiting_commit:
+        while core.state is ma.Link.COMMIT:
             heard.extend(core.refused(now) if kind & 0x40 and not now % 2 else core.committed(now))
 
     for chunks in pieces:

@@ -17,6 +17,7 @@ from medplum_agent import (
     TURN_SECS,
     WAITING_BYTES,
     Astm,
+    AstmEvent,
     FrameAccepted,
     Interrupted,
     LineWarning,
@@ -145,7 +146,7 @@ def test_table(stream: bytes, expected: list) -> None:
 def test_the_ack_waits_for_the_commit() -> None:
     core = Astm(USUAL)
     assert core.receive(ENQ + A + B + EOT, 0) == [ACKED, FrameAccepted("1", b"H|a\r", ETX[0])]
-    assert core.awaiting_commit and core.deadline() is None
+    assert core.state is Link.COMMIT and core.deadline() is None
     assert core.receive(ENQ, 1) == []
     assert core.committed(2) == [ACKED, FrameAccepted("2", b"R|b\r", ETX[0])]
     assert core.committed(3) == [ACKED, Session((b"H|a\r", b"R|b\r")), ACKED]
@@ -733,7 +734,7 @@ def test_whatever_is_called_in_whatever_order_gives_events(calls) -> None:
                 events = core.withdraw(0, now) if core._queue else []
             case _:
                 events = core.closed()
-        assert all(dataclasses.is_dataclass(event) for event in events)
+        assert all(isinstance(event, AstmEvent) for event in events)
         assert (due := core.deadline()) is None or isinstance(due, float)
 
 

@@ -11,7 +11,6 @@ from medplum_agent import (
     ConfigError,
     PeerError,
     Reply,
-    StreamMessage,
     StreamSettings,
     auto_responses,
     stream_answer,
@@ -32,8 +31,8 @@ CUT_OFF = "PeerError: the message was cut off by the start of the next one"
 BIG = b"z" * LIMIT
 
 
-def message(content: bytes) -> StreamMessage:
-    return StreamMessage(content)
+def message(content: bytes) -> bytes:
+    return content
 
 
 def fed(options: StreamSettings, *chunks: bytes) -> tuple[list, ByteStream]:
