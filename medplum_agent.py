@@ -375,10 +375,6 @@ class ConfigError(LocalError):
         self.exit_code = EX_CONFIG if for_good else 1
 
 
-class FilesError(LocalError):
-    """Files that a Device.url names cannot be used; the text is for our own log, not for the cloud."""
-
-
 class StorageError(LocalError):
     """The store cannot take a message; the text says why and goes to the device in MSA-3."""
 
@@ -6979,16 +6975,25 @@ security_of = attrgetter("tls", "checkHost", "caFile", "certFile", "keyFile")
 
 
 @lru_cache(maxsize=64)
-def device_tls(settings: DeviceSettings) -> ssl.SSLContext:
-    """TLS to a device: the system's authorities and caFile, and our certificate if the device wants one."""
-    try:
-        context = tls_context(settings.caFile)
-        context.check_hostname = settings.checkHost
-        if settings.certFile:
-            load_identity(context, settings.certFile, settings.keyFile)
-    except (ConfigError, OSError) as error:
-        raise FilesError(str(error)) from None
+def _device_tls(settings: DeviceSettings) -> ssl.SSLContext:
+    context = tls_context(settings.caFile)
+    context.check_hostname = settings.checkHost
+    if settings.certFile:
+        load_identity(context, settings.certFile, settings.keyFile)
     return context
+
+
+def device_tls(target: Target, log: Log) -> ssl.SSLContext:
+    """TLS to a device: the system's authorities and caFile, and our certificate if the device wants one; DeviceError.
+
+    What is wrong with a file that the address names is for our own log, not for the cloud.
+    """
+    try:
+        return _device_tls(target.settings)
+    except (ConfigError, OSError) as error:
+        log.warn(f"Device {target.key}: TLS cannot be set up: {error}.")
+        text = "TLS cannot be set up with the files that the address names; our main log says why"
+        raise DeviceError(f"{target.key}: {text}", "device-unreachable") from None
 
 
 class CallLine(MllpLine):
@@ -7115,17 +7120,11 @@ class Device:
         self._devices.channel_log.info(f"[Device:{self.name}] {text}")
 
     async def _dial(self, target: Target, kind: Callable[[Device, DeviceSettings], C]) -> C:
-        settings, context, failure = target.settings, None, OSError("the name has no address")
+        settings, failure = target.settings, OSError("the name has no address")
         self._opening += 1
         try:
             async with within(self.name, settings.connectTimeoutSecs):
-                if settings.tls:
-                    try:
-                        context = await asyncio.to_thread(device_tls, settings)
-                    except FilesError as error:  # the cloud hears nothing of what our files are
-                        self.warn(f"TLS cannot be set up: {error}")
-                        text = "TLS cannot be set up with the files that the address names; our main log says why"
-                        raise LocalError(text) from None
+                context = await asyncio.to_thread(device_tls, target, self._devices.log) if settings.tls else None
                 name = target.host if context else None
                 for address in await self._devices.addresses(target):
                     try:
@@ -9157,12 +9156,7 @@ class ImagingCaller:
         entity = pynetdicom.AE(s.callingAeTitle)
         entity.connection_timeout, entity.acse_timeout = s.connectTimeoutSecs, min(seconds, DIMSE_SECS)
         entity.dimse_timeout = entity.network_timeout = seconds
-        try:
-            tls = (device_tls(s), target.host) if s.tls else None
-        except FilesError as error:
-            self._log.warn(f"Device {key}: TLS cannot be set up: {error}.")
-            text = f"{key}: TLS cannot be set up with the files that the address names; our main log says why"
-            raise DeviceError(text, "device-unreachable") from None
+        tls = (device_tls(target, self._log), target.host) if s.tls else None
         sender = Sender(entity, Peer(target.host, target.port), target.path, tls)
         try:
             if file is None:
