@@ -9218,13 +9218,9 @@ QUEUE_FILE = "medplum-agent-queue.sqlite"
 FINE, DOUBTFUL, WRONG = range(3)
 
 
-class Check(NamedTuple):
-    """One thing that was looked at; `remedy` says what to do where it is not fine."""
-
-    name: str
-    level: int
-    text: str
-    remedy: str = ""
+def looked_at(name: str, level: int, text: str, remedy: str = "") -> Json:
+    """One check; `remedy` says what to do where it is not fine."""
+    return {"name": name, "level": level, "text": text, "remedy": remedy if level else ""}
 
 
 def silent_parts(plan: Plan) -> Iterator[str]:
@@ -9237,14 +9233,14 @@ def silent_parts(plan: Plan) -> Iterator[str]:
 
 
 class Doctor:
-    """Examines a configuration. `running` is the status of the agent that has it, if one runs.
+    """Examines a configuration that can be parsed. `running` is the status of the agent that has it, if one runs.
 
     `remote`: the cloud asks, which hears nothing of the files that its Endpoints name.
     """
 
-    def __init__(self, config: ProcessConfig, running: Json | None, remote: bool):
+    def __init__(self, config: ProcessConfig, running: Json | None, remote: bool = False):
         self.config, self.running, self.remote = config, running, remote
-        self.checks: list[Check] = []
+        self.checks: list[Json] = []
         self._log = Log("doctor", LoggerSettings(logLevel="NONE"), None, None)
         self._base = urllib.parse.urlsplit(config.settings.baseUrl)
         self._port = self._base.port or (443 if self._base.scheme == "https" else 80)
@@ -9256,7 +9252,7 @@ class Doctor:
 
     def say(self, name: str, level: int, text: str, remedy: str = "") -> bool:
         """Write a check down; whether those that build on it make sense."""
-        self.checks.append(Check(name, level, text, remedy if level else ""))
+        self.checks.append(looked_at(name, level, text, remedy))
         return level < WRONG
 
     async def examine(self, seconds: float) -> Json:
@@ -9267,7 +9263,7 @@ class Doctor:
                 async with asyncio.timeout(seconds * share):
                     await group()
             except TimeoutError:
-                text = f"what comes after '{self.checks[-1].name}' took too long"
+                text = f"what comes after '{self.checks[-1]['name']}' took too long"
                 self.say("time", WRONG, text, "See whether a firewall drops it, or a disk hangs.")
         plan = self._plan or self._saved_plan()
         outbound = [[f"{self._host}:{self._port}", "HTTPS and secure WebSocket to the Medplum server"]]
@@ -9280,13 +9276,10 @@ class Doctor:
         devices = (self.running or {}).get("devices", ())
         outbound += [[device["address"], "device that is pushed to"] for device in devices]
         if (releases := urllib.parse.urlsplit(self.config.settings.upgradeUrl)).hostname:
-            outbound.append(
-                [f"{releases.hostname}:{releases.port or 443}", "signed releases, when an upgrade is asked for"]
-            )
-        return {
-            "level": max(check.level for check in self.checks), "checks": [check._asdict() for check in self.checks],
-            "outbound": outbound, "inbound": inbound,
-        }  # fmt: skip
+            where = f"{releases.hostname}:{releases.port or 443}"
+            outbound.append([where, "signed releases, when an upgrade is asked for"])
+        level = max(check["level"] for check in self.checks)
+        return {"level": level, "checks": self.checks, "outbound": outbound, "inbound": inbound}
 
     def _settings(self) -> None:
         rows, shown = vars(self.config.settings), []
@@ -9339,10 +9332,8 @@ class Doctor:
             reader, writer = await asyncio.open_connection(*to)
             try:
                 if proxy.hostname:
-                    user = urllib.parse.unquote(f"{proxy.username}:{proxy.password}").encode()
-                    known = (
-                        f"Proxy-Authorization: Basic {base64.b64encode(user).decode()}\r\n" if proxy.username else ""
-                    )
+                    user = base64.b64encode(urllib.parse.unquote(f"{proxy.username}:{proxy.password}").encode())
+                    known = f"Proxy-Authorization: Basic {user.decode()}\r\n" if proxy.username else ""
                     there = f"{self._host}:{self._port}"
                     writer.write(f"CONNECT {there} HTTP/1.1\r\nHost: {there}\r\n{known}\r\n".encode())
                     answer = (await reader.readuntil(b"\r\n\r\n")).split(b"\r\n")[0].decode("latin-1")
@@ -9461,13 +9452,11 @@ class Doctor:
         """What imaging channels need; whether a Binary may be made shows only when one is."""
         imaging = [one.settings for one in plan.channels if isinstance(one.settings, DicomSettings)]
         if any(one.storage == "dicomweb" or one.answer == "server" for one in imaging):
+            remedy = "Allow DicomStudy, DicomSeries and DicomInstance in the access policy; the server must be 5.1.28."
             try:
                 await self._ask(self._fhir.search("DicomStudy?_count=1"))
                 self.say("rights", FINE, "DicomStudy can be searched")
             except ServerError as error:
-                remedy = (
-                    "Allow DicomStudy, DicomSeries and DicomInstance in the access policy; the server must be 5.1.28."
-                )
                 self.say("rights", WRONG, f"DicomStudy: {error}", remedy)
         if any(one.storage == "binary" for one in imaging):
             self.say("rights", FINE, "images need create and read on Binary; that shows when the first one comes")
@@ -9621,11 +9610,6 @@ def issuer_of(der: bytes) -> str:
         text = der[match.end() : match.end() + match[2][0]].decode("utf-8", "replace")
         found.setdefault(match[1], text)
     return ", ".join(found.values()) or "an unknown authority"
-
-
-async def examine(config: ProcessConfig, running: Json | None, seconds: float, remote: bool = False) -> Json:
-    """`doctor` for a configuration that can be parsed: level, checks, and the tables of inbound and outbound."""
-    return await Doctor(config, running, remote).examine(seconds)
 
 
 # =====================================================================================================================
@@ -10086,7 +10070,7 @@ class Operations:
         return {"version": self._agent.upgrades.record["to"]}
 
     async def _doctor(self, asked: Json) -> Json:
-        return await examine(self._agent.config, await self.status(), REMOTE_SECS - 1, remote=True)
+        return await Doctor(self._agent.config, await self.status(), remote=True).examine(REMOTE_SECS - 1)
 
     async def _bundle(self, asked: Json) -> Json:
         """What support asks for; the configuration without anything that could be a secret."""
@@ -11642,19 +11626,19 @@ def _screen(status: Json) -> Iterator[str]:
 
 def _doctor(options: argparse.Namespace, *arguments: str) -> NoReturn:
     """Also what cannot even be parsed, and an agent that hangs, is a finding; 0, 1 with warnings, 2."""
-    first = list[Check]()
-    found: Json = {"level": FINE, "checks": [], "outbound": [], "inbound": []}
+    first = list[Json]()
+    found: Json = {"checks": [], "outbound": [], "inbound": []}
     try:
         config, running = _process_config(options, *arguments), None
         try:
             running = ask_agent(config.state_dir, {"command": "status"}, 2)
         except StorageError as error:
-            first.append(Check("running agent", WRONG, str(error), "Ask as its user; if it hangs, restart it."))
+            first.append(looked_at("running agent", WRONG, str(error), "Ask as its user; if it hangs, restart it."))
         runner = asyncio.Runner()  # which is not closed: that would wait for threads that wait for the network
-        found = runner.run(examine(config, running, DOCTOR_SECS))
+        found = runner.run(Doctor(config, running).examine(DOCTOR_SECS))
     except ConfigError as error:
-        first += [Check("settings", WRONG, problem, "Mend it; see --help.") for problem in error.problems]
-    found["checks"] = [*(check._asdict() for check in first), *found["checks"]]
+        first += [looked_at("settings", WRONG, problem, "Mend it; see --help.") for problem in error.problems]
+    found["checks"] = first + found["checks"]
     code = max(check["level"] for check in found["checks"])
     if options.json:
         _show([json.dumps(found | {"level": code})])
