@@ -9882,10 +9882,9 @@ class Operations:
             await writer.drain()
 
     async def _to_command(self, command: str, text: str) -> None:
-        words, pipe = shlex.split(command, posix=os.name == "posix"), asyncio.subprocess.PIPE
-        process = await asyncio.create_subprocess_exec(
-            *words, stdin=pipe, stdout=asyncio.subprocess.DEVNULL, start_new_session=True
-        )
+        words = shlex.split(command, posix=os.name == "posix")
+        pipe, null = asyncio.subprocess.PIPE, asyncio.subprocess.DEVNULL
+        process = await asyncio.create_subprocess_exec(*words, stdin=pipe, stdout=null, start_new_session=True)
         try:
             await process.communicate(f"{text}\n".encode())
             if process.returncode:
@@ -9945,28 +9944,22 @@ class Operations:
             "version": VERSION, "agentId": agent.config.settings.agentId, "startedAt": self._started_at,
             "now": now_ms(), "state": 2 if wrong else int(bool(self.alarms)),
             "problems": agent.problems, "pageTrouble": self.page_trouble,
-            "server": {
-                "url": agent.fhir.base, "live": agent.uplink.live, "roundTripMs": max(0, agent.uplink.ping_ms),
-                "awaySecs": round(self._away_secs()),
-            },
-            "store": store, "channels": channels,
-            "devices": [
-                {"address": key, "connections": lines} | self._depth(PUSH_PREFIX + key)
-                for key, lines in devices.items()
-            ],
-            "alarms": self.shown_alarms(),
+            "server": {"url": agent.fhir.base, "live": agent.uplink.live, "awaySecs": round(self._away_secs()),
+                "roundTripMs": max(0, agent.uplink.ping_ms)},
+            "store": store, "channels": channels, "alarms": self.shown_alarms(),
+            "devices": [{"address": key, "connections": lines} | self._depth(PUSH_PREFIX + key)
+                for key, lines in devices.items()],
             "upgrade": {name: agent.upgrades.record.get(name, "") for name in ("from", "to", "step", "reason")},
         }  # fmt: skip
 
     def shown_alarms(self) -> list[Json]:
-        return [
-            {name: value for name, value in one._asdict().items() if name != "holds"} for one in self.alarms.values()
-        ]
+        shown = [one._asdict() for one in self.alarms.values()]
+        return [{name: one[name] for name in one if name != "holds"} for one in shown]
 
     def _depth(self, name: str) -> Json:
-        waiting = self._waiting.get(name)
-        age = max(0, now_ms() - waiting.oldest) // 1000 if waiting else 0
-        return {"waiting": waiting.waiting if waiting else 0, "oldestSecs": age, "dead": self._dead.get(name, 0)}
+        _, waiting, oldest = self._waiting.get(name) or (name, 0, now_ms())
+        age = max(0, now_ms() - oldest) // 1000
+        return {"waiting": waiting, "oldestSecs": age, "dead": self._dead.get(name, 0)}
 
     def lines_of(self, channel: Channel) -> int:
         return len(getattr(channel, "associations", channel.lines))
@@ -10142,14 +10135,12 @@ class Operations:
         with closing(writer), suppress(OSError, TimeoutError, h11.ProtocolError):
             try:
                 if self._guests[door] <= WEB_GUESTS:
-                    await self._serve(door, h11.Connection(h11.SERVER), reader, writer)
+                    await self._serve(door, reader, writer)
             finally:
                 self._guests[door] -= 1
 
-    async def _serve(
-        self, door: str, connection: h11.Connection, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
-    ) -> None:
-        body = bytearray()
+    async def _serve(self, door: str, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        connection, body = h11.Connection(h11.SERVER), bytearray()
         async with asyncio.timeout(WEB_SECS):
             request = await _event(connection, reader)
             if not isinstance(request, h11.Request):
@@ -10239,12 +10230,9 @@ def page() -> tuple[bytes, dict[str, str]]:
         content = PAGE.read_bytes()
     except OSError:
         return b"The page is not beside this file: use the source tree, or one of the binaries.", {}
-    hashes = {
-        name: base64.b64encode(hashlib.sha256(match[1]).digest()).decode()
-        for name in ("script", "style")
-        if (match := re.search(f"<{name}>(.*?)</{name}>".encode(), content, re.DOTALL))
-    }
-    allowed = "; ".join(f"{name}-src 'sha256-{digest}'" for name, digest in hashes.items())
+    found = re.findall(rb"<(script|style)>(.*?)</\1>", content, re.DOTALL)
+    hashes = ((name.decode(), base64.b64encode(hashlib.sha256(own).digest()).decode()) for name, own in found)
+    allowed = "; ".join(f"{name}-src 'sha256-{digest}'" for name, digest in hashes)
     rest = "connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
     policy = f"default-src 'none'; {allowed}; {rest}"
     return content, {"content-security-policy": policy, "referrer-policy": "no-referrer"}
@@ -10308,8 +10296,7 @@ def audit(state_dir: Path, look: str) -> None:
 
 def kind_shown(message: Message) -> str:
     """The type of a message as far as it is one."""
-    found = _KIND.match(message.type)
-    return found[0] if found else ""
+    return found[0] if (found := _KIND.match(message.type)) else ""
 
 
 def row_shown(name: str, message: Message) -> Json:
