@@ -7587,8 +7587,7 @@ def syntax_of(uid: str) -> tuple[bool, bool, bool]:
 
 def write_dataset(dataset: Dataset, syntax: str) -> bytes:
     """ValueError when it cannot be written."""
-    content = pynetdicom.dsutils.encode(dataset, *syntax_of(syntax))
-    if content is None:
+    if (content := pynetdicom.dsutils.encode(dataset, *syntax_of(syntax))) is None:
         raise ValueError("a data set that cannot be written")
     return cast(bytes, content)
 
@@ -7611,15 +7610,10 @@ _STATES = {  # the state behind a PDU
     "Sta6": {P_DATA: "Sta6", RELEASE_RQ: "Sta13", ABORT: "Sta1"},
     "Sta13": dict.fromkeys(range(ASSOCIATE_AC, ABORT), "Sta13") | {ABORT: "Sta1"},
 }
-_ABORTS = (
-    "reason not specified",
-    "unrecognized PDU",
-    "unexpected PDU",
-    "",
-    "unrecognized parameter",
-    "unexpected parameter",
-    "invalid parameter",
-)  # fmt: skip  (PS3.8 9.3.8)
+_ABORTS = (  # PS3.8 9.3.8
+    "reason not specified|unrecognized PDU|unexpected PDU||unrecognized parameter|unexpected parameter|"
+    "invalid parameter"
+).split("|")
 ITEM_BYTES = 65_000  # of an item, whose length has two bytes
 _NO_DATA = 0x0101  # Command Data Set Type (PS3.7 E.1)
 DIMSE_NAMES = {
@@ -8217,8 +8211,7 @@ class Request:
         codec, uid = pynetdicom.dsutils, pydicom.uid.UID
         meta = codec.create_file_meta(
             sop_class_uid=uid(self.fields.get("AffectedSOPClassUID") or self.context.abstract),
-            sop_instance_uid=uid(self.uid or "0"), transfer_syntax=uid(self.context.syntaxes[0]),
-        )  # fmt: skip
+            sop_instance_uid=uid(self.uid or "0"), transfer_syntax=uid(self.context.syntaxes[0]))  # fmt: skip
         return bytes(128) + b"DICM" + cast(bytes, codec.encode_file_meta(meta))
 
     @cached_property
@@ -8313,9 +8306,8 @@ class DicomLine(Line):
         if self.inside and self.core.state == "Sta2":
             self.owner.warn(f"{self.remote} sent no association request: is this the right port?")
         elif self.core.established:
-            self.owner.warn(
-                f"{self.remote}: the association of '{self.titles['callingAeTitle']}' ended without release"
-            )
+            calling = self.titles["callingAeTitle"]
+            self.owner.warn(f"{self.remote}: the association of '{calling}' ended without release")
         self.core.state = "Sta1"
         self._give_up()
 
@@ -8479,10 +8471,8 @@ class DicomLine(Line):
             self._loop.call_exception_handler(context)
         fields: Json = {"Status": refusal.status}
         if refusal.status != CANCELLED:
-            what = f"status 0x{refusal.status:04X}"
-            self.owner.warn(
-                f"a request of '{self.titles['callingAeTitle']}' was answered with {what}; see the channel log"
-            )
+            what, calling = f"status 0x{refusal.status:04X}", self.titles["callingAeTitle"]
+            self.owner.warn(f"a request of '{calling}' was answered with {what}; see the channel log")
             self.owner.note(f"[Refused]: {request.name}: {what}: {refusal}")
             fields["ErrorComment"] = str(refusal)[:64]
         await request.respond(fields)
@@ -8510,6 +8500,7 @@ class DicomLine(Line):
 
 Answer = tuple[Json, "Dataset | None"] | None  # fields and data set; None: success, and nothing more to say
 Send = Callable[[str, Any], Awaitable[Any]]  # a file with its meta information to where it shall go; the answer
+Places = list[list[str]]  # of each object where it can be had, the best place first
 
 
 class DicomChannel(Channel):
@@ -8645,10 +8636,8 @@ class DicomChannel(Channel):
         if "omitted" in asked and command != "C-FIND":  # more would be retrieved than was asked for
             raise Refusal(f"the identifier has unreadable values: {', '.join(asked['omitted'])}", CANNOT_UNDERSTAND)
         level = "WORKLIST" if request.context.abstract == WORKLIST_CLASS else _texts(asked["dataset"], "00080052")[0]
-        body = {
-            "association": request.line.titles, "command": command,
-            "sopClassUid": request.fields.get("AffectedSOPClassUID", ""), "level": level, **asked, **more,
-        }  # fmt: skip
+        body = {"association": request.line.titles, "command": command, "level": level,
+            "sopClassUid": request.fields.get("AffectedSOPClassUID", ""), **asked, **more}  # fmt: skip
         text = dump_json(body).decode()
         if len(dump_json(text)) > BODY_BYTES:
             raise Refusal("the identifier is larger than the server takes")
@@ -8726,8 +8715,8 @@ class DicomChannel(Channel):
                         found.append((described, resource))
         return list({described[uid]["Value"][0]: (described, resource) for described, resource in found}.values())
 
-    async def _references(self, request: Request, **more: str) -> list[list[str]]:
-        """Of each object where it can be had, the best place first; one that can be had nowhere fails, and counts."""
+    async def _references(self, request: Request, **more: str) -> Places:
+        """One that can be had nowhere fails, and counts."""
         if self._answers_itself(request):
             return [_places(found) for found in await self._search(request)]
         found = await self._ask(request, "binaries", **more)
@@ -8775,17 +8764,15 @@ class DicomChannel(Channel):
                   "AffectedSOPInstanceUID": meta.MediaStorageSOPInstanceUID}  # fmt: skip
         return await line.request(accepted[usable[0]], fields, data)
 
-    async def _retrieve(
-        self, request: Request, references: list[list[str]], send: Send, sender: Sender | None = None
-    ) -> Answer:
+    async def _retrieve(self, request: Request, all_places: Places, send: Send, sender: Sender | None = None) -> Answer:
         """Each object as it comes from the server, and a pending answer after each; the last says what failed."""
-        counts = {"Remaining": len(references), "Completed": 0, "Failed": 0, "Warning": 0}
+        counts = {"Remaining": len(all_places), "Completed": 0, "Failed": 0, "Warning": 0}
         failed: list[str] = []
 
         def answer(status: int) -> Json:
             return {"Status": status} | {f"NumberOf{name}Suboperations": count for name, count in counts.items()}
 
-        for places in references:
+        for places in all_places:
             if request.cancelled.is_set():
                 status = CANCELLED
                 break
@@ -8798,7 +8785,7 @@ class DicomChannel(Channel):
         else:
             del counts["Remaining"]
             bad = counts["Failed"] + counts["Warning"]
-            status = SUCCESS if not bad else ALL_FAILED if counts["Failed"] == len(references) else SOME_FAILED
+            status = SUCCESS if not bad else ALL_FAILED if counts["Failed"] == len(all_places) else SOME_FAILED
         return answer(status), None if status == SUCCESS else dataset_of({"00080058": {"vr": "UI", "Value": failed}})
 
     async def _send_one(self, places: list[str], send: Send) -> tuple[str, str]:
@@ -8855,10 +8842,8 @@ class DicomChannel(Channel):
         """The body of a message about an N-service."""
         refusal = Refusal("the data set cannot be read", PROCESSING_FAILURE)
         asked = await self._read(request, refusal, UPLINK_FRAME_BYTES)
-        return {
-            "association": request.line.titles, "command": request.name, "sopClassUid": sop_class,
-            "sopInstanceUid": uid, **more, **asked,
-        }  # fmt: skip
+        return {"association": request.line.titles, "command": request.name, "sopClassUid": sop_class,
+            "sopInstanceUid": uid, **more, **asked}  # fmt: skip
 
     async def n_action(self, request: Request) -> None:
         """Storage commitment N-ACTION (PS3.4 J.3.2): answered when stored; the report follows the Bot's answer."""
@@ -8944,10 +8929,9 @@ class DicomChannel(Channel):
                 own = titles["calledAeTitle"] or self.settings.calledAeTitle or "MEDPLUM"
                 sender = Sender(pynetdicom.AE(own), peer, calling)
                 status = (await self.loop.run_in_executor(self._sending, sender.report, report, kind)).get("Status")
-            elif not (lines := [line for line in self.associations if message.id in line.commitments]):
+            elif (line := next((one for one in self.associations if message.id in one.commitments), None)) is None:
                 return f"'{calling}' is not connected; name its address in moveDestinations"
             else:
-                (line,) = lines
                 context = next(c for c in line.core.contexts.values() if c.abstract == COMMITMENT_CLASS)
                 fields = {"CommandField": 0x0100, "AffectedSOPClassUID": COMMITMENT_CLASS,
                           "AffectedSOPInstanceUID": COMMITMENT_INSTANCE, "EventTypeID": kind}  # fmt: skip
@@ -9188,10 +9172,9 @@ class ImagingCaller:
             found = [dicom_json(dataset, []) for _, dataset in answers if dataset is not None]
             return {"status": _checked_status(answers[-1][0]), "datasets": found}
         last, _ = list(association.send_c_move(identifier, request["destination"], sop_class))[-1]
-        counted = ("Completed", "Failed", "Warning")
-        return {"status": _checked_status(last)} | {
-            name.lower(): int(last.get(f"NumberOf{name}Suboperations") or 0) for name in counted
-        }
+        status, counted = _checked_status(last), ("Completed", "Failed", "Warning")
+        counts = {name.lower(): int(last.get(f"NumberOf{name}Suboperations") or 0) for name in counted}
+        return {"status": status} | counts
 
 
 def _checked_status(answer: Dataset) -> int:
