@@ -7098,10 +7098,6 @@ class Device:
         """The queue, if there was ever a push to store."""
         return [self.queue] if "queue" in vars(self) else []
 
-    @property
-    def needed(self) -> bool:
-        return bool(self.users or self.lines) or not all(queue.idle for queue in self.queues)
-
     # --- its lines ---
 
     def opened(self, line: Line) -> None:
@@ -7121,6 +7117,7 @@ class Device:
 
     async def _dial(self, target: Target, kind: Callable[[Device, DeviceSettings], C]) -> C:
         settings, failure = target.settings, OSError("the name has no address")
+        line = partial(kind, self, settings)
         self._opening += 1
         try:
             async with within(self.name, settings.connectTimeoutSecs):
@@ -7128,9 +7125,7 @@ class Device:
                 name = target.host if context else None
                 for address in await self._devices.addresses(target):
                     try:
-                        made = self._loop.create_connection(
-                            lambda: kind(self, settings), *address, ssl=context, server_hostname=name
-                        )
+                        made = self._loop.create_connection(line, *address, ssl=context, server_hostname=name)
                         return (await made)[1]
                     except OSError as error:
                         failure = error
@@ -7373,8 +7368,9 @@ class Devices:
         """Close connections that are not needed, and forget devices without any."""
         if not self.plan.settings.keepAlive:
             self._close_idle(asyncio.get_running_loop().time() - DEVICE_IDLE_SECS)
-        for device in [device for device in self._devices.values() if not device.needed]:
-            del self._devices[device.name]
+        for key, device in [*self._devices.items()]:
+            if not (device.users or device.lines) and all(queue.idle for queue in device.queues):
+                del self._devices[key]
 
     def _close_idle(self, before: float) -> None:
         """Close lines that have not been used since `before` (the event loop's clock)."""
@@ -7405,12 +7401,11 @@ class Devices:
 
     def stats(self) -> Json:
         """Round trips per device (operations contract 8)."""
-        return {
-            f"{key}?encoding={device.encoding}": {
-                "rtt": percentiles(device.round_trips) | {"pendingCount": len(device.asked)}
-            }
-            for key, device in self._devices.items()
-        }
+        found = Json()
+        for key, device in self._devices.items():
+            rtt = percentiles(device.round_trips) | {"pendingCount": len(device.asked)}
+            found[f"{key}?encoding={device.encoding}"] = {"rtt": rtt}
+        return found
 
 
 async def ping(host: str, count: int, allowed: Sequence[PushTarget] = ()) -> str:
