@@ -9349,7 +9349,7 @@ class Doctor:
         anyone.check_hostname, anyone.verify_mode = False, ssl.CERT_NONE
         try:
             der = (await self._handshake(anyone)).getpeercert(True) or b""
-            left, issuer = expiry(der) - time.time(), issuer_of(der)
+            left, issuer = seconds_left(der), issuer_of(der)
         except (OSError, EOFError, ValueError, TimeoutError, ServerError):
             return self.say("tls", WRONG, reason, "Is this an HTTPS port?")
         if left < 0:
@@ -9530,7 +9530,7 @@ class Doctor:
         if channel.settings.tls and channel.settings.certFile:
             try:
                 listening_tls(channel.settings)
-                left = expiry(der_of(channel.settings.certFile)) - time.time()
+                left = seconds_left(der_of(channel.settings.certFile))
                 level = WRONG if left < 0 else DOUBTFUL if left < EXPIRY_DAYS * 86_400 else FINE
                 ends = f"ends in {duration(left)}" if left > 0 else f"ended {duration(-left)} ago"
                 self.say("certificate", level, f"{where}: {ends}", "Have it renewed.")
@@ -9571,14 +9571,14 @@ def der_of(path: str) -> bytes:
     return ssl.PEM_cert_to_DER_cert(text[text.index(begin) : text.index(end) + len(end)])
 
 
-def expiry(der: bytes) -> float:
-    """Epoch seconds when a certificate ends (RFC 5280 4.1.2.5); ValueError for what is none."""
+def seconds_left(der: bytes) -> float:
+    """Until a certificate ends (RFC 5280 4.1.2.5); ValueError for what is none."""
     when = rb"(?:\x17\r(\d{12})|\x18\x0f(\d{14}))Z"
     if not (match := re.search(when + when, der)):
         raise ValueError("it is no certificate")
     end = (match[3] or match[4]).decode()
     year = end[:-10] if len(end) == 14 else f"{19 + (end < '50')}{end[:2]}"
-    return datetime.datetime.strptime(f"{year}{end[-10:]}+0000", "%Y%m%d%H%M%S%z").timestamp()
+    return datetime.datetime.strptime(f"{year}{end[-10:]}+0000", "%Y%m%d%H%M%S%z").timestamp() - time.time()
 
 
 def issuer_of(der: bytes) -> str:
@@ -9637,8 +9637,7 @@ alarm_active holds 1 for each alarm that holds, by kind and subject.""",
 
 _GONE: Json = {  # a channel that is not configured any more, and has messages
     "protocol": "", "address": "not configured", "tls": False, "open": False, "connections": 0, "count": 0,
-    "lastMinute": 0, "lastHour": 0, "lastMessageAt": 0, "withServer": 0, "rates": [],
-}  # fmt: skip
+    "lastMinute": 0, "lastHour": 0, "lastMessageAt": 0, "withServer": 0, "rates": []}  # fmt: skip
 
 
 class Alarm(NamedTuple):
@@ -9687,8 +9686,7 @@ class Operations:
         self.page_trouble = ""
         self._counted = False  # once what waits is known, a destination without an entry has nothing
         self._unsent: deque[tuple[str, int, int]] = deque(maxlen=ALARMS_HELD)  # text, severity (RFC 5424 6.2.1), time
-        self._sender: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._sender.set_result(None)
+        self._sender: asyncio.Task[None] | None = None
 
     # --- watching ---
 
@@ -9724,8 +9722,7 @@ class Operations:
         kept = {key: alarm for key, alarm in before.items() if key not in found and not self._counted}
         self.alarms = kept | {
             key: alarm._replace(since=before[key].since if key in before else now_ms()) if alarm.holds else before[key]
-            for key, alarm in found.items() if alarm.holds or (alarm.holds is None and key in before)
-        }  # fmt: skip
+            for key, alarm in found.items() if alarm.holds or (alarm.holds is None and key in before)}  # fmt: skip
         for key in before.keys() - self.alarms.keys():
             text = f"over after {duration((now_ms() - before[key].since) / 1000)}: {before[key].text}"
             self._agent.log.info(f"Alarm {text}.")
@@ -9738,7 +9735,7 @@ class Operations:
             self._unsent.clear()
         if self.alarms.keys() != before.keys():
             self._save()
-        if self._unsent and self._sender.done():
+        if self._unsent and (self._sender is None or self._sender.done()):
             self._sender = spawn(self._send_out())
 
     def _save(self) -> None:
@@ -9808,15 +9805,12 @@ class Operations:
             yield Alarm("silent", name, holds, text)
         if plan.settings.certFile and plan.settings.tls:
             with suppress(OSError, ValueError):
-                left = expiry(der_of(plan.settings.certFile)) - time.time()
-                text = f"channel '{name}': its certificate ends in {duration(left)}" if left > 0 else (
-                    f"channel '{name}': its certificate has ended")  # fmt: skip
+                left = seconds_left(der_of(plan.settings.certFile))
+                text = f"channel '{name}': its certificate {f'ends in {duration(left)}' if left > 0 else 'has ended'}"
                 yield Alarm("certificate", name, left < EXPIRY_DAYS * 86_400, text, left < 0)
 
     def _owner(self, name: str) -> str:
-        if name.startswith(PUSH_PREFIX):
-            return f"device {name.removeprefix(PUSH_PREFIX)}"
-        return f"channel '{name}'"
+        return f"device {name.removeprefix(PUSH_PREFIX)}" if name.startswith(PUSH_PREFIX) else f"channel '{name}'"
 
     def _away_secs(self) -> float:
         uplink = self._agent.uplink
@@ -9925,10 +9919,9 @@ class Operations:
             "server": {"url": agent.fhir.base, "live": agent.uplink.live, "awaySecs": round(self._away_secs()),
                 "roundTripMs": max(0, agent.uplink.ping_ms)},
             "store": store, "channels": channels, "alarms": self.shown_alarms(),
-            "devices": [{"address": key, "connections": lines} | self._depth(PUSH_PREFIX + key)
-                for key, lines in devices.items()],
             "upgrade": {name: agent.upgrades.record.get(name, "") for name in ("from", "to", "step", "reason")},
-        }  # fmt: skip
+            "devices": [{"address": key, "connections": lines} | self._depth(PUSH_PREFIX + key)
+                for key, lines in devices.items()]}  # fmt: skip
 
     def shown_alarms(self) -> list[Json]:
         shown = [one._asdict() for one in self.alarms.values()]
@@ -9953,8 +9946,7 @@ class Operations:
             "count": queue.count, "lastMinute": queue.count - counted[-min(len(counted), 1 + round(60 / LOOK_SECS))],
             "lastHour": queue.count - counted[0], "lastMessageAt": queue.last_at or self._last.get(name, 0),
             "withServer": len(queue.inflight),
-            "rates": [after - before for before, after in itertools.pairwise(minutes)],
-        } | self._depth(name)  # fmt: skip
+            "rates": [after - before for before, after in itertools.pairwise(minutes)]} | self._depth(name)  # fmt: skip
 
     async def _queue(self, asked: Json) -> Json:
         """list, find, show, retry and discard; patient data for the cloud only with remotePayload."""
@@ -10284,8 +10276,7 @@ def row_shown(name: str, message: Message) -> Json:
         "remote": message.remote, "type": kind_shown(message), "bytes": message.size,
         "receivedAt": message.received_at, "attempts": message.attempts, "sentAt": message.sent_at,
         "settledAt": message.settled_at, "statusCode": message.status_code, "errorCode": message.error_code,
-        "reason": message.last_error,
-    }  # fmt: skip
+        "reason": message.last_error}  # fmt: skip
 
 
 def ask_agent(state_dir: Path, asked: Json, seconds: float = HTTP_TIMEOUT_SECS) -> Json | None:
@@ -11767,8 +11758,7 @@ def _export(options: argparse.Namespace, file: Path, wanted: Wanted) -> int:
                 shown = row_shown(channel, message) | {
                     "name": f"{seed}-{message.id}", "controlId": message.control_id, "kind": message.type,
                     "key": message.key, "encoding": message.encoding,
-                    "original": base64.b64encode(message.original or b"").decode(),
-                }  # fmt: skip
+                    "original": base64.b64encode(message.original or b"").decode()}  # fmt: skip
                 target.write(json.dumps(shown) + "\n")
                 count += 1
     except OSError as error:
@@ -11784,8 +11774,7 @@ def _import(options: argparse.Namespace, file: Path, wanted: Wanted) -> int:
         chosen = [
             line for line in lines
             if wanted.channel in ("", line["channel"]) and wanted.reason in ("", line["errorCode"])
-            and wanted.since <= line["receivedAt"] < (wanted.until or math.inf)
-        ]  # fmt: skip
+            and wanted.since <= line["receivedAt"] < (wanted.until or math.inf)]  # fmt: skip
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise StorageError(f"{file} is not what queue export writes: {error}") from None
     count, asked = 0, {"command": "queue", "verb": "import", "dryRun": options.dry_run}
@@ -12002,9 +11991,8 @@ def _run_agent(config: ProcessConfig) -> NoReturn:
         except BaseException as error:
             if not (agent and (agent.upgrades.on_trial or agent.upgrades.successor)):
                 raise
-            agent.upgrades.give_up(
-                f"{VERSION} ended with {error if isinstance(error, AgentError) else type(error).__name__}"
-            )
+            reason = error if isinstance(error, AgentError) else type(error).__name__
+            agent.upgrades.give_up(f"{VERSION} ended with {reason}")
         sys.stdout.flush()
         if agent and agent.upgrades.successor:
             agent.upgrades.execute()
