@@ -8071,7 +8071,7 @@ def reference_of(item: object) -> str:
 
 def _places(found: Json) -> list[str]:
     """Where an object that the server has can be had: by WADO-RS, and as the Binary that the server made of it."""
-    uids = [(found.get(tag, {}).get("Value") or [""])[0] for tag in ("0020000D", "0020000E", "00080018")]
+    uids = [_texts(found, tag)[0] for tag in ("0020000D", "0020000E", "00080018")]
     raw = (found["raw"] or {}).get("reference")
     return ["dicomweb/studies/{}/series/{}/instances/{}".format(*uids), *([str(raw)] if raw else [])]
 
@@ -9228,9 +9228,9 @@ class Doctor:
         self._fhir = Fhir(config.settings, self._context, self._log)
         self._plan: Plan | None = None
 
-    def say(self, name: str, level: int, text: str, remedy: str = "") -> bool:
+    def say(self, name: str, level: int, *words: str) -> bool:
         """Write a check down; whether those that build on it make sense."""
-        self.checks.append(looked_at(name, level, text, remedy))
+        self.checks.append(looked_at(name, level, *words))
         return level < WRONG
 
     async def examine(self, seconds: float) -> Json:
@@ -10161,11 +10161,11 @@ class Operations:
             status, content = await self.answer(body)
         fields = {"content-type": kind, "connection": "close", "cache-control": "no-store",
             "x-content-type-options": "nosniff"} | more  # fmt: skip
-        if kind == "text/event-stream":
-            return [h11.Response(status_code=status, headers=[*fields.items()])]
-        fields["content-length"] = str(len(content))
-        data = [] if method == "HEAD" else [h11.Data(data=content)]
-        return [h11.Response(status_code=status, headers=[*fields.items()]), *data, h11.EndOfMessage()]
+        rest: list[h11.Event] = []
+        if kind != "text/event-stream":
+            fields["content-length"] = str(len(content))
+            rest = [*([h11.Data(data=content)] if method != "HEAD" else ()), h11.EndOfMessage()]
+        return [h11.Response(status_code=status, headers=[*fields.items()]), *rest]
 
 
 async def _event(connection: h11.Connection, reader: asyncio.StreamReader) -> object:
@@ -11387,7 +11387,7 @@ def command_parser(program: str) -> argparse.ArgumentParser:
     parser = _Parser(prog=program, usage=_USAGE, description=description, epilog=f"Environment: {named}. State is in "
         f"{default_state_root()}, a folder for each agent id; settings of a package in {installed_config_file()}. "
         "More: https://www.medplum.com/docs/agent, and the README of this program.")  # fmt: skip
-    add = parser.add_argument
+    add, flag = parser.add_argument, partial(parser.add_argument, action="store_true")
     add("arguments", nargs="*", metavar="base_url client_id client_secret agent_id [log_level]", help="or: demo")
     add("--config", metavar="FILE", help="agent.toml or agent.properties; default: the one in the working directory")
     add("--state-dir", metavar="DIR", help="queue, logs and last configuration; default: a folder for each agent id "
@@ -11403,17 +11403,17 @@ def command_parser(program: str) -> argparse.ArgumentParser:
     add("--kind", choices=KINDS, default="", help="queue export, replay: only what is waiting, dead, undelivered; open "
         "(waiting or dead: what export means without it), or all (what replay means)")  # fmt: skip
     add("--to", default="", help="queue replay, rekey: the Bot that gets the messages; where the new key is, or plain")
-    add("--dry-run", action="store_true", help="queue retry, discard, import, replay: only count")
-    add("--watch", action="store_true", help="status: again and again")
-    add("--json", action="store_true", help="queue, status, doctor: as JSON")
-    add("--payload", action="store_true", help="queue show: with what was received and answered. This is patient data; "
-        "the look is written to the audit log first")  # fmt: skip
-    add("--rollback", action="store_true", help="upgrade: to the version before")
-    add("--allow-downgrade", action="store_true", help="upgrade: also to an older version")
-    add("--requested", action="store_true", help="upgrade: what the service asked for, as root")
-    add("--selftest", action="store_true", help="whether an agent with these values could start; nothing is changed")
-    add("--evidence", action="store_true", help="print what is built in, and whose signatures upgrades must have")
-    add("--once", action="store_true", help="demo: end after the example traffic")
+    flag("--dry-run", help="queue retry, discard, import, replay: only count")
+    flag("--watch", help="status: again and again")
+    flag("--json", help="queue, status, doctor: as JSON")
+    flag("--payload", help="queue show: with what was received and answered. This is patient data; the look is written "
+        "to the audit log first")  # fmt: skip
+    flag("--rollback", help="upgrade: to the version before")
+    flag("--allow-downgrade", help="upgrade: also to an older version")
+    flag("--requested", help="upgrade: what the service asked for, as root")
+    flag("--selftest", help="whether an agent with these values could start; nothing is changed")
+    flag("--evidence", help="print what is built in, and whose signatures upgrades must have")
+    flag("--once", help="demo: end after the example traffic")
     add("--version", action="version", version=VERSION)
     return parser
 
