@@ -7264,8 +7264,7 @@ class Device:
     async def _deliver(self, message: Message) -> None:
         given = {"remote": message.remote, "body": message.text, "contentType": message.type}
         try:
-            push = parse_push(given | {"returnAck": message.return_ack})
-            answer = await self.ask(push, PUSH_STORED_SECS)
+            answer = await self.ask(parse_push(given | {"returnAck": message.return_ack}), PUSH_STORED_SECS)
         except DeviceError as error:
             self.queue.failed(message, error.kind, counts=error.kind != "device-unreachable")
         except Exception as error:  # a push that cannot even be tried must not hold those behind it for ever
@@ -7673,8 +7672,7 @@ def command_set(fields: Json) -> bytes:
 def _known(element: int) -> tuple[str, str]:
     """Keyword and VR of an element of commands; empty for what nobody knows (PS3.7 E.1)."""
     known = pydicom.datadict
-    vr = known.dictionary_VR(element) if known.dictionary_has_tag(element) else ""
-    return known.keyword_for_tag(element), vr
+    return known.keyword_for_tag(element), known.dictionary_VR(element) if known.dictionary_has_tag(element) else ""
 
 
 def read_command(content: bytes) -> Json:
@@ -8211,8 +8209,7 @@ class Request:
 
     @cached_property
     def dataset(self) -> Dataset:
-        content = io.BytesIO(self.data)
-        return cast("Dataset", pynetdicom.dsutils.decode(content, *syntax_of(self.context.syntaxes[0])))
+        return cast("Dataset", pynetdicom.dsutils.decode(io.BytesIO(self.data), *syntax_of(self.context.syntaxes[0])))
 
     async def respond(self, fields: Json, dataset: Dataset | None = None) -> None:
         """An answer, of success unless its status says other; a data set that cannot be written is not sent."""
@@ -8598,16 +8595,14 @@ class DicomChannel(Channel):
         def stored(message: Message) -> None:
             if message.refusal:
                 self.store.spool.remove(message.spool or "")
+                status = OUT_OF_RESOURCES if message.type == "C-STORE" else RESOURCE_LIMITATION
+                settle = partial(done.set_exception, Refusal(message.refusal, status))
             else:
                 self.note(f"[Received {message.type}]: {message.control_id} from {message.remote}")
                 self.queue.stored(message)
-            if done.done():  # the agent stops, and nobody waits any more
-                return
-            if message.refusal:
-                status = OUT_OF_RESOURCES if message.type == "C-STORE" else RESOURCE_LIMITATION
-                done.set_exception(Refusal(message.refusal, status))
-            else:
-                done.set_result(None)
+                settle = partial(done.set_result, None)
+            if not done.done():  # else the agent stops, and nobody waits any more
+                settle()
 
         message.source = stored
         self.store.put(message)
@@ -8652,10 +8647,8 @@ class DicomChannel(Channel):
 
     async def c_find(self, request: Request) -> None:
         """C-FIND (PS3.4 C.4.1, K.4.1)."""
-        if self._answers_itself(request):
-            matches: Any = await self._search(request)
-        else:
-            matches = await self._ask(request, "datasets")
+        itself = self._answers_itself(request)
+        matches: Any = await (self._search(request) if itself else self._ask(request, "datasets"))
         if not isinstance(matches, list):
             raise Refusal("the Bot's answer is no list of data sets")
         for elements in matches:
@@ -8676,8 +8669,7 @@ class DicomChannel(Channel):
 
     async def _search(self, request: Request) -> list[Json]:
         """The data sets of what matches, at the level that is asked for; for a retrieval of images, and their `raw`."""
-        text = "the identifier cannot be read, or its level is none of a study root"
-        refusal = Refusal(text, CANNOT_UNDERSTAND)
+        refusal = Refusal("the identifier cannot be read, or its level is none of a study root", CANNOT_UNDERSTAND)
         wanted = asked = (await self._read(request, refusal))["dataset"]
         if (level := _texts(asked, "00080052")[0]) not in _SEARCHES:
             raise refusal
@@ -8742,8 +8734,7 @@ class DicomChannel(Channel):
 
     async def c_get(self, request: Request) -> Answer:
         """C-GET (PS3.4 C.4.3): the objects come as C-STORE on the same association."""
-        references = await self._references(request)
-        return await self._retrieve(request, references, partial(self._send_back, request.line))
+        return await self._retrieve(request, await self._references(request), partial(self._send_back, request.line))
 
     async def _send_back(self, line: DicomLine, path: str, meta: Dataset) -> Json:
         """C-STORE of a file in a context that takes it, or in another uncompressed syntax; ValueError."""
@@ -8873,8 +8864,7 @@ class DicomChannel(Channel):
 
     async def _report(self, message: Message, text: str) -> None:
         """Report what the Bot says is safe; everything else has failed (PS3.4 J.3.3)."""
-        asked = message.text or (await self.store.bodies([message.id]))[message.id][0].decode()
-        request = load_json(asked)
+        request = load_json(message.text or (await self.store.bodies([message.id]))[message.id][0].decode())
         committed: set[str] | None = None
         try:
             committed = {str(uid) for uid in bot_words(text)["committed"]}
@@ -8912,8 +8902,7 @@ class DicomChannel(Channel):
 
     async def recover(self) -> None:
         """After a start: go on with the reports that no device has taken yet."""
-        since = now_ms() - COMMITMENT_REPORT_DAYS * 86_400_000
-        for message in await self.store.unreported(self.queue.row, since):
+        for message in await self.store.unreported(self.queue.row, now_ms() - COMMITMENT_REPORT_DAYS * 86_400_000):
             spawn(self._report(message, message.response or ""))
 
     async def _send_report(self, message: Message, titles: Json, report: Dataset, kind: int) -> str:
@@ -9014,8 +9003,7 @@ def matches_query(wanted: Json, described: Json) -> bool:
 def _matches(vr: str, key: str, value: str) -> bool:
     if vr in ("DA", "TM", "DT") and "-" in key:
         first, last = key.split("-", 1)
-        inside = (first or value) <= value <= (last or value)
-        return bool(value) and (inside or (bool(last) and value.startswith(last)))
+        return bool(value) and ((first or value) <= value <= (last or value) or (bool(last) and value.startswith(last)))
     if vr == "PN":
         key, value = key.casefold().rstrip("^= "), value.casefold().rstrip("^= ")
     pattern = re.escape(key)
@@ -9180,8 +9168,7 @@ def _checked_status(answer: Dataset) -> int:
     if status == SUCCESS or status >> 12 == 0xB or status in (0x0001, 0x0107, 0x0116):  # PS3.7 C.3 and C.4
         return int(status)
     comment = f" ({answer.ErrorComment})" if answer.get("ErrorComment") else ""
-    kind = "device-error" if status >> 8 == 0xA7 else "device-rejected"
-    raise DeviceError(f"status 0x{status:04X}{comment}", kind)
+    raise DeviceError(f"status 0x{status:04X}{comment}", "device-error" if status >> 8 == 0xA7 else "device-rejected")
 
 
 # =====================================================================================================================
@@ -9295,9 +9282,8 @@ class Doctor:
                 writer.close()
             return self.say("tcp", FINE, f"{host}:{port} can be reached")
         except TimeoutError:
-            text = f"{host}:{port} does not answer: what is sent there is dropped"
             remedy = f"Have the firewall allow TCP from this machine to {host}:{port}, or set HTTPS_PROXY."
-            return self.say("tcp", WRONG, text, remedy)
+            return self.say("tcp", WRONG, f"{host}:{port} does not answer: what is sent there is dropped", remedy)
         except OSError as error:
             remedy = f"Check the port in {where}, and the firewall."
             return self.say("tcp", WRONG, f"{host}:{port}: {os_reason(error)}", remedy)
@@ -9329,8 +9315,7 @@ class Doctor:
         try:
             certificate: Json = (await self._handshake(self._context)).getpeercert() or {}
         except ssl.SSLError as error:
-            reason = getattr(error, "verify_message", "") or error.reason or str(error)
-            return await self._distrust(reason)
+            return await self._distrust(getattr(error, "verify_message", "") or error.reason or str(error))
         except ServerError as error:
             remedy = "Give user and password in HTTPS_PROXY, or have the proxy allow this server."
             return self.say("tls", WRONG, str(error), remedy)
@@ -9449,9 +9434,8 @@ class Doctor:
             return
         scheme = "wss" if self._base.scheme == "https" else "ws"
         url, context = f"{scheme}://{self._base.netloc}/ws/agent", self._context if scheme == "wss" else None
-        proxy = proxy_for(self.config.settings.baseUrl)
         try:
-            async with connect(url, ssl=context, proxy=proxy, open_timeout=4):
+            async with connect(url, ssl=context, proxy=proxy_for(self.config.settings.baseUrl), open_timeout=4):
                 self.say("websocket", FINE, "the server takes WebSockets")
         except (OSError, EOFError, TimeoutError, WebSocketException) as error:
             self.say("websocket", WRONG, f"{url}: {str(error) or 'no answer'}", remedy)
@@ -9585,8 +9569,7 @@ def issuer_of(der: bytes) -> str:
     """Organisation and name of a certificate's issuer, which stand first in it (X.520: 2.5.4.10 and 2.5.4.3)."""
     found = dict[bytes, str]()
     for match in re.finditer(rb"\x06\x03U\x04([\x03\x0a])[\x0c\x13\x14](.)", der, re.DOTALL):
-        text = der[match.end() : match.end() + match[2][0]].decode("utf-8", "replace")
-        found.setdefault(match[1], text)
+        found.setdefault(match[1], der[match.end() : match.end() + match[2][0]].decode("utf-8", "replace"))
     return ", ".join(found.values()) or "an unknown authority"
 
 
@@ -9929,8 +9912,7 @@ class Operations:
 
     def _depth(self, name: str) -> Json:
         _, waiting, oldest = self._waiting.get(name) or (name, 0, now_ms())
-        age = max(0, now_ms() - oldest) // 1000
-        return {"waiting": waiting, "oldestSecs": age, "dead": self._dead.get(name, 0)}
+        return {"waiting": waiting, "oldestSecs": max(0, now_ms() - oldest) // 1000, "dead": self._dead.get(name, 0)}
 
     def lines_of(self, channel: Channel) -> int:
         return len(getattr(channel, "associations", channel.lines))
@@ -10013,8 +9995,7 @@ class Operations:
                 raise LocalError(f"there is no channel '{line['channel']}' here")
             message = Message(channel.queue.row, line["remote"], base64.b64decode(line["original"]), line["encoding"])
             message.control_id, message.type, message.key = line["controlId"], line["kind"], line["key"]
-            digest = hashlib.sha256(line["name"].encode()).digest()
-            message.checked = int.from_bytes(digest[:6], "big") + 2
+            message.checked = int.from_bytes(hashlib.sha256(line["name"].encode()).digest()[:6], "big") + 2
             message.text = channel.text_of(message, message.original or b"")
             waiting.append(asyncio.get_running_loop().create_future())
             message.source = partial(stored, channel.queue, waiting[-1])
@@ -10065,8 +10046,7 @@ class Operations:
                 path.chmod(0o600)
             else:
                 self._servers.append(server := await asyncio.start_server(partial(self._guest, "door"), "127.0.0.1", 0))
-                port = server.sockets[0].getsockname()[1]
-                replace_file(folder / DOOR_FILE, str(port).encode())
+                replace_file(folder / DOOR_FILE, str(server.sockets[0].getsockname()[1]).encode())
         except OSError as error:
             self._agent.log.error(f"The local socket cannot be opened: {error}.")
         if address:
@@ -11543,8 +11523,7 @@ def _status(options: argparse.Namespace) -> int:
             else:
                 lines = [f"CRITICAL: no agent runs with the state in {state_dir}"]
                 _, path, key = _queue_file(options)
-                waiting = read_queue(path, backlog_of, key)
-                lines += [f"{name}: {count} messages wait" for name, count, _ in waiting]
+                lines += [f"{name}: {count} messages wait" for name, count, _ in read_queue(path, backlog_of, key)]
         except StorageError as error:
             lines = lines or [f"CRITICAL: {error}"]
         if options.watch and sys.stdout and sys.stdout.isatty():
@@ -11799,8 +11778,7 @@ def _replay(options: argparse.Namespace, wanted: Wanted) -> int:
                 statuses["left out: images"] += 1
                 continue
             text, kind = (message.original or b"").decode(message.encoding, "replace"), message.type
-            content_type = kind if "/" in kind else HL7_TYPE
-            status = 0 if options.dry_run else await fhir.execute(options.to, content_type, text)
+            status = 0 if options.dry_run else await fhir.execute(options.to, kind if "/" in kind else HL7_TYPE, text)
             statuses[f"status {status}" if status else "would be sent"] += 1
 
     asyncio.run(run())
