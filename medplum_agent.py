@@ -7012,8 +7012,7 @@ class CallLine(MllpLine):
             self.words = str(frame)
             return
         text = frame.decode(self.encoding, "replace")
-        ack = read_ack(text)
-        if ack:
+        if ack := read_ack(text):
             self.owner.note(f"[Received ACK -- ID: {ack.control_id}]: {text}")
         else:
             self.owner.note(f"[Ignored]: {text}")
@@ -7484,8 +7483,7 @@ def parse_ping(host: object, body: object) -> tuple[str, int]:
         return name, 1
     if not (match := re.match(r"[+-]?\d+", number)):
         raise PingError(f'Unable to ping {name} "{number}" times. "{number}" is not a number.')
-    count = int(match.group())
-    if not 1 <= count <= PING_MAX:
+    if not 1 <= (count := int(match.group())) <= PING_MAX:
         raise PingError(f"Unable to ping {name} {count} times: the count must be from 1 to {PING_MAX}")
     return name, count
 
@@ -8715,8 +8713,7 @@ class DicomChannel(Channel):
     async def c_move(self, request: Request) -> Answer:
         """C-MOVE (PS3.4 C.4.2)."""
         title, calling = request.fields.get("MoveDestination", ""), request.line.titles["callingAeTitle"]
-        peer = destinations(self.settings.moveDestinations).get(title)
-        if peer is None:
+        if (peer := destinations(self.settings.moveDestinations).get(title)) is None:
             self.warn(f"'{calling}' asked to move to '{title}': not among moveDestinations")
             raise Refusal("the destination is not among moveDestinations", UNKNOWN_DESTINATION)
         references = await self._references(request, destination=title)
@@ -9069,8 +9066,7 @@ class ImagingCaller:
         """The request of a push; DeviceError says what is wrong with it."""
         try:
             request = load_json(push.text)
-            command = request["command"]
-            if command not in cls.COMMANDS:
+            if (command := request["command"]) not in cls.COMMANDS:
                 raise ValueError(f"command '{command}' is unknown: use one of {', '.join(cls.COMMANDS)}")
             if command == "C-STORE":
                 reference_of(request.get("binary"))
@@ -9162,8 +9158,7 @@ class ImagingCaller:
 
 def _checked_status(answer: Dataset) -> int:
     """The status of an answer if it is success or a warning; DeviceError for failures and silence."""
-    status = answer.get("Status")
-    if status is None:
+    if (status := answer.get("Status")) is None:
         raise DeviceError("no answer came", "device-silent")
     if status == SUCCESS or status >> 12 == 0xB or status in (0x0001, 0x0107, 0x0116):  # PS3.7 C.3 and C.4
         return int(status)
@@ -9247,9 +9242,10 @@ class Doctor:
         return {"level": level, "checks": self.checks, "outbound": outbound, "inbound": inbound}
 
     def _settings(self) -> None:
-        rows, shown = vars(self.config.settings), []
-        for name, source in self.config.sources.items():
-            shown.append(f"{name} {'is set' if may_be_secret(name) else rows[name]} (from {source})")
+        rows, sources = vars(self.config.settings), self.config.sources.items()
+        shown = (
+            f"{name} {'is set' if may_be_secret(name) else rows[name]} (from {source})" for name, source in sources
+        )
         self.say("settings", FINE, ", ".join(shown))
         for warning in self.config.warnings:
             self.say("settings", DOUBTFUL, warning, "Correct or remove that line.")
@@ -9874,8 +9870,7 @@ class Operations:
             "doctor": self._doctor, "bundle": self._bundle, "retry": self._queue}  # fmt: skip
         if not remote:
             commands["upgrade"] = self._upgrade
-        command = str(asked.get("command"))
-        if command not in commands:
+        if (command := str(asked.get("command"))) not in commands:
             raise LocalError(f"the command '{command}' is unknown: use {', '.join(commands)}")
         return await commands[command](asked | {"remote": remote})
 
@@ -10092,8 +10087,7 @@ class Operations:
     async def _serve(self, door: str, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         connection, body = h11.Connection(h11.SERVER), bytearray()
         async with asyncio.timeout(WEB_SECS):
-            request = await _event(connection, reader)
-            if not isinstance(request, h11.Request):
+            if not isinstance(request := await _event(connection, reader), h11.Request):
                 return
             given = dict(request.headers).get(b"authorization", b"")
             known = door == "socket" or hmac.compare_digest(given, f"Bearer {self._token}".encode())
