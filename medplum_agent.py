@@ -7622,13 +7622,16 @@ class Context(NamedTuple):
     syntaxes: tuple[str, ...]
 
 
+Roles = Mapping[str, tuple[int, int]]  # (SCU, SCP) by SOP class
+
+
 class Associate(NamedTuple):
-    """A device asks for an association. Titles without blanks and NULs; roles (SCU, SCP) by SOP class."""
+    """A device asks for an association. Titles without blanks and NULs."""
 
     calling: str
     called: str
     contexts: tuple[Context, ...]
-    roles: Mapping[str, tuple[int, int]]
+    roles: Roles
 
 
 class Command(NamedTuple):
@@ -7805,7 +7808,7 @@ class Dimse:
         calling, called = (_text(title.strip(b" \0").split(b"\0")[0]) for title in (content[20:36], content[4:20]))
         self._events.append(Associate(calling, called, tuple(contexts.values()), roles))
 
-    def accept(self, contexts: Sequence[tuple[Context, int]], roles: Mapping[str, tuple[int, int]]) -> bytes:
+    def accept(self, contexts: Sequence[tuple[Context, int]], roles: Roles) -> bytes:
         """A-ASSOCIATE-AC (PS3.8 9.3.3): each context with its result (0 accepted, 3 and 4 refused) and its syntax."""
         items = _item(0x10, b"1.2.840.10008.3.1.1.1")
         for context, result in contexts:
@@ -8266,15 +8269,10 @@ class DicomLine(Line):
         events, answer = self.core.receive(received)
         if answer:
             self.send(answer)
+        steps: dict[type[DimseEvent], Callable[..., None]] = {
+            Fragment: self._take, Command: self._begin, Associate: self._associate, Ended: self._end}  # fmt: skip
         for event in events:
-            if isinstance(event, Fragment):
-                self._take(event)
-            elif isinstance(event, Command):
-                self._begin(event)
-            elif isinstance(event, Associate):
-                self._associate(event)
-            else:
-                self._end(event.reason)
+            steps[type(event)](*event)
 
     def pause_writing(self) -> None:
         self._drained.clear()
@@ -8315,28 +8313,28 @@ class DicomLine(Line):
 
     # --- the association ---
 
-    def _associate(self, asked: Associate) -> None:
+    def _associate(self, calling: str, called: str, contexts: Sequence[Context], roles: Roles) -> None:
         """Accept or reject (PS3.8 9.3.4); AE titles are what they are, and compared where a setting names some."""
         s, core = self.owner.settings, self.core
-        self.titles = {"callingAeTitle": asked.calling, "calledAeTitle": asked.called}
+        self.titles = {"callingAeTitle": calling, "calledAeTitle": called}
         established = len(self.owner.associations)
         if core.state != "Sta3":
             return
-        if s.calledAeTitle and asked.called != s.calledAeTitle.strip():
-            reason, answer = f"it calls '{asked.called}', and calledAeTitle is '{s.calledAeTitle}'", (1, 1, 7)
-        elif s.callingAeTitles and asked.calling not in ae_titles(s.callingAeTitles):
+        if s.calledAeTitle and called != s.calledAeTitle.strip():
+            reason, answer = f"it calls '{called}', and calledAeTitle is '{s.calledAeTitle}'", (1, 1, 7)
+        elif s.callingAeTitles and calling not in ae_titles(s.callingAeTitles):
             reason, answer = "it is not among callingAeTitles", (1, 1, 3)
         elif established >= s.maxConnections:
             reason, answer = f"{established} associations are open (maxConnections)", (2, 3, 2)
         else:
             self.messages += 1
-            roles = {  # the device may be both for objects (C-GET) and for commitments (PS3.7 D.3.3.4)
+            allowed = {  # the device may be both for objects (C-GET) and for commitments (PS3.7 D.3.3.4)
                 uid: (scu, scp if is_storage(uid) or uid == COMMITMENT_CLASS else 0)
-                for uid, (scu, scp) in asked.roles.items()
+                for uid, (scu, scp) in roles.items()
             }
-            self.send(core.accept(list(map(self._negotiated, asked.contexts)), roles))
+            self.send(core.accept(list(map(self._negotiated, contexts)), allowed))
             return
-        self.owner.warn(f"the association of '{asked.calling}' at {self.remote} was rejected: {reason}")
+        self.owner.warn(f"the association of '{calling}' at {self.remote} was rejected: {reason}")
         self.send(core.reject(*answer))
         self._end("")
 
@@ -8367,10 +8365,10 @@ class DicomLine(Line):
 
     # --- requests ---
 
-    def _begin(self, event: Command) -> None:
+    def _begin(self, context: int, fields: Json, has_data: bool) -> None:
         """A command: an answer to us, a C-CANCEL, or a request."""
-        fields, number = event.fields, event.fields["CommandField"]
-        name, about = DIMSE_NAMES.get(number, ""), fields.get("MessageIDBeingRespondedTo", 0)
+        number, about = fields["CommandField"], fields.get("MessageIDBeingRespondedTo", 0)
+        name = DIMSE_NAMES.get(number, "")
         if number & 0x8000:
             if (answer := self._answers.get(about)) and not answer.done():
                 answer.set_result(fields)
@@ -8380,8 +8378,8 @@ class DicomLine(Line):
                 if request.fields.get("MessageID") == about:
                     request.cancelled.set()
             return
-        request = Request(self, name, self.core.contexts[event.context], fields, bytearray(), asyncio.Event())
-        if not event.has_data:
+        request = Request(self, name, self.core.contexts[context], fields, bytearray(), asyncio.Event())
+        if not has_data:
             self._serve_soon(request)
             return
         self._coming = request
@@ -8390,15 +8388,15 @@ class DicomLine(Line):
             request.data += request.head
             request.file.start = len(request.data)
 
-    def _take(self, piece: Fragment) -> None:
+    def _take(self, content: bytes, last: bool) -> None:
         """A piece of the data set; of an answer's, a C-CANCEL's or one that was aborted nobody wants it."""
         if (request := self._coming) is None:
             return
-        request.data += piece.content
-        if piece.last:
+        request.data += content
+        if last:
             self._coming = None
         if request.file is not None:
-            if not request.writing and (piece.last or len(request.data) >= SPOOL_BLOCK_BYTES):
+            if not request.writing and (last or len(request.data) >= SPOOL_BLOCK_BYTES):
                 request.writing = True
                 spawn(self._write(request, request.file))
             elif len(request.data) > 4 * SPOOL_BLOCK_BYTES:
@@ -8407,7 +8405,7 @@ class DicomLine(Line):
             self._coming = None
             self.send(self.core.aborting())
             self._end("aborted: a data set that is too large")
-        elif piece.last:
+        elif last:
             self._serve_soon(request)
 
     async def _write(self, request: Request, file: SpoolFile) -> None:
@@ -10184,20 +10182,18 @@ def page() -> tuple[bytes, dict[str, str]]:
 
 def figures(status: Json) -> str:
     """A status in Prometheus' text format 0.0.4."""
-    groups = {
-        "": [("", status)],
-        "channel": [(one["name"], one) for one in status["channels"]],
-        "device": [(one["address"], one) for one in status["devices"]],
-        "kind": [(one["kind"], one | {"holds": 1}) for one in status["alarms"]],
+    groups: dict[str, list[tuple[Json, Json]]] = {
+        "": [({}, status)],
+        "channel": [({"channel": one["name"]}, one) for one in status["channels"]],
+        "device": [({"device": one["address"]}, one) for one in status["devices"]],
+        "kind": [({"kind": one["kind"], "subject": one["subject"]}, one | {"holds": 1}) for one in status["alarms"]],
     }
     lines = [f'medplum_agent_info{{version="{VERSION}"}} 1']
     for label, rows in _FIGURES.items():
         for name, where, text in (row.split(" ", 2) for row in rows.splitlines()):
             kind, unit = "counter" if name.endswith("_total") else "gauge", 0.001 if where.endswith(("At", "Ms")) else 1
             lines += [f"# HELP medplum_agent_{name} {text}", f"# TYPE medplum_agent_{name} {kind}"]
-            for value, group in groups[label]:
-                labels = {label: value} if label else {}
-                labels |= {"subject": group["subject"]} if label == "kind" else {}
+            for labels, group in groups[label]:
                 plain = ((key, _CONTROLS.sub(" ", text)) for key, text in labels.items())
                 escaped = [f"{key}={json.dumps(text, ensure_ascii=False)}" for key, text in plain]
                 found: Any = reduce(getitem, where.split("."), group)
