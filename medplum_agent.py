@@ -6976,6 +6976,7 @@ security_of = attrgetter("tls", "checkHost", "caFile", "certFile", "keyFile")
 
 @lru_cache(maxsize=64)
 def _device_tls(settings: DeviceSettings) -> ssl.SSLContext:
+    """The system's authorities and caFile, and our certificate if the device wants one."""
     context = tls_context(settings.caFile)
     context.check_hostname = settings.checkHost
     if settings.certFile:
@@ -6984,10 +6985,7 @@ def _device_tls(settings: DeviceSettings) -> ssl.SSLContext:
 
 
 def device_tls(target: Target, log: Log) -> ssl.SSLContext:
-    """TLS to a device: the system's authorities and caFile, and our certificate if the device wants one; DeviceError.
-
-    What is wrong with a file that the address names is for our own log, not for the cloud.
-    """
+    """TLS to a device; DeviceError. What is wrong with a file that its address names only our own log hears."""
     try:
         return _device_tls(target.settings)
     except (ConfigError, OSError) as error:
@@ -8492,10 +8490,7 @@ Places = list[list[str]]  # of each object where it can be had, the best place f
 
 
 class DicomChannel(Channel):
-    """One DICOM channel: objects, queries, procedure steps and commitment requests of imaging devices.
-
-    A request is served by the method of its name.
-    """
+    """Objects, queries, procedure steps and commitment requests of devices: each served by the method of its name."""
 
     threads = ThreadPoolExecutor(4, "imaging")  # for the disk
     _decoding = ThreadPoolExecutor(1, "decoding")  # one at a time: messages share the interpreter with it
@@ -9030,10 +9025,7 @@ def file_blocks(path: str, start: int) -> Iterator[tuple[bytes, bool]]:
 
 
 def commitment_report(request: Json, committed: set[str] | None) -> tuple[Dataset, int]:
-    """The data set of an N-EVENT-REPORT and its event type: 1 when all is committed, else 2 (PS3.4 J.3.3).
-
-    `committed`: SOP Instance UIDs; None when nobody could say.
-    """
+    """Data set and event type of an N-EVENT-REPORT: 1 when all UIDs are `committed`, else 2; None: nobody could say."""
     reason = PROCESSING_FAILURE if committed is None else NO_SUCH_INSTANCE
     sequences: dict[str, list[Json]] = {"00081199": [], "00081198": []}  # referenced, failed
     for uid, sop_class in referenced_objects(request):
@@ -9043,7 +9035,7 @@ def commitment_report(request: Json, committed: set[str] | None) -> tuple[Datase
         sequences["00081199" if safe else "00081198"].append(item)
     report = {tag: {"vr": "SQ", "Value": items} for tag, items in sequences.items() if items}
     report["00081195"] = request["dataset"].get("00081195", {"vr": "UI"})
-    return dataset_of(report), 2 if sequences["00081198"] else 1
+    return dataset_of(report), 2 if sequences["00081198"] else 1  # PS3.4 J.3.3
 
 
 # --- requests of the cloud to application entities -------------------------------------------------------------------
