@@ -7173,10 +7173,8 @@ class Device:
                 if target.scheme == "tcp":  # bytes, or records as one ASTM session, on a connection of their own
                     call = await self._dial(target, RecordsCall if target.settings.mode == "astm" else BytesCall)
                     attempt.asked(call)
-                    try:
+                    with closing(call):
                         return await call.ask(push)
-                    finally:
-                        call.close()
                 answer = await self._exchange(push, attempt)
         finally:
             self.users -= 1
@@ -9189,7 +9187,7 @@ class Doctor:
     """
 
     def __init__(self, config: ProcessConfig, running: Json | None, remote: bool = False):
-        self.config, self.running, self.remote = config, running, remote
+        self.config, self.running, self.remote = config, running or {}, remote
         self.checks: list[Json] = []
         self._log = Log("doctor", LoggerSettings(logLevel="NONE"), None, None)
         self._base = urllib.parse.urlsplit(config.settings.baseUrl)
@@ -9223,8 +9221,7 @@ class Doctor:
         for channel in [channel for channel in plan.channels if channel.port and channel.active] if plan else ():
             purpose = f"{channel.protocol}, channel '{channel.name}'"
             (outbound if channel.dials else inbound).append([f"{channel.host}:{channel.port}", purpose])
-        devices = (self.running or {}).get("devices", ())
-        outbound += [[device["address"], "device that is pushed to"] for device in devices]
+        outbound += [[device["address"], "device that is pushed to"] for device in self.running.get("devices", ())]
         if (releases := urllib.parse.urlsplit(self.config.settings.upgradeUrl)).hostname:
             where = f"{releases.hostname}:{releases.port or 443}"
             outbound.append([where, "signed releases, when an upgrade is asked for"])
@@ -9413,7 +9410,7 @@ class Doctor:
     async def _connection(self, agent_id: str) -> None:
         """The WebSocket, and whether another agent has this id."""
         remedy = "A proxy or firewall must let WebSockets through to /ws/agent; see also the main log."
-        if self.running is not None:
+        if self.running:
             live = self.running["server"]["live"]
             text = "connected" if live else "the running agent is not connected"
             self.say("websocket", FINE if live else WRONG, text, remedy)
@@ -9457,7 +9454,7 @@ class Doctor:
                 self.say("queue", WRONG, str(error), "Mend storeKey; without the key the queue cannot be read.")
             except StorageError as error:
                 self.say("queue", WRONG, str(error), _storage_advice(error))
-        if sys.platform != "win32" and (self.remote or self.running is None):  # else it is that of another process
+        if sys.platform != "win32" and (self.remote or not self.running):  # else it is that of another process
             import resource
 
             limit, need = resource.getrlimit(resource.RLIMIT_NOFILE)[0], 200
@@ -9467,9 +9464,9 @@ class Doctor:
 
     async def _page(self) -> None:
         if address := self.config.settings.statusAddress:
-            trouble = self.running["pageTrouble"] if self.running else ""
+            trouble = self.running.get("pageTrouble", "")
             try:
-                if self.running is None:
+                if not self.running:
                     (await Listener.open(web_address(address), self._log)).close()
             except OSError as error:
                 trouble = os_reason(error)
@@ -9478,7 +9475,7 @@ class Doctor:
 
     async def _channel(self, channel: ChannelPlan) -> None:
         where = f"channel '{channel.name}'"
-        known = {one["name"]: one for one in (self.running or {}).get("channels", ())}
+        known = {one["name"]: one for one in self.running.get("channels", ())}
         if channel.dials and not channel.port:
             usable = sys.platform == "win32" or os.access(channel.host, os.R_OK | os.W_OK)
             text = f"{where}: {channel.host} {'is there' if usable else 'is missing, or this user may not use it'}"
@@ -9489,9 +9486,9 @@ class Doctor:
         elif not channel.dials:
             try:
                 (await Listener.open(channel.bind, self._log)).close()
-                text = "is free" if self.running is None else "is free, but the running agent has not opened it"
-                remedy = "See the main log for the reason."
-                self.say("port", FINE if self.running is None else DOUBTFUL, f"{where}: {channel.port} {text}", remedy)
+                more, remedy = ", but the running agent has not opened it", "See the main log for the reason."
+                text = f"{where}: {channel.port} is free{more if self.running else ''}"
+                self.say("port", DOUBTFUL if self.running else FINE, text, remedy)
             except OSError as error:
                 remedy = f"Find the program with: ss -ltnp 'sport = :{channel.port}'. Stop it, or use another port."
                 if isinstance(error, PermissionError):
@@ -10100,21 +10097,21 @@ class Operations:
         """A whole answer; without its end it goes on with server-sent events, until the page goes away."""
         address = self._agent.config.settings.statusAddress
         method, path = request.method.decode(), request.target.decode("latin-1").partition("?")[0]
-        asked = ("GET" if method == "HEAD" else method, path)
+        asked = f"{'GET' if method == 'HEAD' else method} {path}"
         status, kind, content, more = 200, "text/plain; charset=utf-8", b"", dict[str, str]()
         anywhere = path in ("/metrics", "/healthz") and door == "page" and not _is_loopback(web_address(address)[0])
         if not (door == "socket" or anywhere or _is_own_name(dict(request.headers).get(b"host", b""), address)):
             status, content = 421, b"this name is not known here: use the address of statusAddress"
-        elif asked == ("GET", "/"):
+        elif asked == "GET /":
             kind, content, more = "text/html; charset=utf-8", *page()
-        elif asked == ("GET", "/metrics"):
+        elif asked == "GET /metrics":
             kind, content = "text/plain; version=0.0.4; charset=utf-8", figures(await self.status()).encode()
-        elif asked == ("GET", "/healthz"):
+        elif asked == "GET /healthz":
             found = await self.status()
             wrong = found["problems"] + [alarm["text"] for alarm in found["alarms"] if alarm["critical"]]
             wrong += [] if found["store"]["healthy"] else [f"the queue: {found['store']['trouble']}"]
             status, content = (503 if wrong else 200), "; ".join(wrong or ["well"]).encode()
-        elif asked not in (("GET", "/events"), ("POST", "/ask")):
+        elif asked not in ("GET /events", "POST /ask"):
             status, content = 404, b"not found"
         elif not known:
             status, content = 401, b"this needs the token that the agent printed at its start"
