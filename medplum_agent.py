@@ -9639,7 +9639,7 @@ class Operations:
 
     def __init__(self, agent: Agent):
         self.alarms: dict[tuple[str, str], Alarm] = {}
-        self._agent = agent
+        self._agent, self._settings = agent, agent.config.settings
         self._token = ""
         self._started_at = now_ms()
         self._waiting: dict[str, Backlog] = {}
@@ -9697,7 +9697,7 @@ class Operations:
             alarm = self.alarms[key]
             (self._agent.log.error if alarm.critical else self._agent.log.warn)(f"Alarm: {alarm.text}.")
             self._unsent.append((f"ALARM: {alarm.text}", 2 if alarm.critical else 4, alarm.since))
-        if not self._agent.config.settings.alarmTo:
+        if not self._settings.alarmTo:
             self._unsent.clear()
         if self.alarms.keys() != before.keys():
             self._save()
@@ -9789,7 +9789,7 @@ class Operations:
 
     async def _send_out(self) -> None:
         """To alarmTo, in their order, until it has taken them: syslog over TLS, or a command's standard input."""
-        target, tried = self._agent.config.settings.alarmTo, 0
+        target, tried = self._settings.alarmTo, 0
         while self._unsent:
             text, severity, at = sent = self._unsent[0]
             try:
@@ -9878,7 +9878,7 @@ class Operations:
             "bytes": 0, "freeBytes": 0}  # fmt: skip
         wrong = agent.problems or not store["healthy"] or any(alarm.critical for alarm in self.alarms.values())
         return {
-            "version": VERSION, "agentId": agent.config.settings.agentId, "startedAt": self._started_at,
+            "version": VERSION, "agentId": self._settings.agentId, "startedAt": self._started_at,
             "now": now_ms(), "state": 2 if wrong else int(bool(self.alarms)),
             "problems": agent.problems, "pageTrouble": self.page_trouble,
             "server": {"url": agent.fhir.base, "live": agent.uplink.live, "awaySecs": round(self._away_secs()),
@@ -9926,7 +9926,7 @@ class Operations:
         if verb == "import" and not asked["remote"]:
             return {"count": await self._import(asked["lines"], bool(asked.get("dryRun")))}
         payload = bool(asked.get("payload")) and verb == "show"
-        if payload and not self._agent.config.settings.remotePayload:
+        if payload and not self._settings.remotePayload:
             raise LocalError("patient data is shown to the cloud only with remotePayload=true in agent.toml")
         limit = min(max(1, int(asked.get("limit") or 100)), SWEEP_ROWS)
         wanted = wanted_of(asked, "waiting" if verb == "list" else "")._replace(limit=limit + 1, payload=payload)
@@ -10000,7 +10000,7 @@ class Operations:
 
     async def _bundle(self, asked: Json) -> Json:
         """What support asks for; the configuration without anything that could be a secret."""
-        rows = vars(self._agent.config.settings).items()
+        rows = vars(self._settings).items()
         settings = {name: value for name, value in rows if not may_be_secret(name)}
         return {"doctor": await self._doctor(asked), "status": await self.status(), "settings": settings,
             "channels": [{"name": one.name, "address": one.address} for one in self._agent.plan.channels],
@@ -10017,7 +10017,7 @@ class Operations:
     async def open(self, context: ssl.SSLContext) -> None:
         """Open both; a page that cannot be opened does not stop messages."""
         self._context = context
-        folder, address = self._agent.state_dir, self._agent.config.settings.statusAddress
+        folder, address = self._agent.state_dir, self._settings.statusAddress
         path = folder / SOCKET_FILE
         for old in (path, folder / DOOR_FILE):
             old.unlink(missing_ok=True)
@@ -10095,7 +10095,7 @@ class Operations:
 
     async def _respond(self, door: str, known: bool, request: h11.Request, body: bytes) -> list[h11.Event]:
         """A whole answer; without its end it goes on with server-sent events, until the page goes away."""
-        address = self._agent.config.settings.statusAddress
+        address = self._settings.statusAddress
         method, path = request.method.decode(), request.target.decode("latin-1").partition("?")[0]
         asked = f"{'GET' if method == 'HEAD' else method} {path}"
         status, kind, content, more = 200, "text/plain; charset=utf-8", b"", dict[str, str]()
