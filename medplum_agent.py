@@ -9124,10 +9124,9 @@ class ImagingCaller:
         finally:
             sender.release()
 
-    @classmethod
-    def _query(cls, sender: Sender, request: Json) -> Json:
+    def _query(self, sender: Sender, request: Json) -> Json:
         command = request["command"]
-        sop_class = VERIFICATION_CLASS if command == "C-ECHO" else cls._model(request)
+        sop_class = VERIFICATION_CLASS if command == "C-ECHO" else self._model(request)
         association = sender.association((sop_class, *UNCOMPRESSED))
         if command == "C-ECHO":
             return {"status": _checked_status(association.send_c_echo())}
@@ -9756,22 +9755,21 @@ class Operations:
             yield Alarm("dead", name, True, f"{self._owner(name)} has {dead} dead letters: see queue list dead")
 
     def _channel_conditions(self, name: str, channel: Channel) -> Iterator[Alarm]:
-        plan = channel.plan
+        plan, s = channel.plan, channel.plan.settings
         if not plan.active or channel.queue.paused:
             return
         if not plan.dials:
             text = f"port {plan.port} of channel '{name}' is not open"
             yield Alarm("port", name, plan.bind not in self._agent.listeners, text, True)
-        if plan.settings.expectEverySecs:
+        if expected := s.expectEverySecs:
             came = channel.queue.last_at  # since the start: before it, silence was that of an agent that did not run
-            silent = expected_secs(plan.settings, max(came, self._started_at) / 1000)
+            silent = expected_secs(s, max(came, self._started_at) / 1000)
             text = f"channel '{name}' has been silent for {duration(silent or 0)}"
-            expected = plan.settings.expectEverySecs
             holds = True if silent and silent > expected else False if now_ms() - came < 1000 * expected else None
             yield Alarm("silent", name, holds, text)
-        if plan.settings.certFile and plan.settings.tls:
+        if s.certFile and s.tls:
             with suppress(OSError, ValueError):
-                left = seconds_left(der_of(plan.settings.certFile))
+                left = seconds_left(der_of(s.certFile))
                 text = f"channel '{name}': its certificate {f'ends in {duration(left)}' if left > 0 else 'has ended'}"
                 yield Alarm("certificate", name, left < EXPIRY_DAYS * 86_400, text, left < 0)
 
@@ -11525,14 +11523,13 @@ def _screen(status: Json) -> Iterator[str]:
     for alarm in status["alarms"]:
         yield f"ALARM    {alarm['text']} (for {duration((status['now'] - alarm['since']) / 1000)})"
     rows: list[list[Any]] = [["CHANNEL", "ADDRESS", "LINES", "MINUTE", "HOUR", "LAST", "WAITING", "OLDEST", "DEAD"]]
-    for one in status["channels"]:
-        last = f"{duration((status['now'] - one['lastMessageAt']) / 1000)} ago" if one["lastMessageAt"] else "never"
+    device = {"name": "(device)", "tls": False, "open": True, "lastMinute": "", "lastHour": ""}
+    for one in (*status["channels"], *(device | one for one in status["devices"])):
+        came = one.get("lastMessageAt", "")
+        last = f"{duration((status['now'] - came) / 1000)} ago" if came else "never" if came == 0 else ""
         address = f"{one['address']}{' TLS' if one['tls'] else ''}{'' if one['open'] else ' CLOSED'}"
         depth = [one["waiting"], duration(one["oldestSecs"]) if one["waiting"] else "", one["dead"]]
         rows.append([one["name"], address, one["connections"], one["lastMinute"], one["lastHour"], last, *depth])
-    for one in status["devices"]:
-        depth = [one["waiting"], duration(one["oldestSecs"]) if one["waiting"] else "", one["dead"]]
-        rows.append(["(device)", one["address"], one["connections"], "", "", "", *depth])
     rows = [[str(cell)[:SHOWN_CHARS] for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     yield from ("  ".join(f"{cell:{width}}" for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows)
