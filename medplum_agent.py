@@ -8198,11 +8198,10 @@ class Request:
     @property
     def head(self) -> bytes:
         """Preamble and file meta information of its object (PS3.10 7.1)."""
-        codec, uid = pynetdicom.dsutils, pydicom.uid.UID
-        meta = codec.create_file_meta(
-            sop_class_uid=uid(self.fields.get("AffectedSOPClassUID") or self.context.abstract),
-            sop_instance_uid=uid(self.uid or "0"), transfer_syntax=uid(self.context.syntaxes[0]))  # fmt: skip
-        return bytes(128) + b"DICM" + cast(bytes, codec.encode_file_meta(meta))
+        meta = pynetdicom.dsutils.create_file_meta(
+            sop_class_uid=self.fields.get("AffectedSOPClassUID") or self.context.abstract,
+            sop_instance_uid=self.uid or "0", transfer_syntax=self.context.syntaxes[0])  # fmt: skip
+        return bytes(128) + b"DICM" + cast(bytes, pynetdicom.dsutils.encode_file_meta(meta))
 
     @cached_property
     def dataset(self) -> Dataset:
