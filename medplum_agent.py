@@ -11401,10 +11401,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         options = _parse(argv, program)
         if options.settings_schema:
             shown = options.settings_schema == "markdown"
-            _show((settings_markdown() if shown else json.dumps(settings_schema(), indent=2)).splitlines())
+            _show(*(settings_markdown() if shown else json.dumps(settings_schema(), indent=2)).splitlines())
             return 0
         if options.evidence:
-            _show(_evidence())
+            _show(*_evidence())
             return 0
         if options.selftest:
             return _selftest(options, *options.arguments)
@@ -11463,7 +11463,7 @@ def _health(options: argparse.Namespace) -> int:
     away = status["server"]["awaySecs"] if status else 0
     if options.server_secs is not None and away > options.server_secs:
         problems.append(f"the server has been away for {away} s")
-    _show([f"The agent with its state in {state_dir}: {'; '.join(problems) or 'it is alive'}."])
+    _show(f"The agent with its state in {state_dir}: {'; '.join(problems) or 'it is alive'}.")
     return int(bool(problems))
 
 
@@ -11475,7 +11475,7 @@ def _asked(options: argparse.Namespace, asked: Json, seconds: float = HTTP_TIMEO
     return answer
 
 
-def _show(lines: Iterable[str]) -> None:
+def _show(*lines: str) -> None:
     """Print; nothing in a message may steer a terminal."""
     if sys.stdout is None:  # it was closed
         return
@@ -11504,7 +11504,7 @@ def _status(options: argparse.Namespace) -> int:
             lines = lines or [f"CRITICAL: {error}"]
         if options.watch and sys.stdout and sys.stdout.isatty():
             print("\x1b[H\x1b[2J", end="")
-        _show(lines)
+        _show(*lines)
         if not options.watch:
             return code
         time.sleep(EVENT_SECS)
@@ -11551,23 +11551,23 @@ def _doctor(options: argparse.Namespace, *arguments: str) -> NoReturn:
     found["checks"] = first + found["checks"]
     code = max(check["level"] for check in found["checks"])
     if options.json:
-        _show([json.dumps(found | {"level": code})])
+        _show(json.dumps(found | {"level": code}))
     else:
         marks = ("ok", "WARN", "FAIL")
         for check in found["checks"]:
             remedy = [f"      -> {check['remedy']}"] if check["remedy"] else []
-            _show([f"{marks[check['level']]:5} {check['name']}: {check['text']}", *remedy])
+            _show(f"{marks[check['level']]:5} {check['name']}: {check['text']}", *remedy)
         for title, rows in (("Outbound: to host, for", found["outbound"]), ("Inbound: at port, for", found["inbound"])):
-            _show(["", title, *(f"  {where:40} {purpose}" for where, purpose in rows)])
+            _show("", title, *(f"  {where:40} {purpose}" for where, purpose in rows))
     os._exit(code)
 
 
 def _validate(options: argparse.Namespace) -> int:
     found = _asked(options, {"command": "validate"})
     for title, level in (("problems", "ERROR"), ("warnings", "WARN"), ("changes", "would change")):
-        _show(f"{level}: {text}" for text in found[title])
+        _show(*(f"{level}: {text}" for text in found[title]))
     if not any(found.values()):
-        _show(["A reload would change nothing."])
+        _show("A reload would change nothing.")
     return int(bool(found["problems"]))
 
 
@@ -11603,7 +11603,7 @@ def _send(options: argparse.Namespace, address: str = "", *files: str) -> int:
                                 if not code and (not ack or ack.control_id in ("", wanted)):  # else of an earlier one
                                     code = ack.code if ack else "no acknowledgment"
                     failed |= code not in ("AA", "CA")
-                    _show([f"{name}: {wanted}: {code} after {1000 * (time.monotonic() - began):.1f} ms"])
+                    _show(f"{name}: {wanted}: {code} after {1000 * (time.monotonic() - began):.1f} ms")
     except (OSError, ValueError, hl7.HL7Exception) as error:
         where = "" if isinstance(error, OSError) and error.filename else f"{address}: "
         raise StorageError(f"{where}{error}") from None
@@ -11684,7 +11684,7 @@ def _look(options: argparse.Namespace, wanted: Wanted, verb: str) -> int:
         lines += [f"Message {message.id} of {name}", *(f"  {step}" for step in _story(name, message))]
         for title, text in body.items():
             lines += [f"  {title}:", *LINE_ENDS.split(text)]
-    _show(lines)
+    _show(*lines)
     if not found or len(found) == wanted.limit:
         words = f"There may be more: see --limit {wanted.limit}" if found else f"There is nothing of that in {path}"
         print(f"{words}.", file=sys.stderr)
@@ -11717,7 +11717,7 @@ def _export(options: argparse.Namespace, file: Path, wanted: Wanted) -> int:
                 count += 1
     except OSError as error:
         raise StorageError(f"{file}: {error.strerror}") from None
-    _show([f"{count} messages are in {file}. This is patient data."])
+    _show(f"{count} messages are in {file}. This is patient data.")
     return int(not count)
 
 
@@ -11734,7 +11734,7 @@ def _import(options: argparse.Namespace, file: Path, wanted: Wanted) -> int:
     count, asked = 0, {"command": "queue", "verb": "import", "dryRun": options.dry_run}
     for at in range(0, len(chosen), SWEEP_ROWS):
         count += _asked(options, asked | {"lines": chosen[at : at + SWEEP_ROWS]})["count"]
-    _show([f"{count} of {len(chosen)} messages {'would be' if options.dry_run else 'are'} imported."])
+    _show(f"{count} of {len(chosen)} messages {'would be' if options.dry_run else 'are'} imported.")
     return int(not count)
 
 
@@ -11757,7 +11757,7 @@ def _replay(options: argparse.Namespace, wanted: Wanted) -> int:
             statuses[f"status {status}" if status else "would be sent"] += 1
 
     asyncio.run(run())
-    _show(f"{count} messages: {status}" for status, count in statuses.items())
+    _show(*(f"{count} messages: {status}" for status, count in statuses.items()))
     return int(not statuses or any(status >= "status 3" for status in statuses if status.startswith("status ")))
 
 
@@ -11770,7 +11770,7 @@ def _rekey(options: argparse.Namespace) -> int:
     with alone_with(path, key):
         rewrite_queue(path, key, new)
         mark_key(path, new)
-    _show([f"The queue {path} is rewritten. Write storeKey into the agent's settings, then start it. {BACK_UP_KEY}"])
+    _show(f"The queue {path} is rewritten. Write storeKey into the agent's settings, then start it. {BACK_UP_KEY}")
     return 0
 
 
@@ -11786,7 +11786,7 @@ def _decide(options: argparse.Namespace, fate: str, wanted: Wanted, ids: list[in
         changed = partial(decide, fate=fate, ids=chosen)
         count = len(change_queue(path, changed, key)) if answer is None else answer["count"]
     done = {"retry": "are sent again", "discard": "are given up"}[fate]
-    _show([f"{count} dead letters {done.replace('are', 'would be', 1) if options.dry_run else done}."])
+    _show(f"{count} dead letters {done.replace('are', 'would be', 1) if options.dry_run else done}.")
     return int(not count)
 
 
@@ -11902,15 +11902,15 @@ def _upgrade(options: argparse.Namespace, what: str = "") -> int:
     if options.rollback and not (wanted := versions.current["previous"]):
         raise LocalError("there is no older version here: install its package")
     if not versions.program(wanted or "?").exists() and versions.writable:
-        _show([f"Fetching {wanted or 'the newest version'}."])
+        _show(f"Fetching {wanted or 'the newest version'}.")
         wanted = versions.fetch(config.settings, bundle, wanted, downgrade=options.allow_downgrade)
     elif bundle:
         raise LocalError(f"{versions.folder} cannot be written by this user: use sudo")
-    _show([f"{wanted or 'The newest version'} proves itself and takes over."])
+    _show(f"{wanted or 'The newest version'} proves itself and takes over.")
     try:
         if (answer := ask_agent(state_dir, {"command": "upgrade", "version": wanted}, 600)) is None:
             versions.choose(wanted)
-            _show([f"No agent runs with the state in {state_dir}. {wanted} runs from its next start."])
+            _show(f"No agent runs with the state in {state_dir}. {wanted} runs from its next start.")
             return 0
         wanted = answer["version"]
         while True:
@@ -11923,9 +11923,9 @@ def _upgrade(options: argparse.Namespace, what: str = "") -> int:
                 if found.get("step") in ("done", "given up") and found["to"] == wanted:
                     break
     except KeyboardInterrupt:
-        _show(["The upgrade goes on; `status` says how it ends."])
+        _show("The upgrade goes on; `status` says how it ends.")
         return 130
-    _show([f"{status['version']} runs{'. ' + found['reason'] if found['reason'] else '.'}"])
+    _show(f"{status['version']} runs{'. ' + found['reason'] if found['reason'] else '.'}")
     return int(found["step"] != "done")
 
 
