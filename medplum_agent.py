@@ -9216,7 +9216,7 @@ class Doctor:
         if self._proxy.hostname:
             outbound = [[f"{self._proxy.hostname}:{self._proxy.port or 80}", f"the proxy, to {outbound[0][0]}"]]
         inbound = list[list[str]]()
-        for channel in [channel for channel in plan.channels if channel.port and channel.active] if plan else ():
+        for channel in [channel for channel in plan.channels if channel.port and channel.active]:
             purpose = f"{channel.protocol}, channel '{channel.name}'"
             (outbound if channel.dials else inbound).append([f"{channel.host}:{channel.port}", purpose])
         outbound += [[device["address"], "device that is pushed to"] for device in self.running.get("devices", ())]
@@ -9428,19 +9428,19 @@ class Doctor:
 
     # --- this machine ---
 
-    def _saved_plan(self) -> Plan | None:
+    def _saved_plan(self) -> Plan:
         with suppress(OSError, ValueError, KeyError, TypeError, ConfigError):
             saved = load_json((self.config.state_dir / CONFIG_FILE).read_bytes())
             return build_plan(saved["agent"], {f"Endpoint/{one['id']}": one for one in saved["endpoints"]})[0]
-        return None
+        return build_plan({}, {})[0]
 
     async def _local(self) -> None:
         plan = self._plan or self._saved_plan()
-        for channel in [channel for channel in plan.channels if channel.active] if plan else ():
+        for channel in [channel for channel in plan.channels if channel.active]:
             await self._channel(channel)
         await self._page()
         folder = self.config.state_dir
-        queue = Path(plan.settings.queueDbPath) if plan and plan.settings.queueDbPath else folder / QUEUE_FILE
+        queue = Path(plan.settings.queueDbPath or folder / QUEUE_FILE)
         logs = Path(self.config.main_log.logDir or folder)
         for name, place in (("state", folder), ("queue", queue.parent), ("logs", logs)):
             await asyncio.to_thread(self._folder, name, place)
@@ -9455,8 +9455,8 @@ class Doctor:
         if sys.platform != "win32" and (self.remote or not self.running):  # else it is that of another process
             import resource
 
-            limit, need = resource.getrlimit(resource.RLIMIT_NOFILE)[0], 200
-            need += sum(min(channel.settings.maxConnections, 1000) for channel in plan.channels) if plan else 0
+            limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+            need = 200 + sum(min(channel.settings.maxConnections, 1000) for channel in plan.channels)
             text = f"{limit} may be open at once; all connections together need {need}"
             self.say("files", DOUBTFUL if limit < need else FINE, text, f"Raise it (LimitNOFILE={need}).")
 
