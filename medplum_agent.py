@@ -8599,13 +8599,14 @@ class DicomChannel(Channel):
     # --- questions ---
 
     async def _read(self, request: Request, refusal: Refusal, large: int = LARGE_VALUE_BYTES) -> Json:
-        """The data set of a request, as a part of the body of a message; `refusal` when it cannot be read."""
+        """What a request is, with its data set, for the body of a message; `refusal` when that cannot be read."""
         omitted: list[str] = []
         try:
             elements = await self._decode(lambda: dicom_json(request.dataset, omitted, large))
         except Exception:
             raise refusal from None
-        return {"dataset": elements} | ({"omitted": omitted} if omitted else {})
+        more = {"omitted": omitted} if omitted else {}
+        return {"association": request.line.titles, "command": request.name, "dataset": elements, **more}
 
     async def _ask(self, request: Request, member: str, **more: str) -> Any:
         """The Bot's answer to a query, or a member of it; Refusal when there is none, also when the device cancels."""
@@ -8614,9 +8615,8 @@ class DicomChannel(Channel):
         if "omitted" in asked and command != "C-FIND":  # more would be retrieved than was asked for
             raise Refusal(f"the identifier has unreadable values: {', '.join(asked['omitted'])}", CANNOT_UNDERSTAND)
         level = "WORKLIST" if request.context.abstract == WORKLIST_CLASS else _texts(asked["dataset"], "00080052")[0]
-        body = {"association": request.line.titles, "command": command, "level": level,
-            "sopClassUid": request.fields.get("AffectedSOPClassUID", ""), **asked, **more}  # fmt: skip
-        text = dump_json(body).decode()
+        more |= {"sopClassUid": request.fields.get("AffectedSOPClassUID", ""), "level": level}
+        text = dump_json(asked | more).decode()
         if len(dump_json(text)) > BODY_BYTES:
             raise Refusal("the identifier is larger than the server takes")
         self.note(f"[Received {command}]: {text}")
@@ -8815,8 +8815,7 @@ class DicomChannel(Channel):
         """The body of a message about an N-service."""
         refusal = Refusal("the data set cannot be read", PROCESSING_FAILURE)
         asked = await self._read(request, refusal, UPLINK_FRAME_BYTES)
-        return {"association": request.line.titles, "command": request.name, "sopClassUid": sop_class,
-            "sopInstanceUid": uid, **more, **asked}  # fmt: skip
+        return asked | {"sopClassUid": sop_class, "sopInstanceUid": uid} | more
 
     async def n_action(self, request: Request) -> None:
         """Storage commitment N-ACTION (PS3.4 J.3.2): answered when stored; the report follows the Bot's answer."""
