@@ -110,7 +110,7 @@ except ImportError:  # pragma: no cover - platforms without a wheel: slower, the
 
 
 # =====================================================================================================================
-# Version, limits (240 lines, 1050 tokens)
+# Version, limits (240 lines, 1100 tokens)
 #
 # Every bound has a name, a unit and a reason. What a site could need to change is a setting instead (next section).
 # =====================================================================================================================
@@ -381,10 +381,6 @@ class ConfigError(LocalError):
         self.exit_code = EX_CONFIG if for_good else 1
 
 
-class FilesError(LocalError):
-    """Files that a Device.url names cannot be used; the text is for our own log, not for the cloud."""
-
-
 class StorageError(LocalError):
     """The store cannot take a message; the text says why and goes to the device in MSA-3."""
 
@@ -423,7 +419,7 @@ class ServerError(PeerError):
 
 
 # =====================================================================================================================
-# Settings (1060 lines, 7350 tokens)
+# Settings (1040 lines, 7350 tokens)
 #
 # One setting, one row: a field of a frozen dataclass. The parser, the checks, `--settings-schema` and README's tables
 # come from the row. Names are the wire's own (camelCase). Precedence for a channel, field by field: Endpoint address,
@@ -1461,7 +1457,7 @@ def _markdown(shown: Json) -> str:
 
 
 # =====================================================================================================================
-# Logs (190 lines, 1350 tokens)
+# Logs (180 lines, 1350 tokens)
 #
 # Two logs as JSON lines, each a rotating file: the main log says what the agent does and never holds patient data
 # (messages are named by their row number in the queue); the channel log holds the messages. On a terminal the main
@@ -2014,7 +2010,7 @@ class Mllp:
 
 
 # =====================================================================================================================
-# Byte stream (130 lines, 900 tokens)
+# Byte stream (120 lines, 850 tokens)
 #
 # Messages between a start and an end sequence of one or more bytes (channel contract 9). Bytes in, events out. Every
 # byte is judged when it arrives by what it completes, so cuts between reads make no difference.
@@ -2130,7 +2126,7 @@ def stream_answer(body: str, settings: StreamSettings) -> bytes:
 
 
 # =====================================================================================================================
-# ASTM (590 lines, 4000 tokens)
+# ASTM (560 lines, 3900 tokens)
 #
 # The link layer of laboratory instruments (ASTM E1381, CLSI LIS01-A2), both roles, and the little of the records
 # (E1394, LIS02-A2) that it needs. Bytes and times in, events out. The caller commits a frame to disk between
@@ -2688,7 +2684,7 @@ def text_records(body: str, settings: StreamSettings) -> list[bytes]:
 
 
 # =====================================================================================================================
-# Store (1490 lines, 10950 tokens)
+# Store (1450 lines, 10700 tokens)
 #
 # Every message on disk before it is acknowledged: one SQLite file (WAL, synchronous=FULL), one writer thread with one
 # commit in flight. What arrives while it runs is the next batch: one executemany, one COMMIT, one call back into the
@@ -4130,7 +4126,7 @@ def _trouble_of(error: Exception) -> tuple[str, str]:
 
 
 # =====================================================================================================================
-# FHIR (400 lines, 3200 tokens)
+# FHIR (360 lines, 3050 tokens)
 #
 # The HTTPS side of the server: OAuth2 client-credentials login and FHIR reads (uplink contract 1 and 2). urllib3 does
 # the work in worker threads: pools, proxies, TLS, retries. May touch: HTTPS.
@@ -5040,7 +5036,7 @@ def percentiles(samples: Iterable[int]) -> dict[str, float]:
 
 
 # =====================================================================================================================
-# Uplink (460 lines, 3500 tokens)
+# Uplink (430 lines, 3350 tokens)
 #
 # One WSS connection to the server (uplink contract 3 and 4): connect, heartbeats both ways, forced reconnect when it is
 # silent or never live, full-jitter back-off. websockets does TCP, proxy, TLS, handshake and frames; its receive queue
@@ -6933,7 +6929,7 @@ def _bind_address(family: int, address: Any, count: int) -> socket.socket | None
 
 
 # =====================================================================================================================
-# Devices (540 lines, 4150 tokens)
+# Devices (530 lines, 4150 tokens)
 #
 # From the cloud to the device. A push that somebody waits for is tried once and answered within the caller's window.
 # One that nobody waits for is stored first, and then tried in order until the device accepts it or it becomes a dead
@@ -6947,16 +6943,23 @@ security_of = attrgetter("tls", "checkHost", "caFile", "certFile", "keyFile")
 
 
 @lru_cache(maxsize=64)
-def device_tls(settings: DeviceSettings) -> ssl.SSLContext:
-    """TLS to a device: the system's authorities and caFile, and our certificate if the device wants one."""
-    try:
-        context = tls_context(settings.caFile)
-        context.check_hostname = settings.checkHost
-        if settings.certFile:
-            load_identity(context, settings.certFile, settings.keyFile)
-    except (ConfigError, OSError) as error:
-        raise FilesError(str(error)) from None
+def _device_tls(settings: DeviceSettings) -> ssl.SSLContext:
+    """The system's authorities and caFile, and our certificate if the device wants one."""
+    context = tls_context(settings.caFile)
+    context.check_hostname = settings.checkHost
+    if settings.certFile:
+        load_identity(context, settings.certFile, settings.keyFile)
     return context
+
+
+def device_tls(target: Target, log: Log) -> ssl.SSLContext:
+    """TLS to a device; DeviceError. What is wrong with a file that its address names only our own log hears."""
+    try:
+        return _device_tls(target.settings)
+    except (ConfigError, OSError) as error:
+        log.warn(f"Device {target.key}: TLS cannot be set up: {error}.")
+        text = "TLS cannot be set up with the files that the address names; our main log says why"
+        raise DeviceError(f"{target.key}: {text}", "device-unreachable") from None
 
 
 class CallLine(MllpLine):
@@ -6975,8 +6978,7 @@ class CallLine(MllpLine):
             self.words = str(frame)
             return
         text = frame.decode(self.encoding, "replace")
-        ack = read_ack(text)
-        if ack:
+        if ack := read_ack(text):
             self.owner.note(f"[Received ACK -- ID: {ack.control_id}]: {text}")
         else:
             self.owner.note(f"[Ignored]: {text}")
@@ -7061,10 +7063,6 @@ class Device:
         """The queue, if there was ever a push to store."""
         return [self.queue] if "queue" in vars(self) else []
 
-    @property
-    def needed(self) -> bool:
-        return bool(self.users or self.lines) or not all(queue.idle for queue in self.queues)
-
     # --- its lines ---
 
     def opened(self, line: Line) -> None:
@@ -7083,23 +7081,16 @@ class Device:
         self._devices.channel_log.info(f"[Device:{self.name}] {text}")
 
     async def _dial(self, target: Target, kind: Callable[[Device, DeviceSettings], C]) -> C:
-        settings, context, failure = target.settings, None, OSError("the name has no address")
+        settings, failure = target.settings, OSError("the name has no address")
+        line = partial(kind, self, settings)
         self._opening += 1
         try:
             async with within(self.name, settings.connectTimeoutSecs):
-                if settings.tls:
-                    try:
-                        context = await asyncio.to_thread(device_tls, settings)
-                    except FilesError as error:  # the cloud hears nothing of what our files are
-                        self.warn(f"TLS cannot be set up: {error}")
-                        text = "TLS cannot be set up with the files that the address names; our main log says why"
-                        raise LocalError(text) from None
+                context = await asyncio.to_thread(device_tls, target, self._devices.log) if settings.tls else None
                 name = target.host if context else None
                 for address in await self._devices.addresses(target):
                     try:
-                        made = self._loop.create_connection(
-                            lambda: kind(self, settings), *address, ssl=context, server_hostname=name
-                        )
+                        made = self._loop.create_connection(line, *address, ssl=context, server_hostname=name)
                         return (await made)[1]
                     except OSError as error:
                         failure = error
@@ -7150,10 +7141,8 @@ class Device:
                 if target.scheme == "tcp":  # bytes, or records as one ASTM session, on a connection of their own
                     call = await self._dial(target, RecordsCall if target.settings.mode == "astm" else BytesCall)
                     attempt.asked(call)
-                    try:
+                    with closing(call):
                         return await call.ask(push)
-                    finally:
-                        call.close()
                 answer = await self._exchange(push, attempt)
         finally:
             self.users -= 1
@@ -7238,8 +7227,7 @@ class Device:
     async def _deliver(self, message: Message) -> None:
         given = {"remote": message.remote, "body": message.text, "contentType": message.type}
         try:
-            push = parse_push(given | {"returnAck": message.return_ack})
-            answer = await self.ask(push, PUSH_STORED_SECS)
+            answer = await self.ask(parse_push(given | {"returnAck": message.return_ack}), PUSH_STORED_SECS)
         except DeviceError as error:
             self.queue.failed(message, error.kind, counts=error.kind != "device-unreachable")
         except Exception as error:  # a push that cannot even be tried must not hold those behind it for ever
@@ -7342,8 +7330,9 @@ class Devices:
         """Close connections that are not needed, and forget devices without any."""
         if not self.plan.settings.keepAlive:
             self._close_idle(asyncio.get_running_loop().time() - DEVICE_IDLE_SECS)
-        for device in [device for device in self._devices.values() if not device.needed]:
-            del self._devices[device.name]
+        for key, device in [*self._devices.items()]:
+            if not (device.users or device.lines) and all(queue.idle for queue in device.queues):
+                del self._devices[key]
 
     def _close_idle(self, before: float) -> None:
         """Close lines that have not been used since `before` (the event loop's clock)."""
@@ -7374,12 +7363,11 @@ class Devices:
 
     def stats(self) -> Json:
         """Round trips per device (operations contract 8)."""
-        return {
-            f"{key}?encoding={device.encoding}": {
-                "rtt": percentiles(device.round_trips) | {"pendingCount": len(device.asked)}
-            }
-            for key, device in self._devices.items()
-        }
+        found = Json()
+        for key, device in self._devices.items():
+            rtt = percentiles(device.round_trips) | {"pendingCount": len(device.asked)}
+            found[f"{key}?encoding={device.encoding}"] = {"rtt": rtt}
+        return found
 
 
 async def ping(host: str, count: int, allowed: Sequence[PushTarget] = ()) -> str:
@@ -7459,14 +7447,13 @@ def parse_ping(host: object, body: object) -> tuple[str, int]:
         return name, 1
     if not (match := re.match(r"[+-]?\d+", number)):
         raise PingError(f'Unable to ping {name} "{number}" times. "{number}" is not a number.')
-    count = int(match.group())
-    if not 1 <= count <= PING_MAX:
+    if not 1 <= (count := int(match.group())) <= PING_MAX:
         raise PingError(f"Unable to ping {name} {count} times: the count must be from 1 to {PING_MAX}")
     return name, count
 
 
 # =====================================================================================================================
-# DICOM (1730 lines, 14250 tokens)
+# DICOM (1680 lines, 14150 tokens)
 #
 # Imaging devices (DICOM PS3.4, PS3.7, PS3.8; channel contract 8). `Dimse` is a core like the others: bytes in, events
 # out. Its line runs requests as coroutines; what takes long (fsync, decoding, JSON) goes to a few threads. pydicom and
@@ -7556,8 +7543,7 @@ def syntax_of(uid: str) -> tuple[bool, bool, bool]:
 
 def write_dataset(dataset: Dataset, syntax: str) -> bytes:
     """ValueError when it cannot be written."""
-    content = pynetdicom.dsutils.encode(dataset, *syntax_of(syntax))
-    if content is None:
+    if (content := pynetdicom.dsutils.encode(dataset, *syntax_of(syntax))) is None:
         raise ValueError("a data set that cannot be written")
     return cast(bytes, content)
 
@@ -7580,15 +7566,10 @@ _STATES = {  # the state behind a PDU
     "Sta6": {P_DATA: "Sta6", RELEASE_RQ: "Sta13", ABORT: "Sta1"},
     "Sta13": dict.fromkeys(range(ASSOCIATE_AC, ABORT), "Sta13") | {ABORT: "Sta1"},
 }
-_ABORTS = (
-    "reason not specified",
-    "unrecognized PDU",
-    "unexpected PDU",
-    "",
-    "unrecognized parameter",
-    "unexpected parameter",
-    "invalid parameter",
-)  # fmt: skip  (PS3.8 9.3.8)
+_ABORTS = (  # PS3.8 9.3.8
+    "reason not specified|unrecognized PDU|unexpected PDU||unrecognized parameter|unexpected parameter|"
+    "invalid parameter"
+).split("|")
 ITEM_BYTES = 65_000  # of an item, whose length has two bytes
 _NO_DATA = 0x0101  # Command Data Set Type (PS3.7 E.1)
 DIMSE_NAMES = {
@@ -7605,13 +7586,16 @@ class Context(NamedTuple):
     syntaxes: tuple[str, ...]
 
 
+Roles = Mapping[str, tuple[int, int]]  # (SCU, SCP) by SOP class
+
+
 class Associate(NamedTuple):
-    """A device asks for an association. Titles without blanks and NULs; roles (SCU, SCP) by SOP class."""
+    """A device asks for an association. Titles without blanks and NULs."""
 
     calling: str
     called: str
     contexts: tuple[Context, ...]
-    roles: Mapping[str, tuple[int, int]]
+    roles: Roles
 
 
 class Command(NamedTuple):
@@ -7653,8 +7637,7 @@ def command_set(fields: Json) -> bytes:
 def _known(element: int) -> tuple[str, str]:
     """Keyword and VR of an element of commands; empty for what nobody knows (PS3.7 E.1)."""
     known = pydicom.datadict
-    vr = known.dictionary_VR(element) if known.dictionary_has_tag(element) else ""
-    return known.keyword_for_tag(element), vr
+    return known.keyword_for_tag(element), known.dictionary_VR(element) if known.dictionary_has_tag(element) else ""
 
 
 def read_command(content: bytes) -> Json:
@@ -7789,7 +7772,7 @@ class Dimse:
         calling, called = (_text(title.strip(b" \0").split(b"\0")[0]) for title in (content[20:36], content[4:20]))
         self._events.append(Associate(calling, called, tuple(contexts.values()), roles))
 
-    def accept(self, contexts: Sequence[tuple[Context, int]], roles: Mapping[str, tuple[int, int]]) -> bytes:
+    def accept(self, contexts: Sequence[tuple[Context, int]], roles: Roles) -> bytes:
         """A-ASSOCIATE-AC (PS3.8 9.3.3): each context with its result (0 accepted, 3 and 4 refused) and its syntax."""
         items = _item(0x10, b"1.2.840.10008.3.1.1.1")
         for context, result in contexts:
@@ -8051,7 +8034,7 @@ def reference_of(item: object) -> str:
 
 def _places(found: Json) -> list[str]:
     """Where an object that the server has can be had: by WADO-RS, and as the Binary that the server made of it."""
-    uids = [(found.get(tag, {}).get("Value") or [""])[0] for tag in ("0020000D", "0020000E", "00080018")]
+    uids = [_texts(found, tag)[0] for tag in ("0020000D", "0020000E", "00080018")]
     raw = (found["raw"] or {}).get("reference")
     return ["dicomweb/studies/{}/series/{}/instances/{}".format(*uids), *([str(raw)] if raw else [])]
 
@@ -8183,17 +8166,14 @@ class Request:
     @property
     def head(self) -> bytes:
         """Preamble and file meta information of its object (PS3.10 7.1)."""
-        codec, uid = pynetdicom.dsutils, pydicom.uid.UID
-        meta = codec.create_file_meta(
-            sop_class_uid=uid(self.fields.get("AffectedSOPClassUID") or self.context.abstract),
-            sop_instance_uid=uid(self.uid or "0"), transfer_syntax=uid(self.context.syntaxes[0]),
-        )  # fmt: skip
-        return bytes(128) + b"DICM" + cast(bytes, codec.encode_file_meta(meta))
+        meta = pynetdicom.dsutils.create_file_meta(
+            sop_class_uid=self.fields.get("AffectedSOPClassUID") or self.context.abstract,
+            sop_instance_uid=self.uid or "0", transfer_syntax=self.context.syntaxes[0])  # fmt: skip
+        return bytes(128) + b"DICM" + cast(bytes, pynetdicom.dsutils.encode_file_meta(meta))
 
     @cached_property
     def dataset(self) -> Dataset:
-        content = io.BytesIO(self.data)
-        return cast("Dataset", pynetdicom.dsutils.decode(content, *syntax_of(self.context.syntaxes[0])))
+        return cast("Dataset", pynetdicom.dsutils.decode(io.BytesIO(self.data), *syntax_of(self.context.syntaxes[0])))
 
     async def respond(self, fields: Json, dataset: Dataset | None = None) -> None:
         """An answer, of success unless its status says other; a data set that cannot be written is not sent."""
@@ -8252,15 +8232,10 @@ class DicomLine(Line):
         events, answer = self.core.receive(received)
         if answer:
             self.send(answer)
+        steps: dict[type[DimseEvent], Callable[..., None]] = {
+            Fragment: self._take, Command: self._begin, Associate: self._associate, Ended: self._end}  # fmt: skip
         for event in events:
-            if isinstance(event, Fragment):
-                self._take(event)
-            elif isinstance(event, Command):
-                self._begin(event)
-            elif isinstance(event, Associate):
-                self._associate(event)
-            else:
-                self._end(event.reason)
+            steps[type(event)](*event)
 
     def pause_writing(self) -> None:
         self._drained.clear()
@@ -8282,9 +8257,8 @@ class DicomLine(Line):
         if self.inside and self.core.state == "Sta2":
             self.owner.warn(f"{self.remote} sent no association request: is this the right port?")
         elif self.core.established:
-            self.owner.warn(
-                f"{self.remote}: the association of '{self.titles['callingAeTitle']}' ended without release"
-            )
+            calling = self.titles["callingAeTitle"]
+            self.owner.warn(f"{self.remote}: the association of '{calling}' ended without release")
         self.core.state = "Sta1"
         self._give_up()
 
@@ -8302,28 +8276,28 @@ class DicomLine(Line):
 
     # --- the association ---
 
-    def _associate(self, asked: Associate) -> None:
+    def _associate(self, calling: str, called: str, contexts: Sequence[Context], roles: Roles) -> None:
         """Accept or reject (PS3.8 9.3.4); AE titles are what they are, and compared where a setting names some."""
         s, core = self.owner.settings, self.core
-        self.titles = {"callingAeTitle": asked.calling, "calledAeTitle": asked.called}
+        self.titles = {"callingAeTitle": calling, "calledAeTitle": called}
         established = len(self.owner.associations)
         if core.state != "Sta3":
             return
-        if s.calledAeTitle and asked.called != s.calledAeTitle.strip():
-            reason, answer = f"it calls '{asked.called}', and calledAeTitle is '{s.calledAeTitle}'", (1, 1, 7)
-        elif s.callingAeTitles and asked.calling not in ae_titles(s.callingAeTitles):
+        if s.calledAeTitle and called != s.calledAeTitle.strip():
+            reason, answer = f"it calls '{called}', and calledAeTitle is '{s.calledAeTitle}'", (1, 1, 7)
+        elif s.callingAeTitles and calling not in ae_titles(s.callingAeTitles):
             reason, answer = "it is not among callingAeTitles", (1, 1, 3)
         elif established >= s.maxConnections:
             reason, answer = f"{established} associations are open (maxConnections)", (2, 3, 2)
         else:
             self.messages += 1
-            roles = {  # the device may be both for objects (C-GET) and for commitments (PS3.7 D.3.3.4)
+            allowed = {  # the device may be both for objects (C-GET) and for commitments (PS3.7 D.3.3.4)
                 uid: (scu, scp if is_storage(uid) or uid == COMMITMENT_CLASS else 0)
-                for uid, (scu, scp) in asked.roles.items()
+                for uid, (scu, scp) in roles.items()
             }
-            self.send(core.accept(list(map(self._negotiated, asked.contexts)), roles))
+            self.send(core.accept(list(map(self._negotiated, contexts)), allowed))
             return
-        self.owner.warn(f"the association of '{asked.calling}' at {self.remote} was rejected: {reason}")
+        self.owner.warn(f"the association of '{calling}' at {self.remote} was rejected: {reason}")
         self.send(core.reject(*answer))
         self._end("")
 
@@ -8354,10 +8328,10 @@ class DicomLine(Line):
 
     # --- requests ---
 
-    def _begin(self, event: Command) -> None:
+    def _begin(self, context: int, fields: Json, has_data: bool) -> None:
         """A command: an answer to us, a C-CANCEL, or a request."""
-        fields, number = event.fields, event.fields["CommandField"]
-        name, about = DIMSE_NAMES.get(number, ""), fields.get("MessageIDBeingRespondedTo", 0)
+        number, about = fields["CommandField"], fields.get("MessageIDBeingRespondedTo", 0)
+        name = DIMSE_NAMES.get(number, "")
         if number & 0x8000:
             if (answer := self._answers.get(about)) and not answer.done():
                 answer.set_result(fields)
@@ -8367,8 +8341,8 @@ class DicomLine(Line):
                 if request.fields.get("MessageID") == about:
                     request.cancelled.set()
             return
-        request = Request(self, name, self.core.contexts[event.context], fields, bytearray(), asyncio.Event())
-        if not event.has_data:
+        request = Request(self, name, self.core.contexts[context], fields, bytearray(), asyncio.Event())
+        if not has_data:
             self._serve_soon(request)
             return
         self._coming = request
@@ -8377,15 +8351,15 @@ class DicomLine(Line):
             request.data += request.head
             request.file.start = len(request.data)
 
-    def _take(self, piece: Fragment) -> None:
+    def _take(self, content: bytes, last: bool) -> None:
         """A piece of the data set; of an answer's, a C-CANCEL's or one that was aborted nobody wants it."""
         if (request := self._coming) is None:
             return
-        request.data += piece.content
-        if piece.last:
+        request.data += content
+        if last:
             self._coming = None
         if request.file is not None:
-            if not request.writing and (piece.last or len(request.data) >= SPOOL_BLOCK_BYTES):
+            if not request.writing and (last or len(request.data) >= SPOOL_BLOCK_BYTES):
                 request.writing = True
                 spawn(self._write(request, request.file))
             elif len(request.data) > 4 * SPOOL_BLOCK_BYTES:
@@ -8394,7 +8368,7 @@ class DicomLine(Line):
             self._coming = None
             self.send(self.core.aborting())
             self._end("aborted: a data set that is too large")
-        elif piece.last:
+        elif last:
             self._serve_soon(request)
 
     async def _write(self, request: Request, file: SpoolFile) -> None:
@@ -8448,10 +8422,8 @@ class DicomLine(Line):
             self._loop.call_exception_handler(context)
         fields: Json = {"Status": refusal.status}
         if refusal.status != CANCELLED:
-            what = f"status 0x{refusal.status:04X}"
-            self.owner.warn(
-                f"a request of '{self.titles['callingAeTitle']}' was answered with {what}; see the channel log"
-            )
+            what, calling = f"status 0x{refusal.status:04X}", self.titles["callingAeTitle"]
+            self.owner.warn(f"a request of '{calling}' was answered with {what}; see the channel log")
             self.owner.note(f"[Refused]: {request.name}: {what}: {refusal}")
             fields["ErrorComment"] = str(refusal)[:64]
         await request.respond(fields)
@@ -8479,13 +8451,11 @@ class DicomLine(Line):
 
 Answer = tuple[Json, "Dataset | None"] | None  # fields and data set; None: success, and nothing more to say
 Send = Callable[[SpoolFile, Any], Awaitable[Any]]  # a file with its meta information to where it shall go; the answer
+Places = list[list[str]]  # of each object where it can be had, the best place first
 
 
 class DicomChannel(Channel):
-    """One DICOM channel: objects, queries, procedure steps and commitment requests of imaging devices.
-
-    A request is served by the method of its name.
-    """
+    """Objects, queries, procedure steps and commitment requests of devices: each served by the method of its name."""
 
     threads = ThreadPoolExecutor(4, "imaging")  # for the disk
     _decoding = ThreadPoolExecutor(1, "decoding")  # one at a time: messages share the interpreter with it
@@ -8582,16 +8552,14 @@ class DicomChannel(Channel):
         def stored(message: Message) -> None:
             if message.refusal:
                 self.store.spool.remove(message.spool or "")
+                status = OUT_OF_RESOURCES if message.type == "C-STORE" else RESOURCE_LIMITATION
+                settle = partial(done.set_exception, Refusal(message.refusal, status))
             else:
                 self.note(f"[Received {message.type}]: {message.control_id} from {message.remote}")
                 self.queue.stored(message)
-            if done.done():  # the agent stops, and nobody waits any more
-                return
-            if message.refusal:
-                status = OUT_OF_RESOURCES if message.type == "C-STORE" else RESOURCE_LIMITATION
-                done.set_exception(Refusal(message.refusal, status))
-            else:
-                done.set_result(None)
+                settle = partial(done.set_result, None)
+            if not done.done():  # else the agent stops, and nobody waits any more
+                settle()
 
         message.source = stored
         self.store.put(message)
@@ -8600,13 +8568,14 @@ class DicomChannel(Channel):
     # --- questions ---
 
     async def _read(self, request: Request, refusal: Refusal, large: int = LARGE_VALUE_BYTES) -> Json:
-        """The data set of a request, as a part of the body of a message; `refusal` when it cannot be read."""
+        """What a request is, with its data set, for the body of a message; `refusal` when that cannot be read."""
         omitted: list[str] = []
         try:
             elements = await self._decode(lambda: dicom_json(request.dataset, omitted, large))
         except Exception:
             raise refusal from None
-        return {"dataset": elements} | ({"omitted": omitted} if omitted else {})
+        more = {"omitted": omitted} if omitted else {}
+        return {"association": request.line.titles, "command": request.name, "dataset": elements, **more}
 
     async def _ask(self, request: Request, member: str, **more: str) -> Any:
         """The Bot's answer to a query, or a member of it; Refusal when there is none, also when the device cancels."""
@@ -8615,11 +8584,8 @@ class DicomChannel(Channel):
         if "omitted" in asked and command != "C-FIND":  # more would be retrieved than was asked for
             raise Refusal(f"the identifier has unreadable values: {', '.join(asked['omitted'])}", CANNOT_UNDERSTAND)
         level = "WORKLIST" if request.context.abstract == WORKLIST_CLASS else _texts(asked["dataset"], "00080052")[0]
-        body = {
-            "association": request.line.titles, "command": command,
-            "sopClassUid": request.fields.get("AffectedSOPClassUID", ""), "level": level, **asked, **more,
-        }  # fmt: skip
-        text = dump_json(body).decode()
+        more |= {"sopClassUid": request.fields.get("AffectedSOPClassUID", ""), "level": level}
+        text = dump_json(asked | more).decode()
         if len(dump_json(text)) > BODY_BYTES:
             raise Refusal("the identifier is larger than the server takes")
         self.note(f"[Received {command}]: {text}")
@@ -8638,10 +8604,8 @@ class DicomChannel(Channel):
 
     async def c_find(self, request: Request) -> None:
         """C-FIND (PS3.4 C.4.1, K.4.1)."""
-        if self._answers_itself(request):
-            matches: Any = await self._search(request)
-        else:
-            matches = await self._ask(request, "datasets")
+        itself = self._answers_itself(request)
+        matches: Any = await (self._search(request) if itself else self._ask(request, "datasets"))
         if not isinstance(matches, list):
             raise Refusal("the Bot's answer is no list of data sets")
         for elements in matches:
@@ -8662,8 +8626,7 @@ class DicomChannel(Channel):
 
     async def _search(self, request: Request) -> list[Json]:
         """The data sets of what matches, at the level that is asked for; for a retrieval of images, and their `raw`."""
-        text = "the identifier cannot be read, or its level is none of a study root"
-        refusal = Refusal(text, CANNOT_UNDERSTAND)
+        refusal = Refusal("the identifier cannot be read, or its level is none of a study root", CANNOT_UNDERSTAND)
         wanted = asked = (await self._read(request, refusal))["dataset"]
         if (level := _texts(asked, "00080052")[0]) not in _SEARCHES:
             raise refusal
@@ -8696,8 +8659,8 @@ class DicomChannel(Channel):
                         found.append((described, resource))
         return list({described[uid]["Value"][0]: (described, resource) for described, resource in found}.values())
 
-    async def _references(self, request: Request, **more: str) -> list[list[str]]:
-        """Of each object where it can be had, the best place first; one that can be had nowhere fails, and counts."""
+    async def _references(self, request: Request, **more: str) -> Places:
+        """One that can be had nowhere fails, and counts."""
         if self._answers_itself(request):
             return [_places(found) for found in await self._search(request)]
         found = await self._ask(request, "binaries", **more)
@@ -8709,8 +8672,7 @@ class DicomChannel(Channel):
     async def c_move(self, request: Request) -> Answer:
         """C-MOVE (PS3.4 C.4.2)."""
         title, calling = request.fields.get("MoveDestination", ""), request.line.titles["callingAeTitle"]
-        peer = destinations(self.settings.moveDestinations).get(title)
-        if peer is None:
+        if (peer := destinations(self.settings.moveDestinations).get(title)) is None:
             self.warn(f"'{calling}' asked to move to '{title}': not among moveDestinations")
             raise Refusal("the destination is not among moveDestinations", UNKNOWN_DESTINATION)
         references = await self._references(request, destination=title)
@@ -8728,8 +8690,7 @@ class DicomChannel(Channel):
 
     async def c_get(self, request: Request) -> Answer:
         """C-GET (PS3.4 C.4.3): the objects come as C-STORE on the same association."""
-        references = await self._references(request)
-        return await self._retrieve(request, references, partial(self._send_back, request.line))
+        return await self._retrieve(request, await self._references(request), partial(self._send_back, request.line))
 
     async def _send_back(self, line: DicomLine, file: SpoolFile, meta: Dataset) -> Json:
         """C-STORE of a file in a context that takes it, or in another uncompressed syntax; ValueError."""
@@ -8745,17 +8706,15 @@ class DicomChannel(Channel):
                   "AffectedSOPInstanceUID": meta.MediaStorageSOPInstanceUID}  # fmt: skip
         return await line.request(accepted[usable[0]], fields, data)
 
-    async def _retrieve(
-        self, request: Request, references: list[list[str]], send: Send, sender: Sender | None = None
-    ) -> Answer:
+    async def _retrieve(self, request: Request, all_places: Places, send: Send, sender: Sender | None = None) -> Answer:
         """Each object as it comes from the server, and a pending answer after each; the last says what failed."""
-        counts = {"Remaining": len(references), "Completed": 0, "Failed": 0, "Warning": 0}
+        counts = {"Remaining": len(all_places), "Completed": 0, "Failed": 0, "Warning": 0}
         failed: list[str] = []
 
         def answer(status: int) -> Json:
             return {"Status": status} | {f"NumberOf{name}Suboperations": count for name, count in counts.items()}
 
-        for places in references:
+        for places in all_places:
             if request.cancelled.is_set():
                 status = CANCELLED
                 break
@@ -8768,7 +8727,7 @@ class DicomChannel(Channel):
         else:
             del counts["Remaining"]
             bad = counts["Failed"] + counts["Warning"]
-            status = SUCCESS if not bad else ALL_FAILED if counts["Failed"] == len(references) else SOME_FAILED
+            status = SUCCESS if not bad else ALL_FAILED if counts["Failed"] == len(all_places) else SOME_FAILED
         return answer(status), None if status == SUCCESS else dataset_of({"00080058": {"vr": "UI", "Value": failed}})
 
     async def _send_one(self, places: list[str], send: Send) -> tuple[str, str]:
@@ -8825,10 +8784,7 @@ class DicomChannel(Channel):
         """The body of a message about an N-service."""
         refusal = Refusal("the data set cannot be read", PROCESSING_FAILURE)
         asked = await self._read(request, refusal, UPLINK_FRAME_BYTES)
-        return {
-            "association": request.line.titles, "command": request.name, "sopClassUid": sop_class,
-            "sopInstanceUid": uid, **more, **asked,
-        }  # fmt: skip
+        return asked | {"sopClassUid": sop_class, "sopInstanceUid": uid} | more
 
     async def n_action(self, request: Request) -> None:
         """Storage commitment N-ACTION (PS3.4 J.3.2): answered when stored; the report follows the Bot's answer."""
@@ -8863,8 +8819,7 @@ class DicomChannel(Channel):
 
     async def _report(self, message: Message, text: str) -> None:
         """Report what the Bot says is safe; everything else has failed (PS3.4 J.3.3)."""
-        asked = message.text or (await self.store.bodies([message.id]))[message.id][0].decode()
-        request = load_json(asked)
+        request = load_json(message.text or (await self.store.bodies([message.id]))[message.id][0].decode())
         committed: set[str] | None = None
         try:
             committed = {str(uid) for uid in bot_words(text)["committed"]}
@@ -8902,8 +8857,7 @@ class DicomChannel(Channel):
 
     async def recover(self) -> None:
         """After a start: go on with the reports that no device has taken yet."""
-        since = now_ms() - COMMITMENT_REPORT_DAYS * 86_400_000
-        for message in await self.store.unreported(self.queue.row, since):
+        for message in await self.store.unreported(self.queue.row, now_ms() - COMMITMENT_REPORT_DAYS * 86_400_000):
             spawn(self._report(message, message.response or ""))
 
     async def _send_report(self, message: Message, titles: Json, report: Dataset, kind: int) -> str:
@@ -8914,10 +8868,9 @@ class DicomChannel(Channel):
                 own = titles["calledAeTitle"] or self.settings.calledAeTitle or "MEDPLUM"
                 sender = Sender(pynetdicom.AE(own), peer, calling)
                 status = (await self.loop.run_in_executor(self._sending, sender.report, report, kind)).get("Status")
-            elif not (lines := [line for line in self.associations if message.id in line.commitments]):
+            elif (line := next((one for one in self.associations if message.id in one.commitments), None)) is None:
                 return f"'{calling}' is not connected; name its address in moveDestinations"
             else:
-                (line,) = lines
                 context = next(c for c in line.core.contexts.values() if c.abstract == COMMITMENT_CLASS)
                 fields = {"CommandField": 0x0100, "AffectedSOPClassUID": COMMITMENT_CLASS,
                           "AffectedSOPInstanceUID": COMMITMENT_INSTANCE, "EventTypeID": kind}  # fmt: skip
@@ -9005,8 +8958,7 @@ def matches_query(wanted: Json, described: Json) -> bool:
 def _matches(vr: str, key: str, value: str) -> bool:
     if vr in ("DA", "TM", "DT") and "-" in key:
         first, last = key.split("-", 1)
-        inside = (first or value) <= value <= (last or value)
-        return bool(value) and (inside or (bool(last) and value.startswith(last)))
+        return bool(value) and ((first or value) <= value <= (last or value) or (bool(last) and value.startswith(last)))
     if vr == "PN":
         key, value = key.casefold().rstrip("^= "), value.casefold().rstrip("^= ")
     pattern = re.escape(key)
@@ -9050,10 +9002,7 @@ def file_blocks(file: SpoolFile, start: int) -> Iterator[tuple[bytes, bool]]:
 
 
 def commitment_report(request: Json, committed: set[str] | None) -> tuple[Dataset, int]:
-    """The data set of an N-EVENT-REPORT and its event type: 1 when all is committed, else 2 (PS3.4 J.3.3).
-
-    `committed`: SOP Instance UIDs; None when nobody could say.
-    """
+    """Data set and event type of an N-EVENT-REPORT: 1 when all UIDs are `committed`, else 2; None: nobody could say."""
     reason = PROCESSING_FAILURE if committed is None else NO_SUCH_INSTANCE
     sequences: dict[str, list[Json]] = {"00081199": [], "00081198": []}  # referenced, failed
     for uid, sop_class in referenced_objects(request):
@@ -9063,7 +9012,7 @@ def commitment_report(request: Json, committed: set[str] | None) -> tuple[Datase
         sequences["00081199" if safe else "00081198"].append(item)
     report = {tag: {"vr": "SQ", "Value": items} for tag, items in sequences.items() if items}
     report["00081195"] = request["dataset"].get("00081195", {"vr": "UI"})
-    return dataset_of(report), 2 if sequences["00081198"] else 1
+    return dataset_of(report), 2 if sequences["00081198"] else 1  # PS3.4 J.3.3
 
 
 # --- requests of the cloud to application entities -------------------------------------------------------------------
@@ -9084,8 +9033,7 @@ class ImagingCaller:
         """The request of a push; DeviceError says what is wrong with it."""
         try:
             request = load_json(push.text)
-            command = request["command"]
-            if command not in cls.COMMANDS:
+            if (command := request["command"]) not in cls.COMMANDS:
                 raise ValueError(f"command '{command}' is unknown: use one of {', '.join(cls.COMMANDS)}")
             if command == "C-STORE":
                 reference_of(request.get("binary"))
@@ -9138,12 +9086,7 @@ class ImagingCaller:
         entity = pynetdicom.AE(s.callingAeTitle)
         entity.connection_timeout, entity.acse_timeout = s.connectTimeoutSecs, min(seconds, DIMSE_SECS)
         entity.dimse_timeout = entity.network_timeout = seconds
-        try:
-            tls = (device_tls(s), target.host) if s.tls else None
-        except FilesError as error:
-            self._log.warn(f"Device {key}: TLS cannot be set up: {error}.")
-            text = f"{key}: TLS cannot be set up with the files that the address names; our main log says why"
-            raise DeviceError(text, "device-unreachable") from None
+        tls = (device_tls(target, self._log), target.host) if s.tls else None
         sender = Sender(entity, Peer(target.host, target.port), target.path, tls)
         try:
             if file is None:
@@ -9159,10 +9102,9 @@ class ImagingCaller:
         finally:
             sender.release()
 
-    @classmethod
-    def _query(cls, sender: Sender, request: Json) -> Json:
+    def _query(self, sender: Sender, request: Json) -> Json:
         command = request["command"]
-        sop_class = VERIFICATION_CLASS if command == "C-ECHO" else cls._model(request)
+        sop_class = VERIFICATION_CLASS if command == "C-ECHO" else self._model(request)
         association = sender.association((sop_class, *UNCOMPRESSED))
         if command == "C-ECHO":
             return {"status": _checked_status(association.send_c_echo())}
@@ -9174,26 +9116,23 @@ class ImagingCaller:
             found = [dicom_json(dataset, []) for _, dataset in answers if dataset is not None]
             return {"status": _checked_status(answers[-1][0]), "datasets": found}
         last, _ = list(association.send_c_move(identifier, request["destination"], sop_class))[-1]
-        counted = ("Completed", "Failed", "Warning")
-        return {"status": _checked_status(last)} | {
-            name.lower(): int(last.get(f"NumberOf{name}Suboperations") or 0) for name in counted
-        }
+        status, counted = _checked_status(last), ("Completed", "Failed", "Warning")
+        counts = {name.lower(): int(last.get(f"NumberOf{name}Suboperations") or 0) for name in counted}
+        return {"status": status} | counts
 
 
 def _checked_status(answer: Dataset) -> int:
     """The status of an answer if it is success or a warning; DeviceError for failures and silence."""
-    status = answer.get("Status")
-    if status is None:
+    if (status := answer.get("Status")) is None:
         raise DeviceError("no answer came", "device-silent")
     if status == SUCCESS or status >> 12 == 0xB or status in (0x0001, 0x0107, 0x0116):  # PS3.7 C.3 and C.4
         return int(status)
     comment = f" ({answer.ErrorComment})" if answer.get("ErrorComment") else ""
-    kind = "device-error" if status >> 8 == 0xA7 else "device-rejected"
-    raise DeviceError(f"status 0x{status:04X}{comment}", kind)
+    raise DeviceError(f"status 0x{status:04X}{comment}", "device-error" if status >> 8 == 0xA7 else "device-rejected")
 
 
 # =====================================================================================================================
-# Doctor (430 lines, 3800 tokens)
+# Doctor (410 lines, 3700 tokens)
 #
 # `doctor`: one line a check, in the order in which things can fail, each with what the person who can act has to do.
 # It works beside a running agent, without one, and within one for the cloud. May touch: network, files, serial ports.
@@ -9204,13 +9143,9 @@ QUEUE_FILE = "medplum-agent-queue.sqlite"
 FINE, DOUBTFUL, WRONG = range(3)
 
 
-class Check(NamedTuple):
-    """One thing that was looked at; `remedy` says what to do where it is not fine."""
-
-    name: str
-    level: int
-    text: str
-    remedy: str = ""
+def looked_at(name: str, level: int, text: str, remedy: str = "") -> Json:
+    """One check; `remedy` says what to do where it is not fine."""
+    return {"name": name, "level": level, "text": text, "remedy": remedy if level else ""}
 
 
 def silent_parts(plan: Plan) -> Iterator[str]:
@@ -9223,14 +9158,14 @@ def silent_parts(plan: Plan) -> Iterator[str]:
 
 
 class Doctor:
-    """Examines a configuration. `running` is the status of the agent that has it, if one runs.
+    """Examines a configuration that can be parsed. `running` is the status of the agent that has it, if one runs.
 
     `remote`: the cloud asks, which hears nothing of the files that its Endpoints name.
     """
 
-    def __init__(self, config: ProcessConfig, running: Json | None, remote: bool):
-        self.config, self.running, self.remote = config, running, remote
-        self.checks: list[Check] = []
+    def __init__(self, config: ProcessConfig, running: Json | None, remote: bool = False):
+        self.config, self.running, self.remote = config, running or {}, remote
+        self.checks: list[Json] = []
         self._log = Log("doctor", LoggerSettings(logLevel="NONE"), None, None)
         self._base = urllib.parse.urlsplit(config.settings.baseUrl)
         self._port = self._base.port or (443 if self._base.scheme == "https" else 80)
@@ -9240,9 +9175,9 @@ class Doctor:
         self._fhir = Fhir(config.settings, self._context, self._log)
         self._plan: Plan | None = None
 
-    def say(self, name: str, level: int, text: str, remedy: str = "") -> bool:
+    def say(self, name: str, level: int, *words: str) -> bool:
         """Write a check down; whether those that build on it make sense."""
-        self.checks.append(Check(name, level, text, remedy if level else ""))
+        self.checks.append(looked_at(name, level, *words))
         return level < WRONG
 
     async def examine(self, seconds: float) -> Json:
@@ -9253,31 +9188,28 @@ class Doctor:
                 async with asyncio.timeout(seconds * share):
                     await group()
             except TimeoutError:
-                text = f"what comes after '{self.checks[-1].name}' took too long"
+                text = f"what comes after '{self.checks[-1]['name']}' took too long"
                 self.say("time", WRONG, text, "See whether a firewall drops it, or a disk hangs.")
         plan = self._plan or self._saved_plan()
         outbound = [[f"{self._host}:{self._port}", "HTTPS and secure WebSocket to the Medplum server"]]
         if self._proxy.hostname:
             outbound = [[f"{self._proxy.hostname}:{self._proxy.port or 80}", f"the proxy, to {outbound[0][0]}"]]
         inbound = list[list[str]]()
-        for channel in [channel for channel in plan.channels if channel.port and channel.active] if plan else ():
+        for channel in [channel for channel in plan.channels if channel.port and channel.active]:
             purpose = f"{channel.protocol}, channel '{channel.name}'"
             (outbound if channel.dials else inbound).append([f"{channel.host}:{channel.port}", purpose])
-        devices = (self.running or {}).get("devices", ())
-        outbound += [[device["address"], "device that is pushed to"] for device in devices]
+        outbound += [[device["address"], "device that is pushed to"] for device in self.running.get("devices", ())]
         if (releases := urllib.parse.urlsplit(self.config.settings.upgradeUrl)).hostname:
-            outbound.append(
-                [f"{releases.hostname}:{releases.port or 443}", "signed releases, when an upgrade is asked for"]
-            )
-        return {
-            "level": max(check.level for check in self.checks), "checks": [check._asdict() for check in self.checks],
-            "outbound": outbound, "inbound": inbound,
-        }  # fmt: skip
+            where = f"{releases.hostname}:{releases.port or 443}"
+            outbound.append([where, "signed releases, when an upgrade is asked for"])
+        level = max(check["level"] for check in self.checks)
+        return {"level": level, "checks": self.checks, "outbound": outbound, "inbound": inbound}
 
     def _settings(self) -> None:
-        rows, shown = vars(self.config.settings), []
-        for name, source in self.config.sources.items():
-            shown.append(f"{name} {'is set' if may_be_secret(name) else rows[name]} (from {source})")
+        rows, sources = vars(self.config.settings), self.config.sources.items()
+        shown = (
+            f"{name} {'is set' if may_be_secret(name) else rows[name]} (from {source})" for name, source in sources
+        )
         self.say("settings", FINE, ", ".join(shown))
         for warning in self.config.warnings:
             self.say("settings", DOUBTFUL, warning, "Correct or remove that line.")
@@ -9310,9 +9242,8 @@ class Doctor:
                 writer.close()
             return self.say("tcp", FINE, f"{host}:{port} can be reached")
         except TimeoutError:
-            text = f"{host}:{port} does not answer: what is sent there is dropped"
             remedy = f"Have the firewall allow TCP from this machine to {host}:{port}, or set HTTPS_PROXY."
-            return self.say("tcp", WRONG, text, remedy)
+            return self.say("tcp", WRONG, f"{host}:{port} does not answer: what is sent there is dropped", remedy)
         except OSError as error:
             remedy = f"Check the port in {where}, and the firewall."
             return self.say("tcp", WRONG, f"{host}:{port}: {os_reason(error)}", remedy)
@@ -9325,10 +9256,8 @@ class Doctor:
             reader, writer = await asyncio.open_connection(*to)
             try:
                 if proxy.hostname:
-                    user = urllib.parse.unquote(f"{proxy.username}:{proxy.password}").encode()
-                    known = (
-                        f"Proxy-Authorization: Basic {base64.b64encode(user).decode()}\r\n" if proxy.username else ""
-                    )
+                    user = base64.b64encode(urllib.parse.unquote(f"{proxy.username}:{proxy.password}").encode())
+                    known = f"Proxy-Authorization: Basic {user.decode()}\r\n" if proxy.username else ""
                     there = f"{self._host}:{self._port}"
                     writer.write(f"CONNECT {there} HTTP/1.1\r\nHost: {there}\r\n{known}\r\n".encode())
                     answer = (await reader.readuntil(b"\r\n\r\n")).split(b"\r\n")[0].decode("latin-1")
@@ -9346,8 +9275,7 @@ class Doctor:
         try:
             certificate: Json = (await self._handshake(self._context)).getpeercert() or {}
         except ssl.SSLError as error:
-            reason = getattr(error, "verify_message", "") or error.reason or str(error)
-            return await self._distrust(reason)
+            return await self._distrust(getattr(error, "verify_message", "") or error.reason or str(error))
         except ServerError as error:
             remedy = "Give user and password in HTTPS_PROXY, or have the proxy allow this server."
             return self.say("tls", WRONG, str(error), remedy)
@@ -9366,7 +9294,7 @@ class Doctor:
         anyone.check_hostname, anyone.verify_mode = False, ssl.CERT_NONE
         try:
             der = (await self._handshake(anyone)).getpeercert(True) or b""
-            left, issuer = expiry(der) - time.time(), issuer_of(der)
+            left, issuer = seconds_left(der), issuer_of(der)
         except (OSError, EOFError, ValueError, TimeoutError, ServerError):
             return self.say("tls", WRONG, reason, "Is this an HTTPS port?")
         if left < 0:
@@ -9447,13 +9375,11 @@ class Doctor:
         """What imaging channels need; whether a Binary may be made shows only when one is."""
         imaging = [one.settings for one in plan.channels if isinstance(one.settings, DicomSettings)]
         if any(one.storage == "dicomweb" or one.answer == "server" for one in imaging):
+            remedy = "Allow DicomStudy, DicomSeries and DicomInstance in the access policy; the server must be 5.1.28."
             try:
                 await self._ask(self._fhir.search("DicomStudy?_count=1"))
                 self.say("rights", FINE, "DicomStudy can be searched")
             except ServerError as error:
-                remedy = (
-                    "Allow DicomStudy, DicomSeries and DicomInstance in the access policy; the server must be 5.1.28."
-                )
                 self.say("rights", WRONG, f"DicomStudy: {error}", remedy)
         if any(one.storage == "binary" for one in imaging):
             self.say("rights", FINE, "images need create and read on Binary; that shows when the first one comes")
@@ -9461,16 +9387,15 @@ class Doctor:
     async def _connection(self, agent_id: str) -> None:
         """The WebSocket, and whether another agent has this id."""
         remedy = "A proxy or firewall must let WebSockets through to /ws/agent; see also the main log."
-        if self.running is not None:
+        if self.running:
             live = self.running["server"]["live"]
             text = "connected" if live else "the running agent is not connected"
             self.say("websocket", FINE if live else WRONG, text, remedy)
             return
         scheme = "wss" if self._base.scheme == "https" else "ws"
         url, context = f"{scheme}://{self._base.netloc}/ws/agent", self._context if scheme == "wss" else None
-        proxy = proxy_for(self.config.settings.baseUrl)
         try:
-            async with connect(url, ssl=context, proxy=proxy, open_timeout=4):
+            async with connect(url, ssl=context, proxy=proxy_for(self.config.settings.baseUrl), open_timeout=4):
                 self.say("websocket", FINE, "the server takes WebSockets")
         except (OSError, EOFError, TimeoutError, WebSocketException) as error:
             self.say("websocket", WRONG, f"{url}: {str(error) or 'no answer'}", remedy)
@@ -9482,19 +9407,19 @@ class Doctor:
 
     # --- this machine ---
 
-    def _saved_plan(self) -> Plan | None:
+    def _saved_plan(self) -> Plan:
         with suppress(OSError, ValueError, KeyError, TypeError, ConfigError):
             saved = load_json((self.config.state_dir / CONFIG_FILE).read_bytes())
             return build_plan(saved["agent"], {f"Endpoint/{one['id']}": one for one in saved["endpoints"]})[0]
-        return None
+        return build_plan({}, {})[0]
 
     async def _local(self) -> None:
         plan = self._plan or self._saved_plan()
-        for channel in [channel for channel in plan.channels if channel.active] if plan else ():
+        for channel in [channel for channel in plan.channels if channel.active]:
             await self._channel(channel)
         await self._page()
         folder = self.config.state_dir
-        queue = Path(plan.settings.queueDbPath) if plan and plan.settings.queueDbPath else folder / QUEUE_FILE
+        queue = Path(plan.settings.queueDbPath or folder / QUEUE_FILE)
         logs = Path(self.config.main_log.logDir or folder)
         for name, place in (("state", folder), ("queue", queue.parent), ("logs", logs)):
             await asyncio.to_thread(self._folder, name, place)
@@ -9506,19 +9431,19 @@ class Doctor:
                 self.say("queue", WRONG, str(error), "Mend storeKey; without the key the queue cannot be read.")
             except StorageError as error:
                 self.say("queue", WRONG, str(error), _trouble_of(error)[1])
-        if sys.platform != "win32" and (self.remote or self.running is None):  # else it is that of another process
+        if sys.platform != "win32" and (self.remote or not self.running):  # else it is that of another process
             import resource
 
-            limit, need = resource.getrlimit(resource.RLIMIT_NOFILE)[0], 200
-            need += sum(min(channel.settings.maxConnections, 1000) for channel in plan.channels) if plan else 0
+            limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+            need = 200 + sum(min(channel.settings.maxConnections, 1000) for channel in plan.channels)
             text = f"{limit} may be open at once; all connections together need {need}"
             self.say("files", DOUBTFUL if limit < need else FINE, text, f"Raise it (LimitNOFILE={need}).")
 
     async def _page(self) -> None:
         if address := self.config.settings.statusAddress:
-            trouble = self.running["pageTrouble"] if self.running else ""
+            trouble = self.running.get("pageTrouble", "")
             try:
-                if self.running is None:
+                if not self.running:
                     (await Listener.open(web_address(address), self._log)).close()
             except OSError as error:
                 trouble = os_reason(error)
@@ -9527,7 +9452,7 @@ class Doctor:
 
     async def _channel(self, channel: ChannelPlan) -> None:
         where = f"channel '{channel.name}'"
-        known = {one["name"]: one for one in (self.running or {}).get("channels", ())}
+        known = {one["name"]: one for one in self.running.get("channels", ())}
         if channel.dials and not channel.port:
             usable = sys.platform == "win32" or os.access(channel.host, os.R_OK | os.W_OK)
             text = f"{where}: {channel.host} {'is there' if usable else 'is missing, or this user may not use it'}"
@@ -9538,9 +9463,9 @@ class Doctor:
         elif not channel.dials:
             try:
                 (await Listener.open(channel.bind, self._log)).close()
-                text = "is free" if self.running is None else "is free, but the running agent has not opened it"
-                remedy = "See the main log for the reason."
-                self.say("port", FINE if self.running is None else DOUBTFUL, f"{where}: {channel.port} {text}", remedy)
+                more, remedy = ", but the running agent has not opened it", "See the main log for the reason."
+                text = f"{where}: {channel.port} is free{more if self.running else ''}"
+                self.say("port", DOUBTFUL if self.running else FINE, text, remedy)
             except OSError as error:
                 remedy = f"Find the program with: ss -ltnp 'sport = :{channel.port}'. Stop it, or use another port."
                 if isinstance(error, PermissionError):
@@ -9549,7 +9474,7 @@ class Doctor:
         if channel.settings.tls and channel.settings.certFile:
             try:
                 listening_tls(channel.settings)
-                left = expiry(der_of(channel.settings.certFile)) - time.time()
+                left = seconds_left(der_of(channel.settings.certFile))
                 level = WRONG if left < 0 else DOUBTFUL if left < EXPIRY_DAYS * 86_400 else FINE
                 ends = f"ends in {duration(left)}" if left > 0 else f"ended {duration(-left)} ago"
                 self.say("certificate", level, f"{where}: {ends}", "Have it renewed.")
@@ -9590,32 +9515,26 @@ def der_of(path: str) -> bytes:
     return ssl.PEM_cert_to_DER_cert(text[text.index(begin) : text.index(end) + len(end)])
 
 
-def expiry(der: bytes) -> float:
-    """Epoch seconds when a certificate ends (RFC 5280 4.1.2.5); ValueError for what is none."""
+def seconds_left(der: bytes) -> float:
+    """Until a certificate ends (RFC 5280 4.1.2.5); ValueError for what is none."""
     when = rb"(?:\x17\r(\d{12})|\x18\x0f(\d{14}))Z"
     if not (match := re.search(when + when, der)):
         raise ValueError("it is no certificate")
     end = (match[3] or match[4]).decode()
     year = end[:-10] if len(end) == 14 else f"{19 + (end < '50')}{end[:2]}"
-    return datetime.datetime.strptime(f"{year}{end[-10:]}+0000", "%Y%m%d%H%M%S%z").timestamp()
+    return datetime.datetime.strptime(f"{year}{end[-10:]}+0000", "%Y%m%d%H%M%S%z").timestamp() - time.time()
 
 
 def issuer_of(der: bytes) -> str:
     """Organisation and name of a certificate's issuer, which stand first in it (X.520: 2.5.4.10 and 2.5.4.3)."""
     found = dict[bytes, str]()
     for match in re.finditer(rb"\x06\x03U\x04([\x03\x0a])[\x0c\x13\x14](.)", der, re.DOTALL):
-        text = der[match.end() : match.end() + match[2][0]].decode("utf-8", "replace")
-        found.setdefault(match[1], text)
+        found.setdefault(match[1], der[match.end() : match.end() + match[2][0]].decode("utf-8", "replace"))
     return ", ".join(found.values()) or "an unknown authority"
 
 
-async def examine(config: ProcessConfig, running: Json | None, seconds: float, remote: bool = False) -> Json:
-    """`doctor` for a configuration that can be parsed: level, checks, and the tables of inbound and outbound."""
-    return await Doctor(config, running, remote).examine(seconds)
-
-
 # =====================================================================================================================
-# Operations (750 lines, 7200 tokens)
+# Operations (720 lines, 7100 tokens)
 #
 # What a person asks of a running agent: status, the queue, alarms, the page and its figures. One `ask` serves the
 # command line (over a socket in the state directory that only the agent's user can open), the page, and the cloud (a
@@ -9661,8 +9580,7 @@ alarm_active holds 1 for each alarm that holds, by kind and subject.""",
 
 _GONE: Json = {  # a channel that is not configured any more, and has messages
     "protocol": "", "address": "not configured", "tls": False, "open": False, "connections": 0, "count": 0,
-    "lastMinute": 0, "lastHour": 0, "lastMessageAt": 0, "withServer": 0, "rates": [],
-}  # fmt: skip
+    "lastMinute": 0, "lastHour": 0, "lastMessageAt": 0, "withServer": 0, "rates": []}  # fmt: skip
 
 
 class Alarm(NamedTuple):
@@ -9698,7 +9616,7 @@ class Operations:
 
     def __init__(self, agent: Agent):
         self.alarms: dict[tuple[str, str], Alarm] = {}
-        self._agent = agent
+        self._agent, self._settings = agent, agent.config.settings
         self._token = ""
         self._started_at = now_ms()
         self._waiting: dict[str, Backlog] = {}
@@ -9711,8 +9629,7 @@ class Operations:
         self.page_trouble = ""
         self._counted = False  # once what waits is known, a destination without an entry has nothing
         self._unsent: deque[tuple[str, int, int]] = deque(maxlen=ALARMS_HELD)  # text, severity (RFC 5424 6.2.1), time
-        self._sender: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._sender.set_result(None)
+        self._sender: asyncio.Task[None] | None = None
 
     # --- watching ---
 
@@ -9748,8 +9665,7 @@ class Operations:
         kept = {key: alarm for key, alarm in before.items() if key not in found and not self._counted}
         self.alarms = kept | {
             key: alarm._replace(since=before[key].since if key in before else now_ms()) if alarm.holds else before[key]
-            for key, alarm in found.items() if alarm.holds or (alarm.holds is None and key in before)
-        }  # fmt: skip
+            for key, alarm in found.items() if alarm.holds or (alarm.holds is None and key in before)}  # fmt: skip
         for key in before.keys() - self.alarms.keys():
             text = f"over after {duration((now_ms() - before[key].since) / 1000)}: {before[key].text}"
             self._agent.log.info(f"Alarm {text}.")
@@ -9758,11 +9674,11 @@ class Operations:
             alarm = self.alarms[key]
             (self._agent.log.error if alarm.critical else self._agent.log.warn)(f"Alarm: {alarm.text}.")
             self._unsent.append((f"ALARM: {alarm.text}", 2 if alarm.critical else 4, alarm.since))
-        if not self._agent.config.settings.alarmTo:
+        if not self._settings.alarmTo:
             self._unsent.clear()
         if self.alarms.keys() != before.keys():
             self._save()
-        if self._unsent and self._sender.done():
+        if self._unsent and (self._sender is None or self._sender.done()):
             self._sender = spawn(self._send_out())
 
     def _save(self) -> None:
@@ -9817,30 +9733,26 @@ class Operations:
             yield Alarm("dead", name, True, f"{self._owner(name)} has {dead} dead letters: see queue list dead")
 
     def _channel_conditions(self, name: str, channel: Channel) -> Iterator[Alarm]:
-        plan = channel.plan
+        plan, s = channel.plan, channel.plan.settings
         if not plan.active or channel.queue.paused:
             return
         if not plan.dials:
             text = f"port {plan.port} of channel '{name}' is not open"
             yield Alarm("port", name, plan.bind not in self._agent.listeners, text, True)
-        if plan.settings.expectEverySecs:
+        if expected := s.expectEverySecs:
             came = channel.queue.last_at  # since the start: before it, silence was that of an agent that did not run
-            silent = expected_secs(plan.settings, max(came, self._started_at) / 1000)
+            silent = expected_secs(s, max(came, self._started_at) / 1000)
             text = f"channel '{name}' has been silent for {duration(silent or 0)}"
-            expected = plan.settings.expectEverySecs
             holds = True if silent and silent > expected else False if now_ms() - came < 1000 * expected else None
             yield Alarm("silent", name, holds, text)
-        if plan.settings.certFile and plan.settings.tls:
+        if s.certFile and s.tls:
             with suppress(OSError, ValueError):
-                left = expiry(der_of(plan.settings.certFile)) - time.time()
-                text = f"channel '{name}': its certificate ends in {duration(left)}" if left > 0 else (
-                    f"channel '{name}': its certificate has ended")  # fmt: skip
+                left = seconds_left(der_of(s.certFile))
+                text = f"channel '{name}': its certificate {f'ends in {duration(left)}' if left > 0 else 'has ended'}"
                 yield Alarm("certificate", name, left < EXPIRY_DAYS * 86_400, text, left < 0)
 
     def _owner(self, name: str) -> str:
-        if name.startswith(PUSH_PREFIX):
-            return f"device {name.removeprefix(PUSH_PREFIX)}"
-        return f"channel '{name}'"
+        return f"device {name.removeprefix(PUSH_PREFIX)}" if name.startswith(PUSH_PREFIX) else f"channel '{name}'"
 
     def _away_secs(self) -> float:
         uplink = self._agent.uplink
@@ -9853,7 +9765,7 @@ class Operations:
 
     async def _send_out(self) -> None:
         """To alarmTo, in their order, until it has taken them: syslog over TLS, or a command's standard input."""
-        target, tried = self._agent.config.settings.alarmTo, 0
+        target, tried = self._settings.alarmTo, 0
         while self._unsent:
             text, severity, at = sent = self._unsent[0]
             try:
@@ -9884,10 +9796,9 @@ class Operations:
             await writer.drain()
 
     async def _to_command(self, command: str, text: str) -> None:
-        words, pipe = shlex.split(command, posix=os.name == "posix"), asyncio.subprocess.PIPE
-        process = await asyncio.create_subprocess_exec(
-            *words, stdin=pipe, stdout=asyncio.subprocess.DEVNULL, start_new_session=True
-        )
+        words = shlex.split(command, posix=os.name == "posix")
+        pipe, null = asyncio.subprocess.PIPE, asyncio.subprocess.DEVNULL
+        process = await asyncio.create_subprocess_exec(*words, stdin=pipe, stdout=null, start_new_session=True)
         try:
             await process.communicate(f"{text}\n".encode())
             if process.returncode:
@@ -9922,8 +9833,7 @@ class Operations:
             "doctor": self._doctor, "bundle": self._bundle, "retry": self._queue}  # fmt: skip
         if not remote:
             commands["upgrade"] = self._upgrade
-        command = str(asked.get("command"))
-        if command not in commands:
+        if (command := str(asked.get("command"))) not in commands:
             raise LocalError(f"the command '{command}' is unknown: use {', '.join(commands)}")
         return await commands[command](asked | {"remote": remote})
 
@@ -9944,31 +9854,23 @@ class Operations:
             "bytes": 0, "freeBytes": 0}  # fmt: skip
         wrong = agent.problems or not store["healthy"] or any(alarm.critical for alarm in self.alarms.values())
         return {
-            "version": VERSION, "agentId": agent.config.settings.agentId, "startedAt": self._started_at,
+            "version": VERSION, "agentId": self._settings.agentId, "startedAt": self._started_at,
             "now": now_ms(), "state": 2 if wrong else int(bool(self.alarms)),
             "problems": agent.problems, "pageTrouble": self.page_trouble,
-            "server": {
-                "url": agent.fhir.base, "live": agent.uplink.live, "roundTripMs": max(0, agent.uplink.ping_ms),
-                "awaySecs": round(self._away_secs()),
-            },
-            "store": store, "channels": channels,
-            "devices": [
-                {"address": key, "connections": lines} | self._depth(PUSH_PREFIX + key)
-                for key, lines in devices.items()
-            ],
-            "alarms": self.shown_alarms(),
+            "server": {"url": agent.fhir.base, "live": agent.uplink.live, "awaySecs": round(self._away_secs()),
+                "roundTripMs": max(0, agent.uplink.ping_ms)},
+            "store": store, "channels": channels, "alarms": self.shown_alarms(),
             "upgrade": {name: agent.upgrades.record.get(name, "") for name in ("from", "to", "step", "reason")},
-        }  # fmt: skip
+            "devices": [{"address": key, "connections": lines} | self._depth(PUSH_PREFIX + key)
+                for key, lines in devices.items()]}  # fmt: skip
 
     def shown_alarms(self) -> list[Json]:
-        return [
-            {name: value for name, value in one._asdict().items() if name != "holds"} for one in self.alarms.values()
-        ]
+        shown = [one._asdict() for one in self.alarms.values()]
+        return [{name: one[name] for name in one if name != "holds"} for one in shown]
 
     def _depth(self, name: str) -> Json:
-        waiting = self._waiting.get(name)
-        age = max(0, now_ms() - waiting.oldest) // 1000 if waiting else 0
-        return {"waiting": waiting.waiting if waiting else 0, "oldestSecs": age, "dead": self._dead.get(name, 0)}
+        _, waiting, oldest = self._waiting.get(name) or (name, 0, now_ms())
+        return {"waiting": waiting, "oldestSecs": max(0, now_ms() - oldest) // 1000, "dead": self._dead.get(name, 0)}
 
     def lines_of(self, channel: Channel) -> int:
         return len(getattr(channel, "associations", channel.lines))
@@ -9984,8 +9886,7 @@ class Operations:
             "count": queue.count, "lastMinute": queue.count - counted[-min(len(counted), 1 + round(60 / LOOK_SECS))],
             "lastHour": queue.count - counted[0], "lastMessageAt": queue.last_at or self._last.get(name, 0),
             "withServer": len(queue.inflight),
-            "rates": [after - before for before, after in itertools.pairwise(minutes)],
-        } | self._depth(name)  # fmt: skip
+            "rates": [after - before for before, after in itertools.pairwise(minutes)]} | self._depth(name)  # fmt: skip
 
     async def _queue(self, asked: Json) -> Json:
         """list, find, show, retry and discard; patient data for the cloud only with remotePayload."""
@@ -10001,7 +9902,7 @@ class Operations:
         if verb == "import" and not asked["remote"]:
             return {"count": await self._import(asked["lines"], bool(asked.get("dryRun")))}
         payload = bool(asked.get("payload")) and verb == "show"
-        if payload and not self._agent.config.settings.remotePayload:
+        if payload and not self._settings.remotePayload:
             raise LocalError("patient data is shown to the cloud only with remotePayload=true in agent.toml")
         limit = min(max(1, int(asked.get("limit") or 100)), SWEEP_ROWS)
         wanted = wanted_of(asked, "waiting" if verb == "list" else "")._replace(limit=limit + 1, payload=payload)
@@ -10052,8 +9953,7 @@ class Operations:
                 raise LocalError(f"there is no channel '{line['channel']}' here")
             message = Message(channel.queue.row, line["remote"], base64.b64decode(line["original"]), line["encoding"])
             message.control_id, message.type, message.key = line["controlId"], line["kind"], line["key"]
-            digest = hashlib.sha256(line["name"].encode()).digest()
-            message.checked = int.from_bytes(digest[:6], "big") + 2
+            message.checked = int.from_bytes(hashlib.sha256(line["name"].encode()).digest()[:6], "big") + 2
             message.text = channel.text_of(message, message.original or b"")
             waiting.append(asyncio.get_running_loop().create_future())
             message.source = partial(stored, channel.queue, waiting[-1])
@@ -10072,11 +9972,11 @@ class Operations:
         return {"version": self._agent.upgrades.record["to"]}
 
     async def _doctor(self, asked: Json) -> Json:
-        return await examine(self._agent.config, await self.status(), REMOTE_SECS - 1, remote=True)
+        return await Doctor(self._agent.config, await self.status(), remote=True).examine(REMOTE_SECS - 1)
 
     async def _bundle(self, asked: Json) -> Json:
         """What support asks for; the configuration without anything that could be a secret."""
-        rows = vars(self._agent.config.settings).items()
+        rows = vars(self._settings).items()
         settings = {name: value for name, value in rows if not may_be_secret(name)}
         return {"doctor": await self._doctor(asked), "status": await self.status(), "settings": settings,
             "channels": [{"name": one.name, "address": one.address} for one in self._agent.plan.channels],
@@ -10093,7 +9993,7 @@ class Operations:
     async def open(self, context: ssl.SSLContext) -> None:
         """Open both; a page that cannot be opened does not stop messages."""
         self._context = context
-        folder, address = self._agent.state_dir, self._agent.config.settings.statusAddress
+        folder, address = self._agent.state_dir, self._settings.statusAddress
         path = folder / SOCKET_FILE
         for old in (path, folder / DOOR_FILE):
             old.unlink(missing_ok=True)
@@ -10104,8 +10004,7 @@ class Operations:
                 path.chmod(0o600)
             else:
                 self._servers.append(server := await asyncio.start_server(partial(self._guest, "door"), "127.0.0.1", 0))
-                port = server.sockets[0].getsockname()[1]
-                replace_file(folder / DOOR_FILE, str(port).encode())
+                replace_file(folder / DOOR_FILE, str(server.sockets[0].getsockname()[1]).encode())
         except OSError as error:
             self._agent.log.error(f"The local socket cannot be opened: {error}.")
         if address:
@@ -10144,17 +10043,14 @@ class Operations:
         with closing(writer), suppress(OSError, TimeoutError, h11.ProtocolError):
             try:
                 if self._guests[door] <= WEB_GUESTS:
-                    await self._serve(door, h11.Connection(h11.SERVER), reader, writer)
+                    await self._serve(door, reader, writer)
             finally:
                 self._guests[door] -= 1
 
-    async def _serve(
-        self, door: str, connection: h11.Connection, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
-    ) -> None:
-        body = bytearray()
+    async def _serve(self, door: str, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        connection, body = h11.Connection(h11.SERVER), bytearray()
         async with asyncio.timeout(WEB_SECS):
-            request = await _event(connection, reader)
-            if not isinstance(request, h11.Request):
+            if not isinstance(request := await _event(connection, reader), h11.Request):
                 return
             given = dict(request.headers).get(b"authorization", b"")
             known = door == "socket" or hmac.compare_digest(given, f"Bearer {self._token}".encode())
@@ -10175,23 +10071,23 @@ class Operations:
 
     async def _respond(self, door: str, known: bool, request: h11.Request, body: bytes) -> list[h11.Event]:
         """A whole answer; without its end it goes on with server-sent events, until the page goes away."""
-        address = self._agent.config.settings.statusAddress
+        address = self._settings.statusAddress
         method, path = request.method.decode(), request.target.decode("latin-1").partition("?")[0]
-        asked = ("GET" if method == "HEAD" else method, path)
+        asked = f"{'GET' if method == 'HEAD' else method} {path}"
         status, kind, content, more = 200, "text/plain; charset=utf-8", b"", dict[str, str]()
         anywhere = path in ("/metrics", "/healthz") and door == "page" and not _is_loopback(web_address(address)[0])
         if not (door == "socket" or anywhere or _is_own_name(dict(request.headers).get(b"host", b""), address)):
             status, content = 421, b"this name is not known here: use the address of statusAddress"
-        elif asked == ("GET", "/"):
+        elif asked == "GET /":
             kind, content, more = "text/html; charset=utf-8", *page()
-        elif asked == ("GET", "/metrics"):
+        elif asked == "GET /metrics":
             kind, content = "text/plain; version=0.0.4; charset=utf-8", figures(await self.status()).encode()
-        elif asked == ("GET", "/healthz"):
+        elif asked == "GET /healthz":
             found = await self.status()
             wrong = found["problems"] + [alarm["text"] for alarm in found["alarms"] if alarm["critical"]]
             wrong += [] if found["store"]["healthy"] else [f"the queue: {found['store']['trouble']}"]
             status, content = (503 if wrong else 200), "; ".join(wrong or ["well"]).encode()
-        elif asked not in (("GET", "/events"), ("POST", "/ask")):
+        elif asked not in ("GET /events", "POST /ask"):
             status, content = 404, b"not found"
         elif not known:
             status, content = 401, b"this needs the token that the agent printed at its start"
@@ -10202,11 +10098,11 @@ class Operations:
             status, content = await self.answer(body)
         fields = {"content-type": kind, "connection": "close", "cache-control": "no-store",
             "x-content-type-options": "nosniff"} | more  # fmt: skip
-        if kind == "text/event-stream":
-            return [h11.Response(status_code=status, headers=[*fields.items()])]
-        fields["content-length"] = str(len(content))
-        data = [] if method == "HEAD" else [h11.Data(data=content)]
-        return [h11.Response(status_code=status, headers=[*fields.items()]), *data, h11.EndOfMessage()]
+        rest: list[h11.Event] = []
+        if kind != "text/event-stream":
+            fields["content-length"] = str(len(content))
+            rest = [*([h11.Data(data=content)] if method != "HEAD" else ()), h11.EndOfMessage()]
+        return [h11.Response(status_code=status, headers=[*fields.items()]), *rest]
 
 
 async def _event(connection: h11.Connection, reader: asyncio.StreamReader) -> object:
@@ -10241,12 +10137,9 @@ def page() -> tuple[bytes, dict[str, str]]:
         content = PAGE.read_bytes()
     except OSError:
         return b"The page is not beside this file: use the source tree, or one of the binaries.", {}
-    hashes = {
-        name: base64.b64encode(hashlib.sha256(match[1]).digest()).decode()
-        for name in ("script", "style")
-        if (match := re.search(f"<{name}>(.*?)</{name}>".encode(), content, re.DOTALL))
-    }
-    allowed = "; ".join(f"{name}-src 'sha256-{digest}'" for name, digest in hashes.items())
+    found = re.findall(rb"<(script|style)>(.*?)</\1>", content, re.DOTALL)
+    hashes = ((name.decode(), base64.b64encode(hashlib.sha256(own).digest()).decode()) for name, own in found)
+    allowed = "; ".join(f"{name}-src 'sha256-{digest}'" for name, digest in hashes)
     rest = "connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
     policy = f"default-src 'none'; {allowed}; {rest}"
     return content, {"content-security-policy": policy, "referrer-policy": "no-referrer"}
@@ -10254,20 +10147,18 @@ def page() -> tuple[bytes, dict[str, str]]:
 
 def figures(status: Json) -> str:
     """A status in Prometheus' text format 0.0.4."""
-    groups = {
-        "": [("", status)],
-        "channel": [(one["name"], one) for one in status["channels"]],
-        "device": [(one["address"], one) for one in status["devices"]],
-        "kind": [(one["kind"], one | {"holds": 1}) for one in status["alarms"]],
+    groups: dict[str, list[tuple[Json, Json]]] = {
+        "": [({}, status)],
+        "channel": [({"channel": one["name"]}, one) for one in status["channels"]],
+        "device": [({"device": one["address"]}, one) for one in status["devices"]],
+        "kind": [({"kind": one["kind"], "subject": one["subject"]}, one | {"holds": 1}) for one in status["alarms"]],
     }
     lines = [f'medplum_agent_info{{version="{VERSION}"}} 1']
     for label, rows in _FIGURES.items():
         for name, where, text in (row.split(" ", 2) for row in rows.splitlines()):
             kind, unit = "counter" if name.endswith("_total") else "gauge", 0.001 if where.endswith(("At", "Ms")) else 1
             lines += [f"# HELP medplum_agent_{name} {text}", f"# TYPE medplum_agent_{name} {kind}"]
-            for value, group in groups[label]:
-                labels = {label: value} if label else {}
-                labels |= {"subject": group["subject"]} if label == "kind" else {}
+            for labels, group in groups[label]:
                 plain = ((key, _CONTROLS.sub(" ", text)) for key, text in labels.items())
                 escaped = [f"{key}={json.dumps(text, ensure_ascii=False)}" for key, text in plain]
                 found: Any = reduce(getitem, where.split("."), group)
@@ -10310,8 +10201,7 @@ def audit(state_dir: Path, look: str) -> None:
 
 def kind_shown(message: Message) -> str:
     """The type of a message as far as it is one."""
-    found = _KIND.match(message.type)
-    return found[0] if found else ""
+    return found[0] if (found := _KIND.match(message.type)) else ""
 
 
 def row_shown(name: str, message: Message) -> Json:
@@ -10321,8 +10211,7 @@ def row_shown(name: str, message: Message) -> Json:
         "remote": message.remote, "type": kind_shown(message), "bytes": message.size,
         "receivedAt": message.received_at, "attempts": message.attempts, "sentAt": message.sent_at,
         "settledAt": message.settled_at, "statusCode": message.status_code, "errorCode": message.error_code,
-        "reason": message.last_error,
-    }  # fmt: skip
+        "reason": message.last_error}  # fmt: skip
 
 
 def ask_agent(state_dir: Path, asked: Json, seconds: float = HTTP_TIMEOUT_SECS) -> Json | None:
@@ -11427,7 +11316,7 @@ def _stack(error: BaseException | None) -> list[str]:
 
 
 # =====================================================================================================================
-# Command line (720 lines, 6250 tokens)
+# Command line (720 lines, 6200 tokens)
 # =====================================================================================================================
 
 _USAGE = """\
@@ -11464,7 +11353,7 @@ def command_parser(program: str) -> argparse.ArgumentParser:
     parser = _Parser(prog=program, usage=_USAGE, description=description, epilog=f"Environment: {named}. State is in "
         f"{default_state_root()}, a folder for each agent id; settings of a package in {installed_config_file()}. "
         "More: https://www.medplum.com/docs/agent, and the README of this program.")  # fmt: skip
-    add = parser.add_argument
+    add, flag = parser.add_argument, partial(parser.add_argument, action="store_true")
     add("arguments", nargs="*", metavar="base_url client_id client_secret agent_id [log_level]", help="or: demo")
     add("--config", metavar="FILE", help="agent.toml or agent.properties; default: the one in the working directory")
     add("--state-dir", metavar="DIR", help="queue, logs and last configuration; default: a folder for each agent id "
@@ -11480,17 +11369,17 @@ def command_parser(program: str) -> argparse.ArgumentParser:
     add("--kind", choices=KINDS, default="", help="queue export, replay: only what is waiting, dead, undelivered; open "
         "(waiting or dead: what export means without it), or all (what replay means)")  # fmt: skip
     add("--to", default="", help="queue replay, rekey: the Bot that gets the messages; where the new key is, or plain")
-    add("--dry-run", action="store_true", help="queue retry, discard, import, replay: only count")
-    add("--watch", action="store_true", help="status: again and again")
-    add("--json", action="store_true", help="queue, status, doctor: as JSON")
-    add("--payload", action="store_true", help="queue show: with what was received and answered. This is patient data; "
-        "the look is written to the audit log first")  # fmt: skip
-    add("--rollback", action="store_true", help="upgrade: to the version before")
-    add("--allow-downgrade", action="store_true", help="upgrade: also to an older version")
-    add("--requested", action="store_true", help="upgrade: what the service asked for, as root")
-    add("--selftest", action="store_true", help="whether an agent with these values could start; nothing is changed")
-    add("--evidence", action="store_true", help="print what is built in, and whose signatures upgrades must have")
-    add("--once", action="store_true", help="demo: end after the example traffic")
+    flag("--dry-run", help="queue retry, discard, import, replay: only count")
+    flag("--watch", help="status: again and again")
+    flag("--json", help="queue, status, doctor: as JSON")
+    flag("--payload", help="queue show: with what was received and answered. This is patient data; the look is written "
+        "to the audit log first")  # fmt: skip
+    flag("--rollback", help="upgrade: to the version before")
+    flag("--allow-downgrade", help="upgrade: also to an older version")
+    flag("--requested", help="upgrade: what the service asked for, as root")
+    flag("--selftest", help="whether an agent with these values could start; nothing is changed")
+    flag("--evidence", help="print what is built in, and whose signatures upgrades must have")
+    flag("--once", help="demo: end after the example traffic")
     add("--version", action="version", version=VERSION)
     return parser
 
@@ -11522,10 +11411,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         options = _parse(argv, program)
         if options.settings_schema:
             shown = options.settings_schema == "markdown"
-            _show((settings_markdown() if shown else json.dumps(settings_schema(), indent=2)).splitlines())
+            _show(*(settings_markdown() if shown else json.dumps(settings_schema(), indent=2)).splitlines())
             return 0
         if options.evidence:
-            _show(_evidence())
+            _show(*_evidence())
             return 0
         if options.selftest:
             return _selftest(options, *options.arguments)
@@ -11584,7 +11473,7 @@ def _health(options: argparse.Namespace) -> int:
     away = status["server"]["awaySecs"] if status else 0
     if options.server_secs is not None and away > options.server_secs:
         problems.append(f"the server has been away for {away} s")
-    _show([f"The agent with its state in {state_dir}: {'; '.join(problems) or 'it is alive'}."])
+    _show(f"The agent with its state in {state_dir}: {'; '.join(problems) or 'it is alive'}.")
     return int(bool(problems))
 
 
@@ -11596,7 +11485,7 @@ def _asked(options: argparse.Namespace, asked: Json, seconds: float = HTTP_TIMEO
     return answer
 
 
-def _show(lines: Iterable[str]) -> None:
+def _show(*lines: str) -> None:
     """Print; nothing in a message may steer a terminal."""
     if sys.stdout is None:  # it was closed
         return
@@ -11620,13 +11509,12 @@ def _status(options: argparse.Namespace) -> int:
             else:
                 lines = [f"CRITICAL: no agent runs with the state in {state_dir}"]
                 _, path, key = _queue_file(options)
-                waiting = read_queue(path, backlog_of, key)
-                lines += [f"{name}: {count} messages wait" for name, count, _ in waiting]
+                lines += [f"{name}: {count} messages wait" for name, count, _ in read_queue(path, backlog_of, key)]
         except StorageError as error:
             lines = lines or [f"CRITICAL: {error}"]
         if options.watch and sys.stdout and sys.stdout.isatty():
             print("\x1b[H\x1b[2J", end="")
-        _show(lines)
+        _show(*lines)
         if not options.watch:
             return code
         time.sleep(EVENT_SECS)
@@ -11644,14 +11532,13 @@ def _screen(status: Json) -> Iterator[str]:
     for alarm in status["alarms"]:
         yield f"ALARM    {alarm['text']} (for {duration((status['now'] - alarm['since']) / 1000)})"
     rows: list[list[Any]] = [["CHANNEL", "ADDRESS", "LINES", "MINUTE", "HOUR", "LAST", "WAITING", "OLDEST", "DEAD"]]
-    for one in status["channels"]:
-        last = f"{duration((status['now'] - one['lastMessageAt']) / 1000)} ago" if one["lastMessageAt"] else "never"
+    device = {"name": "(device)", "tls": False, "open": True, "lastMinute": "", "lastHour": ""}
+    for one in (*status["channels"], *(device | one for one in status["devices"])):
+        came = one.get("lastMessageAt", "")
+        last = f"{duration((status['now'] - came) / 1000)} ago" if came else "never" if came == 0 else ""
         address = f"{one['address']}{' TLS' if one['tls'] else ''}{'' if one['open'] else ' CLOSED'}"
         depth = [one["waiting"], duration(one["oldestSecs"]) if one["waiting"] else "", one["dead"]]
         rows.append([one["name"], address, one["connections"], one["lastMinute"], one["lastHour"], last, *depth])
-    for one in status["devices"]:
-        depth = [one["waiting"], duration(one["oldestSecs"]) if one["waiting"] else "", one["dead"]]
-        rows.append(["(device)", one["address"], one["connections"], "", "", "", *depth])
     rows = [[str(cell)[:SHOWN_CHARS] for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     yield from ("  ".join(f"{cell:{width}}" for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows)
@@ -11659,38 +11546,38 @@ def _screen(status: Json) -> Iterator[str]:
 
 def _doctor(options: argparse.Namespace, *arguments: str) -> NoReturn:
     """Also what cannot even be parsed, and an agent that hangs, is a finding; 0, 1 with warnings, 2."""
-    first = list[Check]()
-    found: Json = {"level": FINE, "checks": [], "outbound": [], "inbound": []}
+    first = list[Json]()
+    found: Json = {"checks": [], "outbound": [], "inbound": []}
     try:
         config, running = _process_config(options, *arguments), None
         try:
             running = ask_agent(config.state_dir, {"command": "status"}, 2)
         except StorageError as error:
-            first.append(Check("running agent", WRONG, str(error), "Ask as its user; if it hangs, restart it."))
+            first.append(looked_at("running agent", WRONG, str(error), "Ask as its user; if it hangs, restart it."))
         runner = asyncio.Runner()  # which is not closed: that would wait for threads that wait for the network
-        found = runner.run(examine(config, running, DOCTOR_SECS))
+        found = runner.run(Doctor(config, running).examine(DOCTOR_SECS))
     except ConfigError as error:
-        first += [Check("settings", WRONG, problem, "Mend it; see --help.") for problem in error.problems]
-    found["checks"] = [*(check._asdict() for check in first), *found["checks"]]
+        first += [looked_at("settings", WRONG, problem, "Mend it; see --help.") for problem in error.problems]
+    found["checks"] = first + found["checks"]
     code = max(check["level"] for check in found["checks"])
     if options.json:
-        _show([json.dumps(found | {"level": code})])
+        _show(json.dumps(found | {"level": code}))
     else:
         marks = ("ok", "WARN", "FAIL")
         for check in found["checks"]:
             remedy = [f"      -> {check['remedy']}"] if check["remedy"] else []
-            _show([f"{marks[check['level']]:5} {check['name']}: {check['text']}", *remedy])
+            _show(f"{marks[check['level']]:5} {check['name']}: {check['text']}", *remedy)
         for title, rows in (("Outbound: to host, for", found["outbound"]), ("Inbound: at port, for", found["inbound"])):
-            _show(["", title, *(f"  {where:40} {purpose}" for where, purpose in rows)])
+            _show("", title, *(f"  {where:40} {purpose}" for where, purpose in rows))
     os._exit(code)
 
 
 def _validate(options: argparse.Namespace) -> int:
     found = _asked(options, {"command": "validate"})
     for title, level in (("problems", "ERROR"), ("warnings", "WARN"), ("changes", "would change")):
-        _show(f"{level}: {text}" for text in found[title])
+        _show(*(f"{level}: {text}" for text in found[title]))
     if not any(found.values()):
-        _show(["A reload would change nothing."])
+        _show("A reload would change nothing.")
     return int(bool(found["problems"]))
 
 
@@ -11726,7 +11613,7 @@ def _send(options: argparse.Namespace, address: str = "", *files: str) -> int:
                                 if not code and (not ack or ack.control_id in ("", wanted)):  # else of an earlier one
                                     code = ack.code if ack else "no acknowledgment"
                     failed |= code not in ("AA", "CA")
-                    _show([f"{name}: {wanted}: {code} after {1000 * (time.monotonic() - began):.1f} ms"])
+                    _show(f"{name}: {wanted}: {code} after {1000 * (time.monotonic() - began):.1f} ms")
     except (OSError, ValueError, hl7.HL7Exception) as error:
         where = "" if isinstance(error, OSError) and error.filename else f"{address}: "
         raise StorageError(f"{where}{error}") from None
@@ -11807,7 +11694,7 @@ def _look(options: argparse.Namespace, wanted: Wanted, verb: str) -> int:
         lines += [f"Message {message.id} of {name}", *(f"  {step}" for step in _story(name, message))]
         for title, text in body.items():
             lines += [f"  {title}:", *LINE_ENDS.split(text)]
-    _show(lines)
+    _show(*lines)
     if not found or len(found) == wanted.limit:
         words = f"There may be more: see --limit {wanted.limit}" if found else f"There is nothing of that in {path}"
         print(f"{words}.", file=sys.stderr)
@@ -11835,13 +11722,12 @@ def _export(options: argparse.Namespace, file: Path, wanted: Wanted) -> int:
                 shown = row_shown(channel, message) | {
                     "name": f"{seed}-{message.id}", "controlId": message.control_id, "kind": message.type,
                     "key": message.key, "encoding": message.encoding,
-                    "original": base64.b64encode(message.original or b"").decode(),
-                }  # fmt: skip
+                    "original": base64.b64encode(message.original or b"").decode()}  # fmt: skip
                 target.write(json.dumps(shown) + "\n")
                 count += 1
     except OSError as error:
         raise StorageError(f"{file}: {error.strerror}") from None
-    _show([f"{count} messages are in {file}. This is patient data."])
+    _show(f"{count} messages are in {file}. This is patient data.")
     return int(not count)
 
 
@@ -11852,14 +11738,13 @@ def _import(options: argparse.Namespace, file: Path, wanted: Wanted) -> int:
         chosen = [
             line for line in lines
             if wanted.channel in ("", line["channel"]) and wanted.reason in ("", line["errorCode"])
-            and wanted.since <= line["receivedAt"] < (wanted.until or math.inf)
-        ]  # fmt: skip
+            and wanted.since <= line["receivedAt"] < (wanted.until or math.inf)]  # fmt: skip
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise StorageError(f"{file} is not what queue export writes: {error}") from None
     count, asked = 0, {"command": "queue", "verb": "import", "dryRun": options.dry_run}
     for at in range(0, len(chosen), SWEEP_ROWS):
         count += _asked(options, asked | {"lines": chosen[at : at + SWEEP_ROWS]})["count"]
-    _show([f"{count} of {len(chosen)} messages {'would be' if options.dry_run else 'are'} imported."])
+    _show(f"{count} of {len(chosen)} messages {'would be' if options.dry_run else 'are'} imported.")
     return int(not count)
 
 
@@ -11878,12 +11763,11 @@ def _replay(options: argparse.Namespace, wanted: Wanted) -> int:
                 statuses["left out: images"] += 1
                 continue
             text, kind = (message.original or b"").decode(message.encoding, "replace"), message.type
-            content_type = kind if "/" in kind else HL7_TYPE
-            status = 0 if options.dry_run else await fhir.execute(options.to, content_type, text)
+            status = 0 if options.dry_run else await fhir.execute(options.to, kind if "/" in kind else HL7_TYPE, text)
             statuses[f"status {status}" if status else "would be sent"] += 1
 
     asyncio.run(run())
-    _show(f"{count} messages: {status}" for status, count in statuses.items())
+    _show(*(f"{count} messages: {status}" for status, count in statuses.items()))
     return int(not statuses or any(status >= "status 3" for status in statuses if status.startswith("status ")))
 
 
@@ -11896,7 +11780,7 @@ def _rekey(options: argparse.Namespace) -> int:
     with alone_with(path, key):
         rewrite_queue(path, key, new)
         mark_key(path, new)
-    _show([f"The queue {path} is rewritten. Write storeKey into the agent's settings, then start it. {BACK_UP_KEY}"])
+    _show(f"The queue {path} is rewritten. Write storeKey into the agent's settings, then start it. {BACK_UP_KEY}")
     return 0
 
 
@@ -11912,7 +11796,7 @@ def _decide(options: argparse.Namespace, fate: str, wanted: Wanted, ids: list[in
         changed = partial(decide, fate=fate, ids=chosen)
         count = len(change_queue(path, changed, key)) if answer is None else answer["count"]
     done = {"retry": "are sent again", "discard": "are given up"}[fate]
-    _show([f"{count} dead letters {done.replace('are', 'would be', 1) if options.dry_run else done}."])
+    _show(f"{count} dead letters {done.replace('are', 'would be', 1) if options.dry_run else done}.")
     return int(not count)
 
 
@@ -12030,17 +11914,17 @@ def _upgrade(options: argparse.Namespace, what: str = "") -> int:
     if options.rollback and not (wanted := versions.current["previous"]):
         raise LocalError("there is no older version here: install its package")
     if not versions.program(wanted or "?").exists() and versions.writable:
-        _show([f"Fetching {wanted or 'the newest version'}."])
+        _show(f"Fetching {wanted or 'the newest version'}.")
         wanted = versions.fetch(config.settings, bundle, wanted, downgrade=options.allow_downgrade)
     elif bundle:
         raise LocalError(f"{versions.folder} cannot be written by this user: use sudo")
     if versions.writable and number_of(wanted) < number_of(VERSION):
         versions.allow(wanted)
-    _show([f"{wanted or 'The newest version'} proves itself and takes over."])
+    _show(f"{wanted or 'The newest version'} proves itself and takes over.")
     try:
         if (answer := ask_agent(state_dir, {"command": "upgrade", "version": wanted}, 600)) is None:
             versions.choose(wanted)
-            _show([f"No agent runs with the state in {state_dir}. {wanted} runs from its next start."])
+            _show(f"No agent runs with the state in {state_dir}. {wanted} runs from its next start.")
             return 0
         wanted = answer["version"]
         while True:
@@ -12053,9 +11937,9 @@ def _upgrade(options: argparse.Namespace, what: str = "") -> int:
                 if found.get("step") in ("done", "given up") and found["to"] == wanted:
                     break
     except KeyboardInterrupt:
-        _show(["The upgrade goes on; `status` says how it ends."])
+        _show("The upgrade goes on; `status` says how it ends.")
         return 130
-    _show([f"{status['version']} runs{'. ' + found['reason'] if found['reason'] else '.'}"])
+    _show(f"{status['version']} runs{'. ' + found['reason'] if found['reason'] else '.'}")
     return int(found["step"] != "done")
 
 
@@ -12099,9 +11983,8 @@ def _run_agent(config: ProcessConfig) -> NoReturn:
         except BaseException as error:
             if not (agent and (agent.upgrades.on_trial or agent.upgrades.successor)):
                 raise
-            agent.upgrades.give_up(
-                f"{VERSION} ended with {error if isinstance(error, AgentError) else type(error).__name__}"
-            )
+            reason = error if isinstance(error, AgentError) else type(error).__name__
+            agent.upgrades.give_up(f"{VERSION} ended with {reason}")
         sys.stdout.flush()
         if agent and agent.upgrades.successor:
             agent.upgrades.execute()
