@@ -431,8 +431,9 @@ def locked(name: str) -> str:
 
 def binary_sources() -> str:
     """Changes when something does that the binary is made of."""
-    data = (PACKAGING / name for name in ("linux/onefile_boot.c", "status.html", "upgrade-root.json"))
-    sources = (AGENT, LOCK, *sorted(PACKAGING.glob("*.py")), *(path for path in data if path.exists()))
+    data = (PACKAGING / name for name in ("status.html", "upgrade-root.json"))
+    beside = (path for name in ("linux", "macos") for path in sorted((PACKAGING / name).rglob("*")) if path.is_file())
+    sources = (AGENT, LOCK, *sorted(PACKAGING.glob("*.py")), *(path for path in data if path.exists()), *beside)
     return hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()
 
 

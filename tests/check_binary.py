@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 from demo import sandbox_resources
 
-from tests.support import SandboxThread, eventually
+from tests.support import SandboxThread, eventually, message, site
+from tests.test_upgrade import Feed, Installed
 
 ONE_FILE = Path(os.environ.get("MEDPLUM_AGENT_ONE_FILE", "missing")).resolve()
 FOLDER = Path(os.environ.get("MEDPLUM_AGENT_BINARY", "missing")).resolve().parent
@@ -204,3 +205,25 @@ def test_names_itself_as_it_was_called(tmp_path: Path) -> None:
 
 def test_checksums_are_those_of_the_files() -> None:
     subprocess.run(["sha256sum", "--check", "--quiet", "SHA256SUMS"], cwd=ONE_FILE.parent, check=True)
+
+
+def test_upgrades_from_the_release_before_and_back_under_load(tmp_path: Path) -> None:
+    """MEDPLUM_AGENT_PREVIOUS is the folder of that release's program; without it this one stands for both."""
+    before = Path(os.environ.get("MEDPLUM_AGENT_PREVIOUS") or FOLDER)
+    with site(tmp_path, {"ADT": "?enhanced=true"}, start=False) as here:
+        there = Installed(tmp_path, here, start=False)
+        shutil.rmtree(there.folder)
+        shutil.copytree(before, there.folder)
+        shutil.copytree(FOLDER, there.folder / "versions/9.9.9/medplum-agent")
+        here.agent.COMMAND = [str(there.folder / "medplum-agent")]
+        here.agent.start()
+        pid = there.pid
+        with Feed(here) as feed:
+            for wanted in ("9.9.9", "--rollback", "9.9.9"):
+                done = there.command("upgrade", wanted)
+                assert done.returncode == 0, done.stdout + done.stderr + here.agent.output()[-3000:]
+                assert not feed.problems
+            for number, device in enumerate(feed.idle):
+                assert device.ask(message(f"IDLE{number}"))[0] == "CA"
+        assert there.pid == pid
+        here.sandbox.wait_for(lambda: set(feed.accepted) <= set(here.sandbox.ids()), 30)
