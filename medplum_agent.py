@@ -99,14 +99,29 @@ try:
     import orjson
 
     dump_json: Callable[[Any], bytes] = orjson.dumps
-    load_json: Callable[[Any], Any] = orjson.loads
+    _load_strictly: Callable[[Any], Any] = orjson.loads
 except ImportError:  # pragma: no cover - platforms without a wheel: slower, the same bytes on the wire
 
     def dump_json(value: Any) -> bytes:
         return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode()
 
-    def load_json(text: Any) -> Any:
-        return json.loads(bytes(text) if isinstance(text, memoryview) else text)
+    def _load_strictly(text: Any) -> Any:
+        raise ValueError
+
+
+def load_json(text: Any) -> Any:
+    """As JavaScript takes it: halves of surrogate pairs (RFC 8259 8.2) and bytes that are no UTF-8 are U+FFFD, a byte
+    order mark is nothing. ValueError.
+    """
+    try:
+        return _load_strictly(text)
+    except ValueError:
+        whole = text if isinstance(text, str) else bytes(text).decode("utf-8", "replace")
+        try:
+            lenient = json.dumps(json.loads(whole.removeprefix("\ufeff")), ensure_ascii=False)
+        except RecursionError:
+            raise ValueError("nested too deeply") from None
+        return json.loads(re.sub("[\ud800-\udfff]", "\ufffd", lenient))
 
 
 # =====================================================================================================================
@@ -1633,7 +1648,7 @@ def _lines_backwards(path: Path, end: int) -> Iterator[tuple[int, bytes]]:
 
 
 # =====================================================================================================================
-# HL7 (240 lines, 1900 tokens)
+# HL7 (240 lines, 1950 tokens)
 #
 # HL7 v2 by slicing: the MSH header, single fields by path, acknowledgments, the patient a message belongs to.
 # `hl7.parse` is forty times slower and serves where speed does not matter. Text in, text out; touches nothing.
@@ -1690,7 +1705,10 @@ def split_batch(content: bytes) -> tuple[list[bytes], bytes]:
 
 @lru_cache(64)
 def _named_codec(field: str) -> str:
-    name = field.split("~")[0].strip().upper()
+    """Of MSH-18. Repetitions switch by ISO 2022, which in use is Japanese: `~ISO IR87` begins in ASCII (2.15.9.18)."""
+    name, *others = (re.sub("^ISO[-_ ]?IR[-_ ]?", "ISO IR", part.strip().upper()) for part in field.split("~"))
+    if name in ("", "ASCII", "ISO IR6"):
+        name = next((other for other in others if _CHARACTER_SETS.get(other) == "iso2022_jp_ext"), name)
     with suppress(ValueError):
         codec = _CHARACTER_SETS.get(name) or codec_of(name)
         check_encoding(codec)

@@ -415,3 +415,21 @@ def test_any_bytes_decode_or_are_the_peers_fault(content: bytes, encoding: str) 
             ma.Header(ma.decode_hl7(frame, encoding))
         except ma.PeerError:
             assert frame is content
+
+
+@pytest.mark.parametrize(
+    "field",
+    ["~ISO IR87", "ASCII~ISO IR87", "ISO IR6~ISO IR87", "ISO IR14~ISO IR87", "~ISO IR87~ISO IR159", "~ISO-IR 87"],
+)
+def test_repetitions_of_msh_18_switch_by_iso_2022(field):
+    """How Japan writes it (2.15.9.18); bytes of these characters can be those of separators."""
+    name = "\u5c71\u7530^\u592a\u90ce 1|x"
+    content = f"MSH|^~\\&|||||||ADT^A01|1|P|2.5||||||{field}\rPID|||1||{name}\r".encode("iso2022_jp")
+    assert b"\x1b$B" in content
+    header = ma.read_hl7(content, "utf-8", False)
+    assert (header.text.split("\r")[1], header.encoding) == (f"PID|||1||{name}", "iso2022_jp_ext")
+
+
+def test_repetitions_of_msh_18_that_name_more_keep_the_first():
+    content = "MSH|^~\\&|||||||ADT^A01|1|P|2.5||||||8859/1~UNICODE UTF-8\rPID|||1||M\u00fcller\r".encode("latin-1")
+    assert "M\u00fcller" in ma.read_hl7(content, "utf-8", False).text

@@ -7,7 +7,7 @@ import time
 import pytest
 import trustme
 
-from tests.support import ConnectProxy, bot, control_id, eventually, message, site
+from tests.support import ConnectProxy, Receiver, bot, control_id, eventually, message, site
 
 FAST = "responseTimeoutSecs=0.5&autoRetryBaseDelayMs=20&autoRetryMaxDelayMs=40"
 BEATING = "heartbeatSecs = 0.2\n"
@@ -441,3 +441,34 @@ def test_no_proxy_goes_around_it(tmp_path, authority):
         with site(tmp_path, {"A": ""}, context=context, config=f'caFile = "{path}"\n', env=env) as here:
             works(here)
             assert not proxy.targets
+
+
+# --- JSON that JavaScript writes, or reads ---
+
+
+@pytest.mark.parametrize(
+    ("raw", "heard"),
+    [
+        (b"M\\ud83d|", "M\ufffd|"), (b"M\xff|", "M\ufffd|"), (b"\\udc00M|", "\ufffdM|"),
+        (b"M|\\ud83d\\ude00", "M|\U0001f600"),
+    ],
+    ids=["half a pair", "no UTF-8", "the other half", "a pair"],
+)  # fmt: skip
+@pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"], ids=["plain", "BOM"])
+def test_a_text_that_is_not_quite_unicode_still_arrives(tmp_path, raw, heard, mark):
+    """JSON.stringify of a text that was cut within an emoji (RFC 8259 8.2); a frame is UTF-8 whatever it is."""
+    with site(tmp_path, {"A": ""}) as here, Receiver() as receiver:
+        here.sandbox.faults.silent = True
+        with here.device("A") as device:
+            device.send(message("M1"))
+            here.sandbox.wait_ids("M1")
+            callback = here.sandbox.of("M1")[0].callback.encode()
+            answer = b'{"type":"agent:transmit:response","statusCode":200,"callback":"%b","body":"%b"}'
+            ack = rb"MSH|^~\\\\&|B|B|A|A|20260101||ACK|R1|P|2.5\rMSA|AA|M1|" + raw
+            here.sandbox.tell(mark + answer % (callback, ack))
+            assert device.receive().endswith(f"MSA|AA|M1|{heard}\r")
+        push = b'{"type":"push","contentType":"x-application/hl7-v2+er7","remote":"%b","body":"%b"}'
+        body = rb"MSH|^~\\\\&|B|B|A|A|20260101||ADT^A01|P1|P|2.5\rZZZ|" + raw
+        here.sandbox.tell(mark + push % (receiver.url().encode(), body))
+        receiver.wait_ids("P1")
+        assert f"ZZZ|{heard}" in receiver.heard[0]
