@@ -247,6 +247,13 @@ def test_messages_are_replayed_to_a_bot_that_is_named(here):
     assert done.stdout.startswith("3 messages: status 200"), done.stdout + done.stderr
     sent = [(bot, body.split("|")[9]) for bot, body in here.sandbox.sandbox.executed]
     assert sent == [("second", f"R-{number}") for number in range(3)]
+    here.sandbox.stop()
+    lost = command(here, *given, "--to", "Bot/second")
+    here.sandbox.start()
+    since = re.search("0 messages are done; go on with --since (.*)", lost.stderr)
+    assert lost.returncode == 1 and since, lost.stderr
+    again = command(here, *given[:5], since[1], *given[6:], "--to", "Bot/second", "--dry-run")
+    assert again.stdout.startswith("3 messages: would be sent"), again.stdout + again.stderr
 
 
 # --- sending, and settings that cannot work ---
