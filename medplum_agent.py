@@ -226,7 +226,9 @@ SERVER_FIRST_SECS = 5.0  # at start the server is asked for the configuration be
 UPLINK_FRAME_BYTES = 64 * MIB  # the largest frame we accept from the server
 UPLINK_BUFFER_BYTES = MIB  # unsent bytes in the socket above which no further message is handed to it
 PUSH_WAIT_SECS = 9.0  # a push that a caller waits for: below the server's default of 10 s, so that it hears why
-PUSH_ANSWER_BYTES = 1_000_000  # a device's answer; the server closes the connection at 1 MiB by default
+ANSWER_BYTES = (
+    1_000_000  # a device's to a push, a page of the log; the server closes the connection at 1 MiB by default
+)
 PUSH_STORED_SECS = 30.0  # one try of a stored push
 PUSH_FRAME_BYTES = 16 * MIB  # of what a device answers, before it is looked at
 LATE_ACK_SECS = 2.0  # a connection whose push ended without its ACK is kept for it so long, and then closed
@@ -1604,8 +1606,9 @@ class LogPage(NamedTuple):
 
 
 def read_log_page(directory: Path, name: str, limit: int, before: str | None) -> LogPage:
-    """Up to `limit` entries older than the cursor `before`, read backwards; unreadable lines are passed over.
+    """Up to `limit` entries older than the cursor `before`, as many as one answer can carry, read backwards.
 
+    Unreadable lines are passed over.
     Raises ValueError for a cursor that is not one of ours. Source: uplink contract 4.12.
     """
     first, offset = ("~", 0), 0  # newer than every file
@@ -1614,7 +1617,7 @@ def read_log_page(directory: Path, name: str, limit: int, before: str | None) ->
         if match is None:
             raise ValueError("Invalid cursor: use the nextBefore of an earlier answer")
         first, offset = (match[2], int(match[3] or 0)), int(match[4])
-    entries: list[Json] = []
+    entries, room = list[Json](), ANSWER_BYTES
     for file, path in log_files(directory, name):
         if file > first:
             continue
@@ -1625,7 +1628,8 @@ def read_log_page(directory: Path, name: str, limit: int, before: str | None) ->
                 entry = {member: parsed[member] for member in ("level", "msg", "timestamp")}
             except (ValueError, KeyError, TypeError):
                 continue
-            if len(entries) == limit:
+            room -= len(line)
+            if len(entries) == limit or (entries and room < 0):
                 return LogPage(entries, f"{path.name}:{behind}")
             entries.append(entry)
     return LogPage(entries, None)
@@ -2702,7 +2706,7 @@ def text_records(body: str, settings: StreamSettings) -> list[bytes]:
 
 
 # =====================================================================================================================
-# Store (1450 lines, 10700 tokens)
+# Store (1450 lines, 10750 tokens)
 #
 # Every message on disk before it is acknowledged: one SQLite file (WAL, synchronous=FULL), one writer thread with one
 # commit in flight. What arrives while it runs is the next batch: one executemany, one COMMIT, one call back into the
@@ -2957,7 +2961,7 @@ class SpoolFile(io.FileIO):
             try:
                 self.error = self.spool.refusal(len(content))
                 rest = memoryview(content)
-                if self._sealed is not None and not self.error:
+                if self._sealed is not None and rest and not self.error:
                     self._sealed.execute("INSERT INTO part VALUES (?, ?)", (self.size, content))
                     rest = rest[:0]
                 while rest and not self.error:
@@ -2980,7 +2984,7 @@ class SpoolFile(io.FileIO):
             try:
                 sealed.execute("COMMIT")
             except apsw.Error as error:
-                raise OSError(errno.EIO, str(error)) from None
+                raise OSError(errno.ENOSPC if isinstance(error, apsw.FullError) else errno.EIO, str(error)) from None
             finally:
                 sealed.close()
 
@@ -2998,8 +3002,8 @@ class SpoolFile(io.FileIO):
 
     def discard(self) -> None:
         """Close, and remove what was not kept; may be called again."""
-        with suppress(OSError):
-            self._seal()
+        if self._sealed is not None:
+            self._sealed.close(True)
         self.close()
         if self._kept:
             return
@@ -3032,7 +3036,7 @@ def open_sealed(path: Path, mark: str) -> BinaryIO:
     """A file of the spool for reading; OSError, also when it was damaged or is not this key's."""
     if not mark:
         return open(path, "rb")
-    path.stat()
+    open(path, "rb").close()  # else it is SQLite that says what is wrong
     return cast(BinaryIO, Sealed(path, mark))
 
 
@@ -3067,7 +3071,8 @@ class Sealed(io.RawIOBase):
             if not start <= self._at < start + len(content):
                 sql = "SELECT start, content FROM part WHERE start <= ? ORDER BY start DESC LIMIT 1"
                 self._part = start, content = self._ask(sql, self._at)
-            piece = content[self._at - start : self._at - start + len(rest)]
+            if not (piece := content[self._at - start : self._at - start + len(rest)]):
+                raise OSError(errno.EIO, "a piece is missing")
             rest[: len(piece)] = piece
             self._at, rest = self._at + len(piece), rest[len(piece) :]
         return wanted
@@ -11106,7 +11111,7 @@ class Agent:
                 await device.keep(push)
                 return None
             body = await device.ask(push, PUSH_WAIT_SECS)
-            if len(body) > PUSH_ANSWER_BYTES:
+            if len(body) > ANSWER_BYTES:
                 raise DeviceError(f"{push.target.key}: its answer of {len(body)} bytes is too large", "device-error")
             return answer | {"contentType": push.content_type, "body": body}
         except (DeviceError, PingError) as error:
@@ -11620,7 +11625,8 @@ def _send(options: argparse.Namespace, address: str = "", *files: str) -> int:
             sock = context.wrap_socket(plain, server_hostname=url.hostname) if context else plain
             core = Mllp(16 * MIB)
             for name in files:
-                text = LINE_ENDS.sub("\r", Path(name).read_text("utf-8-sig").strip("\x0b\x1c\r\n"))
+                text = Path(name).read_text("utf-8-sig").translate({0x0B: None, 0x1C: None})  # of frames
+                text = LINE_ENDS.sub("\r", text.strip("\r\n"))
                 for message in re.split(r"(?<=\r)(?=MSH)", f"{text}\r"):
                     began, wanted = time.monotonic(), str(hl7.parse(message).extract_field("MSH", 1, 10))
                     sock.sendall(mllp_frame(message.encode()))

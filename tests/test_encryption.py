@@ -8,12 +8,15 @@ import os
 import random
 import signal
 import subprocess
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import apsw
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import medplum_agent as ma
 from tests.dicom_peers import (
@@ -472,3 +475,25 @@ def test_an_image_that_is_pushed_to_a_device_is_on_no_disk_in_clear(tmp_path: Pa
         caller.store(f"dicom://{device.address}", request, contentType="application/json")
         assert here.agent.wait_exit() == -9
         assert spooled(here) and clear(here) == set()
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.binary(min_size=0, max_size=200_000), max_size=6), st.data())
+def test_an_encrypted_file_reads_as_it_was_written(pieces: list[bytes], dice: st.DataObject) -> None:
+    """In whatever pieces, from wherever."""
+    with tempfile.TemporaryDirectory() as folder:
+        spool = ma.Spool(Path(folder), lambda size: "", "aegis")
+        file = ma.SpoolFile(spool)
+        for piece in pieces:
+            file.write(bytearray(piece))
+        whole, name = b"".join(pieces), file.keep()
+        assert not file.error and spool.size_bytes == spool.path(name).stat().st_size
+        with spool.open(name) as reading:
+            assert reading.read() == whole and ma.length_of(reading) == len(whole)
+            for _ in range(4):
+                start = dice.draw(st.integers(0, len(whole) + 3))
+                size = dice.draw(st.integers(0, len(whole) + 3))
+                assert reading.seek(start) == start
+                assert reading.read(size) == whole[start : start + size]
+        spool.remove(name)
+        assert spool.size_bytes == 0 and not [*Path(folder).iterdir()]

@@ -595,3 +595,24 @@ def channel_log(here):
 
 def in_channel_log(here, text):
     return text in channel_log(here)
+
+
+def test_a_page_of_a_log_with_long_lines_is_no_larger_than_a_frame(tmp_path):
+    """Else the server closes the connection (1009), each time that somebody asks."""
+    with site(tmp_path, {"A": ""}, start=False) as here:
+        here.agent.state_dir.mkdir(mode=0o700)
+        text, when = "\u00fc" * 2000, "2020-01-01T00:00:00.000Z"
+        old = [{"level": "WARN", "msg": f"{n} {text}", "timestamp": when} for n in range(600)]
+        lines = "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in old)
+        (here.agent.state_dir / "medplum-agent-main-2020-01-01.log").write_text(lines, "utf-8")
+        here.agent.start()
+        found: list[dict[str, str]] = []
+        more: dict[str, str] = {}
+        while True:
+            page = here.sandbox.ask("agent:logs:request", limit=1000, **more)
+            assert len(json.dumps(page, ensure_ascii=False).encode()) < 2**20
+            found += page["logs"]
+            if not page["hasMore"]:
+                break
+            more = {"before": page["nextBefore"]}
+        assert found[-600:] == old[::-1]

@@ -268,6 +268,10 @@ def test_a_file_is_sent_to_a_channel(here, tmp_path):
     )  # fmt: skip
     assert done.returncode == 0 and "F-1: CA after" in done.stdout and "F-2: CA after" in done.stdout, done.stderr
     here.sandbox.wait_ids("F-1", "F-2")
+    file.write_bytes(b"".join(b"\x0b" + message(f"F-{n}").encode() + b"\x1c\r" for n in (3, 4)))  # as it was captured
+    line = [*AgentProcess.COMMAND, "send", f"127.0.0.1:{here.ports['ADT']}", str(file)]
+    done = subprocess.run(line, capture_output=True, text=True, timeout=30)
+    assert done.returncode == 0 and "F-3: CA after" in done.stdout and "F-4: CA after" in done.stdout, done.stderr
     (closed,) = free_ports(1)
     done = subprocess.run(
         [*AgentProcess.COMMAND, "send", f"127.0.0.1:{closed}", str(file)], capture_output=True, text=True, timeout=30
