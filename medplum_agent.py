@@ -391,9 +391,9 @@ EX_CONFIG = 78  # of sysexits.h
 class ConfigError(LocalError):
     """A configuration that cannot be used; `problems` lists everything that is wrong with it."""
 
-    def __init__(self, problems: Sequence[str], for_good: bool = False):
+    def __init__(self, *problems: str, for_good: bool = False):
         super().__init__("; ".join(problems))
-        self.problems = tuple(problems)
+        self.problems = problems
         # A service manager need not try again what stands in agent.toml; the reference's ways have its exit code
         self.exit_code = EX_CONFIG if for_good else 1
 
@@ -977,7 +977,7 @@ def read_settings(
             values[name] = parse_setting(row, value)
         except ValueError as error:
             if row.metadata["guard"]:
-                raise ConfigError([f"{where}{name} '{value}': {error}"]) from None
+                raise ConfigError(f"{where}{name} '{value}': {error}") from None
             warn(f"{where}{name} '{value}'{source} {error}; {fate}")
             continue
         high = row.metadata["max"]
@@ -1058,7 +1058,7 @@ def read_config_file(given: str | None) -> tuple[str, Json]:
         return str(path), parse_properties(text) if path.suffix == ".properties" else _flatten(tomli.loads(text))
     except (OSError, ValueError) as error:  # tomli's and Unicode's errors are ValueErrors
         problem = f"cannot read the configuration file {path}: {error}"
-        raise ConfigError([problem], for_good=path.suffix == ".toml") from None
+        raise ConfigError(problem, for_good=path.suffix == ".toml") from None
 
 
 def resolve_process(
@@ -1098,7 +1098,7 @@ def resolve_process(
     if ca and not Path(ca).is_file():
         problems["caFile"] = f"caFile {ca} does not exist"
     if problems:
-        raise ConfigError(list(problems.values()), for_good=file.endswith(".toml"))
+        raise ConfigError(*problems.values(), for_good=file.endswith(".toml"))
     settings, rows, warnings = ProcessSettings(**values), rows_of(LoggerSettings), list[str]()
 
     def logger(where: str) -> LoggerSettings:
@@ -1267,7 +1267,7 @@ def channel_settings(
     if values.get("assignSeqNo") and values.get("maxWorkers", 1) > 1:
         warnings.append(f"{where}: assignSeqNo with maxWorkers above 1: numbers may reach the server out of order")
     if problem := _problem(s, where):
-        raise ConfigError([f"{where}: {problem}"])
+        raise ConfigError(f"{where}: {problem}")
     return s, written
 
 
@@ -1299,7 +1299,7 @@ def _problem(s: ChannelSettings, where: str) -> str:
     except OSError as error:
         problem = Problem(f"{where}: TLS cannot be set up with certFile, keyFile and clientCa; our main log says why")
         problem.log = f"{where}: TLS cannot be set up: {error}"
-        raise ConfigError([problem]) from None
+        raise ConfigError(problem) from None
     return ""
 
 
@@ -1343,24 +1343,24 @@ def channel_plan(name: str, endpoint: Json, given: Mapping[str, Any], warnings: 
     """One `Agent.channel[]` with its Endpoint; ConfigError names the channel and what is wrong."""
     where, address = f"channel '{name}'", str(endpoint.get("address") or "").strip()
     if not address:
-        raise ConfigError([f"Invalid empty endpoint address for {where}"])
+        raise ConfigError(f"Invalid empty endpoint address for {where}")
     prefix = next(filter(address.startswith, PROTOCOLS), None)
     if prefix is None:
         what = f"unsupported endpoint type '{address.split(':')[0]}' in {address}"
-        raise ConfigError([f"{where}: {what}; supported: {', '.join(PROTOCOLS)}"])
+        raise ConfigError(f"{where}: {what}; supported: {', '.join(PROTOCOLS)}")
     try:
         url = urllib.parse.urlsplit(address)
         serial = url.scheme == "serial"  # serial://COM3 or serial:///dev/ttyUSB0
         host, port = (url.netloc or url.path, 0) if serial else (url.hostname or "", url.port or 0)
     except ValueError as error:
-        raise ConfigError([f"{where}: invalid address {address}: {error}"]) from None
+        raise ConfigError(f"{where}: invalid address {address}: {error}") from None
     if not (host if serial else port):
-        raise ConfigError([f"{where}: the address {address} needs a port from 1 to 65535"])
+        raise ConfigError(f"{where}: the address {address} needs a port from 1 to 65535")
     query = ("tls=true&" if url.scheme in ("mllps", "dicoms") else "") + url.query
     protocol, cls = PROTOCOLS[prefix]
     settings, written = channel_settings(cls, query, where, given, warnings)
     if serial and settings.tls:
-        raise ConfigError([f"{where}: a serial line has no TLS"])
+        raise ConfigError(f"{where}: a serial line has no TLS")
     return ChannelPlan(name, address, protocol, host, port, endpoint.get("status") != "off", settings, written)
 
 
@@ -1376,19 +1376,19 @@ def build_plan(agent: Json, endpoints: Mapping[str, Json | AgentError]) -> tuple
     for name, reference in _channels(agent):
         try:
             if not name:
-                raise ConfigError(["a channel of the Agent has no name"])
+                raise ConfigError("a channel of the Agent has no name")
             if name in names:
-                raise ConfigError([f"two channels are named '{name}'"])
+                raise ConfigError(f"two channels are named '{name}'")
             names.add(name)
             endpoint = endpoints.get(reference)
             if not isinstance(endpoint, dict):
                 reason = f"{endpoint or 'it has no Endpoint'} ({reference or 'no reference'})"
-                raise ConfigError([f"channel '{name}': {reason}"])
+                raise ConfigError(f"channel '{name}': {reason}")
             plan = channel_plan(name, endpoint, given, warnings)
             for other in channels:
                 if other.port == plan.port and not (plan.dials or other.dials):
                     both = f"Both '{other.name}' ({other.address}) and '{name}' ({plan.address})"
-                    raise ConfigError([f"Invalid agent config. {both} declare use of port {plan.port}"])
+                    raise ConfigError(f"Invalid agent config. {both} declare use of port {plan.port}")
             channels.append(plan)
         except ConfigError as error:
             problems += error.problems
@@ -2065,7 +2065,7 @@ class ByteStream:
     def __init__(self, settings: StreamSettings):
         self._start, self._end = byte_sequence(settings.startChar), byte_sequence(settings.endChar)
         if not self._start or not self._end:
-            raise ConfigError(["startChar and endChar are needed"])
+            raise ConfigError("startChar and endChar are needed")
         self._rules = auto_responses(settings.autoRespond)
         self.limit = settings.maxMessageBytes
         self.skipped = 0  # bytes outside of messages
@@ -2865,7 +2865,7 @@ def store_key(source: str, cipher: str) -> str:
     try:
         kind, _, where = key_source(source).partition(":")
     except ValueError as error:
-        raise ConfigError([f"storeKey {error}"]) from None
+        raise ConfigError(f"storeKey {error}") from None
     if not kind:
         return ""
     secret = b""
@@ -2883,13 +2883,13 @@ def store_key(source: str, cipher: str) -> str:
                 done = subprocess.run(words, stdin=subprocess.DEVNULL, capture_output=True, timeout=KEY_SECS)
                 secret = b"" if done.returncode else done.stdout
     except OSError as error:
-        raise ConfigError([f"storeKey: the key cannot be read from {kind}: {error.strerror}"]) from None
+        raise ConfigError(f"storeKey: the key cannot be read from {kind}: {error.strerror}") from None
     except ValueError:
-        raise ConfigError(["storeKey: the command cannot be understood"]) from None
+        raise ConfigError("storeKey: the command cannot be understood") from None
     if len(secret.strip()) < KEY_CHARS:
         failed = "fails, or " if kind in ("command", "keychain") else ""
         text = f"storeKey: {kind} {failed}gives fewer than {KEY_CHARS} characters; for a key: openssl rand -hex 32"
-        raise ConfigError([text])
+        raise ConfigError(text)
     return f"cipher={cipher}&key=raw:{hmac.digest(secret.strip(), b'medplum-agent queue', 'sha256').hex()}"
 
 
@@ -3966,9 +3966,11 @@ def check_key(path: Path, key: str) -> None:
     mark = beside(path, ".key")
     known = mark.read_text("ascii") if mark.exists() else ""
     if known and not key and path.exists() and not is_plain(path):
-        raise ConfigError([f"the queue {path} is encrypted: name its key with storeKey (and storeCipher)"], True)
+        raise ConfigError(f"the queue {path} is encrypted: name its key with storeKey (and storeCipher)", for_good=True)
     if known not in ("", _mark_of(key)) and path.exists() and not is_plain(path):
-        raise ConfigError([f"storeKey, or storeCipher, is not that of the queue {path}; nothing was changed"], True)
+        raise ConfigError(
+            f"storeKey, or storeCipher, is not that of the queue {path}; nothing was changed", for_good=True
+        )
 
 
 def mark_key(path: Path, key: str) -> None:
@@ -4171,7 +4173,7 @@ def tls_context(ca_file: str) -> ssl.SSLContext:
         try:
             context.load_verify_locations(cadata=named_file(ca_file).decode("ascii", "replace"))
         except (OSError, ssl.SSLError, ValueError) as error:
-            raise ConfigError([f"caFile {ca_file} holds no usable PEM certificate: {error}"]) from None
+            raise ConfigError(f"caFile {ca_file} holds no usable PEM certificate: {error}") from None
     return context
 
 
@@ -4202,7 +4204,7 @@ def http_pool(url: str, context: ssl.SSLContext) -> urllib3.PoolManager:
     except ValueError:
         shown = re.sub(r"//.*@", "//", proxy)  # without its password
         text = f"the proxy '{shown}' of HTTP_PROXY or HTTPS_PROXY cannot be used: give http://host:port"
-        raise ConfigError([text]) from None
+        raise ConfigError(text) from None
     user = urllib.parse.urlsplit(proxy)
     secret = f"{urllib.parse.unquote(user.username or '')}:{urllib.parse.unquote(user.password or '')}"
     headers = urllib3.make_headers(proxy_basic_auth=secret) if user.username else None
@@ -9155,13 +9157,14 @@ def _checked_status(answer: Dataset) -> int:
 
 
 # =====================================================================================================================
-# Doctor (410 lines, 3700 tokens)
+# Doctor (410 lines, 3750 tokens)
 #
 # `doctor`: one line a check, in the order in which things can fail, each with what the person who can act has to do.
 # It works beside a running agent, without one, and within one for the cloud. May touch: network, files, serial ports.
 # =====================================================================================================================
 
 CONFIG_FILE = "medplum-agent-applied-config.json"
+Resources = tuple[Json, dict[str, Json | AgentError]]  # the Agent, and its Endpoints or why they cannot be read
 QUEUE_FILE = "medplum-agent-queue.sqlite"
 FINE, DOUBTFUL, WRONG = range(3)
 
@@ -9169,6 +9172,15 @@ FINE, DOUBTFUL, WRONG = range(3)
 def looked_at(name: str, level: int, text: str, remedy: str = "") -> Json:
     """One check; `remedy` says what to do where it is not fine."""
     return {"name": name, "level": level, "text": text, "remedy": remedy if level else ""}
+
+
+def saved_config(state_dir: Path) -> Resources:
+    """What was applied last; an Agent without id or channels where that cannot be read."""
+    with suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
+        saved = load_json((state_dir / CONFIG_FILE).read_bytes())
+        if not shape_problem(saved["agent"]):
+            return saved["agent"], {f"Endpoint/{endpoint['id']}": endpoint for endpoint in saved["endpoints"]}
+    return {}, {}
 
 
 def silent_parts(plan: Plan) -> Iterator[str]:
@@ -9213,7 +9225,7 @@ class Doctor:
             except TimeoutError:
                 text = f"what comes after '{self.checks[-1]['name']}' took too long"
                 self.say("time", WRONG, text, "See whether a firewall drops it, or a disk hangs.")
-        plan = self._plan or self._saved_plan()
+        plan = self._plan or build_plan(*saved_config(self.config.state_dir))[0]
         outbound = [[f"{self._host}:{self._port}", "HTTPS and secure WebSocket to the Medplum server"]]
         if self._proxy.hostname:
             outbound = [[f"{self._proxy.hostname}:{self._proxy.port or 80}", f"the proxy, to {outbound[0][0]}"]]
@@ -9430,14 +9442,8 @@ class Doctor:
 
     # --- this machine ---
 
-    def _saved_plan(self) -> Plan:
-        with suppress(OSError, ValueError, KeyError, TypeError, ConfigError):
-            saved = load_json((self.config.state_dir / CONFIG_FILE).read_bytes())
-            return build_plan(saved["agent"], {f"Endpoint/{one['id']}": one for one in saved["endpoints"]})[0]
-        return build_plan({}, {})[0]
-
     async def _local(self) -> None:
-        plan = self._plan or self._saved_plan()
+        plan = self._plan or build_plan(*saved_config(self.config.state_dir))[0]
         for channel in [channel for channel in plan.channels if channel.active]:
             await self._channel(channel)
         await self._page()
@@ -10671,7 +10677,7 @@ class Upgrades:
 
 
 # =====================================================================================================================
-# Agent (680 lines, 5700 tokens)
+# Agent (660 lines, 5650 tokens)
 #
 # Plans become running channels. A reload reads everything, lists every problem, and changes nothing if there is one;
 # otherwise only what differs changes, and untouched channels keep their connections. The life cycle: lock, logs,
@@ -10685,9 +10691,6 @@ _SAFE_ERRORS = frozenset({
     "Not connected", "Missing access token", "Missing agent ID", "Invalid access token", "Missing channel",
     "Missing body", "Channel not found", "Invalid HL7 message", "Not found", "Forbidden", "Unauthorized",
 })  # fmt: skip
-
-
-Resources = tuple[Json, dict[str, Json | AgentError]]  # the Agent, and its Endpoints or why they cannot be read
 
 
 class Agent:
@@ -10747,12 +10750,11 @@ class Agent:
                 sync_folder(self.state_dir.parent)
             self._lock_file = open(self.state_dir / "agent.lock", "a+b", opener=private)  # noqa: SIM115 - held while the agent runs
         except OSError as error:
-            raise ConfigError(
-                [f"the state directory {self.state_dir} cannot be used: {error.strerror}. Use --state-dir"]
-            ) from None
+            text = f"the state directory {self.state_dir} cannot be used: {error.strerror}. Use --state-dir"
+            raise ConfigError(text) from None
         if not lock_file(self._lock_file):
             raise ConfigError(
-                [f"another agent runs with the state directory {self.state_dir}. Stop it or use --state-dir"]
+                f"another agent runs with the state directory {self.state_dir}. Stop it or use --state-dir"
             )
 
     def _open_logs(self) -> None:
@@ -10770,7 +10772,7 @@ class Agent:
         try:
             directory.mkdir(parents=True, exist_ok=True, mode=0o700)
         except OSError as error:
-            raise ConfigError([f"the log directory {directory} cannot be used: {error.strerror}"]) from None
+            raise ConfigError(f"the log directory {directory} cannot be used: {error.strerror}") from None
         if name == "channels" and self.key:  # it would hold in clear what the queue does not
             settings = dataclasses.replace(settings, logLevel="NONE")
         return Log(name, settings, directory, console, lazy=name == "channels")
@@ -10784,7 +10786,7 @@ class Agent:
     # --- start ---
 
     async def _start(self) -> None:
-        last = self._saved_config()
+        last = found if (found := saved_config(self.state_dir))[0].get("id") == self.config.settings.agentId else None
         found = await self._first_config(last)
         plan, problems = build_plan(*found)
         saved = found is last
@@ -10844,16 +10846,6 @@ class Agent:
                 raise error
         return agent, dict(zip(references, cast("list[Json | AgentError]", found), strict=True))
 
-    def _saved_config(self) -> Resources | None:
-        try:
-            saved = load_json((self.state_dir / CONFIG_FILE).read_bytes())
-            agent, endpoints = saved["agent"], saved["endpoints"]
-            if agent["id"] != self.config.settings.agentId or shape_problem(agent):
-                return None
-            return agent, {f"Endpoint/{endpoint['id']}": endpoint for endpoint in endpoints}
-        except (OSError, ValueError, KeyError, TypeError):
-            return None
-
     def _save_config(self, plan: Plan) -> None:
         saved = {
             "appliedAt": datetime.datetime.now(datetime.UTC).isoformat(), "agentVersion": VERSION,
@@ -10901,7 +10893,7 @@ class Agent:
         async with self._reloading:
             plan, problems = await self._planned()
             if problems:
-                raise ConfigError(problems)
+                raise ConfigError(*problems)
             async with self._applying:
                 if self._stop.is_set():
                     raise LocalError("the agent is stopping")
@@ -10980,7 +10972,7 @@ class Agent:
                 listener.close()
             for old in moved:
                 await self._listen(cast(Channel, old.channel).plan)
-            raise ConfigError(problems)
+            raise ConfigError(*problems)
         self._report_problems(problems, "it is tried again until it can be opened")
         if problems and not opened:
             self.log.error("No port can be opened: is another agent running, perhaps with the same agentId?")
@@ -11342,7 +11334,7 @@ def _stack(error: BaseException | None) -> list[str]:
 
 
 # =====================================================================================================================
-# Command line (720 lines, 6250 tokens)
+# Command line (720 lines, 6200 tokens)
 # =====================================================================================================================
 
 _USAGE = """\
@@ -11369,7 +11361,7 @@ _USAGE = """\
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        raise ConfigError([message])
+        raise ConfigError(message)
 
 
 def command_parser(program: str) -> argparse.ArgumentParser:
@@ -11469,7 +11461,7 @@ def _performed(verb: Callable[..., int], options: argparse.Namespace) -> int:
     try:
         inspect.signature(verb).bind(options, *options.arguments[1:])
     except TypeError:
-        raise ConfigError([f"'{' '.join(options.arguments)}' is not understood"]) from None
+        raise ConfigError(f"'{' '.join(options.arguments)}' is not understood") from None
     return verb(options, *options.arguments[1:])
 
 
@@ -11488,7 +11480,7 @@ def _state_dir(options: argparse.Namespace) -> Path:
     try:
         return _process_config(options).state_dir
     except ConfigError as error:
-        raise ConfigError([*error.problems, "or name the folder of the agent's state with --state-dir"]) from None
+        raise ConfigError(*error.problems, "or name the folder of the agent's state with --state-dir") from None
 
 
 def _health(options: argparse.Namespace) -> int:
@@ -11616,7 +11608,7 @@ def _send(options: argparse.Namespace, address: str = "", *files: str) -> int:
     with suppress(ValueError):  # it is none
         port = url.port or 0
     if not (url.hostname and port and files):
-        raise ConfigError(["send needs HOST:PORT, or mllps://HOST:PORT, and one or more files"])
+        raise ConfigError("send needs HOST:PORT, or mllps://HOST:PORT, and one or more files")
     failed = False
     try:
         with socket.create_connection((url.hostname, port), CONNECT_TIMEOUT_SECS) as plain:
@@ -11654,14 +11646,13 @@ def _when(text: str) -> int:
     try:
         return round(datetime.datetime.fromisoformat(text).astimezone().timestamp() * 1000) if text else 0
     except ValueError:
-        raise ConfigError([f"'{text}' is no time: write 2026-11-26T03:00, or 12h for twelve hours ago"]) from None
+        raise ConfigError(f"'{text}' is no time: write 2026-11-26T03:00, or 12h for twelve hours ago") from None
 
 
 def _queue_file(options: argparse.Namespace) -> tuple[Path, Path, str]:
     """State directory, queue, and its key."""
-    state_dir, settings = _state_dir(options), Json()
-    with suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
-        settings = agent_settings(load_json((state_dir / CONFIG_FILE).read_bytes())["agent"], [])
+    state_dir = _state_dir(options)
+    settings = agent_settings(saved_config(state_dir)[0], [])
     path = Path(settings.get("queueDbPath") or state_dir / QUEUE_FILE)
     if not path.exists() or is_plain(path):
         return state_dir, path, ""
@@ -11685,7 +11676,7 @@ retry [ID...], discard [ID...], export FILE, import FILE, replay, rekey"""
 def _queue(options: argparse.Namespace, verb: str = "", *what: str) -> int:
     """What lies in the queue, without patient data unless that is asked for; 1 when what is looked for is not there."""
     if not re.fullmatch(_QUEUE_FORMS, " ".join((verb, *what))):
-        raise ConfigError([_QUEUE_VERBS.replace("\n", " ")])
+        raise ConfigError(_QUEUE_VERBS.replace("\n", " "))
     since, until = _when(options.since), _when(options.until)
     wanted = Wanted("", 0, "", options.channel, options.reason, since, until)
     if verb == "rekey":
@@ -11778,7 +11769,7 @@ def _import(options: argparse.Namespace, file: Path, wanted: Wanted) -> int:
 def _replay(options: argparse.Namespace, wanted: Wanted) -> int:
     """Stored messages, in their order, to a Bot that is named; never to the channel's own by accident."""
     if not (wanted.channel and wanted.since and re.fullmatch(r"Bot/[A-Za-z0-9.-]{1,64}", options.to)):
-        raise ConfigError(["queue replay needs --channel NAME, --since TIME and --to Bot/ID"])
+        raise ConfigError("queue replay needs --channel NAME, --since TIME and --to Bot/ID")
     (state_dir, path, key), statuses = _queue_file(options), collections.Counter[str]()
     config = _process_config(options)
     audit(state_dir, f"replay of {wanted._replace(payload=False)} to {options.to}")
@@ -11807,7 +11798,7 @@ def _replay(options: argparse.Namespace, wanted: Wanted) -> int:
 def _rekey(options: argparse.Namespace) -> int:
     """The agent's settings get the new storeKey afterwards."""
     if not options.to:
-        raise ConfigError(["queue rekey needs --to file:PATH, as storeKey has it, or --to plain"])
+        raise ConfigError("queue rekey needs --to file:PATH, as storeKey has it, or --to plain")
     _, path, key = _queue_file(options)
     new = "" if options.to == "plain" else store_key(options.to, _process_config(options).settings.storeCipher)
     with alone_with(path, key):
@@ -11822,7 +11813,7 @@ def _decide(options: argparse.Namespace, fate: str, wanted: Wanted, ids: list[in
     (state_dir, path, key), named = _queue_file(options), set(ids)
     chosen = [id_ for id_ in read_queue(path, wanted.ids, key) if not ids or id_ in named]
     if fate == "discard" and not (ids or any(wanted[3:7])):
-        raise ConfigError(["discard needs the numbers of messages, or --channel, --reason, --since, --until"])
+        raise ConfigError("discard needs the numbers of messages, or --channel, --reason, --since, --until")
     count = len(chosen)
     if not options.dry_run and chosen:
         answer = ask_agent(state_dir, {"command": "queue", "verb": fate, "ids": chosen}, 600)
@@ -11892,9 +11883,9 @@ def _selftest(options: argparse.Namespace, *arguments: str) -> int:
         agent.log = Log("selftest", config.main_log, None, None)
         agent.fhir = Fhir(config.settings, tls_context(config.settings.caFile), agent.log)
         plan, problems = build_plan(*await agent._read_config())
-        saved, problems_before = build_plan(*(agent._saved_config() or ({}, {})))
+        saved, problems_before = build_plan(*saved_config(config.state_dir))
         if problems and not problems_before:
-            raise ConfigError(problems)
+            raise ConfigError(*problems)
         path = Path(saved.settings.queueDbPath or config.state_dir / QUEUE_FILE)
         check_key(path, agent.key)
         if path.exists():
@@ -11981,8 +11972,8 @@ def _service(options: argparse.Namespace, verb: str = "", *values: str) -> int:
     import subprocess
 
     if verb not in "install uninstall start stop status".split() or (values and (verb, len(values)) != ("install", 4)):
-        raise ConfigError(["after service comes start, stop, status, uninstall, or install, which may be followed by "
-            "base_url client_id client_secret agent_id"])  # fmt: skip
+        raise ConfigError("after service comes start, stop, status, uninstall, or install, which may be followed by "
+            "base_url client_id client_secret agent_id")  # fmt: skip
     if sys.platform == "win32":
         if verb.endswith("install"):
             raise LocalError("on Windows the installer makes the service, and its uninstall.exe removes it")
@@ -11996,7 +11987,7 @@ def _service(options: argparse.Namespace, verb: str = "", *values: str) -> int:
             named = zip(rows_of(ProcessSettings), values, strict=False)
             settings = "".join(f"{name} = {json.dumps(value, ensure_ascii=False)}\n" for name, value in named)
         elif not installed_config_file().exists():
-            raise ConfigError(["service install needs base_url client_id client_secret agent_id"])
+            raise ConfigError("service install needs base_url client_id client_secret agent_id")
     script = Path(__file__).parent / "packaging" / sys.platform.replace("darwin", "macos") / "service.sh"
     return subprocess.run(["sh", script, verb, program], input=settings.encode(), check=False).returncode
 
@@ -12033,7 +12024,7 @@ def _run_demo(state_dir: str | None, *, stay: bool) -> int:
     try:
         import demo
     except ModuleNotFoundError:
-        raise ConfigError(["the demo is not beside this file: use the source tree, or one of the binaries"]) from None
+        raise ConfigError("the demo is not beside this file: use the source tree, or one of the binaries") from None
     with tempfile.TemporaryDirectory(prefix="medplum-agent-demo-", ignore_cleanup_errors=True) as folder:
         asyncio.run(demo.Demo(Path(state_dir or folder), stay).run(_stop_on_signals))
     return 0

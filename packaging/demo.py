@@ -858,10 +858,10 @@ class Demo:
                     self.ports[name] = _port(probe)
             self._pump_ear = _listen(max(self.ports.values()) + 1)
         except OSError as error:
-            raise ConfigError([
+            raise ConfigError(
                 f"the demo cannot connect to 127.0.0.1, this machine itself: {error.strerror or error}. Bring the "
                 "loopback interface up (Linux: ip link set lo up) or allow it in the firewall, and start the demo again"
-            ]) from None  # fmt: skip
+            ) from None  # fmt: skip
         self.pump_port = _port(self._pump_ear)
         with _listen(self.pump_port + 1) as probe:
             self.page_port = _port(probe)
@@ -909,9 +909,9 @@ class Demo:
                 self.say("agent", f"started, connected to the server; its files are in {self._state_dir}")
                 await self._traffic()
         except TimeoutError:
-            raise ConfigError([f"the demo was not done after {DEMO_SECS:.0f} s. {DEMO_AGAIN}"]) from None
+            raise ConfigError(f"the demo was not done after {DEMO_SECS:.0f} s. {DEMO_AGAIN}") from None
         except (OSError, EOFError, urllib3.exceptions.HTTPError):
-            raise ConfigError([f"the demo broke off: the agent refused or closed a connection. {DEMO_AGAIN}"]) from None
+            raise ConfigError(f"the demo broke off: the agent refused or closed a connection. {DEMO_AGAIN}") from None
         if self._stay:
             self._invite()
             await asyncio.get_running_loop().create_future()

@@ -164,7 +164,7 @@ def test_under_load_back_and_forth_with_broken_versions(tmp_path):
                     (
                         "5.9.3",
                         "it never starts",
-                        "def no(*_): raise m.ConfigError(['it never starts'])\nm.Store.__init__ = no",
+                        "def no(*_): raise m.ConfigError('it never starts')\nm.Store.__init__ = no",
                     ),
                     ("", "", ""),
                 ):
