@@ -125,7 +125,7 @@ def load_json(text: Any) -> Any:
 
 
 # =====================================================================================================================
-# Version, limits (240 lines, 1100 tokens)
+# Version, limits (260 lines, 1200 tokens)
 #
 # Every bound has a name, a unit and a reason. What a site could need to change is a setting instead (next section).
 # =====================================================================================================================
@@ -139,6 +139,8 @@ KIB, MIB = 1024, 1024 * 1024
 # lockstep traffic, and from an association HL7 2 ms a turn.
 READ_BYTES = 65_536
 RESOLVE_SECS = 2.0  # to look up the host of an Endpoint address
+MOST_DESCRIPTORS = 65_536  # files and connections at once that we ask the system for, as the packages do
+RESERVED_DESCRIPTORS = 40  # which devices cannot take: for the server, the store, logs, pushes
 SOCKET_BACKLOG = 512  # connections waiting for accept(): a whole site reconnecting at once
 BIND_RETRY_SECS = 0.25  # a port held by the agent that we replace is free within moments
 GRACEFUL_CLOSE_SECS = 5.0  # a device connection that is closed by us may finish what is being stored
@@ -278,6 +280,20 @@ def _utc_second(form: str, second: int) -> str:
 def utc_text(form: str, milliseconds: int) -> str:
     """An epoch millisecond in `form`, of strftime, and its fraction of the second."""
     return f"{_utc_second(form, milliseconds // 1000)}.{milliseconds % 1000:03d}"
+
+
+@cache
+def descriptors() -> int:
+    """How many files and connections may be open at once: as many as the system lets us have."""
+    if sys.platform == "win32":
+        return sys.maxsize
+    import resource
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = min(MOST_DESCRIPTORS, hard) if hard != resource.RLIM_INFINITY else MOST_DESCRIPTORS
+    with suppress(OSError, ValueError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, wanted), hard))
+    return resource.getrlimit(resource.RLIMIT_NOFILE)[0]
 
 
 def private(path: str, flags: int) -> int:
@@ -436,7 +452,7 @@ class ServerError(PeerError):
 
 
 # =====================================================================================================================
-# Settings (1040 lines, 7350 tokens)
+# Settings (1050 lines, 7400 tokens)
 #
 # One setting, one row: a field of a frozen dataclass. The parser, the checks, `--settings-schema` and README's tables
 # come from the row. Names are the wire's own (camelCase). Precedence for a channel, field by field: Endpoint address,
@@ -1341,8 +1357,8 @@ def listening_tls(s: ChannelSettings) -> ssl.SSLContext:
 
 def channel_plan(name: str, endpoint: Json, given: Mapping[str, Any], warnings: list[str]) -> ChannelPlan:
     """One `Agent.channel[]` with its Endpoint; ConfigError names the channel and what is wrong."""
-    where, address = f"channel '{name}'", str(endpoint.get("address") or "").strip()
-    if not address:
+    where, (scheme, *rest) = f"channel '{name}'", str(endpoint.get("address") or "").strip().partition(":")
+    if not (address := "".join((scheme.lower(), *rest))):
         raise ConfigError(f"Invalid empty endpoint address for {where}")
     prefix = next(filter(address.startswith, PROTOCOLS), None)
     if prefix is None:
@@ -1400,9 +1416,13 @@ def build_plan(agent: Json, endpoints: Mapping[str, Json | AgentError]) -> tuple
 
 
 def _channels(agent: Json) -> list[tuple[str, str]]:
-    """Name and Endpoint reference of the channels of an Agent; none when it is off."""
+    """Name and Endpoint reference of the channels of an Agent; none when it is off.
+
+    A reference may have a server before it or a version behind it (FHIR 2.3.0.1): only type and id count.
+    """
     entries = [] if agent.get("status") == "off" else agent.get("channel") or []
-    return [(str(e.get("name") or ""), (e.get("endpoint") or {}).get("reference") or "") for e in entries]
+    named = [(str(e.get("name") or ""), (e.get("endpoint") or {}).get("reference") or "") for e in entries]
+    return [(name, re.sub(r"^(?:.*/)?(Endpoint/[^/]+)(?:/.*)?$", r"\1", reference)) for name, reference in named]
 
 
 def shape_problem(agent: Json) -> str:
@@ -1474,7 +1494,7 @@ def _markdown(shown: Json) -> str:
 
 
 # =====================================================================================================================
-# Logs (180 lines, 1350 tokens)
+# Logs (190 lines, 1400 tokens)
 #
 # Two logs as JSON lines, each a rotating file: the main log says what the agent does and never holds patient data
 # (messages are named by their row number in the queue); the channel log holds the messages. On a terminal the main
@@ -1573,8 +1593,11 @@ class Log:
         today = f"{datetime.datetime.now().astimezone():%Y-%m-%d}"
         limit = self._settings.maxFileSizeMb * MIB
         if self._file is not None and self._day == today and self._file.tell() < limit:
-            return self._file
+            with suppress(OSError):  # whoever moved or removed it shall find a new one
+                if os.path.samestat(os.fstat(self._file.fileno()), Path(self._file.name).stat()):
+                    return self._file
         self.close_file()
+        directory.mkdir(parents=True, exist_ok=True, mode=0o700)
         self._day, suffix = today, 0
         for (day, number), newest in log_files(directory, self.name)[:1]:
             if day == today:
@@ -4298,6 +4321,8 @@ class Fhir:
 
     def _checked_token(self, answer: Json) -> Token:
         text: str = answer["access_token"]
+        if not re.fullmatch("[!-~]+", text):
+            raise ServerError("login failed: the token has characters that no header can carry")
         claims = jwt_claims(text)
         expires = claims.get("exp")
         if not isinstance(expires, int | float):
@@ -5061,7 +5086,7 @@ def percentiles(samples: Iterable[int]) -> dict[str, float]:
 
 
 # =====================================================================================================================
-# Uplink (430 lines, 3350 tokens)
+# Uplink (440 lines, 3400 tokens)
 #
 # One WSS connection to the server (uplink contract 3 and 4): connect, heartbeats both ways, forced reconnect when it is
 # silent or never live, full-jitter back-off. websockets does TCP, proxy, TLS, handshake and frames; its receive queue
@@ -5080,6 +5105,13 @@ def _upload_error(error: Exception, stow: bool) -> str:
     if stow:
         named |= {404: "stow-missing"} | dict.fromkeys((200, 400, 409, 415), "stow-refused")
     return named.get(status) or ("server-error" if status >= 500 else "server-rejected")
+
+
+class Connect(connect):
+    """Follows no redirect, as HTTP does not: the access token is for our server only."""
+
+    def process_redirect(self, exc: Exception) -> Exception | str:
+        return exc
 
 
 class _Socket(ClientConnection):
@@ -5407,7 +5439,7 @@ class Uplink:
         try:
             token, proxy = await self._fhir.fresh_token(), proxy_for(self._settings.baseUrl)
             more: Json = {"proxy_ssl": tls_context(self._settings.caFile)} if (proxy or "").startswith("https") else {}
-            sock = await connect(
+            sock = await Connect(
                 self.url, create_connection=cast(Any, partial(_Socket, uplink=self)), proxy=proxy, ssl=self._context,
                 **more, compression="deflate" if self._settings.compression else None, ping_interval=None,
                 close_timeout=1, open_timeout=CONNECT_TIMEOUT_SECS, max_size=UPLINK_FRAME_BYTES,
@@ -5486,7 +5518,7 @@ class Uplink:
 
 
 # =====================================================================================================================
-# Lines (1090 lines, 7700 tokens)
+# Lines (1100 lines, 7700 tokens)
 #
 # One open connection to a device, whoever dialled; each protocol has one class here, which owns its core. A line takes
 # bytes (`receive`), makes messages of them (`intake`), acknowledges when the store says durable (`stored`), writes down
@@ -5685,6 +5717,7 @@ class Line(asyncio.Protocol):
     def __init__(self, owner: LineOwner):
         self.owner = owner
         self.remote = self.host = ""
+        self.descriptor = 0
         self.pending = 0  # messages on their way to the disk
         self.awaiting = 0  # stored messages whose answer is owed
         self.messages = 0
@@ -5767,6 +5800,7 @@ class Line(asyncio.Protocol):
             transport.max_size = READ_BYTES
         if (sock := transport.get_extra_info("socket")) is not None:
             set_device_options(sock)
+            self.descriptor = sock.fileno()  # the lowest that was free: it tells how many there are
         if peer := transport.get_extra_info("peername"):
             self.host, self.remote = peer[0], f"{peer[0]}:{peer[1]}"
         else:  # a serial port
@@ -6576,7 +6610,7 @@ class AstmLine(StreamLine):
 
 
 # =====================================================================================================================
-# Channels (380 lines, 2900 tokens)
+# Channels (390 lines, 2900 tokens)
 #
 # A channel is a configured name: its plan, its queue, its lines, and the door by which they come, a listener or a
 # dialler. A listener owns a bound port and may change its channel, so that a reload can swap ports without ever
@@ -6715,8 +6749,11 @@ class Channel:
 
     def opened(self, line: Line) -> None:
         """A connection whose answer waits for a repetition makes way, and then one that never sent anything."""
-        if not self._may_connect(line.host):
-            self.warn(f"{line.host} was turned away: it is not among peers")
+        reason = "" if self._may_connect(line.host) else "it is not among peers"
+        if line.descriptor >= descriptors() - RESERVED_DESCRIPTORS:
+            reason = f"{descriptors()} files may be open at once, connections among them (ulimit -n, LimitNOFILE)"
+        if reason:
+            self.warn(f"{line.host} was turned away: {reason}")
             line.abort()
             return
         if len(self.lines) >= self.room:
@@ -9430,7 +9467,7 @@ class Doctor:
         scheme = "wss" if self._base.scheme == "https" else "ws"
         url, context = f"{scheme}://{self._base.netloc}/ws/agent", self._context if scheme == "wss" else None
         try:
-            async with connect(url, ssl=context, proxy=proxy_for(self.config.settings.baseUrl), open_timeout=4):
+            async with Connect(url, ssl=context, proxy=proxy_for(self.config.settings.baseUrl), open_timeout=4):
                 self.say("websocket", FINE, "the server takes WebSockets")
         except (OSError, EOFError, TimeoutError, WebSocketException) as error:
             self.say("websocket", WRONG, f"{url}: {str(error) or 'no answer'}", remedy)
@@ -9461,9 +9498,7 @@ class Doctor:
             except StorageError as error:
                 self.say("queue", WRONG, str(error), _trouble_of(error)[1])
         if sys.platform != "win32" and (self.remote or not self.running):  # else it is that of another process
-            import resource
-
-            limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+            limit = descriptors()
             need = 200 + sum(min(channel.settings.maxConnections, 1000) for channel in plan.channels)
             text = f"{limit} may be open at once; all connections together need {need}"
             self.say("files", DOUBTFUL if limit < need else FINE, text, f"Raise it (LimitNOFILE={need}).")

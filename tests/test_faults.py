@@ -6,6 +6,7 @@ import functools
 import io
 import os
 import re
+import shutil
 import signal
 import socket
 import sqlite3
@@ -1648,3 +1649,37 @@ def test_a_queue_without_a_name_is_damaged_and_not_waited_for(tmp_path):
             db.execute("DELETE FROM identity")
         here.agent.start(ready=False)
         assert "malformed" in here.agent.logged("cannot be opened")
+
+
+# --- what devices and administrators take away ---
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="there is no such limit")
+def test_connections_of_devices_leave_descriptors_for_the_server_and_for_pushes(tmp_path):
+    few = ["sh", "-c", 'ulimit -n 100; exec "$@"', "sh"]
+    with site(tmp_path, {"A": "?maxConnections=1000"}, wrapper=few) as here, contextlib.ExitStack() as stack:
+        kept = stack.enter_context(here.device("A"))
+        assert kept.ask(message("M0"))[0] == "AA"
+        for _ in range(120):
+            stack.enter_context(here.device("A"))
+        here.agent.logged("was turned away: 100 files may be open at once")
+        here.sandbox.cut()
+        here.sandbox.wait_for(lambda: not here.sandbox.connected)
+        here.sandbox.wait_for(lambda: here.sandbox.connected, 20)
+        assert kept.ask(message("M1"))[0] == "AA"
+        receiver, caller = stack.enter_context(Receiver()), stack.enter_context(here.caller())
+        assert caller.push(receiver.url(), message("P1")).status == 200
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="an open file cannot be removed")
+@pytest.mark.parametrize("what", ["file", "folder"])
+def test_a_log_that_is_removed_or_moved_away_is_made_anew(tmp_path, what):
+    config = f"[logger.main]\nlogDir = '{tmp_path / 'logs'}'"
+    with site(tmp_path, {"A": ""}, config=config) as here:
+        (log,) = (tmp_path / "logs").glob("*main*")
+        if what == "file":
+            log.rename(log.with_name("moved"))
+        else:
+            shutil.rmtree(tmp_path / "logs")
+        here.sandbox.tell(b"nonsense")
+        eventually(lambda: log.exists() and b"not a JSON message" in log.read_bytes())

@@ -7,6 +7,7 @@ import io
 import json
 import os
 import re
+import shutil
 import sys
 import threading
 import types
@@ -251,11 +252,13 @@ def test_files_sort_by_number_not_by_text(tmp_path: Path) -> None:
 
 
 def test_a_missing_directory(tmp_path: Path) -> None:
-    broken = log(tmp_path / "missing")
-    broken.info("lost")
-    (tmp_path / "missing").mkdir()
-    broken.info("kept")
-    assert everything(tmp_path / "missing") == ["kept"]
+    """It is made, and again when somebody removes it."""
+    missing = log(tmp_path / "missing")
+    missing.info("first")
+    assert everything(tmp_path / "missing") == ["first"]
+    shutil.rmtree(tmp_path / "missing")
+    missing.info("second")
+    assert everything(tmp_path / "missing") == ["second"]
 
 
 def test_a_directory_that_is_a_file(tmp_path: Path) -> None:
@@ -267,12 +270,12 @@ def test_a_full_disk_and_recovery(tmp_path: Path) -> None:
     filling = log(tmp_path)
     filling.info("before")
 
-    class Full(io.BytesIO):
+    class Full(io.FileIO):
         def write(self, line: Any) -> int:
             raise OSError(errno.ENOSPC, "No space left on device")
 
     filling.close_file()
-    filling._file = Full()  # type: ignore[assignment]
+    filling._file = Full(tmp_path / f"medplum-agent-main-{DAY}.log", "a")  # type: ignore[assignment]
     filling._day = DAY
     filling.info("lost")
     filling.info("after")

@@ -585,3 +585,18 @@ def test_listening_with_tls_without_a_certificate_is_a_problem_not_a_plain_port(
         with pytest.raises(ConnectionRefusedError):
             here.device("TLS")
         assert "needs certFile" in json.dumps(here.sandbox.reload())
+
+
+@pytest.mark.parametrize("form", ["{}/_history/3", "https://api.example.org/fhir/R4/{}"])
+def test_channels_start_without_the_server_however_their_endpoints_are_named(tmp_path, form):
+    """References of FHIR may have a version, or be absolute; the saved configuration knows the Endpoint by its id."""
+    with site(tmp_path, {"A": "", "B": ""}, start=False) as here:
+        for channel in here.sandbox.resource("Agent/agent-1")["channel"]:
+            reference = channel["endpoint"]["reference"]
+            channel["endpoint"]["reference"] = form.format(reference)
+            here.sandbox.sandbox.resources[form.format(reference)] = here.sandbox.resource(reference)
+        here.agent.start()
+        here.agent.terminate()
+        here.sandbox.stop()
+        here.agent.start(ready=False)
+        here.agent.wait_listening()

@@ -813,3 +813,10 @@ def test_a_user_without_a_home_gets_the_place_of_services(monkeypatch: pytest.Mo
     monkeypatch.setattr(os, "geteuid", lambda: user)
     assert ma.default_state_root() in (Path("/var/lib/medplum-agent"), Path("/", ma._MAC_FOLDER))
     assert ma.command_parser("medplum-agent").format_help()
+
+
+@pytest.mark.parametrize(("address", "wanted"), [("MLLP://h:5", "mllp://h:5"), ("Dicom://h:5", "dicom://h:5")])
+def test_schemes_of_addresses_have_no_case(address: str, wanted: str) -> None:
+    """RFC 3986 3.1; the rest of an address stays as it is."""
+    found, same = (ma.channel_plan("A", {"address": one}, {}, []) for one in (address, wanted))
+    assert found == same and found.address == wanted

@@ -2,12 +2,15 @@
 
 import itertools
 import re
+import threading
 import time
 
+import demo
 import pytest
 import trustme
+from demo import sandbox_resources
 
-from tests.support import ConnectProxy, Receiver, bot, control_id, eventually, message, site
+from tests.support import AGENT_ID, ConnectProxy, Receiver, SandboxThread, bot, control_id, eventually, message, site
 
 FAST = "responseTimeoutSecs=0.5&autoRetryBaseDelayMs=20&autoRetryMaxDelayMs=40"
 BEATING = "heartbeatSecs = 0.2\n"
@@ -472,3 +475,47 @@ def test_a_text_that_is_not_quite_unicode_still_arrives(tmp_path, raw, heard, ma
         here.sandbox.tell(mark + push % (receiver.url().encode(), body))
         receiver.wait_ids("P1")
         assert f"ZZZ|{heard}" in receiver.heard[0]
+
+
+# --- the token is for the server that it came from ---
+
+
+@pytest.mark.parametrize("status", ["301 Moved Permanently", "302 Found", "307 Temporary Redirect"])
+def test_a_redirected_handshake_takes_the_token_nowhere(tmp_path, monkeypatch, status):
+    """No more than FHIR's requests are: whoever answers for the server once would have the token."""
+    with SandboxThread(sandbox_resources(AGENT_ID, {})) as other, site(tmp_path, {"A": ""}, start=False) as here:
+        usual, turned = demo.SandboxSocket.run, threading.Event()
+
+        async def run(self, request):
+            if self._sandbox is other.sandbox:
+                return await usual(self, request)
+            where = f"ws://localhost:{other.sandbox.port}/ws/agent"
+            self._writer.write(f"HTTP/1.1 {status}\r\nLocation: {where}\r\nContent-Length: 0\r\n\r\n".encode())
+            await self._writer.drain()
+            self._writer.close()
+            turned.set()
+            return None
+
+        monkeypatch.setattr(demo.SandboxSocket, "run", run)
+        here.agent.start(ready=False)
+        here.agent.wait_listening()
+        assert turned.wait(10)
+        assert f"HTTP {status[:3]}" in here.agent.logged("No connection to")
+        assert not other.sandbox.requests
+        monkeypatch.undo()
+        here.agent.wait_connected()
+        works(here)
+
+
+def test_a_token_that_no_header_can_carry_is_a_login_that_failed(tmp_path, monkeypatch):
+    with site(tmp_path, {"A": ""}, start=False) as here:
+        usual, count = demo.Sandbox._login, itertools.count()
+
+        def login(self, form):
+            status, answer = usual(self, form)
+            return status, answer | ({"access_token": "a\r\nb"} if next(count) == 0 else {})
+
+        monkeypatch.setattr(demo.Sandbox, "_login", login)
+        here.agent.start()
+        assert "no header can carry" in here.agent.logged("login failed")
+        works(here)
