@@ -2524,7 +2524,7 @@ class Astm:
         self._warn("a frame began inside a frame")
 
     def _take_number(self, byte: int) -> None:
-        self._number = byte if byte in b"01234567" else 0
+        self._number = byte if byte in b"0123456789" else 0
         if not self._number:  # the first of the text
             self._text.append(byte)
 
@@ -2550,7 +2550,7 @@ class Astm:
         refusal = None
         if self.settings.checksum == "on" and self._sum[1:].upper() != wanted:
             refusal = ""
-        elif frame == last:
+        elif frame == last and frame.number:
             self._answer(ACK)
             return
         elif last.end and bool(last.number) != bool(frame.number):
@@ -2563,6 +2563,8 @@ class Astm:
             self._warn(f"frame {frame.number!r} came where {due} was due; it is accepted")
         elif not (last.end or frame.number):
             self._warn("its frames have no numbers")
+        elif frame == last:
+            self._warn("a frame came twice; as it has no number, it may be another one, and is taken")
         if refusal is not None:
             self._refuse(refusal)
             return

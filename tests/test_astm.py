@@ -237,6 +237,24 @@ def test_an_instrument_without_frame_numbers() -> None:
     assert warnings(events) == ["its frames have no numbers"]
 
 
+def test_equal_records_without_frame_numbers_are_all_taken() -> None:
+    """Each was acknowledged; whether one is a repetition cannot be known."""
+    records = [b"H|\\^&\r", b"C|1|I|X\r", b"C|1|I|X\r", b"L|1|N\r"]
+    frames = [STX + body + b"%02X\r\n" % (sum(body) % 256) for body in (record + b"\x03" for record in records)]
+    events = Line().hear(ENQ + b"".join(frames) + EOT)
+    assert without_warnings(events) == [*[ACKED] * 5, Session(tuple(records))]
+    assert [text for text in warnings(events) if "came twice" in text]
+
+
+@pytest.mark.parametrize("number", [8, 9])
+def test_a_digit_outside_of_the_standard_s_is_a_number_all_the_same(number: int) -> None:
+    """Channel contract 10: taken as sequence number, with a warning."""
+    body = b"%dH|\\^&\r\x03" % number
+    events = Line().hear(ENQ + STX + body + b"%02X\r\n" % (sum(body) % 256) + EOT)
+    assert without_warnings(events) == [ACKED, ACKED, Session((b"H|\\^&\r",))]
+    assert len(warnings(events)) == 1
+
+
 @pytest.mark.parametrize("numbered_first", [True, False])
 def test_a_frame_without_number_among_numbered_ones_is_refused(numbered_first: bool) -> None:
     body = b"R|1\r\x03"
