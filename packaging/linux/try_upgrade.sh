@@ -1,47 +1,24 @@
 #!/usr/bin/env bash
 # Boot a Debian root, install the package, and have root's unit fetch and choose a version as the agent asks for it:
-#     try_upgrade.sh ROOT [PACKAGE.deb RELEASES VERSION]       (root only; needs systemd-nspawn)
-# ROOT is made by: debootstrap --variant=minbase --include=adduser,dbus,systemd-sysv bookworm ROOT
+#     try_upgrade.sh ROOT [PACKAGE.deb RELEASES VERSION]       (root only; needs systemd-nspawn; see booted_root.sh)
 # RELEASES is a folder that upgrades.py signed with the keys that the program names, VERSION one in it. Without them
 # a script takes the place of the program: that tries the units and the maintainer scripts alone.
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 root=$1 package=${2:-} releases=${3:-} version=${4:-9.9.9}
-work=$(mktemp -d) leader=
+work=$(mktemp -d)
+. "$here/booted_root.sh"
 versions=/usr/lib/medplum-agent/versions wish=/run/medplum-agent/upgrade
 
 say() { echo "== $*"; }
-fail() {
-    echo "FAILED: $*" >&2
-    inside journalctl --no-pager --lines 40 >&2 || true
-    exit 1
-}
-inside() {
-    nsenter --target "$leader" --all /usr/bin/env -i PATH=/usr/sbin:/usr/bin:/sbin:/bin LC_ALL=C \
-        DEBIAN_FRONTEND=noninteractive "$@"
-}
-must() { inside sh -ec "$1" || fail "$1"; }
 never() { ! inside sh -ec "$1" 2>/dev/null || fail "should not work: $1"; }
 as_agent() { inside setpriv --reuid=medplum-agent --regid=medplum-agent --clear-groups sh -ec "$1"; }
-within() { # SECONDS COMMAND: succeeds as soon as the command does
-    local left=$(($1 * 5))
-    until inside sh -ec "$2" >/dev/null 2>&1; do
-        [ "$((left -= 1))" -ge 0 ] || fail "$2"
-        sleep 0.2
-    done
-}
 ask() { # COMMAND that makes the request, as the agent would
     as_agent "$1" || fail "$1"
     within 60 "! test -e $wish && ! test -L $wish"
 }
 request() { ask "printf '$1' > $wish.new; mv $wish.new $wish"; } # whole, as the agent writes it
 runs() { within 20 "tr '\\0' ' ' < /proc/\$(systemctl show --property MainPID --value medplum-agent)/cmdline | grep -q '$1'"; }
-finish() {
-    [ -z "$leader" ] || inside systemctl poweroff || true
-    wait || true
-    rm -rf "$work"
-}
-trap finish EXIT
 
 stand_in() { # what the package needs, and no more: asks nobody, trusts everybody
     mkdir -p "$work/medplum-agent" "$work/releases"
@@ -93,15 +70,7 @@ dpkg-deb --root-owner-group -Znone --build "$next" "$next.deb" >/dev/null
 mkdir -p "$work/packages" && cp "$package" "$work/packages/first.deb" && mv "$next.deb" "$work/packages/next.deb"
 
 say boot
-systemd-nspawn --quiet --directory="$root" --boot --register=no --keep-unit --private-network \
-    --bind-ro="$work/packages:/mnt" --bind-ro="$(realpath "$releases"):/srv" </dev/null >"$work/console" 2>&1 &
-nspawn=$!
-for _ in $(seq 100); do
-    leader=$(pgrep --parent $nspawn || true)
-    [ -n "$leader" ] && inside systemctl is-system-running --wait 2>/dev/null | grep -Eq 'running|degraded' && break
-    kill -0 $nspawn 2>/dev/null || { cat "$work/console" >&2; leader=; exit 1; }
-    sleep 0.2
-done
+boot "$root" "$work/packages:/mnt" "$(realpath "$releases"):/srv"
 
 say install and start
 must 'dpkg -i /mnt/first.deb'
