@@ -81,10 +81,14 @@ def name_of(device: Device) -> str:
 
 def silent_for(device: Device, seconds: float = 0.4) -> bytes:
     """What comes within the time, raw."""
+    usual = device.socket.gettimeout()
     device.socket.settimeout(seconds)
-    with contextlib.suppress(TimeoutError):
+    try:
         return device.socket.recv(65536)
-    return b""
+    except TimeoutError:
+        return b""
+    finally:
+        device.socket.settimeout(usual)
 
 
 def raw_message(control: bytes, text: bytes, *, patient: str = "PAT-1", charset: bytes = b"") -> bytes:
