@@ -5802,7 +5802,7 @@ class Line(asyncio.Protocol):
             transport.max_size = READ_BYTES
         if (sock := transport.get_extra_info("socket")) is not None:
             set_device_options(sock)
-            self.descriptor = sock.fileno()  # the lowest that was free: it tells how many there are
+            self.descriptor = sock.fileno()
         if peer := transport.get_extra_info("peername"):
             self.host, self.remote = peer[0], f"{peer[0]}:{peer[1]}"
         else:  # a serial port
@@ -6612,7 +6612,7 @@ class AstmLine(StreamLine):
 
 
 # =====================================================================================================================
-# Channels (390 lines, 2900 tokens)
+# Channels (400 lines, 3000 tokens)
 #
 # A channel is a configured name: its plan, its queue, its lines, and the door by which they come, a listener or a
 # dialler. A listener owns a bound port and may change its channel, so that a reload can swap ports without ever
@@ -6742,7 +6742,7 @@ class Channel:
         if self.tls is None:
             return TurnAway()
         options: Any = {"server_side": True, "ssl_handshake_timeout": self.plan.settings.handshakeTimeoutSecs}
-        return SSLProtocol(self.loop, self.connect(), self.tls, cast(Any, None), **options)
+        return Handshake(self.loop, self.connect(), self.tls, cast(Any, None), **options)
 
     @property
     def room(self) -> int:
@@ -6751,11 +6751,7 @@ class Channel:
 
     def opened(self, line: Line) -> None:
         """A connection whose answer waits for a repetition makes way, and then one that never sent anything."""
-        reason = "" if self._may_connect(line.host) else "it is not among peers"
-        if line.descriptor >= descriptors() - RESERVED_DESCRIPTORS:
-            reason = f"{descriptors()} files may be open at once, connections among them (ulimit -n, LimitNOFILE)"
-        if reason:
-            self.warn(f"{line.host} was turned away: {reason}")
+        if self.refuses(line.host, line.descriptor):
             line.abort()
             return
         if len(self.lines) >= self.room:
@@ -6788,9 +6784,16 @@ class Channel:
                 message.outcome = DELIVERED
                 self.store.update(message)
 
-    def _may_connect(self, host: str) -> bool:
-        allowed = networks(self.plan.settings.peers)
-        return not allowed or any(_address(host) in network for network in allowed)
+    def refuses(self, host: str, descriptor: int) -> bool:
+        """Whether a device is not heard at all; descriptors are the lowest that were free: they tell how many are."""
+        allowed, reason = networks(self.plan.settings.peers), ""
+        if allowed and not any(_address(host) in network for network in allowed):
+            reason = "it is not among peers"
+        elif descriptor >= descriptors() - RESERVED_DESCRIPTORS:
+            reason = f"{descriptors()} files may be open at once, connections among them (ulimit -n, LimitNOFILE)"
+        if reason:
+            self.warn(f"{host} was turned away: {reason}")
+        return bool(reason)
 
     def closed(self, line: Line) -> None:
         if self.lines.get(line.remote) is line:
@@ -6943,7 +6946,8 @@ class Listener:
     async def start(self) -> None:
         loop = asyncio.get_running_loop()
         for sock in self._sockets:
-            self._servers.append(await loop.create_server(self._connection, sock=sock, backlog=SOCKET_BACKLOG))
+            loop.call_soon(sock.listen, SOCKET_BACKLOG)  # asyncio accepts as many at a blow: every descriptor
+            self._servers.append(await loop.create_server(self._connection, sock=sock, backlog=1))
 
     def _connection(self) -> asyncio.BaseProtocol:
         return self.channel.incoming() if self.channel is not None else TurnAway()
@@ -6954,6 +6958,16 @@ class Listener:
         if not self._servers:
             for sock in self._sockets:
                 sock.close()
+
+
+class Handshake(SSLProtocol):
+    """TLS with a device, which is turned away before it says hello."""
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        super().connection_made(cast(Any, transport))
+        channel, sock = cast(Channel, cast(Line, self._app_protocol).owner), transport.get_extra_info("socket")
+        if channel.refuses(transport.get_extra_info("peername")[0], sock.fileno()):
+            cast(asyncio.Transport, transport).abort()
 
 
 class TurnAway(asyncio.Protocol):
@@ -10081,7 +10095,7 @@ class Operations:
         host, port = web_address(address)
         while True:
             try:
-                self._servers.append(await asyncio.start_server(partial(self._guest, "page"), host, port))
+                self._servers.append(await asyncio.start_server(partial(self._guest, "page"), host, port, backlog=8))
                 break
             except OSError as error:
                 if not self.page_trouble:

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import trustme
 from demo import Transmit
 
 import medplum_agent
@@ -1659,13 +1660,21 @@ def test_a_queue_without_a_name_is_damaged_and_not_waited_for(tmp_path):
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="there is no such limit")
-def test_connections_of_devices_leave_descriptors_for_the_server_and_for_pushes(tmp_path):
+@pytest.mark.parametrize("silent", [False, True], ids=["connected", "silent before TLS"])
+def test_connections_of_devices_leave_descriptors_for_the_server_and_for_pushes(tmp_path, silent):
     few = ["sh", "-c", 'ulimit -n 100; exec "$@"', "sh"]
-    with site(tmp_path, {"A": "?maxConnections=1000"}, wrapper=few) as here, contextlib.ExitStack() as stack:
+    crowd = "?maxConnections=1000"
+    if silent:
+        trustme.CA().issue_cert("127.0.0.1").private_key_and_cert_chain_pem.write_to_path(str(tmp_path / "own.pem"))
+        crowd += f"&tls=true&handshakeTimeoutSecs=60&certFile={tmp_path / 'own.pem'}"
+    with site(tmp_path, {"A": "", "CROWD": crowd}, wrapper=few) as here, contextlib.ExitStack() as stack:
         kept = stack.enter_context(here.device("A"))
         assert kept.ask(message("M0"))[0] == "AA"
-        for _ in range(120):
-            stack.enter_context(here.device("A"))
+        assert here.agent.process is not None
+        os.kill(here.agent.process.pid, signal.SIGSTOP)  # they all wait to be accepted at once
+        for _ in range(150):
+            stack.enter_context(socket.create_connection(("127.0.0.1", here.ports["CROWD"])))
+        os.kill(here.agent.process.pid, signal.SIGCONT)
         here.agent.logged("was turned away: 100 files may be open at once")
         here.sandbox.cut()
         here.sandbox.wait_for(lambda: not here.sandbox.connected)
@@ -1673,6 +1682,7 @@ def test_connections_of_devices_leave_descriptors_for_the_server_and_for_pushes(
         assert kept.ask(message("M1"))[0] == "AA"
         receiver, caller = stack.enter_context(Receiver()), stack.enter_context(here.caller())
         assert caller.push(receiver.url(), message("P1")).status == 200
+        assert "system resource" not in here.agent.output() and "Too many open files" not in here.agent.output()
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="an open file cannot be removed")
