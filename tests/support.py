@@ -311,7 +311,7 @@ class AgentProcess:
     COMMAND: Sequence[str] = (
         [os.environ["MEDPLUM_AGENT_BINARY"]]
         if os.environ.get("MEDPLUM_AGENT_BINARY")
-        else [sys.executable, str(ROOT / "medplum_agent.py")]
+        else [sys.executable, "-m", "medplum_agent"]  # as a script it would be compiled at each start
     )
 
     def __init__(
@@ -323,7 +323,9 @@ class AgentProcess:
         self.queue_path = state_dir / "medplum-agent-queue.sqlite"
         self.process: subprocess.Popen[bytes] | None = None
         self._url, self._secret, self._level, self._wrapper = url, secret, level, wrapper
-        self._env = {k: v for k, v in os.environ.items() if not k.upper().endswith("_PROXY")} | dict(env or {})
+        self._env = {k: v for k, v in os.environ.items() if not k.upper().endswith("_PROXY")}
+        self._env.pop("PYTHONDONTWRITEBYTECODE", None)
+        self._env |= {"PYTHONPATH": str(ROOT)} | dict(env or {})
         self._options = ["--state-dir", str(state_dir)]
         if config:
             path = state_dir.with_name(f"{state_dir.name}-agent.toml")

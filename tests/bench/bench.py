@@ -30,6 +30,8 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
+FROM_SOURCE = [sys.executable, "-m", "medplum_agent"]  # as a script it keeps its syntax tree: 23 MB, and 250 ms
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 PEERS = Path(__file__).with_name("peers.py")
 AGENT_ID = "bench-agent"
 KIB, MIB = 1024, 1024 * 1024
@@ -304,7 +306,7 @@ class Site:
 
 def ours() -> list[str]:
     binary = os.environ.get("MEDPLUM_AGENT_BINARY")
-    return [*([binary] if binary else [sys.executable, str(ROOT / "medplum_agent.py")]), "--state-dir", "state"]
+    return [*([binary] if binary else FROM_SOURCE), "--state-dir", "state"]
 
 
 @contextlib.contextmanager

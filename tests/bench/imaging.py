@@ -134,7 +134,7 @@ class Site:
         }
         self.server = Role(directory, "server", bench.free_port(), json.dumps(addresses))
         binary = os.environ.get("MEDPLUM_AGENT_BINARY")
-        program = [binary] if binary else [sys.executable, str(ROOT / "medplum_agent.py")]
+        program = [binary] if binary else bench.FROM_SOURCE
         arguments = [self.server.listening, "sandbox-client", "sandbox-secret", bench.AGENT_ID, "--state-dir", "state"]
         with (directory / "agent.out").open("wb") as said:
             self.agent = bench.Process([*program, *arguments], directory, stdout=said, stderr=said)

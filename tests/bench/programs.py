@@ -8,7 +8,6 @@ publishes (100 to 200 MB of disk, 512 MB of memory) and, where given as measured
 import os
 import statistics
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -35,7 +34,7 @@ def version_ms(command: list[str]) -> float:
     found = []
     for _ in range(STARTS):
         begin = time.perf_counter()
-        subprocess.run([*command, "--version"], check=True, capture_output=True)
+        subprocess.run([*command, "--version"], check=True, capture_output=True, cwd=ROOT)
         found.append((time.perf_counter() - begin) * 1000)
     return statistics.median(found)
 
@@ -49,7 +48,7 @@ def main() -> None:
         os.environ.pop("MEDPLUM_AGENT_BINARY", None)
         if program is not None:
             os.environ["MEDPLUM_AGENT_BINARY"] = str(program)
-        command = [str(program)] if program else [sys.executable, str(ROOT / "medplum_agent.py")]
+        command = [str(program)] if program else bench.FROM_SOURCE
         listening, idle = bench.measure_idle(None, STARTS)
         shown = f"{size(program):9.1f}" if program else f"{'-':>9}"
         print(f"{name:20}{shown}{version_ms(command):14.0f}{listening:14.0f}{idle:9.0f}", flush=True)
