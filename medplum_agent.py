@@ -1348,6 +1348,7 @@ def listening_tls(s: ChannelSettings) -> ssl.SSLContext:
             what, wanted = f"clientCa {s.clientCa}", "a certificate in PEM"
             context.load_verify_locations(cadata=named_file(s.clientCa).decode("ascii", "replace"))
             context.verify_mode = ssl.CERT_REQUIRED
+            context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN  # it may be an intermediate authority
     except ssl.SSLError as error:
         raise OSError(f"{what}: {error.reason or 'not usable'}; it must hold {wanted}") from None
     except OSError as error:
@@ -3657,7 +3658,7 @@ class Store:
         sql = f"{_SELECT} FROM message WHERE channel = ? AND control_id = ? AND checked = ?"
         row = db.one(sql, (message.channel, message.control_id, message.checked))
         earlier = Message._from_row(row) if row else None
-        if earlier and message.received_at - earlier.received_at >= message.window_ms:
+        if earlier and abs(message.received_at - earlier.received_at) >= message.window_ms:  # a clock may be set back
             db.execute("UPDATE message SET checked = NULL WHERE id = ?", (earlier.id,))
             return None
         return earlier
@@ -4195,6 +4196,7 @@ def tls_context(ca_file: str) -> ssl.SSLContext:
     context: ssl.SSLContext = truststore.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.load_verify_locations(certifi.where())
     if ca_file:
+        context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN  # it may be an intermediate authority
         try:
             context.load_verify_locations(cadata=named_file(ca_file).decode("ascii", "replace"))
         except (OSError, ssl.SSLError, ValueError) as error:
@@ -5520,7 +5522,7 @@ class Uplink:
 
 
 # =====================================================================================================================
-# Lines (1100 lines, 7700 tokens)
+# Lines (1100 lines, 7750 tokens)
 #
 # One open connection to a device, whoever dialled; each protocol has one class here, which owns its core. A line takes
 # bytes (`receive`), makes messages of them (`intake`), acknowledges when the store says durable (`stored`), writes down
@@ -5954,7 +5956,7 @@ class Line(asyncio.Protocol):
             return ""
         if inside and self._begun_at and now - self._begun_at > inside:
             return f"it was still in the middle of a message after {now - self._begun_at:.0f} s"
-        if idle and silent > idle and not self.awaiting:
+        if idle and silent > idle and not self.awaiting and not any(one.line is self for one in self.owner.asked):
             return f"it was silent for {silent:.0f} s"
         return ""
 
@@ -6072,10 +6074,15 @@ class MllpLine(Line):
     def connection_lost(self, error: Exception | None) -> None:
         super().connection_lost(error)
         words = self.came()
-        came = f": {words}" if words else ""
+        came = f"Message was still pending when connection closed{f': {words}' if words else ''}"
+        kind = "device-silent"
+        if isinstance(error, ssl.SSLError):  # with TLS 1.3 a device refuses our certificate only after the handshake
+            came, kind = os_reason(error), "device-unreachable"
+        elif error is not None and not words and self._transport and self._transport.get_extra_info("ssl_object"):
+            came += f" ({os_reason(cast(OSError, error))}): does it want a certificate of ours (certFile)?"
         for exchange in self.owner.asked:
             if exchange.line is self:
-                exchange.fail(f"{self.owner.name}: Message was still pending when connection closed{came}")
+                exchange.fail(f"{self.owner.name}: {came}", kind)
 
 
 class Hl7Line(MllpLine):
@@ -6592,6 +6599,8 @@ class AstmLine(StreamLine):
             self.owner.warn(f"{self.remote}: the Bot's answer was not taken: {error}")
             message.outcome = UNDELIVERED
             self.owner.store.update(message)
+            if not self.attached:
+                self.owner.hold(message, body)
 
     async def ask(self, push: Push) -> str:
         encoded(push.text, codec_of(self.settings.encoding), push.target.key)
@@ -7007,7 +7016,7 @@ def _bind_address(family: int, address: Any, count: int) -> socket.socket | None
 
 
 # =====================================================================================================================
-# Devices (530 lines, 4150 tokens)
+# Devices (540 lines, 4300 tokens)
 #
 # From the cloud to the device. A push that somebody waits for is tried once and answered within the caller's window.
 # One that nobody waits for is stored first, and then tried in order until the device accepts it or it becomes a dead
@@ -7072,6 +7081,7 @@ class BytesCall(Line):
 
     def __init__(self, owner: Device, settings: DeviceSettings):
         super().__init__(owner)
+        self._error: Exception | None = None
         self._end, self._answer = settings.endChar.encode("latin-1", "ignore"), asyncio.StreamReader(PUSH_FRAME_BYTES)
 
     def receive(self, received: bytes) -> None:
@@ -7080,6 +7090,7 @@ class BytesCall(Line):
 
     def connection_lost(self, error: Exception | None) -> None:
         super().connection_lost(error)
+        self._error = error
         self._answer.feed_eof()
 
     async def ask(self, push: Push) -> str:
@@ -7090,8 +7101,18 @@ class BytesCall(Line):
             with suppress(ValueError):
                 content = bytes.fromhex(push.text)
         self.send(content or encoded(push.text, codec, push.target.key))
+        if not self._end:  # an error is all that it can say; with TLS 1.3 it refuses our certificate only now
+            self._flush()
+            if (transport := self._transport) and not transport.is_closing() and transport.can_write_eof():
+                transport.write_eof()
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self.lost.wait(), HANG_UP_SECS)
+            if isinstance(self._error, OSError):
+                kind = "device-unreachable" if isinstance(self._error, ssl.SSLError) else "device-silent"
+                raise DeviceError(f"{self.owner.name}: {os_reason(self._error)}", kind)
+            return ""
         try:
-            answer = await self._answer.readuntil(self._end) if self._end else b""
+            answer = await self._answer.readuntil(self._end)
         except asyncio.IncompleteReadError:
             raise DeviceError(f"{self.owner.name}: closed the connection before it answered", "device-silent") from None
         except asyncio.LimitOverrunError:
@@ -7166,10 +7187,12 @@ class Device:
             async with within(self.name, settings.connectTimeoutSecs):
                 context = await asyncio.to_thread(device_tls, target, self._devices.log) if settings.tls else None
                 name = target.host if context else None
-                for address in await self._devices.addresses(target):
-                    try:
-                        made = self._loop.create_connection(line, *address, ssl=context, server_hostname=name)
-                        return (await made)[1]
+                found = await self._devices.addresses(target)
+                for left, address in zip(range(len(found), 0, -1), found, strict=True):
+                    try:  # the last one has what is left of the time
+                        async with asyncio.timeout(settings.connectTimeoutSecs / len(found) if left > 1 else None):
+                            made = self._loop.create_connection(line, *address, ssl=context, server_hostname=name)
+                            return (await made)[1]
                     except OSError as error:
                         failure = error
                 raise failure
@@ -7357,8 +7380,9 @@ class Devices:
         self.imaging: Callable[[Push, float], Awaitable[str]]  # sends to dicom:// addresses
 
     def configure(self, plan: Plan) -> None:
-        """New settings; connections in use are left alone."""
+        """New settings, and certificates as the files are now; connections in use are left alone."""
         self.plan = plan
+        _device_tls.cache_clear()
         for device in self._devices.values():
             for queue in device.queues:
                 queue.policy = self.policy(device.name)

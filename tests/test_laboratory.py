@@ -874,6 +874,22 @@ def test_push_to_a_connected_instrument(here, over):
         assert device.accept() == ORDER_RECORDS
 
 
+@pytest.mark.parametrize("busy", [False, True], ids=["gone", "refused first"])
+def test_an_order_for_an_instrument_that_closed_at_once_waits_for_it(tmp_path, busy):
+    with site(tmp_path, {"A": "tcp://127.0.0.1:{port}?mode=astm"}) as here:
+        here.agent.logged("Medplum service started")
+        here.sandbox.bot = lambda transmit: (200, ORDER)
+        with Instrument.at(here.ports["A"]) as device:
+            device.session("H|\\^&", "Q|1|^S1", "L|1|N")
+            if busy:
+                assert device.take(1) == ENQ
+                device.write(NAK)
+            here.sandbox.wait_for(lambda: here.sandbox.answered)
+        here.agent.logged("its answer waits 10 minutes")
+        with Instrument.at(here.ports["A"]) as device:
+            assert device.accept(4)
+
+
 def test_a_push_that_was_given_up_is_not_sent_later(here, over):
     """The instrument is busy with a session of its own. The caller was told; and a stored push comes once, not once
     for each of its tries."""

@@ -6,6 +6,7 @@ import os
 import random
 import socket
 import ssl
+import struct
 import subprocess
 import threading
 import time
@@ -17,13 +18,14 @@ import trustme
 from hl7.mllp import start_hl7_server
 
 import medplum_agent
-from medplum_agent import Devices, Parts, Push, parse_target
+from medplum_agent import BYTES_TYPE, Devices, Parts, Push, parse_target
 from tests.support import (
     AGENT_ID,
     Receiver,
     accepts_all,
     ack_text,
     acknowledgment,
+    changed,
     control_id,
     eventually,
     free_ports,
@@ -527,6 +529,72 @@ def test_tls_with_a_client_certificate(caller, tls):
         answer = caller.push(device.url(f"{tls.query}&certFile={tls.client_file}", "mllps"), message("TLS-NAMED"))
         assert answer.status == 200, answer
         assert device.ids() == ["TLS-NAMED"]
+
+
+def test_raw_bytes_that_a_device_did_not_take_are_an_error(here, caller, tls):
+    """With TLS 1.3 it refuses our certificate after its handshake; a busy one resets at once."""
+    with Receiver(context=tls.context(ask=True)) as device:
+        answer = caller.push(device.url(tls.query, "tcp") + "&tls=true", "0241", contentType=BYTES_TYPE)
+        assert_failed(answer, device.url(scheme="tcp"), "certificate", "closed", "reset")
+    with socket.create_server(("127.0.0.1", 0)) as busy:
+        reset = struct.pack("ii", 1, 0)
+
+        def turn_away() -> None:
+            with contextlib.suppress(OSError):
+                while True:
+                    accepted, _ = busy.accept()
+                    accepted.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, reset)
+                    accepted.close()
+
+        threading.Thread(target=turn_away, daemon=True).start()
+        url = f"tcp://127.0.0.1:{busy.getsockname()[1]}"
+        for _ in range(5):
+            assert_failed(caller.push(url, "0241", contentType=BYTES_TYPE), url, "reset", "broken pipe")
+        busy.shutdown(socket.SHUT_RDWR)
+
+
+def test_pushes_use_certificates_as_they_are_at_the_last_reload(here, caller, tls, tmp_path):
+    trusted = tmp_path / "trusted.pem"
+    trusted.write_bytes(tls.foreign_file.read_bytes())
+    with Receiver(context=tls.context()) as device:
+        url = device.url(f"?caFile={trusted}", "mllps")
+        assert_failed(caller.push(url, message("OLD-CA")), device.url(scheme="mllps"), "certificate")
+        trusted.write_bytes(tls.ca_file.read_bytes())
+        assert here.sandbox.reload()["statusCode"] == 200
+        assert caller.push(url, message("NEW-CA")).status == 200
+
+
+def test_the_next_address_of_a_name_is_tried_when_one_is_silent(tmp_path):
+    """A listener whose backlog is full answers no SYN."""
+    with site(tmp_path, {"A": ""}, start=False) as here, Receiver() as device, contextlib.ExitStack() as stack:
+        hole = stack.enter_context(socket.socket())
+        hole.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        hole.bind(("127.0.0.2", device.port))
+        hole.listen(0)
+        for _ in range(4):
+            filling = stack.enter_context(socket.socket())
+            filling.setblocking(False)
+            filling.connect_ex(hole.getsockname())
+        both = "lambda host, port, *a, **k: [x for h in hosts(host) for x in found(h, port, *a, **k)]"
+        hosts = "hosts = lambda host: ['127.0.0.2', '127.0.0.1'] if host == 'pump.example' else [host]"
+        changed(here.agent, f"{hosts}\nfound = m.socket.getaddrinfo\nm.socket.getaddrinfo = {both}")
+        here.agent.start()
+        with here.caller() as caller:
+            answer = caller.push(f"mllp://pump.example:{device.port}?connectTimeoutSecs=2", message("NEXT"))
+            assert answer.status == 200, answer
+
+
+def test_a_line_on_which_a_push_waits_is_not_idle(tmp_path):
+    def slow(link, text):
+        assert not link.drain(2.5)
+        link.send(ack_text("AA", control_id(text)))
+
+    with site(tmp_path, {"A": "?idleTimeoutSecs=1"}) as here, here.device("A") as device, here.caller() as caller:
+        assert device.ask(message("IDLE"))[0] == "AA"
+        answering = threading.Thread(target=lambda: slow(device, device.receive()))
+        answering.start()
+        assert caller.push("channel://A", message("SLOW")).status == 200
+        answering.join()
 
 
 def test_tls_with_a_file_that_is_not_there(here, caller, tls):

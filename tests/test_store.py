@@ -520,6 +520,19 @@ def test_repetitions_across_a_restart_and_after_the_end(path: Path) -> None:
     run(scenario)
 
 
+def test_a_repetition_outside_its_window_is_none_also_when_the_clock_was_set_back(path: Path) -> None:
+    async def scenario() -> None:
+        async with opened(path) as store:
+            row, found = store.channel("ADT"), list[str]()
+            for day in (30, 30.5, 2):
+                message = new(row, "1")
+                message.received_at, message.window_ms = round(day * 86_400_000), 86_400_000
+                found += await put(store, message)
+            assert found == ["stored", "same", "stored"]
+
+    run(scenario)
+
+
 @pytest.mark.parametrize("kept", ["", "copy"])
 def test_no_number_is_given_twice_and_what_waits_keeps_its_name(path: Path, kept: str) -> None:
     """Over a restart after repetitions, which take numbers and leave no row, and over a copy that was put back."""

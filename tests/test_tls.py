@@ -8,7 +8,7 @@ import struct
 import pytest
 import trustme
 
-from tests.support import acknowledgment, eventually, message, site
+from tests.support import Receiver, acknowledgment, eventually, message, site
 
 
 class Identities:
@@ -169,3 +169,21 @@ def test_what_cannot_be_safe_does_not_start(here, identities, query, complaint):
     finally:
         endpoint["address"] = before
     eventually(lambda: here.sandbox.reload()["type"] == "agent:reloadconfig:response")
+
+
+def test_an_intermediate_authority_alone_is_trusted(identities, tmp_path):
+    """clientCa names those whose certificates it signed, and not the whole hospital: no root has to be there."""
+    root = trustme.CA()
+    middle = root.create_child_ca()
+    authority = tmp_path / "middle.pem"
+    authority.write_bytes(middle.cert_pem.bytes())
+    known = f"mllps://127.0.0.1:{{port}}?enhanced=aa&certFile={identities.server}&clientCa={authority}"
+    served = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    middle.issue_cert("127.0.0.1").configure_cert(served)
+    with site(tmp_path, {"KNOWN": known}) as here, here.caller() as caller:
+        with dial(here, "KNOWN", identities.client(middle)) as device:
+            assert ask(device, message("TLS-MIDDLE")) == ("AA", "TLS-MIDDLE")
+        with pytest.raises((OSError, AssertionError)), dial(here, "KNOWN", identities.client(root)) as device:
+            ask(device, message("TLS-ROOT"))
+        with Receiver(context=served) as device:
+            assert caller.push(device.url(f"?caFile={authority}", "mllps"), message("TLS-PUSH")).status == 200
