@@ -20,6 +20,7 @@ The file is read top to bottom; sections look only upwards:
 from __future__ import annotations
 
 import argparse
+import array
 import asyncio
 import base64
 import collections
@@ -7555,7 +7556,7 @@ def parse_ping(host: object, body: object) -> tuple[str, int]:
 
 
 # =====================================================================================================================
-# DICOM (1680 lines, 14150 tokens)
+# DICOM (1710 lines, 14350 tokens)
 #
 # Imaging devices (DICOM PS3.4, PS3.7, PS3.8; channel contract 8). `Dimse` is a core like the others: bytes in, events
 # out. Its line runs requests as coroutines; what takes long (fsync, decoding, JSON) goes to a few threads. pydicom and
@@ -7643,8 +7644,24 @@ def syntax_of(uid: str) -> tuple[bool, bool, bool]:
     return syntax.is_implicit_VR, syntax.is_little_endian, syntax.is_deflated
 
 
-def write_dataset(dataset: Dataset, syntax: str) -> bytes:
-    """ValueError when it cannot be written."""
+def other_order(vr: str, content: bytes) -> bytes:
+    """A binary value, its words in the other byte order (PS3.5 6.2 and 7.3)."""
+    words = array.array(_WORDS.get(vr, "B"))
+    whole = len(content) // words.itemsize * words.itemsize
+    words.frombytes(content[:whole])
+    words.byteswap()
+    return words.tobytes() + content[whole:]
+
+
+def write_dataset(dataset: Dataset, syntax: str, own: str = "") -> bytes:
+    """In `syntax`, where it was read in `own`: binary values are left to us by pydicom. ValueError if impossible."""
+
+    def turn(_: Dataset, element: Any) -> None:
+        if isinstance(element.value, bytes):
+            element.value = other_order(element.VR, element.value)
+
+    if own and (own == BIG_ENDIAN) != (syntax == BIG_ENDIAN):
+        dataset.walk(turn)
     if (content := pynetdicom.dsutils.encode(dataset, *syntax_of(syntax))) is None:
         raise ValueError("a data set that cannot be written")
     return cast(bytes, content)
@@ -7970,7 +7987,7 @@ class Dimse:
 
 _TEXT = "LO LT PN SH ST UC UT".split()  # what Specific Character Set is for (PS3.5 6.1.2.3)
 _ESCAPES = re.compile(r"\x1b[ -/]+[0-~]")
-_SWAPPED = {"OW": 2, "OF": 4, "OL": 4, "OD": 8, "OV": 8}  # bytes of a unit (PS3.5 6.2)
+_WORDS = {"OW": "H", "OF": "I", "OL": "I", "OD": "Q", "OV": "Q"}  # of binary values (PS3.5 6.2), as array calls them
 
 
 def dicom_json(
@@ -8047,10 +8064,9 @@ def _plain(element: Json, swap: bool, standard: bool) -> Json | None:
     if "BulkDataURI" in element:
         return None
     if inline := element.get("InlineBinary"):
-        if swap and (unit := _SWAPPED.get(vr)):  # little endian, whatever it was (F.2.7)
-            content = base64.b64decode(inline)
-            swapped = b"".join(content[at : at + unit][::-1] for at in range(0, len(content), unit))
-            return element | {"InlineBinary": base64.b64encode(swapped).decode()}
+        if swap and vr in _WORDS:  # little endian, whatever it was (F.2.7)
+            turned = other_order(vr, base64.b64decode(inline))
+            return element | {"InlineBinary": base64.b64encode(turned).decode()}
         return element
     values = [_clean(vr, value) for value in values or ()]
     if values in ([], [""], [None]):
@@ -8117,10 +8133,10 @@ def is_silence(text: object) -> bool:
 
 
 def dimse_status(value: Any) -> int:
-    """A status as a Bot writes it: 49153 or "0xC001"; what is no status is a failure."""
+    """A status as a Bot writes it: 49153 or "0xC001"; what is no status that ends a request is a failure."""
     with suppress(ValueError, TypeError):
         status = int(value, 0) if isinstance(value, str) else int(value)
-        if 0 <= status <= 0xFFFF:
+        if 0 <= status < PENDING_MATCH:
             return status
     return UNABLE_TO_PROCESS
 
@@ -8527,7 +8543,7 @@ class DicomLine(Line):
             what, calling = f"status 0x{refusal.status:04X}", self.titles["callingAeTitle"]
             self.owner.warn(f"a request of '{calling}' was answered with {what}; see the channel log")
             self.owner.note(f"[Refused]: {request.name}: {what}: {refusal}")
-            fields["ErrorComment"] = str(refusal)[:64]
+            fields["ErrorComment"] = re.sub(r"[\x00-\x1f\\]", " ", str(refusal))[:64]  # LO (PS3.5 6.2)
         await request.respond(fields)
 
     async def request(self, context: int, fields: Json, data: Iterable[tuple[bytes, bool]]) -> Json:
@@ -8536,14 +8552,18 @@ class DicomLine(Line):
         self._answers[number] = self._loop.create_future()
         try:
             command = command_set(fields | {"MessageID": number, "CommandDataSetType": 1})
-            await self.write(self.core.fragments(context, command, command=True, last=True))
-            for block, last in data:
-                if not self.core.established:
-                    raise DeviceError("the association ended", "device-silent")
-                await self.write(self.core.fragments(context, block, command=False, last=last))
-            async with asyncio.timeout(DIMSE_SECS):
+            async with asyncio.timeout(DIMSE_SECS) as limit:
+                await self.write(self.core.fragments(context, command, command=True, last=True))
+                for block, last in data:
+                    if not self.core.established:
+                        raise DeviceError("the association ended", "device-silent")
+                    limit.reschedule(self._loop.time() + DIMSE_SECS)
+                    await self.write(self.core.fragments(context, block, command=False, last=last))
+                limit.reschedule(self._loop.time() + DIMSE_SECS)
                 return await self._answers[number]
         except TimeoutError:
+            if not self._drained.is_set():  # it does not read: no answer would reach it either
+                self.abort()
             raise DeviceError(f"no answer within {DIMSE_SECS:g} s", "device-silent") from None
         finally:
             del self._answers[number]
@@ -8779,7 +8799,8 @@ class DicomChannel(Channel):
             raise Refusal("the destination is not among moveDestinations", UNKNOWN_DESTINATION)
         references = await self._references(request, destination=title)
         entity = pynetdicom.AE(self.settings.calledAeTitle or "MEDPLUM")
-        entity.acse_timeout, entity.dimse_timeout = self.settings.associationTimeoutSecs, DIMSE_SECS
+        entity.connection_timeout = entity.acse_timeout = self.settings.associationTimeoutSecs
+        entity.dimse_timeout = DIMSE_SECS
         sender = Sender(entity, peer, title)
         send = partial(sender.send, originator_aet=calling, originator_id=request.fields.get("MessageID", 0))
         try:
@@ -8803,7 +8824,7 @@ class DicomChannel(Channel):
             raise ValueError("no presentation context for it")
         data: Iterable[tuple[bytes, bool]] = file_blocks(file, 144 + meta.FileMetaInformationGroupLength)
         if usable[0] != own:
-            data = [(await self._decode(lambda: write_dataset(read_object(file), usable[0])), True)]
+            data = [(await self._decode(lambda: write_dataset(read_object(file), usable[0], own)), True)]
         fields = {"CommandField": 0x0001, "AffectedSOPClassUID": sop_class, "Priority": 0,
                   "AffectedSOPInstanceUID": meta.MediaStorageSOPInstanceUID}  # fmt: skip
         return await line.request(accepted[usable[0]], fields, data)
@@ -8861,6 +8882,10 @@ class DicomChannel(Channel):
 
     async def n_create(self, request: Request) -> Answer:
         """MPPS N-CREATE and N-SET (PS3.4 F.7.2): stored; the Bot's answer goes back if it comes in time."""
+        if request.context.abstract != MPPS_CLASS:
+            raise Refusal("an operation that this SOP class has not", UNRECOGNIZED)
+        if not request.uid and request.name == "N-SET":
+            raise Refusal("it does not say of which procedure step", PROCESSING_FAILURE)
         uid = request.uid or str(pydicom.uid.generate_uid())
         body = await self._request(request, MPPS_CLASS, uid)
         message, heard = self._new_message(request, uid, uid, body), self.loop.create_future()
@@ -8968,7 +8993,9 @@ class DicomChannel(Channel):
         try:
             if peer := destinations(self.settings.moveDestinations).get(calling):
                 own = titles["calledAeTitle"] or self.settings.calledAeTitle or "MEDPLUM"
-                sender = Sender(pynetdicom.AE(own), peer, calling)
+                entity = pynetdicom.AE(own)
+                entity.connection_timeout = self.settings.associationTimeoutSecs
+                sender = Sender(entity, peer, calling)
                 status = (await self.loop.run_in_executor(self._sending, sender.report, report, kind)).get("Status")
             elif (line := next((one for one in self.associations if message.id in one.commitments), None)) is None:
                 return f"'{calling}' is not connected; name its address in moveDestinations"

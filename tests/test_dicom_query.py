@@ -1,5 +1,7 @@
 """What imaging devices ask, and what the cloud asks of them: C-FIND, C-MOVE, C-GET, MPPS, commitment, push."""
 
+import contextlib
+import copy
 import json
 import re
 import shutil
@@ -38,12 +40,14 @@ from tests.dicom_peers import (
     STUDY_GET,
     STUDY_MOVE,
     SUCCESS,
+    VERIFICATION,
     WORKLIST,
     Bot,
     Destination,
     Instance,
     Orthanc,
     Receiving,
+    Rejected,
     Reports,
     Scu,
     Storescp,
@@ -59,9 +63,11 @@ from tests.dicom_peers import (
     counts,
     data_set,
     dcmtk,
+    encoded,
     forget_strays,
     imaging_site,
     made,
+    made_dataset,
     needs_dcmtk,
     needs_orthanc,
     new_uid,
@@ -74,7 +80,7 @@ from tests.dicom_peers import (
     transmits,
     uids_of,
 )
-from tests.support import ROOT, Pushed, Site, eventually, free_ports
+from tests.support import ROOT, Pushed, Site, changed, eventually, free_ports, site
 
 pytestmark = QUIET
 
@@ -554,6 +560,75 @@ def test_get_is_cancelled(here, bot):
     assert_no_spool(here)
 
 
+@pytest.mark.parametrize("wanted", [IMPLICIT, EXPLICIT, BIG_ENDIAN])
+def test_get_in_the_other_byte_order(here, bot, wanted):
+    """Words of binary values are turned, in sequences too (PS3.5 7.3): an image must not come out garbled."""
+    binary = {0x7FE00010: ("OW", 2), 0x00660023: ("OL", 4), 0x00720083: ("OW", 2), 0x00420011: ("OB", 1)}
+
+    plain = made_dataset()
+
+    def filled(order: str) -> Dataset:
+        dataset, item = copy.deepcopy(plain), Dataset()
+        for tag, (vr, size) in binary.items():
+            for place in (dataset, item):
+                place.add_new(tag, vr, b"".join(n.to_bytes(size, order) for n in (1, 2, 3, 4)))  # type: ignore[arg-type]
+        dataset.Rows, dataset.SimpleFrameList, dataset.SharedFunctionalGroupsSequence = 513, [1, 2], [item]
+        return dataset
+
+    own = EXPLICIT if wanted == BIG_ENDIAN else BIG_ENDIAN
+    sent = filled("big" if own == BIG_ENDIAN else "little")
+    instance = Instance(SECONDARY, str(sent.SOPInstanceUID), own, encoded(sent, own))
+    bot.replies["C-GET"] = keep(here, instance)
+    receiving = Receiving()
+    with associated(here, STUDY_GET, storage=[(SECONDARY, wanted)], handlers=receiving.handlers) as scu:
+        (last, _) = list(scu.send_c_get(STUDY, STUDY_GET))[-1]
+    ((_, content),) = receiving.got
+    expected = filled("big" if wanted == BIG_ENDIAN else "little")
+    assert last.Status == SUCCESS and content == encoded(expected, wanted)
+
+
+def test_a_destination_that_is_switched_off_is_given_up(tmp_path):
+    """A listener whose backlog is full answers no SYN."""
+    with contextlib.ExitStack() as stack:
+        hole = stack.enter_context(socket.socket())
+        hole.bind(("127.0.0.1", 0))
+        hole.listen(0)
+        for _ in range(4):
+            filling = stack.enter_context(socket.socket())
+            filling.setblocking(False)
+            filling.connect_ex(hole.getsockname())
+        query = f"moveDestinations=HOLE@127.0.0.1:{hole.getsockname()[1]}&associationTimeoutSecs=1"
+        here = stack.enter_context(imaging_site(tmp_path, {"PACS": f"dicom://127.0.0.1:{{port}}?{query}"}))
+        here.sandbox.bot = bot = Bot()
+        bot.replies["C-MOVE"] = keep(here, made(100))
+        begin = time.monotonic()
+        with associated(here, STUDY_MOVE) as scu:
+            (last, _) = list(scu.send_c_move(STUDY, "HOLE", STUDY_MOVE))[-1]
+        assert last.Status == 0xA702 and time.monotonic() - begin < 20
+
+
+def test_a_device_that_stops_reading_gives_its_association_back(tmp_path):
+    with site(tmp_path, {"PACS": f"dicom://127.0.0.1:{{port}}?maxConnections=1&{FAST}"}, start=False) as here:
+        changed(here.agent, "m.DIMSE_SECS = 1")
+        here.agent.start()
+        here.sandbox.bot = bot = Bot()
+        bot.replies["C-GET"] = keep(here, made(16_000_000))
+        contexts = [(STUDY_GET, (IMPLICIT,)), (SECONDARY, (EXPLICIT,))]
+        stuck = Scu(here.ports["PACS"], contexts)
+        with contextlib.closing(stuck.socket):
+            key = encoded(data_set(QueryRetrieveLevel="STUDY", StudyInstanceUID="1.2.3.4"), IMPLICIT)
+            stuck.request(stuck.accepted[STUDY_GET, IMPLICIT], {2: STUDY_GET, 0x0100: 0x0010}, key)
+            here.sandbox.wait_for(lambda: bot.asked)
+
+            def served() -> bool:
+                with contextlib.suppress(Rejected), Scu(here.ports["PACS"]) as other:
+                    return other.echo() == SUCCESS
+                return False
+
+            assert not served()
+            eventually(served, 15)
+
+
 # --- procedure steps ---
 
 
@@ -627,6 +702,33 @@ def test_a_procedure_step_gets_its_uid_from_us(here, bot):
     uid = answer[0x1000].rstrip(b"\0").decode()
     assert answer[0x0900] == b"\0\0" and uid.count(".") > 2
     assert bot.question()["sopInstanceUid"] == uid
+
+
+def test_a_procedure_step_that_is_not_named_is_not_changed(here, bot):
+    with Scu(here.ports["PACS"], [(MPPS, (IMPLICIT,))]) as scu:
+        scu.request(1, {3: MPPS, 0x0100: 0x0120}, b"\x40\x00\x52\x02\x0a\x00\x00\x00COMPLETED ")
+        assert scu.response()[0x0900] == (0x0110).to_bytes(2, "little")
+    assert not bot.asked
+
+
+@pytest.mark.parametrize("context", [VERIFICATION, STUDY_FIND, WORKLIST, SECONDARY])
+def test_procedure_steps_on_another_context_are_refused(here, bot, context):
+    """PS3.7 annex C: the operation is none of that SOP class."""
+    with Scu(here.ports["PACS"], [(context, (IMPLICIT,))]) as scu:
+        scu.request(1, {2: MPPS, 0x0100: 0x0140}, b"\x40\x00\x52\x02\x0c\x00\x00\x00IN PROGRESS ")
+        assert scu.response()[0x0900] == (0x0211).to_bytes(2, "little")
+    assert not bot.asked
+
+
+@pytest.mark.parametrize("command", ["C-FIND", "N-CREATE"])
+def test_what_a_bot_says_ends_the_request_in_words_that_dicom_can_hold(here, bot, command):
+    bot.replies[command] = {"status": "0xFF00", "comment": "no\nsuch\\study"}
+    with associated(here, STUDY_FIND, MPPS) as scu:
+        if command == "C-FIND":
+            ((status, _),) = list(scu.send_c_find(STUDY, STUDY_FIND))
+        else:
+            status, _ = scu.send_n_create(step("IN PROGRESS"), MPPS, new_uid())
+    assert (hex(status.Status), status.ErrorComment) == ("0xc001", "no such study")
 
 
 def test_procedure_steps_stay_in_order(here, bot):
