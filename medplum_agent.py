@@ -126,7 +126,7 @@ def load_json(text: Any) -> Any:
 
 
 # =====================================================================================================================
-# Version, limits (260 lines, 1200 tokens)
+# Version, limits (270 lines, 1250 tokens)
 #
 # Every bound has a name, a unit and a reason. What a site could need to change is a setting instead (next section).
 # =====================================================================================================================
@@ -318,6 +318,15 @@ def give_memory_back() -> None:
 
     with suppress(AttributeError, OSError, TypeError):  # other C libraries have no such function, Windows no None
         ctypes.CDLL(None).malloc_trim(0)
+
+
+def is_low(folder: Path) -> bool:
+    """Less is free on its disk than settling needs: the queue takes nothing more, and messages are logged no more."""
+    with suppress(OSError):  # it is gone: that is found when a file in it is used
+        usage = shutil.disk_usage(folder)
+        least = min(2 * CHECKPOINT_PAGES * PAGE_BYTES, usage.total // 4)
+        return usage.free < min(DISK_RESERVE_BYTES, max(usage.total // 50, least))
+    return False
 
 
 def beside(path: Path, suffix: str) -> Path:
@@ -1496,7 +1505,7 @@ def _markdown(shown: Json) -> str:
 
 
 # =====================================================================================================================
-# Logs (190 lines, 1400 tokens)
+# Logs (190 lines, 1450 tokens)
 #
 # Two logs as JSON lines, each a rotating file: the main log says what the agent does and never holds patient data
 # (messages are named by their row number in the queue); the channel log holds the messages. On a terminal the main
@@ -1547,6 +1556,7 @@ class Log:
         self._levels = LEVELS[1 : LEVELS.index(settings.logLevel) + 1]
         self._lines: deque[bytes] = deque()
         self._bytes = 0  # about so many in _lines: threads count without a lock
+        self._left_out = 0
         self._lock = threading.Lock()
         self._file: io.BufferedWriter | None = None
         self._day = ""
@@ -1583,6 +1593,14 @@ class Log:
             self._bytes = 0
             if not lines or self.directory is None:
                 return
+            if self.lazy and is_low(self.directory):  # whole messages would eat what settling needs
+                self._left_out += len(lines)
+                return
+            if self._left_out:
+                lines.insert(
+                    0, dump_json({"level": "WARN", "msg": f"{self._left_out} lines lack: the disk was full"}) + b"\n"
+                )
+                self._left_out = 0
             try:
                 file = self._todays(self.directory)
                 file.write(b"".join(lines))
@@ -2733,7 +2751,7 @@ def text_records(body: str, settings: StreamSettings) -> list[bytes]:
 
 
 # =====================================================================================================================
-# Store (1450 lines, 10750 tokens)
+# Store (1450 lines, 10800 tokens)
 #
 # Every message on disk before it is acknowledged: one SQLite file (WAL, synchronous=FULL), one writer thread with one
 # commit in flight. What arrives while it runs is the next batch: one executemany, one COMMIT, one call back into the
@@ -3687,10 +3705,7 @@ class Store:
     def _disk_full(self) -> bool:
         """As it was a moment ago; SQLite itself finds a disk that filled up since."""
         if time.monotonic() >= self._disk_at:
-            self._disk_at, self._low = time.monotonic() + LAZY_SECS, False
-            with suppress(OSError):  # the folder is gone: that is found when the file is used
-                usage = shutil.disk_usage(self.path.parent)
-                self._low = usage.free < min(DISK_RESERVE_BYTES, usage.total // 50)
+            self._disk_at, self._low = time.monotonic() + LAZY_SECS, is_low(self.path.parent)
         return self._low
 
     def _check_file(self) -> None:
@@ -3714,6 +3729,8 @@ class Store:
         db: Database | None = None
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
+            if self._inode[0] not in (0, self.path.parent.stat().st_dev) and not self.path.exists():
+                raise StorageError("its disk is gone")
             self._lock_queue()
             self._inspect_wal()
             if self._key and is_plain(self.path):
@@ -3744,12 +3761,17 @@ class Store:
 
     def _lock_queue(self) -> None:
         """Two agents must never share a queue: their row numbers would clash."""
-        if self._lock_file is None:
-            file = open(beside(self.path, ".lock"), "a+b", opener=private)  # noqa: SIM115
-            if not lock_file(file):
-                file.close()
-                raise StorageError("foreign file: another agent uses this queue (queueDbPath)")
-            self._lock_file = file
+        if self._lock_file is not None:
+            with suppress(OSError):
+                if os.path.samestat(beside(self.path, ".lock").stat(), os.fstat(self._lock_file.fileno())):
+                    return
+            self._lock_file.close()
+            self._lock_file = None
+        file = open(beside(self.path, ".lock"), "a+b", opener=private)  # noqa: SIM115
+        if not lock_file(file):
+            file.close()
+            raise StorageError("foreign file: another agent uses this queue (queueDbPath)")
+        self._lock_file = file
 
     def _inspect_wal(self) -> None:
         """SQLite ends its recovery at the first bad frame and overwrites the rest: say so, and keep copies."""
@@ -4154,6 +4176,7 @@ def lock_file(file: BinaryIO) -> bool:
 _WRITABLE = "Make folder and file writable for the agent's user; the agent goes on by itself."
 _TROUBLES = (  # what the words of SQLite and of the system mean: words, MSA-3, advice
     ("full|no space", "the disk of the agent is full", "Free space on that disk; the agent goes on by itself."),
+    ("disk is gone", "the disk of the agent is gone", "Mount it again; the agent goes on by itself."),
     ("readonly|permission|unable to open|read-only", "the queue of the agent cannot be written", _WRITABLE),
     (
         "foreign file",
@@ -9841,7 +9864,8 @@ class Operations:
         text = f"the clock of this machine differs by {duration(abs(off or 0))} from the server's: set up NTP"
         yield Alarm("clock", "", None if off is None else abs(off) > CLOCK_SECS, text)
         store, free = agent.store, self._free_bytes()
-        yield Alarm("queue", "", not store.healthy, store.trouble, True)
+        refusal = store.trouble or store.disk_refusal()
+        yield Alarm("queue", "", bool(refusal), refusal, True)
         text = f"{free // MIB} MiB are free on the disk of the queue"
         yield Alarm("disk", "", True if free < LOW_DISK_BYTES else None if free < 1.2 * LOW_DISK_BYTES else False, text)
         if limit := store.max_bytes:

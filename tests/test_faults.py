@@ -1685,6 +1685,16 @@ def test_connections_of_devices_leave_descriptors_for_the_server_and_for_pushes(
         assert "system resource" not in here.agent.output() and "Too many open files" not in here.agent.output()
 
 
+def test_a_disk_without_room_is_critical(tmp_path):
+    with site(tmp_path, {"A": ""}, start=False) as here:
+        changed(here.agent, "m.LOOK_SECS, m.is_low = 0.1, lambda folder: True")
+        here.agent.start()
+        with here.device("A") as device:
+            device.send(message("LOW"))
+            assert "the disk of the agent is full" in device.receive()
+        eventually(lambda: any(one["kind"] == "queue" and one["critical"] for one in here.sandbox.stats()["alarms"]))
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="an open file cannot be removed")
 @pytest.mark.parametrize("what", ["file", "folder"])
 def test_a_log_that_is_removed_or_moved_away_is_made_anew(tmp_path, what):

@@ -490,3 +490,20 @@ def test_lines_backwards_gives_offsets(tmp_path: Path) -> None:
     path.write_bytes(b"one\ntwo\n\nthree")
     found: Iterator[tuple[int, bytes]] = ma._lines_backwards(path, path.stat().st_size)
     assert list(found) == [(14, b"three"), (8, b""), (7, b"two"), (3, b"one")]
+
+
+def test_messages_are_not_logged_where_the_queue_needs_the_space(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = shutil.disk_usage(tmp_path)
+    messages, main = log(tmp_path, "channels", lazy=True), log(tmp_path, "main")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(total=10**12, free=ma.MIB))
+    for n in range(3):
+        messages.info(f"[Received]: {n}")
+    messages.flush()
+    main.info("goes on")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(total=10**12, free=10**11))
+    messages.info("[Received]: again")
+    messages.flush()
+    texts = [json.loads(line)["msg"] for name in names(tmp_path) for line in (tmp_path / name).read_text().splitlines()]
+    assert texts == ["3 lines lack: the disk was full", "[Received]: again", "goes on"]

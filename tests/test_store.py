@@ -1138,6 +1138,39 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", "-l", str(mount)], check=True)
 
 
+def test_a_disk_that_is_unmounted_takes_no_messages_until_it_is_back(
+    small_disk: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is below the mount point is another disk: nobody would ever read a queue there."""
+    monkeypatch.setattr(ma, "STORE_REOPEN_SECS", 0.01)
+    monkeypatch.setattr(ma, "DISK_RESERVE_BYTES", 0)
+    place = tmp_path / "place"
+    place.mkdir()
+    bind, path = ["mount", "--bind", str(small_disk), str(place)], place / "state/queue.sqlite"
+    subprocess.run(bind, check=True)
+
+    async def scenario() -> None:
+        async with opened(path) as store:
+            row = store.channel("ADT")
+            assert await put(store, new(row, "before")) == ["stored"]
+            await asyncio.to_thread(subprocess.run, ["umount", "-l", str(place)], check=True)
+            for n in range(20):
+                assert (await put(store, new(row, f"gone-{n}")))[0].startswith("storage error")
+                await asyncio.sleep(0.01)
+            assert store.trouble == "storage error: the disk of the agent is gone" and not path.exists()
+            await asyncio.to_thread(subprocess.run, bind, check=True)
+            for _ in range(500):
+                if await put(store, new(row, "back")) == ["stored"]:
+                    break
+                await asyncio.sleep(0.01)
+
+    try:
+        run(scenario)
+        assert rows(path) == ["before", "back"]
+    finally:
+        subprocess.run(["umount", "-l", str(place)], check=False)
+
+
 def test_a_really_full_disk(small_disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ma, "DISK_RESERVE_BYTES", 0)
     ballast, path = small_disk / "ballast", small_disk / "queue.sqlite"
