@@ -2191,7 +2191,7 @@ def stream_answer(body: str, settings: StreamSettings) -> bytes:
 
 
 # =====================================================================================================================
-# ASTM (560 lines, 3900 tokens)
+# ASTM (570 lines, 3900 tokens)
 #
 # The link layer of laboratory instruments (ASTM E1381, CLSI LIS01-A2), both roles, and the little of the records
 # (E1394, LIS02-A2) that it needs. Bytes and times in, events out. The caller commits a frame to disk between
@@ -2214,8 +2214,9 @@ def stream_answer(body: str, settings: StreamSettings) -> bytes:
 #   EOT and ENQ are one bit apart: of two ENQs in a row the second is answered only if nothing follows.
 # - 6.2.1 We ask with ENQ. NAK: again after 10 s. ENQ in answer to ours is contention: the instrument wins, we do not
 #   answer, and ask again after 20 s or when its session ended. No answer within 15 s: EOT, and again.
-# - 6.3.4 A frame that is answered by anything but ACK or EOT (6.5.1), or by nothing in 15 s, is sent again; the sixth
-#   failure ends in EOT. (The standard gives up at the first silence; a receiver that waits 30 s hears the second try.)
+# - 6.3.4 A frame that is answered by anything but ACK or EOT (6.5.1) is sent again; the sixth failure ends in EOT.
+# - 6.5.2 A frame that nothing answers in 15 s ends in EOT, and the message is sent anew, six times at most: an ACK that
+#   came late would be taken for that of a frame behind it.
 # - 6.3.5 EOT in place of ACK asks us to stop: we say EOT, wait 15 s or until the instrument's session ended, and send
 #   the whole message anew, as its second half would be no message.
 # =====================================================================================================================
@@ -2648,7 +2649,7 @@ class Astm:
         self._put_off(INTERRUPT_SECS, "the instrument interrupted it")
 
     def _denied(self, byte: int) -> None:
-        """Our ENQ was answered by something else than ACK, or by nothing."""
+        """Our ENQ was answered by something else than ACK, or it or a frame by nothing."""
         seconds, reason = self.settings.nakDelaySecs, "the instrument is busy (NAK)"
         if byte == ENQ:
             seconds, reason = self.settings.contentionTimeoutSecs, "the instrument asked to send at the same time"
@@ -2716,7 +2717,7 @@ _LINK: dict[Link, _Row] = {
     Link.ENQUIRE: {ACK: (Link.SENDING, Astm._granted), **_padding(Link.ENQUIRE), _OTHER: (Link.IDLE, Astm._denied)},
     Link.SENDING: {
         ACK: (Link.SENDING, Astm._advance), EOT: (Link.SENDING, Astm._interrupt), **_padding(Link.SENDING),
-        _OTHER: (Link.SENDING, Astm._again),
+        _OTHER: (Link.SENDING, Astm._again), _TIME: (Link.IDLE, Astm._denied),
     },
 }
 # fmt: on

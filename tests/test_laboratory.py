@@ -512,7 +512,7 @@ def test_contention_when_the_instrument_asked_first(here, over):
 
 
 def test_reply_time_outs_of_ours(here, over):
-    """An ENQ that is not answered ends in EOT and another ENQ; a frame that is not answered is sent again."""
+    """What is not answered ends in EOT, and the message is sent anew: a late ACK must not count for another frame."""
     here.sandbox.bot = lambda transmit: (200, "H|\\^&\nL|1|N\n")
     with instrument(here, "HASTY" + over) as device:
         device.session(*result())
@@ -522,6 +522,10 @@ def test_reply_time_outs_of_ours(here, over):
         assert time.monotonic() - asked >= 0.4  # replyTimeoutSecs
         device.write(ACK)
         first = device.frame()
+        assert device.take(1) == EOT
+        device.write(ACK)
+        assert device.take(1) == ENQ
+        device.write(ACK)
         assert device.frame() == first
         device.write(ACK)
         assert device.frame()[2:-5] == b"L|1|N\r"
@@ -558,6 +562,9 @@ def test_an_answer_that_the_instrument_did_not_take_is_no_delivery(here, channel
             assert device.take(1) == EOT
     original = body_of(*records).encode()
     eventually(lambda: (row(here, channel, original) or {})["ack_outcome"] == "undelivered", 3)
+    if vanishes:  # it waits for the instrument
+        with instrument(here, channel) as device:
+            assert device.accept()
 
 
 def test_a_dead_letter_is_as_old_as_it_is(here):
