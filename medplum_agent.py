@@ -5547,7 +5547,7 @@ class Uplink:
 
 
 # =====================================================================================================================
-# Lines (1100 lines, 7750 tokens)
+# Lines (1110 lines, 7800 tokens)
 #
 # One open connection to a device, whoever dialled; each protocol has one class here, which owns its core. A line takes
 # bytes (`receive`), makes messages of them (`intake`), acknowledges when the store says durable (`stored`), writes down
@@ -5846,6 +5846,10 @@ class Line(asyncio.Protocol):
         self.owner.closed(self)
 
     def data_received(self, data: bytes) -> None:
+        if self.active_at == self.opened_at and data.startswith(b"\x16\x03") and data[5:6] == b"\1":  # RFC 8446 4, 5.1
+            self.owner.warn(f"{self.remote} speaks TLS, and this does not: use tls=true (mllps://)")
+            self.abort()
+            return
         self.active_at = self._loop.time()
         if not self.gives_way:
             Line.heard_at = self.active_at
@@ -6646,7 +6650,7 @@ class AstmLine(StreamLine):
 
 
 # =====================================================================================================================
-# Channels (400 lines, 3000 tokens)
+# Channels (400 lines, 3050 tokens)
 #
 # A channel is a configured name: its plan, its queue, its lines, and the door by which they come, a listener or a
 # dialler. A listener owns a bound port and may change its channel, so that a reload can swap ports without ever
@@ -6667,22 +6671,6 @@ class Parts(NamedTuple):
 def _address(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address:
     """Of a peer, as the socket names it."""
     return ipaddress.ip_address(host.removeprefix("::ffff:").split("%")[0])
-
-
-def handshake_class(tell: Callable[[str], None]) -> type[ssl.SSLObject]:
-    """asyncio says nothing of a handshake that fails; who looks after the channel wants to know."""
-
-    class Handshake(ssl.SSLObject):
-        def do_handshake(self) -> None:
-            try:
-                super().do_handshake()
-            except (ssl.SSLWantReadError, ssl.SSLWantWriteError):
-                raise
-            except ssl.SSLError as error:
-                tell(f"a device could not connect: TLS failed: {getattr(error, 'verify_message', '') or error.reason}")
-                raise
-
-    return Handshake
 
 
 class Channel:
@@ -6736,8 +6724,6 @@ class Channel:
         """Read the certificate files, which may have been renewed: at the start, and at every reload."""
         try:
             self.tls = listening_tls(self.plan.settings) if self.plan.settings.tls else None
-            if self.tls is not None:
-                self.tls.sslobject_class = handshake_class(self.tell)
         except OSError as error:
             self._log.error(f"Channel '{self.plan.name}': its certificate cannot be read: {error}.")
 
@@ -6942,6 +6928,12 @@ class Channel:
         return cast(Line, port)
 
 
+_HANDSHAKES = {  # what the words of OpenSSL mean on the side of a server
+    "WRONG_VERSION_NUMBER": "the device does not speak TLS", "HTTP_REQUEST": "the device speaks HTTP",
+    "UNSUPPORTED_PROTOCOL": "the device speaks no TLS newer than 1.1; 1.2 is needed",
+    "PEER_DID_NOT_RETURN_A_CERTIFICATE": "the device shows no certificate, which clientCa asks for",
+    "TLSV1_ALERT_UNKNOWN_CA": "the device does not trust the authority of our certificate",
+}  # fmt: skip
 ANY_HOST = ("", "*", "0.0.0.0", "::", "[::]")
 
 
@@ -6995,13 +6987,25 @@ class Listener:
 
 
 class Handshake(SSLProtocol):
-    """TLS with a device, which is turned away before it says hello."""
+    """TLS with a device. Who is not wanted is turned away before it; why one that is does not come through is said."""
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(cast(Any, transport))
-        channel, sock = cast(Channel, cast(Line, self._app_protocol).owner), transport.get_extra_info("socket")
-        if channel.refuses(transport.get_extra_info("peername")[0], sock.fileno()):
+        self._host = transport.get_extra_info("peername")[0]
+        self._line = cast(Line, self._app_protocol)
+        self._channel = cast(Channel, self._line.owner)
+        if self._channel.refuses(self._host, transport.get_extra_info("socket").fileno()):
+            self._host = ""
             cast(asyncio.Transport, transport).abort()
+
+    def connection_lost(self, error: BaseException | None) -> None:
+        if isinstance(error, ssl.SSLError | ConnectionAbortedError) and self._host and not self._line.remote:
+            words = _HANDSHAKES.get(getattr(error, "reason", ""), "")
+            if isinstance(error, ConnectionAbortedError):
+                words = f"no handshake within {self._channel.plan.settings.handshakeTimeoutSecs:g} s"
+            reason = f"TLS failed: {words}" if words else os_reason(error)
+            self._channel.warn(f"{self._host} could not connect: {reason}")
+        super().connection_lost(error)
 
 
 class TurnAway(asyncio.Protocol):

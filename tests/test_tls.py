@@ -1,5 +1,6 @@
 """Channels that listen with TLS: HL7, byte streams and ASTM; DICOM's own is in test_dicom.py."""
 
+import contextlib
 import json
 import socket
 import ssl
@@ -37,6 +38,9 @@ class Identities:
 @pytest.fixture(scope="module")
 def identities(tmp_path_factory):
     return Identities(tmp_path_factory.mktemp("identities"))
+
+
+RAW = "tcp://127.0.0.1:{port}?startChar=%02&endChar=%03"
 
 
 @pytest.fixture(scope="module")
@@ -106,6 +110,34 @@ def test_plain_text_and_silence_get_nothing(here):
             except ConnectionError:
                 pass
     assert "TLS-PLAIN" not in str(here.sandbox.sandbox.transmits)
+
+
+@pytest.mark.filterwarnings("ignore:.*TLSv1_1 is deprecated:DeprecationWarning")
+def test_the_log_says_who_could_not_connect_and_why(here, identities, tmp_path):
+    port, silent = here.ports["ADT"], socket.create_connection(("127.0.0.1", here.ports["ADT"]))
+    old = identities.client()
+    old.minimum_version = old.maximum_version = ssl.TLSVersion.TLSv1_1
+    old.set_ciphers("ALL:@SECLEVEL=0")
+    for context in (old, ssl.create_default_context()):  # the other does not know our authority
+        with pytest.raises(OSError):
+            dial(here, "ADT", context)
+    with socket.create_connection(("127.0.0.1", port), timeout=10) as plain:
+        plain.sendall(b"\x0b" + message("TLS-NONE").encode() + b"\x1c\r")
+        with contextlib.suppress(ConnectionError):
+            plain.recv(100)
+    for words in ("the device speaks no TLS newer", "does not trust the authority", "does not speak TLS", "within 1 s"):
+        assert "Channel 'ADT': 127.0.0.1 could not connect: TLS failed: " in here.agent.logged(words)
+    silent.close()
+
+
+@pytest.mark.parametrize("address", ["mllp://127.0.0.1:{port}", "tcp://127.0.0.1:{port}?mode=astm", RAW])
+def test_a_device_that_speaks_tls_where_it_is_not_spoken(tmp_path, address):
+    with site(tmp_path, {"A": address}) as here:
+        here.agent.logged("Medplum service started")
+        with pytest.raises(OSError):
+            dial(here, "A", ssl.create_default_context())
+        assert "Channel 'A': 127.0.0.1:" in here.agent.logged(" speaks TLS, and this does not")
+        assert not here.sandbox.sandbox.transmits
 
 
 def test_a_reset_in_the_handshake_leaves_the_channel_alone(here, identities):
