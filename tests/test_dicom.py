@@ -16,6 +16,7 @@ import struct
 import subprocess
 import threading
 import time
+import zlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -352,6 +353,19 @@ def test_an_object_that_is_too_large_is_refused_and_the_next_is_taken(here):
     assert_arrived(here, small)
     assert not transmits(here, large.uid)
     assert_no_spool(here)
+
+
+def test_an_object_that_inflates_without_end_is_refused_in_little_memory(here):
+    """Half a megabyte that stands for 500: deflated objects are read in memory."""
+    head, deflating = made_dataset(), zlib.compressobj(9, wbits=-zlib.MAX_WBITS)
+    begin = encoded(head) + struct.pack("<HH2s2xI", 0x7FE0, 0x0010, b"OW", 500 * 2**20)
+    parts = [deflating.compress(begin), *(deflating.compress(bytes(2**20)) for _ in range(500)), deflating.flush()]
+    content = b"".join(parts)
+    before, good = memory_kb(here, "VmHWM"), made(500)
+    bomb = Instance(SECONDARY, str(head.SOPInstanceUID), DEFLATED, content + b"\0" * (len(content) % 2))
+    assert store(here.ports["PACS"], bomb, good) == [OUT_OF_RESOURCES, SUCCESS]
+    assert memory_kb(here, "VmHWM") < before + 50_000
+    assert_arrived(here, good)
 
 
 # --- what the server is told ---
