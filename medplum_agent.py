@@ -5549,7 +5549,7 @@ class Uplink:
 
 
 # =====================================================================================================================
-# Lines (1110 lines, 7800 tokens)
+# Lines (1110 lines, 7850 tokens)
 #
 # One open connection to a device, whoever dialled; each protocol has one class here, which owns its core. A line takes
 # bytes (`receive`), makes messages of them (`intake`), acknowledges when the store says durable (`stored`), writes down
@@ -6184,7 +6184,8 @@ class Hl7Line(MllpLine):
 
     def intake(self, frame: bytes | PeerError, *, due: bool = False) -> None:
         """One frame, with one message or several, unless it is held back until it is `due`."""
-        if not due and (self._delayed or self.settings.messagesPerMin > 0):
+        expected = self.owner.asked and isinstance(frame, bytes) and read_ack(frame.decode(self.encoding, "replace"))
+        if not (due or expected) and (self._delayed or self.settings.messagesPerMin > 0):
             self._delayed.append(frame)
             if len(self._delayed) == 1:
                 self._next_delayed()

@@ -584,6 +584,16 @@ def test_the_next_address_of_a_name_is_tried_when_one_is_silent(tmp_path):
             assert answer.status == 200, answer
 
 
+def test_acknowledgments_of_pushes_have_no_rate(tmp_path):
+    with site(tmp_path, {"A": "?messagesPerMin=6"}) as here, here.device("A") as device, here.caller() as caller:
+        assert device.ask(message("RATE"))[0] == "AA"
+        for n in range(2):
+            answering = threading.Thread(target=lambda: device.send(ack_text("AA", control_id(device.receive()))))
+            answering.start()
+            assert caller.push("channel://A", message(f"RATE-{n}")).status == 200
+            answering.join()
+
+
 def test_a_line_on_which_a_push_waits_is_not_idle(tmp_path):
     def slow(link, text):
         assert not link.drain(2.5)
