@@ -247,6 +247,7 @@ DICOM_PUSHES = 8  # pushes to imaging devices under way at once
 DIMSE_SECS = 60.0  # to wait for the peer's answer to a DIMSE request of ours
 SENT_PDU_BYTES = 128 * KIB  # largest PDU that we send, where the device takes any
 COMMAND_BYTES = 64 * KIB  # a DIMSE command
+WAITING_REQUESTS = 64  # of one association: a device waits for each answer, unless both said otherwise (PS3.7 D.3.3.3)
 SPOOL_BLOCK_BYTES = 512 * KIB  # of an object, written in one go
 PDU_BYTES = MIB + KIB  # a longer PDU is not read: more than maxPdu can be, and than association requests are
 INFLATED_BYTES = 256 * MIB  # of a deflated object: it is read in memory
@@ -7587,7 +7588,7 @@ def parse_ping(host: object, body: object) -> tuple[str, int]:
 
 
 # =====================================================================================================================
-# DICOM (1720 lines, 14450 tokens)
+# DICOM (1730 lines, 14500 tokens)
 #
 # Imaging devices (DICOM PS3.4, PS3.7, PS3.8; channel contract 8). `Dimse` is a core like the others: bytes in, events
 # out. Its line runs requests as coroutines; what takes long (fsync, decoding, JSON) goes to a few threads. pydicom and
@@ -8086,6 +8087,10 @@ def _clean(vr: str, value: Any) -> Any:
         return {group: part for group, part in groups if part} or None
     if isinstance(value, str) and vr in _TEXT:  # ISO 2022 IR 58, PS3.5 K.2
         value = _ESCAPES.sub("", value)
+    if (
+        vr in ("SV", "UV") and isinstance(value, int) and abs(value) > 2**53
+    ):  # which JavaScript would round (PS3.18 F.2.3 allows both)
+        return str(value)
     return value.strip(" ") if isinstance(value, str) and vr in ("AE", "CS", "LO", "SH") else value  # PS3.5 6.2
 
 
@@ -8551,6 +8556,8 @@ class DicomLine(Line):
         self._requests.append(request)
         if len(self._requests) == 1:
             spawn(self._serve())
+        if len(self._requests) > WAITING_REQUESTS:  # each may have a file open
+            self.pause("requests")
 
     async def _serve(self) -> None:
         while self._requests:
@@ -8565,6 +8572,8 @@ class DicomLine(Line):
                 self.pending -= stored
                 self.active_at = self._loop.time()
                 self._requests.popleft()
+                if len(self._requests) <= WAITING_REQUESTS:
+                    self.resume("requests")
                 if request.file is not None:
                     request.file.discard()  # what was kept has another name by now
 

@@ -1,6 +1,7 @@
 """Images over real associations: stored by dcmtk, Orthanc's kin and bare sockets, uploaded, announced (contract 8)."""
 
 import base64
+import collections
 import contextlib
 import functools
 import hashlib
@@ -355,6 +356,21 @@ def test_an_object_that_is_too_large_is_refused_and_the_next_is_taken(here):
     assert_no_spool(here)
 
 
+def test_a_device_that_waits_for_no_answer_does_not_take_every_descriptor(here):
+    assert here.agent.process is not None
+    files, most = Path(f"/proc/{here.agent.process.pid}/fd"), 0
+    instances = [made(10) for _ in range(1500)]
+    with Scu.for_instances(here.ports["PACS"], instances[0]) as scu:
+        sending = threading.Thread(target=lambda: collections.deque(map(scu.send_store, instances), 0))
+        sending.start()
+        for _ in instances:
+            assert scu.status() == SUCCESS
+            most = max(most, len(list(files.iterdir())))
+        sending.join()
+    assert most < 700  # those that wait, and what was read at once with the last of them
+    here.sandbox.wait_for(lambda: transmits(here, instances[-1].uid), 30)
+
+
 def test_an_object_that_inflates_without_end_is_refused_in_little_memory(here):
     """Half a megabyte that stands for 500: deflated objects are read in memory."""
     head, deflating = made_dataset(), zlib.compressobj(9, wbits=-zlib.MAX_WBITS)
@@ -369,6 +385,16 @@ def test_an_object_that_inflates_without_end_is_refused_in_little_memory(here):
 
 
 # --- what the server is told ---
+
+
+def test_numbers_that_javascript_would_round_are_texts(here):
+    dataset = made_dataset()
+    dataset.add_new(0x0008040C, "UV", [2**53, 2**64 - 1])
+    assert store(here.ports["PACS"], Instance(SECONDARY, str(dataset.SOPInstanceUID), EXPLICIT, encoded(dataset))) == [
+        0
+    ]
+    announced_as = announced(here, str(dataset.SOPInstanceUID))["dataset"]["0008040C"]
+    assert announced_as == {"vr": "UV", "Value": [2**53, str(2**64 - 1)]}
 
 
 def test_the_announcement_exactly(here):
