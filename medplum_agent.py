@@ -1720,7 +1720,8 @@ _control_ids = itertools.count(time.time_ns() // 1000)  # 16 digits, unique in a
 # Character sets that HL7 names in its own way (table 0211)
 _CHARACTER_SETS = {
     "UNICODE UTF-8": "utf-8", "UNICODE": "utf-8", "GB 18030-2000": "gb18030", "KS X 1001": "cp949",
-    "BIG-5": "big5hkscs", "ISO IR87": "iso2022_jp_ext", "ISO IR14": "iso2022_jp_ext", "ISO IR159": "iso2022_jp_ext",
+    "BIG-5": "big5hkscs", "ISO-IR-192": "utf-8", "ISO-IR-14": "iso2022_jp_ext", "ISO-IR-87": "iso2022_jp_ext",
+    "ISO-IR-159": "iso2022_jp_ext",
 }  # fmt: skip
 
 
@@ -1756,13 +1757,14 @@ def split_batch(content: bytes) -> tuple[list[bytes], bytes]:
 @lru_cache(64)
 def _named_codec(field: str) -> str:
     """Of MSH-18. Repetitions switch by ISO 2022, which in use is Japanese: `~ISO IR87` begins in ASCII (2.15.9.18)."""
-    name, *others = (re.sub("^ISO[-_ ]?IR[-_ ]?", "ISO IR", part.strip().upper()) for part in field.split("~"))
-    if name in ("", "ASCII", "ISO IR6"):
+    name, *others = (re.sub("^ISO[-_ ]?IR[-_ ]?", "ISO-IR-", part.strip().upper()) for part in field.split("~"))
+    plain = ("", "ASCII", "ISO-IR-6")
+    if name in plain:
         name = next((other for other in others if _CHARACTER_SETS.get(other) == "iso2022_jp_ext"), name)
     with suppress(ValueError):
         codec = _CHARACTER_SETS.get(name) or codec_of(name)
         check_encoding(codec)
-        return "" if name in ("", "ASCII") else codec
+        return "" if name in plain else codec
     return ""
 
 
@@ -2729,7 +2731,7 @@ _LINK: dict[Link, _Row] = {
 def is_terminated(records: Sequence[bytes | bytearray]) -> bool:
     """The last record is an L record (LIS02-A2 14)."""
     last = bytes(records[-1]).strip(b"\r\n\0 ") if records else b""
-    return re.split(rb"[\r\n]", last)[-1].startswith(b"L")
+    return re.split(rb"[\r\n]", last)[-1].upper().startswith(b"L")
 
 
 def half_session(records: Sequence[bytes]) -> str:
@@ -7588,7 +7590,7 @@ def parse_ping(host: object, body: object) -> tuple[str, int]:
 
 
 # =====================================================================================================================
-# DICOM (1730 lines, 14500 tokens)
+# DICOM (1740 lines, 14550 tokens)
 #
 # Imaging devices (DICOM PS3.4, PS3.7, PS3.8; channel contract 8). `Dimse` is a core like the others: bytes in, events
 # out. Its line runs requests as coroutines; what takes long (fsync, decoding, JSON) goes to a few threads. pydicom and
@@ -7685,15 +7687,20 @@ def other_order(vr: str, content: bytes) -> bytes:
     return words.tobytes() + content[whole:]
 
 
-def write_dataset(dataset: Dataset, syntax: str, own: str = "") -> bytes:
-    """In `syntax`, where it was read in `own`: binary values are left to us by pydicom. ValueError if impossible."""
+def turn_words(dataset: Dataset) -> None:
+    """For the other byte order: pydicom leaves binary values to us."""
 
     def turn(_: Dataset, element: Any) -> None:
         if isinstance(element.value, bytes):
             element.value = other_order(element.VR, element.value)
 
+    dataset.walk(turn)
+
+
+def write_dataset(dataset: Dataset, syntax: str, own: str = "") -> bytes:
+    """In `syntax`, where it was read in `own`. ValueError if impossible."""
     if own and (own == BIG_ENDIAN) != (syntax == BIG_ENDIAN):
-        dataset.walk(turn)
+        turn_words(dataset)
     if (content := pynetdicom.dsutils.encode(dataset, *syntax_of(syntax))) is None:
         raise ValueError("a data set that cannot be written")
     return cast(bytes, content)
@@ -8266,7 +8273,11 @@ class Sender:
         try:
             return association.send_c_store(read_object(file) if file.key else file.name, **options)
         except ValueError:  # no presentation context for it as it is: in another uncompressed syntax
-            return association.send_c_store(read_object(file), **options)
+            dataset = read_object(file)
+            if own == BIG_ENDIAN:  # which pynetdicom does not turn
+                turn_words(dataset)
+                dataset.set_original_encoding(True, True)
+            return association.send_c_store(dataset, **options)
 
     def report(self, report: Dataset, kind: int) -> Dataset:
         """N-EVENT-REPORT of a storage commitment, whose SCP we are (PS3.4 J.3.3); the status data set."""

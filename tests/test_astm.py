@@ -325,6 +325,8 @@ def test_require_terminator() -> None:
     line = Line(requireTerminator=True)
     assert isinstance(line.hear(ENQ + A + EOT)[-1], Interrupted)
     assert line.hear(session(*RECORDS))[-1] == Session(RECORDS)
+    lower = (b"h|a\r", b"l|1|n\r")
+    assert line.hear(session(*lower))[-1] == Session(lower)
 
 
 @pytest.mark.parametrize("begun", [A, A + b"\x02", A + B[:1], A + B[:5], A + B[:-3], A + b"noise"])

@@ -1,7 +1,9 @@
 """What imaging devices ask, and what the cloud asks of them: C-FIND, C-MOVE, C-GET, MPPS, commitment, push."""
 
+import array
 import contextlib
 import copy
+import io
 import json
 import re
 import shutil
@@ -993,6 +995,22 @@ def test_push_store(here, push, dest, name):
     else:
         assert answer.status == 400, answer
     assert_no_spool(here)
+
+
+def test_push_store_to_a_device_without_big_endian(here, push):
+    """Its words are turned into the only syntax that every device has (PS3.5 10.1)."""
+    instance = read_instance(pydicom_files()["MR_small_bigendian.dcm"])
+    (reference,) = keep(here, instance)
+    with Destination(syntaxes=[IMPLICIT]) as device:
+        pushed = push(f"dicom://{device.address}", reference, contentType="application/dicom")
+        assert answer_of(pushed) == {"command": "C-STORE", "status": 0}
+        (got,) = device.arrivals
+    turned = pydicom.dcmread(io.BytesIO(got.content), force=True)
+    wanted = pydicom.dcmread(pydicom_files()["MR_small_bigendian.dcm"])
+    words = array.array("H", wanted.PixelData)
+    words.byteswap()
+    assert got.syntax == IMPLICIT and turned.PixelData == words.tobytes()
+    assert (turned.PatientName, turned.Rows) == (wanted.PatientName, wanted.Rows)
 
 
 def test_push_store_by_its_reference_only(here, push, dest):

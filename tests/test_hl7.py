@@ -1,5 +1,6 @@
 """HL7 by slicing: decoding, header, keys, acknowledgments; hl7 (the library) is the foreign judge of what we build."""
 
+import codecs
 import datetime
 import re
 import time
@@ -428,6 +429,20 @@ def test_repetitions_of_msh_18_switch_by_iso_2022(field):
     assert b"\x1b$B" in content
     header = ma.read_hl7(content, "utf-8", False)
     assert (header.text.split("\r")[1], header.encoding) == (f"PID|||1||{name}", "iso2022_jp_ext")
+
+
+@pytest.mark.parametrize(
+    ("field", "codec"),
+    [
+        ("ISO IR100", "latin-1"),
+        ("ISO_IR 101", "iso8859-2"),
+        ("ISO-IR-192", "utf-8"),
+        ("ISO_IR 6", ""),
+        ("ISO IR999", ""),
+    ],
+)
+def test_the_names_of_dicom_in_msh_18(field: str, codec: str) -> None:
+    assert (found := ma._named_codec(field)) == codec or codecs.lookup(found) == codecs.lookup(codec)
 
 
 def test_repetitions_of_msh_18_that_name_more_keep_the_first():
