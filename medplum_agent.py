@@ -173,6 +173,7 @@ COMMIT_HERE_BYTES = 64 * KIB
 QUICK_SECS = 0.002  # of a commit
 QUICK_COMMITS = 32  # so many in a row, before the loop's thread writes; twice as many each time that was too early,
 QUICK_COMMITS_MAX = 512  # up to so many
+GATHER_SECS = 0.005  # at most so long what comes with the first message after a slow commit is waited for
 LAZY_SECS = 0.1  # finished rows are marked with the next batch, or after this time
 COMMITMENT_POLL_MS = 1000  # a storage commitment looks this often whether its objects have reached the server
 COMPLAIN_SECS = 5.0  # failed tries of one queue are logged at most this often
@@ -2757,7 +2758,7 @@ def text_records(body: str, settings: StreamSettings) -> list[bytes]:
 
 
 # =====================================================================================================================
-# Store (1450 lines, 10800 tokens)
+# Store (1460 lines, 10850 tokens)
 #
 # Every message on disk before it is acknowledged: one SQLite file (WAL, synchronous=FULL), one writer thread with one
 # commit in flight. What arrives while it runs is the next batch: one executemany, one COMMIT, one call back into the
@@ -3218,6 +3219,7 @@ class Store:
         self._turn = threading.Lock()  # held by the thread that writes
         self._soon = self._suspect = False
         self._quick, self._needed = 0, QUICK_COMMITS
+        self._gather_secs = 0.0
         self._wal_pages = 0
         self._disk_at, self._low = 0.0, False
         self._uncommitted_bytes = self._uncommitted = 0
@@ -3519,6 +3521,7 @@ class Store:
                     continue
             quick = self._quick >= self._needed and len(self._inbox) <= COMMIT_HERE_ITEMS and not self._stopping
             if self._suspect or self._wal_pages >= CHECKPOINT_PAGES or (self._inbox and not (quick and served)):
+                time.sleep(self._gather_secs)
                 with self._turn:
                     self._write_next(self._db)
                     served = True
@@ -3610,7 +3613,12 @@ class Store:
             self._outbox.popleft()()
 
     def _note_commit(self, secs: float, items: int) -> None:
-        """How quick the disk is now, judged by small commits."""
+        """How quick the disk is now, judged by small commits.
+
+        On a slow one devices that heard of this commit are waited for: else they and the others take turns, each with
+        every other commit.
+        """
+        self._gather_secs = min(secs / 10, GATHER_SECS) if secs > QUICK_SECS and self._uncommitted > 1 else 0
         if items > COMMIT_HERE_ITEMS:
             return
         here = self._quick >= self._needed

@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import threading
+import time
 import uuid
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
 from pathlib import Path
@@ -219,6 +220,35 @@ def test_many_messages_share_few_commits(path: Path) -> None:
             assert not store.congested and store._uncommitted == store._uncommitted_bytes == 0
 
     run(scenario)
+
+
+def test_on_a_slow_disk_devices_share_each_commit(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They do not take turns, each with every other commit, because the first is quicker than the others."""
+    commits, execute = [0], ma.Database.execute
+
+    def slow(db: ma.Database, sql: str, *values: Any) -> Any:
+        if sql == "COMMIT":
+            commits[0] += 1
+            time.sleep(0.05)
+        return execute(db, sql, *values)
+
+    monkeypatch.setattr(ma, "QUICK_SECS", 0.002)
+    monkeypatch.setattr(ma, "QUICK_COMMITS", 1000)
+
+    async def scenario() -> None:
+        async with opened(path) as store:
+            row = store.channel("A")
+
+            async def device(number: int) -> None:
+                for n in range(10):
+                    await asyncio.sleep(0.001 * (number % 2))  # it is farther away
+                    assert await put(store, new(row, f"{number}-{n}")) == ["stored"]
+
+            monkeypatch.setattr(ma.Database, "execute", slow)
+            await asyncio.gather(*map(device, range(8)))
+
+    run(scenario)
+    assert commits[0] < 16, "20 where they take turns"
 
 
 def test_who_holds_the_file_does_not_hold_up_the_loop(path: Path) -> None:
