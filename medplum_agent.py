@@ -5169,6 +5169,8 @@ class _Socket(ClientConnection):
         carried = isinstance(event, Frame) and event.opcode in (Opcode.TEXT, Opcode.BINARY, Opcode.CONT)
         if self.response is None or not carried:
             super().process_event(event)
+            if isinstance(event, Frame) and event.opcode is Opcode.CLOSE:  # and the TCP connection, at once (7.1.1)
+                self.loop.call_later(1, self.transport.abort)
             return
         text: bytes | bytearray | memoryview = event.data
         if self._parts or not event.fin:
@@ -5228,7 +5230,8 @@ class Uplink:
     @property
     def is_open(self) -> bool:
         """Live, with room in the socket and a token that the server will accept."""
-        if not self.live or self._socket is None or self._socket.paused:
+        sock = self._socket
+        if not self.live or sock is None or sock.paused or sock.protocol.state is not SocketState.OPEN:
             return False
         token = self._fhir.usable_token()
         if token is None:
@@ -5275,6 +5278,8 @@ class Uplink:
 
     def _write(self, message: Json, id_: int = 0) -> None:
         assert self._socket is not None
+        if self._socket.protocol.state is not SocketState.OPEN:
+            return
         text = dump_json(message)
         if len(text) > self._largest:
             self._largest, self._largest_id = len(text), id_

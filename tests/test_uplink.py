@@ -1,7 +1,9 @@
 """The way to the server, with every fault of uplink contract 9 switched on in turn."""
 
+import fcntl
 import itertools
 import re
+import termios
 import threading
 import time
 
@@ -192,6 +194,29 @@ def test_reconnects_after_each_cut(tmp_path):
             wait_reconnected(here, before)
         works(here, "CUT-2")
         assert sorted(set(here.sandbox.ids())) == [f"CUT-{n}" for n in range(3)]
+
+
+@pytest.mark.parametrize("compression", ["true", "false"])
+def test_a_server_that_says_goodbye_and_leaves_the_connection_open(tmp_path, compression):
+    """Such as behind a balancer: nothing more is written there, also what may be sent once only (RFC 6455 7.1.1)."""
+
+    def half_close(socket):
+        socket._writer.transport.pause_reading()
+        socket._writer.write(b"\x88\x02\x03\xe9")  # a close frame, 1001
+
+    settings = f"compression = {compression}\n"
+    with site(tmp_path, {"A": "?enhanced=true&retryMode=normal&responseTimeoutSecs=3"}, config=settings) as here:
+        here.agent.wait_connected()
+        socket = here.sandbox.sandbox.agents[AGENT_ID]
+        here.sandbox.loop.call_soon_threadsafe(half_close, socket)
+        plain = socket._writer.get_extra_info("socket")
+        eventually(lambda: any(fcntl.ioctl(plain, termios.FIONREAD, bytes(4))), 5, "the agent's own close frame")
+        with here.device("A", timeout=20) as device:
+            for n in range(20):
+                device.send(message(f"BYE-{n}", patient=f"P{n}"))
+            words = [device.ack() for _ in range(40)]
+        assert sorted(words) == sorted((code, f"BYE-{n}") for n in range(20) for code in ("CA", "AA"))
+        assert connects(here) == 2
 
 
 # --- answers ---
