@@ -4382,7 +4382,8 @@ class Fhir:
     async def read(self, reference: str) -> Json:
         """GET fhir/R4/<reference>."""
         url = f"{self.base}fhir/R4/{reference}"
-        return self._checked(await self._authorized(partial(self._http, "GET", url)), reference)
+        kind = "" if "$" in reference else reference.partition("/")[0]
+        return self._checked(await self._authorized(partial(self._http, "GET", url)), reference, kind)
 
     async def _authorized(
         self, send: Callable[[Headers], Response], pool: ThreadPoolExecutor | None = None
@@ -4403,7 +4404,7 @@ class Fhir:
             pages += 1
             if max(pages, len(found)) > SEARCH_RESOURCES:
                 raise ServerError(f"the search finds more than {SEARCH_RESOURCES} resources", 400)
-            bundle = self._checked(await self._authorized(partial(self._http, "GET", url)), query.split("?")[0])
+            bundle = self._checked(await self._authorized(partial(self._http, "GET", url)), query.split("?")[0], "Bundle")
             resources = (entry.get("resource") for entry in bundle.get("entry") or [])
             found += [resource for resource in resources if isinstance(resource, dict)]
             links = {link.get("relation"): link.get("url") for link in bundle.get("link") or []}
@@ -4510,10 +4511,14 @@ class Fhir:
             host = urllib.parse.urlsplit(url).netloc
             raise ServerError(f"{host} cannot be reached: {_http_reason(url, error)}") from None
 
-    def _checked(self, response: urllib3.BaseHTTPResponse, what: str) -> Json:
+    def _checked(self, response: urllib3.BaseHTTPResponse, what: str, kind: str = "") -> Json:
+        """What the server answered, a resource of this kind; a gateway may say something else with status 200."""
         answer = _json_object(response.data)
         if response.status >= 300 or not answer:
             raise ServerError(outcome_text(answer) or f"HTTP status {response.status} for {what}", response.status)
+        if kind and kind != answer.get("resourceType", kind if "id" in answer else ""):
+            text = f"what came for {what} is no {kind}, as if a gateway or portal had answered"
+            raise ServerError(f"{text}: {outcome_text(answer)}".removesuffix(": "), 502)
         return answer
 
 

@@ -528,6 +528,30 @@ def test_stats_before_there_is_a_configuration(tmp_path):
         assert here.sandbox.stats()["live"] is True
 
 
+@pytest.mark.parametrize("reference", [f"Agent/{AGENT_ID}", "Endpoint/1"])
+@pytest.mark.parametrize(
+    "answer",
+    [{"message": "maintenance until 4 am"}, {"resourceType": "OperationOutcome", "issue": [{"code": "transient"}]}],
+)
+def test_what_a_gateway_says_instead_of_the_server_is_no_configuration(tmp_path, answer, reference):
+    """With status 200: the channels stay, and the configuration that is on disk."""
+    with site(tmp_path, {"A": "?enhanced=true"}) as here:
+        here.agent.logged("started successfully")
+        resources = here.sandbox.sandbox.resources
+        assert reference in resources
+        whole, resources[reference] = resources[reference], answer
+        refused = here.sandbox.reload()
+        assert refused["type"] == "agent:error" and reference in refused["body"], refused
+        here.agent.terminate()
+        here.agent.start(ready=False)
+        eventually(lambda: accepts(("127.0.0.1", here.ports["A"])), 8, "the channel's port")
+        here.agent.wait_connected()
+        with here.device("A") as device:
+            assert device.ask(message("GATEWAY-1")) == ("CA", "GATEWAY-1")
+        resources[reference] = whole
+        assert here.sandbox.reload()["statusCode"] == 200
+
+
 def test_endpoints_without_id_are_saved_too(tmp_path):
     with site(tmp_path, {"A": "?enhanced=true"}, start=False) as here:
         del here.endpoint("A")["id"]
