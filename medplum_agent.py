@@ -123,7 +123,8 @@ def load_json(text: Any) -> Any:
             lenient = json.dumps(json.loads(whole.removeprefix("\ufeff")), ensure_ascii=False)
         except RecursionError:
             raise ValueError("nested too deeply") from None
-        return json.loads(re.sub("[\ud800-\udfff]", "\ufffd", lenient))
+        whole = re.sub("[\ud800-\udfff]", "\ufffd", lenient)
+        return json.loads(whole, parse_int=lambda digits: int(digits) if len(digits) < 19 else float(digits))
 
 
 # =====================================================================================================================
@@ -221,6 +222,7 @@ TRANSFER_BLOCK_BYTES = 256 * KIB  # read and written in one go
 MULTIPART_HEAD_BYTES = MIB  # of a multipart body: what comes before the content of its part
 MULTIPART_END_BYTES = 4 * KIB  # its last boundary, and what may stand behind it
 HTTP_ATTEMPTS = 3  # uplink contract 1: 429, 5xx and network errors
+HAPPY_SECS = 0.25  # of a name's several addresses the next is tried after so long (RFC 8305 5)
 TOKEN_MARGIN_SECS = 300.0  # refresh this long before the token expires
 TOKEN_REFRESH_SPACING_SECS = 5.0  # a server that hands out nearly expired tokens must not be asked per message
 CONNECT_TIMEOUT_SECS = 8.0  # TCP, proxy, TLS and WebSocket handshake together
@@ -4215,7 +4217,7 @@ def _trouble_of(error: Exception) -> tuple[str, str]:
 
 
 # =====================================================================================================================
-# FHIR (360 lines, 3050 tokens)
+# FHIR (390 lines, 3300 tokens)
 #
 # The HTTPS side of the server: OAuth2 client-credentials login and FHIR reads (uplink contract 1 and 2). urllib3 does
 # the work in worker threads: pools, proxies, TLS, retries. May touch: HTTPS.
@@ -4272,7 +4274,8 @@ def http_pool(url: str, context: ssl.SSLContext) -> urllib3.PoolManager:
         raise ConfigError(text) from None
     user = urllib.parse.urlsplit(proxy)
     secret = f"{urllib.parse.unquote(user.username or '')}:{urllib.parse.unquote(user.password or '')}"
-    headers = urllib3.make_headers(proxy_basic_auth=secret) if user.username else None
+    encoded = base64.b64encode(secret.encode()).decode()  # RFC 7617 2.1
+    headers = {"Proxy-Authorization": f"Basic {encoded}"} if user.username else None
     return urllib3.ProxyManager(proxy, proxy_headers=headers, proxy_ssl_context=context, **common)
 
 
@@ -4310,35 +4313,48 @@ class Fhir:
         self.clock_off: float | None = None  # seconds that this machine's clock is ahead of the server's
         self._settings, self._log = settings, log
         self._pool = http_pool(self.base, context)
-        self._refreshing: asyncio.Task[Token] | None = None
-        self._refreshed_at = -math.inf
+        self._login_under_way: asyncio.Future[Token] | None = None
+        self._patient_until = self._due_at = -math.inf
         self.rejected = False  # the token, by the server: the next use logs in again, but not once per message
-        # apart from the short requests, and from each other: somebody waits for what is fetched
-        self._uploads, self._downloads = (ThreadPoolExecutor(TRANSFERS, name) for name in ("upload", "download"))
+        self.failing = False  # the last login did
+        # apart from each other: who hangs holds up its own kind
+        names = ("login", "request", "upload", "download")
+        self._logins, self._requests, self._uploads, self._downloads = (ThreadPoolExecutor(TRANSFERS, n) for n in names)
+
+    @property
+    def due(self) -> bool:
+        """It is time to log in: there is no token, or a new one is wanted before it ends."""
+        token = self.token
+        if token and not self.rejected and time.time() < token.expires_at - TOKEN_MARGIN_SECS:
+            return False
+        return self._login_under_way is None and time.monotonic() >= self._due_at
 
     def usable_token(self) -> str | None:
-        """A token that can be sent now, or None; a refresh is started in good time."""
-        token, now = self.token, time.time()
-        if token is None or not (self.rejected or now >= token.expires_at - TOKEN_MARGIN_SECS):
-            return token.text if token else None
-        lately = time.monotonic() - self._refreshed_at <= TOKEN_REFRESH_SPACING_SECS
-        return token.text if lately and now < token.expires_at else None
+        """A token that can be sent now, or None; a new one that is under way is waited for, for a moment."""
+        token = self.token
+        if token is None or time.time() >= token.expires_at or time.monotonic() < self._patient_until:
+            return None
+        return token.text
 
     async def fresh_token(self) -> str:
-        """A usable token, after a login if needed (one at a time); raises ServerError."""
-        if text := self.usable_token():
-            return text
-        if self._refreshing is None:
-            self._refreshing = asyncio.create_task(asyncio.to_thread(self._login))
-            self._refreshing.add_done_callback(self._refreshed)
-        return (await asyncio.shield(self._refreshing)).text
+        """A usable token, after a login if needed; raises ServerError."""
+        return ("" if self.due else self.usable_token()) or await self.renew()
 
-    def _refreshed(self, task: asyncio.Task[Token]) -> None:
-        self._refreshing = None
+    async def renew(self) -> str:
+        """A new token by a login, one at a time; raises ServerError."""
+        if self._login_under_way is None:
+            self._patient_until = time.monotonic() + TOKEN_REFRESH_SPACING_SECS
+            self._login_under_way = asyncio.get_running_loop().run_in_executor(self._logins, self._login)
+            self._login_under_way.add_done_callback(self._renewed)
+        return (await asyncio.shield(self._login_under_way)).text
+
+    def _renewed(self, future: asyncio.Future[Token]) -> None:
+        self._login_under_way, self._patient_until = None, -math.inf
         if self.token is not None:  # the first login may be followed by a refresh at once
-            self._refreshed_at = time.monotonic()
-        if not task.cancelled() and task.exception() is None:
-            self.token, self.rejected = task.result(), False
+            self._due_at = time.monotonic() + TOKEN_REFRESH_SPACING_SECS
+        self.failing = future.cancelled() or future.exception() is not None
+        if not self.failing:
+            self.token, self.rejected = future.result(), False
 
     def _login(self) -> Token:
         """POST oauth2/token (RFC 6749 4.4) with the checks of uplink contract 1."""
@@ -4389,7 +4405,7 @@ class Fhir:
         self, send: Callable[[Headers], Response], pool: ThreadPoolExecutor | None = None
     ) -> Response:
         """A request with a token, in a thread; a 401 is tried once more with a new one."""
-        loop = asyncio.get_running_loop()
+        loop, pool = asyncio.get_running_loop(), pool or self._requests
         response = await loop.run_in_executor(pool, send, self._headers(await self.fresh_token()))
         if response.status == 401:
             self.token = None
@@ -4404,7 +4420,9 @@ class Fhir:
             pages += 1
             if max(pages, len(found)) > SEARCH_RESOURCES:
                 raise ServerError(f"the search finds more than {SEARCH_RESOURCES} resources", 400)
-            bundle = self._checked(await self._authorized(partial(self._http, "GET", url)), query.split("?")[0], "Bundle")
+            bundle = self._checked(
+                await self._authorized(partial(self._http, "GET", url)), query.split("?")[0], "Bundle"
+            )
             resources = (entry.get("resource") for entry in bundle.get("entry") or [])
             found += [resource for resource in resources if isinstance(resource, dict)]
             links = {link.get("relation"): link.get("url") for link in bundle.get("link") or []}
@@ -4500,9 +4518,16 @@ class Fhir:
         secs = TRANSFER_TIMEOUT_SECS if file else HTTP_TIMEOUT_SECS
         timeout = urllib3.Timeout(connect=CONNECT_TIMEOUT_SECS, read=secs)
         again = False if isinstance(body, itertools.chain) else None  # what cannot be read again is not sent again
-        options: Json = {"timeout": timeout, "retries": again, "redirect": stream, "preload_content": not stream}
+        options: Json = {"timeout": timeout, "retries": again, "redirect": stream, "preload_content": False}
         try:  # without decoding: a small gzip may be a large answer
             response = self._pool.request(method, url, body=body, headers=headers, decode_content=False, **options)
+            if not stream:
+                limit = threading.Timer(secs, cast(Any, response).shutdown)  # also for an answer that drips
+                limit.start()
+                try:
+                    response.read(cache_content=True)
+                finally:
+                    limit.cancel()
             with suppress(ValueError, TypeError, KeyError):  # a server without a Date, or without a right one
                 date = email.utils.parsedate_to_datetime(response.headers["Date"])
                 self.clock_off = time.time() - date.timestamp()
@@ -5133,7 +5158,7 @@ def percentiles(samples: Iterable[int]) -> dict[str, float]:
 
 
 # =====================================================================================================================
-# Uplink (440 lines, 3400 tokens)
+# Uplink (450 lines, 3550 tokens)
 #
 # One WSS connection to the server (uplink contract 3 and 4): connect, heartbeats both ways, forced reconnect when it is
 # silent or never live, full-jitter back-off. websockets does TCP, proxy, TLS, handshake and frames; its receive queue
@@ -5169,6 +5194,10 @@ class _Socket(ClientConnection):
         self._uplink = uplink
         self._parts: list[bytes] = []
         self._early: list[bytes] | None = []  # texts that came with the handshake, until `begin`
+
+    def data_received(self, data: bytes) -> None:
+        self._uplink.outstanding = 0  # any byte is a sign of life: a large text may take its time
+        super().data_received(data)
 
     def process_event(self, event: Any) -> None:
         carried = isinstance(event, Frame) and event.opcode in (Opcode.TEXT, Opcode.BINARY, Opcode.CONT)
@@ -5238,11 +5267,7 @@ class Uplink:
         sock = self._socket
         if not self.live or sock is None or sock.paused or sock.protocol.state is not SocketState.OPEN:
             return False
-        token = self._fhir.usable_token()
-        if token is None:
-            if not self._refreshing:
-                self._refreshing = True
-                spawn(self._refresh())
+        if self._renews() or (token := self._fhir.usable_token()) is None:
             return False
         self._token = token
         return True
@@ -5251,17 +5276,26 @@ class Uplink:
         """The same; after several losses of the connection one of the messages may be their cause: one at a time."""
         return self.is_open and (self._losses < SUSPECT_LOSSES or not any(queue.inflight for queue in self.queues))
 
+    def _renews(self) -> bool:
+        """Renew the token when it is time; whether that begins now."""
+        if self._refreshing or not self._fhir.due:
+            return False
+        self._refreshing = True
+        spawn(self._refresh())
+        return True
+
     async def _refresh(self) -> None:
-        seconds = 0.0
+        self._loop.call_later(TOKEN_REFRESH_SPACING_SECS + LAZY_SECS, self.pump)  # the old one may do, if this hangs
         try:
-            await self._fhir.fresh_token()
-            seconds = 0 if self._fhir.usable_token() else RECONNECT_BASE_SECS
+            await self._fhir.renew()
+            await asyncio.sleep(0 if self._fhir.usable_token() else RECONNECT_BASE_SECS)
         except AgentError as error:
             self._log.error(f"The token cannot be refreshed: {error}")
-            seconds = random.uniform(0, RECONNECT_MAX_SECS)
+            self.pump()
+            await asyncio.sleep(random.uniform(0, RECONNECT_MAX_SECS))
         finally:
             self._refreshing = False
-        self._loop.call_later(seconds, self.pump)
+        self.pump()
 
     def pump(self) -> None:
         for queue in self.queues:
@@ -5315,8 +5349,7 @@ class Uplink:
     # --- receiving ---
 
     def receive(self, text: bytes | bytearray | memoryview) -> None:
-        """One text from the server: any text is a sign of life."""
-        self.outstanding = 0
+        """One text from the server."""
         try:
             message = load_json(text)
             kind = message["type"]
@@ -5370,6 +5403,8 @@ class Uplink:
             self._losses = 0
             self._loop.call_soon(self.pump)
         status, body, callback = answer.get("statusCode"), answer.get("body"), answer.get("callback")
+        with suppress(TypeError, ValueError, OverflowError):
+            status = int(cast(Any, status))
         if type(status) is not int or not status:
             status = 200
         status = status if 0 < status < 1000 else 500  # no status of HTTP is larger
@@ -5495,6 +5530,7 @@ class Uplink:
                 self.url, create_connection=cast(Any, partial(_Socket, uplink=self)), proxy=proxy, ssl=self._context,
                 **more, compression="deflate" if self._settings.compression else None, ping_interval=None,
                 close_timeout=1, open_timeout=CONNECT_TIMEOUT_SECS, max_size=UPLINK_FRAME_BYTES,
+                happy_eyeballs_delay=HAPPY_SECS,
                 write_limit=UPLINK_BUFFER_BYTES, user_agent_header=f"medplum-agent/{VERSION}",
             )  # fmt: skip
         except (ServerError, OSError, EOFError, WebSocketException) as error:
@@ -5549,6 +5585,7 @@ class Uplink:
                 self.reconnect(f"the server {what}")
                 return
             if self.live:
+                self._renews()  # also when there are no messages
                 self.outstanding += 1
                 self._heartbeat_at = time.monotonic()
                 self._write({"type": "agent:heartbeat:request"})
@@ -9917,7 +9954,8 @@ class Operations:
         text = f"the server has not been reached for {duration(away)}; messages are kept on disk"
         yield Alarm("server", "", False if uplink.live else True if away > SERVER_AWAY_SECS else None, text, True)
         token, off = agent.fhir.token, agent.fhir.clock_off
-        ended = token.expires_at - time.time() < SERVER_AWAY_SECS if token and uplink.live else None
+        margin = SERVER_AWAY_SECS if agent.fhir.failing else 0
+        ended = token.expires_at - time.time() < margin if token and uplink.live else None
         yield Alarm("token", "", ended, "the access token ends and could not be renewed: see the log")
         text = f"the clock of this machine differs by {duration(abs(off or 0))} from the server's: set up NTP"
         yield Alarm("clock", "", None if off is None else abs(off) > CLOCK_SECS, text)

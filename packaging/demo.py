@@ -738,7 +738,7 @@ class SandboxSocket:
             "type": "transmit" if faults.legacy_names else "agent:transmit:response",
             "channel": transmit.channel,
             "remote": transmit.remote,
-            "contentType": transmit.content_type if status < 400 else "application/json",
+            "contentType": transmit.content_type if int(status) < 400 else "application/json",
             "statusCode": status,
             "body": "Bot execution logs:\n" if body in (None, "") else body,
             "callback": transmit.callback,

@@ -1,8 +1,13 @@
 """The way to the server, with every fault of uplink contract 9 switched on in turn."""
 
+import asyncio
+import base64
+import contextlib
 import fcntl
 import itertools
+import json
 import re
+import socket
 import termios
 import threading
 import time
@@ -11,8 +16,21 @@ import demo
 import pytest
 import trustme
 from demo import sandbox_resources
+from websockets.frames import Frame, Opcode
 
-from tests.support import AGENT_ID, ConnectProxy, Receiver, SandboxThread, bot, control_id, eventually, message, site
+import medplum_agent as ma
+from tests.support import (
+    AGENT_ID,
+    ConnectProxy,
+    Receiver,
+    SandboxThread,
+    bot,
+    changed,
+    control_id,
+    eventually,
+    message,
+    site,
+)
 
 FAST = "responseTimeoutSecs=0.5&autoRetryBaseDelayMs=20&autoRetryMaxDelayMs=40"
 BEATING = "heartbeatSecs = 0.2\n"
@@ -83,6 +101,80 @@ def test_a_token_near_its_end_is_refreshed_before_the_next_message(tmp_path):
         time.sleep(1.2)  # now it is within five minutes of its end
         works(here)
         assert asked(here, "POST /oauth2/token") == 2
+
+
+def test_a_token_near_its_end_is_refreshed_without_messages_too(tmp_path):
+    with site(tmp_path, {"A": ""}, start=False, config=BEATING) as here:
+        here.sandbox.faults.jwt, here.sandbox.faults.token_lifetime = True, 301
+        here.agent.start()
+        here.agent.wait_connected()
+        here.sandbox.faults.token_lifetime = 3600
+        eventually(lambda: asked(here, "POST /oauth2/token") == 2, 10, "the second login")
+        assert connects(here) == 1
+
+
+def test_a_login_that_hangs_holds_up_nothing_while_the_token_is_good(tmp_path):
+    with site(tmp_path, {"A": ""}, start=False, config=BEATING) as here:
+        here.sandbox.faults.jwt, here.sandbox.faults.token_lifetime = True, 301
+        here.agent.start()
+        here.agent.wait_connected()
+        here.sandbox.faults.hold = "/oauth2/token"
+        eventually(lambda: asked(here, "POST /oauth2/token") == 2, 10, "the second login")
+        works(here, "HANGS-1")
+        works(here, "HANGS-2")
+        here.sandbox.faults.hold = ""
+
+
+def test_an_answer_that_drips_is_given_up(monkeypatch):
+    """Each byte comes in time, and the whole never does."""
+    monkeypatch.setattr(ma, "HTTP_TIMEOUT_SECS", 0.5)
+    done = threading.Event()
+
+    def drip(listening):
+        with contextlib.suppress(OSError), listening.accept()[0] as device:
+            device.recv(65536)
+            device.sendall(b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: 5000\r\n\r\n")
+            while not done.wait(0.1):
+                device.sendall(b" ")
+
+    async def login(port):
+        settings = ma.ProcessSettings(f"http://127.0.0.1:{port}/", "client", "secret", AGENT_ID)
+        fhir = ma.Fhir(settings, ma.tls_context(""), ma.Log("main", ma.LoggerSettings(), None, None))
+        async with asyncio.timeout(20):
+            with pytest.raises(ma.ServerError, match="cannot be reached"):
+                await fhir.renew()
+
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        dripping = threading.Thread(target=drip, args=(listening,))
+        dripping.start()
+        asyncio.run(login(listening.getsockname()[1]))
+        done.set()
+        dripping.join()
+
+
+def test_a_name_whose_first_address_leads_nowhere(tmp_path):
+    """Such as IPv6 in a network that has none: the WebSocket takes the next one, too (RFC 8305)."""
+    with site(tmp_path, {"A": ""}, start=False) as here, contextlib.ExitStack() as stack:
+        port = here.sandbox.sandbox.port
+        hole = stack.enter_context(socket.socket())  # a listener whose backlog is full answers no SYN
+        hole.bind(("127.0.0.2", port))
+        hole.listen(0)
+        for _ in range(4):
+            filling = stack.enter_context(socket.socket())
+            filling.setblocking(False)
+            filling.connect_ex(hole.getsockname())
+        changed(
+            here.agent,
+            "import socket\nm.CONNECT_TIMEOUT_SECS, look_up = 1, socket.getaddrinfo\n"
+            "sys.argv[1] = sys.argv[1].replace('127.0.0.1', 'localhost')\n"
+            "def both(host, port, *rest, **more):\n"
+            "    if port != SERVER: return look_up(host, port, *rest, **more)\n"
+            "    return [look_up(one, port, *rest, **more)[0] for one in ('127.0.0.2', '127.0.0.1')]\n"
+            "socket.getaddrinfo = both".replace("SERVER", str(port)),
+        )
+        here.agent.start()
+        here.agent.wait_connected()
+        works(here)
 
 
 def test_a_server_that_gives_short_lived_tokens_is_not_asked_for_each_message(tmp_path):
@@ -404,6 +496,33 @@ def test_strange_messages_of_the_server_end_nothing(tmp_path):
         assert connects(here) == 1
 
 
+def test_an_answer_that_takes_longer_than_heartbeats_is_waited_for(tmp_path):
+    """Over a thin line: what has come so far shows that the server is there."""
+    with site(tmp_path, {"A": ""}, config=BEATING) as here, here.device("A", timeout=20) as device:
+        here.sandbox.faults.silent = here.sandbox.faults.mute_heartbeats = True
+        device.send(message("THIN-1"))
+        here.sandbox.wait_ids("THIN-1")
+        (sent,) = here.sandbox.of("THIN-1")
+        answer = {"type": "agent:transmit:response", "channel": "A", "remote": sent.remote, "statusCode": 200,
+                  "callback": sent.callback, "body": "MSH|^~\\&|\rMSA|AA|THIN-1\rZ|" + "x" * 1000}  # fmt: skip
+        whole = Frame(Opcode.TEXT, json.dumps(answer).encode()).serialize(mask=False)
+        writer = here.sandbox.sandbox.agents[AGENT_ID]._writer
+        for at in range(0, len(whole), 64):
+            here.sandbox.loop.call_soon_threadsafe(writer.write, whole[at : at + 64])
+            time.sleep(0.1)
+        assert device.ack() == ("AA", "THIN-1")
+        assert connects(here) == 1
+
+
+@pytest.mark.parametrize("status", ["400", 400.0])
+def test_a_status_that_is_no_integer_is_what_it_says(tmp_path, status):
+    with site(tmp_path, {"A": "?enhanced=true"}) as here, here.device("A") as device:
+        here.sandbox.bot = lambda _: (status, "no")
+        assert device.ask(message("ODD-1")) == ("CA", "ODD-1")
+        codes = lambda: [row["error_code"] for row in here.agent.rows("ODD-1")]  # noqa: E731
+        eventually(lambda: codes() == ["server-rejected"], 10, "the refusal")
+
+
 def test_a_server_that_errs_a_thousand_times_fills_the_log_with_a_few_lines(tmp_path):
     with site(tmp_path, {"A": ""}) as here:
         for _ in range(300):
@@ -460,6 +579,14 @@ def test_https_proxy_carries_everything(tmp_path, authority):
             assert len(proxy.targets) >= 2 and set(proxy.targets) == {target}  # HTTPS and WSS
             assert set(proxy.authorizations) == {"Basic dXNlcjpwYUBzcw=="}
             assert "pa%40ss" not in here.agent.output() and "pa@ss" not in here.agent.output()
+
+
+def test_a_proxy_whose_password_is_not_ascii(monkeypatch):
+    """As the WebSocket gives it (RFC 7617 2.1)."""
+    monkeypatch.setenv("HTTPS_PROXY", "http://J%C3%B6rg:%E2%82%AC5@127.0.0.1:1")
+    monkeypatch.delenv("NO_PROXY", raising=False)
+    headers = ma.http_pool("https://example.com/", ma.tls_context("")).proxy_headers  # type: ignore[attr-defined]
+    assert headers == {"Proxy-Authorization": "Basic " + base64.b64encode("J\u00f6rg:\u20ac5".encode()).decode()}
 
 
 def test_no_proxy_goes_around_it(tmp_path, authority):
