@@ -222,6 +222,7 @@ TRANSFER_BLOCK_BYTES = 256 * KIB  # read and written in one go
 MULTIPART_HEAD_BYTES = MIB  # of a multipart body: what comes before the content of its part
 MULTIPART_END_BYTES = 4 * KIB  # its last boundary, and what may stand behind it
 HTTP_ATTEMPTS = 3  # uplink contract 1: 429, 5xx and network errors
+EMBARGO_SECS = 60  # a server that says when to log in again (429) is believed up to so long
 HAPPY_SECS = 0.25  # of a name's several addresses the next is tried after so long (RFC 8305 5)
 TOKEN_MARGIN_SECS = 300.0  # refresh this long before the token expires
 TOKEN_REFRESH_SPACING_SECS = 5.0  # a server that hands out nearly expired tokens must not be asked per message
@@ -1915,7 +1916,7 @@ class Acknowledgment(NamedTuple):
 
 def read_answer(body: object) -> tuple[str, Acknowledgment | None]:
     """A Bot's answer or a device's with single carriage returns ("": it is no HL7), and its MSA-1 and MSA-2, if any."""
-    text = body.lstrip("\ufeff\r\n") if isinstance(body, str) else ""
+    text = body.lstrip(_BLANKS) if isinstance(body, str) else ""
     if not text.startswith("MSH") or len(text) < 4:
         return "", None
     text = LINE_ENDS.sub("\r", text) if "\n" in text else text
@@ -4217,7 +4218,7 @@ def _trouble_of(error: Exception) -> tuple[str, str]:
 
 
 # =====================================================================================================================
-# FHIR (390 lines, 3300 tokens)
+# FHIR (390 lines, 3400 tokens)
 #
 # The HTTPS side of the server: OAuth2 client-credentials login and FHIR reads (uplink contract 1 and 2). urllib3 does
 # the work in worker threads: pools, proxies, TLS, retries. May touch: HTTPS.
@@ -4257,7 +4258,7 @@ def proxy_for(url: str) -> str | None:
 def http_pool(url: str, context: ssl.SSLContext) -> urllib3.PoolManager:
     """A connection pool for the server of `url`, through its proxy if there is one."""
     retries = urllib3.Retry(
-        total=HTTP_ATTEMPTS - 1, connect=0, backoff_factor=0.5, status_forcelist=[429, *range(500, 600)],
+        total=HTTP_ATTEMPTS - 1, connect=0, backoff_factor=0.5, status_forcelist=range(500, 600),
         allowed_methods=None, raise_on_status=False, respect_retry_after_header=False,
     )  # fmt: skip
     timeout = urllib3.Timeout(connect=CONNECT_TIMEOUT_SECS, read=HTTP_TIMEOUT_SECS)
@@ -4314,7 +4315,7 @@ class Fhir:
         self._settings, self._log = settings, log
         self._pool = http_pool(self.base, context)
         self._login_under_way: asyncio.Future[Token] | None = None
-        self._patient_until = self._due_at = -math.inf
+        self._patient_until = self._due_at = self._embargo_until = -math.inf
         self.rejected = False  # the token, by the server: the next use logs in again, but not once per message
         self.failing = False  # the last login did
         # apart from each other: who hangs holds up its own kind
@@ -4342,6 +4343,8 @@ class Fhir:
 
     async def renew(self) -> str:
         """A new token by a login, one at a time; raises ServerError."""
+        if self._login_under_way is None and time.monotonic() < self._embargo_until:
+            raise ServerError("login refused: the server asks for patience (status 429)", 429)
         if self._login_under_way is None:
             self._patient_until = time.monotonic() + TOKEN_REFRESH_SPACING_SECS
             self._login_under_way = asyncio.get_running_loop().run_in_executor(self._logins, self._login)
@@ -4368,6 +4371,10 @@ class Fhir:
         )  # fmt: skip
         answer = _json_object(response.data)
         if response.status >= 300 or not isinstance(answer.get("access_token"), str):
+            if response.status == 429:
+                waits = " ".join(response.headers.get(name, "") for name in ("Retry-After", "RateLimit"))
+                secs = re.search(r"^(\d{1,6})\b|\bt=(\d{1,6})", waits)
+                self._embargo_until = time.monotonic() + min(int(secs[1] or secs[2]) if secs else 0, EMBARGO_SECS)
             reason = answer.get("error_description") or answer.get("error") or f"HTTP status {response.status}"
             path = ", and baseUrl: it ends before fhir/R4" if "/fhir" in self.base else ""
             advice = f". Check clientId and clientSecret{path}" if response.status in (400, 401) else ""
@@ -5586,6 +5593,7 @@ class Uplink:
                 return
             if self.live:
                 self._renews()  # also when there are no messages
+                self.pump()  # what waited for the one suspect message of another queue
                 self.outstanding += 1
                 self._heartbeat_at = time.monotonic()
                 self._write({"type": "agent:heartbeat:request"})
@@ -11263,6 +11271,8 @@ class Agent:
         text = str(message.get("body"))
         if "access token" in text:
             self.fhir.rejected = True
+        if text == "Not connected":  # the server has forgotten this connection
+            self.uplink.reconnect("the server does not know this agent any more")
         if text in _SAFE_ERRORS:
             self.log.error(f"The server reports: {text}.")
         else:
@@ -11325,8 +11335,8 @@ class Agent:
                 await device.keep(push)
                 return None
             body = await device.ask(push, PUSH_WAIT_SECS)
-            if len(body) > ANSWER_BYTES:
-                raise DeviceError(f"{push.target.key}: its answer of {len(body)} bytes is too large", "device-error")
+            if (size := len(dump_json(body))) > ANSWER_BYTES:
+                raise DeviceError(f"{push.target.key}: its answer of {size} bytes is too large", "device-error")
             return answer | {"contentType": push.content_type, "body": body}
         except (DeviceError, PingError) as error:
             return answer | {"contentType": "text/plain", "statusCode": 400, "body": str(error)}

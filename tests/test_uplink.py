@@ -4,6 +4,7 @@ import asyncio
 import base64
 import contextlib
 import fcntl
+import http.server
 import itertools
 import json
 import re
@@ -123,6 +124,36 @@ def test_a_login_that_hangs_holds_up_nothing_while_the_token_is_good(tmp_path):
         works(here, "HANGS-1")
         works(here, "HANGS-2")
         here.sandbox.faults.hold = ""
+
+
+def test_a_login_that_is_to_wait_waits(monkeypatch):
+    """Retry-After (RFC 9110 10.2.3): several agents behind one address would else keep the limit exhausted."""
+    asked = []
+
+    class Busy(http.server.BaseHTTPRequestHandler):
+        def do_POST(self):
+            asked.append(self.path)
+            self.send_response(429)
+            self.send_header("Retry-After", "30")
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+
+        def log_message(self, *_):
+            pass
+
+    async def log_in(port):
+        settings = ma.ProcessSettings(f"http://127.0.0.1:{port}/", "client", "secret", AGENT_ID)
+        fhir = ma.Fhir(settings, ma.tls_context(""), ma.Log("main", ma.LoggerSettings(), None, None))
+        for _ in range(3):
+            with pytest.raises(ma.ServerError) as refused:
+                await fhir.renew()
+            assert refused.value.status == 429
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Busy) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        asyncio.run(log_in(server.server_port))
+        server.shutdown()
+    assert len(asked) == 1
 
 
 def test_an_answer_that_drips_is_given_up(monkeypatch):
@@ -309,6 +340,37 @@ def test_a_server_that_says_goodbye_and_leaves_the_connection_open(tmp_path, com
             words = [device.ack() for _ in range(40)]
         assert sorted(words) == sorted((code, f"BYE-{n}") for n in range(20) for code in ("CA", "AA"))
         assert connects(here) == 2
+
+
+def test_a_server_that_has_forgotten_the_connection_is_told_again(tmp_path):
+    with site(tmp_path, {"A": ""}) as here:
+        works(here, "KNOWN-1")
+        here.sandbox.tell(b'{"type":"agent:error","body":"Not connected"}')
+        wait_reconnected(here, 1)
+        works(here, "KNOWN-2")
+
+
+def test_what_waits_for_a_suspect_message_of_another_channel_goes_on(tmp_path):
+    """After losses of the connection one message is tried at a time; its end is no message's end but its own."""
+    once = "?enhanced=true&retryMode=normal&responseTimeoutSecs=1&autoRetryMaxAttempts=1"
+    with (
+        site(tmp_path, {"A": once, "B": f"?enhanced=true&{FAST}"}, config=BEATING) as here,
+        here.device("A") as first,
+        here.device("B", timeout=20) as second,
+    ):
+        here.agent.wait_connected()
+        for _ in range(ma.SUSPECT_LOSSES):
+            before, here.sandbox.faults.close_on_transmit = connects(here), 1
+            first.send(message(f"SUSPECT-{before}"))
+            wait_reconnected(here, before)
+        here.sandbox.faults.silent = True
+        first.send(message("SUSPECT-LAST"))
+        here.sandbox.wait_ids("SUSPECT-LAST")
+        second.send(message("INNOCENT-1"))
+        assert second.ack() == ("CA", "INNOCENT-1")
+        here.agent.wait_state("SUSPECT-LAST", "failed")
+        here.sandbox.faults.silent = False
+        assert second.ack() == ("AA", "INNOCENT-1")
 
 
 # --- answers ---
