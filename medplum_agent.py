@@ -128,7 +128,7 @@ def load_json(text: Any) -> Any:
 
 
 # =====================================================================================================================
-# Version, limits (270 lines, 1250 tokens)
+# Version, limits (280 lines, 1250 tokens)
 #
 # Every bound has a name, a unit and a reason. What a site could need to change is a setting instead (next section).
 # =====================================================================================================================
@@ -150,6 +150,7 @@ GRACEFUL_CLOSE_SECS = 5.0  # a device connection that is closed by us may finish
 UNREAD_SECS = 60.0  # a device that does not read its answers for so long is worth a word
 UNFINISHED_BYTES = 128 * MIB  # of messages that are not complete, over all connections
 LONE_END_SECS = 0.3  # of silence after 0x1C without 0x0D: the frame has ended
+NOISE_BYTES = 256  # of an instrument that have come and are part of nothing: said also while its line stays open
 JUNK_SECS = 1.0  # what is no message is answered at most this often
 GIVE_WAY_SECS = 0.008  # images wait so long where another device has just sent something: its CA comes as if alone
 ENDED_SECS = 60.0  # a device that ended its side may wait so long for its answers
@@ -882,7 +883,8 @@ class StreamSettings(ChannelSettings, BytesSettings):
     """Query parameters of a `tcp://` or `serial:` Endpoint address; repeated list parameters are joined by commas."""
 
     maxMessageBytes: int = again(ChannelSettings, "maxMessageBytes", 8 * MIB)
-    encoding: str = again(Hl7Settings, "encoding", "latin-1")
+    encoding: str = again(Hl7Settings, "encoding", "latin-1",
+        description="ASTM: character encoding of the instrument; a raw body is written as bodyEncoding says")
     startChar: str = setting("", "Start: raw: byte or bytes that start a message", check=byte_sequence)
     endChar: str = setting("", "End: raw: byte or bytes that end a message", check=byte_sequence)
     autoRespond: str = setting("",
@@ -1702,7 +1704,7 @@ def _lines_backwards(path: Path, end: int) -> Iterator[tuple[int, bytes]]:
 
 
 # =====================================================================================================================
-# HL7 (240 lines, 1950 tokens)
+# HL7 (250 lines, 1950 tokens)
 #
 # HL7 v2 by slicing: the MSH header, single fields by path, acknowledgments, the patient a message belongs to.
 # `hl7.parse` is forty times slower and serves where speed does not matter. Text in, text out; touches nothing.
@@ -1835,8 +1837,11 @@ def _patients(separator: str) -> Callable[[str], list[tuple[str, str]]]:
 def ordering_key(text: str, header: Header, spec: str = "") -> str | None:
     """The key of a message under ChannelPlan.key_spec.
 
-    Without one PID-3.1 and PID-3.4 of the one patient of the message; BARRIER when it names none or several.
+    Without one PID-3.1 and PID-3.4 of the one patient of the message; BARRIER when it names none or several. What
+    acknowledges our answers holds up nobody.
     """
+    if not spec and is_ack(header.message_type):
+        return "ACK"
     if spec:
         return "" if spec == "*" else logical_key(text, header, parse_key(spec))
     separator, component = header.separator, header.component
@@ -2200,7 +2205,7 @@ def stream_answer(body: str, settings: StreamSettings) -> bytes:
 
 
 # =====================================================================================================================
-# ASTM (570 lines, 3900 tokens)
+# ASTM (570 lines, 3950 tokens)
 #
 # The link layer of laboratory instruments (ASTM E1381, CLSI LIS01-A2), both roles, and the little of the records
 # (E1394, LIS02-A2) that it needs. Bytes and times in, events out. The caller commits a frame to disk between
@@ -2496,6 +2501,7 @@ class Astm:
     def _begin_session(self, byte: int) -> None:
         self._records, self._size, self._last, self._refused = [], 0, _NO_FRAME, False
         self._text.clear()
+        self._sum.clear()
 
     def _open(self, byte: int) -> None:
         self._begin_session(byte)
@@ -2541,6 +2547,8 @@ class Astm:
         if self._records:
             records = tuple(map(bytes, self._records))
             self._events.append(Interrupted(records, reason) if reason else Session(records))
+        elif self._refused or self._text or self._sum:
+            self._warn("not one frame of a session was right: does it send checksums? If not: checksum=off")
         self._begin_session(0)
         self._rest = self._now + TURN_SECS
 
@@ -2749,9 +2757,9 @@ def _records_of(text: str) -> list[str]:
     return [line for line in clean if line.strip()]
 
 
-def records_text(records: Sequence[bytes], settings: StreamSettings) -> str:
+def records_text(records: Sequence[bytes], encoding: str, errors: str = "replace") -> str:
     """The body sent to the server: every record ends in LF, blank ones and other control characters are left out."""
-    text = "\n".join(record.decode(codec_of(settings.encoding), "replace") for record in records)
+    text = "\n".join(record.decode(encoding, errors) for record in records)
     return "".join(line + "\n" for line in _records_of(text))
 
 
@@ -5615,7 +5623,7 @@ class Uplink:
 
 
 # =====================================================================================================================
-# Lines (1110 lines, 7850 tokens)
+# Lines (1130 lines, 8000 tokens)
 #
 # One open connection to a device, whoever dialled; each protocol has one class here, which owns its core. A line takes
 # bytes (`receive`), makes messages of them (`intake`), acknowledges when the store says durable (`stored`), writes down
@@ -5830,6 +5838,17 @@ class Line(asyncio.Protocol):
         self._closing = False
         self._transport: asyncio.Transport | None = None
         self.inherited = b""  # received by an earlier version of this program
+        self._warned: set[str] = set()  # what was warned about on this connection
+
+    def warn_once(self, kind: str, text: str) -> None:
+        if kind not in self._warned:
+            self._warned.add(kind)
+            self.owner.warn(f"{self.remote}: {text}")
+
+    def warn_of_bytes(self, content: bytes, encoding: str, advice: str) -> None:
+        """Bytes that the encoding does not have: the queue keeps them."""
+        if bad := undecodable(content, encoding):
+            self.warn_once("bytes", f"{bad} is not {encoding} and goes to the server as U+FFFD: {advice}")
 
     # --- what each protocol does in its own way ---
 
@@ -6190,7 +6209,6 @@ class Hl7Line(MllpLine):
     def __init__(self, owner: Channel):
         super().__init__(owner, owner.plan.settings.maxMessageBytes)
         self.replan(changed=True)
-        self._warned: set[str] = set()  # what was warned about on this connection
         self._ids: dict[str, int] = {}  # the last control ids, and what they named
         self._junk_at = -math.inf
         self._next_at = 0.0
@@ -6213,11 +6231,6 @@ class Hl7Line(MllpLine):
         if self.core.inside:
             self.owner.warn(f"{self.remote} ended inside a frame of {self.held} bytes: its end, 0x1C 0x0D, is missing")
 
-    def _warn_once(self, kind: str, text: str) -> None:
-        if kind not in self._warned:
-            self._warned.add(kind)
-            self.owner.warn(f"{self.remote}: {text}")
-
     @property
     def may_adopt(self) -> bool:
         """In original mode only while it has sent nothing: the answer cannot be taken for that of another message.
@@ -6228,7 +6241,7 @@ class Hl7Line(MllpLine):
 
     def unframed(self, received: bytes) -> None:
         if received.lstrip(b"\r\n ").startswith(b"MSH"):
-            self._warn_once("bare", "a message came without 0x0B before it: is its sender set to MLLP?")
+            self.warn_once("bare", "a message came without 0x0B before it: is its sender set to MLLP?")
 
     # --- messagesPerMin: hold messages back, and the device with them ---
 
@@ -6259,6 +6272,8 @@ class Hl7Line(MllpLine):
         if isinstance(frame, PeerError):
             self._refuse(frame, frame.head if isinstance(frame, FrameError) else b"")
             return
+        if not frame or frame.isspace():  # keeps the connection alive; an answer would be taken for the next message's
+            return
         if frame.rfind(b"MSH") == 0:  # one, as nearly always; from the end: twice as fast, among so many line ends
             self._take(frame)
             return
@@ -6279,7 +6294,7 @@ class Hl7Line(MllpLine):
             return
         text = header.text
         if "\ufffd" in text:
-            self._lossy(header, content)
+            self.warn_of_bytes(content, header.encoding, "name the device's encoding with encoding= in the address")
         owner.note(f"[Received -- ID: {header.control_id}]: {text}")
         if (owner.asked or owner.pushed) and self._answers_push(text):
             return
@@ -6294,19 +6309,13 @@ class Hl7Line(MllpLine):
         self.pending += 1
         owner.store.put(message)
 
-    def _lossy(self, header: Header, content: bytes) -> None:
-        """Bytes that the encoding does not have: the queue keeps them."""
-        if bad := undecodable(content, header.encoding):
-            advice = "name the device's encoding with encoding= in the address"
-            self._warn_once("bytes", f"{bad} is not {header.encoding} and goes to the server as U+FFFD: {advice}")
-
     def _check_repetition(self, header: Header, message: Message, content: bytes) -> None:
         """Sender and control id name a message; in a repetition of it all bytes are the same but for MSH-7."""
         name = f"{header.fields[2]}|{header.fields[3]}|{message.control_id}"
         rejects = self.settings.duplicateBehavior == "reject"
         whole = message_hash(name.encode() if rejects else content)
         if not rejects and self._ids.setdefault(name, whole) != whole:
-            self._warn_once("ids", "a control id came again with other content: it is taken as a new message")
+            self.warn_once("ids", "a control id came again with other content: it is taken as a new message")
             self._ids[name] = whole
         if len(self._ids) > KNOWN_IDS:
             self._ids.clear()
@@ -6427,7 +6436,7 @@ class Hl7Line(MllpLine):
         text, ack = read_answer(body)
         if not text:
             if body and not error and not str(body).startswith(BOT_LOG):
-                self._warn_once("body", "the Bot returned something that is no HL7: the device gets botEmptyAck for it")
+                self.warn_once("body", "the Bot returned something that is no HL7: the device gets botEmptyAck for it")
             return self._own_answer(message, error)
         if ack and ack.code in self._held_back:
             return True
@@ -6496,6 +6505,7 @@ class StreamLine(Line):
         if self.inside:
             missing = f"its end, {self.settings.endChar.encode('latin-1').hex(' ')} (endChar), is missing"
             self.owner.warn(f"{self.remote} ended inside a message of {self.held} bytes: {missing}")
+        self._tell_skipped(1)
 
     def receive(self, received: bytes) -> None:
         for event in self.core.receive(received):
@@ -6503,6 +6513,8 @@ class StreamLine(Line):
                 self.messages += 1
                 must, self._in_pieces = self._in_pieces, False
                 if text := stream_body(event, self.settings):  # else nothing is left of it
+                    if "\ufffd" in text:
+                        self.warn_of_bytes(event, "utf-8", "bodyEncoding=hex sends bytes as they are")
                     self.intake(event, text, "latin-1", must=must)
             elif isinstance(event, PeerError):
                 self.owner.warn(f"{self.remote}: {event}")
@@ -6514,6 +6526,14 @@ class StreamLine(Line):
             else:
                 self.owner.warn(f"{self.remote}: {refusal}; what it sends is not acknowledged")
         self.inside = self.core.inside
+        self._tell_skipped(NOISE_BYTES)
+
+    def _tell_skipped(self, least: int) -> None:
+        """Much came and no message; also on a line that nobody closes."""
+        if not self.messages and self.core.skipped >= least:
+            framed = "STX ... ETX" if self.core_type is Astm else "startChar ... endChar"
+            advice = f"is it set to {framed}, and are speed and parity right?"
+            self.warn_once("skipped", f"{self.core.skipped} bytes came and no message: {advice}")
 
     def intake(
         self, original: bytes, text: str, encoding: str, session: str = "", interrupted: str = "", must: bool = False
@@ -6600,6 +6620,7 @@ class AstmLine(StreamLine):
 
     def receive(self, received: bytes) -> None:
         self._do(self.core.receive, received)
+        self._tell_skipped(NOISE_BYTES)
         UNFINISHED.count(self, self.held)
 
     def connection_lost(self, error: Exception | None) -> None:
@@ -6662,11 +6683,23 @@ class AstmLine(StreamLine):
         """A whole session is a message; an interrupted one is kept as a dead letter with its records."""
         self.messages += 1
         session, self.session = self.session, ""
-        if text := records_text(event.records, self.settings):
-            reason = event.reason if isinstance(event, Interrupted) else half_session(event.records)
-            self.intake(text.encode(), text, "utf-8", session, reason, must=True)
-        else:  # nothing but blanks: its frames shall not become a dead letter at the next start
+        reason = event.reason if isinstance(event, Interrupted) else half_session(event.records)
+        if not self._intake(event.records, session, reason):  # its frames shall not become one at the next start
             self.owner.store.drop_frames(session)
+
+    def _intake(self, records: Sequence[bytes], session: str, reason: str) -> bool:
+        """A message of these records, unless they are nothing but blanks."""
+        codec = codec_of(self.settings.encoding)
+        text = records_text(records, codec)
+        original, encoding = text.encode(), "utf-8"
+        if "\ufffd" in text:
+            self.warn_of_bytes(b"\n".join(records), codec, "name the instrument's encoding with encoding=")
+            with suppress(UnicodeError):
+                original = records_text(records, codec, "surrogateescape").encode(codec, "surrogateescape")
+                encoding = codec
+        if text:
+            self.intake(original, text, encoding, session, reason, must=True)
+        return bool(text)
 
     unstored = "the session is not lost, and stored as soon as that is possible"
 
@@ -6679,10 +6712,8 @@ class AstmLine(StreamLine):
                 continue
             line = cls(channel)
             line.remote, line.host = remote, remote.rsplit(":", 1)[0]
-            text = records_text([frames], line.settings)
             whole = is_terminated([frames]) and not half_session([frames])
-            reason = "" if whole else "the agent stopped before the session ended"
-            line.intake(text.encode(), text, "utf-8", session, reason, must=True)
+            line._intake([frames], session, "" if whole else "the agent stopped before the session ended")
 
     # --- records down ---
 
@@ -6957,7 +6988,7 @@ class Channel:
             settings = self.plan.settings
             return stream_body(original, settings if isinstance(settings, StreamSettings) else StreamSettings())
         if message.type == ASTM_TYPE or message.type in DICOM_STORED:
-            text = original.decode()
+            text = original.decode(message.encoding, "replace")
             return text.replace(spool_reference(message.spool or ""), message.binary) if message.binary else text
         return decode_hl7(original, message.encoding)
 
@@ -8782,6 +8813,8 @@ class DicomChannel(Channel):
         for what, found, command in zip(("class", "instance"), uids, commanded, strict=False):
             if found and found != command:
                 raise Refusal(f"the SOP {what} UID of the data set is not that of the request", SOP_MISMATCH)
+        if described.get("00080005", {}).get("Value", [""])[0]:  # the text is in UTF-8 now
+            described["00080005"]["Value"] = ["ISO_IR 192"]
         body |= {"dataset": meta | described} | ({"omitted": omitted} if omitted else {})
         return uids[2]
 

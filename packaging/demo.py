@@ -962,7 +962,7 @@ class Demo:
                 perform(core.receive(received, loop.time()))
             except TimeoutError:
                 perform(core.expired(loop.time()))
-        return records_text(orders[0].records, settings)
+        return records_text(orders[0].records, "latin-1")
 
     def _scanner(self, port: int) -> None:
         """A CT scanner, in a thread: stores an image and asks for its worklist."""

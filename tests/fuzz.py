@@ -139,7 +139,7 @@ def _astm_events(kind: int, pieces: list[list[bytes]], late: bool) -> list[str]:
     for event in heard:
         assert isinstance(event, ma.AstmEvent), event
         if isinstance(event, ma.Session | ma.Interrupted):
-            ma.text_records(ma.records_text(event.records, settings), settings)
+            ma.text_records(ma.records_text(event.records, ma.codec_of(settings.encoding)), settings)
     return [*map(repr, heard), str(core.skipped)]
 
 

@@ -348,6 +348,19 @@ def test_a_message_with_its_terminator_is_complete_without_eot() -> None:
     assert line.core.closed() == [Session(RECORDS)]
 
 
+@pytest.mark.parametrize("odd", [b"\x021H|a\r\x0300\r\n", b"\x021H|a\r\x03\r\n", b"\x021H|a\r\x03"])
+def test_a_session_without_one_right_frame_is_complained_about(odd: bytes) -> None:
+    line = Line()
+    line.hear(ENQ + odd)
+    events = line.hear(EOT) + line.core.closed()
+    assert [event for event in events if isinstance(event, LineWarning)] == [
+        LineWarning("not one frame of a session was right: does it send checksums? If not: checksum=off")
+    ]
+    line = Line()
+    line.hear(ENQ)
+    assert not [event for event in line.hear(EOT) + line.core.closed() if isinstance(event, LineWarning)]
+
+
 def test_disconnect() -> None:
     line = Line()
     line.hear(ENQ + A)
@@ -776,10 +789,10 @@ def test_memory_is_bounded_while_a_frame_is_on_its_way_to_disk() -> None:
 
 
 def test_body_up() -> None:
-    body = records_text([b"H|\\^&\rP|1\r", b"\r", b"R|\x01\t\xe4\x17\r\n", b"L|1"], USUAL)
+    body = records_text([b"H|\\^&\rP|1\r", b"\r", b"R|\x01\t\xe4\x17\r\n", b"L|1"], "latin-1")
     assert body == "H|\\^&\nP|1\nR|ä\nL|1\n"
-    assert records_text(["R|ä\r".encode(), b"\xff"], StreamSettings(encoding="utf-8")) == "R|ä\n\ufffd\n"
-    assert records_text([], USUAL) == ""
+    assert records_text(["R|ä\r".encode(), b"\xff"], "utf-8") == "R|ä\n\ufffd\n"
+    assert records_text([], "latin-1") == ""
 
 
 def test_body_down() -> None:

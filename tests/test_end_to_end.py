@@ -667,3 +667,27 @@ def test_samples_arrive_byte_by_byte_too(here):
     control = control_id(as_contract_says(raw))
     here.sandbox.wait_ids(control)
     assert here.sandbox.of(control)[-1].body == as_contract_says(raw)
+
+
+@pytest.mark.parametrize("query", ["", "?enhanced=true&appLevelAck=NE", "?enhanced=aa"])
+def test_an_empty_frame_keeps_a_connection_alive_and_is_not_answered(tmp_path, query):
+    """Who reads one frame for each message would take its answer for that of the next (channel contract 4.2)."""
+    with site(tmp_path, {"A": query}) as here, here.device("A") as device:
+        for n in range(3):
+            for empty in ("", "\r", " \r\n"):
+                device.send(empty)
+            device.send(message(f"ALIVE-{n}"))
+            assert device.ack()[1] == f"ALIVE-{n}"
+        assert b'"WARN"' not in here.agent.main_log()
+
+
+def test_what_acknowledges_our_answers_holds_up_no_patient(tmp_path):
+    """An enhanced device answers the AA with CA; without a patient that would be a barrier."""
+    with site(tmp_path, {"A": "?enhanced=true"}) as here, here.device("A") as device:
+        here.agent.wait_connected()
+        here.sandbox.faults.silent = True
+        for n in range(20):
+            device.send(f"MSH|^~\\&|D|H|A|B|20260101||ACK|CA-{n}|P|2.5\rMSA|CA|{n}\r")
+        device.send(message("FREE-1", patient="P1"))
+        assert device.ack() == ("CA", "FREE-1")
+        here.sandbox.wait_ids("FREE-1", timeout=5)

@@ -336,11 +336,15 @@ def test_read_ack(text: str, ack: tuple[str, str]) -> None:
     "text",
     [
         "", "MSH", "OK", None, 5, b"MSH|\rMSA|AA|1", {"MSA": 1}, "MSH|^~\\&|a\r", "MSH|^~\\&|a\rMSA", "MSH|a\rMSA|",
-        "MSH|a\rMSA||MSG1", "MSH|a\rMSA| |MSG1", "MSA|AA|1", "MSH\rMSA|AA", " MSH|a\rMSA|AA|1",
+        "MSH|a\rMSA||MSG1", "MSH|a\rMSA| |MSG1", "MSA|AA|1", "MSH\rMSA|AA",
     ],
 )  # fmt: skip
 def test_what_is_no_acknowledgment(text: object) -> None:
     assert ma.read_ack(text) is None
+
+
+def test_blanks_before_an_acknowledgment_are_as_those_before_a_message() -> None:
+    assert ma.read_ack(" \n\ufeffMSH|a\rMSA|AA|1") == ma.Acknowledgment("AA", "1")
 
 
 def test_our_ack_reads_back() -> None:

@@ -314,6 +314,37 @@ def test_records_in_latin_1_and_eot_answered_for_those_who_want_it(here, over):
         came(here, "EOT" + over, body_of(*records))
 
 
+@pytest.mark.parametrize("encoding", ["utf-8", "gb18030"])
+def test_bytes_that_the_encoding_lacks_stay_in_the_queue_as_they_came(tmp_path, encoding):
+    raw = f"{FRAMED}&bodyEncoding=utf-8"
+    with site(tmp_path, {"LOSSY": f"{ASTM}&encoding={encoding}", "RAW": raw}) as here:
+        eventually(lambda: all(accepts(("127.0.0.1", port)) for port in here.ports.values()), 10, "its ports")
+        for _ in range(2):
+            with instrument(here, "LOSSY") as device:
+                device.session("H|\\^&|||A", "P|1|||M\xffller^Zo\xff", "L|1|N")
+        (first, *_) = eventually(lambda: here.sandbox.seen[1:], 10, "both sessions")
+        assert first[1].body == "H|\\^&|||A\nP|1|||M\ufffdller^Zo\ufffd\nL|1|N\n"
+        with contextlib.closing(here.agent.database()) as db:
+            kept = eventually(lambda: db.execute("SELECT original FROM message").fetchall(), 5, "rows")
+        assert [bytes(original) for (original,) in kept] == 2 * [b"H|\\^&|||A\nP|1|||M\xffller^Zo\xff\nL|1|N\n"]
+        with instrument(here, "RAW") as device:
+            device.write(b"\x025 \xb5g\x03")
+        eventually(lambda: here.sandbox.seen[2:], 10, "the raw message")
+        assert here.agent.main_log().count(b"goes to the server as U+FFFD") == 3  # one for each connection
+
+
+@pytest.mark.parametrize("channel", ["HEX", "ASTM"])
+@pytest.mark.parametrize("much", [True, False])
+def test_what_is_part_of_no_message_is_said(here, channel, much):
+    """Such as at another speed; also while the line stays open."""
+    before = here.agent.main_log().count(b"bytes came and no message")
+    with instrument(here, channel) as device:
+        device.write(b"\x0bMSH|^~" * (60 if much else 1))
+        if much:
+            eventually(lambda: here.agent.main_log().count(b"bytes came and no message") > before, 5, "the warning")
+    eventually(lambda: here.agent.main_log().count(b"bytes came and no message") == before + 1, 5, "the warning")
+
+
 def test_an_empty_session_is_answered_and_not_delivered(here, over):
     before = len(rows(here, "EOT" + over))
     records = result()
