@@ -470,7 +470,7 @@ class ServerError(PeerError):
 
 
 # =====================================================================================================================
-# Settings (1050 lines, 7400 tokens)
+# Settings (1060 lines, 7500 tokens)
 #
 # One setting, one row: a field of a frozen dataclass. The parser, the checks, `--settings-schema` and README's tables
 # come from the row. Names are the wire's own (camelCase). Precedence for a channel, field by field: Endpoint address,
@@ -658,6 +658,13 @@ def base_url(text: str) -> None:
     raise ValueError("must start with http:// or https:// and name a host")
 
 
+def server_url(text: str) -> None:
+    """The same, and no password: it would be shown wherever the server is named."""
+    base_url(text)
+    if "@" in urllib.parse.urlsplit(text).netloc:
+        raise ValueError("must hold no user or password")
+
+
 @lru_cache(64)
 def codec_of(label: str) -> str:
     """Python's codec for a label as the Encoding Standard maps it; names that only Python knows stay as they are.
@@ -735,7 +742,7 @@ class ProcessSettings:
     The first five are the arguments, in this order; the first four must be there.
     """
 
-    baseUrl: str = setting("", "Server: base URL of the Medplum server", check=base_url, env="MEDPLUM_BASE_URL")
+    baseUrl: str = setting("", "Server: base URL of the Medplum server", check=server_url, env="MEDPLUM_BASE_URL")
     clientId: str = setting("", "Client id: id of the ClientApplication", env="MEDPLUM_CLIENT_ID")
     clientSecret: str = setting("", "Client secret: secret of the ClientApplication", env="MEDPLUM_CLIENT_SECRET")
     agentId: str = setting("", "Agent id: id of the Agent resource", env="MEDPLUM_AGENT_ID")
@@ -955,7 +962,7 @@ class DeviceSettings(BytesSettings, TlsSettings):
     connectTimeoutSecs: float = setting(5.0, "Connect time-out: seconds to connect", 0.1)
     ackTimeoutSecs: float = setting(0.0,
         "ACK time-out: seconds for a whole try; 0: 9 when a caller waits (below its default of 10), else 30", 0)
-    checkHost: bool = setting(True, "Host check: the device's certificate must name its host")
+    checkHost: bool = setting(True, "Host check: the device's certificate must name its host", guard=True)
     caFile: str = setting("", "CA file: PEM file of further authorities for the device's certificate")
     endChar: str = setting("", "End character: `tcp://` only: wait for an answer up to this character")
     callingAeTitle: str = setting("MEDPLUM", "Calling AE title: `dicom://` only: our AE title", check=ae_titles,
@@ -972,7 +979,9 @@ def parse_setting(row: Row, value: Any) -> Any:
     """The checked value of a row, from text or from a typed member; ValueError says what is allowed."""
     kind, meta = kind_of(row), row.metadata
     if kind == "boolean":
-        return str(value).strip().lower() == "true"
+        if (text := str(value).strip().lower()) not in ("true", "false"):
+            raise ValueError("must be true or false")
+        return text == "true"
     if kind == "string":
         if not isinstance(value, str):
             raise ValueError("must be text in quotes")
@@ -1115,7 +1124,9 @@ def resolve_process(
                 sources[name] = source
                 try:
                     if secret_file:
-                        values[name] = named_file(str(secret_file)).decode("utf-8-sig").strip()
+                        if not (text := named_file(str(secret_file)).decode("utf-8-sig").strip()):
+                            raise ValueError("it is empty")
+                        values[name] = text
                     else:
                         values[name] = parse_setting(row, found[name])
                 except (OSError, ValueError) as error:
@@ -1128,13 +1139,15 @@ def resolve_process(
             how = f"argument {position}, as {row.metadata['env']}, or as {name} in agent.toml"
             problems.setdefault(name, f"{name} is missing: give it as {how}")
     agent_id, ca = values.get("agentId"), values.get("caFile")
-    if agent_id and not re.fullmatch(r"[A-Za-z0-9\-.]{1,64}", agent_id):
+    if agent_id and not re.fullmatch(r"(?!\.+$)[A-Za-z0-9\-.]{1,64}", agent_id):
         problems["agentId"] = f"agentId '{agent_id}' is not the id of a FHIR resource (letters, digits, - and .)"
     if ca and not Path(ca).is_file():
         problems["caFile"] = f"caFile {ca} does not exist"
     if problems:
         raise ConfigError(*problems.values(), for_good=file.endswith(".toml"))
-    settings, rows, warnings = ProcessSettings(**values), rows_of(LoggerSettings), list[str]()
+    settings, rows = ProcessSettings(**values), rows_of(LoggerSettings)
+    known = {*rows_of(ProcessSettings), *(f"logger.{log}.{name}" for log in ("main", "channel") for name in rows)}
+    warnings = [f"{file}: unknown setting '{name}' is ignored" for name in in_file if name not in known]
 
     def logger(where: str) -> LoggerSettings:
         found = [(name, in_file[where + name]) for name in rows if where + name in in_file]
@@ -2769,7 +2782,7 @@ def text_records(body: str, settings: StreamSettings) -> list[bytes]:
 
 
 # =====================================================================================================================
-# Store (1460 lines, 10850 tokens)
+# Store (1470 lines, 11000 tokens)
 #
 # Every message on disk before it is acknowledged: one SQLite file (WAL, synchronous=FULL), one writer thread with one
 # commit in flight. What arrives while it runs is the next batch: one executemany, one COMMIT, one call back into the
@@ -2946,13 +2959,13 @@ def store_key(source: str, cipher: str) -> str:
                 done = subprocess.run(words, stdin=subprocess.DEVNULL, capture_output=True, timeout=KEY_SECS)
                 secret = b"" if done.returncode else done.stdout
     except OSError as error:
-        raise ConfigError(f"storeKey: the key cannot be read from {kind}: {error.strerror}") from None
+        raise ConfigError(f"storeKey: the key cannot be read from {kind}: {error.strerror}", for_good=True) from None
     except ValueError:
         raise ConfigError("storeKey: the command cannot be understood") from None
     if len(secret.strip()) < KEY_CHARS:
         failed = "fails, or " if kind in ("command", "keychain") else ""
         text = f"storeKey: {kind} {failed}gives fewer than {KEY_CHARS} characters; for a key: openssl rand -hex 32"
-        raise ConfigError(text)
+        raise ConfigError(text, for_good=kind in ("file", "systemd"))
     return f"cipher={cipher}&key=raw:{hmac.digest(secret.strip(), b'medplum-agent queue', 'sha256').hex()}"
 
 
@@ -3757,6 +3770,8 @@ class Store:
             if self._inode[0] not in (0, self.path.parent.stat().st_dev) and not self.path.exists():
                 raise StorageError("its disk is gone")
             self._lock_queue()
+            for stale in (".new", ".new-journal"):  # of a rewriting that was killed: it may be readable
+                beside(self.path.resolve(), stale).unlink(missing_ok=True)
             self._inspect_wal()
             if self._key and is_plain(self.path):
                 rewrite_queue(self.path, "", self._key)
@@ -3795,7 +3810,7 @@ class Store:
         file = open(beside(self.path, ".lock"), "a+b", opener=private)  # noqa: SIM115
         if not lock_file(file):
             file.close()
-            raise StorageError("foreign file: another agent uses this queue (queueDbPath)")
+            raise StorageError("another agent uses this queue (queueDbPath)")
         self._lock_file = file
 
     def _inspect_wal(self) -> None:
@@ -3812,6 +3827,9 @@ class Store:
     def _prepare(self, db: Database) -> None:
         version = version_of(db)
         if new := not version:
+            if beside(self.path, ".high").exists():
+                text = "What an earlier queue in its place held is in that file only: stop the agent and put it back"
+                self._log.warn(f"The queue {self.path} is new and empty. {text}, if it was not moved away on purpose.")
             db.rows(f"PRAGMA page_size={PAGE_BYTES}; PRAGMA auto_vacuum=INCREMENTAL")
         db.rows("PRAGMA journal_mode=WAL; PRAGMA synchronous=FULL; PRAGMA fullfsync=1; PRAGMA cache_size=-16000")
         db.set_wal_hook(self._wal_grew)  # instead of checkpoints within commits, which would hold up the loop
@@ -3963,6 +3981,7 @@ class Wanted(NamedTuple):
     after: int = 0  # row numbers above it
     limit: int = -1
     payload: bool = False  # with what was received
+    whole: bool = False  # no half sessions of instruments: these are sent only when they are named
 
     def ids(self, db: Database) -> list[int]:
         """Their row numbers, oldest first."""
@@ -3985,7 +4004,8 @@ class Wanted(NamedTuple):
             "received_at < ?": self.until, "id > ?": self.after,
         }  # fmt: skip
         given = {sql: value for sql, value in conditions.items() if value}
-        where = " AND ".join([KINDS.get(self.kind, "true"), *given])
+        whole = ["error_code IS NOT 'interrupted-session'"] if self.whole and not self.reason else []
+        where = " AND ".join([KINDS.get(self.kind, "true"), *whole, *given])
         sql = f"SELECT {columns} FROM message m WHERE {where} ORDER BY id LIMIT {self.limit}"
         return db.execute(sql, (*given.values(),))
 
@@ -4029,7 +4049,9 @@ BACK_UP_KEY = "Keep a copy of its key in a safe place: without it nobody can rea
 
 
 def is_plain(path: Path) -> bool:
-    """Whether there is a queue that is not encrypted."""
+    """Whether there is a queue that is not encrypted. StorageError when there is something that is no file."""
+    if path.exists() and not path.is_file():
+        raise StorageError(f"the queue {path} is no file: unable to open")
     with suppress(FileNotFoundError), open(path, "rb") as file:
         return file.read(16) == b"SQLite format 3\0"
     return False
@@ -4094,6 +4116,7 @@ def read_queue(path: Path, read: Callable[[Database], T], key: str = "") -> T:
         # where no agent runs nothing may come into being beside the file: it would belong to whoever looks
         alone = "" if beside(path, "-wal").exists() else "&immutable=1"
         with closing(Database(path, key, f"mode=ro{alone}")) as db:
+            version_of(db)
             return read(db)
     except OSError as error:
         raise StorageError(f"the queue {path} cannot be read: {error.strerror}") from None
@@ -4203,6 +4226,7 @@ _TROUBLES = (  # what the words of SQLite and of the system mean: words, MSA-3, 
     ("full|no space", "the disk of the agent is full", "Free space on that disk; the agent goes on by itself."),
     ("disk is gone", "the disk of the agent is gone", "Mount it again; the agent goes on by itself."),
     ("readonly|permission|unable to open|read-only", "the queue of the agent cannot be written", _WRITABLE),
+    ("another agent", "another agent uses the queue of this one", "Give one of them another queueDbPath."),
     (
         "foreign file",
         "the queue file of the agent belongs to another program or version",
@@ -4212,8 +4236,8 @@ _TROUBLES = (  # what the words of SQLite and of the system mean: words, MSA-3, 
         "malformed|not a database",
         "the queue file of the agent is damaged, or encrypted with another key",
         "Messages accepted earlier are still in that file. If it is encrypted, check storeKey. Stop the agent, keep a "
-        "copy, repair it with 'sqlite3 FILE .recover | sqlite3 NEW' and put NEW in its place, or move it away to start "
-        "empty.",
+        "copy, repair it with 'sqlite3 FILE .recover | sqlite3 NEW' (or, where that fails, "
+        "'sqlite3 FILE \".clone NEW\"') and put NEW in its place, unless it is empty; or move it away to start empty.",
     ),
 )
 
@@ -4249,7 +4273,7 @@ def tls_context(ca_file: str) -> ssl.SSLContext:
         try:
             context.load_verify_locations(cadata=named_file(ca_file).decode("ascii", "replace"))
         except (OSError, ssl.SSLError, ValueError) as error:
-            raise ConfigError(f"caFile {ca_file} holds no usable PEM certificate: {error}") from None
+            raise ConfigError(f"caFile {ca_file} holds no usable PEM certificate: {error}", for_good=True) from None
     return context
 
 
@@ -9824,7 +9848,7 @@ def issuer_of(der: bytes) -> str:
 
 
 # =====================================================================================================================
-# Operations (720 lines, 7150 tokens)
+# Operations (730 lines, 7250 tokens)
 #
 # What a person asks of a running agent: status, the queue, alarms, the page and its figures. One `ask` serves the
 # command line (over a socket in the state directory that only the agent's user can open), the page, and the cloud (a
@@ -10068,7 +10092,7 @@ class Operations:
                         await self._to_command(target, text)
             except (OSError, ValueError) as error:
                 if not tried:
-                    reason = f"{error or 'no answer in time'}; it is tried again"
+                    reason = f"{str(error) or 'no answer in time'}; it is tried again"
                     self._agent.log.error(f"An alarm cannot be brought to alarmTo: {reason}.")
                 tried += 1
                 await asyncio.sleep(back_off(tried))
@@ -10141,9 +10165,9 @@ class Operations:
                 devices.setdefault(name.removeprefix(PUSH_PREFIX), 0)
             else:
                 channels.append(_GONE | {"name": name} | self._depth(name))
-        store = {"healthy": agent.store.healthy, "trouble": agent.store.trouble, "bytes": agent.store.total_bytes,
-            "freeBytes": self._free_bytes()} if started else {"healthy": False, "trouble": "it is not open yet",
-            "bytes": 0, "freeBytes": 0}  # fmt: skip
+        trouble = agent.store.trouble or agent.store.disk_refusal() if started else "it is not open yet"
+        store = {"healthy": not trouble, "trouble": trouble, "bytes": agent.store.total_bytes if started else 0,
+            "freeBytes": self._free_bytes() if started else 0}  # fmt: skip
         wrong = agent.problems or not store["healthy"] or any(alarm.critical for alarm in self.alarms.values())
         return {
             "version": VERSION, "agentId": self._settings.agentId, "startedAt": self._started_at,
@@ -10186,7 +10210,7 @@ class Operations:
             raise LocalError("the agent is still starting; try again in a moment")
         store, verb = self._agent.store, "retry" if asked["command"] == "retry" else asked.get("verb")
         if verb == "retry" or (verb == "discard" and not asked["remote"]):
-            wanted = wanted_of(asked, "dead")
+            wanted = wanted_of(asked, "dead")._replace(whole=verb == "retry")
             if verb == "discard" and "ids" not in asked and not any(wanted[1:7]):
                 raise LocalError("discard needs ids, or a filter: channel, reason, since, until")
             ids = [int(id_) for id_ in asked["ids"]] if "ids" in asked else await store.look(wanted.ids)
@@ -10241,20 +10265,30 @@ class Operations:
                 queue.take(message)
 
         for line in lines:
-            if (channel := self._agent.channels.get(line["channel"])) is None:
-                raise LocalError(f"there is no channel '{line['channel']}' here")
-            message = Message(channel.queue.row, line["remote"], base64.b64decode(line["original"]), line["encoding"])
-            message.control_id, message.type, message.key = line["controlId"], line["kind"], line["key"]
-            message.checked = int.from_bytes(hashlib.sha256(line["name"].encode()).digest()[:6], "big") + 2
-            message.text = channel.text_of(message, message.original or b"")
+            try:
+                message, queue = self._imported(line)
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                raise LocalError(f"the line of message {line.get('id')} is damaged: {error}") from None
             waiting.append(asyncio.get_running_loop().create_future())
-            message.source = partial(stored, channel.queue, waiting[-1])
+            message.source = partial(stored, queue, waiting[-1])
             messages.append(message)
         if dry:
             return sum([await self._agent.store.earlier(message) is None for message in messages])
         for message in messages:  # all of them can be read
             self._agent.store.put(message)
         return sum(await asyncio.gather(*waiting))
+
+    def _imported(self, line: Json) -> tuple[Message, Queue]:
+        if (channel := self._agent.channels.get(line["channel"])) is None:
+            raise LocalError(f"there is no channel '{line['channel']}' here")
+        original = base64.b64decode(line["original"], validate=True)
+        if len(original) != line["bytes"]:
+            raise ValueError("its size is another")
+        message = Message(channel.queue.row, line["remote"], original, line["encoding"])
+        message.control_id, message.type, message.key = line["controlId"], line["kind"], line["key"]
+        message.checked = int.from_bytes(hashlib.sha256(line["name"].encode()).digest()[:6], "big") + 2
+        message.text = channel.text_of(message, original)
+        return message, channel.queue
 
     async def _validate(self, asked: Json) -> Json:
         return await self._agent.validate()
@@ -10514,16 +10548,16 @@ def ask_agent(state_dir: Path, asked: Json, seconds: float = HTTP_TIMEOUT_SECS) 
     path, token = state_dir / SOCKET_FILE, ""
     connection = http.client.HTTPConnection("localhost", timeout=seconds)
     try:
-        if path.exists():
-            connection.sock = socket.socket(socket.AF_UNIX)
-            connection.sock.settimeout(seconds)
-            connection.sock.connect(str(path))
-        elif (state_dir / DOOR_FILE).exists():
+        if not path.exists():
+            if not (state_dir / DOOR_FILE).exists():
+                return None
             port, token = ((state_dir / name).read_text("ascii") for name in (DOOR_FILE, TOKEN_FILE))
             connection = http.client.HTTPConnection("127.0.0.1", int(port), timeout=seconds)
-        else:
-            return None
         with closing(connection):
+            if path.exists():
+                connection.sock = socket.socket(socket.AF_UNIX)
+                connection.sock.settimeout(seconds)
+                connection.sock.connect(str(path))
             connection.request("POST", "/ask", dump_json(asked), {"Authorization": f"Bearer {token}"})
             response = connection.getresponse()
             answer = _json_object(response.read())
@@ -11599,7 +11633,7 @@ def _stack(error: BaseException | None) -> list[str]:
 
 
 # =====================================================================================================================
-# Command line (720 lines, 6200 tokens)
+# Command line (740 lines, 6350 tokens)
 # =====================================================================================================================
 
 _USAGE = """\
@@ -11619,7 +11653,7 @@ _USAGE = """\
        %(prog)s queue import FILE        what was exported, into this queue
        %(prog)s queue replay             messages of --channel, since --since, once more: to the Bot that --to names
        %(prog)s queue rekey              another key for the queue of an agent that does not run: --to names it
-       %(prog)s upgrade [VERSION|BUNDLE] another version takes over from the running one; no device notices
+       %(prog)s upgrade [WHAT]           another version takes over from the running one; no device notices
        %(prog)s service VERB             start, stop or status; install [ARGUMENTS] makes this program one, uninstall
        %(prog)s send HOST:PORT FILE...   HL7 messages to a device or channel, with their acknowledgments"""
 
@@ -11668,9 +11702,9 @@ def command_parser(program: str) -> argparse.ArgumentParser:
 
 
 def _limit(text: str) -> int:
-    """A number of rows; ValueError."""
+    """A number of rows."""
     if not re.fullmatch("[1-9][0-9]{0,8}", text):
-        raise ValueError
+        raise argparse.ArgumentTypeError(f"'{text}' is no number of rows")
     return int(text)
 
 
@@ -11686,7 +11720,7 @@ def _parse(argv: list[str], program: str) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code: 0 after a clean stop, 1 when it cannot start."""
     program, argv = Path(sys.argv[0]).name, sys.argv[1:] if argv is None else list(argv)
-    unknown = 3 if argv[:1] == ["status"] else 1  # to a monitor
+    unknown = 3 if "status" in argv else 1  # to a monitor
     try:
         if HANDOVER not in os.environ and "--selftest" not in argv and (chosen := Versions(own_program()).instead):
             with suppress(OSError):
@@ -11795,6 +11829,8 @@ def _status(options: argparse.Namespace) -> int:
                 lines += [f"{name}: {count} messages wait" for name, count, _ in read_queue(path, backlog_of, key)]
         except StorageError as error:
             lines = lines or [f"CRITICAL: {error}"]
+        if options.json and code == 2 and not lines[0].startswith("{"):
+            lines = [json.dumps({"state": 2, "problems": lines})]
         if options.watch and sys.stdout and sys.stdout.isatty():
             print("\x1b[H\x1b[2J", end="")
         _show(*lines)
@@ -11835,7 +11871,7 @@ def _doctor(options: argparse.Namespace, *arguments: str) -> NoReturn:
         config, running = _process_config(options, *arguments), None
         try:
             running = ask_agent(config.state_dir, {"command": "status"}, 2)
-        except StorageError as error:
+        except (LocalError, OSError) as error:
             first.append(looked_at("running agent", WRONG, str(error), "Ask as its user; if it hangs, restart it."))
         runner = asyncio.Runner()  # which is not closed: that would wait for threads that wait for the network
         found = runner.run(Doctor(config, running).examine(DOCTOR_SECS))
@@ -11942,16 +11978,19 @@ def _queue(options: argparse.Namespace, verb: str = "", *what: str) -> int:
     """What lies in the queue, without patient data unless that is asked for; 1 when what is looked for is not there."""
     if not re.fullmatch(_QUEUE_FORMS, " ".join((verb, *what))):
         raise ConfigError(_QUEUE_VERBS.replace("\n", " "))
+    if options.dry_run and verb not in (*FATES, "import", "replay"):
+        raise ConfigError(f"--dry-run: queue {verb} has none; nothing was done")
     since, until = _when(options.since), _when(options.until)
     wanted = Wanted("", 0, "", options.channel, options.reason, since, until)
     if verb == "rekey":
         return _rekey(options)
     if verb in FATES:
-        return _decide(options, verb, wanted._replace(kind="dead"), [int(id_) for id_ in what])
+        dead = wanted._replace(kind="dead", whole=verb == "retry" and not what)
+        return _decide(options, verb, dead, [int(id_) for id_ in what])
     if verb == "import":
         return _import(options, Path(" ".join(what)), wanted)
     if verb in ("export", "replay"):
-        wanted = wanted._replace(kind=options.kind or ("open" if what else "all"), payload=True)
+        wanted = wanted._replace(kind=options.kind or ("open" if what else "all"), payload=True, whole=verb == "replay")
         return _export(options, Path(" ".join(what)), wanted) if what else _replay(options, wanted)
     if verb == "list":
         wanted = wanted._replace(kind=what[0] if what else "waiting", limit=options.limit)
@@ -12021,12 +12060,18 @@ def _import(options: argparse.Namespace, file: Path, wanted: Wanted) -> int:
         chosen = [
             line for line in lines
             if wanted.channel in ("", line["channel"]) and wanted.reason in ("", line["errorCode"])
-            and wanted.since <= line["receivedAt"] < (wanted.until or math.inf)]  # fmt: skip
+            and wanted.since <= line["receivedAt"] < (wanted.until or math.inf)
+            and (wanted.reason or line["errorCode"] != "interrupted-session")]  # fmt: skip
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise StorageError(f"{file} is not what queue export writes: {error}") from None
     count, asked = 0, {"command": "queue", "verb": "import", "dryRun": options.dry_run}
-    for at in range(0, len(chosen), SWEEP_ROWS):
-        count += _asked(options, asked | {"lines": chosen[at : at + SWEEP_ROWS]})["count"]
+    batch, size = list[Json](), 0
+    for n, line in enumerate(chosen, 1):
+        batch.append(line)
+        size += len(str(line["original"]))
+        if n == len(chosen) or len(batch) == SWEEP_ROWS or size > COMMIT_BYTES:
+            count += _asked(options, asked | {"lines": batch})["count"]
+            batch, size = [], 0
     _show(f"{count} of {len(chosen)} messages {'would be' if options.dry_run else 'are'} imported.")
     return int(not count)
 
@@ -12069,7 +12114,8 @@ def _rekey(options: argparse.Namespace) -> int:
     with alone_with(path, key):
         rewrite_queue(path, key, new)
         mark_key(path, new)
-    _show(f"The queue {path} is rewritten. Write storeKey into the agent's settings, then start it. {BACK_UP_KEY}")
+    then = f"Write storeKey into the agent's settings, then start it. {BACK_UP_KEY}"
+    _show(f"The queue {path} is rewritten. {then if new else 'Remove storeKey from the settings, then start it.'}")
     return 0
 
 
@@ -12081,6 +12127,7 @@ def _decide(options: argparse.Namespace, fate: str, wanted: Wanted, ids: list[in
         raise ConfigError("discard needs the numbers of messages, or --channel, --reason, --since, --until")
     count = len(chosen)
     if not options.dry_run and chosen:
+        ask_agent(state_dir, {"command": "status"}, HEALTH_SECS)  # one that hangs would do it later
         answer = ask_agent(state_dir, {"command": "queue", "verb": fate, "ids": chosen}, 600)
         changed = partial(decide, fate=fate, ids=chosen)
         count = len(change_queue(path, changed, key)) if answer is None else answer["count"]

@@ -91,10 +91,41 @@ def test_choices_are_case_insensitive_and_closed(row: Row) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "value"), [("true", True), ("TRUE", True), (True, True), ("false", False), ("1", False), (False, False)]
+    ("text", "value"),
+    [("true", True), ("TRUE", True), (True, True), ("false", False), (" False ", False), (False, False)],
 )
 def test_booleans(text: object, value: bool) -> None:
     assert ma.parse_setting(ma.rows_of(ma.Hl7Settings)["assignSeqNo"], text) is value
+
+
+@pytest.mark.parametrize("text", ["1", "yes", "0", "", None])
+def test_what_is_neither_true_nor_false_is_said(text: object) -> None:
+    with pytest.raises(ValueError, match="true or false"):
+        ma.parse_setting(ma.rows_of(ma.Hl7Settings)["assignSeqNo"], text)
+    with pytest.raises(ma.PeerError, match="checkHost"):  # it must not switch the check off
+        ma.parse_target("mllps://127.0.0.1:1?checkHost=yes")
+
+
+def test_what_the_file_names_and_nobody_knows_is_said(tmp_path: Path) -> None:
+    """A misspelt storeKey would leave the queue readable."""
+    path = tmp_path / "agent.toml"
+    path.write_text('storekey = "file:x"\n[logger.main]\nlogLevel = "DEBUG"\nlevel = 3\n')
+    found = ma.resolve_process(["https://x/", "a", "b", "c"], {}, {}, str(path)).warnings
+    assert [text.partition("unknown ")[2] for text in found] == [
+        "setting 'storekey' is ignored", "setting 'logger.main.level' is ignored"]  # fmt: skip
+
+
+@pytest.mark.parametrize("wrong", [("https://me:secret@x/", "a", "b", "c"), ("https://x/", "a", "b", "..")])
+def test_a_password_in_the_address_and_an_id_that_is_a_folder_are_refused(wrong: tuple[str, ...]) -> None:
+    with pytest.raises(ma.ConfigError, match=r"no user or password|not the id"):
+        ma.resolve_process(wrong, {}, {}, None)
+
+
+def test_an_empty_secret_file_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "secret"
+    path.touch()
+    with pytest.raises(ma.ConfigError, match=f"{path}.*empty"):
+        ma.resolve_process(["https://x/", "a"], {}, {"MEDPLUM_CLIENT_SECRET_FILE": str(path)}, None)
 
 
 # --- the process (operations contract 1 to 3) ---
@@ -574,7 +605,6 @@ def test_endpoint_references_are_distinct_and_in_order() -> None:
         ("enhanced=AA", "enhanced", "aa"),
         ("appLevelAck=er", "appLevelAck", "ER"),
         ("assignSeqNo=TRUE", "assignSeqNo", True),
-        ("assignSeqNo=yes", "assignSeqNo", False),
         ("messagesPerMin=60", "messagesPerMin", 60),
         ("messagesPerMin=60abc", "messagesPerMin", 60),
         ("messagesPerMin=%2060.9", "messagesPerMin", 60),

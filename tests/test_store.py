@@ -1243,3 +1243,27 @@ def test_close_writes_what_waits(path: Path) -> None:
         assert rows(path, f"SELECT count(*) FROM message WHERE state = {ma.FAILED}") == [1]
 
     run(scenario)
+
+
+def test_an_empty_file_in_the_place_of_a_queue_is_said(path: Path) -> None:
+    """What a failed repair leaves: nobody shall take it for a queue without messages."""
+
+    async def scenario() -> None:
+        async with opened(path) as store:
+            await put(store, new(store.channel("A"), "1"))
+        assert "new and empty" not in CONSOLE.getvalue()
+        path.write_bytes(b"")
+        path.with_name(path.name + ".new").write_bytes(b"SQLite format 3 of a rewriting that was killed")
+        async with opened(path):
+            assert "new and empty" in CONSOLE.getvalue()
+            assert not path.with_name(path.name + ".new").exists()
+
+    run(scenario)
+
+
+def test_two_agents_on_one_queue_are_told_apart(path: Path) -> None:
+    async def scenario() -> None:
+        async with opened(path), opened(path) as second:
+            assert "another agent uses" in second.trouble and "Move" not in CONSOLE.getvalue()
+
+    run(scenario)

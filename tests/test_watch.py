@@ -4,10 +4,12 @@ import contextlib
 import datetime
 import http.client
 import json
+import os
 import re
 import shutil
 import signal
 import socket
+import sqlite3
 import ssl
 import stat
 import subprocess
@@ -20,7 +22,8 @@ import trustme
 from prometheus_client.parser import text_string_to_metric_families
 
 import medplum_agent
-from tests.support import AGENT_ID, AgentProcess, Site, changed, eventually, free_ports, message, setting, site
+from tests.instruments import ACK, ENQ, Instrument, frames_of
+from tests.support import AGENT_ID, AgentProcess, Site, accepts, changed, eventually, free_ports, message, setting, site
 
 PATIENT = "P-4711"
 ONCE = [setting("channelAutoRetryMaxAttempts", 1), setting("channelAutoRetryBaseDelayMs", 20)]
@@ -231,6 +234,74 @@ def test_messages_move_to_another_queue_once(here, tmp_path):
     assert broken.returncode == 1 and "queue export" in broken.stderr
 
 
+def test_a_half_session_of_an_instrument_is_sent_only_when_it_is_named(tmp_path):
+    """README: it is never delivered as a result."""
+    query = "tcp://127.0.0.1:{port}?mode=astm"
+    with site(tmp_path, {"ASTM": query}, start=False) as here:
+        here.agent.start()
+        eventually(lambda: accepts(("127.0.0.1", here.ports["ASTM"])), 10, "its port")
+        with Instrument.at(here.ports["ASTM"]) as device:
+            assert device.ask(ENQ) == ACK
+            assert device.ask(frames_of("H|\\^&|||HALF")[0]) == ACK
+        (dead,) = eventually(lambda: json.loads(f"[{command(here, 'queue', 'list', 'dead', '--json').stdout}]"))
+        file, before = tmp_path / "moved.jsonl", len(here.sandbox.seen)
+        assert command(here, "queue", "retry").stdout.startswith("0 ")
+        assert ask(here, command="queue", verb="retry", channel="ASTM") == {"count": 0}
+        assert command(here, "queue", "export", str(file)).stdout.startswith("1 messages")
+        assert command(here, "queue", "import", str(file)).stdout.startswith("0 of 0 messages")
+        assert len(here.sandbox.seen) == before
+        assert command(here, "queue", "retry", str(dead["id"])).stdout.startswith("1 ")
+        eventually(lambda: len(here.sandbox.seen) == before + 1, 10, "it was named")
+
+
+def test_large_messages_are_imported_a_few_at_a_time(tmp_path, monkeypatch):
+    """Thousands at once would be more than the agent takes from anybody."""
+    asked, size = [], 2**20
+
+    def take(_: Any, asking: Any) -> Any:
+        asked.append(asking["lines"])
+        return {"count": len(asking["lines"])}
+
+    monkeypatch.setattr(medplum_agent, "_asked", take)
+    file = tmp_path / "large.jsonl"
+    line = {"channel": "A", "errorCode": None, "receivedAt": 1, "original": "x" * size}
+    file.write_text("".join(json.dumps(line | {"id": n}) + "\n" for n in range(50)))
+    options = medplum_agent.command_parser("x").parse_args([])
+    assert medplum_agent._import(options, file, medplum_agent.Wanted()) == 0
+    assert [line["id"] for lines in asked for line in lines] == list(range(50))
+    assert max(map(len, asked)) * size < medplum_agent.WEB_BYTES // 2
+
+
+@pytest.mark.parametrize("asked", [["export", "x"], ["rekey", "--to", "plain"], ["list"]])
+def test_a_dry_run_of_what_has_none_does_nothing(here, tmp_path, asked):
+    done = command(here, "queue", *asked, "--dry-run", cwd=tmp_path)
+    assert done.returncode == 1 and "--dry-run" in done.stderr and not list(tmp_path.glob("x"))
+
+
+@pytest.mark.parametrize("kind", ["fifo", "folder"])
+def test_what_is_no_file_in_the_place_of_the_queue_holds_up_nobody(tmp_path, kind):
+    path = tmp_path / medplum_agent.QUEUE_FILE
+    os.mkfifo(path) if kind == "fifo" else path.mkdir()
+    for asked, code, said in ((["status"], 2, "no agent"), (["queue", "list"], 1, "no file")):
+        line = [*AgentProcess.COMMAND, *asked, "--state-dir", str(tmp_path)]
+        done = subprocess.run(line, capture_output=True, text=True, timeout=10)
+        assert done.returncode == code and "Traceback" not in done.stderr, done
+        assert said in done.stdout + done.stderr
+    line = [*AgentProcess.COMMAND, "doctor", "http://127.0.0.1:1/", "a", "b", "c", "--state-dir", str(tmp_path)]
+    done = subprocess.run(line, capture_output=True, text=True, timeout=25)
+    assert done.returncode == 2 and "no file" in done.stdout, done
+
+
+def test_a_queue_of_another_version_is_changed_by_no_command(here):
+    dead_letters(here, 1)
+    here.agent.terminate()
+    with contextlib.closing(sqlite3.connect(here.agent.queue_path)) as db:
+        db.execute("PRAGMA user_version = 99")
+    for asked in (["queue", "retry"], ["queue", "discard", "1"], ["queue", "list", "dead"]):
+        done = command(here, *asked)
+        assert done.returncode == 1 and "version" in done.stderr, done
+
+
 def test_messages_are_replayed_to_a_bot_that_is_named(here):
     with here.device("ADT") as device:
         for number in range(3):
@@ -284,7 +355,8 @@ def test_lines_that_are_no_messages_are_refused_and_nothing_is_imported(here, tm
     file = tmp_path / "moved.jsonl"
     assert command(here, "queue", "export", str(file)).returncode == 0
     good, other = map(json.loads, file.read_text().splitlines())
-    for bad in ({"encoding": "nope"}, {"controlId": ["x"]}, {"original": None}, {"channel": "GONE"}):
+    for bad in ({"encoding": "nope"}, {"controlId": ["x"]}, {"original": None}, {"channel": "GONE"}, {"bytes": 7},
+                {"original": "%%" + other["original"]}, {"original": other["original"][:-4]}):  # fmt: skip
         file.write_text(f"{json.dumps(good | {'name': 'new'})}\n{json.dumps(other | bad)}\n")
         done = command(here, "queue", "import", str(file))
         assert done.returncode == 1 and "does not answer" not in done.stderr and "Traceback" not in done.stderr
@@ -561,6 +633,26 @@ def test_a_queue_that_cannot_be_used_is_an_alarm(watched):
     eventually(lambda: "queue" in alarms(watched), timeout=30)
     found = command(watched, "status")
     assert found.returncode == 2 and "the queue file of the agent" in found.stdout, found.stdout + found.stderr
+
+
+def test_a_full_disk_is_no_healthy_queue(tmp_path):
+    with site(tmp_path, CHANNELS, start=False) as here:
+        changed(here.agent, "m.is_low = lambda folder: True")
+        here.agent.start()
+        with here.device("ADT") as device:
+            eventually(lambda: device.ask(message("FULL"))[0] == "CE")
+        store = status(here)["store"]
+        assert not store["healthy"] and "full" in store["trouble"]
+
+
+def test_monitors_hear_what_they_understand(tmp_path):
+    """JSON where it was asked for, and 3 for what cannot be known, wherever the options stand."""
+    line = [*AgentProcess.COMMAND, "--state-dir", str(tmp_path), "status", "--json"]
+    gone = subprocess.run(line, capture_output=True, text=True, timeout=10)
+    assert gone.returncode == 2 and json.loads(gone.stdout)["state"] == 2, gone
+    line = [*AgentProcess.COMMAND, "--config", str(tmp_path / "bad.toml"), "status"]
+    (tmp_path / "bad.toml").write_text("x")
+    assert subprocess.run(line, capture_output=True, timeout=10).returncode == 3
 
 
 def test_status_as_a_monitor_sees_it(here):
