@@ -11158,7 +11158,7 @@ class Agent:
         except OSError as error:
             self.log.error(
                 f"The configuration cannot be saved in {path}: {error.strerror}. "
-                "A restart while the server is away would start no channel."
+                "A restart while the server is away would start with the one before, or without any channel."
             )
 
     async def _catch_up(self) -> None:
@@ -11637,7 +11637,7 @@ def _stack(error: BaseException | None) -> list[str]:
 
 
 # =====================================================================================================================
-# Command line (740 lines, 6400 tokens)
+# Command line (750 lines, 6450 tokens)
 # =====================================================================================================================
 
 _USAGE = """\
@@ -11754,7 +11754,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(*(f"{program}: {problem}" for problem in error.problems), "Try --help.", sep="\n", file=sys.stderr)
         return unknown if unknown == 3 else error.exit_code
     except (LocalError, ServerError, OSError) as error:
-        print(f"{program}: {error}", file=sys.stderr)
+        sudo = ": use sudo" if isinstance(error, PermissionError) else ""
+        print(f"{program}: {error}{sudo}", file=sys.stderr)
         return unknown
     except KeyboardInterrupt:  # before the agent listens for signals
         return 130
@@ -11922,11 +11923,16 @@ def _send(options: argparse.Namespace, address: str = "", *files: str) -> int:
             sock = context.wrap_socket(plain, server_hostname=url.hostname) if context else plain
             core = Mllp(16 * MIB)
             for name in files:
-                text = Path(name).read_text("utf-8-sig").translate({0x0B: None, 0x1C: None})  # of frames
+                # bytes go as they are, whatever their encoding, but for those of frames and line ends
+                text = (
+                    Path(name).read_bytes().removeprefix(b"\xef\xbb\xbf").translate(None, b"\x0b\x1c").decode("latin-1")
+                )
                 text = LINE_ENDS.sub("\r", text.strip("\r\n"))
+                if not text.startswith("MSH"):
+                    raise StorageError(f"{name} holds no HL7 message: it does not begin with MSH")
                 for message in re.split(r"(?<=\r)(?=MSH)", f"{text}\r"):
                     began, wanted = time.monotonic(), str(hl7.parse(message).extract_field("MSH", 1, 10))
-                    sock.sendall(mllp_frame(message.encode()))
+                    sock.sendall(mllp_frame(message.encode("latin-1")))
                     code = ""
                     while not code:
                         if not (received := sock.recv(READ_BYTES)):
@@ -12052,6 +12058,8 @@ def _export(options: argparse.Namespace, file: Path, wanted: Wanted) -> int:
                 target.write(json.dumps(shown) + "\n")
                 count += 1
     except OSError as error:
+        if not isinstance(error, FileExistsError):  # half a file can be read by nobody
+            file.unlink(missing_ok=True)
         raise StorageError(f"{file}: {error.strerror}") from None
     _show(f"{count} messages are in {file}. This is patient data.")
     return int(not count)
@@ -12105,7 +12113,7 @@ def _replay(options: argparse.Namespace, wanted: Wanted) -> int:
             statuses[f"status {status}" if status else "would be sent"] += 1
 
     asyncio.run(run())
-    _show(*(f"{count} messages: {status}" for status, count in statuses.items()))
+    _show(*([f"{count} messages: {status}" for status, count in statuses.items()] or ["There are no such messages."]))
     return int(not statuses or any(status >= "status 3" for status in statuses if status.startswith("status ")))
 
 

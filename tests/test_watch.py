@@ -343,6 +343,14 @@ def test_a_file_is_sent_to_a_channel(here, tmp_path):
     line = [*AgentProcess.COMMAND, "send", f"127.0.0.1:{here.ports['ADT']}", str(file)]
     done = subprocess.run(line, capture_output=True, text=True, timeout=30)
     assert done.returncode == 0 and "F-3: CA after" in done.stdout and "F-4: CA after" in done.stdout, done.stderr
+    latin = message("F-5").replace("|P|2.5.1", "|P|2.5.1||||||8859/1") + "PID|1||7||M\u00fcller\r"
+    file.write_bytes(latin.encode("latin-1"))
+    assert subprocess.run(line, capture_output=True, timeout=30).returncode == 0
+    here.sandbox.wait_ids("F-5")
+    assert "M\u00fcller" in here.sandbox.of("F-5")[0].body
+    file.write_bytes(b"")
+    done = subprocess.run(line, capture_output=True, text=True, timeout=30)
+    assert done.returncode == 1 and f"{file} holds no HL7" in done.stderr
     (closed,) = free_ports(1)
     done = subprocess.run(
         [*AgentProcess.COMMAND, "send", f"127.0.0.1:{closed}", str(file)], capture_output=True, text=True, timeout=30
