@@ -4252,7 +4252,7 @@ def _trouble_of(error: Exception) -> tuple[str, str]:
 
 
 # =====================================================================================================================
-# FHIR (390 lines, 3400 tokens)
+# FHIR (400 lines, 3450 tokens)
 #
 # The HTTPS side of the server: OAuth2 client-credentials login and FHIR reads (uplink contract 1 and 2). urllib3 does
 # the work in worker threads: pools, proxies, TLS, retries. May touch: HTTPS.
@@ -4411,8 +4411,13 @@ class Fhir:
                 self._embargo_until = time.monotonic() + min(int(secs[1] or secs[2]) if secs else 0, EMBARGO_SECS)
             reason = answer.get("error_description") or answer.get("error") or f"HTTP status {response.status}"
             path = ", and baseUrl: it ends before fhir/R4" if "/fhir" in self.base else ""
-            advice = f". Check clientId and clientSecret{path}" if response.status in (400, 401) else ""
-            raise ServerError(f"login refused: {reason}{advice}", response.status)
+            check = f"Check clientId and clientSecret{path}"
+            elsewhere = f"The server is at {response.headers.get('Location')}: baseUrl must say that"
+            portal = "That is no token: is it a Medplum server, or does a portal or proxy answer for it?"
+            advice = {400: check, 401: check, 407: "Give the proxy's user and password with its address", 200: portal}
+            advice |= dict.fromkeys((301, 302, 303, 307, 308), elsewhere)
+            more = f". {advice[response.status]}" if response.status in advice else ""
+            raise ServerError(f"login refused: {reason}{more}", response.status)
         token = self._checked_token(answer)
         if isinstance(jwt_claims(token.text).get("login_id"), str):
             self._checked(self._http("GET", self.base + "auth/me", self._headers(token.text)), "auth/me")
@@ -5696,7 +5701,7 @@ def is_host(name: str) -> bool:
 def parse_target(url: str) -> Target:
     """The device behind a remote address; PeerError says what is wrong with it."""
     try:
-        parts = urllib.parse.urlsplit(url)
+        parts = urllib.parse.urlsplit(url := url.strip())
         port = parts.port or 0
     except ValueError as error:
         raise PeerError(f"'{url}' is not a device address: {error}") from None

@@ -126,15 +126,16 @@ def test_a_login_that_hangs_holds_up_nothing_while_the_token_is_good(tmp_path):
         here.sandbox.faults.hold = ""
 
 
-def test_a_login_that_is_to_wait_waits(monkeypatch):
-    """Retry-After (RFC 9110 10.2.3): several agents behind one address would else keep the limit exhausted."""
+def refusals(status, times=1, **headers):
+    """What is said of a login that a server answers so; and what the server was asked."""
     asked = []
 
-    class Busy(http.server.BaseHTTPRequestHandler):
+    class Refusing(http.server.BaseHTTPRequestHandler):
         def do_POST(self):
             asked.append(self.path)
-            self.send_response(429)
-            self.send_header("Retry-After", "30")
+            self.send_response(status)
+            for name, value in headers.items():
+                self.send_header(name.replace("_", "-"), value)
             self.send_header("Content-Length", "0")
             self.end_headers()
 
@@ -144,16 +145,34 @@ def test_a_login_that_is_to_wait_waits(monkeypatch):
     async def log_in(port):
         settings = ma.ProcessSettings(f"http://127.0.0.1:{port}/", "client", "secret", AGENT_ID)
         fhir = ma.Fhir(settings, ma.tls_context(""), ma.Log("main", ma.LoggerSettings(), None, None))
-        for _ in range(3):
+        said = ""
+        for _ in range(times):
             with pytest.raises(ma.ServerError) as refused:
                 await fhir.renew()
-            assert refused.value.status == 429
+            assert refused.value.status == status
+            said = str(refused.value)
+        return said
 
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Busy) as server:
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Refusing) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        asyncio.run(log_in(server.server_port))
-        server.shutdown()
-    assert len(asked) == 1
+        try:
+            return asyncio.run(log_in(server.server_port)), asked
+        finally:
+            server.shutdown()
+
+
+@pytest.mark.parametrize("headers", [{"Retry_After": "30"}, {"RateLimit": '"login";r=0;t=30'}])
+def test_a_login_that_is_to_wait_waits(headers):
+    """Retry-After (RFC 9110 10.2.3): several agents behind one address would else keep the limit exhausted."""
+    assert len(refusals(429, times=3, **headers)[1]) == 1
+
+
+@pytest.mark.parametrize(
+    ("status", "said"),
+    [(301, "at https://there/: baseUrl"), (407, "the proxy's user"), (200, "portal"), (401, "clientId")],
+)
+def test_a_login_that_is_refused_says_what_to_do(status, said):
+    assert said in refusals(status, Location="https://there/")[0]
 
 
 def test_an_answer_that_drips_is_given_up(monkeypatch):
