@@ -74,7 +74,7 @@ def test_a_queue_file_belongs_to_one_agent(tmp_path):
         other.send(message("B-0"))
         refusal = other.receive()
         assert acknowledgment(refusal) == ("CE", "B-0")
-        assert "belongs to another" in refusal
+        assert "another agent uses the queue" in refusal
         second.agent.logged("another agent uses this queue")
         assert {one.ask(message(f"A-{n}", patient=f"P{n}")) for n in range(20)} == {("CA", f"A-{n}") for n in range(20)}
         assert other.ask(message("B-1")) == ("CE", "B-1")
