@@ -7176,7 +7176,7 @@ def _bind_address(family: int, address: Any, count: int) -> socket.socket | None
 
 
 # =====================================================================================================================
-# Devices (540 lines, 4300 tokens)
+# Devices (550 lines, 4350 tokens)
 #
 # From the cloud to the device. A push that somebody waits for is tried once and answered within the caller's window.
 # One that nobody waits for is stored first, and then tried in order until the device accepts it or it becomes a dead
@@ -7225,6 +7225,8 @@ class CallLine(MllpLine):
             self.words = str(frame)
             return
         text = frame.decode(self.encoding, "replace")
+        with suppress(PeerError):  # it is no HL7
+            text = read_hl7(frame, self.encoding, self.encoding != "utf-8").text
         if ack := read_ack(text):
             self.owner.note(f"[Received ACK -- ID: {ack.control_id}]: {text}")
         else:

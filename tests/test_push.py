@@ -444,6 +444,17 @@ def test_connection_that_the_device_closed_is_not_used_again(caller):
 # --- encoding ---
 
 
+def test_an_acknowledgment_names_its_encoding_in_msh_18(caller):
+    """As a device's message does, where the address names none."""
+
+    def refuses(link, text):
+        answer = f"MSH|^~\\&|P|W|C|S|2026||ACK|A1|P|2.5||||||8859/1\rMSA|AE|{control_id(text)}|Größe\r"
+        link.send_raw(b"\x0b" + answer.encode("latin-1") + b"\x1c\r")
+
+    with Receiver(refuses) as device:
+        assert "Größe" in caller.push(device.url(), message("NAMED-1")).text
+
+
 def test_encoding(caller):
     def answers(link, text):
         link.send(ack_text("AA", control_id(text), "Schöne Grüße"), "latin-1")
