@@ -7709,7 +7709,7 @@ def parse_ping(host: object, body: object) -> tuple[str, int]:
     verb, number, *_ = [*str(body or "").split(), "", ""]
     if not (verb.startswith("PING") and number):
         return name, 1
-    if not (match := re.match(r"[+-]?\d+", number)):
+    if not (match := re.match(r"[+-]?\d{1,18}", number)):
         raise PingError(f'Unable to ping {name} "{number}" times. "{number}" is not a number.')
     if not 1 <= (count := int(match.group())) <= PING_MAX:
         raise PingError(f"Unable to ping {name} {count} times: the count must be from 1 to {PING_MAX}")
