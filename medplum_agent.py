@@ -66,7 +66,7 @@ from asyncio.sslproto import SSLProtocol
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager, closing, contextmanager, suppress
+from contextlib import ExitStack, asynccontextmanager, closing, contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache, cached_property, lru_cache, partial, reduce
 from operator import attrgetter, getitem
@@ -800,7 +800,7 @@ class AgentSettings:
 class TlsSettings:
     """What every channel and a Device.url have in common."""
 
-    tls: bool = setting(False, "TLS: use TLS; `mllps://` and `dicoms://` imply it")
+    tls: bool = setting(False, "TLS: use TLS; `mllps://` and `dicoms://` imply it", guard=True)
     certFile: str = setting("", "Certificate: PEM file of our certificate: TLS channels need it, some devices want it")
     keyFile: str = setting("", "Key: PEM file of its key, when it is not in certFile")
 
@@ -1130,7 +1130,7 @@ def resolve_process(
                     else:
                         values[name] = parse_setting(row, found[name])
                 except (OSError, ValueError) as error:
-                    shown = "" if "ecret" in name else f" '{found[name]}'"
+                    shown = "" if "ecret" in name or "@" in str(found.get(name)) else f" '{found[name]}'"
                     file_shown = f"File {secret_file}" if secret_file else ""
                     reason = f"cannot be read: {error}" if secret_file else error
                     problems[name] = f"{name}{file_shown}{shown} (from {source}) {reason}"
@@ -2370,6 +2370,7 @@ class Astm:
         self._records: list[bytearray] = []
         self._size = 0  # of the session, in bytes
         self._refused = False  # the last frame got NAK
+        self._unsummed = False  # a frame's checksum was wrong
 
     # --- what the caller does ---
 
@@ -2516,7 +2517,7 @@ class Astm:
     def _begin_session(self, byte: int) -> None:
         self._records, self._size, self._last, self._refused = [], 0, _NO_FRAME, False
         self._text.clear()
-        self._sum.clear()
+        self._unsummed = False
 
     def _open(self, byte: int) -> None:
         self._begin_session(byte)
@@ -2562,8 +2563,8 @@ class Astm:
         if self._records:
             records = tuple(map(bytes, self._records))
             self._events.append(Interrupted(records, reason) if reason else Session(records))
-        elif self._refused or self._text or self._sum:
-            self._warn("not one frame of a session was right: does it send checksums? If not: checksum=off")
+        elif self._unsummed:
+            self._warn("not one frame of a session had the right checksum: does it send any? If not: checksum=off")
         self._begin_session(0)
         self._rest = self._now + TURN_SECS
 
@@ -2602,7 +2603,7 @@ class Astm:
         expected = not frame.number or int(frame.number) == due
         refusal = None
         if self.settings.checksum == "on" and self._sum[1:].upper() != wanted:
-            refusal = ""
+            refusal, self._unsummed = "", True
         elif frame == last and frame.number:
             self._answer(ACK)
             return
@@ -2961,7 +2962,9 @@ def store_key(source: str, cipher: str) -> str:
                 done = subprocess.run(words, stdin=subprocess.DEVNULL, capture_output=True, timeout=KEY_SECS)
                 secret = b"" if done.returncode else done.stdout
     except OSError as error:
-        raise ConfigError(f"storeKey: the key cannot be read from {kind}: {error.strerror}", for_good=True) from None
+        lasting = error.errno in (errno.EACCES, errno.EISDIR, errno.EINVAL)  # a disk may still be mounted
+        text = f"storeKey: the key cannot be read from {kind}: {error.strerror}"
+        raise ConfigError(text, for_good=lasting) from None
     except ValueError:
         raise ConfigError("storeKey: the command cannot be understood") from None
     if len(secret.strip()) < KEY_CHARS:
@@ -3772,7 +3775,7 @@ class Store:
             if self._inode[0] not in (0, self.path.parent.stat().st_dev) and not self.path.exists():
                 raise StorageError("its disk is gone")
             self._lock_queue()
-            for stale in (".new", ".new-journal"):  # of a rewriting that was killed: it may be readable
+            for stale in (".rewriting", ".rewriting-journal"):  # of a rewriting that was killed: it may be readable
                 beside(self.path.resolve(), stale).unlink(missing_ok=True)
             self._inspect_wal()
             if self._key and is_plain(self.path):
@@ -3830,8 +3833,8 @@ class Store:
         version = version_of(db)
         if new := not version:
             if beside(self.path, ".high").exists():
-                text = "What an earlier queue in its place held is in that file only: stop the agent and put it back"
-                self._log.warn(f"The queue {self.path} is new and empty. {text}, if it was not moved away on purpose.")
+                text = "There was one before: if it was not moved away on purpose, stop the agent and put it back"
+                self._log.warn(f"The queue {self.path} is new and empty. {text}.")
             db.rows(f"PRAGMA page_size={PAGE_BYTES}; PRAGMA auto_vacuum=INCREMENTAL")
         db.rows("PRAGMA journal_mode=WAL; PRAGMA synchronous=FULL; PRAGMA fullfsync=1; PRAGMA cache_size=-16000")
         db.set_wal_hook(self._wal_grew)  # instead of checkpoints within commits, which would hold up the loop
@@ -4086,7 +4089,7 @@ def _mark_of(key: str) -> str:
 def rewrite_queue(path: Path, old: str, new: str) -> None:
     """The queue with another key, or without one: a whole copy takes its place. apsw.Error, OSError."""
     mark, path = beside(path, ".key"), path.resolve()  # a link stays one
-    target = beside(path, ".new")
+    target = beside(path, ".rewriting")
     target.unlink(missing_ok=True)
     if shutil.disk_usage(path.parent).free < path.stat().st_size + DISK_RESERVE_BYTES:
         raise OSError(errno.ENOSPC, "no space for a copy of the queue")
@@ -4252,7 +4255,7 @@ def _trouble_of(error: Exception) -> tuple[str, str]:
 
 
 # =====================================================================================================================
-# FHIR (400 lines, 3450 tokens)
+# FHIR (410 lines, 3550 tokens)
 #
 # The HTTPS side of the server: OAuth2 client-credentials login and FHIR reads (uplink contract 1 and 2). urllib3 does
 # the work in worker threads: pools, proxies, TLS, retries. May touch: HTTPS.
@@ -4264,6 +4267,7 @@ class Token(NamedTuple):
 
     text: str
     expires_at: float
+    renew_at: float
 
 
 def tls_context(ca_file: str) -> ssl.SSLContext:
@@ -4275,7 +4279,8 @@ def tls_context(ca_file: str) -> ssl.SSLContext:
         try:
             context.load_verify_locations(cadata=named_file(ca_file).decode("ascii", "replace"))
         except (OSError, ssl.SSLError, ValueError) as error:
-            raise ConfigError(f"caFile {ca_file} holds no usable PEM certificate: {error}", for_good=True) from None
+            lasting = isinstance(error, ssl.SSLError | ValueError)
+            raise ConfigError(f"caFile {ca_file} holds no usable PEM certificate: {error}", for_good=lasting) from None
     return context
 
 
@@ -4289,14 +4294,18 @@ def proxy_for(url: str) -> str | None:
     return proxy if not proxy or "://" in proxy else f"http://{proxy}"
 
 
-def http_pool(url: str, context: ssl.SSLContext) -> urllib3.PoolManager:
-    """A connection pool for the server of `url`, through its proxy if there is one."""
-    retries = urllib3.Retry(
-        total=HTTP_ATTEMPTS - 1, connect=0, backoff_factor=0.5, status_forcelist=range(500, 600),
+def http_retries(*more: int) -> urllib3.Retry:
+    """Of requests that are answered with a 5xx or one of `more`."""
+    return urllib3.Retry(
+        total=HTTP_ATTEMPTS - 1, connect=0, backoff_factor=0.5, status_forcelist=[*more, *range(500, 600)],
         allowed_methods=None, raise_on_status=False, respect_retry_after_header=False,
     )  # fmt: skip
+
+
+def http_pool(url: str, context: ssl.SSLContext) -> urllib3.PoolManager:
+    """A connection pool for the server of `url`, through its proxy if there is one."""
     timeout = urllib3.Timeout(connect=CONNECT_TIMEOUT_SECS, read=HTTP_TIMEOUT_SECS)
-    common: Json = {"ssl_context": context, "retries": retries, "timeout": timeout, "maxsize": 8}
+    common: Json = {"ssl_context": context, "retries": http_retries(429), "timeout": timeout, "maxsize": 8}
     common["blocksize"] = TRANSFER_BLOCK_BYTES
     proxy = proxy_for(url)
     if not proxy:
@@ -4360,16 +4369,16 @@ class Fhir:
     def due(self) -> bool:
         """It is time to log in: there is no token, or a new one is wanted before it ends."""
         token = self.token
-        if token and not self.rejected and time.time() < token.expires_at - TOKEN_MARGIN_SECS:
+        if token and not self.rejected and time.time() < token.renew_at:
             return False
-        return self._login_under_way is None and time.monotonic() >= self._due_at
+        return self._login_under_way is None and time.monotonic() >= max(self._due_at, self._embargo_until)
 
     def usable_token(self) -> str | None:
         """A token that can be sent now, or None; a new one that is under way is waited for, for a moment."""
         token = self.token
         if token is None or time.time() >= token.expires_at or time.monotonic() < self._patient_until:
             return None
-        return token.text
+        return None if self.rejected and (self.failing or self._login_under_way) else token.text
 
     async def fresh_token(self) -> str:
         """A usable token, after a login if needed; raises ServerError."""
@@ -4401,7 +4410,7 @@ class Fhir:
         }  # fmt: skip
         response = self._http(
             "POST", urllib.parse.urljoin(self.base, "oauth2/token"), body=urllib.parse.urlencode(fields),
-            headers={"Content-Type": "application/x-www-form-urlencoded", "Accept": "*/*"},
+            headers={"Content-Type": "application/x-www-form-urlencoded", "Accept": "*/*"}, again=http_retries(),
         )  # fmt: skip
         answer = _json_object(response.data)
         if response.status >= 300 or not isinstance(answer.get("access_token"), str):
@@ -4433,13 +4442,15 @@ class Fhir:
             lifetime = answer.get("expires_in")
             if not isinstance(lifetime, int | float) or lifetime < 2 * TOKEN_MARGIN_SECS:
                 lifetime = math.inf  # the contract ignores expires_in; a sensible one saves a refusal
-            return Token(text, time.time() + lifetime)
+            expires = time.time() + lifetime
+            return Token(text, expires, expires - TOKEN_MARGIN_SECS)
         if expires < time.time():
             raise ServerError("login failed: Token expired. Is the clock of this machine right?")
         audience = claims.get("cid") or claims.get("client_id")
         if audience is not None and audience != self._settings.clientId:
             raise ServerError("login failed: the token is for another client. Check clientId")
-        return Token(text, float(expires))
+        left = expires - time.time()
+        return Token(text, float(expires), expires - (TOKEN_MARGIN_SECS if left > TOKEN_MARGIN_SECS else left / 2))
 
     async def read(self, reference: str) -> Json:
         """GET fhir/R4/<reference>."""
@@ -4558,17 +4569,18 @@ class Fhir:
         }  # fmt: skip
 
     def _http(
-        self, method: str, url: str, headers: Headers, body: Body = None, file: bool = False, stream: bool = False
-    ) -> Response:
+        self, method: str, url: str, headers: Headers, body: Body = None, file: bool = False, stream: bool = False,
+        again: urllib3.Retry | bool | None = None,
+    ) -> Response:  # fmt: skip
         """`stream`: the body is left for the caller to read, and a redirect (to a store of files) is followed."""
         secs = TRANSFER_TIMEOUT_SECS if file else HTTP_TIMEOUT_SECS
         timeout = urllib3.Timeout(connect=CONNECT_TIMEOUT_SECS, read=secs)
-        again = False if isinstance(body, itertools.chain) else None  # what cannot be read again is not sent again
+        again = False if isinstance(body, itertools.chain) else again  # what cannot be read again is not sent again
         options: Json = {"timeout": timeout, "retries": again, "redirect": stream, "preload_content": False}
         try:  # without decoding: a small gzip may be a large answer
             response = self._pool.request(method, url, body=body, headers=headers, decode_content=False, **options)
             if not stream:
-                limit = threading.Timer(secs, cast(Any, response).shutdown)  # also for an answer that drips
+                limit = threading.Timer(secs, cast(Any, response).shutdown)  # of a body that drips
                 limit.start()
                 try:
                     response.read(cache_content=True)
@@ -5204,7 +5216,7 @@ def percentiles(samples: Iterable[int]) -> dict[str, float]:
 
 
 # =====================================================================================================================
-# Uplink (450 lines, 3550 tokens)
+# Uplink (460 lines, 3550 tokens)
 #
 # One WSS connection to the server (uplink contract 3 and 4): connect, heartbeats both ways, forced reconnect when it is
 # silent or never live, full-jitter back-off. websockets does TCP, proxy, TLS, handshake and frames; its receive queue
@@ -5449,8 +5461,9 @@ class Uplink:
             self._losses = 0
             self._loop.call_soon(self.pump)
         status, body, callback = answer.get("statusCode"), answer.get("body"), answer.get("callback")
-        with suppress(TypeError, ValueError, OverflowError):
-            status = int(cast(Any, status))
+        if isinstance(status, str | float):
+            with suppress(ValueError, OverflowError):
+                status = int(status)
         if type(status) is not int or not status:
             status = 200
         status = status if 0 < status < 1000 else 500  # no status of HTTP is larger
@@ -6715,10 +6728,9 @@ class AstmLine(StreamLine):
         self.messages += 1
         session, self.session = self.session, ""
         reason = event.reason if isinstance(event, Interrupted) else half_session(event.records)
-        if not self._intake(event.records, session, reason):  # its frames shall not become one at the next start
-            self.owner.store.drop_frames(session)
+        self._intake(event.records, session, reason)
 
-    def _intake(self, records: Sequence[bytes], session: str, reason: str) -> bool:
+    def _intake(self, records: Sequence[bytes], session: str, reason: str) -> None:
         """A message of these records, unless they are nothing but blanks."""
         codec = codec_of(self.settings.encoding)
         text = records_text(records, codec)
@@ -6730,7 +6742,8 @@ class AstmLine(StreamLine):
                 encoding = codec
         if text:
             self.intake(original, text, encoding, session, reason, must=True)
-        return bool(text)
+        else:  # its frames shall not become a message at the next start
+            self.owner.store.drop_frames(session)
 
     unstored = "the session is not lost, and stored as soon as that is possible"
 
@@ -10278,7 +10291,7 @@ class Operations:
         for line in lines:
             try:
                 message, queue = self._imported(line)
-            except (ValueError, KeyError, TypeError, AttributeError) as error:
+            except (ValueError, LookupError, TypeError, AttributeError) as error:
                 raise LocalError(f"the line of message {line.get('id')} is damaged: {error}") from None
             waiting.append(asyncio.get_running_loop().create_future())
             message.source = partial(stored, queue, waiting[-1])
@@ -10559,13 +10572,13 @@ def ask_agent(state_dir: Path, asked: Json, seconds: float = HTTP_TIMEOUT_SECS) 
     path, token = state_dir / SOCKET_FILE, ""
     connection = http.client.HTTPConnection("localhost", timeout=seconds)
     try:
-        if not path.exists():
+        if not (by_socket := path.exists()):
             if not (state_dir / DOOR_FILE).exists():
                 return None
             port, token = ((state_dir / name).read_text("ascii") for name in (DOOR_FILE, TOKEN_FILE))
             connection = http.client.HTTPConnection("127.0.0.1", int(port), timeout=seconds)
         with closing(connection):
-            if path.exists():
+            if by_socket:
                 connection.sock = socket.socket(socket.AF_UNIX)
                 connection.sock.settimeout(seconds)
                 connection.sock.connect(str(path))
@@ -11644,7 +11657,7 @@ def _stack(error: BaseException | None) -> list[str]:
 
 
 # =====================================================================================================================
-# Command line (750 lines, 6450 tokens)
+# Command line (750 lines, 6550 tokens)
 # =====================================================================================================================
 
 _USAGE = """\
@@ -11731,12 +11744,13 @@ def _parse(argv: list[str], program: str) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code: 0 after a clean stop, 1 when it cannot start."""
     program, argv = Path(sys.argv[0]).name, sys.argv[1:] if argv is None else list(argv)
-    unknown = 3 if "status" in argv else 1  # to a monitor
+    unknown = 3 if argv[:1] == ["status"] else 1  # to a monitor
     try:
         if HANDOVER not in os.environ and "--selftest" not in argv and (chosen := Versions(own_program()).instead):
             with suppress(OSError):
                 os.execv(chosen, [str(chosen), *argv])
         options = _parse(argv, program)
+        unknown = 3 if options.arguments[:1] == ["status"] else 1
         if options.settings_schema:
             shown = options.settings_schema == "markdown"
             _show(*(settings_markdown() if shown else json.dumps(settings_schema(), indent=2)).splitlines())
@@ -11761,7 +11775,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(*(f"{program}: {problem}" for problem in error.problems), "Try --help.", sep="\n", file=sys.stderr)
         return unknown if unknown == 3 else error.exit_code
     except (LocalError, ServerError, OSError) as error:
-        sudo = ": use sudo" if isinstance(error, PermissionError) else ""
+        sudo = ": use sudo" if isinstance(error, PermissionError) and os.name == "posix" else ""
         print(f"{program}: {error}{sudo}", file=sys.stderr)
         return unknown
     except KeyboardInterrupt:  # before the agent listens for signals
@@ -11946,7 +11960,7 @@ def _send(options: argparse.Namespace, address: str = "", *files: str) -> int:
                             raise OSError("the connection was closed before the acknowledgment")
                         for answer in core.receive(received):
                             if isinstance(answer, bytes):
-                                ack = read_ack(answer.decode("utf-8", "replace"))
+                                ack = read_ack(answer.decode("latin-1"))
                                 if not code and (not ack or ack.control_id in ("", wanted)):  # else of an earlier one
                                     code = ack.code if ack else "no acknowledgment"
                     failed |= code not in ("AA", "CA")
@@ -12053,7 +12067,8 @@ def _export(options: argparse.Namespace, file: Path, wanted: Wanted) -> int:
     audit(state_dir, f"export of {wanted._replace(payload=False)} to {file}")
     seed = read_queue(path, seed_of, key)
     try:
-        with open(file, "x", encoding="utf-8", opener=private) as target:
+        with open(file, "x", encoding="utf-8", opener=private) as target, ExitStack() as undo:
+            undo.callback(file.unlink, missing_ok=True)  # half a file can be read by nobody
             for channel, message in _each(path, key, wanted):
                 if message.spool or channel.startswith(PUSH_PREFIX):
                     print(f"Message {message.id} is left out: {channel} has files, or is a device.", file=sys.stderr)
@@ -12064,9 +12079,9 @@ def _export(options: argparse.Namespace, file: Path, wanted: Wanted) -> int:
                     "original": base64.b64encode(message.original or b"").decode()}  # fmt: skip
                 target.write(json.dumps(shown) + "\n")
                 count += 1
+            target.flush()
+            undo.pop_all()
     except OSError as error:
-        if not isinstance(error, FileExistsError):  # half a file can be read by nobody
-            file.unlink(missing_ok=True)
         raise StorageError(f"{file}: {error.strerror}") from None
     _show(f"{count} messages are in {file}. This is patient data.")
     return int(not count)
@@ -12087,11 +12102,13 @@ def _import(options: argparse.Namespace, file: Path, wanted: Wanted) -> int:
     batch, size = list[Json](), 0
     for n, line in enumerate(chosen, 1):
         batch.append(line)
-        size += len(str(line["original"]))
+        size += len(str(line.get("original")))
         if n == len(chosen) or len(batch) == SWEEP_ROWS or size > COMMIT_BYTES:
             count += _asked(options, asked | {"lines": batch})["count"]
             batch, size = [], 0
-    _show(f"{count} of {len(chosen)} messages {'would be' if options.dry_run else 'are'} imported.")
+    left = f" {len(lines) - len(chosen)} lines of the file were not asked for, or are half sessions."
+    done = f"{count} of {len(chosen)} messages {'would be' if options.dry_run else 'are'} imported."
+    _show(done + (left if len(lines) > len(chosen) else ""))
     return int(not count)
 
 
@@ -12152,6 +12169,8 @@ def _decide(options: argparse.Namespace, fate: str, wanted: Wanted, ids: list[in
         count = len(change_queue(path, changed, key)) if answer is None else answer["count"]
     done = {"retry": "are sent again", "discard": "are given up"}[fate]
     _show(f"{count} dead letters {done.replace('are', 'would be', 1) if options.dry_run else done}.")
+    if wanted.whole and (half := len(read_queue(path, wanted._replace(reason="interrupted-session").ids, key))):
+        _show(f"{half} half sessions of instruments are left out: give their numbers, or --reason interrupted-session.")
     return int(not count)
 
 

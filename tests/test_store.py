@@ -232,7 +232,7 @@ def test_on_a_slow_disk_devices_share_each_commit(path: Path, monkeypatch: pytes
             time.sleep(0.05)
         return execute(db, sql, *values)
 
-    monkeypatch.setattr(ma, "QUICK_SECS", 0.002)
+    monkeypatch.setattr(ma, "QUICK_SECS", 0.002)  # the writer's thread writes, in both runs
     monkeypatch.setattr(ma, "QUICK_COMMITS", 1000)
 
     async def scenario() -> None:
@@ -1253,10 +1253,10 @@ def test_an_empty_file_in_the_place_of_a_queue_is_said(path: Path) -> None:
             await put(store, new(store.channel("A"), "1"))
         assert "new and empty" not in CONSOLE.getvalue()
         path.write_bytes(b"")
-        path.with_name(path.name + ".new").write_bytes(b"SQLite format 3 of a rewriting that was killed")
+        path.with_name(path.name + ".rewriting").write_bytes(b"SQLite format 3 of a rewriting that was killed")
         async with opened(path):
             assert "new and empty" in CONSOLE.getvalue()
-            assert not path.with_name(path.name + ".new").exists()
+            assert not path.with_name(path.name + ".rewriting").exists()
 
     run(scenario)
 

@@ -126,8 +126,9 @@ def test_a_login_that_hangs_holds_up_nothing_while_the_token_is_good(tmp_path):
         here.sandbox.faults.hold = ""
 
 
-def refusals(status, times=1, **headers):
-    """What is said of a login that a server answers so; and what the server was asked."""
+@contextlib.contextmanager
+def refusing(status, **headers):
+    """A server that answers logins so: its port, and what it was asked."""
     asked = []
 
     class Refusing(http.server.BaseHTTPRequestHandler):
@@ -142,29 +143,32 @@ def refusals(status, times=1, **headers):
         def log_message(self, *_):
             pass
 
-    async def log_in(port):
-        settings = ma.ProcessSettings(f"http://127.0.0.1:{port}/", "client", "secret", AGENT_ID)
-        fhir = ma.Fhir(settings, ma.tls_context(""), ma.Log("main", ma.LoggerSettings(), None, None))
-        said = ""
-        for _ in range(times):
-            with pytest.raises(ma.ServerError) as refused:
-                await fhir.renew()
-            assert refused.value.status == status
-            said = str(refused.value)
-        return said
-
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Refusing) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         try:
-            return asyncio.run(log_in(server.server_port)), asked
+            yield server.server_port, asked
         finally:
             server.shutdown()
+
+
+async def log_in(port, status, times=1):
+    """What is said of a login that is refused."""
+    settings, said = ma.ProcessSettings(f"http://127.0.0.1:{port}/", "client", "secret", AGENT_ID), ""
+    fhir = ma.Fhir(settings, ma.tls_context(""), ma.Log("main", ma.LoggerSettings(), None, None))
+    for _ in range(times):
+        with pytest.raises(ma.ServerError) as refused:
+            await fhir.renew()
+        assert refused.value.status == status
+        said = str(refused.value)
+    return said
 
 
 @pytest.mark.parametrize("headers", [{"Retry_After": "30"}, {"RateLimit": '"login";r=0;t=30'}])
 def test_a_login_that_is_to_wait_waits(headers):
     """Retry-After (RFC 9110 10.2.3): several agents behind one address would else keep the limit exhausted."""
-    assert len(refusals(429, times=3, **headers)[1]) == 1
+    with refusing(429, **headers) as (port, asked_for):
+        asyncio.run(log_in(port, 429, times=3))
+    assert len(asked_for) == 1
 
 
 @pytest.mark.parametrize(
@@ -172,7 +176,43 @@ def test_a_login_that_is_to_wait_waits(headers):
     [(301, "at https://there/: baseUrl"), (407, "the proxy's user"), (200, "portal"), (401, "clientId")],
 )
 def test_a_login_that_is_refused_says_what_to_do(status, said):
-    assert said in refusals(status, Location="https://there/")[0]
+    with refusing(status, Location="https://there/") as (port, _):
+        assert said in asyncio.run(log_in(port, status))
+
+
+def test_a_token_that_is_good_serves_on_and_one_that_was_refused_does_not():
+    """While logins fail, or are to wait."""
+
+    async def scenario(port):
+        settings = ma.ProcessSettings(f"http://127.0.0.1:{port}/", "client", "secret", AGENT_ID)
+        fhir = ma.Fhir(settings, ma.tls_context(""), ma.Log("main", ma.LoggerSettings(), None, None))
+        now = time.time()
+        fhir.token = ma.Token("good", now + 250, now)
+        for _ in range(2):
+            with pytest.raises(ma.ServerError):
+                await fhir.renew()
+            assert not fhir.due and await fhir.fresh_token() == fhir.usable_token() == "good"
+        fhir.rejected = True
+        assert fhir.usable_token() is None
+
+    with refusing(429, Retry_After="30") as (port, _):
+        asyncio.run(scenario(port))
+
+
+@pytest.mark.parametrize("lifetime", [20, 290, 3600])
+def test_a_token_is_renewed_five_minutes_before_its_end_or_at_half_its_life(lifetime):
+    fhir = ma.Fhir(ma.ProcessSettings("http://x/"), ma.tls_context(""), ma.Log("x", ma.LoggerSettings(), None, None))
+    claims = base64.urlsafe_b64encode(json.dumps({"exp": time.time() + lifetime}).encode()).decode()
+    token = fhir._checked_token({"access_token": f"a.{claims}.c"})
+    assert token.expires_at - token.renew_at == pytest.approx(min(300, lifetime / 2), abs=1)
+
+
+def test_a_request_that_is_to_wait_is_made_again(tmp_path):
+    with site(tmp_path, {"A": ""}) as here:
+        here.sandbox.faults.read_failures[f"Agent/{AGENT_ID}"] = 429
+        before = asked(here, f"GET /fhir/R4/Agent/{AGENT_ID}")
+        here.sandbox.reload()
+        assert asked(here, f"GET /fhir/R4/Agent/{AGENT_ID}") == before + 3  # uplink contract 1
 
 
 def test_an_answer_that_drips_is_given_up(monkeypatch):

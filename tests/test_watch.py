@@ -245,7 +245,8 @@ def test_a_half_session_of_an_instrument_is_sent_only_when_it_is_named(tmp_path)
             assert device.ask(frames_of("H|\\^&|||HALF")[0]) == ACK
         (dead,) = eventually(lambda: json.loads(f"[{command(here, 'queue', 'list', 'dead', '--json').stdout}]"))
         file, before = tmp_path / "moved.jsonl", len(here.sandbox.seen)
-        assert command(here, "queue", "retry").stdout.startswith("0 ")
+        retried = command(here, "queue", "retry").stdout
+        assert retried.startswith("0 ") and "1 half sessions of instruments are left out" in retried
         assert ask(here, command="queue", verb="retry", channel="ASTM") == {"count": 0}
         assert command(here, "queue", "export", str(file)).stdout.startswith("1 messages")
         assert command(here, "queue", "import", str(file)).stdout.startswith("0 of 0 messages")
@@ -363,8 +364,11 @@ def test_lines_that_are_no_messages_are_refused_and_nothing_is_imported(here, tm
     file = tmp_path / "moved.jsonl"
     assert command(here, "queue", "export", str(file)).returncode == 0
     good, other = map(json.loads, file.read_text().splitlines())
-    for bad in ({"encoding": "nope"}, {"controlId": ["x"]}, {"original": None}, {"channel": "GONE"}, {"bytes": 7},
-                {"original": "%%" + other["original"]}, {"original": other["original"][:-4]}):  # fmt: skip
+    for bad in (
+        {"encoding": "nope"}, {"controlId": ["x"]}, {"original": None}, {"channel": "GONE"}, {"bytes": 7},
+        {"original": "%%" + other["original"]}, {"kind": medplum_agent.ASTM_TYPE, "encoding": "nope"},
+        {"original": other["original"][:-4]},
+    ):  # fmt: skip
         file.write_text(f"{json.dumps(good | {'name': 'new'})}\n{json.dumps(other | bad)}\n")
         done = command(here, "queue", "import", str(file))
         assert done.returncode == 1 and "does not answer" not in done.stderr and "Traceback" not in done.stderr
