@@ -175,6 +175,7 @@ COMMIT_HERE_BYTES = 64 * KIB
 QUICK_SECS = 0.002  # of a commit
 QUICK_COMMITS = 32  # so many in a row, before the loop's thread writes; twice as many each time that was too early,
 QUICK_COMMITS_MAX = 512  # up to so many
+SILENT_SECS = 60.0  # an agent that says nothing for so long in the middle of an upgrade has ended
 GATHER_SECS = 0.005  # at most so long what comes with the first message after a slow commit is waited for
 LAZY_SECS = 0.1  # finished rows are marked with the next batch, or after this time
 COMMITMENT_POLL_MS = 1000  # a storage commitment looks this often whether its objects have reached the server
@@ -10599,7 +10600,7 @@ def ask_agent(state_dir: Path, asked: Json, seconds: float = HTTP_TIMEOUT_SECS) 
 
 
 # =====================================================================================================================
-# Upgrade (400 lines, 3550 tokens)
+# Upgrade (440 lines, 3800 tokens)
 #
 # Another version of this program in the place of the running one. What is signed (The Update Framework) is unpacked
 # into versions/<version> beside the installed program, and proves itself beside the running one (--selftest). Then the
@@ -10633,6 +10634,18 @@ def number_of(version: str) -> tuple[int, ...]:
     return tuple(map(int, version.split("-")[0].split(".")))
 
 
+def check_version(wanted: str) -> None:
+    """LocalError for what is no name of one; empty: the newest."""
+    if wanted and not re.fullmatch(_VERSION, wanted):
+        raise LocalError(f"'{wanted}' is no version: use one such as {VERSION}, or a file that ends in .bundle")
+
+
+def is_ours(*parts: Path) -> bool:
+    """Nobody but who installed this program, and root, may say what is executed; OSError."""
+    owners, found = {0, own_program().stat().st_uid}, [part.stat() for part in parts]
+    return os.name != "posix" or all(one.st_uid in owners and not one.st_mode & 0o022 for one in found)
+
+
 class Versions:
     """The folder of versions beside the installed program."""
 
@@ -10642,14 +10655,27 @@ class Versions:
         self.name = program.relative_to(self.folder).parts[0] if self.inside else VERSION
         self.current = {"version": VERSION, "over": VERSION, "installed": str(program), "previous": ""}
         with suppress(OSError):
-            found = _json_object((self.folder / CURRENT_FILE).read_bytes())
-            if self.inside or found.get("over") == VERSION:  # else another program was installed since
-                self.current |= found
+            found = _json_object(named_file(str(self.folder / CURRENT_FILE)))
+            known = self.inside or found.get("over") == VERSION  # else another program was installed since
+            if known and is_ours(self.folder, self.folder / CURRENT_FILE):
+                self.current |= {name: value for name, value in found.items() if isinstance(value, str)}
 
     def program(self, version: str) -> Path:
         if version == self.current["over"]:
             return Path(self.current["installed"])
         return self.folder / version / "medplum-agent" / "medplum-agent"
+
+    def trusted(self, version: str) -> Path:
+        """Its program, to be executed; LocalError where somebody else may have put it there."""
+        program = self.program(version)
+        try:
+            if program.is_relative_to(self.folder) and not is_ours(self.folder, *program.parents[:2], program):
+                raise LocalError(
+                    f"{program.parents[1]} belongs to another user, or may be written by others: remove it"
+                )
+        except OSError as error:
+            raise LocalError(f"version {version} cannot be executed: {error}") from None
+        return program
 
     @property
     def writable(self) -> bool:
@@ -10662,9 +10688,9 @@ class Versions:
         itself = self.inside or self.current["version"] == VERSION or not os.access(chosen, os.X_OK)
         if itself or sys.platform == "win32" or not re.fullmatch(_VERSION, self.current["version"]):
             return None
-        owners = {0, own_program().stat().st_uid}  # nobody else may say what is executed
-        found = [part.stat() for part in (self.folder, self.folder / CURRENT_FILE, chosen.parent.parent, chosen)]
-        return chosen if all(one.st_uid in owners and not one.st_mode & 0o022 for one in found) else None
+        with suppress(LocalError):
+            return self.trusted(self.current["version"])
+        return None
 
     def choose(self, version: str) -> None:
         """This one runs from the next start on; of the others only the last one is kept, and for a while."""
@@ -10704,7 +10730,9 @@ class Versions:
             raise LocalError("upgradeUrl is not set, which says where releases are: set it, or name a bundle")
         if not ROOT_FILE.exists():
             raise LocalError("this build has no keys to check upgrades with: install the new version over it")
-        self.folder.mkdir(mode=0o755, exist_ok=True)
+        if not self.folder.exists():
+            self.folder.mkdir()
+            self.folder.chmod(0o755)  # whatever the umask: services execute what is in it
         work = self.folder / f".new-{os.getpid()}"
         try:
             work.mkdir(mode=0o700)
@@ -10730,6 +10758,13 @@ class Versions:
         from tuf.ngclient import FetcherInterface, Updater, UpdaterConfig
 
         pool = http_pool(source, tls_context(settings.caFile)) if "://" in source else None
+        until = time.monotonic() + FETCH_SECS
+
+        def in_time(url: str, blocks: Iterator[bytes]) -> Iterator[bytes]:
+            for block in blocks:
+                if time.monotonic() > until:
+                    raise DownloadHTTPError(f"{url} did not come within {FETCH_SECS:g} s", 504)
+                yield block
 
         class Fetcher(FetcherInterface):
             def _fetch(self, url: str) -> Iterator[bytes]:
@@ -10738,7 +10773,7 @@ class Versions:
                 file: Any = pool.request("GET", url, preload_content=False) if pool else open(url, "rb")  # noqa: SIM115
                 if pool and file.status != 200:
                     raise DownloadHTTPError(f"status {file.status} for {url}", file.status)
-                return iter(partial(file.read, TRANSFER_BLOCK_BYTES), b"")
+                return in_time(url, iter(partial(file.read, TRANSFER_BLOCK_BYTES), b""))
 
         metadata, machine = self.folder / "metadata", platform.machine().lower()
         metadata.mkdir(mode=0o700, exist_ok=True)
@@ -10756,6 +10791,7 @@ class Versions:
         if number_of(version) < number_of(VERSION) and not downgrade:
             raise LocalError(f"{version} is older than {VERSION}: upgrade --allow-downgrade on this machine")
         if not self.program(version).exists():
+            shutil.rmtree(self.folder / version, ignore_errors=True)  # what came in part
             with tarfile.open(updater.download_target(found[version])) as archive:
                 archive.extractall(work / version, filter="data")
             for path in (work / version, *(work / version).rglob("*")):
@@ -10828,6 +10864,7 @@ class Upgrades:
 
     async def _begin(self, wanted: str, callback: str) -> None:
         agent, versions = self._agent, self.versions
+        check_version(wanted)
         if not versions.writable and not os.environ.get("RUNTIME_DIRECTORY"):
             raise LocalError("this agent may not change its program: in a container use the new image, elsewhere "
                 "install the new package, or call `upgrade` as who installed it")  # fmt: skip
@@ -10839,7 +10876,7 @@ class Upgrades:
                 wanted = await self._ask_root(f"fetch {wanted}")
         if wanted == versions.name:
             raise LocalError(f"{wanted} is what runs, and there is no newer version")
-        program = str(versions.program(wanted))
+        program = str(versions.trusted(wanted))
         agent.log.info(f"Upgrade: {wanted} proves itself.")
         started = await asyncio.create_subprocess_exec(
             program, *sys.argv[1:], "--selftest", stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.DEVNULL,
@@ -11657,7 +11694,7 @@ def _stack(error: BaseException | None) -> list[str]:
 
 
 # =====================================================================================================================
-# Command line (750 lines, 6550 tokens)
+# Command line (780 lines, 6800 tokens)
 # =====================================================================================================================
 
 _USAGE = """\
@@ -11744,9 +11781,9 @@ def _parse(argv: list[str], program: str) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code: 0 after a clean stop, 1 when it cannot start."""
     program, argv = Path(sys.argv[0]).name, sys.argv[1:] if argv is None else list(argv)
-    unknown = 3 if argv[:1] == ["status"] else 1  # to a monitor
+    unknown, handed = 3 if argv[:1] == ["status"] else 1, HANDOVER in os.environ  # to a monitor; from another version
     try:
-        if HANDOVER not in os.environ and "--selftest" not in argv and (chosen := Versions(own_program()).instead):
+        if not (handed or {"--selftest", "--rollback"} & {*argv}) and (chosen := Versions(own_program()).instead):
             with suppress(OSError):
                 os.execv(chosen, [str(chosen), *argv])
         options = _parse(argv, program)
@@ -11773,7 +11810,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         _run_agent(_process_config(options, *options.arguments[:4], *filter(None, options.arguments[4:5])))
     except ConfigError as error:
         print(*(f"{program}: {problem}" for problem in error.problems), "Try --help.", sep="\n", file=sys.stderr)
-        return unknown if unknown == 3 else error.exit_code
+        return unknown if unknown == 3 or handed else error.exit_code  # 78 would keep the old one from coming back
     except (LocalError, ServerError, OSError) as error:
         sudo = ": use sudo" if isinstance(error, PermissionError) and os.name == "posix" else ""
         print(f"{program}: {error}{sudo}", file=sys.stderr)
@@ -12266,6 +12303,7 @@ def _requested(config: ProcessConfig, versions: Versions, age: float = -math.inf
         if not found or (found[1] == "choose" and not versions.program(found[2] or "?").exists()):
             raise LocalError("this is no request of an agent")
         if found[1] == "choose":
+            versions.trusted(found[2])
             now = versions.current
             if number_of(found[2]) < number_of(now["version"]) and found[2] != now.get("allowed"):
                 raise LocalError(f"{found[2]} is older than {now['version']}: use upgrade --rollback")
@@ -12291,34 +12329,58 @@ def _upgrade(options: argparse.Namespace, what: str = "") -> int:
         return _requested(config, versions)
     if options.rollback and not (wanted := versions.current["previous"]):
         raise LocalError("there is no older version here: install its package")
+    check_version(wanted)
+    if wanted and number_of(wanted) < number_of(VERSION) and not (options.rollback or options.allow_downgrade):
+        raise LocalError(f"{wanted} is older than {VERSION}: use --allow-downgrade")
     if not versions.program(wanted or "?").exists() and versions.writable:
         _show(f"Fetching {wanted or 'the newest version'}.")
         wanted = versions.fetch(config.settings, bundle, wanted, downgrade=options.allow_downgrade)
     elif bundle:
         raise LocalError(f"{versions.folder} cannot be written by this user: use sudo")
-    if versions.writable and number_of(wanted) < number_of(VERSION):
+    if versions.writable and number_of(wanted) < number_of(versions.current["version"]):
         versions.allow(wanted)
     _show(f"{wanted or 'The newest version'} proves itself and takes over.")
     try:
         if (answer := ask_agent(state_dir, {"command": "upgrade", "version": wanted}, 600)) is None:
+            _prove(versions.trusted(wanted), options, state_dir)
             versions.choose(wanted)
             _show(f"No agent runs with the state in {state_dir}. {wanted} runs from its next start.")
             return 0
-        wanted = answer["version"]
-        while True:
-            time.sleep(LAZY_SECS)
-            if versions.writable:
-                _requested(config, versions, UNIT_SECS)
-            with suppress(StorageError):
-                status = ask_agent(state_dir, {"command": "status"}) or {}
-                found = status.get("upgrade", {})
-                if found.get("step") in ("done", "given up") and found["to"] == wanted:
-                    break
+        return _watched(config, versions, state_dir, answer["version"])
     except KeyboardInterrupt:
         _show("The upgrade goes on; `status` says how it ends.")
         return 130
-    _show(f"{status['version']} runs{'. ' + found['reason'] if found['reason'] else '.'}")
+
+
+def _watched(config: ProcessConfig, versions: Versions, state_dir: Path, wanted: str) -> int:
+    """How the upgrade of a running agent ends."""
+    heard_at, found, version = time.monotonic(), Json(), ""
+    while found.get("step") not in ("done", "given up") or found["to"] != wanted:
+        time.sleep(LAZY_SECS)
+        if time.monotonic() - heard_at > SILENT_SECS:
+            raise LocalError("the agent has ended: its log, and that of its service manager, say why")
+        if versions.writable:
+            _requested(config, versions, UNIT_SECS)
+        with suppress(StorageError):
+            if status := ask_agent(state_dir, {"command": "status"}):
+                heard_at, found, version = time.monotonic(), status.get("upgrade", {}), status["version"]
+    _show(f"{version} runs{'. ' + found['reason'] if found['reason'] else '.'}")
     return int(found["step"] != "done")
+
+
+def _prove(program: Path, options: argparse.Namespace, state_dir: Path) -> None:
+    """Where no agent runs that would have it done; LocalError."""
+    import subprocess
+
+    config = ["--config", options.config] if options.config else []
+    line = [program, "--selftest", *config, "--state-dir", state_dir]
+    try:
+        done = subprocess.run(line, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=PROVE_SECS)
+    except (OSError, subprocess.SubprocessError) as error:
+        raise LocalError(f"{program} cannot prove itself: {error}") from None
+    if done.returncode:
+        words = [*done.stderr.strip().splitlines(), f"code {done.returncode}"][0]
+        raise LocalError(f"{program} failed its selftest: {words}")
 
 
 def _service(options: argparse.Namespace, verb: str = "", *values: str) -> int:

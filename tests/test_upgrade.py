@@ -741,3 +741,46 @@ def test_a_service_is_made_of_this_program_and_its_secret_is_no_argument(tmp_pat
     assert list(tomllib.loads("\n".join(settings)).values()) == values
     done = subprocess.run([tool, "service", "status"], capture_output=True, text=True)
     assert (done.stdout, done.returncode) == (f"status {tool}\n", 3)
+
+
+@pytest.mark.skipif(os.name != "posix" or os.geteuid() != 0, reason="only root can give files away")
+@pytest.mark.parametrize("part", ["versions", "versions/5.3.0", "versions/current"])
+def test_what_somebody_else_put_there_is_not_executed(tmp_path, part):
+    """By no command, not for the cloud, and not at the next start."""
+    with site(tmp_path, {"ADT": "?enhanced=true"}, start=False) as here:
+        there = Installed(tmp_path, here)
+        there.add("5.3.0")
+        current = {"version": "5.3.0", "over": "5.2.0-0000000", "previous": "5.3.0",
+                   "installed": str(there.folder / "versions/5.3.0/medplum-agent/medplum-agent")}  # fmt: skip
+        (there.folder / "versions/current").write_text(json.dumps(current))
+        os.chown(there.folder / part, 12345, 12345)
+        assert there.version() == "5.2.0-0000000"
+        if part == "versions/current":  # the version itself is as good as it ever was
+            return
+        refused = there.command("upgrade", "5.3.0")
+        assert refused.returncode == 1 and "another user" in refused.stderr, refused
+        here.agent.terminate()
+        done = there.command("upgrade", "5.3.0")
+        assert done.returncode == 1 and "another user" in done.stderr, done
+        assert there.command("--version").stdout.strip() == "5.2.0-0000000"
+
+
+def test_without_an_agent_a_version_proves_itself_too(tmp_path):
+    with site(tmp_path, {"ADT": "?enhanced=true"}, start=False) as here:
+        there = Installed(tmp_path, here, start=False)
+        there.add("5.3.0", "raise SystemExit(7)")
+        done = there.command("upgrade", "5.3.0")
+        assert done.returncode == 1 and "failed its selftest: code 7" in done.stderr, done
+        assert there.command("--version").stdout.strip() == "5.2.0-0000000"
+
+
+@pytest.mark.parametrize("wanted", ["metadata", "../metadata", "foo", "5.1.0"])
+def test_what_is_no_newer_version_is_refused(tmp_path, wanted):
+    with site(tmp_path, {"ADT": "?enhanced=true"}, start=False) as here:
+        there = Installed(tmp_path, here)
+        there.add("5.1.0")
+        (there.folder / "versions/metadata").mkdir(exist_ok=True)
+        done = there.command("upgrade", wanted)
+        assert done.returncode == 1 and "Traceback" not in done.stderr, done
+        assert "is no version" in done.stderr or "--allow-downgrade" in done.stderr, done
+        assert there.version() == "5.2.0-0000000"

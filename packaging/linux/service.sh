@@ -50,19 +50,22 @@ fi
 rm -f $settings.new
 umask 022
 
-rm -rf $home/new
-if [ -e "$(dirname "$2")/LICENSES.txt" ]; then # the folder of the packages
-    cp -R "$(dirname "$2")" $home/new
-    rm -rf $home/new/versions
-else
-    install -D -m 0755 "$2" $home/new/medplum-agent
+folder=$(dirname "$(readlink -f "$2")")
+if [ "$folder" != $home ]; then # else it is installed already, and gets other settings
+    rm -rf $home/new
+    if [ "$(readlink -f "$here")" = "$folder/packaging/linux" ]; then # the folder of the packages
+        cp -R "$folder" $home/new
+        rm -rf $home/new/versions
+    else
+        install -D -m 0755 "$2" $home/new/medplum-agent
+    fi
+    find $home -mindepth 1 -maxdepth 1 ! -name new ! -name versions -exec rm -rf {} +
+    mv $home/new/* $home
 fi
-find $home -mindepth 1 -maxdepth 1 ! -name new ! -name versions -exec rm -rf {} +
-mv $home/new/* $home
 rm -rf $home/new $home/versions/current $home/versions/answer # what is installed runs, not what was chosen before
 ln -sf $home/medplum-agent /usr/local/bin/medplum-agent
 for unit in "$here"/medplum-agent.service "$here"/medplum-agent-upgrade.service "$here"/medplum-agent-upgrade.path; do
-    sed "s#/usr/bin/medplum-agent#/usr/local/bin/medplum-agent#; s#/usr/lib\(exec\)\{0,1\}/medplum-agent#$home#g" \
+    sed "s#/usr/bin/medplum-agent#/usr/local/bin/medplum-agent#; s#/usr/lib\(exec\)\{0,1\}\**/medplum-agent#$home#g" \
         "$unit" >"$units/$(basename "$unit")"
 done
 systemctl daemon-reload
