@@ -10694,7 +10694,10 @@ class Versions:
 
     def choose(self, version: str) -> None:
         """This one runs from the next start on; of the others only the last one is kept, and for a while."""
-        self.current |= {"version": version, "previous": self.current["version"], "allowed": ""}
+        before = (
+            "previous" if version == self.current["version"] else "version"
+        )  # chosen again, it is not before itself
+        self.current |= {"version": version, "previous": self.current[before], "allowed": ""}
         self._write()
         self.tidy()
 
@@ -10891,8 +10894,8 @@ class Upgrades:
             with suppress(ProcessLookupError):
                 started.kill()
         if started.returncode:
-            words = said.decode("utf-8", "replace").strip().splitlines()[-1:] or [f"code {started.returncode}"]
-            raise LocalError(f"version {wanted} failed its selftest: {words[0]}")
+            words = said.decode("utf-8", "replace").removesuffix("Try --help.\n").strip().splitlines()
+            raise LocalError(f"version {wanted} failed its selftest: {[f'code {started.returncode}', *words][-1]}")
         if agent._stop.is_set():
             raise LocalError("the agent is stopping")
         record = {

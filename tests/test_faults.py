@@ -1676,8 +1676,9 @@ def test_connections_of_devices_leave_descriptors_for_the_server_and_for_pushes(
             stack.enter_context(socket.create_connection(("127.0.0.1", here.ports["CROWD"])))
         os.kill(here.agent.process.pid, signal.SIGCONT)
         here.agent.logged("was turned away: 100 files may be open at once")
+        before = here.sandbox.sandbox.requests.count("GET /ws/agent")
         here.sandbox.cut()
-        here.sandbox.wait_for(lambda: not here.sandbox.connected)
+        here.sandbox.wait_for(lambda: here.sandbox.sandbox.requests.count("GET /ws/agent") > before, 20)
         here.sandbox.wait_for(lambda: here.sandbox.connected, 20)
         assert kept.ask(message("M1"))[0] == "AA"
         receiver, caller = stack.enter_context(Receiver()), stack.enter_context(here.caller())

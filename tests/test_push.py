@@ -1394,7 +1394,7 @@ def test_push_while_the_agent_starts(tmp_path, monkeypatch):
                         await asyncio.sleep(0.0005)
 
             here.sandbox.call(flood())
-            device.wait_for(lambda: len(device.heard) >= len(texts), 10, "the pushes that came early")
+            device.wait_for(lambda: len(device.heard) >= len(texts), 60, "the pushes that came early")
             answer = waiting.result()
             assert answer.status == 200 or "start" in answer.text, answer
             here.agent.wait_state("EARLY-1999", "processed")
