@@ -10694,9 +10694,8 @@ class Versions:
 
     def choose(self, version: str) -> None:
         """This one runs from the next start on; of the others only the last one is kept, and for a while."""
-        before = (
-            "previous" if version == self.current["version"] else "version"
-        )  # chosen again, it is not before itself
+        # one that is chosen again is not the one before itself
+        before = "previous" if version == self.current["version"] else "version"
         self.current |= {"version": version, "previous": self.current[before], "allowed": ""}
         self._write()
         self.tidy()
