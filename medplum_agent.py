@@ -128,7 +128,7 @@ def load_json(text: Any) -> Any:
 
 
 # =====================================================================================================================
-# Version, limits (280 lines, 1250 tokens)
+# Version, limits (280 lines, 1300 tokens)
 #
 # Every bound has a name, a unit and a reason. What a site could need to change is a setting instead (next section).
 # =====================================================================================================================
@@ -159,6 +159,7 @@ STOP_SECS = 9.0  # the whole clean stop; service managers kill after 10 s
 SESSION_SECS = 15.0  # an upgrade waits so long for sessions of analyzers and associations to end
 YIELD_SECS = 2.0  # before another version takes over, wait this long for answers of the server; devices are served
 TRIAL_SECS = 180.0  # in which a new version must have proved itself
+UNDO_SECS = 30.0  # after that, for it to stop by itself; one that hangs is replaced as it is
 TRIAL_WELL_SECS = 30.0  # well for so long, it has; the server waits 45 s for the answer to `$upgrade`
 PROVE_SECS = 60.0  # for a new version to try itself beside the running one
 FETCH_SECS = 900.0  # for root to fetch it, over a slow line
@@ -471,7 +472,7 @@ class ServerError(PeerError):
 
 
 # =====================================================================================================================
-# Settings (1060 lines, 7500 tokens)
+# Settings (1070 lines, 7550 tokens)
 #
 # One setting, one row: a field of a frozen dataclass. The parser, the checks, `--settings-schema` and README's tables
 # come from the row. Names are the wire's own (camelCase). Precedence for a channel, field by field: Endpoint address,
@@ -666,6 +667,12 @@ def server_url(text: str) -> None:
         raise ValueError("must hold no user or password")
 
 
+def release_source(text: str) -> None:
+    """ValueError for a URL that the log should not show; a folder is anything else."""
+    if "://" in text:
+        server_url(text)
+
+
 @lru_cache(64)
 def codec_of(label: str) -> str:
     """Python's codec for a label as the Encoding Standard maps it; names that only Python knows stay as they are.
@@ -771,7 +778,7 @@ class ProcessSettings:
     storeCipher: str = setting("aegis", "Store cipher: how, AEGIS-256 or AES-256 as SQLCipher has it [aegis sqlcipher]")
     remotePayload: bool = setting(False, "Remote payload: a push to `agent://` may read patient data of the queue")
     upgradeUrl: str = setting("", "Upgrades: folder or https URL below which signed releases are; default: no upgrades",
-        env="MEDPLUM_UPGRADE_URL")
+        check=release_source, env="MEDPLUM_UPGRADE_URL")
     remoteUpgrade: bool = setting(False, "Remote upgrade: the server may ask for one ($upgrade), of signed releases",
         env="MEDPLUM_REMOTE_UPGRADE")
     upgradeWindow: str = setting("",
@@ -10600,7 +10607,7 @@ def ask_agent(state_dir: Path, asked: Json, seconds: float = HTTP_TIMEOUT_SECS) 
 
 
 # =====================================================================================================================
-# Upgrade (440 lines, 3800 tokens)
+# Upgrade (460 lines, 3900 tokens)
 #
 # Another version of this program in the place of the running one. What is signed (The Update Framework) is unpacked
 # into versions/<version> beside the installed program, and proves itself beside the running one (--selftest). Then the
@@ -10760,6 +10767,7 @@ class Versions:
         from tuf.ngclient import FetcherInterface, Updater, UpdaterConfig
 
         pool = http_pool(source, tls_context(settings.caFile)) if "://" in source else None
+        as_sent = {"decode_content": False} if pool else {}  # some servers call a .tar.gz an encoding
         until = time.monotonic() + FETCH_SECS
 
         def in_time(url: str, blocks: Iterator[bytes]) -> Iterator[bytes]:
@@ -10775,7 +10783,7 @@ class Versions:
                 file: Any = pool.request("GET", url, preload_content=False) if pool else open(url, "rb")  # noqa: SIM115
                 if pool and file.status != 200:
                     raise DownloadHTTPError(f"status {file.status} for {url}", file.status)
-                return in_time(url, iter(partial(file.read, TRANSFER_BLOCK_BYTES), b""))
+                return in_time(url, iter(partial(file.read, TRANSFER_BLOCK_BYTES, **as_sent), b""))
 
         metadata, machine = self.folder / "metadata", platform.machine().lower()
         metadata.mkdir(mode=0o700, exist_ok=True)
@@ -10822,8 +10830,11 @@ class Upgrades:
         self.record = Json()  # of the last upgrade: from, to, step, reason; callback until the server knows
         with suppress(OSError, ValueError):
             self.record = _json_object(self._path.read_bytes())
+        self._last_resort = threading.Timer(TRIAL_SECS + UNDO_SECS, self._undo)
+        self._last_resort.daemon = True
         if self.on_trial:
             self.versions.current = self.record["current"]
+            self._last_resort.start()
 
     @property
     def on_trial(self) -> bool:
@@ -10876,7 +10887,7 @@ class Upgrades:
                 wanted = await asyncio.to_thread(versions.fetch, agent.config.settings, "", wanted)
             else:
                 wanted = await self._ask_root(f"fetch {wanted}")
-        if wanted == versions.name:
+        if wanted in (versions.name, versions.name.split("-")[0]):  # a release does not know its commit
             raise LocalError(f"{wanted} is what runs, and there is no newer version")
         program = str(versions.trusted(wanted))
         agent.log.info(f"Upgrade: {wanted} proves itself.")
@@ -10981,7 +10992,11 @@ class Upgrades:
     async def run(self) -> None:
         """The trial, and the last word on an upgrade that was begun before this program started."""
         if self.on_trial:
-            if reason := await self._trial():
+            try:
+                reason = await self._trial()
+            except Exception as error:
+                reason = f"{VERSION} failed with {type(error).__name__}"
+            if reason:
                 self.give_up(reason)
                 self._agent.stop()
                 return
@@ -11021,6 +11036,7 @@ class Upgrades:
                 missing = ["the server did not accept it"] * (not agent.uplink.live)
                 missing += ["the configuration could not be applied"] * (not applied) + worse
                 return f"after {TRIAL_SECS:g} s {', '.join(missing or ['it was not well for long enough'])}"
+        self._last_resort.cancel()
         try:
             if self.versions.writable:
                 self.versions.choose(self.record["to"])
@@ -11034,6 +11050,13 @@ class Upgrades:
         """The old program comes back."""
         self.successor = self.record["old"]
         self._write(step="given up", reason=reason)
+
+    def _undo(self) -> None:
+        """It hangs, in its start or on its way out; what it has stored is safe, as after a crash."""
+        if self.successor or not self._agent._stop.is_set():
+            if not self.successor:
+                self.give_up(f"{VERSION} hangs")
+            self.execute()
 
 
 # =====================================================================================================================
@@ -12277,7 +12300,7 @@ def _selftest(options: argparse.Namespace, *arguments: str) -> int:
         agent.fhir = Fhir(config.settings, tls_context(config.settings.caFile), agent.log)
         plan, problems = build_plan(*await agent._read_config())
         saved, problems_before = build_plan(*saved_config(config.state_dir))
-        if problems and not problems_before:
+        if problems and saved.agent and not problems_before:  # else the trial tells whether it is worse than before
             raise ConfigError(*problems)
         path = Path(saved.settings.queueDbPath or config.state_dir / QUEUE_FILE)
         check_key(path, agent.key)

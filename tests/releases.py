@@ -77,6 +77,11 @@ def served(folder: Path) -> Iterator[str]:
         def log_message(self, format: str, *args: object) -> None:
             pass
 
+        def end_headers(self) -> None:
+            if self.path.endswith(".tar.gz"):  # some servers take the name for an encoding
+                self.send_header("Content-Encoding", "gzip")
+            super().end_headers()
+
     with ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Handler, directory=str(folder))) as server:
         Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
         try:

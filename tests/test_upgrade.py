@@ -23,7 +23,7 @@ from tests.test_tls import Identities, dial
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="programs are not replaced while they run there")
 ROOT = Path(__file__).resolve().parent.parent
-QUICK = "m.TRIAL_WELL_SECS, m.TRIAL_SECS = 0.5, 3.0"
+QUICK = "m.TRIAL_WELL_SECS, m.TRIAL_SECS, m.UNDO_SECS = 0.5, 3.0, 1.0"
 
 
 def program(folder: Path, version: str, code: str = "") -> Path:
@@ -348,6 +348,33 @@ def test_the_server_hears_why_not(remote, version, env, words):
     assert remote.version() == "5.2.0-0000000"
 
 
+def test_the_version_that_runs_is_no_newer_one(tmp_path):
+    """An installed program knows the commit that it was made of, a release does not."""
+    with site(tmp_path, {"ADT": "?enhanced=true"}, start=False) as here:
+        there = Installed(tmp_path, here, start=False)
+        made = there.releases(tmp_path / "made", {"5.2.0": ""})
+        here.agent.start()
+        done = there.command("upgrade", settings=f'upgradeUrl = "{made.folder}"')
+        assert (done.returncode, "5.2.0 is what runs" in done.stderr) == (1, True), done
+
+
+def test_what_never_worked_is_no_reason_to_refuse(tmp_path):
+    """An Endpoint that was wrong from the first start, so that no configuration was ever saved."""
+    with site(tmp_path, {"ADT": "?enhanced=true", "ODD": "bogus://127.0.0.1:{port}"}, start=False) as here:
+        there = Installed(tmp_path, here)
+        there.add("5.3.0")
+        done = there.command("upgrade", "5.3.0")
+        assert done.returncode == 0, done.stdout + done.stderr + here.agent.output()
+
+
+def test_a_release_source_holds_no_password(tmp_path):
+    with site(tmp_path, {}, start=False) as here:
+        there = Installed(tmp_path, here, start=False)
+        done = there.command("upgrade", settings='upgradeUrl = "https://me:pass1234@mirror.test/"')
+        assert done.returncode == 78 and "upgradeUrl" in done.stderr
+        assert "no user or password" in done.stderr and "pass1234" not in done.stderr
+
+
 def test_upgrades_have_their_hours(remote):
     day = "Mo Tu We Th Fr Sa Su".split()[(datetime.datetime.now().weekday() + 3) % 7]
     config = remote.folder / "hours.toml"
@@ -387,6 +414,34 @@ def test_a_version_that_never_works_is_reported_by_the_old_one(remote):
     answer = remote.ask("5.5.0")
     assert answer["type"] == "agent:error"
     assert answer["body"] == "Failed to upgrade to version 5.5.0: it never works"
+
+
+HANG = "async def hang(*_): await m.asyncio.sleep(99)\n"
+
+
+@pytest.mark.parametrize(
+    ("code", "words"),
+    [
+        (HANG + "m.Store.open = hang", "hangs"),
+        (HANG + "m.Operations.open = hang", "hangs"),
+        ("m.Upgrades.adopt = lambda _: m.time.sleep(99)", "hangs"),
+        (HANG + "async def no(_): return 'it fails'\nm.Upgrades._trial, m.Agent._shut_down = no, hang", "it fails"),
+        ("async def no(_): raise KeyError\nm.Upgrades._trial = no", "failed with KeyError"),
+    ],
+    ids=["queue", "operations", "loop", "way-out", "trial"],
+)  # fmt: skip
+def test_a_version_that_hangs_or_fails_beyond_its_own_judgment_is_given_up(remote, code, words):
+    remote.agent.start()
+    remote.add("5.5.0", code)
+    with remote.here.device("ADT") as device:
+        assert device.ask(message("A1"))[0] == "CA"
+        answer = remote.ask("5.5.0")
+        assert (answer["type"], words in answer["body"]) == ("agent:error", True), answer
+        assert remote.version() == "5.2.0-0000000"
+        with remote.here.device("ADT") as another:
+            assert another.ask(message("A2"))[0] == "CA"
+    for control in ("A1", "A2"):
+        remote.agent.wait_state(control, "processed")
 
 
 @pytest.mark.parametrize("step", ["fetch", "prove", "execute", "trial", "choose"])
