@@ -665,6 +665,8 @@ def server_url(text: str) -> None:
     base_url(text)
     if "@" in urllib.parse.urlsplit(text).netloc:
         raise ValueError("must hold no user or password")
+    if {"?", "#"} & {*text}:
+        raise ValueError("must hold no ? or #: paths are put behind it")
 
 
 def release_source(text: str) -> None:
@@ -2793,7 +2795,7 @@ def text_records(body: str, settings: StreamSettings) -> list[bytes]:
 
 
 # =====================================================================================================================
-# Store (1470 lines, 11000 tokens)
+# Store (1480 lines, 11000 tokens)
 #
 # Every message on disk before it is acknowledged: one SQLite file (WAL, synchronous=FULL), one writer thread with one
 # commit in flight. What arrives while it runs is the next batch: one executemany, one COMMIT, one call back into the
@@ -4133,6 +4135,8 @@ def read_queue(path: Path, read: Callable[[Database], T], key: str = "") -> T:
             return read(db)
     except OSError as error:
         raise StorageError(f"the queue {path} cannot be read: {error.strerror}") from None
+    except StorageError as error:
+        raise StorageError(f"the queue {path} cannot be read: {error}") from None
     except apsw.Error as error:
         advice = "; the agent has to run on it once after an update" if "no such" in str(error) else ""
         if beside(path, ".key").exists() and isinstance(error, apsw.NotADBError):

@@ -115,10 +115,16 @@ def test_what_the_file_names_and_nobody_knows_is_said(tmp_path: Path) -> None:
         "setting 'storekey' is ignored", "setting 'logger.main.level' is ignored"]  # fmt: skip
 
 
-@pytest.mark.parametrize("wrong", [("https://me:secret@x/", "a", "b", "c"), ("https://x/", "a", "b", "..")])
-def test_a_password_in_the_address_and_an_id_that_is_a_folder_are_refused(wrong: tuple[str, ...]) -> None:
-    with pytest.raises(ma.ConfigError, match=r"no user or password|not the id") as refused:
-        ma.resolve_process(wrong, {}, {}, None)
+@pytest.mark.parametrize(
+    ("address", "agent", "words"),
+    [
+        ("https://me:secret@x/", "c", "no user or password"), ("https://x/", "..", "not the id"),
+        ("https://x/?a=b", "c", "no [?] or #"), ("https://x/#/", "c", "no [?] or #"),
+    ],
+)  # fmt: skip
+def test_what_is_no_address_of_a_server_and_no_id_is_refused(address: str, agent: str, words: str) -> None:
+    with pytest.raises(ma.ConfigError, match=words) as refused:
+        ma.resolve_process((address, "a", "b", agent), {}, {}, None)
     assert "secret" not in str(refused.value)
 
 

@@ -836,6 +836,12 @@ def from_the_future(path: Path) -> None:
         db.execute(f"CREATE TABLE x (y); PRAGMA application_id={ma.APPLICATION_ID}; PRAGMA user_version=99;")
 
 
+def test_a_queue_of_another_program_or_version_is_named(path: Path) -> None:
+    from_the_future(path)
+    with pytest.raises(ma.StorageError, match=f"the queue {path} cannot be read: .* version"):
+        ma.read_queue(path, ma.backlog_of)
+
+
 def directory(path: Path) -> None:
     path.mkdir()
 
