@@ -837,6 +837,7 @@ def from_the_future(path: Path) -> None:
 
 
 def test_a_queue_of_another_program_or_version_is_named(path: Path) -> None:
+    path.parent.mkdir()
     from_the_future(path)
     with pytest.raises(ma.StorageError, match=f"the queue {path} cannot be read: .* version"):
         ma.read_queue(path, ma.backlog_of)
