@@ -5,10 +5,12 @@ import contextlib
 import functools
 import itertools
 import json
+import mmap
 import os
 import socket
 import sqlite3
 import subprocess
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -624,3 +626,28 @@ def test_channels_start_without_the_server_however_their_endpoints_are_named(tmp
         here.sandbox.stop()
         here.agent.start(ready=False)
         here.agent.wait_listening()
+
+
+def resident(path: str) -> int:
+    """KiB of a file that are in this process's memory."""
+    with open("/proc/self/smaps", encoding="utf-8") as file:
+        lines = file.read().splitlines()
+    at = next(number for number, line in enumerate(lines) if line.endswith(path))
+    return next(int(line.split()[1]) for line in lines[at:] if line.startswith("Rss:"))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells what is mapped")
+def test_what_only_the_start_has_read_leaves_memory_and_what_was_written_stays(tmp_path):
+    read, written = tmp_path / "read", tmp_path / "written"
+    for path in (read, written):
+        path.write_bytes(b"a" * 64 * 4096)
+    with (
+        open(read, "rb") as one, mmap.mmap(one.fileno(), 0, mmap.MAP_PRIVATE, mmap.PROT_READ) as known,
+        open(written, "rb") as two, mmap.mmap(two.fileno(), 0, access=mmap.ACCESS_COPY) as changed_pages,
+    ):  # fmt: skip
+        changed_pages[4096:4097] = b"b"
+        assert known[:].count(b"a") == 64 * 4096 and resident(str(read)) == 256
+        asyncio.run(medplum_agent.forget_start())
+        assert resident(str(read)) == 0
+        assert known[:].count(b"a") == 64 * 4096
+        assert changed_pages[4095:4098] == b"aba"

@@ -9,12 +9,14 @@
 #include <fcntl.h>
 #include <ftw.h>
 #include <limits.h>
+#include <link.h>
 #include <pthread.h>
 #include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/file.h>
+#include <sys/mman.h>
 #include <sys/prctl.h>
 #include <sys/stat.h>
 #include <sys/statvfs.h>
@@ -68,7 +70,19 @@ static void end_with_boot(void) { /* in the child, between fork and exec */
     if (getppid() != boot) _exit(1);
 }
 
+static int forgotten(struct dl_phdr_info *program, size_t size, void *unused) { /* the packed program is unpacked now */
+    (void)size, (void)unused;
+    for (int number = 0; number < program->dlpi_phnum; number++) {
+        const ElfW(Phdr) *part = &program->dlpi_phdr[number];
+        size_t start = program->dlpi_addr + part->p_vaddr, page = start & (size_t)(getpagesize() - 1);
+        if (part->p_type == PT_LOAD && part->p_flags == PF_R)
+            madvise((void *)(start - page), part->p_memsz + page, MADV_DONTNEED);
+    }
+    return 1; /* the boot process itself comes first: no library */
+}
+
 static void let_go(void) { /* in the boot process, after fork: what an earlier version left is for the program alone */
+    dl_iterate_phdr(forgotten, NULL);
     DIR *listing = getenv("MEDPLUM_AGENT_HANDOVER") ? opendir("/proc/self/fd") : NULL;
     struct dirent *entry;
     while (listing && (entry = readdir(listing))) {
