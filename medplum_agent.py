@@ -5703,7 +5703,7 @@ class Uplink:
 
 
 # =====================================================================================================================
-# Lines (1130 lines, 8000 tokens)
+# Lines (1130 lines, 8050 tokens)
 #
 # One open connection to a device, whoever dialled; each protocol has one class here, which owns its core. A line takes
 # bytes (`receive`), makes messages of them (`intake`), acknowledges when the store says durable (`stored`), writes down
@@ -6032,7 +6032,7 @@ class Line(asyncio.Protocol):
     def eof_received(self) -> bool:
         """A device may end its side first and still wait for answers (RFC 9293 3.6)."""
         self.ended = True
-        return bool(self.pending or self.awaiting or self._delayed)
+        return bool(self.pending or self.awaiting or self._delayed or self._outbox)
 
     def pause_writing(self) -> None:
         self._unread_at = self._loop.time()
@@ -6248,7 +6248,7 @@ class MllpLine(Line):
 
     def acknowledges(self, ack: Acknowledgment | None, text: str) -> bool:
         """Whether this is the word that a push waits for; without MSA-2 it is, if one push waits on this line."""
-        waiting = [exchange for exchange in self.owner.asked if not exchange.answer.done()]
+        waiting = [e for e in self.owner.asked if not e.answer.done() and e.line.host == self.host]  # of this device
         mine = [exchange for exchange in waiting if exchange.line is self]
         found = [e for e in (*mine, *waiting) if ack and e.push.control_id.strip() == ack.control_id]
         if ack and not ack.control_id and len(mine) == 1:
@@ -6434,11 +6434,12 @@ class Hl7Line(MllpLine):
 
     def stored(self, header: Header, message: Message) -> None:
         """The store has spoken: on disk, a repetition, or refused."""
+        if message.earlier and not message.refusal:
+            spawn(self._repeated(header, message, message.earlier)).add_done_callback(lambda _: self.settled())
+            return
         self.settled()
         if message.refusal:
             self._acknowledge(header, "E", message.refusal)
-        elif message.earlier:
-            spawn(self._repeated(header, message, message.earlier))
         else:
             self._acknowledge(header, "A")
             self.awaiting += self._owes_answer and not is_ack(message.type)
@@ -6456,10 +6457,8 @@ class Hl7Line(MllpLine):
         queue, store = self.owner.queue, self.owner.store
         row = queue.window.get(earlier.id, earlier)
         if row is earlier and row.state < PROCESSED:  # on disk, or settled a moment ago
-            self.pending += 1
             with suppress(StorageError):
                 row = await store.message(row.id) or row
-            self.settled()
             row = queue.window.get(row.id, row)
         self.owner.say(f"message {row.id} came again from {self.remote}, and is answered from the queue")
         if row.state < PROCESSED:
@@ -6657,15 +6656,15 @@ class StreamLine(Line):
             return False
         self.owner.note(f"[Sending]: {body}")
         try:
-            self.reply(body, message)
+            return self.reply(body, message)
         except PeerError as problem:
             self.owner.warn(f"message {message.id}: the Bot's answer cannot be sent: {problem}")
             return False
-        return True
 
-    def reply(self, body: str, message: Message) -> None:
-        """The Bot's words on the wire; PeerError when they are not what the channel carries."""
+    def reply(self, body: str, message: Message) -> bool:
+        """The Bot's words on the wire, and whether that is all; PeerError for what the channel does not carry."""
         self.send(stream_answer(body, self.settings))
+        return True
 
     async def ask(self, push: Push) -> str:
         try:
@@ -6797,17 +6796,18 @@ class AstmLine(StreamLine):
 
     # --- records down ---
 
-    def reply(self, body: str, message: Message) -> None:
+    def reply(self, body: str, message: Message) -> bool:
         spawn(self._offer(body, message))
+        return False  # not before the instrument has taken it
 
     async def _offer(self, body: str, message: Message) -> None:
         try:
             self.encode(body, codec_of(self.settings.encoding))  # for its warning: records are encoded one by one
             await self._send_records(body)
+            message.outcome = DELIVERED
+            self.owner.store.update(message)
         except DeviceError as error:
             self.owner.warn(f"{self.remote}: the Bot's answer was not taken: {error}")
-            message.outcome = UNDELIVERED
-            self.owner.store.update(message)
             if not self.attached:
                 self.owner.hold(message, body)
 
@@ -6830,7 +6830,7 @@ class AstmLine(StreamLine):
 
 
 # =====================================================================================================================
-# Channels (400 lines, 3050 tokens)
+# Channels (400 lines, 3100 tokens)
 #
 # A channel is a configured name: its plan, its queue, its lines, and the door by which they come, a listener or a
 # dialler. A listener owns a bound port and may change its channel, so that a reload can swap ports without ever
@@ -6856,7 +6856,7 @@ def _address(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address:
 class Channel:
     """One channel. It has its queue from birth; of an earlier channel of the same name it takes that one's over."""
 
-    def __init__(self, plan: ChannelPlan, parts: Parts, queue: Queue | None = None):
+    def __init__(self, plan: ChannelPlan, parts: Parts, old: Channel | None = None):
         self.plan, self.store, self.uplink = plan, parts.store, parts.uplink
         self.loop = asyncio.get_running_loop()
         self.lines: dict[str, Line] = {}
@@ -6871,10 +6871,13 @@ class Channel:
         self._watcher: asyncio.TimerHandle | None = None
         self._dialling: asyncio.Task[None] | None = None
         row = self.store.channel(plan.name, plan.key_spec)
-        if queue is None:
-            queue = Queue(row, plan.policy, self.store, self.uplink, self, self._log)
-            self.uplink.queues.append(queue)
-        self.queue = queue
+        if old is None:
+            self.queue = Queue(row, plan.policy, self.store, self.uplink, self, self._log)
+            self.uplink.queues.append(self.queue)
+        else:
+            self.queue = old.queue
+        if old is not None and old.kind is self.kind:
+            self._held, self.pushed = old._held, old.pushed
         self.replan(plan)
 
     @property
@@ -7496,6 +7499,7 @@ class Device:
 
     async def keep(self, push: Push) -> None:
         """Store a push that nobody waits for, and send it in its turn: in the order of the calls."""
+        self.users += 1  # until it is in the queue
         async with self._keeping:
             if not self.queue.row.id:  # the queue was never open yet: until it is
                 with suppress(StorageError):
@@ -7511,6 +7515,7 @@ class Device:
     def _stored(self, push: Push, message: Message) -> None:
         if not message.refusal:
             self.queue.stored(message)
+            self.users -= 1
             return
         self._devices.log.error(f"A push to {self.name} cannot be stored ({message.refusal}); it is tried once.")
         spawn(self._try_once(push))
@@ -7522,6 +7527,8 @@ class Device:
             self._devices.log.error(f"A push that could not be stored failed: {error}; it is tried again.")
             await asyncio.sleep(STORE_REOPEN_SECS)
             await self.keep(push)
+        finally:
+            self.users -= 1
 
     @property
     def is_open(self) -> bool:
@@ -7766,7 +7773,7 @@ def parse_ping(host: object, body: object) -> tuple[str, int]:
 
 
 # =====================================================================================================================
-# DICOM (1740 lines, 14550 tokens)
+# DICOM (1790 lines, 15100 tokens)
 #
 # Imaging devices (DICOM PS3.4, PS3.7, PS3.8; channel contract 8). `Dimse` is a core like the others: bytes in, events
 # out. Its line runs requests as coroutines; what takes long (fsync, decoding, JSON) goes to a few threads. pydicom and
@@ -8219,7 +8226,7 @@ def dicom_json(
         key = f"{tag:08X}"
         if key in _PIXEL_DATA or (key.endswith("0000") and not key.startswith("0002")):
             continue  # no group lengths (F.2.2), nor the zeros of a padding
-        raw = dataset.get_item(tag)
+        raw = dataset.get_item(tag, keep_deferred=True)
         length, element = getattr(raw, "length", 0), None
         unread = length == 0xFFFFFFFF and getattr(raw, "value", "") is None
         if not unread and length not in range(large, 0xFFFFFFFF):
@@ -8242,6 +8249,17 @@ def dicom_json(
         else:
             found[key] = element
     return found
+
+
+def _say_utf8(elements: Json) -> None:
+    """What its text is in now, whatever it was."""
+    for tag, element in elements.items():
+        values = element.get("Value") or [""]
+        if tag == "00080005" and values[0]:
+            element["Value"] = ["ISO_IR 192"]
+        elif element["vr"] == "SQ":
+            for item in values if values[0] else ():
+                _say_utf8(item)
 
 
 def _as_text(tag: int, raw: Any) -> Json | None:
@@ -8307,12 +8325,23 @@ def fitted(body: Json) -> str:
     return dump_json(body).decode()
 
 
+def _fit_numbers(_: Dataset, element: Any) -> None:
+    """Decimals of 16 characters at most, and nothing for what is missing among others (PS3.5 6.2)."""
+    if element.VR in ("DS", "IS") and element.VM:
+        values = element.value if element.VM > 1 else [element.value]
+        short = pydicom.valuerep.format_number_as_ds
+        texts = ["" if one is None else str(one) if len(str(one)) <= 16 else short(float(one)) for one in values]
+        element.value = "\\".join(texts)
+
+
 def dataset_of(elements: object) -> Dataset:
     """A data set from DICOM JSON, with a character set that holds its text; ValueError when it is none."""
     if not isinstance(elements, dict):
         raise ValueError("a data set in DICOM JSON is an object")
     try:
-        dataset: Dataset = pydicom.Dataset.from_json(elements)
+        sent = {tag: element for tag, element in elements.items() if tag >= "0008"}  # PS3.4 C.4.1.1.3
+        dataset: Dataset = pydicom.Dataset.from_json(sent)
+        dataset.walk(_fit_numbers)
         text = dump_json(elements).decode()
         if not text.isascii() and not _holds(dataset.get("SpecificCharacterSet"), text):
             dataset.SpecificCharacterSet = "ISO_IR 192"
@@ -8382,29 +8411,33 @@ _LONG = b"OB OD OF OL OV OW SQ SV UC UN UR UT UV".split()  # with 4 bytes of len
 _VRS = _LONG + b"AE AS AT CS DA DS DT FD FL IS LO LT PN SH SL SS ST TM UI UL US".split()
 
 
-def check_inflated(file: BinaryIO, start: int, syntax: str) -> None:
-    """Refusal for a deflated data set that would fill the memory: a few bytes may stand for many (RFC 1951)."""
+def _inflated(file: BinaryIO, start: int) -> Iterator[bytes]:
+    """A deflated data set, a piece at a time, as far as it goes (PS3.5 A.5)."""
     file.seek(start)
-    inflater, size = zlib.decompressobj(-zlib.MAX_WBITS), 0
-    with suppress(zlib.error):  # pydicom says what is wrong with it
+    inflater = zlib.decompressobj(-zlib.MAX_WBITS)
+    with suppress(zlib.error):
         while left := file.read(TRANSFER_BLOCK_BYTES):
             while left:
-                size += len(inflater.decompress(left, MIB))
+                yield inflater.decompress(left, MIB)
                 left = inflater.unconsumed_tail
-                if size > INFLATED_BYTES:
-                    raise Refusal(f"deflated, and larger than {INFLATED_BYTES} bytes when inflated", OUT_OF_RESOURCES)
 
 
 def check_whole(file: BinaryIO, start: int, syntax: str) -> None:
     """Refusal for a data set that breaks off, or is a whole Part 10 file; padding behind it is left alone.
 
-    The file must not be deflated. Values are passed over, not read.
+    Values are passed over, not read, unless it is deflated.
     """
-    implicit, little, _ = syntax_of(syntax)
+    implicit, little, deflated = syntax_of(syntax)
+    if deflated:
+        if any(size > INFLATED_BYTES for size in itertools.accumulate(map(len, _inflated(file, start)))):
+            raise Refusal(f"deflated, and larger than {INFLATED_BYTES} bytes when inflated", OUT_OF_RESOURCES)
+        file, start = io.BytesIO(b"".join(_inflated(file, start))), 0
     order, size = "<" if little else ">", file.seek(0, os.SEEK_END)
     file.seek(start)
     if (begin := file.read(132))[128:] == b"DICM":
         raise Refusal("the data set is a whole DICOM file, with preamble", CANNOT_UNDERSTAND)
+    if begin[:2] in (b"\2\0", b"\0\2"):  # the file that is made of it would have two
+        raise Refusal("the data set begins with file meta information, group 0002", CANNOT_UNDERSTAND)
     file.seek(start)
     # is implicit VR in the data set (devices say so and mean explicit), and in each sequence or item of undefined
     # length that is not closed?
@@ -8530,7 +8563,7 @@ class Request:
         return cast("Dataset", pynetdicom.dsutils.decode(io.BytesIO(self.data), *syntax_of(self.context.syntaxes[0])))
 
     async def respond(self, fields: Json, dataset: Dataset | None = None) -> None:
-        """An answer, of success unless its status says other; a data set that cannot be written is not sent."""
+        """An answer, of success unless its status says other; Refusal for a data set that cannot be written."""
         if not self.line.core.established:
             return
         data, asked = None, self.fields
@@ -8538,7 +8571,11 @@ class Request:
             try:
                 data = write_dataset(dataset, self.context.syntaxes[0])
             except Exception:
-                fields = {"Status": UNABLE_TO_PROCESS, "ErrorComment": "the Bot's data set cannot be written"}
+                parts = (pydicom.Dataset({one.tag: one}) for one in dataset)
+                bad = next((part for part in parts if not pynetdicom.dsutils.encode(part, True, True)), dataset)
+                tags = ", ".join(f"{tag:08X}" for tag in itertools.islice(bad.keys(), 1))
+                status = PROCESSING_FAILURE if self.name.startswith("N-") else UNABLE_TO_PROCESS
+                raise Refusal(f"the Bot's data set cannot be written: {tags}", status) from None
         answer = {"CommandField": asked["CommandField"] | 0x8000, "Status": SUCCESS,
                   "MessageIDBeingRespondedTo": asked.get("MessageID", 0)}  # fmt: skip
         for name in ("SOPClassUID", "SOPInstanceUID"):
@@ -8564,6 +8601,7 @@ class DicomLine(Line):
         self.commitments: set[int] = set()  # messages that asked for one
         self._coming: Request | None = None  # its data set is being received
         self._requests: deque[Request] = deque()  # the first is being served
+        self._unanswered = 0  # also those that are still coming
         self._answers: dict[int, asyncio.Future[Json]] = {}  # to requests of ours, by message id
         self._message_ids = itertools.cycle(range(1, 0x10000))
         self._drained = asyncio.Event()
@@ -8649,7 +8687,11 @@ class DicomLine(Line):
                 uid: (scu, scp if is_storage(uid) or uid == COMMITMENT_CLASS else 0)
                 for uid, (scu, scp) in roles.items()
             }
-            self.send(core.accept(list(map(self._negotiated, contexts)), allowed))
+            found = list(map(self._negotiated, contexts))
+            self.send(core.accept(found, allowed))
+            if not core.contexts:
+                names = ", ".join(sorted({pydicom.uid.UID(context.abstract).name for context, _ in found}))
+                self.owner.warn(f"'{calling}' at {self.remote} asks for nothing that is served here: {names}")
             return
         self.owner.warn(f"the association of '{calling}' at {self.remote} was rejected: {reason}")
         self.send(core.reject(*answer))
@@ -8665,7 +8707,7 @@ class DicomLine(Line):
         return context._replace(syntaxes=tuple(chosen)), 0 if known and usable else 4 if known else 3
 
     def _end(self, reason: str) -> None:
-        if reason:
+        if reason := reason or "with a request that was not answered" * bool(self._unanswered):
             self.owner.warn(f"{self.remote}: the association of '{self.titles['callingAeTitle']}' ended: {reason}")
         self._give_up()
         self._loop.call_later(HANG_UP_SECS, self.abort)  # the device closes first (PS3.8 9.2, ARTIM)
@@ -8677,7 +8719,10 @@ class DicomLine(Line):
 
     def check_time(self, now: float, idle: float, inside: float) -> str:
         if not self.core.established:
-            return super().check_time(now, self.owner.settings.associationTimeoutSecs, 0)
+            seconds = self.owner.settings.associationTimeoutSecs
+            if self.core.state == "Sta2" and 0 < seconds < now - self.opened_at:  # ARTIM (PS3.8 9.1.5)
+                return f"it sent no association request for {now - self.opened_at:.0f} s"
+            return super().check_time(now, seconds, 0)
         return "" if self._requests else super().check_time(now, idle, inside)
 
     # --- requests ---
@@ -8695,6 +8740,7 @@ class DicomLine(Line):
                 if request.fields.get("MessageID") == about:
                     request.cancelled.set()
             return
+        self._unanswered += 1
         request = Request(self, name, self.core.contexts[context], fields, bytearray(), asyncio.Event())
         if not has_data:
             self._serve_soon(request)
@@ -8757,6 +8803,7 @@ class DicomLine(Line):
                         await self._serve_one(request)
             finally:
                 self.pending -= stored
+                self._unanswered -= 1
                 self.active_at = self._loop.time()
                 self._requests.popleft()
                 if len(self._requests) <= WAITING_REQUESTS:
@@ -8823,10 +8870,10 @@ class DicomChannel(Channel):
     _decoding = ThreadPoolExecutor(1, "decoding")  # one at a time: messages share the interpreter with it
     _sending = ThreadPoolExecutor(DICOM_PUSHES, "dicom-move")
 
-    def __init__(self, plan: ChannelPlan, parts: Parts, queue: Queue | None = None):
+    def __init__(self, plan: ChannelPlan, parts: Parts, old: Channel | None = None):
         self._fhir = parts.fhir
         self._waiting: dict[int, asyncio.Future[str]] = {}  # devices that wait for the Bot, by message
-        super().__init__(plan, parts, queue)
+        super().__init__(plan, parts, old)
 
     @property
     def settings(self) -> DicomSettings:
@@ -8880,7 +8927,7 @@ class DicomChannel(Channel):
         omitted: list[str] = []
         standard, syntax = self.settings.dicomJson == "standard", request.context.syntaxes[0]
         with file.open() as reading:
-            (check_inflated if syntax_of(syntax)[2] else check_whole)(reading, file.start, syntax)
+            check_whole(reading, file.start, syntax)
         try:
             with file.open() as reading:
                 dataset = pydicom.dcmread(reading, defer_size=LARGE_VALUE_BYTES, force=True)
@@ -8895,8 +8942,7 @@ class DicomChannel(Channel):
         for what, found, command in zip(("class", "instance"), uids, commanded, strict=False):
             if found and found != command:
                 raise Refusal(f"the SOP {what} UID of the data set is not that of the request", SOP_MISMATCH)
-        if described.get("00080005", {}).get("Value", [""])[0]:  # the text is in UTF-8 now
-            described["00080005"]["Value"] = ["ISO_IR 192"]
+        _say_utf8(described)
         body |= {"dataset": meta | described} | ({"omitted": omitted} if omitted else {})
         return uids[2]
 
@@ -9063,7 +9109,7 @@ class DicomChannel(Channel):
         usable = [own] if own in accepted else [one for one in accepted if {one, own} <= set(UNCOMPRESSED)]
         if not usable:
             raise ValueError("no presentation context for it")
-        data: Iterable[tuple[bytes, bool]] = file_blocks(file, 144 + meta.FileMetaInformationGroupLength)
+        data: Iterable[tuple[bytes, bool]] = file_blocks(file, file.start)
         if usable[0] != own:
             data = [(await self._decode(lambda: write_dataset(read_object(file), usable[0], own)), True)]
         fields = {"CommandField": 0x0001, "AffectedSOPClassUID": sop_class, "Priority": 0,
@@ -9111,7 +9157,9 @@ class DicomChannel(Channel):
             meta = await self._decode(meta_of, file)
             uid = meta.MediaStorageSOPInstanceUID
             status = int((await send(file, meta)).get("Status", PROCESSING_FAILURE))
-            return "Completed" if status == SUCCESS else "Warning" if status >> 12 == 0xB else "Failed", uid
+            if status == SUCCESS or status >> 12 == 0xB:
+                return "Warning" if status else "Completed", uid
+            raise DeviceError(f"the device answered with status 0x{status:04X}", "device-rejected")
         except Exception as error:  # no DICOM file, or nobody who takes it: the next one may go
             said = str(error) if isinstance(error, AgentError | ValueError) else type(error).__name__
             self.warn(f"{places[-1]} cannot be {'sent' if uid else 'fetched'}: {said}")
@@ -9357,9 +9405,17 @@ def read_object(file: SpoolFile) -> Dataset:
 
 
 def meta_of(file: SpoolFile) -> Dataset:
-    """File Meta Information of a Part 10 file (PS3.10 7.1)."""
+    """File Meta Information of a Part 10 file (PS3.10 7.1); what it says of its own length is not believed."""
     with file.open() as reading:
-        return cast("Dataset", pydicom.filereader.read_partial(reading, stop_when=lambda *_: True).file_meta)
+        reading.seek(132)
+        while (head := reading.read(8))[:2] == b"\2\0":
+            vr, size = head[4:6], struct.unpack("<H", head[6:])[0]
+            if vr not in _VRS or vr in _LONG:
+                size = int.from_bytes(reading.read(4) if vr in _LONG else head[4:], "little")
+            reading.seek(size, os.SEEK_CUR)
+        file.start = reading.tell() - len(head)
+        reading.seek(0)
+        return cast("Dataset", pydicom.dcmread(io.BytesIO(reading.read(min(file.start, MIB)))).file_meta)
 
 
 def file_blocks(file: SpoolFile, start: int) -> Iterator[tuple[bytes, bool]]:
@@ -11088,7 +11144,7 @@ class Upgrades:
 
 
 # =====================================================================================================================
-# Agent (660 lines, 5650 tokens)
+# Agent (670 lines, 5750 tokens)
 #
 # Plans become running channels. A reload reads everything, lists every problem, and changes nothing if there is one;
 # otherwise only what differs changes, and untouched channels keep their connections. The life cycle: lock, logs,
@@ -11117,6 +11173,7 @@ class Agent:
         self.listeners: dict[tuple[str, int], Listener] = {}
         self._stop = asyncio.Event()
         self._reloading, self._applying, self._push_gate = asyncio.Lock(), asyncio.Lock(), asyncio.Lock()
+        self._awaited: set[asyncio.Task[None]] = set()  # pushes and pings that somebody waits for
         self._last_sweep = dict.fromkeys(_SWEPT, -1)
         self._problem = "it has not started yet"
         self.operations = Operations(self)
@@ -11427,7 +11484,7 @@ class Agent:
         if isinstance(plan.settings, DicomSettings):
             await load_imaging()
             kind = DicomChannel
-        self.channels[plan.name] = channel = kind(plan, self._parts, old.queue if old else None)
+        self.channels[plan.name] = channel = kind(plan, self._parts, old)
         if plan.active:
             channel.start()
         if plan.active and not plan.dials and (listener := self.listeners.get(plan.bind)):
@@ -11448,7 +11505,10 @@ class Agent:
     def _message(self, message: Json) -> None:
         """A request; or an agent:error, which names no message: a text that might quote one goes to the channel log."""
         if message["type"] != "agent:error":
-            spawn(self._perform(message))
+            task = spawn(self._perform(message))
+            if message["type"] in ("push", "agent:transmit:request") and message.get("callback"):
+                self._awaited.add(task)
+                task.add_done_callback(self._awaited.discard)
             return
         text = str(message.get("body"))
         if "access token" in text:
@@ -11522,6 +11582,8 @@ class Agent:
             return answer | {"contentType": push.content_type, "body": body}
         except (DeviceError, PingError) as error:
             return answer | {"contentType": "text/plain", "statusCode": 400, "body": str(error)}
+        except asyncio.CancelledError:
+            return answer | {"contentType": "text/plain", "statusCode": 400, "body": "the agent is stopping"}
 
     async def _reload_config(self, message: Json) -> Json:
         try:
@@ -11674,6 +11736,8 @@ class Agent:
                     channel.close_door()
                 if hasattr(self, "devices"):
                     self.devices.close()
+                for task in list(self._awaited):
+                    task.cancel()
                 await self._settle(0 if upgrade else STOP_ANSWER_SECS)
                 with suppress(TimeoutError):  # a device waits longer than the server
                     await asyncio.wait_for(self.uplink.goodbye(), LAZY_SECS if upgrade else STOP_SECS)

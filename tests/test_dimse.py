@@ -776,6 +776,7 @@ def plain(element: dict[str, Any], text: bool, left_out: set[str]) -> Any:
     """Without what is documented to differ: formats of numbers, carets that end a name, large values; `text`: any."""
     vr, values = element["vr"], element.get("Value", [])
     if vr == "SQ":
+        left_out = left_out | {"00080005"}  # ours says UTF-8, which it is
         kept = [{k: e for k, e in one.items() if k not in left_out and not is_large(e)} for one in values]
         return vr, [{k: plain(e, text, left_out) for k, e in one.items()} for one in kept]
     if "InlineBinary" in element:
