@@ -2819,7 +2819,7 @@ def text_records(body: str, settings: StreamSettings) -> list[bytes]:
 
 
 # =====================================================================================================================
-# Store (1480 lines, 11000 tokens)
+# Store (1480 lines, 11050 tokens)
 #
 # Every message on disk before it is acknowledged: one SQLite file (WAL, synchronous=FULL), one writer thread with one
 # commit in flight. What arrives while it runs is the next batch: one executemany, one COMMIT, one call back into the
@@ -2973,15 +2973,15 @@ class _Update(NamedTuple):
     then: Callable[[], None] | None
 
 
-def store_key(source: str, cipher: str) -> str:
-    """What SQLite needs to open an encrypted queue, as a part of its URI; empty for a plain one. ConfigError."""
+def store_secret(source: str) -> bytes:
+    """What storeKey names, where the key comes from; empty when it names nothing. ConfigError."""
     try:
         kind, _, where = key_source(source).partition(":")
     except ValueError as error:
         raise ConfigError(f"storeKey {error}") from None
-    if not kind:
-        return ""
     secret = b""
+    if not kind:
+        return secret
     try:
         if kind == "systemd":  # systemd.exec(5), LoadCredentialEncrypted
             secret = named_file(os.path.join(os.environ.get("CREDENTIALS_DIRECTORY", ""), where))  # noqa: PTH118
@@ -3005,7 +3005,14 @@ def store_key(source: str, cipher: str) -> str:
         failed = "fails, or " if kind in ("command", "keychain") else ""
         text = f"storeKey: {kind} {failed}gives fewer than {KEY_CHARS} characters; for a key: openssl rand -hex 32"
         raise ConfigError(text, for_good=kind in ("file", "systemd"))
-    return f"cipher={cipher}&key=raw:{hmac.digest(secret.strip(), b'medplum-agent queue', 'sha256').hex()}"
+    return secret.strip()
+
+
+def store_key(source: str, cipher: str) -> str:
+    """What SQLite needs to open an encrypted queue, as a part of its URI; empty for a plain one. ConfigError."""
+    if not (secret := store_secret(source)):
+        return ""
+    return f"cipher={cipher}&key=raw:{hmac.digest(secret, b'medplum-agent queue', 'sha256').hex()}"
 
 
 class Database(apsw.Connection):
@@ -11812,7 +11819,7 @@ def _stack(error: BaseException | None) -> list[str]:
 
 
 # =====================================================================================================================
-# Command line (780 lines, 6800 tokens)
+# Command line (800 lines, 6900 tokens)
 # =====================================================================================================================
 
 _USAGE = """\
@@ -11832,6 +11839,7 @@ _USAGE = """\
        %(prog)s queue import FILE        what was exported, into this queue
        %(prog)s queue replay             messages of --channel, since --since, once more: to the Bot that --to names
        %(prog)s queue rekey              another key for the queue of an agent that does not run: --to names it
+       %(prog)s queue export-key FILE    a copy of the key of an encrypted queue, to be kept elsewhere
        %(prog)s upgrade [WHAT]           another version takes over from the running one; no device notices
        %(prog)s service VERB             start, stop or status; install [ARGUMENTS] makes this program one, uninstall
        %(prog)s send HOST:PORT FILE...   HL7 messages to a device or channel, with their acknowledgments"""
@@ -12154,10 +12162,10 @@ def _queue_file(options: argparse.Namespace) -> tuple[Path, Path, str]:
 
 _QUEUE_FORMS = (
     rf"list( ({'|'.join(KINDS)}))?|find \S.*|"
-    r"show \d{1,18}|(retry|discard)( \d{1,18})*|export \S.*|import \S.*|replay|rekey"
+    r"show \d{1,18}|(retry|discard)( \d{1,18})*|export \S.*|import \S.*|replay|rekey|export-key \S.*"
 )
 _QUEUE_VERBS = """queue needs one of: list [waiting | dead | undelivered | open | all], find CONTROL_ID, show ID,
-retry [ID...], discard [ID...], export FILE, import FILE, replay, rekey"""
+retry [ID...], discard [ID...], export FILE, import FILE, replay, rekey, export-key FILE"""
 
 
 def _queue(options: argparse.Namespace, verb: str = "", *what: str) -> int:
@@ -12170,6 +12178,8 @@ def _queue(options: argparse.Namespace, verb: str = "", *what: str) -> int:
     wanted = Wanted("", 0, "", options.channel, options.reason, since, until)
     if verb == "rekey":
         return _rekey(options)
+    if verb == "export-key":
+        return _export_key(options, Path(" ".join(what)))
     if verb in FATES:
         dead = wanted._replace(kind="dead", whole=verb == "retry" and not what)
         return _decide(options, verb, dead, [int(id_) for id_ in what])
@@ -12294,6 +12304,20 @@ def _replay(options: argparse.Namespace, wanted: Wanted) -> int:
     asyncio.run(run())
     _show(*([f"{count} messages: {status}" for status, count in statuses.items()] or ["There are no such messages."]))
     return int(not statuses or any(status >= "status 3" for status in statuses if status.startswith("status ")))
+
+
+def _export_key(options: argparse.Namespace, file: Path) -> int:
+    """A copy of what the key is made of, to be kept apart."""
+    if not (secret := store_secret(_process_config(options).settings.storeKey)):
+        raise ConfigError("storeKey is not set: this queue has no key")
+    audit(_state_dir(options), f"store key to {file}")
+    try:
+        with open(file, "xb", opener=private) as target:
+            target.write(secret + b"\n")
+    except OSError as error:
+        raise StorageError(f"{file}: {error.strerror}") from None
+    _show(f'{file} holds the key. Keep it apart from this machine; storeKey = "file:PATH" reads it.')
+    return 0
 
 
 def _rekey(options: argparse.Namespace) -> int:

@@ -154,6 +154,24 @@ def test_without_its_key_the_agent_does_not_start_and_touches_nothing(
         here.sandbox.wait_ids("CONTROL-KEPT")
 
 
+def test_a_copy_of_the_key_opens_the_queue_elsewhere(tmp_path: Path, key_file: Path) -> None:
+    copy = tmp_path / "copy.key"
+    with encrypted(tmp_path, key_file) as here:
+        here.sandbox.stop()
+        send(here, "KEPT")
+        settings = config(here)
+        settings.write_text(settings.read_text().replace(f"file:{key_file}", f"command:cat {key_file}"))
+        done = command(here, "queue", "export-key", str(copy))
+        assert (done.returncode, KEY in done.stdout + done.stderr) == (0, False)
+        assert copy.stat().st_mode & 0o777 == 0o600
+        assert command(here, "queue", "export-key", str(copy)).returncode == 1  # it is there
+        here.agent.kill()
+        settings.write_text(settings.read_text().replace(f"command:cat {key_file}", f"file:{copy}"))
+        assert "waiting" in command(here, "queue", "list").stdout
+        settings.write_text("\n".join(line for line in settings.read_text().splitlines() if "storeKey" not in line))
+        assert "no key" in command(here, "queue", "export-key", str(tmp_path / "none")).stderr
+
+
 def test_the_key_changes_and_goes(tmp_path: Path, key_file: Path) -> None:
     other = tmp_path / "other.key"
     other.write_text("e" * 64)
