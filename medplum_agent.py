@@ -348,9 +348,9 @@ async def forget_start() -> None:
     import ctypes
 
     with suppress(AttributeError, OSError, TypeError):  # Linux alone has the list
-        before = _unwritten()
+        before = await asyncio.to_thread(_unwritten)
         await asyncio.sleep(LAZY_SECS)  # what stood here then is not being loaded now
-        for start, size in before & _unwritten():
+        for start, size in before & await asyncio.to_thread(_unwritten):
             ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(size), 4)  # MADV_DONTNEED
 
 

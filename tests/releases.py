@@ -70,7 +70,7 @@ def make_repository(
 
 
 @contextmanager
-def served(folder: Path) -> Iterator[str]:
+def served(folder: Path, *, mislabelled: bool = False) -> Iterator[str]:
     """A mirror: the folder at an address of this machine, which ends in a slash."""
 
     class Handler(SimpleHTTPRequestHandler):
@@ -78,7 +78,7 @@ def served(folder: Path) -> Iterator[str]:
             pass
 
         def end_headers(self) -> None:
-            if self.path.endswith(".tar.gz"):  # some servers take the name for an encoding
+            if mislabelled and self.path.endswith(".tar.gz"):  # some servers take the name for an encoding
                 self.send_header("Content-Encoding", "gzip")
             super().end_headers()
 

@@ -115,7 +115,7 @@ def test_a_stop_tells_every_caller_that_waits(tmp_path, kind):
             push = pool.submit(caller.push, url, "H|\\^&\nL|1|N\n", contentType=records)
         else:
             push = pool.submit(caller.ping, "127.0.0.9", "PING 20")
-        eventually(lambda: kind == "ping" or device.links)
+        eventually(lambda: here.sandbox.sandbox._waiting if kind == "ping" else device.links)
         here.sandbox.stats()  # what the server sent before it was read
         code, _ = here.agent.terminate()
         assert (code, push.result().text) == (0, "the agent is stopping")

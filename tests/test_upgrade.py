@@ -203,7 +203,7 @@ def test_the_newest_release_is_fetched_verified_and_stays(tmp_path):
     with site(tmp_path, {"ADT": "?enhanced=true"}, start=False) as here:
         there = Installed(tmp_path, here)
         made = there.releases(tmp_path / "made", {"5.3.0": "", "5.10.0": ""})
-        with releases.served(made.folder) as url, here.device("ADT") as device:
+        with releases.served(made.folder, mislabelled=True) as url, here.device("ADT") as device:
             done = there.command("upgrade", settings=f'upgradeUrl = "{url}"')
             assert done.returncode == 0, done.stderr + here.agent.output()
             assert there.version() == "5.10.0-0000000"
