@@ -128,7 +128,7 @@ def load_json(text: Any) -> Any:
 
 
 # =====================================================================================================================
-# Version, limits (300 lines, 1450 tokens)
+# Version, limits (300 lines, 1500 tokens)
 #
 # Every bound has a name, a unit and a reason. What a site could need to change is a setting instead (next section).
 # =====================================================================================================================
@@ -219,6 +219,8 @@ SWEEP_ROWS = 1000  # rows deleted in one transaction: an ACK never waits for the
 RELOAD_START_SECS = 3.0  # a reload asked for while the agent starts waits this long; the server waits 5 s
 HTTP_TIMEOUT_SECS = 30.0  # one HTTP request
 TRANSFER_TIMEOUT_SECS = 120.0  # of silence while a file is sent or fetched, however long it takes as a whole
+ANSWERS_HELD, ANSWER_HELD_SECS = 256, 60.0  # to the server, for a new connection
+REQUESTS = 32  # to the server at once: it waits 5 s for a reload, which reads each Endpoint
 TRANSFERS = 4  # files under way to or from the server at once
 SEARCH_RESOURCES = 10_000  # of one FHIR search
 TRANSFER_BLOCK_BYTES = 256 * KIB  # read and written in one go
@@ -496,7 +498,7 @@ class ServerError(PeerError):
 
 
 # =====================================================================================================================
-# Settings (1070 lines, 7550 tokens)
+# Settings (1080 lines, 7600 tokens)
 #
 # One setting, one row: a field of a frozen dataclass. The parser, the checks, `--settings-schema` and README's tables
 # come from the row. Names are the wire's own (camelCase). Precedence for a channel, field by field: Endpoint address,
@@ -1021,7 +1023,8 @@ def parse_setting(row: Row, value: Any) -> Any:
             raise ValueError("must be text in quotes")
         if meta["check"] and (value or meta["guard"]):
             meta["check"](value)
-        text = value.strip(" ")  # control characters may be what is meant
+        # control characters may be what is meant, and a space where it is one of the bytes on the wire
+        text = value if meta["check"] in (byte_sequence, byte_sequences, auto_responses) else value.strip(" ")
         if not meta["choices"]:
             return text
         for choice in meta["choices"]:
@@ -1037,6 +1040,10 @@ def parse_setting(row: Row, value: Any) -> Any:
     if meta["min"] is not None and number < meta["min"]:
         raise ValueError(f"must be at least {meta['min']:g}")
     return number
+
+
+# Of the Agent's settings (channel contract 3)
+_CLAMPED = ("channelMaxWorkers", "channelAutoRetryBaseDelayMs", "channelAutoRetryBackoffMultiplier")
 
 
 def read_settings(
@@ -1056,7 +1063,11 @@ def read_settings(
         except ValueError as error:
             if row.metadata["guard"]:
                 raise ConfigError(f"{where}{name} '{value}': {error}") from None
-            warn(f"{where}{name} '{value}'{source} {error}; {fate}")
+            then = fate
+            if name in _CLAMPED and "at least" in str(error):
+                values[name] = row.metadata["min"]
+                then = f"it is set to {values[name]}"
+            warn(f"{where}{name} '{value}'{source} {error}; {then}")
             continue
         high = row.metadata["max"]
         if high is not None and values[name] > high:
@@ -1753,7 +1764,7 @@ def _lines_backwards(path: Path, end: int) -> Iterator[tuple[int, bytes]]:
 
 
 # =====================================================================================================================
-# HL7 (250 lines, 1950 tokens)
+# HL7 (250 lines, 2000 tokens)
 #
 # HL7 v2 by slicing: the MSH header, single fields by path, acknowledgments, the patient a message belongs to.
 # `hl7.parse` is forty times slower and serves where speed does not matter. Text in, text out; touches nothing.
@@ -1768,6 +1779,7 @@ ACK_TEXT = {
 MERGE_EVENTS = frozenset("A17 A18 A24 A30 A34 A35 A36 A37 A39 A40 A41 A42 A43 A44 A45 A46 A47 A48 A49 A50 A51".split())
 _MARKS = "^~\\&"  # the usual MSH-2
 LINE_ENDS = re.compile(r"[\r\n]+")
+_SEGMENT = re.compile(r"(?!MSH)[A-Z][A-Z0-9]{2}")
 _BLANKS = "\ufeff \t\r\n"  # what may come before MSH
 _BLANK_BYTES = _BLANKS.encode()
 _WRAPPERS = (b"FHS", b"BHS", b"BTS", b"FTS")  # segments around the messages of a batch (HL7 v2.5.1 2.10.3)
@@ -1783,8 +1795,8 @@ _CHARACTER_SETS = {
 def decode_hl7(content: bytes, encoding: str) -> str:
     """The text of a frame with single carriage returns between segments (channel contract 4.2).
 
-    A line feed in a message whose segments end in CR is text. Raises PeerError when it does not start with MSH and a
-    field separator.
+    A line feed in a message whose segments end in CR is text, unless a segment follows. Raises PeerError when it does
+    not start with MSH and a field separator.
     """
     text = content.decode(encoding, "replace").lstrip(_BLANKS)
     if not text.startswith("MSH") or len(text) < 4 or text[3].isalnum() or text[3] in "\r\n":
@@ -1794,7 +1806,11 @@ def decode_hl7(content: bytes, encoding: str) -> str:
     first, size = LINE_ENDS.search(text), len(text)
     if first and "\r" not in first[0]:
         return LINE_ENDS.sub("\r", text)
-    return LINE_ENDS.sub(lambda end: "\r" if "\r" in end[0] or end.end() == size else end[0], text)
+
+    def ends(at: int) -> bool:
+        return at == size or (text[at + 3 : at + 4] == text[3] and _SEGMENT.match(text, at) is not None)
+
+    return LINE_ENDS.sub(lambda end: "\r" if "\r" in end[0] or ends(end.end()) else end[0], text)
 
 
 def split_batch(content: bytes) -> tuple[list[bytes], bytes]:
@@ -4348,7 +4364,7 @@ def http_retries(*more: int) -> urllib3.Retry:
 def http_pool(url: str, context: ssl.SSLContext) -> urllib3.PoolManager:
     """A connection pool for the server of `url`, through its proxy if there is one."""
     timeout = urllib3.Timeout(connect=CONNECT_TIMEOUT_SECS, read=HTTP_TIMEOUT_SECS)
-    common: Json = {"ssl_context": context, "retries": http_retries(429), "timeout": timeout, "maxsize": 8}
+    common: Json = {"ssl_context": context, "retries": http_retries(429), "timeout": timeout, "maxsize": REQUESTS}
     common["blocksize"] = TRANSFER_BLOCK_BYTES
     proxy = proxy_for(url)
     if not proxy:
@@ -4406,7 +4422,9 @@ class Fhir:
         self.failing = False  # the last login did
         # apart from each other: who hangs holds up its own kind
         names = ("login", "request", "upload", "download")
-        self._logins, self._requests, self._uploads, self._downloads = (ThreadPoolExecutor(TRANSFERS, n) for n in names)
+        self._logins, self._requests, self._uploads, self._downloads = (
+            ThreadPoolExecutor(REQUESTS if name == "request" else TRANSFERS, name) for name in names
+        )
 
     @property
     def due(self) -> bool:
@@ -5259,7 +5277,7 @@ def percentiles(samples: Iterable[int]) -> dict[str, float]:
 
 
 # =====================================================================================================================
-# Uplink (460 lines, 3550 tokens)
+# Uplink (470 lines, 3650 tokens)
 #
 # One WSS connection to the server (uplink contract 3 and 4): connect, heartbeats both ways, forced reconnect when it is
 # silent or never live, full-jitter back-off. websockets does TCP, proxy, TLS, handshake and frames; its receive queue
@@ -5342,6 +5360,7 @@ class Uplink:
         self.queues: list[Queue] = []  # of the channels
         self.on_message: Callable[[Json], None] = lambda message: None
         self._settings, self._fhir, self._log = settings, fhir, log
+        self._held: deque[tuple[float, Json]] = deque(maxlen=ANSWERS_HELD)  # that came while it was away
         self._agent = f"Agent/{settings.agentId}-"  # begins a callback; a UUID follows, which ends in the row's number
         scheme = "wss" if settings.baseUrl.startswith("https") else "ws"
         parts = urllib.parse.urlsplit(settings.baseUrl)
@@ -5412,9 +5431,11 @@ class Uplink:
         }, message.id)  # fmt: skip
 
     def send(self, message: Json) -> None:
-        """Send an answer or a control message; dropped when there is no live connection to answer on."""
+        """Send an answer or a control message; where there is no live connection, on the next one if it comes soon."""
         if self.live:
             self._write(message)
+        else:
+            self._held.append((self._loop.time() + ANSWER_HELD_SECS, message))
 
     def _write(self, message: Json, id_: int = 0) -> None:
         assert self._socket is not None
@@ -5463,10 +5484,7 @@ class Uplink:
             if kind in ("agent:transmit:response", "transmit"):
                 self._response(message)
             elif kind in ("agent:connect:response", "connected"):
-                if not self.live:
-                    self.live, self._refused, self._fhir.said = True, "", ""
-                    self._log.info(f"Connected to {self.url}.")
-                    self.pump()
+                self._accepted()
             elif kind == "agent:heartbeat:request":
                 self._write({"type": "agent:heartbeat:response", "version": VERSION})
             elif kind == "agent:heartbeat:response":
@@ -5486,6 +5504,17 @@ class Uplink:
         if self._loop.time() - self._warned_at > COMPLAIN_SECS:
             self._warned_at = self._loop.time()
             self._log.warn(text)
+
+    def _accepted(self) -> None:
+        if self.live:
+            return
+        self.live, self._refused, self._fhir.said = True, "", ""
+        self._log.info(f"Connected to {self.url}.")
+        held, self._held = self._held, deque(maxlen=ANSWERS_HELD)
+        for until, answer in held:
+            if self._loop.time() < until:
+                self._write(answer)
+        self.pump()
 
     def _not_accepted(self, reason: str) -> None:
         """The server answered our connect request with an error: nothing was sent yet, so its text is safe to log."""
@@ -5710,7 +5739,7 @@ class Uplink:
 
 
 # =====================================================================================================================
-# Lines (1130 lines, 8050 tokens)
+# Lines (1150 lines, 8200 tokens)
 #
 # One open connection to a device, whoever dialled; each protocol has one class here, which owns its core. A line takes
 # bytes (`receive`), makes messages of them (`intake`), acknowledges when the store says durable (`stored`), writes down
@@ -5807,7 +5836,15 @@ def parse_push(request: Json) -> Push:
         if content_type == DICOM_TYPE:
             body = dump_json({"command": "C-STORE", "binary": {"reference": body.strip()}}).decode()
         return Push(target, body, "", "", JSON_TYPE)
-    if target.scheme == "tcp" or (target.on_channel and content_type != HL7_TYPE):
+    s, hl7 = target.settings, content_type == HL7_TYPE
+    raw = (
+        not hl7
+        or s.endChar
+        or s.mode == "astm"
+        or s.bodyEncoding != "hex"
+        or not body.lstrip(_BLANKS).startswith("MSH")
+    )
+    if (target.scheme == "tcp" and raw) or (target.on_channel and not hl7):
         return Push(target, body, "", "", content_type)
     try:
         text = decode_hl7(body.encode(), "utf-8")
@@ -6072,7 +6109,7 @@ class Line(asyncio.Protocol):
         self._outbox.append(content)
 
     def _flush(self) -> None:
-        if self._transport is not None and not self._transport.is_closing():
+        if self._outbox and self._transport is not None and not self._transport.is_closing():
             self._transport.write(b"".join(self._outbox))
         self._outbox.clear()
         if self.ended or self._closing:
@@ -6114,8 +6151,9 @@ class Line(asyncio.Protocol):
         if self._transport is not None:
             self._transport.abort()
 
-    async def hang_up(self) -> None:
-        """Close our side first, and go on when the device has closed its own: it may have room for one connection."""
+    async def hang_up(self, seconds: float) -> bool:
+        """Close our side first, and go on when the device has closed its own, as it does in time: it may have room for
+        one connection."""
         transport = self._transport
         if transport is not None and not transport.is_closing():
             self._closing = True
@@ -6124,8 +6162,10 @@ class Line(asyncio.Protocol):
             else:
                 transport.close()
         with suppress(TimeoutError):
-            await asyncio.wait_for(self.lost.wait(), HANG_UP_SECS)
+            await asyncio.wait_for(self.lost.wait(), seconds)
+        in_time = self.lost.is_set()
         self.abort()
+        return in_time
 
     def leave(self) -> Json | None:
         """A descriptor of the connection, which stays open, and what it was about; None where that cannot pass on."""
@@ -6558,6 +6598,9 @@ class Hl7Line(MllpLine):
 # --- byte streams ----------------------------------------------------------------------------------------------------
 
 
+_MARKS_OF = attrgetter("startChar", "endChar", "autoRespond", "maxMessageBytes")  # what ByteStream is made of
+
+
 class StreamLine(Line):
     """A device that sends a byte stream framed by a start and an end sequence (channel contract 9)."""
 
@@ -6573,9 +6616,13 @@ class StreamLine(Line):
         self._in_pieces = False  # a part of the message under way was acknowledged
 
     def replan(self, changed: bool) -> None:
-        """Other parameters mean another core: open connections are closed, and the devices come back."""
-        if changed:
-            self.close()
+        """Other marks mean another core, between two messages; inside of one the device has to come back."""
+        before, self.settings = self.settings, cast(StreamSettings, self.owner.plan.settings)
+        if _MARKS_OF(before) != _MARKS_OF(self.settings):
+            if self.rest is None:
+                self.close()
+            else:
+                self.core = self.core_type(self.settings)
 
     @property
     def held(self) -> int:
@@ -6698,6 +6745,9 @@ class AstmLine(StreamLine):
         self._frames = 0
         self._sends: deque[asyncio.Future[str]] = deque()  # in the order of the core
         self._timer: asyncio.TimerHandle | None = None
+
+    def replan(self, changed: bool) -> None:
+        self.settings = self.core.settings = cast(StreamSettings, self.owner.plan.settings)
 
     @property
     def rest(self) -> bytes | None:
@@ -6837,7 +6887,7 @@ class AstmLine(StreamLine):
 
 
 # =====================================================================================================================
-# Channels (400 lines, 3100 tokens)
+# Channels (410 lines, 3150 tokens)
 #
 # A channel is a configured name: its plan, its queue, its lines, and the door by which they come, a listener or a
 # dialler. A listener owns a bound port and may change its channel, so that a reload can swap ports without ever
@@ -7166,7 +7216,12 @@ class Listener:
             self._servers.append(await loop.create_server(self._connection, sock=sock, backlog=1))
 
     def _connection(self) -> asyncio.BaseProtocol:
-        return self.channel.incoming() if self.channel is not None else TurnAway()
+        try:
+            return self.channel.incoming() if self.channel is not None else TurnAway()
+        except Exception as error:  # asyncio says nothing of it
+            context = {"message": f"Internal error: {type(error).__name__} for a connection", "exception": error}
+            asyncio.get_running_loop().call_exception_handler(context)
+            return TurnAway()
 
     def close(self) -> None:
         for server in self._servers:
@@ -7235,7 +7290,7 @@ def _bind_address(family: int, address: Any, count: int) -> socket.socket | None
 
 
 # =====================================================================================================================
-# Devices (550 lines, 4350 tokens)
+# Devices (560 lines, 4400 tokens)
 #
 # From the cloud to the device. A push that somebody waits for is tried once and answered within the caller's window.
 # One that nobody waits for is stored first, and then tried in order until the device accepts it or it becomes a dead
@@ -7367,6 +7422,7 @@ class Device:
         self.encoding = "utf-8"  # of the last push
         self._devices = devices
         self._leaving: set[asyncio.Task[None]] = set()  # lines that make way
+        self._patience = HANG_UP_SECS  # with them
         self._opening = 0
         self._places: dict[int, asyncio.Semaphore] = {}  # by the limit, which a reload may change
         self._keeping = asyncio.Lock()
@@ -7432,13 +7488,18 @@ class Device:
         for number, line in enumerate(idle):
             if number < surplus or (line.code not in ("", "CA") and not keep):
                 self.lines[line] = 0
-                self._leaving.add(leaving := spawn(line.hang_up()))
+                self._leaving.add(leaving := spawn(self._let_go(line)))
                 leaving.add_done_callback(self._leaving.discard)
         if self._leaving:  # many a device takes one connection at a time
             await asyncio.wait(self._leaving)
         while self._leaving and len(self.lines) + self._opening >= limit:
             await asyncio.wait(self._leaving, return_when=asyncio.FIRST_COMPLETED)
         return None
+
+    async def _let_go(self, line: Line) -> None:
+        """A device that never closes its side is not waited for again."""
+        if not await line.hang_up(self._patience):
+            self._patience = 0.0
 
     # --- pushes ---
 
@@ -7460,7 +7521,9 @@ class Device:
                     line = self._devices.connected(target)
                     attempt.asked(line)
                     return await line.ask(push)
-                if target.scheme == "tcp":  # bytes, or records as one ASTM session, on a connection of their own
+                if (
+                    target.scheme == "tcp" and not push.mode
+                ):  # bytes, or records as one ASTM session, on a connection of their own
                     call = await self._dial(target, RecordsCall if target.settings.mode == "astm" else BytesCall)
                     attempt.asked(call)
                     with closing(call):
@@ -11643,7 +11706,9 @@ class Agent:
         """The stats object of operations contract 8."""
         imaging = [channel for channel in self.channels.values() if isinstance(channel, DicomChannel)]
         found = {
-            "hl7ConnectionsOpen": sum(len(one.lines) for one in self.channels.values() if one not in imaging),
+            "hl7ConnectionsOpen": sum(
+                len(one.lines) for one in self.channels.values() if isinstance(one.plan.settings, Hl7Settings)
+            ),
             "ping": self.uplink.ping_ms, "webSocketQueueDepth": 0,
             "dicomAssociationsOpen": sum(len(one.associations) for one in imaging),
             "hl7QueueDepth": 0, "hl7ClientCount": 0, "live": self.uplink.live,

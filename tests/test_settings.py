@@ -414,7 +414,7 @@ def test_the_first_entry_of_a_name_counts() -> None:
     assert read(entry("channelMaxWorkers", 3), entry("channelMaxWorkers", 4)).defaults.maxWorkers == 3
 
 
-@pytest.mark.parametrize("first", [{"valueString": "7"}, {"valueInteger": 0}, {}])
+@pytest.mark.parametrize("first", [{"valueString": "7"}, {"valueInteger": 0.5}, {}])
 def test_the_first_entry_counts_even_when_it_cannot_be_used(first: ma.Json) -> None:
     plan = read({"name": "channelMaxWorkers", **first}, entry("channelMaxWorkers", 4))
     assert_all_defaults(plan)
@@ -442,9 +442,7 @@ def test_the_wrong_value_member_is_not_set(wrong: ma.Json) -> None:
     ("wrong", "said"),
     [
         (entry("channelRetryMode", "always"), "must be one of none, normal, guaranteed"),
-        (entry("channelMaxWorkers", 0), "must be at least 1"),
         (entry("queueRetentionDays", -1), "must be at least 0"),
-        (entry("channelAutoRetryBackoffMultiplier", 0.5), "must be at least 1"),
     ],
 )
 def test_a_bad_agent_setting_is_warned_about_and_left_at_its_default(wrong: ma.Json, said: str) -> None:
@@ -452,6 +450,13 @@ def test_a_bad_agent_setting_is_warned_about_and_left_at_its_default(wrong: ma.J
     assert_all_defaults(plan)
     (warning,) = plan.warnings
     assert said in warning and "the default is used" in warning
+
+
+def test_below_the_limit_is_clamped_where_the_contract_says_so() -> None:
+    names = ("channelMaxWorkers", "channelAutoRetryBaseDelayMs", "channelAutoRetryBackoffMultiplier")
+    plan = read(*(entry(name, 0) for name in names))
+    assert plan.given == dict.fromkeys(names, 1)
+    assert len([one for one in plan.warnings if "must be at least 1; it is set to 1" in one]) == 3
 
 
 def test_above_the_limit_is_clamped() -> None:
