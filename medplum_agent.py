@@ -5837,14 +5837,9 @@ def parse_push(request: Json) -> Push:
             body = dump_json({"command": "C-STORE", "binary": {"reference": body.strip()}}).decode()
         return Push(target, body, "", "", JSON_TYPE)
     s, hl7 = target.settings, content_type == HL7_TYPE
-    raw = (
-        not hl7
-        or s.endChar
-        or s.mode == "astm"
-        or s.bodyEncoding != "hex"
-        or not body.lstrip(_BLANKS).startswith("MSH")
-    )
-    if (target.scheme == "tcp" and raw) or (target.on_channel and not hl7):
+    if target.scheme == "tcp":  # bytes, unless it is HL7 and the address says nothing else
+        hl7 &= body.lstrip(_BLANKS).startswith("MSH") and (s.endChar, s.mode, s.bodyEncoding) == ("", "raw", "hex")
+    if not hl7 and (target.on_channel or target.scheme == "tcp"):
         return Push(target, body, "", "", content_type)
     try:
         text = decode_hl7(body.encode(), "utf-8")
@@ -7521,9 +7516,7 @@ class Device:
                     line = self._devices.connected(target)
                     attempt.asked(line)
                     return await line.ask(push)
-                if (
-                    target.scheme == "tcp" and not push.mode
-                ):  # bytes, or records as one ASTM session, on a connection of their own
+                if target.scheme == "tcp" and not push.mode:  # bytes, or records, on a connection of their own
                     call = await self._dial(target, RecordsCall if target.settings.mode == "astm" else BytesCall)
                     attempt.asked(call)
                     with closing(call):
