@@ -2835,7 +2835,7 @@ def text_records(body: str, settings: StreamSettings) -> list[bytes]:
 
 
 # =====================================================================================================================
-# Store (1480 lines, 11050 tokens)
+# Store (1490 lines, 11050 tokens)
 #
 # Every message on disk before it is acknowledged: one SQLite file (WAL, synchronous=FULL), one writer thread with one
 # commit in flight. What arrives while it runs is the next batch: one executemany, one COMMIT, one call back into the
@@ -2944,6 +2944,7 @@ class Message:
     seq_no: int | None = None
     session: str | None = None  # of an ASTM message: its frames in `partial` are replaced by it
     return_ack: str | None = None  # of a push: the ACK that completes it
+    mode: Any = None  # how its sender is answered, where a reload has changed that
     spool: str | None = None  # of an image: its file, which is uploaded before the message is sent
     binary: str | None = None  # what became of that file
     prepared: bool = True  # nothing has to happen before it can be sent
@@ -4023,8 +4024,9 @@ KINDS = {  # what a person asks for, as a condition on rows
     "all": "true",
 }
 FATES = {  # what becomes of dead letters
-    "retry": f"state = {QUEUED}, outcome = {PENDING}, failures = 0, next_attempt_at = 0, failing_ms = 0, settled_at = 0"
-    ", response = NULL, status_code = NULL, error_code = NULL, last_error = NULL",
+    "retry": f"state = {QUEUED}, outcome = iif(outcome = {DELIVERED}, {DELIVERED}, {PENDING}), failures = 0"
+    ", next_attempt_at = 0, failing_ms = 0, settled_at = 0, response = NULL, status_code = NULL, error_code = NULL"
+    ", last_error = NULL",
     "discard": f"state = {PROCESSED}, outcome = {NOT_OWED}, checked = NULL, error_code = 'discarded', last_error = "
     f"'a person gave it up; before: ' || last_error, settled_at = strftime('%s') * 1000",
 }
@@ -5739,7 +5741,7 @@ class Uplink:
 
 
 # =====================================================================================================================
-# Lines (1150 lines, 8200 tokens)
+# Lines (1160 lines, 8450 tokens)
 #
 # One open connection to a device, whoever dialled; each protocol has one class here, which owns its core. A line takes
 # bytes (`receive`), makes messages of them (`intake`), acknowledges when the store says durable (`stored`), writes down
@@ -5943,7 +5945,7 @@ class Line(asyncio.Protocol):
         self.remote = self.host = ""
         self.descriptor = 0
         self.pending = 0  # messages on their way to the disk
-        self.awaiting = 0  # stored messages whose answer is owed
+        self.awaiting: dict[int, Any] = {}  # stored messages whose answer is owed, and how it is given
         self.messages = 0
         self.lost = asyncio.Event()
         self.ended = False  # the device sends nothing more
@@ -6121,17 +6123,11 @@ class Line(asyncio.Protocol):
         if self._closing or self.ended:
             self._loop.call_soon(self._close_if_done)
 
-    def not_owed(self) -> None:
-        """One answer less is owed to the device."""
-        self.awaiting = max(0, self.awaiting - 1)
+    def not_owed(self, message: Message) -> None:
+        """Its answer is owed to this device no more."""
+        self.awaiting.pop(message.id, None)
         if self._closing or self.ended:
             self._loop.call_soon(self._close_if_done)  # after what is being written now
-
-    def hand_over(self, other: Line) -> None:
-        """Another connection of the same device gets an answer that this one is owed."""
-        if self.awaiting:
-            self.not_owed()
-            other.awaiting += 1
 
     def close(self) -> None:
         """Read no more; close once everything received is stored and acknowledged."""
@@ -6173,12 +6169,13 @@ class Line(asyncio.Protocol):
             descriptor = os.dup(transport.get_extra_info("socket").fileno())
         except OSError:  # there are no more descriptors
             return None
-        return {"socket": descriptor, "rest": base64.b64encode(rest).decode(), "awaiting": self.awaiting,
-            "messages": self.messages}  # fmt: skip
+        return {"socket": descriptor, "rest": base64.b64encode(rest).decode(), "owed": [*self.awaiting],
+            "awaiting": len(self.awaiting), "messages": self.messages}  # fmt: skip
 
     def inherit(self, left: Json) -> asyncio.Protocol:
         """Go on with what an earlier version left."""
-        self.awaiting, self.messages = left["awaiting"], left["messages"]
+        # "awaiting", their number, is for older versions
+        self.awaiting, self.messages = dict.fromkeys(left.get("owed", ())), left["messages"]
         self.inherited = base64.b64decode(left["rest"])
         return self
 
@@ -6225,6 +6222,7 @@ class MllpLine(Line):
     def __init__(self, owner: LineOwner, limit: int):
         super().__init__(owner)
         self.core = Mllp(limit)
+        self._lone = False  # a 0x1C came last
         self.quiet = True  # nothing has come since the last push
         self.words = ""  # what frames came instead of its acknowledgment
 
@@ -6242,8 +6240,14 @@ class MllpLine(Line):
         for frame in self.core.receive(received):
             self.intake(frame)
         self.inside = self.core.inside
-        if self.inside and received.endswith(END[:1]):
+        self._lone = received.endswith(END[:1])
+        if self.inside and self._lone:
             self._loop.call_later(LONE_END_SECS, self._lone_end, self.active_at)
+
+    def eof_received(self) -> bool:
+        if self.core.inside and self._lone:
+            self.data_received(END[1:])
+        return super().eof_received()
 
     def _lone_end(self, since: float) -> None:
         """Nothing came for a while: the 0x1C has ended the frame."""
@@ -6340,8 +6344,11 @@ class Hl7Line(MllpLine):
         self.core.limit, self.encoding = self.settings.maxMessageBytes, codec_of(self.settings.encoding)
         self._held_back = {code for code in ("AA", "AE", "AR") if not passes_filter(self.settings, code)}
         self._owes_answer = not self._held_back.issuperset(("AA", "AE"))  # the Bot's
+        self._mode = self.settings, self._held_back, self._owes_answer
         self._fixed = "encoding" in self.owner.plan.given
         self._window_ms = round(self.settings.duplicateWindowHours * 3_600_000)
+        if self._delayed:
+            self._next_delayed()
 
     def connection_lost(self, error: Exception | None) -> None:
         super().connection_lost(error)
@@ -6377,7 +6384,8 @@ class Hl7Line(MllpLine):
                 self._next_at = max(self._next_at, self._loop.time() - 0.01) + 60 / rate
             self.intake(self._delayed.popleft(), due=True)
         if self._delayed and not self._closing:
-            self.pause("rate")
+            if not any(exchange.line is self for exchange in self.owner.asked):  # whose acknowledgment is read
+                self.pause("rate")
             self._loop.call_at(self._next_at, self._next_delayed)
         self._close_if_done()
 
@@ -6426,7 +6434,7 @@ class Hl7Line(MllpLine):
         message.key = ordering_key(text, header, owner.plan.key_spec)
         if message.control_id and settings.duplicateBehavior != "accept":
             self._check_repetition(header, message, content)
-        message.assign = settings.assignSeqNo
+        message.assign, message.mode = settings.assignSeqNo, self._mode
         message.source = partial(self.stored, header)
         self.pending += 1
         owner.store.put(message)
@@ -6446,7 +6454,11 @@ class Hl7Line(MllpLine):
     def _answers_push(self, text: str) -> bool:
         """A message that acknowledges a push, also late or again, is no message for the server."""
         ack = read_ack(text)
-        return ack is not None and (self.acknowledges(ack, text) or ack.control_id in self.owner.pushed)
+        if ack is None or self.acknowledges(ack, text):
+            return ack is not None
+        if late := ack.control_id in self.owner.pushed:
+            self.owner.late(self.host, ack, text)
+        return late
 
     def _refuse(self, error: PeerError, content: bytes) -> None:
         """A frame that is not a message: its sender is told, if it was to be one, and the connection goes on."""
@@ -6455,7 +6467,7 @@ class Hl7Line(MllpLine):
             return
         self.owner.note(f"[Refused]: {error}: {content[:200]!r}")
         head, now = content.decode(self.encoding, "replace").lstrip(_BLANKS), self._loop.time()
-        message = head.startswith("MSH") and len(head) > 8
+        message = head.startswith("MSH") and len(head) > 8 and not head[3].isalnum()
         if not message and (isinstance(error, FrameError) or now - self._junk_at < JUNK_SECS):
             return
         if not message:
@@ -6484,7 +6496,8 @@ class Hl7Line(MllpLine):
             self._acknowledge(header, "E", message.refusal)
         else:
             self._acknowledge(header, "A")
-            self.awaiting += self._owes_answer and not is_ack(message.type)
+            if self._owes_answer and not is_ack(message.type):
+                self.awaiting[message.id] = self._mode
             self.owner.queue.stored(message)
 
     # --- repetitions (channel contract 5.3) ---
@@ -6516,7 +6529,7 @@ class Hl7Line(MllpLine):
         elif self.settings.enhanced:
             self._acknowledge(header, "A")
         else:
-            row.text = message.text
+            row.text, row.outcome, row.mode = message.text, PENDING, None
             self.answer(row, "", "")
 
     def _reject(self, header: Header, message: Message) -> None:
@@ -6531,11 +6544,14 @@ class Hl7Line(MllpLine):
 
     def _claim(self, row: Message) -> None:
         """The answer goes to the connection that asked last."""
-        if row.remote != self.remote:
-            if old := self.owner.lines.get(row.remote):
-                old.not_owed()
-            self.awaiting += self._owes_answer
-            row.remote = self.remote
+        if self._owes_answer:
+            self.awaiting[row.id] = self._mode
+        row.mode = self._mode
+        if row.remote != self.remote or row.outcome != PENDING:
+            old = self.owner.lines.get(row.remote)
+            if old is not None and old is not self:
+                old.not_owed(row)
+            row.remote, row.outcome = self.remote, PENDING
             self.owner.store.update(row)
 
     def _replay(self, row: Message) -> bool:
@@ -6552,14 +6568,16 @@ class Hl7Line(MllpLine):
         """The Bot's HL7 as the mode lets it through; else, in original mode, botErrorAck or botEmptyAck."""
         if is_ack(message.type):
             return True
-        if self._owes_answer:
-            self.not_owed()
+        settings, held_back, owes_answer = self.awaiting.get(message.id) or message.mode or self._mode
+        self.not_owed(message)
+        if message.outcome == DELIVERED and not settings.enhanced:
+            return True  # it heard that this has failed; another answer would be taken for that of its next message
         text, ack = read_answer(body)
         if not text:
             if body and not error and not str(body).startswith(BOT_LOG):
                 self.warn_once("body", "the Bot returned something that is no HL7: the device gets botEmptyAck for it")
-            return self._own_answer(message, error)
-        if ack and ack.code in self._held_back:
+            return self._own_answer(message, error, settings, owes_answer)
+        if ack and ack.code in held_back:
             return True
         if not self.attached:
             gone = "the device is not connected any more; its answer is kept for a repetition"
@@ -6569,10 +6587,9 @@ class Hl7Line(MllpLine):
         self.write(text, message.encoding, message.control_id)
         return True
 
-    def _own_answer(self, message: Message, error: str) -> bool:
-        settings = self.settings
+    def _own_answer(self, message: Message, error: str, settings: Hl7Settings, owes_answer: bool) -> bool:
         if settings.enhanced:
-            return not (error or self._owes_answer)
+            return not (error or owes_answer)
         code = settings.botErrorAck if error else settings.botEmptyAck
         if code == "none" or not self.attached or message.text is None:
             return False
@@ -6587,6 +6604,7 @@ class Hl7Line(MllpLine):
                 f"channel '{self.owner.plan.name}' takes HL7 messages with MSH-10 only", "device-rejected"
             )
         self.owner.pushed.append(push.control_id)
+        self.resume("rate")
         return await super().ask(push)
 
 
@@ -6882,7 +6900,7 @@ class AstmLine(StreamLine):
 
 
 # =====================================================================================================================
-# Channels (410 lines, 3150 tokens)
+# Channels (420 lines, 3300 tokens)
 #
 # A channel is a configured name: its plan, its queue, its lines, and the door by which they come, a listener or a
 # dialler. A listener owns a bound port and may change its channel, so that a reload can swap ports without ever
@@ -6913,9 +6931,10 @@ class Channel:
         self.loop = asyncio.get_running_loop()
         self.lines: dict[str, Line] = {}
         self.asked: list[Exchange] = []
-        self._held: list[
-            tuple[float, Message, str]
-        ] = []  # answers for instruments that closed their line, and until when
+        # hears of an acknowledgment whose push was given up: the address it is from, and its text
+        self.late: Callable[[str, Acknowledgment, str], None] = lambda host, ack, text: None
+        # answers for instruments that closed their line, and until when
+        self.held: list[tuple[float, Message, str]] = []
         self.pushed: deque[str] = deque(maxlen=PUSHED_IDS)  # control ids of pushes to connected devices, the last ones
         self.tls: ssl.SSLContext | None = None
         self._log, self._channel_log = parts.log, parts.channel_log
@@ -6929,7 +6948,7 @@ class Channel:
         else:
             self.queue = old.queue
         if old is not None and old.kind is self.kind:
-            self._held, self.pushed = old._held, old.pushed
+            self.held, self.pushed = old.held, old.pushed
         self.replan(plan)
 
     @property
@@ -7021,20 +7040,23 @@ class Channel:
             return
         self.lines[line.remote] = line
         self._log.debug(f"Channel '{self.plan.name}': {line.remote} connected.")
-        if self._held:
+        if self.held:
             self.loop.call_soon(self._offer_held, line)
 
     def hold(self, message: Message, body: str) -> None:
         """An answer whose instrument is gone waits for it a while."""
+        now = cast("Channel", self.queue.owner)  # a reload may have put another in the place of this one
         minutes = cast(StreamSettings, self.plan.settings).answerWaitMins
         self.warn(f"message {message.id}: the device is not connected any more; its answer waits {minutes:g} minutes")
-        self._held.append((self.loop.time() + 60 * minutes, message, body))
+        now.held.append((self.loop.time() + 60 * minutes, message, body))
+        if line := now._same_device(message, self._since(message)):  # it is back already
+            self.loop.call_soon(now._offer_held, line)
 
     def _offer_held(self, line: Line) -> None:
-        held, self._held = self._held, []
+        held, self.held = self.held, []
         for until, message, body in held:
-            if message.remote.rsplit(":", 1)[0] != line.host or not line.attached:
-                self._held.append((until, message, body))
+            if self._same_device(message, self._since(message)) is not line:
+                self.held.append((until, message, body))
             elif line.answer(message, body, ""):
                 message.outcome = DELIVERED
                 self.store.update(message)
@@ -7066,9 +7088,9 @@ class Channel:
             if reason := line.check_time(now, settings.idleTimeoutSecs, settings.frameTimeoutSecs):
                 self.warn(f"{line.remote} was disconnected: {reason}")
                 line.close()
-        for _, message, _ in [entry for entry in self._held if entry[0] < now]:
+        for _, message, _ in [entry for entry in self.held if entry[0] < now]:
             self.warn(f"message {message.id}: its device did not come back; the answer is in the queue as undelivered")
-        self._held = [entry for entry in self._held if entry[0] >= now]
+        self.held = [entry for entry in self.held if entry[0] >= now]
         self._watcher = self.loop.call_later(1, self._watch)
 
     def warn(self, text: str) -> None:
@@ -7095,6 +7117,7 @@ class Channel:
     def device(self, host: str) -> Line:
         """The line of the device at `host`, or of the only one for an empty `host`; DeviceError for none or several."""
         found = [c for c in self.lines.values() if host in ("", c.host, c.host.removeprefix("::ffff:"))]
+        found = [c for c in found if c.attached and not c.ended] or found
         if len(found) == 1:
             return found[0]
         which = f"from {host} " if host else ""
@@ -7109,13 +7132,22 @@ class Channel:
         """To the line that the message came from, or that its sender opened since; else to one that leads nowhere."""
         line = self.lines.get(message.remote)
         if line is None or line.ended:
-            host, since = message.remote.rsplit(":", 1)[0], -math.inf if line is None else line.active_at
-            others = [other for other in self.lines.values() if other.host == host and not other.ended]
-            if len(others) == 1 and others[0].may_adopt and others[0].opened_at > since:
+            other = self._same_device(message, self._since(message) if line is None else line.active_at)
+            if other is not None and other.may_adopt:
                 if line is not None:
-                    line.hand_over(others[0])
-                line = others[0]
+                    line.not_owed(message)
+                line = other
         return (line or self.kind(self)).answer(message, body, error)
+
+    def _since(self, message: Message) -> float:
+        """When it was received, on the loop's clock."""
+        return self.loop.time() - (now_ms() - message.received_at) / 1000
+
+    def _same_device(self, message: Message, since: float) -> Line | None:
+        """The only connection from where it came, if that was opened since: another one is another device's."""
+        host = message.remote.rsplit(":", 1)[0]
+        found = [line for line in self.lines.values() if line.host == host and not line.ended]
+        return found[0] if len(found) == 1 and found[0].attached and found[0].opened_at > since else None
 
     def text_of(self, message: Message, original: bytes) -> str:
         """As what it was received, whatever the channel speaks by now."""
@@ -7285,7 +7317,7 @@ def _bind_address(family: int, address: Any, count: int) -> socket.socket | None
 
 
 # =====================================================================================================================
-# Devices (560 lines, 4400 tokens)
+# Devices (570 lines, 4450 tokens)
 #
 # From the cloud to the device. A push that somebody waits for is tried once and answered within the caller's window.
 # One that nobody waits for is stored first, and then tried in order until the device accepts it or it becomes a dead
@@ -7333,6 +7365,10 @@ class CallLine(MllpLine):
         if isinstance(frame, PeerError):
             self.words = str(frame)
             return
+        for part in split_batch(frame)[0]:
+            self._hear(part)
+
+    def _hear(self, frame: bytes) -> None:
         text = frame.decode(self.encoding, "replace")
         with suppress(PeerError):  # it is no HL7
             text = read_hl7(frame, self.encoding, self.encoding != "utf-8").text
@@ -7702,6 +7738,12 @@ class Devices:
         if channel is None or not channel.plan.active:
             raise DeviceError(f"there is no running channel for '{name}'", "device-unreachable")
         return channel.device(host)
+
+    def late(self, channel: str, host: str, ack: Acknowledgment, text: str) -> None:
+        """It came on a channel after its time."""
+        for key in (f"channel://{channel}", f"channel://{channel}/{host}"):
+            if key in self._devices:
+                self._devices[key].late(ack, text)
 
     async def resume(self) -> None:
         """After a start: go on with the pushes that are on disk."""
@@ -10754,7 +10796,7 @@ def ask_agent(state_dir: Path, asked: Json, seconds: float = HTTP_TIMEOUT_SECS) 
 
 
 # =====================================================================================================================
-# Upgrade (460 lines, 3900 tokens)
+# Upgrade (460 lines, 4050 tokens)
 #
 # Another version of this program in the place of the running one. What is signed (The Update Framework) is unpacked
 # into versions/<version> beside the installed program, and proves itself beside the running one (--selftest). Then the
@@ -11085,12 +11127,14 @@ class Upgrades:
         return str(found["version"])
 
     def leave_ports(self, listeners: Iterable[Listener]) -> None:
-        self.left = {"ports": [listener.leave() for listener in listeners], "lines": [], "pushed": Json()}
+        self.left = {"ports": [listener.leave() for listener in listeners], "lines": [], "pushed": Json(), "held": []}
 
     def leave_lines(self, channels: Mapping[str, Channel]) -> None:
         """Those that another program can go on with."""
         for name, channel in channels.items():
             self.left["pushed"][name] = list(channel.pushed)
+            now = channel.loop.time()
+            self.left["held"] += [(name, until - now, message.id, body) for until, message, body in channel.held]
             for line in channel.lines.values() if not channel.plan.dials else ():
                 if left := line.leave():
                     self.left["lines"].append(left | {"channel": name})
@@ -11126,6 +11170,9 @@ class Upgrades:
         for name, pushed in self.left.get("pushed", {}).items():
             if channel := self._agent.channels.get(name):
                 channel.pushed.extend(pushed)
+        for name, seconds, id_, body in self.left.pop("held", []):
+            if (channel := self._agent.channels.get(name)) and (message := await self._agent.store.message(id_)):
+                channel.held.append((channel.loop.time() + seconds, message, body))
         for one in left:
             sock, owner = socket.socket(fileno=one["socket"]), self._agent.channels.get(one["channel"])
             if owner is None or not owner.plan.active:
@@ -11207,7 +11254,7 @@ class Upgrades:
 
 
 # =====================================================================================================================
-# Agent (670 lines, 5750 tokens)
+# Agent (680 lines, 5800 tokens)
 #
 # Plans become running channels. A reload reads everything, lists every problem, and changes nothing if there is one;
 # otherwise only what differs changes, and untouched channels keep their connections. The life cycle: lock, logs,
@@ -11215,6 +11262,7 @@ class Upgrades:
 # =====================================================================================================================
 
 _SWEPT = ("lastSweepAt", "lastSweepDeletedProcessed", "lastSweepDeletedErrored")  # of the stats
+_LINE_OF = attrgetter("baudRate", "dataBits", "parity", "stopBits", "flow", "tls")  # where this does, a dialled one
 _STAYS = attrgetter("bind", "protocol", "is_astm", "dials", "active")  # where this changes, a channel begins anew
 # What the server may say in an agent:error without quoting a message (uplink contract 4 and 5)
 _SAFE_ERRORS = frozenset({
@@ -11537,7 +11585,7 @@ class Agent:
             self.log.warn(f"Channel '{plan.name}' is off (Endpoint.status).")
         if old is not None:
             same = _STAYS(old.plan) == _STAYS(plan) and not old.queue.paused
-            if same and not (plan.dials and plan.settings != old.plan.settings):
+            if same and not (plan.dials and _LINE_OF(plan.settings) != _LINE_OF(old.plan.settings)):
                 if old.plan != plan:
                     self.log.info(f"Channel '{plan.name}' has new settings.")
                 old.replan(plan)
@@ -11548,6 +11596,7 @@ class Agent:
             await load_imaging()
             kind = DicomChannel
         self.channels[plan.name] = channel = kind(plan, self._parts, old)
+        channel.late = partial(self.devices.late, plan.name)
         if plan.active:
             channel.start()
         if plan.active and not plan.dials and (listener := self.listeners.get(plan.bind)):
