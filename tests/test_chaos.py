@@ -81,3 +81,14 @@ def test_the_answer_of_a_connection_that_is_gone_does_not_count_as_one_of_the_ne
             assert device.ack() == ("AA", "M1")
             device.half_close()
             assert device.ack() == ("AA", "M2")
+
+
+def test_a_late_success_of_an_earlier_attempt_counts_although_a_later_one_was_refused(tmp_path):
+    """Else a person who sends the dead letter again has the Bot do twice what it has done."""
+    with site(tmp_path, {"ADT": "?responseTimeoutSecs=1&autoRetryBaseDelayMs=50"}) as here:
+        here.sandbox.faults.delay = lambda: 2.0 if len(here.sandbox.seen) == 1 else 0.0
+        here.sandbox.bot = lambda transmit: bot("AA")(transmit) if transmit.callback.endswith("#1") else (400, "no")
+        with here.device("ADT") as device:
+            assert device.ask(message("M1")) == ("AE", "M1")
+            here.agent.wait_state("M1", "processed")
+            assert device.drain() == []
