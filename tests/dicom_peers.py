@@ -154,6 +154,14 @@ def new_uid() -> str:
     return f"{ROOT_UID}.{time.time_ns()}.{next(_uids)}"
 
 
+def element(tag: int, vr: bytes, content: bytes, order: str = "<") -> bytes:
+    """One element in explicit VR, padded as its VR wants it."""
+    content += b"\0" * (len(content) % 2) if vr in (b"UI", b"OB") else b" " * (len(content) % 2)
+    long = vr in (b"OB", b"OW", b"OF", b"OL", b"OD", b"OV", b"UT", b"UC", b"UN", b"SQ")
+    size = struct.pack(f"{order}HI", 0, len(content)) if long else struct.pack(f"{order}H", len(content))
+    return struct.pack(f"{order}HH", tag >> 16, tag & 0xFFFF) + vr + size + content
+
+
 def encoded(dataset: Dataset, syntax: str = EXPLICIT) -> bytes:
     buffer = DicomBytesIO()
     buffer.is_implicit_VR, buffer.is_little_endian = syntax == IMPLICIT, syntax != BIG_ENDIAN

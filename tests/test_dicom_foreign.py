@@ -33,6 +33,7 @@ from tests.dicom_peers import (
     command_set,
     counts,
     data_set,
+    element,
     encoded,
     forget_strays,
     imaging_site,
@@ -72,12 +73,6 @@ def here(shared_site):
 @pytest.fixture
 def bot(here):
     return here.sandbox.bot
-
-
-def element(tag: int, vr: bytes, content: bytes) -> bytes:
-    long = vr in (b"OB", b"OW", b"SQ", b"UN", b"UT")
-    size = struct.pack("<HI", 0, len(content)) if long else struct.pack("<H", len(content))
-    return struct.pack("<HH", tag >> 16, tag & 0xFFFF) + vr + size + content
 
 
 def warned(here, since: int, words: str) -> None:

@@ -26,7 +26,7 @@ from pynetdicom.pdu import A_ASSOCIATE_AC, A_ASSOCIATE_RQ, P_DATA_TF
 import medplum_agent as ma
 from medplum_agent import Associate, Command, Context, Dimse, Ended, Fragment, command_set, read_command
 from tests import dicom_peers as peers
-from tests.dicom_peers import CT, EXPLICIT, IMPLICIT, SECONDARY, SUCCESS, VERIFICATION, Instance, Scu
+from tests.dicom_peers import CT, EXPLICIT, IMPLICIT, SECONDARY, SUCCESS, VERIFICATION, Instance, Scu, element
 from tests.support import Site, log_lines
 
 ma.imaging()  # commands need its dictionary
@@ -678,13 +678,6 @@ def test_what_is_no_whole_data_set_is_refused_and_leaves_nothing(here, broken, s
         assert scu.store(good) == SUCCESS
     peers.assert_arrived(here, good)
     peers.assert_no_spool(here)
-
-
-def element(tag: int, vr: bytes, content: bytes, order: str = "<") -> bytes:
-    content += b"\0" * (len(content) % 2) if vr in (b"UI", b"OB") else b" " * (len(content) % 2)
-    long = vr in (b"OB", b"OW", b"OF", b"OL", b"OD", b"OV", b"UT", b"UC", b"UN", b"SQ")
-    size = struct.pack(f"{order}HI", 0, len(content)) if long else struct.pack(f"{order}H", len(content))
-    return struct.pack(f"{order}HH", tag >> 16, tag & 0xFFFF) + vr + size + content
 
 
 PADDING = element(0xFFFCFFFC, b"OB", bytes(6))
