@@ -6019,8 +6019,8 @@ class Line(asyncio.Protocol):
             self.owner.warn(f"{self.remote}: {encoding} {missing}")
             return text.encode(encoding, "replace")
 
-    def replan(self, changed: bool) -> None:
-        """The channel has new settings; `changed`: in more than how messages are delivered."""
+    def replan(self) -> None:
+        """The channel has new settings."""
 
     @classmethod
     async def recover(cls, channel: Channel) -> None:
@@ -6336,12 +6336,12 @@ class Hl7Line(MllpLine):
 
     def __init__(self, owner: Channel):
         super().__init__(owner, owner.plan.settings.maxMessageBytes)
-        self.replan(changed=True)
+        self.replan()
         self._ids: dict[str, int] = {}  # the last control ids, and what they named
         self._junk_at = -math.inf
         self._next_at = 0.0
 
-    def replan(self, changed: bool) -> None:
+    def replan(self) -> None:
         self.settings = cast(Hl7Settings, self.owner.plan.settings)
         self.core.limit, self.encoding = self.settings.maxMessageBytes, codec_of(self.settings.encoding)
         self._held_back = {code for code in ("AA", "AE", "AR") if not passes_filter(self.settings, code)}
@@ -6630,7 +6630,7 @@ class StreamLine(Line):
         self._replies: list[bytes] = []  # automatic answers that wait until what they acknowledge is on disk
         self._in_pieces = False  # a part of the message under way was acknowledged
 
-    def replan(self, changed: bool) -> None:
+    def replan(self) -> None:
         """Other marks mean another core, between two messages; inside of one the device has to come back."""
         before, self.settings = self.settings, cast(StreamSettings, self.owner.plan.settings)
         if _MARKS_OF(before) != _MARKS_OF(self.settings):
@@ -6761,7 +6761,7 @@ class AstmLine(StreamLine):
         self._sends: deque[asyncio.Future[str]] = deque()  # in the order of the core
         self._timer: asyncio.TimerHandle | None = None
 
-    def replan(self, changed: bool) -> None:
+    def replan(self) -> None:
         self.settings = self.core.settings = cast(StreamSettings, self.owner.plan.settings)
 
     @property
@@ -6968,12 +6968,12 @@ class Channel:
 
     def replan(self, plan: ChannelPlan) -> None:
         """New settings without losing what is under way."""
-        changed, self.plan = plan.settings != self.plan.settings, plan
+        self.plan = plan
         self.store.channel(plan.name, plan.key_spec)
         self.queue.owner, self.queue.policy, self.queue.paused = self, plan.policy, False
         self.renew_identity()
         for line in list(self.lines.values()):
-            line.replan(changed)
+            line.replan()
         self.queue.pump()
 
     def renew_identity(self) -> None:
@@ -7108,10 +7108,6 @@ class Channel:
 
     def say(self, text: str) -> None:
         self._log.info(f"Channel '{self.plan.name}': {text}.")
-
-    def tell(self, text: str) -> None:
-        """A warning from any thread."""
-        self.loop.call_soon_threadsafe(self.warn, text)
 
     def note(self, text: str) -> None:
         self._channel_log.info(f"[{self.plan.protocol}:{self.plan.name}] {text}")
