@@ -5939,7 +5939,7 @@ def encoded(text: str, encoding: str, name: str) -> bytes:
 class Line(asyncio.Protocol):
     """One connection. All that is written in one turn of the event loop leaves in one write.
 
-    A line without transport leads nowhere: it stands for a device that is gone.
+    A line that was never connected leads nowhere: it stands for a device that is gone, and nothing is written to it.
     """
 
     def __init__(self, owner: LineOwner):
@@ -5959,7 +5959,7 @@ class Line(asyncio.Protocol):
         self._delayed: deque[bytes | PeerError] = deque()  # frames that are read and held back (messagesPerMin)
         self._paused: set[str] = set()
         self._closing = False
-        self._transport: asyncio.Transport | None = None
+        self._transport = cast(asyncio.Transport, None)  # until it is connected
         self.inherited = b""  # received by an earlier version of this program
         self._warned: set[str] = set()  # what was warned about on this connection
 
@@ -6092,13 +6092,12 @@ class Line(asyncio.Protocol):
         return self._transport is not None and not self._transport.is_closing()
 
     def pause(self, reason: str) -> None:
-        if not self._paused and not self._closing and self._transport is not None:
-            self._transport.pause_reading()
         self._paused.add(reason)
+        self._transport.pause_reading()
 
     def resume(self, reason: str) -> None:
         self._paused.discard(reason)
-        if not self._paused and not self._closing and self._transport is not None:
+        if not self._paused:
             self._transport.resume_reading()
 
     def send(self, content: bytes) -> None:
@@ -6108,7 +6107,7 @@ class Line(asyncio.Protocol):
         self._outbox.append(content)
 
     def _flush(self) -> None:
-        if self._outbox and self._transport is not None and not self._transport.is_closing():
+        if self._outbox and not self._transport.is_closing():
             self._transport.write(b"".join(self._outbox))
         self._outbox.clear()
         if self.ended or self._closing:
@@ -6116,7 +6115,7 @@ class Line(asyncio.Protocol):
 
     def _close_if_done(self) -> None:
         busy = self.pending or self._delayed or self._outbox or (self.awaiting and not self._closing)
-        if (self.ended or self._closing) and not busy and self._transport is not None:
+        if (self.ended or self._closing) and not busy:
             self._transport.close()
 
     def settled(self) -> None:
@@ -6133,7 +6132,7 @@ class Line(asyncio.Protocol):
 
     def close(self) -> None:
         """Read no more; close once everything received is stored and acknowledged."""
-        if not self._closing and self._transport is not None:
+        if not self._closing:
             self.pause("closing")
             self._closing = True
             self._delayed.clear()  # the device was not told anything
@@ -6141,14 +6140,13 @@ class Line(asyncio.Protocol):
             self._loop.call_later(GRACEFUL_CLOSE_SECS, self._transport.abort)
 
     def abort(self) -> None:
-        if self._transport is not None:
-            self._transport.abort()
+        self._transport.abort()
 
     async def hang_up(self, seconds: float) -> bool:
         """Close our side first, and go on when the device has closed its own, as it does in time: it may have room for
         one connection."""
         transport = self._transport
-        if transport is not None and not transport.is_closing():
+        if not transport.is_closing():
             self._closing = True
             if transport.can_write_eof():
                 transport.write_eof()
@@ -6163,7 +6161,7 @@ class Line(asyncio.Protocol):
     def leave(self) -> Json | None:
         """A descriptor of the connection, which stays open, and what it was about; None where that cannot pass on."""
         transport, rest = self._transport, self.rest
-        if transport is None or rest is None or not self.attached or self._outbox or self._closing or self.pending:
+        if rest is None or not self.attached or self._outbox or self._closing or self.pending:
             return None
         if transport.get_extra_info("ssl_object") or transport.get_write_buffer_size():
             return None
@@ -6322,7 +6320,7 @@ class MllpLine(Line):
         kind = "device-silent"
         if isinstance(error, ssl.SSLError):  # with TLS 1.3 a device refuses our certificate only after the handshake
             came, kind = os_reason(error), "device-unreachable"
-        elif error is not None and not words and self._transport and self._transport.get_extra_info("ssl_object"):
+        elif error is not None and not words and self._transport.get_extra_info("ssl_object"):
             came += f" ({os_reason(cast(OSError, error))}): does it want a certificate of ours (certFile)?"
         for exchange in self.owner.asked:
             if exchange.line is self:
@@ -7408,8 +7406,8 @@ class BytesCall(Line):
         self.send(content or encoded(push.text, codec, push.target.key))
         if not self._end:  # an error is all that it can say; with TLS 1.3 it refuses our certificate only now
             self._flush()
-            if (transport := self._transport) and not transport.is_closing() and transport.can_write_eof():
-                transport.write_eof()
+            if self.attached and self._transport.can_write_eof():
+                self._transport.write_eof()
             with suppress(TimeoutError):
                 await asyncio.wait_for(self.lost.wait(), HANG_UP_SECS)
             if isinstance(self._error, OSError):
