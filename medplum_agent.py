@@ -7041,7 +7041,7 @@ class Channel:
         self.lines[line.remote] = line
         self._log.debug(f"Channel '{self.plan.name}': {line.remote} connected.")
         if self.held:
-            self.loop.call_soon(self._offer_held, line)
+            self.loop.call_soon(self._offer_held)
 
     def hold(self, message: Message, body: str) -> None:
         """An answer whose instrument is gone waits for it a while."""
@@ -7049,17 +7049,21 @@ class Channel:
         minutes = cast(StreamSettings, self.plan.settings).answerWaitMins
         self.warn(f"message {message.id}: the device is not connected any more; its answer waits {minutes:g} minutes")
         now.held.append((self.loop.time() + 60 * minutes, message, body))
-        if line := now._same_device(message, self._since(message)):  # it is back already
-            self.loop.call_soon(now._offer_held, line)
+        self.loop.call_soon(now._offer_held)  # it may be back already
 
-    def _offer_held(self, line: Line) -> None:
+    def _offer_held(self) -> None:
+        """To instruments that are back; others are waited for no longer than answerWaitMins."""
         held, self.held = self.held, []
         for until, message, body in held:
-            if self._same_device(message, self._since(message)) is not line:
+            if line := self._same_device(message):
+                if line.answer(message, body, ""):
+                    message.outcome = DELIVERED
+                    self.store.update(message)
+            elif until >= self.loop.time():
                 self.held.append((until, message, body))
-            elif line.answer(message, body, ""):
-                message.outcome = DELIVERED
-                self.store.update(message)
+            else:
+                text = "its device did not come back; the answer is in the queue as undelivered"
+                self.warn(f"message {message.id}: {text}")
 
     def refuses(self, host: str, descriptor: int) -> bool:
         """Whether a device is not heard at all; descriptors are the lowest that were free: they tell how many are."""
@@ -7088,9 +7092,7 @@ class Channel:
             if reason := line.check_time(now, settings.idleTimeoutSecs, settings.frameTimeoutSecs):
                 self.warn(f"{line.remote} was disconnected: {reason}")
                 line.close()
-        for _, message, _ in [entry for entry in self.held if entry[0] < now]:
-            self.warn(f"message {message.id}: its device did not come back; the answer is in the queue as undelivered")
-        self.held = [entry for entry in self.held if entry[0] >= now]
+        self._offer_held()
         self._watcher = self.loop.call_later(1, self._watch)
 
     def warn(self, text: str) -> None:
@@ -7128,20 +7130,17 @@ class Channel:
         """To the line that the message came from, or that its sender opened since; else to one that leads nowhere."""
         line = self.lines.get(message.remote)
         if line is None or line.ended:
-            other = self._same_device(message, self._since(message) if line is None else line.active_at)
+            other = self._same_device(message, line)
             if other is not None and other.may_adopt:
                 if line is not None:
                     line.not_owed(message)
                 line = other
         return (line or self.kind(self)).answer(message, body, error)
 
-    def _since(self, message: Message) -> float:
-        """When it was received, on the loop's clock."""
-        return self.loop.time() - (now_ms() - message.received_at) / 1000
-
-    def _same_device(self, message: Message, since: float) -> Line | None:
+    def _same_device(self, message: Message, ended: Line | None = None) -> Line | None:
         """The only connection from where it came, if that was opened since: another one is another device's."""
-        host = message.remote.rsplit(":", 1)[0]
+        host, age_ms = message.remote.rsplit(":", 1)[0], now_ms() - message.received_at
+        since = ended.active_at if ended else self.loop.time() - age_ms / 1000
         found = [line for line in self.lines.values() if line.host == host and not line.ended]
         return found[0] if len(found) == 1 and found[0].attached and found[0].opened_at > since else None
 
