@@ -6774,20 +6774,16 @@ class AstmLine(StreamLine):
 
     def connection_lost(self, error: Exception | None) -> None:
         super().connection_lost(error)
-        self._perform(self.core.closed())
+        self._do(lambda now: self.core.closed())
 
     def _do(self, call: Callable[..., list[AstmEvent]], *given: object) -> None:
-        """Call the core with the time."""
-        self._perform(call(*given, self._loop.time()))
-
-    def _perform(self, events: list[AstmEvent]) -> None:
-        """Do what the core says, and wait for its next deadline."""
-        for event in events:
+        """Call the core with the time, do what it says, and wait for its next deadline."""
+        for event in call(*given, self._loop.time()):
             match event:
                 case Write(content):
                     self.send(content)
                 case FrameAccepted():
-                    self.keep(event)
+                    spawn(self.keep(event))
                 case Session() | Interrupted():
                     self._take(event)
                 case LineWarning(text):
@@ -6805,28 +6801,23 @@ class AstmLine(StreamLine):
 
     # --- sessions up ---
 
-    def keep(self, frame: FrameAccepted) -> None:
+    async def keep(self, frame: FrameAccepted) -> None:
         """The frame is on disk before the core may acknowledge it; none is, whose session would not be stored."""
-        if not self.session and (refusal := self.owner.store.refusal() or self.owner.store.disk_refusal()):
-            self.owner.warn(f"{self.remote}: {refusal}; its frames are refused with NAK")
-            self._loop.call_soon(self._do, self.core.refused)
-            return
-        self.session = self.session or uuid.uuid4().hex
-        self._frames += 1
+        store, answer = self.owner.store, self.core.committed
         self.pending += 1
         self.pause("frame")
-        row, store = self.owner.queue.row, self.owner.store
-        saving = store.keep_frame(row, self.session, self._frames, self.remote, frame.content)
-        saving.add_done_callback(self._kept)
-
-    def _kept(self, saving: asyncio.Future[None]) -> None:
+        try:
+            if not self.session and (refusal := store.refusal() or store.disk_refusal()):
+                raise StorageError(refusal)
+            self.session = self.session or uuid.uuid4().hex
+            self._frames += 1
+            await store.keep_frame(self.owner.queue.row, self.session, self._frames, self.remote, frame.content)
+        except StorageError as error:
+            self.owner.warn(f"{self.remote}: {error}; its frame is refused with NAK")
+            answer = self.core.refused
         self.settled()
         self.resume("frame")
-        if saving.cancelled() or saving.exception() is not None:
-            self.owner.warn(f"{self.remote}: a frame could not be stored and is refused with NAK")
-            self._do(self.core.refused)
-        else:
-            self._do(self.core.committed)
+        self._do(answer)
 
     def _take(self, event: Session | Interrupted) -> None:
         """A whole session is a message; an interrupted one is kept as a dead letter with its records."""
@@ -7429,7 +7420,7 @@ class RecordsCall(AstmLine):
         shared = {name: value for name, value in vars(settings).items() if name in rows_of(StreamSettings)}
         super().__init__(cast(Channel, owner), StreamSettings(**shared))
 
-    def keep(self, frame: FrameAccepted) -> None:
+    async def keep(self, frame: FrameAccepted) -> None:
         self._do(self.core.refused)
 
 
