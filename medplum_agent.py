@@ -2401,6 +2401,8 @@ class Link(enum.Enum):
 class Astm:
     """One connection to an instrument, both roles. `skipped` counts bytes that were no part of the protocol."""
 
+    inside = False  # it has time-outs of its own
+
     def __init__(self, settings: StreamSettings):
         self.settings = settings
         self.skipped = 0
@@ -5975,6 +5977,8 @@ class Line(asyncio.Protocol):
 
     # --- what each protocol does in its own way ---
 
+    # its protocol: bytes in, events out; `inside` a message, so that the device owes us bytes; `held` so many in memory
+    core: Any = types.SimpleNamespace(inside=False, held=0)
     unanswered = "not taken"  # said when the time of a push is over
     gives_way = False  # what it brings may wait a moment for what others bring
     heard_at = -math.inf  # when one of those others last brought something
@@ -5982,16 +5986,6 @@ class Line(asyncio.Protocol):
     def came(self) -> str:
         """What came instead of the answer to a push."""
         return ""
-
-    @property
-    def inside(self) -> bool:
-        """In the middle of a message: the device owes us bytes."""
-        return False
-
-    @property
-    def held(self) -> int:
-        """Bytes of it that are in memory."""
-        return 0
 
     @property
     def rest(self) -> bytes | None:
@@ -6065,10 +6059,10 @@ class Line(asyncio.Protocol):
             Line.heard_at = self.active_at
         before = self.messages
         self.receive(data)
-        if self.inside or self._begun_at:
+        if self.core.inside or self._begun_at:
             begun = self._begun_at if before == self.messages else 0
-            self._begun_at = (begun or self.active_at) if self.inside else 0
-            UNFINISHED.count(self, self.held)
+            self._begun_at = (begun or self.active_at) if self.core.inside else 0
+            UNFINISHED.count(self, self.core.held)
         if self.owner.congested(self):
             self.pause("store")
 
@@ -6215,8 +6209,8 @@ class Exchange:
 class MllpLine(Line):
     """A line that carries HL7 in MLLP frames: what both sides of a call have in common."""
 
+    core: Mllp
     encoding = "utf-8"
-    inside = False
     unanswered = "no acknowledgment came"
 
     def __init__(self, owner: LineOwner, limit: int):
@@ -6234,14 +6228,13 @@ class MllpLine(Line):
         """What comes before the first frame."""
 
     def receive(self, received: bytes) -> None:
-        if not (self.messages or self.inside or received.startswith(START)):
+        if not (self.messages or self.core.inside or received.startswith(START)):
             self.unframed(received)
         self.quiet = False
         for frame in self.core.receive(received):
             self.intake(frame)
-        self.inside = self.core.inside
         self._lone = received.endswith(END[:1])
-        if self.inside and self._lone:
+        if self._lone and self.core.inside:
             self._loop.call_later(LONE_END_SECS, self._lone_end, self.active_at)
 
     def eof_received(self) -> bool:
@@ -6253,10 +6246,6 @@ class MllpLine(Line):
         """Nothing came for a while: the 0x1C has ended the frame."""
         if self.active_at == since and not self._closing and "stopping" not in self._paused:
             self.data_received(END[1:])
-
-    @property
-    def held(self) -> int:
-        return self.core.held
 
     @property
     def rest(self) -> bytes | None:
@@ -6352,13 +6341,13 @@ class Hl7Line(MllpLine):
 
     def connection_lost(self, error: Exception | None) -> None:
         super().connection_lost(error)
-        skipped = self.core.skipped
-        if skipped and not self.messages:
-            self.owner.warn(f"{self.remote} sent {skipped} bytes and no MLLP frame (0x0B ... 0x1C 0x0D)")
-        elif skipped:
-            self.owner.warn(f"{self.remote} sent {skipped} bytes outside of its frames, which were dropped")
+        if skipped := self.core.skipped:
+            what = "outside of its frames, which were dropped"
+            what = what if self.messages else "and no MLLP frame (0x0B ... 0x1C 0x0D)"
+            self.owner.warn(f"{self.remote} sent {skipped} bytes {what}")
         if self.core.inside:
-            self.owner.warn(f"{self.remote} ended inside a frame of {self.held} bytes: its end, 0x1C 0x0D, is missing")
+            missing = "its end, 0x1C 0x0D, is missing"
+            self.owner.warn(f"{self.remote} ended inside a frame of {self.core.held} bytes: {missing}")
 
     @property
     def may_adopt(self) -> bool:
@@ -6619,12 +6608,11 @@ class StreamLine(Line):
 
     owner: Channel
     core_type: type[Any] = ByteStream
-    inside = False  # also of the core of an analyzer, which has time-outs of its own
 
     def __init__(self, owner: Channel, settings: StreamSettings | None = None):
         super().__init__(owner)
         self.settings = settings or cast(StreamSettings, owner.plan.settings)
-        self.core: Any = self.core_type(self.settings)
+        self.core = self.core_type(self.settings)
         self._replies: list[bytes] = []  # automatic answers that wait until what they acknowledge is on disk
         self._in_pieces = False  # a part of the message under way was acknowledged
 
@@ -6638,19 +6626,15 @@ class StreamLine(Line):
                 self.core = self.core_type(self.settings)
 
     @property
-    def held(self) -> int:
-        return cast(int, self.core.held)
-
-    @property
     def rest(self) -> bytes | None:
         """Only between messages."""
-        return None if self.inside or self.held or self._replies else b""
+        return None if self.core.inside or self.core.held or self._replies else b""
 
     def connection_lost(self, error: Exception | None) -> None:
         super().connection_lost(error)
-        if self.inside:
+        if self.core.inside:
             missing = f"its end, {self.settings.endChar.encode('latin-1').hex(' ')} (endChar), is missing"
-            self.owner.warn(f"{self.remote} ended inside a message of {self.held} bytes: {missing}")
+            self.owner.warn(f"{self.remote} ended inside a message of {self.core.held} bytes: {missing}")
         self._tell_skipped(1)
 
     def receive(self, received: bytes) -> None:
@@ -6671,7 +6655,6 @@ class StreamLine(Line):
                 self.send(event.content)
             else:
                 self.owner.warn(f"{self.remote}: {refusal}; what it sends is not acknowledged")
-        self.inside = self.core.inside
         self._tell_skipped(NOISE_BYTES)
 
     def _tell_skipped(self, least: int) -> None:
@@ -6770,7 +6753,7 @@ class AstmLine(StreamLine):
     def receive(self, received: bytes) -> None:
         self._do(self.core.receive, received)
         self._tell_skipped(NOISE_BYTES)
-        UNFINISHED.count(self, self.held)
+        UNFINISHED.count(self, self.core.held)
 
     def connection_lost(self, error: Exception | None) -> None:
         super().connection_lost(error)
@@ -8113,6 +8096,7 @@ class Dimse:
 
     def __init__(self, max_pdu: int):
         self.max_pdu = max_pdu
+        self.held = 0  # what it keeps is small
         self.state = "Sta2"
         self.inside = False  # in the middle of a PDU
         self.contexts: dict[int, Context] = {}  # accepted ones
@@ -8698,10 +8682,6 @@ class DicomLine(Line):
         self._drained.set()
         self.turn = asyncio.Lock()  # a report of ours comes after the answer to what is being served
 
-    @property
-    def inside(self) -> bool:
-        return self.core.inside
-
     # --- bytes ---
 
     def data_received(self, data: bytes) -> None:
@@ -8736,7 +8716,7 @@ class DicomLine(Line):
 
     def connection_lost(self, error: Exception | None) -> None:
         super().connection_lost(error)
-        if self.inside and self.core.state == "Sta2":
+        if self.core.inside and self.core.state == "Sta2":
             self.owner.warn(f"{self.remote} sent no association request: is this the right port?")
         elif self.core.established:
             calling = self.titles["callingAeTitle"]
