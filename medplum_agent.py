@@ -5975,6 +5975,11 @@ class Line(asyncio.Protocol):
         if bad := undecodable(content, encoding):
             self.warn_once("bytes", f"{bad} is not {encoding} and goes to the server as U+FFFD: {advice}")
 
+    @property
+    def asking(self) -> list[Exchange]:
+        """Pushes that wait for their acknowledgment from this device."""
+        return [exchange for exchange in self.owner.asked if exchange.line is self]
+
     # --- what each protocol does in its own way ---
 
     # its protocol: bytes in, events out; `inside` a message, so that the device owes us bytes; `held` so many in memory
@@ -6185,7 +6190,7 @@ class Line(asyncio.Protocol):
             return ""
         if inside and self._begun_at and now - self._begun_at > inside:
             return f"it was still in the middle of a message after {now - self._begun_at:.0f} s"
-        if idle and silent > idle and not self.awaiting and not any(one.line is self for one in self.owner.asked):
+        if idle and silent > idle and not (self.awaiting or self.asking):
             return f"it was silent for {silent:.0f} s"
         return ""
 
@@ -6224,12 +6229,10 @@ class MllpLine(Line):
         """One frame, or why there is none."""
         raise NotImplementedError
 
-    def unframed(self, received: bytes) -> None:
-        """What comes before the first frame."""
-
     def receive(self, received: bytes) -> None:
-        if not (self.messages or self.core.inside or received.startswith(START)):
-            self.unframed(received)
+        bare = not (self.messages or self.core.inside or received.startswith(START))
+        if bare and received.lstrip(b"\r\n ").startswith(b"MSH"):
+            self.warn_once("bare", "a message came without 0x0B before it: is its sender set to MLLP?")
         self.quiet = False
         for frame in self.core.receive(received):
             self.intake(frame)
@@ -6249,7 +6252,7 @@ class MllpLine(Line):
 
     @property
     def rest(self) -> bytes | None:
-        if any(exchange.line is self for exchange in self.owner.asked):  # its acknowledgment is to be recognized
+        if self.asking:  # its acknowledgment is to be recognized
             return None
         whole = b"".join(mllp_frame(frame) for frame in self._delayed if isinstance(frame, bytes))
         return None if (last := self.core.rest) is None else whole + last
@@ -6281,21 +6284,20 @@ class MllpLine(Line):
         finally:
             self.owner.asked.remove(exchange)
 
-    def acknowledges(self, ack: Acknowledgment | None, text: str) -> bool:
+    def acknowledges(self, ack: Acknowledgment, text: str) -> bool:
         """Whether this is the word that a push waits for; without MSA-2 it is, if one push waits on this line."""
-        waiting = [e for e in self.owner.asked if not e.answer.done() and e.line.host == self.host]  # of this device
-        mine = [exchange for exchange in waiting if exchange.line is self]
-        found = [e for e in (*mine, *waiting) if ack and e.push.control_id.strip() == ack.control_id]
-        if ack and not ack.control_id and len(mine) == 1:
+        mine = [exchange for exchange in self.asking if not exchange.answer.done()]
+        others = [e for e in self.owner.asked if not e.answer.done() and e.line.host == self.host]  # of this device
+        found = [e for e in (*mine, *others) if e.push.control_id.strip() == ack.control_id]
+        if not ack.control_id and len(mine) == 1:
             found = mine
-        if ack and found:
-            if found[0].push.mode == "application" and ack.code == "CA":
-                found[0].line.words = "only its accept acknowledgment (CA) came"
-            else:
-                found[0].answer.set_result(text)
-            return True
-        self.words = "what came acknowledges another message (MSA-2)" if ack else "what came is no HL7 acknowledgment"
-        return False
+        if not found:
+            self.words = "what came acknowledges another message (MSA-2)"
+        elif found[0].push.mode == "application" and ack.code == "CA":
+            found[0].line.words = "only its accept acknowledgment (CA) came"
+        else:
+            found[0].answer.set_result(text)
+        return bool(found)
 
     def came(self) -> str:
         half = "a frame was begun and not ended by 0x1C 0x0D" if self.core.inside else ""
@@ -6311,9 +6313,8 @@ class MllpLine(Line):
             came, kind = os_reason(error), "device-unreachable"
         elif error is not None and not words and self._transport.get_extra_info("ssl_object"):
             came += f" ({os_reason(cast(OSError, error))}): does it want a certificate of ours (certFile)?"
-        for exchange in self.owner.asked:
-            if exchange.line is self:
-                exchange.fail(f"{self.owner.name}: {came}", kind)
+        for exchange in self.asking:
+            exchange.fail(f"{self.owner.name}: {came}", kind)
 
 
 class Hl7Line(MllpLine):
@@ -6357,10 +6358,6 @@ class Hl7Line(MllpLine):
         """
         return bool(self.settings.enhanced) or not self.messages
 
-    def unframed(self, received: bytes) -> None:
-        if received.lstrip(b"\r\n ").startswith(b"MSH"):
-            self.warn_once("bare", "a message came without 0x0B before it: is its sender set to MLLP?")
-
     # --- messagesPerMin: hold messages back, and the device with them ---
 
     def _next_delayed(self) -> None:
@@ -6373,7 +6370,7 @@ class Hl7Line(MllpLine):
                 self._next_at = max(self._next_at, self._loop.time() - 0.01) + 60 / rate
             self.intake(self._delayed.popleft(), due=True)
         if self._delayed and not self._closing:
-            if not any(exchange.line is self for exchange in self.owner.asked):  # whose acknowledgment is read
+            if not self.asking:  # whose acknowledgment is read
                 self.pause("rate")
             self._loop.call_at(self._next_at, self._next_delayed)
         self._close_if_done()
@@ -7335,19 +7332,17 @@ class CallLine(MllpLine):
             self.words = str(frame)
             return
         for part in split_batch(frame)[0]:
-            self._hear(part)
-
-    def _hear(self, frame: bytes) -> None:
-        text = frame.decode(self.encoding, "replace")
-        with suppress(PeerError):  # it is no HL7
-            text = read_hl7(frame, self.encoding, self.encoding != "utf-8").text
-        if ack := read_ack(text):
-            self.owner.note(f"[Received ACK -- ID: {ack.control_id}]: {text}")
-        else:
-            self.owner.note(f"[Ignored]: {text}")
-            self.owner.warn("sent a message that is no acknowledgment; ignored")
-        if not self.acknowledges(ack, text) and ack:
-            self.owner.late(ack, text)
+            text = part.decode(self.encoding, "replace")
+            with suppress(PeerError):  # it is no HL7
+                text = read_hl7(part, self.encoding, self.encoding != "utf-8").text
+            if ack := read_ack(text):
+                self.owner.note(f"[Received ACK -- ID: {ack.control_id}]: {text}")
+                if not self.acknowledges(ack, text):
+                    self.owner.late(ack, text)
+            else:
+                self.words = "what came is no HL7 acknowledgment"
+                self.owner.note(f"[Ignored]: {text}")
+                self.owner.warn("sent a message that is no acknowledgment; ignored")
 
 
 class BytesCall(Line):
@@ -7738,8 +7733,9 @@ class Devices:
         """Send nothing more: what is stored is on disk, and who waits is told."""
         self.open = False
         owners: list[LineOwner] = [*self._devices.values(), *self._channels.values()]
-        for exchange in [exchange for owner in owners for exchange in owner.asked]:
-            exchange.fail("the agent is stopping", "device-unreachable")
+        for owner in owners:
+            for exchange in owner.asked:
+                exchange.fail("the agent is stopping", "device-unreachable")
         self._close_idle(math.inf)
 
     def trouble(self, key: str) -> str | None:
