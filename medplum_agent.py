@@ -5865,16 +5865,17 @@ def os_reason(error: OSError) -> str:
     return os.strerror(error.errno) if error.errno and error.errno > 0 else str(error) or type(error).__name__
 
 
+@dataclass
 class Try:
     """How far a try at a device came: said when it ends in nothing."""
 
-    phase, kind = "no connection", "device-unreachable"
+    phase: str = "no connection"
+    kind: str = "device-unreachable"
+    came: Callable[[], str] = str  # what came instead of an answer
 
-    def __init__(self) -> None:
-        self.came: Callable[[], str] = str  # what came instead of an answer
-
-    def asked(self, line: Line) -> None:
+    async def ask(self, line: Line, push: Push) -> str:
         self.phase, self.kind, self.came = line.unanswered, "device-silent", line.came
+        return await line.ask(push)
 
 
 @asynccontextmanager
@@ -7513,14 +7514,11 @@ class Device:
         try:
             async with within(self.name, seconds) as attempt:
                 if target.on_channel:
-                    line = self._devices.connected(target)
-                    attempt.asked(line)
-                    return await line.ask(push)
+                    return await attempt.ask(self._devices.connected(target), push)
                 if target.scheme == "tcp" and not push.mode:  # bytes, or records, on a connection of their own
                     call = await self._dial(target, RecordsCall if target.settings.mode == "astm" else BytesCall)
-                    attempt.asked(call)
                     with closing(call):
-                        return await call.ask(push)
+                        return await attempt.ask(call, push)
                 answer = await self._exchange(push, attempt)
         finally:
             self.users -= 1
@@ -7545,10 +7543,9 @@ class Device:
 
     async def _ask(self, line: CallLine, push: Push, attempt: Try) -> str:
         """What ended without its acknowledgment may still bring that for a moment, and is then closed."""
-        attempt.asked(line)
         line.code, line.encoding = "", codec_of(push.target.settings.encoding)
         try:
-            answer = await line.ask(push)
+            answer = await attempt.ask(line, push)
             line.code = ack.code if (ack := read_ack(answer)) else ""
             return answer
         finally:
