@@ -5925,8 +5925,9 @@ class Unfinished:
 UNFINISHED = Unfinished()
 
 
-# Whose a line is: it is told by `opened`, `closed`, `congested`, `warn` (main log) and `note` (channel log), and has a
-# `name` (for people), a `host` (for a line without addresses: the serial port) and `asked` (pushes without their ACK)
+# Whose a line is: it is told by `opened`, `closed`, `warn` (main log) and `note` (channel log), and has a `name` (for
+# people), a `host` (for a line without addresses: the serial port), `asked` (pushes without their ACK) and the `store`
+# that what the line brings goes to, if any
 LineOwner: typing.TypeAlias = "Channel | Device"
 
 
@@ -6069,8 +6070,9 @@ class Line(asyncio.Protocol):
             begun = self._begun_at if before == self.messages else 0
             self._begun_at = (begun or self.active_at) if self.core.inside else 0
             UNFINISHED.count(self, self.core.held)
-        if self.owner.congested(self):
+        if (store := self.owner.store) and store.congested:
             self.pause("store")
+            store.on_resume.append(partial(self.resume, "store"))
 
     def eof_received(self) -> bool:
         """A device may end its side first and still wait for answers (RFC 9293 3.6)."""
@@ -7053,11 +7055,6 @@ class Channel:
             del self.lines[line.remote]
         self._log.debug(f"Channel '{self.plan.name}': {line.remote} disconnected.")
 
-    def congested(self, line: Line) -> bool:
-        if self.store.congested:
-            self.store.on_resume.append(partial(line.resume, "store"))
-        return self.store.congested
-
     def _watch(self) -> None:
         now, settings = self.loop.time(), self.plan.settings
         for line in list(self.lines.values()):
@@ -7409,6 +7406,8 @@ C = TypeVar("C", bound=Line)
 class Device:
     """One device: its lines and the queue of its stored pushes, whose way it is."""
 
+    store: Store | None = None  # what comes here is not stored, and read however long the store takes
+
     def __init__(self, key: str, devices: Devices):
         self.name = self.host = key
         self.lines: dict[Line, float] = {}  # and since when they are idle, the last one last; 0: they are not
@@ -7442,9 +7441,6 @@ class Device:
 
     def closed(self, line: Line) -> None:
         self.lines.pop(line, None)
-
-    def congested(self, line: Line) -> bool:
-        return False
 
     def warn(self, text: str) -> None:
         self._devices.log.warn(f"Device {self.name}: {text}.")
