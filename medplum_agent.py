@@ -6979,18 +6979,11 @@ class Channel:
 
     # --- lines ---
 
-    def connect(self) -> asyncio.Protocol:
-        """The protocol of a new connection."""
-        return self.kind(self)
-
     def incoming(self) -> asyncio.BaseProtocol:
-        """The same below TLS where the channel wants that; a reload may change it without binding the port anew."""
+        """The protocol of a new connection, with TLS if the channel has that now: a reload does not bind anew."""
         if not self.plan.settings.tls:
-            return self.connect()
-        if self.tls is None:
-            return TurnAway()
-        options: Any = {"server_side": True, "ssl_handshake_timeout": self.plan.settings.handshakeTimeoutSecs}
-        return Handshake(self.loop, self.connect(), self.tls, cast(Any, None), **options)
+            return self.kind(self)
+        return TurnAway() if self.tls is None else Handshake(self, self.tls)
 
     @property
     def room(self) -> int:
@@ -7144,19 +7137,20 @@ class Channel:
             await asyncio.sleep(back_off(failures))
 
     async def _open(self) -> Line:
+        line = self.kind(self)
         if self.plan.port:
             async with asyncio.timeout(CONNECT_TIMEOUT_SECS):
-                _, line = await self.loop.create_connection(self.connect, self.plan.host, self.plan.port)
-            return cast(Line, line)
+                await self.loop.create_connection(lambda: line, self.plan.host, self.plan.port)
+            return line
         import serialx  # only where a serial port is used
 
         s = cast(StreamSettings, self.plan.settings)
-        _, port = await serialx.create_serial_connection(
-            self.loop, self.connect, self.plan.host, baudrate=s.baudRate, parity=serialx.Parity[s.parity.upper()],
+        await serialx.create_serial_connection(
+            self.loop, lambda: line, self.plan.host, baudrate=s.baudRate, parity=serialx.Parity[s.parity.upper()],
             stopbits=serialx.StopBits(s.stopBits), byte_size=s.dataBits, xonxoff=s.flow == "xonxoff",
             rtscts=s.flow == "rtscts",
         )  # fmt: skip
-        return cast(Line, port)
+        return line
 
 
 _HANDSHAKES = {  # what the words of OpenSSL mean on the side of a server
@@ -7173,7 +7167,7 @@ class Listener:
 
     def __init__(self, bind: tuple[str, int], sockets: list[socket.socket]):
         self.bind = bind
-        self.channel: Channel | None = None
+        self.channel: Channel  # before it starts
         self._sockets = sockets
         self._servers: list[asyncio.Server] = []
 
@@ -7208,28 +7202,28 @@ class Listener:
 
     def _connection(self) -> asyncio.BaseProtocol:
         try:
-            return self.channel.incoming() if self.channel is not None else TurnAway()
+            return self.channel.incoming()
         except Exception as error:  # asyncio says nothing of it
             context = {"message": f"Internal error: {type(error).__name__} for a connection", "exception": error}
             asyncio.get_running_loop().call_exception_handler(context)
             return TurnAway()
 
     def close(self) -> None:
-        for server in self._servers:
-            server.close()
-        if not self._servers:
-            for sock in self._sockets:
-                sock.close()
+        for opened in self._servers or self._sockets:
+            opened.close()
 
 
 class Handshake(SSLProtocol):
     """TLS with a device. Who is not wanted is turned away before it; why one that is does not come through is said."""
 
+    def __init__(self, channel: Channel, tls: ssl.SSLContext):
+        self._channel, self._line = channel, channel.kind(channel)
+        options: Any = {"server_side": True, "ssl_handshake_timeout": channel.plan.settings.handshakeTimeoutSecs}
+        super().__init__(channel.loop, self._line, tls, cast(Any, None), **options)
+
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(cast(Any, transport))
         self._host = transport.get_extra_info("peername")[0]
-        self._line = cast(Line, self._app_protocol)
-        self._channel = cast(Channel, self._line.owner)
         if self._channel.refuses(self._host, transport.get_extra_info("socket").fileno()):
             self._host = ""
             cast(asyncio.Transport, transport).abort()
@@ -11506,7 +11500,7 @@ class Agent:
             for listener in opened:
                 listener.close()
             for old in moved:
-                await self._listen(cast(Channel, old.channel).plan)
+                await self._listen(old.channel.plan)
             raise ConfigError(*problems)
         self._report_problems(problems, "it is tried again until it can be opened")
         if problems and not opened:
