@@ -6023,10 +6023,6 @@ class Line(asyncio.Protocol):
     def replan(self) -> None:
         """The channel has new settings."""
 
-    @classmethod
-    async def recover(cls, channel: Channel) -> None:
-        """After a start, when the store is open: what was begun before."""
-
     @property
     def may_adopt(self) -> bool:
         """Whether the only connection from the same address may get the answer to a message of an earlier one."""
@@ -6829,7 +6825,7 @@ class AstmLine(StreamLine):
     @classmethod
     async def recover(cls, channel: Channel) -> None:
         """Frames that were acknowledged before a crash: a session that was complete is one, others are dead letters."""
-        live = {line.session for line in channel.lines.values() if isinstance(line, cls)}
+        live = {cast(AstmLine, line).session for line in channel.lines.values()}
         for session, remote, frames in await channel.store.frames(channel.queue.row):
             if session in live:
                 continue
@@ -6921,8 +6917,8 @@ class Channel:
             self.uplink.queues.append(self.queue)
         else:
             self.queue = old.queue
-        if old is not None and old.kind is self.kind:
-            self.held, self.pushed = old.held, old.pushed
+            if old.kind is self.kind:
+                self.held, self.pushed = old.held, old.pushed
         self.replan(plan)
 
     @property
@@ -6962,7 +6958,9 @@ class Channel:
         spawn(self.recover())
 
     async def recover(self) -> None:
-        await self.kind.recover(self)
+        """After a start: what was begun before."""
+        if self.plan.is_astm:
+            await AstmLine.recover(self)
 
     def stop(self) -> None:
         """Close the door and the lines; the queue goes on."""
@@ -6998,13 +6996,12 @@ class Channel:
         if len(self.lines) >= self.room:
             hosts = collections.Counter(old.host for old in self.lines.values())
             silent = sorted((o for o in self.lines.values() if not o.messages), key=lambda o: -hosts[o.host])
-            for old in ([old for old in self.lines.values() if old.ended] + silent)[:1]:
-                self.lines.pop(old.remote)
-                old.abort()
-        if len(self.lines) >= self.room:
-            self.warn(f"{line.host} was turned away: {len(self.lines)} connections are open (maxConnections)")
-            line.abort()
-            return
+            least = [old for old in self.lines.values() if old.ended] + silent
+            if not least:
+                self.warn(f"{line.host} was turned away: {len(self.lines)} connections are open (maxConnections)")
+                line.abort()
+                return
+            self.lines.pop(least[0].remote).abort()
         self.lines[line.remote] = line
         self._log.debug(f"Channel '{self.plan.name}': {line.remote} connected.")
         if self.held:
@@ -7594,9 +7591,12 @@ class Device:
         spawn(self._deliver(message))
 
     async def _deliver(self, message: Message) -> None:
-        given = {"remote": message.remote, "body": message.text, "contentType": message.type}
+        given = {
+            "remote": message.remote, "body": message.text, "contentType": message.type,
+            "returnAck": message.return_ack,
+        }  # fmt: skip
         try:
-            answer = await self.ask(parse_push(given | {"returnAck": message.return_ack}), PUSH_STORED_SECS)
+            answer = await self.ask(parse_push(given), PUSH_STORED_SECS)
         except DeviceError as error:
             self.queue.failed(message, error.kind, counts=error.kind != "device-unreachable")
         except Exception as error:  # a push that cannot even be tried must not hold those behind it for ever
@@ -7733,10 +7733,6 @@ class Devices:
     def shown(self) -> dict[str, int]:
         """The devices that are pushed to now, and how many connections to each are open."""
         return {key: len(device.lines) for key, device in self._devices.items()}
-
-    @property
-    def client_count(self) -> int:
-        return sum(len(device.lines) for device in self._devices.values())
 
     def stats(self) -> Json:
         """Round trips per device (operations contract 8)."""
@@ -11710,7 +11706,7 @@ class Agent:
         if self.started.is_set():
             queue = await self._queue_stats()
             found["webSocketQueueDepth"] = sum(depth["queued"] for depth in queue["channelDepth"].values())
-            found["hl7ClientCount"], found["clientStats"] = self.devices.client_count, self.devices.stats()
+            found["hl7ClientCount"], found["clientStats"] = sum(self.devices.shown().values()), self.devices.stats()
             found["durableQueue"], found["alarms"] = queue, self.operations.shown_alarms()
         return found
 
