@@ -6413,14 +6413,13 @@ class Hl7Line(MllpLine):
         owner.note(f"[Received -- ID: {header.control_id}]: {text}")
         if (owner.asked or owner.pushed) and self._answers_push(text):
             return
-        message = Message(owner.queue.row, self.remote, content, header.encoding)
-        message.text, message.type = text, header.message_type
-        message.control_id = header.raw_id or header.control_id
-        message.key = ordering_key(text, header, owner.plan.key_spec)
+        message = Message(
+            owner.queue.row, self.remote, content, header.encoding, text=text, type=header.message_type,
+            control_id=header.raw_id or header.control_id, key=ordering_key(text, header, owner.plan.key_spec),
+            assign=settings.assignSeqNo, mode=self._mode, source=partial(self.stored, header),
+        )  # fmt: skip
         if message.control_id and settings.duplicateBehavior != "accept":
             self._check_repetition(header, message, content)
-        message.assign, message.mode = settings.assignSeqNo, self._mode
-        message.source = partial(self.stored, header)
         self.pending += 1
         owner.store.put(message)
 
@@ -6664,16 +6663,17 @@ class StreamLine(Line):
         self, original: bytes, text: str, encoding: str, session: str = "", interrupted: str = "", must: bool = False
     ) -> None:
         """A message for the store; `interrupted`: why it becomes a dead letter at once."""
-        message = Message(self.owner.queue.row, self.remote, original, encoding)
-        message.type, message.text = self.owner.plan.content_type, text
-        message.key = "" if self.owner.plan.key_spec == "*" else self.host
+        plan = self.owner.plan
+        message = Message(
+            self.owner.queue.row, self.remote, original, encoding, text=text, type=plan.content_type,
+            control_id=session, session=session or None, key="" if plan.key_spec == "*" else self.host, must=must,
+            source=self.stored,
+        )  # fmt: skip
         self.owner.note(f"[Received]: {text}")
-        message.control_id, message.session, message.must = session, session or None, must
         if interrupted:
             message.end(FAILED, NOT_OWED, "interrupted-session", interrupted)
             kept = "its records are kept as a dead letter"
             self.owner.warn(f"{self.remote}: a session was interrupted ({interrupted}); {kept}")
-        message.source = self.stored
         self.pending += 1
         self.owner.store.put(message)
 
@@ -7551,12 +7551,12 @@ class Device:
             if not self.queue.row.id:  # the queue was never open yet: until it is
                 with suppress(StorageError):
                     await self._devices.store.call(lambda db: None)
-        message = Message(self.queue.row, push.target.url, push.text.encode())
-        message.text, message.control_id, message.type = push.text, push.control_id, push.content_type
-        message.return_ack = push.mode or None
+        message = Message(
+            self.queue.row, push.target.url, push.text.encode(), text=push.text, control_id=push.control_id,
+            type=push.content_type, return_ack=push.mode or None, source=partial(self._stored, push),
+        )  # fmt: skip
         if push.mode and self.queue.policy.workers > 1:
             message.key = ordering_key(push.text, Header(push.text))
-        message.source = partial(self._stored, push)
         self._devices.store.put(message)
 
     def _stored(self, push: Push, message: Message) -> None:
