@@ -5800,23 +5800,23 @@ def parse_target(url: str) -> Target:
     schemes = ("mllp", "mllps", "tcp", "dicom", "dicoms", "channel", "serial")
     if scheme not in schemes:
         raise PeerError(f"'{url}' is not a device address that this agent can send to: use {', '.join(schemes)}")
-    ours = scheme in ("channel", "serial")  # a device on one of our own channels
-    if not ours and not (host and port):
+    if scheme in ("channel", "serial"):  # a device on one of our own channels
+        host = urllib.parse.unquote(parts.netloc)
+    elif not (host and port):
         raise PeerError(f"'{url}' needs a host and a port, such as mllp://192.168.50.10:56001")
-    if not ours and not is_host(host):
+    elif not is_host(host):
         raise PeerError(f"'{url}': '{host}' is neither an IP address nor a host name")
+    path = urllib.parse.unquote(parts.username or "" if dicom else parts.path)
     try:
         values = read_parameters(DeviceSettings, parts.query, url, lambda text: None)
-        titles = ae_titles(urllib.parse.unquote(parts.username or ""))
+        titles = ae_titles(path) if dicom else []
     except (ConfigError, ValueError) as error:
         raise PeerError(f"'{url}': {error}") from None
-    path = parts.username or "" if dicom else parts.path
     if dicom and len(titles) != 1:
         raise PeerError(f"'{url}' needs the device's AE title, such as dicom://ARCHIVE@192.168.50.10:104")
     if scheme in ("mllps", "dicoms"):
         values["tls"] = True
-    host = urllib.parse.unquote(parts.netloc) if ours else host
-    return Target(url, scheme, host, port, urllib.parse.unquote(path), DeviceSettings(**values))
+    return Target(url, scheme, host, port, path, DeviceSettings(**values))
 
 
 class Push(NamedTuple):
@@ -5926,8 +5926,7 @@ UNFINISHED = Unfinished()
 
 
 # Whose a line is: it is told by `opened`, `closed`, `warn` (main log) and `note` (channel log), and has a `name` (for
-# people), a `host` (for a line without addresses: the serial port), `asked` (pushes without their ACK) and the `store`
-# that what the line brings goes to, if any
+# people), `asked` (pushes without their ACK) and the `store` that what the line brings goes to, if any
 LineOwner: typing.TypeAlias = "Channel | Device"
 
 
@@ -6040,7 +6039,7 @@ class Line(asyncio.Protocol):
         if peer := transport.get_extra_info("peername"):
             self.host, self.remote = peer[0], f"{peer[0]}:{peer[1]}"
         else:  # a serial port
-            self.host = self.remote = self.owner.host
+            self.host = self.remote = cast("Channel", self.owner).plan.host
         self.owner.opened(self)
         inherited, self.inherited = self.inherited, b""
         if inherited and self.attached:
@@ -6413,13 +6412,14 @@ class Hl7Line(MllpLine):
         owner.note(f"[Received -- ID: {header.control_id}]: {text}")
         if (owner.asked or owner.pushed) and self._answers_push(text):
             return
-        message = Message(
-            owner.queue.row, self.remote, content, header.encoding, text=text, type=header.message_type,
-            control_id=header.raw_id or header.control_id, key=ordering_key(text, header, owner.plan.key_spec),
-            assign=settings.assignSeqNo, mode=self._mode, source=partial(self.stored, header),
-        )  # fmt: skip
+        message = Message(owner.queue.row, self.remote, content, header.encoding)
+        message.text, message.type = text, header.message_type
+        message.control_id = header.raw_id or header.control_id
+        message.key = ordering_key(text, header, owner.plan.key_spec)
         if message.control_id and settings.duplicateBehavior != "accept":
             self._check_repetition(header, message, content)
+        message.assign, message.mode = settings.assignSeqNo, self._mode
+        message.source = partial(self.stored, header)
         self.pending += 1
         owner.store.put(message)
 
@@ -6926,10 +6926,6 @@ class Channel:
         return f"channel '{self.plan.name}'"
 
     @property
-    def host(self) -> str:
-        return self.plan.host
-
-    @property
     def kind(self) -> type[Line]:
         """The class of its lines."""
         return AstmLine if self.plan.is_astm else Hl7Line if isinstance(self.plan.settings, Hl7Settings) else StreamLine
@@ -7108,7 +7104,7 @@ class Channel:
         if message.type == BYTES_TYPE:
             settings = self.plan.settings
             return stream_body(original, settings if isinstance(settings, StreamSettings) else StreamSettings())
-        if message.type == ASTM_TYPE or message.type in DICOM_STORED:
+        if message.type in (ASTM_TYPE, *DICOM_STORED):
             text = original.decode(message.encoding, "replace")
             return text.replace(spool_reference(message.spool or ""), message.binary) if message.binary else text
         return decode_hl7(original, message.encoding)
@@ -7400,7 +7396,7 @@ class Device:
     store: Store | None = None  # what comes here is not stored, and read however long the store takes
 
     def __init__(self, key: str, devices: Devices):
-        self.name = self.host = key
+        self.name = key
         self.lines: dict[Line, float] = {}  # and since when they are idle, the last one last; 0: they are not
         self.asked: list[Exchange] = []
         self.round_trips: deque[int] = deque(maxlen=MAX_STATS_SAMPLES)
@@ -7620,11 +7616,10 @@ class Device:
     def late(self, ack: Acknowledgment, text: str) -> None:
         """An ACK that came after its time: it settles the message if that is still here."""
         stored = [message for queue in self.queues for message in queue.window.values()]
-        for message in [m for m in stored if m.control_id == ack.control_id and m.attempts]:
+        if message := next((m for m in stored if m.control_id == ack.control_id and m.attempts), None):
             if message.return_ack != "application" or ack.code != "CA":
                 self._answered(message, text)
-            return
-        if ack.code != "CA":  # nobody misses a CA
+        elif ack.code != "CA":  # nobody misses a CA
             self.warn("an acknowledgment came that no push waits for; it is in the channel log")
 
     def text_of(self, message: Message, original: bytes) -> str:
