@@ -6763,8 +6763,10 @@ class AstmLine(StreamLine):
                     self.send(content)
                 case FrameAccepted():
                     spawn(self.keep(event))
-                case Session() | Interrupted():
-                    self._take(event)
+                case Session(records):
+                    self._take(records, half_session(records))
+                case Interrupted(records, reason):
+                    self._take(records, reason)
                 case LineWarning(text):
                     self.owner.warn(f"{self.remote}: {text}")
                 case Sent() | SendFailed() if not (sent := self._sends.popleft()).done():
@@ -6798,15 +6800,10 @@ class AstmLine(StreamLine):
         self.resume("frame")
         self._do(answer)
 
-    def _take(self, event: Session | Interrupted) -> None:
-        """A whole session is a message; an interrupted one is kept as a dead letter with its records."""
+    def _take(self, records: Sequence[bytes], reason: str) -> None:
+        """The records of a session are a message, unless they are blank; a dead letter, where there is a reason."""
         self.messages += 1
         session, self.session = self.session, ""
-        reason = event.reason if isinstance(event, Interrupted) else half_session(event.records)
-        self._intake(event.records, session, reason)
-
-    def _intake(self, records: Sequence[bytes], session: str, reason: str) -> None:
-        """A message of these records, unless they are nothing but blanks."""
         codec = codec_of(self.settings.encoding)
         text = records_text(records, codec)
         original, encoding = text.encode(), "utf-8"
@@ -6830,9 +6827,9 @@ class AstmLine(StreamLine):
             if session in live:
                 continue
             line = cls(channel)
-            line.remote, line.host = remote, remote.rsplit(":", 1)[0]
+            line.remote, line.host, line.session = remote, remote.rsplit(":", 1)[0], session
             whole = is_terminated([frames]) and not half_session([frames])
-            line._intake([frames], session, "" if whole else "the agent stopped before the session ended")
+            line._take([frames], "" if whole else "the agent stopped before the session ended")
 
     # --- records down ---
 
