@@ -6204,7 +6204,7 @@ class Exchange:
     line: MllpLine
     answer: asyncio.Future[str]
 
-    def fail(self, text: str, kind: str = "device-silent") -> None:
+    def fail(self, text: str, kind: str) -> None:
         if not self.answer.done():
             self.answer.set_exception(DeviceError(text, kind))
 
@@ -6222,6 +6222,7 @@ class MllpLine(Line):
         self._lone = False  # a 0x1C came last
         self.quiet = True  # nothing has come since the last push
         self.words = ""  # what frames came instead of its acknowledgment
+        self.code = ""  # MSA-1 of what ended the last push; behind a CA another may come
 
     def intake(self, frame: bytes | PeerError) -> None:
         """One frame, or why there is none."""
@@ -6275,7 +6276,7 @@ class MllpLine(Line):
         encoded(push.text, self.encoding, self.owner.name)
         exchange = Exchange(push, self, self._loop.create_future())
         self.owner.asked.append(exchange)
-        self.quiet, self.words = True, ""
+        self.quiet, self.words, self.code = True, "", ""
         self.write(push.text)
         try:
             return await exchange.answer
@@ -6294,6 +6295,7 @@ class MllpLine(Line):
         elif found[0].push.mode == "application" and ack.code == "CA":
             found[0].line.words = "only its accept acknowledgment (CA) came"
         else:
+            found[0].line.code = ack.code
             found[0].answer.set_result(text)
         return bool(found)
 
@@ -7306,7 +7308,6 @@ class CallLine(MllpLine):
     def __init__(self, owner: Device, settings: DeviceSettings):
         super().__init__(owner, PUSH_FRAME_BYTES)
         self.security = security_of(settings)
-        self.code = ""  # of the acknowledgment that ended its last push; behind a CA another may come
 
     def intake(self, frame: bytes | PeerError) -> None:
         """The ACK of what is in flight here, of an older message, or a surprise."""
@@ -7523,11 +7524,9 @@ class Device:
 
     async def _ask(self, line: CallLine, push: Push, attempt: Try) -> str:
         """What ended without its acknowledgment may still bring that for a moment, and is then closed."""
-        line.code, line.encoding = "", codec_of(push.target.settings.encoding)
+        line.encoding = codec_of(push.target.settings.encoding)
         try:
-            answer = await attempt.ask(line, push)
-            line.code = ack.code if (ack := read_ack(answer)) else ""
-            return answer
+            return await attempt.ask(line, push)
         finally:
             if line.attached:
                 del self.lines[line]
