@@ -5959,7 +5959,7 @@ class Line(asyncio.Protocol):
         self._begun_at = 0.0  # when the message under way began; 0: there is none
         self._unread_at = math.inf  # since when the device does not read
         self._outbox: list[bytes] = []
-        self._delayed: deque[bytes | PeerError] = deque()  # frames that are read and held back (messagesPerMin)
+        self._delayed: deque[bytes | FrameError] = deque()  # frames that are read and held back (messagesPerMin)
         self._paused: set[str] = set()
         self._closing = False
         self._transport = cast(asyncio.Transport, None)  # until it is connected
@@ -6224,7 +6224,7 @@ class MllpLine(Line):
         self.words = ""  # what frames came instead of its acknowledgment
         self.code = ""  # MSA-1 of what ended the last push; behind a CA another may come
 
-    def intake(self, frame: bytes | PeerError) -> None:
+    def intake(self, frame: bytes | FrameError) -> None:
         """One frame, or why there is none."""
         raise NotImplementedError
 
@@ -6377,7 +6377,7 @@ class Hl7Line(MllpLine):
 
     # --- messages ---
 
-    def intake(self, frame: bytes | PeerError, *, due: bool = False) -> None:
+    def intake(self, frame: bytes | FrameError, *, due: bool = False) -> None:
         """One frame, with one message or several, unless it is held back until it is `due`."""
         expected = self.owner.asked and isinstance(frame, bytes) and read_ack(frame.decode(self.encoding, "replace"))
         if not (due or expected) and (self._delayed or self.settings.messagesPerMin > 0):
@@ -6385,8 +6385,8 @@ class Hl7Line(MllpLine):
             if len(self._delayed) == 1:
                 self._next_delayed()
             return
-        if isinstance(frame, PeerError):
-            self._refuse(frame, frame.head if isinstance(frame, FrameError) else b"")
+        if isinstance(frame, FrameError):
+            self._refuse(frame, frame.head)
             return
         if not frame or frame.isspace():  # keeps the connection alive; an answer would be taken for the next message's
             return
@@ -6453,13 +6453,12 @@ class Hl7Line(MllpLine):
             return
         self.owner.note(f"[Refused]: {error}: {content[:200]!r}")
         head, now = content.decode(self.encoding, "replace").lstrip(_BLANKS), self._loop.time()
-        message = head.startswith("MSH") and len(head) > 8 and not head[3].isalnum()
-        if not message and (isinstance(error, FrameError) or now - self._junk_at < JUNK_SECS):
-            return
-        if not message:
-            self._junk_at = now
+        if not (head.startswith("MSH") and len(head) > 8 and not head[3].isalnum()):
+            if isinstance(error, FrameError) or now - self._junk_at < JUNK_SECS:
+                return
+            self._junk_at, head = now, "MSH|^~\\&|"
         self.owner.warn(f"{self.remote}: {error}")
-        self._acknowledge(Header(LINE_ENDS.sub("\r", head) if message else "MSH|^~\\&|"), error.code, str(error))
+        self._acknowledge(Header(LINE_ENDS.sub("\r", head)), error.code, str(error))
 
     def _acknowledge(self, header: Header, kind: str, text: str = "") -> None:
         """An acknowledgment of ours: `kind` A, E or R becomes CA/CE/CR in enhanced mode, else AA/AE/AR.
@@ -6502,19 +6501,16 @@ class Hl7Line(MllpLine):
                 row = await store.message(row.id) or row
             row = queue.window.get(row.id, row)
         self.owner.say(f"message {row.id} came again from {self.remote}, and is answered from the queue")
-        if row.state < PROCESSED:
-            self._claim(row)
-            self._acknowledge(header, "A")
-        elif self._replay(row):
+        if row.state >= PROCESSED and self._replay(row):
             row.outcome = DELIVERED
             store.update(row)
-        elif row.state in (REJECTED, FAILED):
+            return
+        self._acknowledge(header, "A")
+        if row.state != PROCESSED:
             self._claim(row)
-            self._acknowledge(header, "A")
-            queue.again(row)
-        elif self.settings.enhanced:
-            self._acknowledge(header, "A")
-        else:
+            if row.state > PROCESSED:
+                queue.again(row)
+        elif not self.settings.enhanced:
             row.text, row.outcome, row.mode = message.text, PENDING, None
             self.answer(row, "", "")
 
@@ -6910,8 +6906,8 @@ class Channel:
         self._warned_at, self._warnings = -math.inf, 0
         self._watcher: asyncio.TimerHandle | None = None
         self._dialling: asyncio.Task[None] | None = None
-        row = self.store.channel(plan.name, plan.key_spec)
         if old is None:
+            row = self.store.channel(plan.name, plan.key_spec)
             self.queue = Queue(row, plan.policy, self.store, self.uplink, self, self._log)
             self.uplink.queues.append(self.queue)
         else:
@@ -7309,9 +7305,9 @@ class CallLine(MllpLine):
         super().__init__(owner, PUSH_FRAME_BYTES)
         self.security = security_of(settings)
 
-    def intake(self, frame: bytes | PeerError) -> None:
+    def intake(self, frame: bytes | FrameError) -> None:
         """The ACK of what is in flight here, of an older message, or a surprise."""
-        if isinstance(frame, PeerError):
+        if isinstance(frame, FrameError):
             self.words = str(frame)
             return
         for part in split_batch(frame)[0]:
@@ -7727,11 +7723,12 @@ class Devices:
 
     def stats(self) -> Json:
         """Round trips per device (operations contract 8)."""
-        found = Json()
-        for key, device in self._devices.items():
-            rtt = percentiles(device.round_trips) | {"pendingCount": len(device.asked)}
-            found[f"{key}?encoding={device.encoding}"] = {"rtt": rtt}
-        return found
+        return {
+            f"{key}?encoding={device.encoding}": {
+                "rtt": percentiles(device.round_trips) | {"pendingCount": len(device.asked)}
+            }
+            for key, device in self._devices.items()
+        }
 
 
 async def ping(host: str, count: int, allowed: Sequence[PushTarget] = ()) -> str:
