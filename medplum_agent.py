@@ -7721,6 +7721,10 @@ class Devices:
         """The devices that are pushed to now, and how many connections to each are open."""
         return {key: len(device.lines) for key, device in self._devices.items()}
 
+    @property
+    def client_count(self) -> int:
+        return sum(self.shown().values())
+
     def stats(self) -> Json:
         """Round trips per device (operations contract 8)."""
         return {
@@ -11694,7 +11698,7 @@ class Agent:
         if self.started.is_set():
             queue = await self._queue_stats()
             found["webSocketQueueDepth"] = sum(depth["queued"] for depth in queue["channelDepth"].values())
-            found["hl7ClientCount"], found["clientStats"] = sum(self.devices.shown().values()), self.devices.stats()
+            found["hl7ClientCount"], found["clientStats"] = self.devices.client_count, self.devices.stats()
             found["durableQueue"], found["alarms"] = queue, self.operations.shown_alarms()
         return found
 
