@@ -5851,7 +5851,7 @@ def parse_push(request: Json) -> Push:
         text = decode_hl7(body.encode(), "utf-8")
     except PeerError as error:
         raise PeerError(f"WebSocket error on incoming message: {error}") from None
-    mode = str(request.get("returnAck") or target.settings.defaultReturnAck).lower()
+    mode = str(request.get("returnAck") or s.defaultReturnAck).lower()
     return Push(target, text, Header(text).control_id, mode, HL7_TYPE)
 
 
@@ -6090,11 +6090,12 @@ class Line(asyncio.Protocol):
 
     def pause(self, reason: str) -> None:
         self._paused.add(reason)
-        self._transport.pause_reading()
+        if self.attached:
+            self._transport.pause_reading()
 
     def resume(self, reason: str) -> None:
         self._paused.discard(reason)
-        if not self._paused:
+        if not self._paused and self.attached:
             self._transport.resume_reading()
 
     def send(self, content: bytes) -> None:
