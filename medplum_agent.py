@@ -8579,18 +8579,15 @@ class Sender:
 # --- the line --------------------------------------------------------------------------------------------------------
 
 
-@dataclass(eq=False)
 class Request:
     """One DIMSE request of a device. An object goes to a file of the spool, what else it brings stays in memory."""
 
-    line: DicomLine
-    name: str
-    context: Context
-    fields: Json
-    data: bytearray  # of an object: what is not in the file yet
-    cancelled: asyncio.Event  # also when the association is gone
-    file: SpoolFile | None = None
-    writing: bool = False
+    def __init__(self, line: DicomLine, name: str, context: Context, fields: Json):
+        self.line, self.name, self.context, self.fields = line, name, context, fields
+        self.file: SpoolFile | None = None
+        self.data = bytearray()  # of an object: what is not in the file yet
+        self.arrived = asyncio.Event()  # a block of it, its end, or that of the association
+        self.cancelled = asyncio.Event()  # also when the association is gone
 
     @property
     def uid(self) -> str:
@@ -8646,8 +8643,7 @@ class DicomLine(Line):
         self.titles = {"callingAeTitle": "", "calledAeTitle": ""}
         self.commitments: set[int] = set()  # messages that asked for one
         self._coming: Request | None = None  # its data set is being received
-        self._requests: deque[Request] = deque()  # the first is being served
-        self._unanswered = 0  # also those that are still coming
+        self._requests: deque[Request] = deque()  # the first is being received or served
         self._answers: dict[int, asyncio.Future[Json]] = {}  # to requests of ours, by message id
         self._message_ids = itertools.cycle(range(1, 0x10000))
         self._drained = asyncio.Event()
@@ -8699,14 +8695,14 @@ class DicomLine(Line):
     def _give_up(self) -> None:
         """Nothing more is answered, and what was not received whole is forgotten."""
         self._drained.set()
+        self._coming = None
         for request in self._requests:
             request.cancelled.set()
+            request.arrived.set()
         for answer in self._answers.values():
             if not answer.done():
                 answer.set_exception(DeviceError("the association ended", "device-silent"))
                 answer.exception()  # the object under way may still be written, and not wait for it
-        if self._coming and self._coming.file and not self._coming.writing:
-            self._coming.file.discard()
 
     # --- the association ---
 
@@ -8749,7 +8745,7 @@ class DicomLine(Line):
         return context._replace(syntaxes=tuple(chosen)), 0 if known and usable else 4 if known else 3
 
     def _end(self, reason: str) -> None:
-        if reason := reason or "with a request that was not answered" * bool(self._unanswered):
+        if reason := reason or "with a request that was not answered" * bool(self._requests):
             self.owner.warn(f"{self.remote}: the association of '{self.titles['callingAeTitle']}' ended: {reason}")
         self._give_up()
         self._loop.call_later(HANG_UP_SECS, self.abort)  # the device closes first (PS3.8 9.2, ARTIM)
@@ -8765,7 +8761,8 @@ class DicomLine(Line):
             if self.core.state == "Sta2" and 0 < seconds < now - self.opened_at:  # ARTIM (PS3.8 9.1.5)
                 return f"it sent no association request for {now - self.opened_at:.0f} s"
             return super().check_time(now, seconds, 0)
-        return "" if self._requests else super().check_time(now, idle, inside)
+        serving = self._requests and self._requests[0] is not self._coming
+        return "" if serving else super().check_time(now, idle, inside)
 
     # --- requests ---
 
@@ -8782,16 +8779,19 @@ class DicomLine(Line):
                 if request.fields.get("MessageID") == about:
                     request.cancelled.set()
             return
-        self._unanswered += 1
-        request = Request(self, name, self.core.contexts[context], fields, bytearray(), asyncio.Event())
-        if not has_data:
-            self._serve_soon(request)
-            return
-        self._coming = request
-        if name == "C-STORE":
-            request.file = SpoolFile(self.owner.store.spool)
-            request.data += request.head
-            request.file.start = len(request.data)
+        request = Request(self, name, self.core.contexts[context], fields)
+        if has_data:
+            self._coming = request
+            if name == "C-STORE":
+                request.file = SpoolFile(self.owner.store.spool)
+                request.data += request.head
+                request.file.start = len(request.data)
+        self.messages += 1
+        self._requests.append(request)
+        if len(self._requests) == 1:
+            spawn(self._serve())
+        if len(self._requests) > WAITING_REQUESTS:  # each may have a file open
+            self.pause("requests")
 
     def _take(self, content: bytes, last: bool) -> None:
         """A piece of the data set; of an answer's, a C-CANCEL's or one that was aborted nobody wants it."""
@@ -8800,43 +8800,28 @@ class DicomLine(Line):
         request.data += content
         if last:
             self._coming = None
-        if request.file is not None:
-            if not request.writing and (last or len(request.data) >= SPOOL_BLOCK_BYTES):
-                request.writing = True
-                spawn(self._write(request, request.file))
-            elif len(request.data) > 4 * SPOOL_BLOCK_BYTES:
-                self.pause("spool")  # the device is faster than the disk
-        elif len(request.data) > IDENTIFIER_BYTES:
-            self._coming = None
+        if last or len(request.data) >= SPOOL_BLOCK_BYTES:
+            request.arrived.set()
+        if request.file is None and len(request.data) > IDENTIFIER_BYTES:
             self.send(self.core.aborting())
             self._end("aborted: a data set that is too large")
-        elif last:
-            self._serve_soon(request)
+        elif request.file is not None and len(request.data) > 4 * SPOOL_BLOCK_BYTES:
+            self.pause("spool")  # the device is faster than the disk
 
-    async def _write(self, request: Request, file: SpoolFile) -> None:
-        """To the spool, in a thread, a block at a time."""
-        while len(request.data) >= SPOOL_BLOCK_BYTES or (request.data and request is not self._coming):
-            block, request.data = request.data, bytearray()
-            await self._loop.run_in_executor(self.owner.threads, file.write, block)
-            if not self.core.established:
-                file.discard()
-                return
-            self.resume("spool")
-        request.writing = False
-        if request is not self._coming:
-            self._serve_soon(request)
-
-    def _serve_soon(self, request: Request) -> None:
-        self.messages += 1
-        self._requests.append(request)
-        if len(self._requests) == 1:
-            spawn(self._serve())
-        if len(self._requests) > WAITING_REQUESTS:  # each may have a file open
-            self.pause("requests")
+    async def _receive(self, request: Request) -> None:
+        """The rest of its data set; an object goes to the spool, in a thread, a block at a time."""
+        while self.core.established and (request is self._coming or (request.file and request.data)):
+            await request.arrived.wait()
+            request.arrived.clear()
+            if request.file is not None:
+                block, request.data = request.data, bytearray()
+                await self._loop.run_in_executor(self.owner.threads, request.file.write, block)
+                self.resume("spool")
 
     async def _serve(self) -> None:
         while self._requests:
             request = self._requests[0]
+            await self._receive(request)
             stored = request.name in DICOM_STORED
             self.pending += stored
             try:
@@ -8845,7 +8830,6 @@ class DicomLine(Line):
                         await self._serve_one(request)
             finally:
                 self.pending -= stored
-                self._unanswered -= 1
                 self.active_at = self._loop.time()
                 self._requests.popleft()
                 if len(self._requests) <= WAITING_REQUESTS:
