@@ -8980,47 +8980,39 @@ class DicomChannel(Channel):
         message.text = text
         return message
 
-    def _keep(self, message: Message) -> Awaitable[None]:
-        """Store a message; Refusal when it is over."""
-        done: asyncio.Future[None] = self.loop.create_future()
-
-        def stored(message: Message) -> None:
-            if message.refusal:
-                self.store.spool.remove(message.spool or "")
-                status = OUT_OF_RESOURCES if message.type == "C-STORE" else RESOURCE_LIMITATION
-                settle = partial(done.set_exception, Refusal(message.refusal, status))
-            else:
-                self.note(f"[Received {message.type}]: {message.control_id} from {message.remote}")
-                self.queue.stored(message)
-                settle = partial(done.set_result, None)
-            if not done.done():  # else the agent stops, and nobody waits any more
-                settle()
-
-        message.source = stored
+    async def _keep(self, message: Message) -> None:
+        """Store a message; Refusal where that is not possible."""
+        done = asyncio.Event()
+        message.source = lambda _: done.set()
         self.store.put(message)
-        return done
+        await done.wait()
+        if message.refusal:
+            self.store.spool.remove(message.spool or "")
+            raise Refusal(message.refusal, OUT_OF_RESOURCES if message.type == "C-STORE" else RESOURCE_LIMITATION)
+        self.note(f"[Received {message.type}]: {message.control_id} from {message.remote}")
+        self.queue.stored(message)
 
     # --- questions ---
 
-    async def _read(self, request: Request, refusal: Refusal, large: int = LARGE_VALUE_BYTES) -> Json:
-        """What a request is, with its data set, for the body of a message; `refusal` when that cannot be read."""
+    async def _read(self, request: Request) -> Json:
+        """What a request is, with its data set, for the body of a message; Refusal when that cannot be read."""
         omitted: list[str] = []
         try:
-            elements = await self._decode(lambda: dicom_json(request.dataset, omitted, large))
+            elements = await self._decode(lambda: dicom_json(request.dataset, omitted, UPLINK_FRAME_BYTES))
         except Exception:
-            raise refusal from None
-        more = {"omitted": omitted} if omitted else {}
-        return {"association": request.line.titles, "command": request.name, "dataset": elements, **more}
+            status = PROCESSING_FAILURE if request.name.startswith("N-") else CANNOT_UNDERSTAND
+            raise Refusal("the data set cannot be read", status) from None
+        body = {"association": request.line.titles, "command": request.name, "dataset": elements}
+        return body | {"sopClassUid": request.context.abstract} | ({"omitted": omitted} if omitted else {})
 
     async def _ask(self, request: Request, member: str, **more: str) -> Any:
         """The Bot's answer to a query, or a member of it; Refusal when there is none, also when the device cancels."""
         command, seconds = request.name, self.settings.responseTimeoutSecs
-        asked = await self._read(request, Refusal("the identifier cannot be read", CANNOT_UNDERSTAND))
+        asked = await self._read(request)
         if "omitted" in asked and command != "C-FIND":  # more would be retrieved than was asked for
             raise Refusal(f"the identifier has unreadable values: {', '.join(asked['omitted'])}", CANNOT_UNDERSTAND)
         level = "WORKLIST" if request.context.abstract == WORKLIST_CLASS else _texts(asked["dataset"], "00080052")[0]
-        more |= {"sopClassUid": request.fields.get("AffectedSOPClassUID", ""), "level": level}
-        text = dump_json(asked | more).decode()
+        text = dump_json(asked | more | {"level": level}).decode()
         if len(dump_json(text)) > BODY_BYTES:
             raise Refusal("the identifier is larger than the server takes")
         self.note(f"[Received {command}]: {text}")
@@ -9061,10 +9053,9 @@ class DicomChannel(Channel):
 
     async def _search(self, request: Request) -> list[Json]:
         """The data sets of what matches, at the level that is asked for; for a retrieval of images, and their `raw`."""
-        refusal = Refusal("the identifier cannot be read, or its level is none of a study root", CANNOT_UNDERSTAND)
-        wanted = asked = (await self._read(request, refusal))["dataset"]
+        wanted = asked = (await self._read(request))["dataset"]
         if (level := _texts(asked, "00080052")[0]) not in _SEARCHES:
-            raise refusal
+            raise Refusal("the level of the query is none of a study root", CANNOT_UNDERSTAND)
         depth, rows = list(_SEARCHES).index(level), list(_SEARCHES.values())
         if request.name != "C-FIND":  # PS3.4 C.4.2.1.4.1: the unique keys; the others do not narrow it
             uids = [next(iter(parameters)) for _, _, parameters, _ in rows]
@@ -9202,12 +9193,11 @@ class DicomChannel(Channel):
         if not request.uid and request.name == "N-SET":
             raise Refusal("it does not say of which procedure step", PROCESSING_FAILURE)
         uid = request.uid or str(pydicom.uid.generate_uid())
-        body = await self._request(request, MPPS_CLASS, uid)
+        body = await self._read(request) | {"sopInstanceUid": uid}
         message, heard = self._new_message(request, uid, uid, body), self.loop.create_future()
         try:
-            stored = self._keep(message)
+            await self._keep(message)
             self._waiting[message.id] = heard
-            await stored
             async with asyncio.timeout(self.settings.answerWaitSecs if self.uplink.live else 0):
                 words = bot_words(await heard)
             elements = words.get("dataset", {}) if isinstance(words, dict) else {}
@@ -9222,17 +9212,11 @@ class DicomChannel(Channel):
 
     n_set = n_create
 
-    async def _request(self, request: Request, sop_class: str, uid: str, **more: int) -> Json:
-        """The body of a message about an N-service."""
-        refusal = Refusal("the data set cannot be read", PROCESSING_FAILURE)
-        asked = await self._read(request, refusal, UPLINK_FRAME_BYTES)
-        return asked | {"sopClassUid": sop_class, "sopInstanceUid": uid} | more
-
     async def n_action(self, request: Request) -> None:
         """Storage commitment N-ACTION (PS3.4 J.3.2): answered when stored; the report follows the Bot's answer."""
         if request.fields.get("RequestedSOPClassUID") != COMMITMENT_CLASS or request.fields.get("ActionTypeID") != 1:
             raise Refusal("an action that is not supported", NO_SUCH_ACTION)
-        body = await self._request(request, COMMITMENT_CLASS, request.uid, actionTypeId=1)
+        body = await self._read(request) | {"sopInstanceUid": request.uid, "actionTypeId": 1}
         try:
             wanted = [str(item.ReferencedSOPInstanceUID) for item in request.dataset.ReferencedSOPSequence]
             key = f"commitment {request.dataset.TransactionUID}"
@@ -9242,9 +9226,8 @@ class DicomChannel(Channel):
         if not wanted or [uid for uid, _ in referenced_objects(body)] != wanted:
             raise Refusal("more objects than fit into one message; ask for fewer at a time", RESOURCE_LIMITATION)
         message.prepared = False
-        stored = self._keep(message)
+        await self._keep(message)
         request.line.commitments.add(message.id)
-        await stored
 
     # --- answers of the Bot ---
 
