@@ -9415,16 +9415,12 @@ def read_object(file: SpoolFile) -> Dataset:
 
 def meta_of(file: SpoolFile) -> Dataset:
     """File Meta Information of a Part 10 file (PS3.10 7.1); what it says of its own length is not believed."""
+    reader = pydicom.filereader
     with file.open() as reading:
-        reading.seek(132)
-        while (head := reading.read(8))[:2] == b"\2\0":
-            vr, size = head[4:6], struct.unpack("<H", head[6:])[0]
-            if vr not in _VRS or vr in _LONG:
-                size = int.from_bytes(reading.read(4) if vr in _LONG else head[4:], "little")
-            reading.seek(size, os.SEEK_CUR)
-        file.start = reading.tell() - len(head)
-        reading.seek(0)
-        return cast("Dataset", pydicom.dcmread(io.BytesIO(reading.read(min(file.start, MIB)))).file_meta)
+        reader.read_preamble(reading, force=False)
+        meta = reader.read_dataset(reading, False, True, stop_when=lambda tag, *_: tag.group != 2, defer_size=MIB)
+        file.start = reading.tell()
+        return cast("Dataset", meta)
 
 
 def file_blocks(file: SpoolFile, start: int) -> Iterator[tuple[bytes, bool]]:
