@@ -8282,7 +8282,7 @@ def dicom_json(
                 if read.VR == "SQ":
                     items = [dicom_json(item, omitted, large, standard=standard, nested=True) for item in read.value]
                     element = {"vr": "SQ", "Value": items} if items or not standard else {"vr": "SQ"}
-                elif read.VR == "PN" and read.VM:
+                elif read.VR == "PN" and read.VM:  # pydicom's fails on an empty one among others
                     names = read.value if read.VM > 1 else [read.value]
                     element = _plain({"vr": "PN", "Value": names}, swap, standard)
                 else:
@@ -8333,13 +8333,11 @@ def _clean(vr: str, value: Any) -> Any:
     if vr == "PN":
         groups = zip(("Alphabetic", "Ideographic", "Phonetic"), _ESCAPES.sub("", str(value)).split("="), strict=False)
         return {group: part for group, part in groups if part} or None
-    if isinstance(value, str) and vr in _TEXT:  # ISO 2022 IR 58, PS3.5 K.2
-        value = _ESCAPES.sub("", value)
-    if (
-        vr in ("SV", "UV") and isinstance(value, int) and abs(value) > 2**53
-    ):  # which JavaScript would round (PS3.18 F.2.3 allows both)
+    if vr in ("SV", "UV") and abs(value) > 2**53:  # which JavaScript would round (PS3.18 F.2.3 allows both)
         return str(value)
-    return value.strip(" ") if isinstance(value, str) and vr in ("AE", "CS", "LO", "SH") else value  # PS3.5 6.2
+    if vr in _TEXT:  # ISO 2022 IR 58, PS3.5 K.2
+        value = _ESCAPES.sub("", value)
+    return value.strip(" ") if vr in ("AE", "CS", "LO", "SH") else value  # PS3.5 6.2
 
 
 def _plain(element: Json, swap: bool, standard: bool) -> Json | None:
@@ -8476,9 +8474,12 @@ def check_whole(file: BinaryIO, start: int, syntax: str) -> None:
     """
     implicit, little, deflated = syntax_of(syntax)
     if deflated:
-        if any(size > INFLATED_BYTES for size in itertools.accumulate(map(len, _inflated(file, start)))):
-            raise Refusal(f"deflated, and larger than {INFLATED_BYTES} bytes when inflated", OUT_OF_RESOURCES)
-        file, start = io.BytesIO(b"".join(_inflated(file, start))), 0
+        inflated = io.BytesIO()
+        for piece in _inflated(file, start):
+            if inflated.tell() + len(piece) > INFLATED_BYTES:
+                raise Refusal(f"deflated, and larger than {INFLATED_BYTES} bytes when inflated", OUT_OF_RESOURCES)
+            inflated.write(piece)
+        file, start = inflated, 0
     order, size = "<" if little else ">", file.seek(0, os.SEEK_END)
     file.seek(start)
     if (begin := file.read(132))[128:] == b"DICM":
@@ -8954,16 +8955,18 @@ class DicomChannel(Channel):
         standard, syntax = self.settings.dicomJson == "standard", request.context.syntaxes[0]
         with file.open() as reading:
             check_whole(reading, file.start, syntax)
-        try:
-            with file.open() as reading:
+            reading.seek(0)
+            try:
                 dataset = pydicom.dcmread(reading, defer_size=LARGE_VALUE_BYTES, force=True)
                 described = dicom_json(dataset, omitted, standard=standard)
-            meta = dicom_json(dataset.file_meta, [], standard=standard)
-            uids = [str(dataset.get(key, "") or "") for key in ("SOPClassUID", "SOPInstanceUID", "StudyInstanceUID")]
-            if not {key for key in described if key > "0003"} - set(omitted):
-                raise ValueError("nothing in it")
-        except Exception:
-            raise Refusal("the data set cannot be read", CANNOT_UNDERSTAND) from None
+                meta = dicom_json(dataset.file_meta, [], standard=standard)
+                uids = [
+                    str(dataset.get(uid, "") or "") for uid in ("SOPClassUID", "SOPInstanceUID", "StudyInstanceUID")
+                ]
+                if not {key for key in described if key > "0003"} - set(omitted):
+                    raise ValueError("nothing in it")
+            except Exception:
+                raise Refusal("the data set cannot be read", CANNOT_UNDERSTAND) from None
         commanded = request.fields["AffectedSOPClassUID"], request.uid
         for what, found, command in zip(("class", "instance"), uids, commanded, strict=False):
             if found and found != command:
