@@ -8238,10 +8238,10 @@ class Dimse:
     def message(self, context: int, fields: Json, data: bytes | None = None) -> bytes:
         """The PDUs of a message (PS3.7 6.3)."""
         described = fields | {"CommandDataSetType": _NO_DATA if data is None else 1}
-        whole = self.fragments(context, command_set(described), command=True, last=True)
-        return whole if data is None else whole + self.fragments(context, data, command=False, last=True)
+        whole = self.fragments(context, command_set(described), command=True)
+        return whole if data is None else whole + self.fragments(context, data)
 
-    def fragments(self, context: int, content: bytes, *, command: bool, last: bool) -> bytes:
+    def fragments(self, context: int, content: bytes, last: bool = True, *, command: bool = False) -> bytes:
         """A part of a message in P-DATA-TF PDUs that the device takes."""
         size = max(1, min(self.peer_pdu or PDU_BYTES, SENT_PDU_BYTES) - 6)
         parts = []
@@ -8456,15 +8456,19 @@ _LONG = b"OB OD OF OL OV OW SQ SV UC UN UR UT UV".split()  # with 4 bytes of len
 _VRS = _LONG + b"AE AS AT CS DA DS DT FD FL IS LO LT PN SH SL SS ST TM UI UL US".split()
 
 
-def _inflated(file: BinaryIO, start: int) -> Iterator[bytes]:
-    """A deflated data set, a piece at a time, as far as it goes (PS3.5 A.5)."""
+def _inflated(file: BinaryIO, start: int) -> BinaryIO:
+    """A deflated data set, as far as it goes (PS3.5 A.5)."""
     file.seek(start)
-    inflater = zlib.decompressobj(-zlib.MAX_WBITS)
+    inflater, inflated = zlib.decompressobj(-zlib.MAX_WBITS), io.BytesIO()
     with suppress(zlib.error):
         while left := file.read(TRANSFER_BLOCK_BYTES):
             while left:
-                yield inflater.decompress(left, MIB)
+                inflated.write(inflater.decompress(left, MIB))
                 left = inflater.unconsumed_tail
+                if inflated.tell() > INFLATED_BYTES:
+                    text = f"deflated, and larger than {INFLATED_BYTES} bytes when inflated"
+                    raise Refusal(text, OUT_OF_RESOURCES)
+    return inflated
 
 
 def check_whole(file: BinaryIO, start: int, syntax: str) -> None:
@@ -8474,12 +8478,7 @@ def check_whole(file: BinaryIO, start: int, syntax: str) -> None:
     """
     implicit, little, deflated = syntax_of(syntax)
     if deflated:
-        inflated = io.BytesIO()
-        for piece in _inflated(file, start):
-            if inflated.tell() + len(piece) > INFLATED_BYTES:
-                raise Refusal(f"deflated, and larger than {INFLATED_BYTES} bytes when inflated", OUT_OF_RESOURCES)
-            inflated.write(piece)
-        file, start = inflated, 0
+        file, start = _inflated(file, start), 0
     order, size = "<" if little else ">", file.seek(0, os.SEEK_END)
     file.seek(start)
     if (begin := file.read(132))[128:] == b"DICM":
@@ -8867,13 +8866,12 @@ class DicomLine(Line):
         try:
             command = command_set(fields | {"MessageID": number, "CommandDataSetType": 1})
             async with asyncio.timeout(DIMSE_SECS) as limit:
-                await self.write(self.core.fragments(context, command, command=True, last=True))
+                await self.write(self.core.fragments(context, command, command=True))
                 for block, last in data:
                     if not self.core.established:
                         raise DeviceError("the association ended", "device-silent")
+                    await self.write(self.core.fragments(context, block, last))
                     limit.reschedule(self._loop.time() + DIMSE_SECS)
-                    await self.write(self.core.fragments(context, block, command=False, last=last))
-                limit.reschedule(self._loop.time() + DIMSE_SECS)
                 return await self._answers[number]
         except TimeoutError:
             if not self._drained.is_set():  # it does not read: no answer would reach it either
@@ -9101,14 +9099,10 @@ class DicomChannel(Channel):
     async def c_move(self, request: Request) -> Answer:
         """C-MOVE (PS3.4 C.4.2)."""
         title, calling = request.fields.get("MoveDestination", ""), request.line.titles["callingAeTitle"]
-        if (peer := destinations(self.settings.moveDestinations).get(title)) is None:
+        if (sender := self._sender(title)) is None:
             self.warn(f"'{calling}' asked to move to '{title}': not among moveDestinations")
             raise Refusal("the destination is not among moveDestinations", UNKNOWN_DESTINATION)
         references = await self._references(request, destination=title)
-        entity = pynetdicom.AE(self.settings.calledAeTitle or "MEDPLUM")
-        entity.connection_timeout = entity.acse_timeout = self.settings.associationTimeoutSecs
-        entity.dimse_timeout = DIMSE_SECS
-        sender = Sender(entity, peer, title)
         send = partial(sender.send, originator_aet=calling, originator_id=request.fields.get("MessageID", 0))
         try:
             sending = partial(self.loop.run_in_executor, self._sending, send)
@@ -9117,6 +9111,15 @@ class DicomChannel(Channel):
             if sender.problem is not None:
                 self.warn(f"objects could not be moved to '{title}': {sender.problem}")
             await self.loop.run_in_executor(self._sending, sender.release)
+
+    def _sender(self, title: str, own: str = "") -> Sender | None:
+        """To one of moveDestinations."""
+        if (peer := destinations(self.settings.moveDestinations).get(title)) is None:
+            return None
+        entity = pynetdicom.AE(own or self.settings.calledAeTitle or "MEDPLUM")
+        entity.connection_timeout = entity.acse_timeout = self.settings.associationTimeoutSecs
+        entity.dimse_timeout = DIMSE_SECS
+        return Sender(entity, peer, title)
 
     async def c_get(self, request: Request) -> Answer:
         """C-GET (PS3.4 C.4.3): the objects come as C-STORE on the same association."""
@@ -9292,11 +9295,7 @@ class DicomChannel(Channel):
         """N-EVENT-REPORT, on an association of our own where the device's address is known; why not, if not."""
         calling = titles["callingAeTitle"]
         try:
-            if peer := destinations(self.settings.moveDestinations).get(calling):
-                own = titles["calledAeTitle"] or self.settings.calledAeTitle or "MEDPLUM"
-                entity = pynetdicom.AE(own)
-                entity.connection_timeout = self.settings.associationTimeoutSecs
-                sender = Sender(entity, peer, calling)
+            if sender := self._sender(calling, titles["calledAeTitle"]):
                 status = (await self.loop.run_in_executor(self._sending, sender.report, report, kind)).get("Status")
             elif (line := next((one for one in self.associations if message.id in one.commitments), None)) is None:
                 return f"'{calling}' is not connected; name its address in moveDestinations"
