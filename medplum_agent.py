@@ -8584,10 +8584,11 @@ class Request:
 
     def __init__(self, line: DicomLine, name: str, context: Context, fields: Json):
         self.line, self.name, self.context, self.fields = line, name, context, fields
+        self.syntax = context.syntaxes[0]
         self.file: SpoolFile | None = None
         self.data = bytearray()  # of an object: what is not in the file yet
         self.arrived = asyncio.Event()  # a block of it, its end, or that of the association
-        self.cancelled = asyncio.Event()  # also when the association is gone
+        self.wanted = asyncio.get_running_loop().create_future()  # cancelled by the device, or with the association
 
     @property
     def uid(self) -> str:
@@ -8599,12 +8600,12 @@ class Request:
         """Preamble and file meta information of its object (PS3.10 7.1)."""
         meta = pynetdicom.dsutils.create_file_meta(
             sop_class_uid=self.fields.get("AffectedSOPClassUID") or self.context.abstract,
-            sop_instance_uid=self.uid or "0", transfer_syntax=self.context.syntaxes[0])  # fmt: skip
+            sop_instance_uid=self.uid or "0", transfer_syntax=self.syntax)  # fmt: skip
         return bytes(128) + b"DICM" + cast(bytes, pynetdicom.dsutils.encode_file_meta(meta))
 
     @cached_property
     def dataset(self) -> Dataset:
-        return cast("Dataset", pynetdicom.dsutils.decode(io.BytesIO(self.data), *syntax_of(self.context.syntaxes[0])))
+        return cast("Dataset", pynetdicom.dsutils.decode(io.BytesIO(self.data), *syntax_of(self.syntax)))
 
     async def respond(self, fields: Json, dataset: Dataset | None = None) -> None:
         """An answer, of success unless its status says other; Refusal for a data set that cannot be written."""
@@ -8613,7 +8614,7 @@ class Request:
         data, asked = None, self.fields
         if dataset is not None:
             try:
-                data = write_dataset(dataset, self.context.syntaxes[0])
+                data = write_dataset(dataset, self.syntax)
             except Exception:
                 encode = pynetdicom.dsutils.encode
                 bad = (f"{one.tag:08X}" for one in dataset if not encode(pydicom.Dataset({one.tag: one}), True, True))
@@ -8636,6 +8637,7 @@ class DicomLine(Line):
 
     owner: DicomChannel
     gives_way = True
+    inside = False
 
     def __init__(self, owner: DicomChannel):
         super().__init__(owner)
@@ -8652,14 +8654,12 @@ class DicomLine(Line):
 
     # --- bytes ---
 
-    def data_received(self, data: bytes) -> None:
-        super().data_received(data)
-        if (until := Line.heard_at + GIVE_WAY_SECS) > self._loop.time():
+    def receive(self, received: bytes) -> None:
+        if (until := Line.heard_at + GIVE_WAY_SECS) > self.active_at:
             self.pause("others")
             self._loop.call_at(until, self.resume, "others")
-
-    def receive(self, received: bytes) -> None:
         events, answer = self.core.receive(received)
+        self.inside = self.core.inside
         if answer:
             self.send(answer)
         steps: dict[type[DimseEvent], Callable[..., None]] = {
@@ -8697,7 +8697,7 @@ class DicomLine(Line):
         self._drained.set()
         self._coming = None
         for request in self._requests:
-            request.cancelled.set()
+            request.wanted.cancel()
             request.arrived.set()
         for answer in self._answers.values():
             if not answer.done():
@@ -8777,7 +8777,7 @@ class DicomLine(Line):
         if name == "C-CANCEL":
             for request in self._requests:
                 if request.fields.get("MessageID") == about:
-                    request.cancelled.set()
+                    request.wanted.cancel()
             return
         request = Request(self, name, self.core.contexts[context], fields)
         if has_data:
@@ -8950,9 +8950,9 @@ class DicomChannel(Channel):
     def _describe(self, file: SpoolFile, request: Request, body: Json) -> str:
         """In a thread: add the data set to the body; returns the Study Instance UID."""
         omitted: list[str] = []
-        standard, syntax = self.settings.dicomJson == "standard", request.context.syntaxes[0]
+        standard = self.settings.dicomJson == "standard"
         with file.open() as reading:
-            check_whole(reading, file.start, syntax)
+            check_whole(reading, file.start, request.syntax)
             reading.seek(0)
             try:
                 dataset = pydicom.dcmread(reading, defer_size=LARGE_VALUE_BYTES, force=True)
@@ -9037,7 +9037,7 @@ class DicomChannel(Channel):
         if not isinstance(matches, list):
             raise Refusal("the Bot's answer is no list of data sets")
         for elements in matches:
-            if request.cancelled.is_set():
+            if request.wanted.cancelled():
                 raise Refusal("cancelled by the device", CANCELLED)
             try:
                 dataset = await self._decode(dataset_of, elements)
@@ -9132,7 +9132,7 @@ class DicomChannel(Channel):
         usable = [own] if own in accepted else [one for one in accepted if {one, own} <= set(UNCOMPRESSED)]
         if not usable:
             raise ValueError("no presentation context for it")
-        data: Iterable[tuple[bytes, bool]] = file_blocks(file, file.start)
+        data: Iterable[tuple[bytes, bool]] = file_blocks(file)
         if usable[0] != own:
             data = [(await self._decode(lambda: write_dataset(read_object(file), usable[0], own)), True)]
         fields = {"CommandField": 0x0001, "AffectedSOPClassUID": sop_class, "Priority": 0,
@@ -9148,7 +9148,7 @@ class DicomChannel(Channel):
             return {"Status": status} | {f"NumberOf{name}Suboperations": count for name, count in counts.items()}
 
         for places in all_places:
-            if request.cancelled.is_set():
+            if request.wanted.cancelled():
                 status = CANCELLED
                 break
             hopeless = sender is not None and sender.problem is not None
@@ -9271,20 +9271,18 @@ class DicomChannel(Channel):
     async def _known_to_server(self, request: Json) -> set[str] | None:
         """Which of the objects the server has, by its own DicomInstances; None when it cannot say."""
         found: set[str] = set()
-        for uid, _ in referenced_objects(request):
-            for seconds in COMMITMENT_REPORT_SECS:
-                await asyncio.sleep(seconds)
-                try:
+        for seconds in COMMITMENT_REPORT_SECS:
+            await asyncio.sleep(seconds)
+            try:
+                for uid in {uid for uid, _ in referenced_objects(request)} - found:
                     instances = await self._fhir.search(f"DicomInstance?sop-instance-uid={urllib.parse.quote(uid)}")
                     found |= {uid} & {str(instance.get("sopInstanceUid")) for instance in instances}
+                return found
+            except ServerError as error:
+                self.warn(f"the server cannot say what it has: {error}")
+                if not error.transient:
                     break
-                except ServerError as error:
-                    self.warn(f"the server cannot say what it has: {error}")
-                    if not error.transient:
-                        return None
-            else:
-                return None
-        return found
+        return None
 
     async def recover(self) -> None:
         """After a start: go on with the reports that no device has taken yet."""
@@ -9377,9 +9375,8 @@ def matches_query(wanted: Json, described: Json) -> bool:
     wildcard, range; an empty key matches everything."""
     for tag, element in wanted.items():
         vr, keys, values = element["vr"], _texts(wanted, tag), _texts(described, tag)
-        if tag not in described or vr == "SQ" or keys == [""] or tag == "00080005":
-            continue
-        if not any(_matches(vr, key, value) for key in keys for value in values):
+        given = tag in described and vr != "SQ" and keys != [""] and tag != "00080005"
+        if given and not any(_matches(vr, key, value) for key in keys for value in values):
             return False
     return True
 
@@ -9398,15 +9395,14 @@ def _matches(vr: str, key: str, value: str) -> bool:
 
 async def unless_cancelled(request: Request, work: Coroutine[Any, Any, T]) -> T:
     """The result of `work`; Refusal when the device cancels, or is gone."""
-    doing, cancelled = asyncio.ensure_future(work), spawn(request.cancelled.wait())
+    doing = asyncio.ensure_future(work)
     try:
-        await asyncio.wait({doing, cancelled}, return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait({doing, request.wanted}, return_when=asyncio.FIRST_COMPLETED)
         if not doing.done():
             raise Refusal("cancelled by the device", CANCELLED)
         return doing.result()
     finally:
         doing.cancel()
-        cancelled.cancel()
 
 
 def read_object(file: SpoolFile) -> Dataset:
@@ -9425,11 +9421,11 @@ def meta_of(file: SpoolFile) -> Dataset:
         return cast("Dataset", meta)
 
 
-def file_blocks(file: SpoolFile, start: int) -> Iterator[tuple[bytes, bool]]:
-    """The rest of a file, a block at a time, with whether it is the last."""
+def file_blocks(file: SpoolFile) -> Iterator[tuple[bytes, bool]]:
+    """The data set in a file, a block at a time, with whether it is the last."""
     with file.open() as reading:
         size = length_of(reading)
-        reading.seek(start)
+        reading.seek(file.start)
         while block := reading.read(TRANSFER_BLOCK_BYTES):
             yield block, reading.tell() == size
 
@@ -9437,15 +9433,19 @@ def file_blocks(file: SpoolFile, start: int) -> Iterator[tuple[bytes, bool]]:
 def commitment_report(request: Json, committed: set[str] | None) -> tuple[Dataset, int]:
     """Data set and event type of an N-EVENT-REPORT: 1 when all UIDs are `committed`, else 2; None: nobody could say."""
     reason = PROCESSING_FAILURE if committed is None else NO_SUCH_INSTANCE
-    sequences: dict[str, list[Json]] = {"00081199": [], "00081198": []}  # referenced, failed
+    safe: list[Json] = []
+    failed: list[Json] = []
     for uid, sop_class in referenced_objects(request):
         item: Json = {"00081150": {"vr": "UI", "Value": [sop_class]}, "00081155": {"vr": "UI", "Value": [uid]}}
-        safe = uid in (committed or ())
-        item |= {} if safe else {"00081197": {"vr": "US", "Value": [reason]}}
-        sequences["00081199" if safe else "00081198"].append(item)
-    report = {tag: {"vr": "SQ", "Value": items} for tag, items in sequences.items() if items}
-    report["00081195"] = request["dataset"].get("00081195", {"vr": "UI"})
-    return dataset_of(report), 2 if sequences["00081198"] else 1  # PS3.4 J.3.3
+        if uid in (committed or ()):
+            safe.append(item)
+        else:
+            failed.append(item | {"00081197": {"vr": "US", "Value": [reason]}})
+    sequences = {
+        tag: {"vr": "SQ", "Value": items} for tag, items in (("00081199", safe), ("00081198", failed)) if items
+    }
+    transaction = request["dataset"].get("00081195", {"vr": "UI"})
+    return dataset_of(sequences | {"00081195": transaction}), 2 if failed else 1  # PS3.4 J.3.3
 
 
 # --- requests of the cloud to application entities -------------------------------------------------------------------
