@@ -7865,7 +7865,7 @@ pynetdicom: Any
 
 
 @cache
-def imaging() -> types.SimpleNamespace:
+def imaging() -> None:
     """Load pydicom and pynetdicom and set them up for us: 16 MB and 130 ms that only imaging needs."""
     global pydicom, pynetdicom
     sys.modules.setdefault("pydicom.examples", types.ModuleType("pydicom.examples"))  # wants files a binary has not
@@ -7882,7 +7882,6 @@ def imaging() -> types.SimpleNamespace:
     _config.LOG_HANDLER_LEVEL, _config.CODECS = "none", ("ascii", "latin-1")
     _config.LOG_REQUEST_IDENTIFIERS = _config.LOG_RESPONSE_IDENTIFIERS = False
     _config.STORE_SEND_CHUNKED_DATASET = True
-    return types.SimpleNamespace(pydicom=pydicom, Entity=pynetdicom.AE, context=pynetdicom.build_context)
 
 
 async def load_imaging() -> None:
@@ -8646,8 +8645,8 @@ class DicomLine(Line):
         self.commitments: set[int] = set()  # messages that asked for one
         self._coming: Request | None = None  # its data set is being received
         self._requests: deque[Request] = deque()  # the first is being received or served
-        self._answers: dict[int, asyncio.Future[Json]] = {}  # to requests of ours, by message id
-        self._message_ids = itertools.cycle(range(1, 0x10000))
+        self._message_id = 0  # of our last request
+        self._answer: asyncio.Future[Json] = self._loop.create_future()  # to it
         self._drained = asyncio.Event()
         self._drained.set()
         self.turn = asyncio.Lock()  # a report of ours comes after the answer to what is being served
@@ -8699,10 +8698,9 @@ class DicomLine(Line):
         for request in self._requests:
             request.wanted.cancel()
             request.arrived.set()
-        for answer in self._answers.values():
-            if not answer.done():
-                answer.set_exception(DeviceError("the association ended", "device-silent"))
-                answer.exception()  # the object under way may still be written, and not wait for it
+        if not self._answer.done():
+            self._answer.set_exception(DeviceError("the association ended", "device-silent"))
+            self._answer.exception()  # the object under way may still be written, and not wait for it
 
     # --- the association ---
 
@@ -8771,8 +8769,8 @@ class DicomLine(Line):
         number, about = fields["CommandField"], fields.get("MessageIDBeingRespondedTo", 0)
         name = DIMSE_NAMES.get(number, "")
         if number & 0x8000:
-            if (answer := self._answers.get(about)) and not answer.done():
-                answer.set_result(fields)
+            if about == self._message_id and not self._answer.done():
+                self._answer.set_result(fields)
             return
         if name == "C-CANCEL":
             for request in self._requests:
@@ -8860,11 +8858,14 @@ class DicomLine(Line):
         await request.respond(fields)
 
     async def request(self, context: int, fields: Json, data: Iterable[tuple[bytes, bool]]) -> Json:
-        """A request of ours to the device, its data set in blocks with whether it is the last; the answer's fields."""
-        number = next(self._message_ids)
-        self._answers[number] = self._loop.create_future()
+        """A request of ours to the device, its data set in blocks with whether it is the last; the answer's fields.
+
+        One at a time: whoever asks has `turn`.
+        """
+        self._message_id = self._message_id % 0xFFFF + 1
+        self._answer = self._loop.create_future()
         try:
-            command = command_set(fields | {"MessageID": number, "CommandDataSetType": 1})
+            command = command_set(fields | {"MessageID": self._message_id, "CommandDataSetType": 1})
             async with asyncio.timeout(DIMSE_SECS) as limit:
                 await self.write(self.core.fragments(context, command, command=True))
                 for block, last in data:
@@ -8872,13 +8873,11 @@ class DicomLine(Line):
                         raise DeviceError("the association ended", "device-silent")
                     await self.write(self.core.fragments(context, block, last))
                     limit.reschedule(self._loop.time() + DIMSE_SECS)
-                return await self._answers[number]
+                return await self._answer
         except TimeoutError:
             if not self._drained.is_set():  # it does not read: no answer would reach it either
                 self.abort()
             raise DeviceError(f"no answer within {DIMSE_SECS:g} s", "device-silent") from None
-        finally:
-            del self._answers[number]
 
 
 # --- the channel -----------------------------------------------------------------------------------------------------

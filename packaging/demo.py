@@ -343,8 +343,10 @@ class Sandbox:
         if self.binary_dir is not None:
             raw = self.binary_dir / str(uuid.uuid4())
             raw.write_bytes(memoryview(content)[part])
-        read = imaging().pydicom.dcmread
-        dataset = read(raw if isinstance(raw, Path) else io.BytesIO(raw), stop_before_pixels=True)
+        imaging()
+        from pydicom import dcmread  # only where there is imaging
+
+        dataset = dcmread(raw if isinstance(raw, Path) else io.BytesIO(raw), stop_before_pixels=True)
         _, binary = self._create("Binary", raw)
         study, series, instance = (_members(dataset, members) for members in DICOM_MEMBERS.values())
         study = self._kept("DicomStudy", "studyInstanceUid", study)
@@ -966,13 +968,16 @@ class Demo:
 
     def _scanner(self, port: int) -> None:
         """A CT scanner, in a thread: stores an image and asks for its worklist."""
-        library = imaging()
+        imaging()
+        import pydicom  # only where there is imaging
+        import pynetdicom
+
         image = dataset_of(DEMO_IMAGE)
         query = dataset_of({key: {"vr": value["vr"]} for key, value in DEMO_WORKLIST.items()})
-        image.file_meta = library.pydicom.dataset.FileMetaDataset()
-        image.file_meta.TransferSyntaxUID = library.pydicom.uid.UID(EXPLICIT)
-        entity = library.Entity("CT01")
-        contexts = [library.context(uid, EXPLICIT) for uid in (image.SOPClassUID, WORKLIST_CLASS)]
+        image.file_meta = pydicom.dataset.FileMetaDataset()
+        image.file_meta.TransferSyntaxUID = pydicom.uid.UID(EXPLICIT)
+        entity = pynetdicom.AE("CT01")
+        contexts = [pynetdicom.build_context(uid, EXPLICIT) for uid in (image.SOPClassUID, WORKLIST_CLASS)]
         association = entity.associate("127.0.0.1", port, contexts=contexts, ae_title="AGENT")
         if not association.is_established:
             raise EOFError
