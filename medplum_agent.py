@@ -8300,12 +8300,11 @@ def dicom_json(
 def _say_utf8(elements: Json) -> None:
     """What its text is in now, whatever it was."""
     for tag, element in elements.items():
-        values = element.get("Value") or [""]
-        if tag == "00080005" and values[0]:
-            element["Value"] = ["ISO_IR 192"]
-        elif element["vr"] == "SQ":
-            for item in values if values[0] else ():
+        if element["vr"] == "SQ":
+            for item in element.get("Value", ()):
                 _say_utf8(item)
+        elif tag == "00080005" and any(element.get("Value", ())):
+            element["Value"] = ["ISO_IR 192"]
 
 
 def _as_text(tag: int, raw: Any) -> Json | None:
@@ -8352,7 +8351,7 @@ def _plain(element: Json, swap: bool, standard: bool) -> Json | None:
     values = [_clean(vr, value) for value in values or ()]
     if values in ([], [""], [None]):
         return {"vr": vr} if standard else {"vr": vr, "Value": [] if vr == "PN" else [""]}
-    return {"vr": vr, "Value": [None if value == "" else value for value in values] if len(values) > 1 else values}
+    return {"vr": vr, "Value": [None if value == "" else value for value in values]}
 
 
 def fitted(body: Json) -> str:
@@ -8641,12 +8640,13 @@ class DicomLine(Line):
     def __init__(self, owner: DicomChannel):
         super().__init__(owner)
         self.core = Dimse(owner.settings.maxPdu)
-        self.titles = {"callingAeTitle": "", "calledAeTitle": ""}
+        self.calling = ""
+        self.titles: Json = {}
         self.commitments: set[int] = set()  # messages that asked for one
         self._coming: Request | None = None  # its data set is being received
         self._requests: deque[Request] = deque()  # the first is being received or served
         self._message_id = 0  # of our last request
-        self._answer: asyncio.Future[Json] = self._loop.create_future()  # to it
+        self._answer: asyncio.Future[Json] | None = None  # to it
         self._drained = asyncio.Event()
         self._drained.set()
         self.turn = asyncio.Lock()  # a report of ours comes after the answer to what is being served
@@ -8686,8 +8686,7 @@ class DicomLine(Line):
         if self.core.inside and self.core.state == "Sta2":
             self.owner.warn(f"{self.remote} sent no association request: is this the right port?")
         elif self.core.established:
-            calling = self.titles["callingAeTitle"]
-            self.owner.warn(f"{self.remote}: the association of '{calling}' ended without release")
+            self.owner.warn(f"{self.remote}: the association of '{self.calling}' ended without release")
         self.core.state = "Sta1"
         self._give_up()
 
@@ -8698,7 +8697,7 @@ class DicomLine(Line):
         for request in self._requests:
             request.wanted.cancel()
             request.arrived.set()
-        if not self._answer.done():
+        if self._answer and not self._answer.done():
             self._answer.set_exception(DeviceError("the association ended", "device-silent"))
             self._answer.exception()  # the object under way may still be written, and not wait for it
 
@@ -8707,7 +8706,7 @@ class DicomLine(Line):
     def _associate(self, calling: str, called: str, contexts: Sequence[Context], roles: Roles) -> None:
         """Accept or reject (PS3.8 9.3.4); AE titles are what they are, and compared where a setting names some."""
         s, core = self.owner.settings, self.core
-        self.titles = {"callingAeTitle": calling, "calledAeTitle": called}
+        self.calling, self.titles = calling, {"callingAeTitle": calling, "calledAeTitle": called}
         established = len(self.owner.associations)
         if core.state != "Sta3":
             return
@@ -8744,7 +8743,7 @@ class DicomLine(Line):
 
     def _end(self, reason: str) -> None:
         if reason := reason or "with a request that was not answered" * bool(self._requests):
-            self.owner.warn(f"{self.remote}: the association of '{self.titles['callingAeTitle']}' ended: {reason}")
+            self.owner.warn(f"{self.remote}: the association of '{self.calling}' ended: {reason}")
         self._give_up()
         self._loop.call_later(HANG_UP_SECS, self.abort)  # the device closes first (PS3.8 9.2, ARTIM)
 
@@ -8756,7 +8755,7 @@ class DicomLine(Line):
     def check_time(self, now: float, idle: float, inside: float) -> str:
         if not self.core.established:
             seconds = self.owner.settings.associationTimeoutSecs
-            if self.core.state == "Sta2" and 0 < seconds < now - self.opened_at:  # ARTIM (PS3.8 9.1.5)
+            if self.core.state == "Sta2" and seconds < now - self.opened_at:  # ARTIM (PS3.8 9.1.5)
                 return f"it sent no association request for {now - self.opened_at:.0f} s"
             return super().check_time(now, seconds, 0)
         serving = self._requests and self._requests[0] is not self._coming
@@ -8769,7 +8768,7 @@ class DicomLine(Line):
         number, about = fields["CommandField"], fields.get("MessageIDBeingRespondedTo", 0)
         name = DIMSE_NAMES.get(number, "")
         if number & 0x8000:
-            if about == self._message_id and not self._answer.done():
+            if self._answer and about == self._message_id and not self._answer.done():
                 self._answer.set_result(fields)
             return
         if name == "C-CANCEL":
@@ -8830,7 +8829,7 @@ class DicomLine(Line):
                 self.pending -= stored
                 self.active_at = self._loop.time()
                 self._requests.popleft()
-                if len(self._requests) <= WAITING_REQUESTS:
+                if len(self._requests) == WAITING_REQUESTS:
                     self.resume("requests")
                 if request.file is not None:
                     request.file.discard()  # what was kept has another name by now
@@ -8851,8 +8850,8 @@ class DicomLine(Line):
             self._loop.call_exception_handler(context)
         fields: Json = {"Status": refusal.status}
         if refusal.status != CANCELLED:
-            what, calling = f"status 0x{refusal.status:04X}", self.titles["callingAeTitle"]
-            self.owner.warn(f"a request of '{calling}' was answered with {what}; see the channel log")
+            what = f"status 0x{refusal.status:04X}"
+            self.owner.warn(f"a request of '{self.calling}' was answered with {what}; see the channel log")
             self.owner.note(f"[Refused]: {request.name}: {what}: {refusal}")
             fields["ErrorComment"] = re.sub(r"[\x00-\x1f\\]", " ", str(refusal))[:64]  # LO (PS3.5 6.2)
         await request.respond(fields)
@@ -8931,12 +8930,11 @@ class DicomChannel(Channel):
             raise Refusal("the request names no class or no instance, or brings no data set", CANNOT_UNDERSTAND)
         if not is_storage(request.context.abstract):
             raise Refusal("not a presentation context for objects", NO_SUCH_CLASS)
-        body: Json = {"association": request.line.titles}
         try:
             if file.error or (s.maxMessageBytes and file.size > s.maxMessageBytes):
                 text = file.error or f"larger than {s.maxMessageBytes} bytes (maxMessageBytes)"
                 raise Refusal(text, OUT_OF_RESOURCES)
-            study = await self._decode(self._describe, file, request, body)
+            body, study = await self._decode(self._describe, file, request)
             mark = STOWED if s.storage == "dicomweb" else ""
             spool = await self.loop.run_in_executor(self.threads, file.keep, mark)
             body |= {} if mark else {"binary": {"reference": spool_reference(spool)}}
@@ -8946,8 +8944,8 @@ class DicomChannel(Channel):
         message.spool, message.prepared = spool, False
         await self._keep(message)
 
-    def _describe(self, file: SpoolFile, request: Request, body: Json) -> str:
-        """In a thread: add the data set to the body; returns the Study Instance UID."""
+    def _describe(self, file: SpoolFile, request: Request) -> tuple[Json, str]:
+        """In a thread: what an object is, for the body of a message, and its Study Instance UID."""
         omitted: list[str] = []
         standard = self.settings.dicomJson == "standard"
         with file.open() as reading:
@@ -8969,12 +8967,12 @@ class DicomChannel(Channel):
             if found and found != command:
                 raise Refusal(f"the SOP {what} UID of the data set is not that of the request", SOP_MISMATCH)
         _say_utf8(described)
-        body |= {"dataset": meta | described} | ({"omitted": omitted} if omitted else {})
-        return uids[2]
+        body = {"association": request.line.titles, "dataset": meta | described}
+        return body | ({"omitted": omitted} if omitted else {}), uids[2]
 
     def _new_message(self, request: Request, uid: str, key: str, body: Json) -> Message:
         text = fitted(body)
-        message = Message(self.queue.row, request.line.titles["callingAeTitle"], text.encode())
+        message = Message(self.queue.row, request.line.calling, text.encode())
         message.type, message.control_id = request.name, uid
         message.key = "" if self.plan.key_spec == "*" else key
         message.text = text
@@ -9016,7 +9014,7 @@ class DicomChannel(Channel):
         if len(dump_json(text)) > BODY_BYTES:
             raise Refusal("the identifier is larger than the server takes")
         self.note(f"[Received {command}]: {text}")
-        asking = self.uplink.ask(self.plan.name, request.line.titles["callingAeTitle"], text, seconds)
+        asking = self.uplink.ask(self.plan.name, request.line.calling, text, seconds)
         try:
             answer = await unless_cancelled(request, asking)
         except TimeoutError:
@@ -9097,7 +9095,7 @@ class DicomChannel(Channel):
 
     async def c_move(self, request: Request) -> Answer:
         """C-MOVE (PS3.4 C.4.2)."""
-        title, calling = request.fields.get("MoveDestination", ""), request.line.titles["callingAeTitle"]
+        title, calling = request.fields.get("MoveDestination", ""), request.line.calling
         if (sender := self._sender(title)) is None:
             self.warn(f"'{calling}' asked to move to '{title}': not among moveDestinations")
             raise Refusal("the destination is not among moveDestinations", UNKNOWN_DESTINATION)
