@@ -8747,10 +8747,10 @@ class DicomLine(Line):
         self._give_up()
         self._loop.call_later(HANG_UP_SECS, self.abort)  # the device closes first (PS3.8 9.2, ARTIM)
 
-    def close(self) -> None:
+    def close(self, reason: str = "") -> None:
         if self.core.established:
             self.send(self.core.aborting())
-        self._end("")
+        self._end(reason)
 
     def check_time(self, now: float, idle: float, inside: float) -> str:
         if not self.core.established:
@@ -8800,8 +8800,7 @@ class DicomLine(Line):
         if last or len(request.data) >= SPOOL_BLOCK_BYTES:
             request.arrived.set()
         if request.file is None and len(request.data) > IDENTIFIER_BYTES:
-            self.send(self.core.aborting())
-            self._end("aborted: a data set that is too large")
+            self.close("aborted: a data set that is too large")
         elif request.file is not None and len(request.data) > 4 * SPOOL_BLOCK_BYTES:
             self.pause("spool")  # the device is faster than the disk
 
