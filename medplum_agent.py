@@ -8454,19 +8454,15 @@ _LONG = b"OB OD OF OL OV OW SQ SV UC UN UR UT UV".split()  # with 4 bytes of len
 _VRS = _LONG + b"AE AS AT CS DA DS DT FD FL IS LO LT PN SH SL SS ST TM UI UL US".split()
 
 
-def _inflated(file: BinaryIO, start: int) -> BinaryIO:
-    """A deflated data set, as far as it goes (PS3.5 A.5)."""
+def _inflated(file: BinaryIO, start: int) -> Iterator[bytes]:
+    """A deflated data set, a piece at a time, as far as it goes (PS3.5 A.5)."""
     file.seek(start)
-    inflater, inflated = zlib.decompressobj(-zlib.MAX_WBITS), io.BytesIO()
+    inflater = zlib.decompressobj(-zlib.MAX_WBITS)
     with suppress(zlib.error):
         while left := file.read(TRANSFER_BLOCK_BYTES):
             while left:
-                inflated.write(inflater.decompress(left, MIB))
+                yield inflater.decompress(left, MIB)
                 left = inflater.unconsumed_tail
-                if inflated.tell() > INFLATED_BYTES:
-                    text = f"deflated, and larger than {INFLATED_BYTES} bytes when inflated"
-                    raise Refusal(text, OUT_OF_RESOURCES)
-    return inflated
 
 
 def check_whole(file: BinaryIO, start: int, syntax: str) -> None:
@@ -8476,7 +8472,9 @@ def check_whole(file: BinaryIO, start: int, syntax: str) -> None:
     """
     implicit, little, deflated = syntax_of(syntax)
     if deflated:
-        file, start = _inflated(file, start), 0
+        if any(size > INFLATED_BYTES for size in itertools.accumulate(map(len, _inflated(file, start)))):
+            raise Refusal(f"deflated, and larger than {INFLATED_BYTES} bytes when inflated", OUT_OF_RESOURCES)
+        file, start = io.BytesIO(b"".join(_inflated(file, start))), 0
     order, size = "<" if little else ">", file.seek(0, os.SEEK_END)
     file.seek(start)
     if (begin := file.read(132))[128:] == b"DICM":
