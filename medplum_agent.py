@@ -9170,7 +9170,6 @@ class DicomChannel(Channel):
                         raise
             if file.error:
                 raise ServerError(file.error)
-            file.close()
             meta = await self._decode(meta_of, file)
             uid = meta.MediaStorageSOPInstanceUID
             status = int((await send(file, meta)).get("Status", PROCESSING_FAILURE))
@@ -9518,7 +9517,6 @@ class ImagingCaller:
         try:
             if file is None:
                 return self._query(sender, request)
-            file.close()
             return {"status": _checked_status(sender.send(file, meta_of(file)))}
         except DeviceError as error:
             raise DeviceError(f"{key}: {error}", error.kind) from None
