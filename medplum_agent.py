@@ -557,30 +557,27 @@ def listed(text: str) -> list[str]:
 _DAYS = "Mo Tu We Th Fr Sa Su".split()
 
 
-Hours = tuple[frozenset[int], range]  # days of the week, where Monday is 0, and their minutes
+Hours = tuple[frozenset[int], str, str]  # days of the week, where Monday is 0, and from when until when
 
 
 @cache
 def opening_hours(text: str) -> list[Hours]:
     """Comma-separated `[Mo[-Fr] ]HH:MM-HH:MM`; ValueError names the bad part."""
-    found, day, clock = [], f"({'|'.join(_DAYS)})", r"([01]\d|2[0-4]):([0-5]\d)"
+    found, day, clock = [], f"({'|'.join(_DAYS)})", r"((?:[01]\d|2[0-4]):[0-5]\d)"
     for part in listed(text):
         match = re.fullmatch(f"(?:{day}(?:-{day})? +)?{clock}-{clock}", part)
-        first, last, *times = match.groups() if match else ("", "", 0, 0, 0, 0)
-        start, end = 60 * int(times[0]) + int(times[1]), 60 * int(times[2]) + int(times[3])
-        if start >= end:
+        if not match or match[3] >= match[4]:
             raise ValueError(f"'{part}' needs the form Mo-Fr 07:00-19:00; what passes midnight is two parts")
-        from_day, to_day = _DAYS.index(first or "Mo"), _DAYS.index(last or first or "Su")
-        days = frozenset((from_day + n) % 7 for n in range((to_day - from_day) % 7 + 1))
-        found.append((days, range(start, end)))
+        first = _DAYS.index(match[1] or "Mo")
+        last = (_DAYS * 2).index(match[2] or match[1] or "Su", first)
+        found.append((frozenset(n % 7 for n in range(first, last + 1)), match[3], match[4]))
     return found
 
 
-def in_hours(hours: list[Hours]) -> bool:
-    """Whether now is one of them, in local time; always where there are none."""
-    now = datetime.datetime.now().astimezone()
-    minute = 60 * now.hour + now.minute
-    return not hours or any(now.weekday() in days and minute in minutes for days, minutes in hours)
+def open_since(hours: list[Hours], moment: datetime.datetime) -> list[str]:
+    """When those of them that a moment lies in begin, as `07:00`."""
+    clock = f"{moment:%H:%M}"
+    return [start for days, start, end in hours if moment.weekday() in days and start <= clock < end]
 
 
 def may_be_secret(name: str) -> bool:
@@ -10027,12 +10024,10 @@ def expected_secs(s: ChannelSettings, last: float) -> float | None:
     if not (hours := opening_hours(s.expectHours)):
         return now.timestamp() - last
     while now - opened < datetime.timedelta(days=7):  # back through parts that adjoin, also past midnight
-        minute = 60 * opened.hour + opened.minute
-        starts = [minutes.start for days, minutes in hours if opened.weekday() in days and minute in minutes]
-        if not starts:
+        if not (starts := open_since(hours, opened)):
             break
-        opened = opened.replace(hour=0, minute=0, second=0, microsecond=0)
-        opened += datetime.timedelta(minutes=min(starts) - 1)
+        start = datetime.time.fromisoformat(min(starts))
+        opened = datetime.datetime.combine(opened, start, opened.tzinfo) - datetime.timedelta(minutes=1)
     if opened == now:
         return None
     return now.timestamp() - max(last, opened.timestamp() + 60)
@@ -11634,7 +11629,8 @@ class Agent:
             raise LocalError("Remote upgrades are off: set remoteUpgrade in agent.toml on the machine of the agent")
         if version and number_of(version) < number_of(VERSION):
             raise LocalError(f"{version} is older than {VERSION}: upgrade --rollback on the machine of the agent")
-        if not in_hours(opening_hours(settings.upgradeWindow)):
+        hours = opening_hours(settings.upgradeWindow)
+        if hours and not open_since(hours, datetime.datetime.now().astimezone()):
             raise LocalError(f"Upgrades are done within {settings.upgradeWindow} only (upgradeWindow in agent.toml)")
         await self.upgrades.begin(version, str(message.get("callback") or ""))
         return None
