@@ -2563,13 +2563,7 @@ class Astm:
         else:
             self.skipped += 1
 
-    def _begin_session(self, byte: int) -> None:
-        self._records, self._size, self._last, self._refused = [], 0, _NO_FRAME, False
-        self._text.clear()
-        self._unsummed = False
-
     def _open(self, byte: int) -> None:
-        self._begin_session(byte)
         self._write(ACK)
 
     def _bare(self, byte: int) -> None:
@@ -2614,7 +2608,8 @@ class Astm:
             self._events.append(Interrupted(records, reason) if reason else Session(records))
         elif self._unsummed:
             self._warn("not one frame of a session had the right checksum: does it send any? If not: checksum=off")
-        self._begin_session(0)
+        self._records, self._size, self._last, self._refused, self._unsummed = [], 0, _NO_FRAME, False, False
+        self._text.clear()
         self._rest = self._now + TURN_SECS
 
     # --- receiver: frames ---
@@ -2769,7 +2764,7 @@ _BETWEEN: _Row = {
 _NOISY: _Row = {**_BETWEEN, **_padding(Link.NOISE), ENQ: (Link.NOISE_ENQ,), EOT: (Link.NOISE_EOT,)}
 _LINK: dict[Link, _Row] = {
     Link.IDLE: {
-        ENQ: (Link.FRESH, Astm._open), STX: (Link.NUMBER, Astm._bare, Astm._begin_session, Astm._begin),
+        ENQ: (Link.FRESH, Astm._open), STX: (Link.NUMBER, Astm._bare, Astm._begin),
         EOT: (Link.IDLE, Astm._ack_eot), **_padding(Link.IDLE), _OTHER: (Link.IDLE, Astm._skip),
         _TIME: (Link.IDLE, Astm._enquire),
     },
