@@ -2459,11 +2459,8 @@ class Astm:
 
     def send(self, records: Sequence[bytes], now: float) -> list[AstmEvent]:
         """Queue a message (records each ending in CR); every call ends in one Sent or SendFailed, in order."""
-        self._now = now
         self._queue.append(astm_frames(records, self.settings.maxFrame))
-        if self.state is Link.IDLE and now >= self._rest:
-            self._step(_TIME)
-        return self._run()
+        return self.expired(now) if self.state is Link.IDLE else []
 
     def withdraw(self, position: int, now: float) -> list[AstmEvent]:
         """Take back a message that was given to send(); one under way ends in EOT, and so without its L record."""
