@@ -1782,10 +1782,10 @@ _BLANK_BYTES = _BLANKS.encode()
 _WRAPPERS = (b"FHS", b"BHS", b"BTS", b"FTS")  # segments around the messages of a batch (HL7 v2.5.1 2.10.3)
 _control_ids = itertools.count(time.time_ns() // 1000)  # 16 digits, unique in a process and across restarts
 # Character sets that HL7 names in its own way (table 0211)
+_JAPANESE = "iso2022_jp_ext"
 _CHARACTER_SETS = {
     "UNICODE UTF-8": "utf-8", "UNICODE": "utf-8", "GB 18030-2000": "gb18030", "KS X 1001": "cp949",
-    "BIG-5": "big5hkscs", "ISO-IR-192": "utf-8", "ISO-IR-14": "iso2022_jp_ext", "ISO-IR-87": "iso2022_jp_ext",
-    "ISO-IR-159": "iso2022_jp_ext",
+    "BIG-5": "big5hkscs", "ISO-IR-192": "utf-8", **dict.fromkeys(("ISO-IR-14", "ISO-IR-87", "ISO-IR-159"), _JAPANESE),
 }  # fmt: skip
 
 
@@ -1812,27 +1812,24 @@ def decode_hl7(content: bytes, encoding: str) -> str:
 
 def split_batch(content: bytes) -> tuple[list[bytes], bytes]:
     """The messages of a frame that holds several, or a batch; and what stood around them."""
-    messages: list[bytes] = []
-    around: list[bytes] = []
     whole = content.lstrip(_BLANK_BYTES)
     first = re.search(rb"\r?\n|\r", whole)
     end = rb"(?:(?<=\r)|(?<=\r\n))" if first and b"\r" in first[0] else rb"(?<=\n)"  # else a line feed is text
-    for line in re.split(end + rb"(?=MSH|FHS|BHS|BTS|FTS)", whole):
-        (around if line.startswith(_WRAPPERS) else messages).append(line)
-    return messages or [content], b"".join(around)
+    parts = re.split(end + rb"(?=MSH|FHS|BHS|BTS|FTS)", whole)
+    messages = [part for part in parts if not part.startswith(_WRAPPERS)]
+    return messages or [content], b"".join(part for part in parts if part.startswith(_WRAPPERS))
 
 
 @lru_cache(64)
 def _named_codec(field: str) -> str:
     """Of MSH-18. Repetitions switch by ISO 2022, which in use is Japanese: `~ISO IR87` begins in ASCII (2.15.9.18)."""
     name, *others = (re.sub("^ISO[-_ ]?IR[-_ ]?", "ISO-IR-", part.strip().upper()) for part in field.split("~"))
-    plain = ("", "ASCII", "ISO-IR-6")
-    if name in plain:
-        name = next((other for other in others if _CHARACTER_SETS.get(other) == "iso2022_jp_ext"), name)
+    if name in ("", "ASCII", "ISO-IR-6"):
+        return _JAPANESE if _JAPANESE in map(_CHARACTER_SETS.get, others) else ""
     with suppress(ValueError):
         codec = _CHARACTER_SETS.get(name) or codec_of(name)
         check_encoding(codec)
-        return "" if name in plain else codec
+        return codec
     return ""
 
 
@@ -1862,6 +1859,11 @@ def undecodable(content: bytes, encoding: str) -> str:
 _NO_FIELDS = ("",) * 18
 
 
+def nth(parts: Sequence[str], number: int) -> str:
+    """The part that HL7 counts so, from 1 on; a missing one is empty."""
+    return parts[number - 1] if number <= len(parts) else ""
+
+
 class Header:
     """The MSH segment of a message: `fields[n - 1]` is MSH-n (HL7 v2.5.1 2.15.9); missing fields read as empty."""
 
@@ -1876,7 +1878,7 @@ class Header:
         self.component, self.repetition = marks[0:1] or "^", marks[1:2] or "~"
 
     def field(self, number: int) -> str:
-        return self.fields[number - 1] if number <= len(self.fields) else ""
+        return nth(self.fields, number)
 
 
 def read_hl7(content: bytes, encoding: str, fixed: bool) -> Header:
@@ -1902,10 +1904,10 @@ def ordering_key(text: str, header: Header, spec: str = "") -> str | None:
     Without one PID-3.1 and PID-3.4 of the one patient of the message; BARRIER when it names none or several. What
     acknowledges our answers holds up nobody.
     """
-    if not spec and is_ack(header.message_type):
-        return "ACK"
     if spec:
         return "" if spec == "*" else logical_key(text, header, parse_key(spec))
+    if is_ack(header.message_type):
+        return "ACK"
     separator, component = header.separator, header.component
     if header.message_type.partition(component)[2].partition(component)[0] in MERGE_EVENTS:
         return BARRIER
@@ -1934,25 +1936,20 @@ def field_at(text: str, header: Header, path: FieldPath) -> str:
     if name == "MSH":
         value = header.separator if field == 1 else header.field(field)
     else:
-        value = _nth(text.partition(f"\r{name}{header.separator}")[2].partition("\r")[0], header.separator, field)
+        value = nth(text.partition(f"\r{name}{header.separator}")[2].partition("\r")[0].split(header.separator), field)
     if not component:
         return value
-    value = _nth(value.split(header.repetition, 1)[0], header.component, component)
-    return _nth(value, header.field(2)[3:4] or "&", subcomponent) if subcomponent else value
-
-
-def _nth(text: str, separator: str, number: int) -> str:
-    parts = text.split(separator, number)
-    return parts[number - 1] if number <= len(parts) else ""
+    value = nth(value.split(header.repetition)[0].split(header.component), component)
+    return nth(value.split(header.field(2)[3:4] or "&"), subcomponent) if subcomponent else value
 
 
 def build_ack(header: Header, code: str, text: str = "") -> str:
     """MSH and MSA answering `header` (HL7 v2.5.1 2.9.2, channel contract 4.4); `text` goes to MSA-3."""
     s, c, fields = header.separator, header.component, header.fields
-    kind = header.message_type.split(c, 2)
+    _, trigger, structure = (header.message_type + c * 2).split(c, 2)
     ack_type, now = "ACK", utc_text("%Y%m%d%H%M%S", now_ms())  # YYYYMMDDHHMMSS.mmm (2.A.75, DTM)
-    if len(kind) > 1 and kind[1]:
-        ack_type = f"ACK{c}{kind[1]}{c}ACK" if len(kind) > 2 and kind[2] else f"ACK{c}{kind[1]}"
+    if trigger:
+        ack_type += f"{c}{trigger}{c}ACK" if structure.strip(c) else f"{c}{trigger}"
     return (
         f"MSH{s}{fields[1] or _MARKS}{s}{fields[4]}{s}{fields[5]}{s}{fields[2]}{s}{fields[3]}{s}{now}{s}{s}"
         f"{ack_type}{s}{next(_control_ids)}{s}{fields[10] or 'P'}{s}{fields[11] or '2.5.1'}\r"
@@ -1987,8 +1984,8 @@ def read_answer(body: object) -> tuple[str, Acknowledgment | None]:
     if not text.startswith("MSH") or len(text) < 4:
         return "", None
     text = LINE_ENDS.sub("\r", text) if "\n" in text else text
-    code, *rest = text.partition(f"\rMSA{text[3]}")[2].partition("\r")[0].split(text[3], 2)
-    ack = Acknowledgment(code.strip().upper(), rest[0].strip() if rest else "")
+    code, control_id, *_ = (text.partition(f"\rMSA{text[3]}")[2].partition("\r")[0] + text[3]).split(text[3], 2)
+    ack = Acknowledgment(code.strip().upper(), control_id.strip())
     return text, ack if ack.code else None
 
 
@@ -1996,15 +1993,14 @@ def read_ack(body: object) -> Acknowledgment | None:
     return read_answer(body)[1]
 
 
-# What of the Bot's answer passes to the device in enhanced mode, by appLevelAck (channel contract 4.5)
-_PASSED = {"AL": {"AA", "AE", "AR"}, "ER": {"AE", "AR"}, "SU": {"AA"}, "NE": set[str]()}
+# MSA-1 of the Bot's answers that do not pass to the device in enhanced mode, by appLevelAck (channel contract 4.5)
+_HELD_BACK = {"AL": "", "ER": "AA", "SU": "AE AR", "NE": "AA AE AR"}
 
 
-def passes_filter(settings: Hl7Settings, code: str) -> bool:
-    """Whether an answer with this MSA-1 goes to the device; codes other than AA, AE and AR always do."""
-    if not settings.enhanced or code not in _PASSED["AL"]:
-        return True
-    return settings.enhanced == "true" and code in _PASSED[settings.appLevelAck]
+def held_back(settings: Hl7Settings) -> set[str]:
+    """MSA-1 of the answers that do not go to the device; those with other codes than AA, AE and AR always do."""
+    level = settings.appLevelAck if settings.enhanced == "true" else "NE"
+    return {*_HELD_BACK[level].split()} if settings.enhanced else set()
 
 
 # =====================================================================================================================
@@ -6322,7 +6318,7 @@ class Hl7Line(MllpLine):
     def replan(self) -> None:
         self.settings = cast(Hl7Settings, self.owner.plan.settings)
         self.core.limit, self.encoding = self.settings.maxMessageBytes, codec_of(self.settings.encoding)
-        self._held_back = {code for code in ("AA", "AE", "AR") if not passes_filter(self.settings, code)}
+        self._held_back = held_back(self.settings)
         self._owes_answer = not self._held_back.issuperset(("AA", "AE"))  # the Bot's
         self._mode = self.settings, self._held_back, self._owes_answer
         self._fixed = "encoding" in self.owner.plan.given
