@@ -2051,7 +2051,6 @@ class Mllp:
         self.inside = False  # in the middle of a frame: the sender owes us bytes
         self._buffer = bytearray()
         self._oversize = False
-        self._scanned = 0  # bytes of the unfinished frame that were already searched for a mark
 
     @property
     def held(self) -> int:
@@ -2073,6 +2072,7 @@ class Mllp:
         if chunk.find(START, 1, SMALL_BYTES) > 0:
             chunk = self._cut(chunk, events)
         source: bytes | bytearray = chunk
+        at = max(0, len(self._buffer) - len(RESTART) + 1)  # what came before was searched for marks
         if self._buffer:
             self._buffer += chunk
             source = self._buffer
@@ -2084,21 +2084,19 @@ class Mllp:
                 self.skipped += len(source[position : start if self.inside else size].translate(None, b"\r\n"))
                 if not self.inside:
                     break
-                position = start + 1
-            at = position + self._scanned
+                position = at = start + 1
             if end == -2 or -1 < end < at:
                 end = _find(_ENDED, source, at, size)
             restart = _find(_RESTARTED, source, at, size if end < 0 else end)
             if restart >= 0:
                 ended = source.endswith(END[:1], position, restart)  # a lone 0x1C did
                 self._finish(bytes(source[position : restart - ended]), events, ended)
-                position = restart + 1
+                position = at = restart + 1
             elif end >= 0:
                 self._finish(bytes(source[position:end]), events, True)
                 position, self.inside = end + 2, False
             else:
                 break
-            self._scanned = 0
         self._keep(source, position, events)
         return events
 
@@ -2114,7 +2112,7 @@ class Mllp:
             return chunk
         events += frames
         self._buffer.clear()
-        self._scanned, self.inside = 0, False
+        self.inside = False
         return chunk[cut + len(END) :]
 
     def _finish(self, content: bytes, events: list[bytes | FrameError], ended: bool) -> None:
@@ -2139,7 +2137,6 @@ class Mllp:
             events.append(self._too_large(bytes(source[position : position + HEAD_BYTES])))
         if self._oversize:
             rest = min(rest, len(RESTART) - 1)
-        self._scanned = max(0, rest - len(RESTART) + 1)
         if source is self._buffer:
             del self._buffer[: len(source) - rest]
         elif rest:
