@@ -2407,8 +2407,7 @@ class Astm:
         self._number = 0
         self._text = bytearray()
         self._sum = bytearray()  # ETB or ETX, and the checksum
-        self._pending: FrameAccepted | None = None
-        self._last = _NO_FRAME
+        self._pending = self._last = _NO_FRAME  # the frame on its way to disk, and the one before it
         self._records: list[bytearray] = []
         self._size = 0  # of the session, in bytes
         self._refused = False  # the last frame got NAK
@@ -2420,7 +2419,7 @@ class Astm:
         """The events of these bytes; `now` in seconds of any steady clock."""
         late = [] if self.state is Link.IDLE else self.expired(now)
         self._now = now
-        if self._pending is None or len(self._waiting) + len(chunk) <= WAITING_BYTES:
+        if self.state is not Link.COMMIT or len(self._waiting) + len(chunk) <= WAITING_BYTES:
             self._waiting += chunk
         else:
             self.skipped += len(chunk)
@@ -2428,14 +2427,14 @@ class Astm:
 
     def committed(self, now: float) -> list[AstmEvent]:
         """The accepted frame is on disk: its ACK, and what waited behind it."""
-        frame, self._pending, self._now = self._pending, None, now
-        if frame is None:
+        if self.state is not Link.COMMIT:
             return []
+        self._now = now
         if self._last.end != ETB:
             self._records.append(bytearray())
-        self._records[-1] += frame.content
-        self._size += len(frame.content) + FRAME_COST_BYTES
-        self._last = frame
+        self._last = self._pending
+        self._records[-1] += self._last.content
+        self._size += len(self._last.content) + FRAME_COST_BYTES
         if self._waiting.strip(b"\r\n\0") and now >= self._due:
             self._refused, self.state = True, Link.NOISE
         else:
@@ -2444,9 +2443,9 @@ class Astm:
 
     def refused(self, now: float) -> list[AstmEvent]:
         """The accepted frame could not be stored: NAK, so that the instrument sends it again."""
-        if self._pending is None:
+        if self.state is not Link.COMMIT:
             return []
-        self._pending, self._now = None, now
+        self._now = now
         self._answer(NAK)
         return self._run()
 
@@ -2489,7 +2488,6 @@ class Astm:
     def closed(self) -> list[AstmEvent]:
         """The connection is gone, and with it the session and everything that waits to be sent."""
         self._waiting.clear()
-        self._pending = None
         self._break("the connection was closed before EOT")
         self._events += [SendFailed("the connection was closed") for _ in self._queue]
         self._queue.clear()
