@@ -239,9 +239,7 @@ SERVER_FIRST_SECS = 5.0  # at start the server is asked for the configuration be
 UPLINK_FRAME_BYTES = 64 * MIB  # the largest frame we accept from the server
 UPLINK_BUFFER_BYTES = MIB  # unsent bytes in the socket above which no further message is handed to it
 PUSH_WAIT_SECS = 9.0  # a push that a caller waits for: below the server's default of 10 s, so that it hears why
-ANSWER_BYTES = (
-    1_000_000  # a device's to a push, a page of the log; the server closes the connection at 1 MiB by default
-)
+ANSWER_BYTES = 1_000_000  # a device's to a push, a page of the log; the server closes the connection at 1 MiB
 PUSH_STORED_SECS = 30.0  # one try of a stored push
 PUSH_FRAME_BYTES = 16 * MIB  # of what a device answers, before it is looked at
 LATE_ACK_SECS = 2.0  # a connection whose push ended without its ACK is kept for it so long, and then closed
@@ -275,7 +273,6 @@ LOG_PAGE_MAX = 1000  # entries of one $fetch-logs
 LOG_BLOCK_BYTES = 64 * KIB  # log files are read backwards in blocks of this size
 
 T = TypeVar("T")
-S = TypeVar("S", bound="ChannelSettings")
 Json = dict[str, Any]
 
 
@@ -531,8 +528,11 @@ def ae_titles(text: str) -> list[str]:
     return listed(text)
 
 
+Network = ipaddress.IPv4Network | ipaddress.IPv6Network
+
+
 @cache
-def networks(text: str) -> list[ipaddress.IPv4Network | ipaddress.IPv6Network]:
+def networks(text: str) -> list[Network]:
     """Comma-separated addresses and networks; ValueError names the bad one."""
     return [ipaddress.ip_network(part, strict=False) for part in listed(text)]
 
@@ -613,7 +613,7 @@ class PushTarget(NamedTuple):
     """Where pushes may go; `scheme` empty: any."""
 
     scheme: str
-    network: ipaddress.IPv4Network | ipaddress.IPv6Network
+    network: Network
     ports: range
 
     def holds(self, scheme: str, host: str, port: int) -> bool:
@@ -1339,8 +1339,8 @@ def agent_settings(agent: Json, warnings: list[str]) -> Json:
 
 
 def channel_settings(
-    cls: type[S], query: str, where: str, given: Mapping[str, Any], warnings: list[str]
-) -> tuple[S, frozenset[str]]:
+    cls: type[ChannelSettings], query: str, where: str, given: Mapping[str, Any], warnings: list[str]
+) -> tuple[ChannelSettings, frozenset[str]]:
     """The parameters of one address over the Agent's settings, as a `cls`; ConfigError for what cannot run."""
     fallbacks = ((name, row.metadata["agentSetting"]) for name, row in rows_of(cls).items())
     values = {name: given[agent] for name, agent in fallbacks if agent in given}
@@ -1432,12 +1432,12 @@ def listening_tls(s: ChannelSettings) -> ssl.SSLContext:
 
 def channel_plan(name: str, endpoint: Json, given: Mapping[str, Any], warnings: list[str]) -> ChannelPlan:
     """One `Agent.channel[]` with its Endpoint; ConfigError names the channel and what is wrong."""
-    where, (scheme, *rest) = f"channel '{name}'", str(endpoint.get("address") or "").strip().partition(":")
-    if not (address := "".join((scheme.lower(), *rest))):
+    where, (scheme, colon, rest) = f"channel '{name}'", str(endpoint.get("address") or "").strip().partition(":")
+    if not (address := scheme.lower() + colon + rest):
         raise ConfigError(f"Invalid empty endpoint address for {where}")
     prefix = next(filter(address.startswith, PROTOCOLS), None)
     if prefix is None:
-        what = f"unsupported endpoint type '{address.split(':')[0]}' in {address}"
+        what = f"unsupported endpoint type '{scheme}' in {address}"
         raise ConfigError(f"{where}: {what}; supported: {', '.join(PROTOCOLS)}")
     try:
         url = urllib.parse.urlsplit(address)
@@ -1752,11 +1752,10 @@ def _lines_backwards(path: Path, end: int) -> Iterator[tuple[int, bytes]]:
             block = min(start, LOG_BLOCK_BYTES)
             start -= block
             file.seek(start)
-            first, *lines = (file.read(block) + tail).split(b"\n")
+            tail, *lines = (file.read(block) + tail).split(b"\n")
             for line in reversed(lines):
                 yield end, line
                 end -= len(line) + 1
-            tail = first
     yield end, tail
 
 
