@@ -1775,7 +1775,6 @@ ACK_TEXT = {
 MERGE_EVENTS = frozenset("A17 A18 A24 A30 A34 A35 A36 A37 A39 A40 A41 A42 A43 A44 A45 A46 A47 A48 A49 A50 A51".split())
 _MARKS = "^~\\&"  # the usual MSH-2
 LINE_ENDS = re.compile(r"[\r\n]+")
-_SEGMENT = re.compile(r"(?!MSH)[A-Z][A-Z0-9]{2}")
 _BLANKS = "\ufeff \t\r\n"  # what may come before MSH
 _BLANK_BYTES = _BLANKS.encode()
 _WRAPPERS = (b"FHS", b"BHS", b"BTS", b"FTS")  # segments around the messages of a batch (HL7 v2.5.1 2.10.3)
@@ -1799,14 +1798,11 @@ def decode_hl7(content: bytes, encoding: str) -> str:
         raise PeerError("Invalid HL7 message: it does not start with MSH and a field separator")
     if "\n" not in text:
         return LINE_ENDS.sub("\r", text) if content.rfind(b"\r\r") >= 0 else text
-    first, size = LINE_ENDS.search(text), len(text)
+    first = LINE_ENDS.search(text)
     if first and "\r" not in first[0]:
         return LINE_ENDS.sub("\r", text)
-
-    def ends(at: int) -> bool:
-        return at == size or (text[at + 3 : at + 4] == text[3] and _SEGMENT.match(text, at) is not None)
-
-    return LINE_ENDS.sub(lambda end: "\r" if "\r" in end[0] or ends(end.end()) else end[0], text)
+    segment = rf"(?!MSH)[A-Z][A-Z0-9]{{2}}{re.escape(text[3])}"
+    return re.sub(rf"(?<![\r\n])(?:\n*\r[\r\n]*|\n+(?=\Z|{segment}))", "\r", text)
 
 
 def split_batch(content: bytes) -> tuple[list[bytes], bytes]:
