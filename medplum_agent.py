@@ -2501,7 +2501,7 @@ class Astm:
                 self._step(self._waiting[at])
                 at += 1
         del self._waiting[:at]
-        if self.state in _DOUBTS:
+        if self.state in (Link.NOISE_ENQ, Link.NOISE_EOT, Link.TEXT_EOT):  # doubts
             self._due = self._now + DOUBT_SECS
         elif self.state not in (Link.ENQUIRE, Link.SENDING, Link.COMMIT):
             self._due = self._now + self.settings.receiveTimeoutSecs
@@ -2732,7 +2732,6 @@ class Astm:
 
 _TIME, _OTHER = -1, -2  # keys of the table beside bytes: the state's time is over; whatever is not named
 _Row = dict[int, tuple[Link, *tuple[Callable[[Astm, int], None], ...]]]  # the next state, and what is done
-_DOUBTS = (Link.NOISE_ENQ, Link.NOISE_EOT, Link.TEXT_EOT)
 
 
 def _padding(link: Link) -> _Row:
@@ -2740,10 +2739,8 @@ def _padding(link: Link) -> _Row:
 
 
 # fmt: off
-_BETWEEN: _Row = {
-    STX: (Link.NUMBER, Astm._begin), EOT: (Link.IDLE, Astm._end), **_padding(Link.OPEN),
-    _OTHER: (Link.NOISE, Astm._skip), _TIME: (Link.IDLE, Astm._silent),
-}
+_SESSION: _Row = {STX: (Link.NUMBER, Astm._begin), EOT: (Link.IDLE, Astm._end), _TIME: (Link.IDLE, Astm._silent)}
+_BETWEEN: _Row = {**_SESSION, **_padding(Link.OPEN), _OTHER: (Link.NOISE, Astm._skip)}
 _NOISY: _Row = {**_BETWEEN, **_padding(Link.NOISE), ENQ: (Link.NOISE_ENQ,), EOT: (Link.NOISE_EOT,)}
 _LINK: dict[Link, _Row] = {
     Link.IDLE: {
@@ -2760,13 +2757,10 @@ _LINK: dict[Link, _Row] = {
     Link.NOISE_EOT: {
         **_NOISY, **_padding(Link.NOISE_EOT), ENQ: (Link.FRESH, Astm._end, Astm._open), _TIME: (Link.IDLE, Astm._end),
     },
-    Link.NUMBER: {
-        STX: (Link.NUMBER, Astm._begin), ENQ: (Link.FRESH, Astm._anew, Astm._open), EOT: (Link.IDLE, Astm._end),
-        _OTHER: (Link.TEXT, Astm._take_number), _TIME: (Link.IDLE, Astm._silent),
-    },
+    Link.NUMBER: {**_SESSION, ENQ: (Link.FRESH, Astm._anew, Astm._open), _OTHER: (Link.TEXT, Astm._take_number)},
     Link.TEXT: {  # all other bytes: _take_text
-        STX: (Link.NUMBER, Astm._inside, Astm._begin), ETB: (Link.SUM, Astm._take_sum), ETX: (Link.SUM, Astm._take_sum),
-        EOT: (Link.TEXT_EOT,), _TIME: (Link.IDLE, Astm._silent),
+        **_SESSION, STX: (Link.NUMBER, Astm._inside, Astm._begin), EOT: (Link.TEXT_EOT,),
+        ETB: (Link.SUM, Astm._take_sum), ETX: (Link.SUM, Astm._take_sum),
     },
     Link.TEXT_EOT: {
         STX: (Link.NUMBER, Astm._inside, Astm._begin), ENQ: (Link.FRESH, Astm._give_up, Astm._end, Astm._open),
@@ -2796,8 +2790,8 @@ def half_session(records: Sequence[bytes]) -> str:
 
 
 def _records_of(text: str) -> list[str]:
-    clean = ("".join(c for c in line if c >= " ") for line in re.split(r"[\r\n]", text))
-    return [line for line in clean if line.strip()]
+    text = re.sub(r"(?![\r\n])[\0-\x1f]", "", text)
+    return [line for line in re.split(r"[\r\n]", text) if line.strip()]
 
 
 def records_text(records: Sequence[bytes], encoding: str, errors: str = "replace") -> str:
