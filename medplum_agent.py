@@ -2398,7 +2398,7 @@ class Astm:
         self._waiting = bytearray()  # received, not yet looked at
         self._queue: deque[list[bytes]] = deque()  # messages to send, as frames
         self._rest = 0.0  # no ENQ of ours before this time
-        self._asked = self._index = self._tries = 0  # ENQs for the message; frame under way; how often it was sent
+        self._asked = self._index = self._tries = 0  # ENQs for the message; frame under way, -1: none yet; its tries
         self._number = 0
         self._text = bytearray()
         self._sum = bytearray()  # ETB or ETX, and the checksum
@@ -2671,13 +2671,9 @@ class Astm:
         if not self._queue[0]:
             self._settle(SendFailed("there is no record to send"))
             return
-        self._asked += 1
+        self._asked, self._index = self._asked + 1, -1
         self.state, self._due = Link.ENQUIRE, self._now + self.settings.replyTimeoutSecs
         self._write(ENQ)
-
-    def _granted(self, byte: int) -> None:
-        self._index = self._tries = 0
-        self._transmit()
 
     def _transmit(self) -> None:
         self._tries += 1
@@ -2685,7 +2681,7 @@ class Astm:
         self._events.append(Write(self._queue[0][self._index]))
 
     def _advance(self, byte: int) -> None:
-        """ACK: the next frame, or the end."""
+        """ACK: the first frame, the next one, or the end."""
         self._index, self._tries = self._index + 1, 0
         if self._index < len(self._queue[0]):
             self._transmit()
@@ -2768,7 +2764,7 @@ _LINK: dict[Link, _Row] = {
     },
     Link.SUM: {_OTHER: (Link.SUM, Astm._take_sum), _TIME: (Link.IDLE, Astm._silent)},
     # sender
-    Link.ENQUIRE: {ACK: (Link.SENDING, Astm._granted), **_padding(Link.ENQUIRE), _OTHER: (Link.IDLE, Astm._denied)},
+    Link.ENQUIRE: {ACK: (Link.SENDING, Astm._advance), **_padding(Link.ENQUIRE), _OTHER: (Link.IDLE, Astm._denied)},
     Link.SENDING: {
         ACK: (Link.SENDING, Astm._advance), EOT: (Link.SENDING, Astm._interrupt), **_padding(Link.SENDING),
         _OTHER: (Link.SENDING, Astm._again), _TIME: (Link.IDLE, Astm._denied),
