@@ -1374,13 +1374,12 @@ def read_parameters(cls: type[Any], query: str, where: str, warn: Warn) -> Json:
 
 def _problem(s: ChannelSettings, where: str) -> str:
     """Why a channel cannot run, or not as safely as it shall, or an empty string."""
-    stream = s if isinstance(s, StreamSettings) else None
-    if stream and stream.mode == "raw" and not (stream.startChar and stream.endChar):
+    if isinstance(s, StreamSettings) and s.mode == "raw" and not (s.startChar and s.endChar):
         return "Failed to parse startChar and/or endChar query param(s); give both, or mode=astm"
     if not s.tls:
         idle = ", ".join(name for name in ("certFile", "keyFile", "clientCa") if getattr(s, name))
         return idle and f"{idle} would do nothing without TLS: write mllps:// or dicoms://, or tls=true"
-    if stream and stream.role == "client":
+    if isinstance(s, StreamSettings) and s.role == "client":
         return "tls is for listening; a channel that connects to its device cannot use it"
     if not s.certFile:
         return "TLS needs certFile, a PEM file with our certificate"
@@ -2775,7 +2774,7 @@ _LINK: dict[Link, _Row] = {
 
 def is_terminated(records: Sequence[bytes | bytearray]) -> bool:
     """The last record is an L record (LIS02-A2 14)."""
-    last = bytes(records[-1]).strip(b"\r\n\0 ") if records else b""
+    last = b"".join(records[-1:]).strip(b"\r\n\0 ")
     return re.split(rb"[\r\n]", last)[-1].upper().startswith(b"L")
 
 
