@@ -1940,10 +1940,10 @@ def field_at(text: str, header: Header, path: FieldPath) -> str:
 def build_ack(header: Header, code: str, text: str = "") -> str:
     """MSH and MSA answering `header` (HL7 v2.5.1 2.9.2, channel contract 4.4); `text` goes to MSA-3."""
     s, c, fields = header.separator, header.component, header.fields
-    _, trigger, structure = (header.message_type + c * 2).split(c, 2)
+    kind = header.message_type.split(c, 2)
     ack_type, now = "ACK", utc_text("%Y%m%d%H%M%S", now_ms())  # YYYYMMDDHHMMSS.mmm (2.A.75, DTM)
-    if trigger:
-        ack_type += f"{c}{trigger}{c}ACK" if structure.strip(c) else f"{c}{trigger}"
+    if len(kind) > 1 and kind[1]:
+        ack_type = f"ACK{c}{kind[1]}{c}ACK" if len(kind) > 2 and kind[2] else f"ACK{c}{kind[1]}"
     return (
         f"MSH{s}{fields[1] or _MARKS}{s}{fields[4]}{s}{fields[5]}{s}{fields[2]}{s}{fields[3]}{s}{now}{s}{s}"
         f"{ack_type}{s}{next(_control_ids)}{s}{fields[10] or 'P'}{s}{fields[11] or '2.5.1'}\r"
@@ -1978,8 +1978,8 @@ def read_answer(body: object) -> tuple[str, Acknowledgment | None]:
     if not text.startswith("MSH") or len(text) < 4:
         return "", None
     text = LINE_ENDS.sub("\r", text) if "\n" in text else text
-    code, control_id, *_ = (text.partition(f"\rMSA{text[3]}")[2].partition("\r")[0] + text[3]).split(text[3], 2)
-    ack = Acknowledgment(code.strip().upper(), control_id.strip())
+    code, *rest = text.partition(f"\rMSA{text[3]}")[2].partition("\r")[0].split(text[3], 2)
+    ack = Acknowledgment(code.strip().upper(), rest[0].strip() if rest else "")
     return text, ack if ack.code else None
 
 
