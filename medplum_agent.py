@@ -495,7 +495,7 @@ class ServerError(PeerError):
 
 
 # =====================================================================================================================
-# Settings (1080 lines, 7600 tokens)
+# Settings (1080 lines, 7550 tokens)
 #
 # One setting, one row: a field of a frozen dataclass. The parser, the checks, `--settings-schema` and README's tables
 # come from the row. Names are the wire's own (camelCase). Precedence for a channel, field by field: Endpoint address,
@@ -1476,9 +1476,10 @@ def build_plan(agent: Json, endpoints: Mapping[str, Json | AgentError]) -> tuple
                 raise ConfigError(f"channel '{name}': {reason}")
             plan = channel_plan(name, endpoint, given, warnings)
             for other in channels:
-                if other.port == plan.port and not (plan.dials or other.dials):
+                shared = not (plan.dials or other.dials) or (not plan.port and other.host == plan.host)
+                if other.port == plan.port and shared:
                     both = f"Both '{other.name}' ({other.address}) and '{name}' ({plan.address})"
-                    raise ConfigError(f"Invalid agent config. {both} declare use of port {plan.port}")
+                    raise ConfigError(f"Invalid agent config. {both} declare use of port {plan.port or plan.host}")
             channels.append(plan)
         except ConfigError as error:
             problems += error.problems
@@ -1759,7 +1760,7 @@ def _lines_backwards(path: Path, end: int) -> Iterator[tuple[int, bytes]]:
 
 
 # =====================================================================================================================
-# HL7 (250 lines, 2000 tokens)
+# HL7 (240 lines, 1850 tokens)
 #
 # HL7 v2 by slicing: the MSH header, single fields by path, acknowledgments, the patient a message belongs to.
 # `hl7.parse` is forty times slower and serves where speed does not matter. Text in, text out; touches nothing.
@@ -1998,7 +1999,7 @@ def held_back(settings: Hl7Settings) -> set[str]:
 
 
 # =====================================================================================================================
-# MLLP (150 lines, 1050 tokens)
+# MLLP (140 lines, 1050 tokens)
 #
 # The frame layer (HL7 Minimal Lower Layer Protocol, release 1): <0x0B> content <0x1C 0x0D>. Bytes in, events out.
 # Whatever arrives, in one piece or byte by byte, gives the same frames and FrameErrors and never anything else. When
@@ -2290,10 +2291,11 @@ FRAME_COST_BYTES = 64  # counted for each frame besides its text, so that empty 
 WAITING_BYTES = 128 * 1024  # received while a frame is on its way to disk; more than that is no half-duplex sender
 DOUBT_SECS = 1.0  # of silence that make an ENQ or EOT after noise believable: a sender's own time-out is 15
 TURN_SECS = 0.5  # after EOT before our next ENQ: stray answers pass, and the instrument can ask first
+SENDER_SECS = 14.0  # a sender that heard nothing for 15 s after its frame ends in EOT (E1381 6.5.2)
 INTERRUPT_SECS = 15.0  # E1381 6.3.5: no ENQ for so long after an interrupt
 SEND_TRIES = 6  # E1381 6.5.1: of one frame; we ask as often with ENQ
 _TEXT_END = re.compile(rb"[\x02\x03\x04\x17]")
-_RESTRICTED = bytes(byte for byte in range(0x20) if byte not in (0x09, CR))  # not allowed in a text (6.6)
+_RESTRICTED = bytes((0, 1, STX, ETX, EOT, ENQ, ACK, LF, *range(0x10, 0x18)))  # NUL, and what no text may hold (6.6)
 
 
 class Write(NamedTuple):
@@ -2329,9 +2331,10 @@ class Sent:
 
 
 class SendFailed(NamedTuple):
-    """The oldest message given to send() was not accepted."""
+    """The oldest message given to send() was not accepted; `reached`: the instrument took an ENQ for it."""
 
     reason: str
+    reached: bool
 
 
 class LineWarning(NamedTuple):
@@ -2405,6 +2408,8 @@ class Astm:
         self._records: list[bytearray] = []
         self._size = 0  # of the session, in bytes
         self._refused = False  # the last frame got NAK
+        self._framed = 0.0  # when the last good frame came
+        self._reached = False  # the instrument has taken an ENQ for the message
         self._unsummed = False  # a frame's checksum was wrong
 
     # --- what the caller does ---
@@ -2483,7 +2488,7 @@ class Astm:
         """The connection is gone, and with it the session and everything that waits to be sent."""
         self._waiting.clear()
         self._break("the connection was closed before EOT")
-        self._events += [SendFailed("the connection was closed") for _ in self._queue]
+        self._events += [SendFailed("the connection was closed", self._reached) for _ in self._queue]
         self._queue.clear()
         self._asked = 0
         self.state = Link.IDLE
@@ -2563,6 +2568,10 @@ class Astm:
             reason = "EOT came in the middle of a record"
         elif self.settings.requireTerminator and not self._terminated():
             reason = "EOT came before the L record (requireTerminator)"
+        elif self._now - self._framed > SENDER_SECS and not self._terminated():
+            reason = "the instrument waited in vain for our ACK: EOT came 15 s after a frame, before the L record"
+        if reason and self._unsummed:
+            reason += " (a checksum was wrong)"
         self._finish(reason)
         self._ack_eot(byte)
 
@@ -2599,13 +2608,16 @@ class Astm:
     def _begin(self, byte: int) -> None:
         self._text.clear()
         self._sum.clear()
+        self._number = 0
 
     def _inside(self, byte: int) -> None:
         self._warn("a frame began inside a frame")
 
     def _take_number(self, byte: int) -> None:
-        self._number = byte if byte in b"0123456789" else 0
-        if not self._number:  # the first of the text
+        inside = self._last.end == ETB and not self._last.number  # a record goes on, of a sender without numbers
+        if byte in b"0123456789" and not inside:
+            self._number = byte
+        else:  # the first of the text
             self._text.append(byte)
 
     def _go_on(self, byte: int) -> None:
@@ -2631,6 +2643,7 @@ class Astm:
         if self.settings.checksum == "on" and self._sum[1:].upper() != wanted:
             refusal, self._unsummed = "", True
         elif frame == last and frame.number:
+            self._framed = self._now
             self._answer(ACK)
             return
         elif last.end and bool(last.number) != bool(frame.number):
@@ -2648,6 +2661,7 @@ class Astm:
         if refusal is not None:
             self._refuse(refusal)
             return
+        self._framed = self._now
         self.state, self._pending = Link.COMMIT, frame
         self._due = self._now + self.settings.replyTimeoutSecs
         self._events.append(frame)
@@ -2668,7 +2682,7 @@ class Astm:
     def _enquire(self, byte: int) -> None:
         """Ask for the line, if something is to be sent."""
         if not self._queue[0]:
-            self._settle(SendFailed("there is no record to send"))
+            self._settle(SendFailed("there is no record to send", True))
             return
         self._asked, self._index = self._asked + 1, -1
         self.state, self._due = Link.ENQUIRE, self._now + self.settings.replyTimeoutSecs
@@ -2681,7 +2695,7 @@ class Astm:
 
     def _advance(self, byte: int) -> None:
         """ACK: the first frame, the next one, or the end."""
-        self._index, self._tries = self._index + 1, 0
+        self._index, self._tries, self._reached = self._index + 1, 0, True
         if self._index < len(self._queue[0]):
             self._transmit()
         else:
@@ -2693,7 +2707,7 @@ class Astm:
             self._transmit()
         else:
             self._write(EOT)
-            self._settle(SendFailed(f"frame {self._index + 1} was not accepted in {SEND_TRIES} tries"))
+            self._settle(SendFailed(f"frame {self._index + 1} was not accepted in {SEND_TRIES} tries", True))
 
     def _interrupt(self, byte: int) -> None:
         """EOT for ACK. After the last frame the instrument has everything."""
@@ -2716,11 +2730,11 @@ class Astm:
     def _put_off(self, seconds: float, reason: str) -> None:
         self.state, self._rest = Link.IDLE, self._now + seconds
         if self._asked >= SEND_TRIES:
-            self._settle(SendFailed(f"{reason}; gave up after {SEND_TRIES} tries"))
+            self._settle(SendFailed(f"{reason}; gave up after {SEND_TRIES} tries", self._reached))
 
     def _settle(self, outcome: Sent | SendFailed) -> None:
         self._queue.popleft()
-        self._asked = 0
+        self._asked, self._reached = 0, False
         self.state, self._rest = Link.IDLE, max(self._rest, self._now + TURN_SECS)
         self._events.append(outcome)
 
@@ -2752,7 +2766,10 @@ _LINK: dict[Link, _Row] = {
     Link.NOISE_EOT: {
         **_NOISY, **_padding(Link.NOISE_EOT), ENQ: (Link.FRESH, Astm._end, Astm._open), _TIME: (Link.IDLE, Astm._end),
     },
-    Link.NUMBER: {**_SESSION, ENQ: (Link.FRESH, Astm._anew, Astm._open), _OTHER: (Link.TEXT, Astm._take_number)},
+    Link.NUMBER: {
+        **_SESSION, ENQ: (Link.FRESH, Astm._anew, Astm._open), ETB: (Link.SUM, Astm._take_sum),
+        ETX: (Link.SUM, Astm._take_sum), _OTHER: (Link.TEXT, Astm._take_number),
+    },
     Link.TEXT: {  # all other bytes: _take_text
         **_SESSION, STX: (Link.NUMBER, Astm._inside, Astm._begin), EOT: (Link.TEXT_EOT,),
         ETB: (Link.SUM, Astm._take_sum), ETX: (Link.SUM, Astm._take_sum),
@@ -3492,11 +3509,11 @@ class Store:
         values = row.id, before, json.dumps(objects)
         return await self.read(lambda db: db.one(sql, values)) is not None
 
-    async def unreported(self, row: ChannelRow, since: int) -> list[Message]:
-        """Storage commitments that were answered, and whose device has not taken the report."""
-        sql = f"""{_SELECT} FROM message WHERE channel = ? AND type = '{COMMITMENT}' AND state = {PROCESSED}
-          AND outcome = {UNDELIVERED} AND received_at > ?"""
-        rows = await self.call(lambda db: db.rows(sql, (row.id, since)))
+    async def undelivered(self, row: ChannelRow, type_: str, since: int) -> list[Message]:
+        """Messages of a type that were answered since then, and whose device has not taken the answer."""
+        sql = f"""{_SELECT} FROM message WHERE channel = ? AND type = ? AND state = {PROCESSED}
+          AND outcome = {UNDELIVERED} AND settled_at > ?"""
+        rows = await self.call(lambda db: db.rows(sql, (row.id, type_, since)))
         return [Message._from_row(found) for found in rows]
 
     async def backlog(self) -> list[Backlog]:
@@ -5709,7 +5726,7 @@ class Uplink:
 
 
 # =====================================================================================================================
-# Lines (1160 lines, 8450 tokens)
+# Lines (1150 lines, 8350 tokens)
 #
 # One open connection to a device, whoever dialled; each protocol has one class here, which owns its core. A line takes
 # bytes (`receive`), makes messages of them (`intake`), acknowledges when the store says durable (`stored`), writes down
@@ -6077,7 +6094,7 @@ class Line(asyncio.Protocol):
 
     def _close_if_done(self) -> None:
         busy = self.pending or self._delayed or self._outbox or (self.awaiting and not self._closing)
-        if (self.ended or self._closing) and not busy:
+        if (self.ended or self._closing) and not busy and self.attached:
             self._transport.close()
 
     def settled(self) -> None:
@@ -6566,6 +6583,7 @@ class StreamLine(Line):
 
     owner: Channel
     core_type: type[Any] = ByteStream
+    waits = True  # for answers, also after it has ended its side
 
     def __init__(self, owner: Channel, settings: StreamSettings | None = None):
         super().__init__(owner)
@@ -6573,6 +6591,7 @@ class StreamLine(Line):
         self.core = self.core_type(self.settings)
         self._replies: list[bytes] = []  # automatic answers that wait until what they acknowledge is on disk
         self._in_pieces = False  # a part of the message under way was acknowledged
+        self._known = 0, 0  # messages, and bytes that were skipped until the last one
 
     def replan(self) -> None:
         """Other marks mean another core, between two messages; inside of one the device has to come back."""
@@ -6616,11 +6635,14 @@ class StreamLine(Line):
         self._tell_skipped(NOISE_BYTES)
 
     def _tell_skipped(self, least: int) -> None:
-        """Much came and no message; also on a line that nobody closes."""
-        if not self.messages and self.core.skipped >= least:
+        """Much came and no message; also on a line that nobody closes, and that worked before."""
+        if self.messages != self._known[0]:
+            self._known = self.messages, self.core.skipped
+        skipped = self.core.skipped - self._known[1]
+        if skipped >= (NOISE_BYTES if self.messages else least):
             framed = "STX ... ETX" if self.core_type is Astm else "startChar ... endChar"
             advice = f"is it set to {framed}, and are speed and parity right?"
-            self.warn_once("skipped", f"{self.core.skipped} bytes came and no message: {advice}")
+            self.warn_once("skipped", f"{skipped} bytes came and no message: {advice}")
 
     def intake(
         self, original: bytes, text: str, encoding: str, session: str = "", interrupted: str = "", must: bool = False
@@ -6646,6 +6668,8 @@ class StreamLine(Line):
         if message.refusal:
             self.owner.warn(f"{self.remote}: {message.refusal}; {self.unstored}")
         elif message.state == QUEUED:
+            if self.waits and not self.settings.ignoreResponse:
+                self.awaiting[message.id] = None
             self.owner.queue.stored(message)
         if message.refusal or not self.pending:
             replies, self._replies = self._replies, []
@@ -6656,6 +6680,7 @@ class StreamLine(Line):
 
     def answer(self, message: Message, body: object, error: str) -> bool:
         """The Bot's words; the log text of a Bot that returned nothing is not for the device."""
+        self.not_owed(message)
         if error or not isinstance(body, str) or not body or body.startswith(BOT_LOG):
             return not error
         if self.settings.ignoreResponse:
@@ -6693,6 +6718,9 @@ class AstmLine(StreamLine):
     """
 
     core_type = Astm
+    waits = False  # it has to acknowledge them
+    sessions: typing.ClassVar[set[str]] = set()  # of all lines: those whose frames on disk somebody cares for
+    offering: typing.ClassVar[set[int]] = set()  # messages whose answers are being sent
 
     def __init__(self, owner: Channel, settings: StreamSettings | None = None):
         super().__init__(owner, settings)
@@ -6737,7 +6765,8 @@ class AstmLine(StreamLine):
                         sent.set_result(PUSH_WRITTEN)
                     else:
                         text = f"{self.owner.name}: the instrument did not take it: {event.reason}"
-                        sent.set_exception(DeviceError(text, "device-silent"))
+                        kind = "device-silent" if event.reached else "device-unreachable"
+                        sent.set_exception(DeviceError(text, kind))
         if self._timer is not None:
             self._timer.cancel()
         deadline = self.core.deadline()
@@ -6754,8 +6783,10 @@ class AstmLine(StreamLine):
             if not self.session and (refusal := store.refusal() or store.disk_refusal()):
                 raise StorageError(refusal)
             self.session = self.session or uuid.uuid4().hex
+            self.sessions.add(self.session)
             self._frames += 1
-            await store.keep_frame(self.owner.queue.row, self.session, self._frames, self.remote, frame.content)
+            content = frame.content if frame.end == ETB else frame.content + b"\r"  # which not all of them send
+            await store.keep_frame(self.owner.queue.row, self.session, self._frames, self.remote, content)
         except StorageError as error:
             self.owner.warn(f"{self.remote}: {error}; its frame is refused with NAK")
             answer = self.core.refused
@@ -6779,18 +6810,24 @@ class AstmLine(StreamLine):
             self.intake(original, text, encoding, session, reason, must=True)
         else:  # its frames shall not become a message at the next start
             self.owner.store.drop_frames(session)
+            self.sessions.discard(session)
 
     unstored = "the session is not lost, and stored as soon as that is possible"
+
+    def stored(self, message: Message) -> None:
+        self.sessions.discard(message.control_id)
+        super().stored(message)
 
     @classmethod
     async def recover(cls, channel: Channel) -> None:
         """Frames that were acknowledged before a crash: a session that was complete is one, others are dead letters."""
-        live = {cast(AstmLine, line).session for line in channel.lines.values()}
+        live = cls.sessions.copy()
         for session, remote, frames in await channel.store.frames(channel.queue.row):
             if session in live:
                 continue
+            cls.sessions.add(session)
             line = cls(channel)
-            line.remote, line.host, line.session = remote, remote.rsplit(":", 1)[0], session
+            line.remote, line.host, line.session = remote, channel.host_of(remote), session
             whole = is_terminated([frames]) and not half_session([frames])
             line._take([frames], "" if whole else "the agent stopped before the session ended")
 
@@ -6801,6 +6838,8 @@ class AstmLine(StreamLine):
         return False  # not before the instrument has taken it
 
     async def _offer(self, body: str, message: Message) -> None:
+        """One that does not even take an ENQ may be gone, or be off: its answer waits."""
+        self.offering.add(message.id)
         try:
             self.encode(body, codec_of(self.settings.encoding))  # for its warning: records are encoded one by one
             await self._send_records(body)
@@ -6808,8 +6847,13 @@ class AstmLine(StreamLine):
             self.owner.store.update(message)
         except DeviceError as error:
             self.owner.warn(f"{self.remote}: the Bot's answer was not taken: {error}")
-            if not self.attached:
+            if error.kind == "device-unreachable" or not self.attached:
+                others = [line for line in self.owner.lines.values() if line.host == self.host]
+                if any(line.opened_at > self.opened_at for line in others):
+                    self.abort()  # this one is half open
                 self.owner.hold(message, body)
+        finally:
+            self.offering.discard(message.id)
 
     async def ask(self, push: Push) -> str:
         encoded(push.text, codec_of(self.settings.encoding), push.target.key)
@@ -6863,8 +6907,7 @@ class Channel:
         self.asked: list[Exchange] = []
         # hears of an acknowledgment whose push was given up: the address it is from, and its text
         self.late: Callable[[str, Acknowledgment, str], None] = lambda host, ack, text: None
-        # answers for instruments that closed their line, and until when
-        self.held: list[tuple[float, Message, str]] = []
+        self.held: dict[int, tuple[float, Message, str]] = {}  # answers that wait for their instrument, and until when
         self.pushed: deque[str] = deque(maxlen=PUSHED_IDS)  # control ids of pushes to connected devices, the last ones
         self.tls: ssl.SSLContext | None = None
         self._log, self._channel_log = parts.log, parts.channel_log
@@ -6878,7 +6921,7 @@ class Channel:
         else:
             self.queue = old.queue
             if old.kind is self.kind:
-                self.held, self.pushed = old.held, old.pushed
+                self.pushed = old.pushed
         self.replan(plan)
 
     @property
@@ -6914,9 +6957,14 @@ class Channel:
         spawn(self.recover())
 
     async def recover(self) -> None:
-        """After a start: what was begun before."""
+        """After a start: what was begun before, and answers that no instrument has taken."""
         if self.plan.is_astm:
             await AstmLine.recover(self)
+        if isinstance(self.plan.settings, StreamSettings):
+            since = now_ms() - round(self.plan.settings.answerWaitMins * 60_000)
+            for message in await self.store.undelivered(self.queue.row, self.plan.content_type, since):
+                if message.id not in AstmLine.offering:
+                    self.hold(message, message.response or "")
 
     def stop(self) -> None:
         """Close the door and the lines; the queue goes on."""
@@ -6964,31 +7012,32 @@ class Channel:
             self.loop.call_soon(self._offer_held)
 
     def hold(self, message: Message, body: str) -> None:
-        """An answer whose instrument is gone waits for it a while."""
+        """An answer that its instrument did not take waits for it a while, from when it came."""
         now = cast("Channel", self.queue.owner)  # a reload may have put another in the place of this one
         minutes = cast(StreamSettings, self.plan.settings).answerWaitMins
-        self.warn(f"message {message.id}: the device is not connected any more; its answer waits {minutes:g} minutes")
-        now.held.append((self.loop.time() + 60 * minutes, message, body))
+        self.warn(f"message {message.id}: the device is not there; its answer waits {minutes:g} minutes")
+        age = (now_ms() - message.settled_at) / 1000 if message.settled_at else 0
+        now.held[message.id] = self.loop.time() + 60 * minutes - age, message, body
         self.loop.call_soon(now._offer_held)  # it may be back already
 
     def _offer_held(self) -> None:
         """To instruments that are back; others are waited for no longer than answerWaitMins."""
-        held, self.held = self.held, []
-        for until, message, body in held:
-            if line := self._same_device(message):
+        held, self.held = self.held, {}
+        for until, message, body in held.values():
+            if until < self.loop.time():
+                text = "its device did not come back; the answer is in the queue as undelivered"
+                self.warn(f"message {message.id}: {text}")
+            elif line := self._same_device(message) or self.lines.get(message.remote):
                 if line.answer(message, body, ""):
                     message.outcome = DELIVERED
                     self.store.update(message)
-            elif until >= self.loop.time():
-                self.held.append((until, message, body))
             else:
-                text = "its device did not come back; the answer is in the queue as undelivered"
-                self.warn(f"message {message.id}: {text}")
+                self.held[message.id] = until, message, body
 
     def refuses(self, host: str, descriptor: int) -> bool:
         """Whether a device is not heard at all; descriptors are the lowest that were free: they tell how many are."""
         allowed, reason = networks(self.plan.settings.peers), ""
-        if allowed and not any(_address(host) in network for network in allowed):
+        if allowed and descriptor and not any(_address(host) in network for network in allowed):
             reason = "it is not among peers"
         elif descriptor >= descriptors() - RESERVED_DESCRIPTORS:
             reason = f"{descriptors()} files may be open at once, connections among them (ulimit -n, LimitNOFILE)"
@@ -7052,9 +7101,13 @@ class Channel:
                 line = other
         return (line or self.kind(self)).answer(message, body, error)
 
+    def host_of(self, remote: str) -> str:
+        """Without the port; the name of a serial port may hold colons, too."""
+        return remote if self.plan.host == remote else remote.rsplit(":", 1)[0]
+
     def _same_device(self, message: Message, ended: Line | None = None) -> Line | None:
         """The only connection from where it came, if that was opened since: another one is another device's."""
-        host, age_ms = message.remote.rsplit(":", 1)[0], now_ms() - message.received_at
+        host, age_ms = self.host_of(message.remote), now_ms() - message.received_at
         since = ended.active_at if ended else self.loop.time() - age_ms / 1000
         found = [line for line in self.lines.values() if line.host == host and not line.ended]
         return found[0] if len(found) == 1 and found[0].attached and found[0].opened_at > since else None
@@ -7078,10 +7131,15 @@ class Channel:
         while True:
             try:
                 line = await self._open()
-                self._log.info(f"{where} is open.")
-                failures, last_reason = 0, ""
-                await line.lost.wait()
                 reason = "the line was closed"
+                if reason == last_reason:  # it may hang up at once again
+                    with suppress(TimeoutError):
+                        await asyncio.wait_for(line.lost.wait(), STABLE_SECS)
+                if not line.lost.is_set():
+                    self._log.info(f"{where} is open.")
+                await line.lost.wait()
+                stable = line.messages or self.loop.time() - line.opened_at > STABLE_SECS
+                failures, last_reason = (0, "") if stable else (failures + 1, last_reason)
             except (OSError, ValueError) as error:
                 failures, reason = failures + 1, str(error) or type(error).__name__
             if reason != last_reason:
@@ -7098,11 +7156,14 @@ class Channel:
         import serialx  # only where a serial port is used
 
         s = cast(StreamSettings, self.plan.settings)
-        await serialx.create_serial_connection(
-            self.loop, lambda: line, self.plan.host, baudrate=s.baudRate, parity=serialx.Parity[s.parity.upper()],
-            stopbits=serialx.StopBits(s.stopBits), byte_size=s.dataBits, xonxoff=s.flow == "xonxoff",
-            rtscts=s.flow == "rtscts",
-        )  # fmt: skip
+        try:
+            await serialx.create_serial_connection(
+                self.loop, lambda: line, self.plan.host, baudrate=s.baudRate, parity=serialx.Parity[s.parity.upper()],
+                stopbits=serialx.StopBits(s.stopBits), byte_size=s.dataBits, xonxoff=s.flow == "xonxoff",
+                rtscts=s.flow == "rtscts",
+            )  # fmt: skip
+        except serialx.SerialException as error:
+            raise OSError(str(error)) from None
         return line
 
 
@@ -7206,7 +7267,9 @@ def bind_sockets(host: str, port: int, addresses: set[tuple[int, Any]], log: Log
     """
     if addresses:
         try:
-            return [s for family, address in addresses if (s := _bind_address(family, address, len(addresses)))]
+            found = [_bind_address(family, address, len(addresses)) for family, address in addresses]
+            if any(found):
+                return [one for one in found if one]
         except OSError as error:
             if error.errno != errno.EADDRNOTAVAIL:
                 raise
@@ -7228,7 +7291,7 @@ def _bind_address(family: int, address: Any, count: int) -> socket.socket | None
 
 
 # =====================================================================================================================
-# Devices (570 lines, 4450 tokens)
+# Devices (560 lines, 4350 tokens)
 #
 # From the cloud to the device. A push that somebody waits for is tried once and answered within the caller's window.
 # One that nobody waits for is stored first, and then tried in order until the device accepts it or it becomes a dead
@@ -7783,7 +7846,7 @@ def parse_ping(host: object, body: object) -> tuple[str, int]:
 
 
 # =====================================================================================================================
-# DICOM (1790 lines, 15050 tokens)
+# DICOM (1740 lines, 14600 tokens)
 #
 # Imaging devices (DICOM PS3.4, PS3.7, PS3.8; channel contract 8). `Dimse` is a core like the others: bytes in, events
 # out. Its line runs requests as coroutines; what takes long (fsync, decoding, JSON) goes to a few threads. pydicom and
@@ -9243,7 +9306,8 @@ class DicomChannel(Channel):
 
     async def recover(self) -> None:
         """After a start: go on with the reports that no device has taken yet."""
-        for message in await self.store.unreported(self.queue.row, now_ms() - COMMITMENT_REPORT_DAYS * 86_400_000):
+        since = now_ms() - COMMITMENT_REPORT_DAYS * 86_400_000
+        for message in await self.store.undelivered(self.queue.row, COMMITMENT, since):
             spawn(self._report(message, message.response or ""))
 
     async def _send_report(self, message: Message, titles: Json, report: Dataset, kind: int) -> str:
@@ -9925,7 +9989,7 @@ def issuer_of(der: bytes) -> str:
 
 
 # =====================================================================================================================
-# Operations (730 lines, 7300 tokens)
+# Operations (730 lines, 7250 tokens)
 #
 # What a person asks of a running agent: status, the queue, alarms, the page and its figures. One `ask` serves the
 # command line (over a socket in the state directory that only the agent's user can open), the page, and the cloud (a
@@ -10652,7 +10716,7 @@ def ask_agent(state_dir: Path, asked: Json, seconds: float = HTTP_TIMEOUT_SECS) 
 
 
 # =====================================================================================================================
-# Upgrade (460 lines, 4050 tokens)
+# Upgrade (460 lines, 3900 tokens)
 #
 # Another version of this program in the place of the running one. What is signed (The Update Framework) is unpacked
 # into versions/<version> beside the installed program, and proves itself beside the running one (--selftest). Then the
@@ -10983,14 +11047,12 @@ class Upgrades:
         return str(found["version"])
 
     def leave_ports(self, listeners: Iterable[Listener]) -> None:
-        self.left = {"ports": [listener.leave() for listener in listeners], "lines": [], "pushed": Json(), "held": []}
+        self.left = {"ports": [listener.leave() for listener in listeners], "lines": [], "pushed": Json()}
 
     def leave_lines(self, channels: Mapping[str, Channel]) -> None:
         """Those that another program can go on with."""
         for name, channel in channels.items():
             self.left["pushed"][name] = list(channel.pushed)
-            now = channel.loop.time()
-            self.left["held"] += [(name, until - now, message.id, body) for until, message, body in channel.held]
             for line in channel.lines.values() if not channel.plan.dials else ():
                 if left := line.leave():
                     self.left["lines"].append(left | {"channel": name})
@@ -11026,9 +11088,6 @@ class Upgrades:
         for name, pushed in self.left.get("pushed", {}).items():
             if channel := self._agent.channels.get(name):
                 channel.pushed.extend(pushed)
-        for name, seconds, id_, body in self.left.pop("held", []):
-            if (channel := self._agent.channels.get(name)) and (message := await self._agent.store.message(id_)):
-                channel.held.append((channel.loop.time() + seconds, message, body))
         for one in left:
             sock, owner = socket.socket(fileno=one["socket"]), self._agent.channels.get(one["channel"])
             if owner is None or not owner.plan.active:

@@ -181,7 +181,8 @@ def test_a_sender_that_gives_up_is_interrupted() -> None:
     bad = B[:-4] + b"00\r\n"
     assert line.hear(ENQ + A + bad * 6 + EOT) == [ACKED, ACKED, *[NAKED] * 6]
     [event] = line.wait(DOUBT_SECS)  # an EOT right after a bad frame must be believable
-    assert event == Interrupted((b"H|a\r",), "the instrument gave up after a frame that was not accepted")
+    gave_up = "the instrument gave up after a frame that was not accepted (a checksum was wrong)"
+    assert event == Interrupted((b"H|a\r",), gave_up)
 
 
 def test_eot_in_a_frame_ends_the_session_when_nothing_follows() -> None:
@@ -372,7 +373,7 @@ def test_disconnect() -> None:
     assert line.core.closed() == []
     line.say(b"H\r")
     line.say(b"H\r")
-    assert line.core.closed() == [SendFailed("the connection was closed")] * 2
+    assert line.core.closed() == [SendFailed("the connection was closed", False)] * 2
 
 
 @pytest.mark.parametrize(
@@ -474,14 +475,14 @@ def test_restricted_characters_never_enter_a_frame() -> None:
 
 
 def test_no_records() -> None:
-    assert Line().core.send([], 0) == [SendFailed("there is no record to send")]
+    assert Line().core.send([], 0) == [SendFailed("there is no record to send", True)]
 
 
 def test_six_naks() -> None:
     line = sending()
     first = line.hear(ACK)
     assert [line.hear(NAK) for _ in range(5)] == [first] * 5
-    assert line.hear(NAK) == [ENDED, SendFailed("frame 1 was not accepted in 6 tries")]
+    assert line.hear(NAK) == [ENDED, SendFailed("frame 1 was not accepted in 6 tries", True)]
 
 
 def test_five_naks_and_an_ack_for_every_frame() -> None:
@@ -504,7 +505,7 @@ def test_a_frame_that_is_never_answered() -> None:
         assert line.wait(9.9) == []
         assert line.wait(0.1) == [ASKED]
     line.hear(ACK)
-    assert line.wait(15) == [ENDED, SendFailed("the instrument does not answer; gave up after 6 tries")]
+    assert line.wait(15) == [ENDED, SendFailed("the instrument does not answer; gave up after 6 tries", True)]
 
 
 def test_any_other_character_is_a_nak_and_padding_is_nothing() -> None:
@@ -520,7 +521,7 @@ def test_a_busy_instrument() -> None:
         assert line.hear(NAK) == []
         assert line.wait(9.9) == []
         assert line.wait(0.1) == [ASKED]
-    assert line.hear(NAK) == [SendFailed("the instrument is busy (NAK); gave up after 6 tries")]
+    assert line.hear(NAK) == [SendFailed("the instrument is busy (NAK); gave up after 6 tries", False)]
 
 
 def test_enq_that_is_never_answered() -> None:
@@ -530,7 +531,7 @@ def test_enq_that_is_never_answered() -> None:
         assert line.wait(0.1) == [ENDED]
         assert line.wait(9.9) == []
         assert line.wait(0.1) == [ASKED]
-    assert line.wait(15) == [ENDED, SendFailed("the instrument does not answer; gave up after 6 tries")]
+    assert line.wait(15) == [ENDED, SendFailed("the instrument does not answer; gave up after 6 tries", False)]
 
 
 def test_contention_when_we_asked_first() -> None:

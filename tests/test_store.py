@@ -458,14 +458,15 @@ def test_a_commitment_waits_for_its_images_and_is_reported_until_it_is_taken(pat
             assert not await store.waits_for(row, request.id, ["1.1", "1.3", "1.4", "9"])
             assert await store.waits_for(row, request.id, ["1.1", "1.2"])
 
-            assert await store.unreported(row, 0) == []
+            assert await store.undelivered(row, ma.COMMITMENT, 0) == []
             await settled(store, request, outcome=ma.UNDELIVERED, response="{}")
             await settled(store, images[1], outcome=ma.UNDELIVERED)
-            (found,) = await store.unreported(row, 999)
+            (found,) = await store.undelivered(row, ma.COMMITMENT, request.settled_at - 1)
             assert (found.id, found.response, found.remote) == (request.id, "{}", request.remote)
-            assert await store.unreported(row, 1000) == await store.unreported(other, 0) == []
+            assert await store.undelivered(row, ma.COMMITMENT, request.settled_at) == []
+            assert await store.undelivered(other, ma.COMMITMENT, 0) == []
             await settled(store, request, outcome=ma.DELIVERED)
-            assert await store.unreported(row, 0) == []
+            assert await store.undelivered(row, ma.COMMITMENT, 0) == []
 
     run(scenario)
 
