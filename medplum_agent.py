@@ -2894,13 +2894,14 @@ _BACKLOG = f"""SELECT name, waiting, (SELECT received_at FROM message WHERE id =
 _new_row, _changes = attrgetter(*_NEW), attrgetter(*_CHANGED)
 
 
+@dataclass(slots=True, eq=False)
 class ChannelRow:
     """A channel's identity in the store: `epoch` grows whenever its ordering key changes. `id` is 0 while unknown."""
 
-    __slots__ = ("epoch", "id", "key_spec", "name")
-
-    def __init__(self, name: str, key_spec: str, id_: int = 0, epoch: int = 0):
-        self.name, self.key_spec, self.id, self.epoch = name, key_spec, id_, epoch
+    name: str
+    key_spec: str
+    id: int = 0
+    epoch: int = 0
 
 
 @dataclass(slots=True, eq=False)
@@ -3441,16 +3442,12 @@ class Store:
         return row
 
     def _save_channel(self, db: Database, row: ChannelRow) -> None:
-        """The file knows better what id a name has."""
-        found = db.one("SELECT id, epoch, key_spec FROM channel WHERE name = ?", (row.name,))
-        if found is not None:
-            row.id, row.epoch = found[0], max(row.epoch, found[1] + (found[2] != row.key_spec))
-            db.execute("UPDATE channel SET epoch = ?, key_spec = ? WHERE id = ?", (row.epoch, row.key_spec, row.id))
-            return
-        taken = db.one("SELECT 1 FROM channel WHERE id = ?", (row.id,))
-        values = None if taken or not row.id else row.id, row.name, row.key_spec, row.epoch
-        db.execute("INSERT INTO channel (id, name, key_spec, epoch) VALUES (?, ?, ?, ?)", values)
-        row.id = db.last_insert_rowid()
+        """The file knows better what id a name has, and which ids are taken."""
+        sql = """INSERT INTO channel (id, name, key_spec, epoch)
+          VALUES ((SELECT ?1 WHERE ?1 AND NOT EXISTS (SELECT 1 FROM channel WHERE id = ?1)), ?2, ?3, ?4)
+          ON CONFLICT (name) DO UPDATE SET epoch = max(excluded.epoch, epoch + (key_spec <> excluded.key_spec)),
+          key_spec = excluded.key_spec RETURNING id, epoch"""
+        row.id, row.epoch = db.one(sql, (row.id, row.name, row.key_spec, row.epoch))
         self._next_channel = max(self._next_channel, row.id + 1)
 
     async def recover(self, row: ChannelRow, state: int, error_code: str | None, reason: str | None) -> int:
