@@ -3037,6 +3037,11 @@ class _Call(NamedTuple):
     future: asyncio.Future[Any]
 
 
+def _resolve(future: asyncio.Future[Any], result: Any) -> None:
+    if not future.done():
+        (future.set_exception if isinstance(result, StorageError) else future.set_result)(result)
+
+
 _Item = Message | ChannelRow | _Update | _Call  # what the writer is given, in the order in which it writes them
 
 
@@ -3651,7 +3656,7 @@ class Store:
                 self._save_channel(db, row)
             self._insert(db, messages)
             _execute_many(db, _UPDATE, [*{item.changes[0]: item.changes for item in updates}.values()])
-            results = [(call, call.run(db)) for call in calls]
+            results = [partial(_resolve, call.future, call.run(db)) for call in calls]
             started = time.perf_counter()
             db.execute("COMMIT")
             self._note_commit(time.perf_counter() - started, len(batch))
@@ -3664,12 +3669,12 @@ class Store:
         if self._failed_at and messages:
             self._failed_at = 0.0
             self._log.info("The queue can be written again.")
-        self._tell(self._committed, messages, updates, results)
+        self._tell(*results, *(item.then for item in updates if item.then), partial(self._committed, messages))
         return True
 
-    def _tell(self, then: Callable[..., None], *values: Any) -> None:
+    def _tell(self, *then: Callable[[], None]) -> None:
         """What came of a batch, to the loop, in the order of the batches whichever thread wrote them."""
-        self._outbox.append(partial(then, *values))
+        self._outbox.extend(then)
         if threading.current_thread() is self._writer:
             self._loop.call_soon_threadsafe(self._hear)
         else:
@@ -3677,7 +3682,10 @@ class Store:
 
     def _hear(self) -> None:
         while self._outbox:
-            self._outbox.popleft()()
+            try:
+                self._outbox.popleft()()
+            except Exception as error:  # it must not cost the messages of its batch their acknowledgments
+                self._log.error(f"Internal error: {type(error).__name__} after a change was stored")
 
     def _note_commit(self, secs: float, items: int) -> None:
         """How quick the disk is now, judged by small commits.
@@ -3696,8 +3704,7 @@ class Store:
             self._needed = min(self._needed * 2, QUICK_COMMITS_MAX)
 
     def _after_error(
-        self, db: Database, messages: list[Message], kept: Sequence[ChannelRow | _Update],
-        calls: list[_Call], error: Exception,
+        self, db: Database, messages: list[Message], kept: Sequence[_Item], calls: list[_Call], error: Exception
     ) -> bool:  # fmt: skip
         text, advice = _trouble_of(error)
         if isinstance(error, _UNWRITABLE):
@@ -3714,12 +3721,12 @@ class Store:
         for message in messages:
             message.refusal = text
         if messages:
-            self._tell(self._committed, messages)
+            self._tell(partial(self._committed, messages))
             return bool(kept or calls) and self._write_batch(db, [*kept, *calls])
-        waiting = calls if isinstance(error, StorageError) else []
-        self._inbox.extendleft(reversed([*kept, *waiting]))
-        if not waiting:
-            self._tell(self._fail_calls, calls, error)
+        if isinstance(error, StorageError):
+            kept, calls = [*kept, *calls], []
+        self._inbox.extendleft(reversed(kept))
+        self._tell(*(partial(_resolve, call.future, StorageError(str(error))) for call in calls))
         return False
 
     def _insert(self, db: Database, messages: list[Message]) -> None:
@@ -3781,7 +3788,7 @@ class Store:
         for message in refused:
             message.refusal = self.trouble
         self._inbox.extendleft(item for item in reversed(batch) if not isinstance(item, Message))
-        self._tell(self._committed, refused)
+        self._tell(partial(self._committed, refused))
 
     def _disk_full(self) -> bool:
         """As it was a moment ago; SQLite itself finds a disk that filled up since."""
@@ -3922,20 +3929,9 @@ class Store:
 
     # --- back in the event loop ---
 
-    def _committed(
-        self, messages: list[Message], updates: Sequence[_Update] = (), results: Iterable[tuple[_Call, Any]] = ()
-    ) -> None:
-        for call, result in results:
-            if not call.future.done():
-                call.future.set_result(result)
+    def _committed(self, messages: list[Message]) -> None:
         self._uncommitted -= len(messages)
         self._uncommitted_bytes -= sum(message.size for message in messages)
-        for update in updates:
-            try:
-                if update.then is not None:
-                    update.then()
-            except Exception as error:  # it must not cost the messages of its batch their acknowledgments
-                self._log.error(f"Internal error: {type(error).__name__} after a change was stored")
         self._release(messages)
         if self.on_resume and not self.congested:
             waiting, self.on_resume = self.on_resume, []
@@ -3953,11 +3949,6 @@ class Store:
                     source(message)
             except Exception as error:  # one message must not cost the others of its batch their acknowledgments
                 self._log.error(f"Internal error: {type(error).__name__} after storing message {message.id}")
-
-    def _fail_calls(self, calls: list[_Call], error: Exception) -> None:
-        for call in calls:
-            if not call.future.done():
-                call.future.set_exception(StorageError(str(error)))
 
     # --- retention ---
 
