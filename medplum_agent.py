@@ -4096,12 +4096,12 @@ def check_key(path: Path, key: str) -> None:
     """An encrypted queue is not touched without its own key; ConfigError. A mark beside the file tells which it is."""
     mark = beside(path, ".key")
     known = mark.read_text("ascii") if mark.exists() else ""
-    if known and not key and path.exists() and not is_plain(path):
-        raise ConfigError(f"the queue {path} is encrypted: name its key with storeKey (and storeCipher)", for_good=True)
-    if known not in ("", _mark_of(key)) and path.exists() and not is_plain(path):
-        raise ConfigError(
-            f"storeKey, or storeCipher, is not that of the queue {path}; nothing was changed", for_good=True
-        )
+    if known in ("", _mark_of(key)) or not path.exists() or is_plain(path):
+        return
+    text = f"the queue {path} is encrypted: name its key with storeKey (and storeCipher)"
+    if key:
+        text = f"storeKey, or storeCipher, is not that of the queue {path}; nothing was changed"
+    raise ConfigError(text, for_good=True)
 
 
 def mark_key(path: Path, key: str) -> None:
@@ -4153,15 +4153,13 @@ def read_queue(path: Path, read: Callable[[Database], T], key: str = "") -> T:
         with closing(Database(path, key, f"mode=ro{alone}")) as db:
             version_of(db)
             return read(db)
-    except OSError as error:
-        raise StorageError(f"the queue {path} cannot be read: {error.strerror}") from None
-    except StorageError as error:
-        raise StorageError(f"the queue {path} cannot be read: {error}") from None
-    except apsw.Error as error:
-        advice = "; the agent has to run on it once after an update" if "no such" in str(error) else ""
-        if beside(path, ".key").exists() and isinstance(error, apsw.NotADBError):
+    except (OSError, StorageError, apsw.Error) as error:
+        reason, advice = error.strerror if isinstance(error, OSError) else error, ""
+        if isinstance(error, apsw.SQLError):  # no such table or column
+            advice = "; the agent has to run on it once after an update"
+        elif isinstance(error, apsw.NotADBError) and beside(path, ".key").exists():
             advice = "; it is encrypted: run this with the agent's own settings (--config FILE), as its user"
-        raise StorageError(f"the queue {path} cannot be read: {error}{advice}") from None
+        raise StorageError(f"the queue {path} cannot be read: {reason}{advice}") from None
 
 
 def change_queue(path: Path, change: Callable[[Database], T], key: str = "") -> T:
