@@ -3539,10 +3539,12 @@ class Store:
 
     async def counts(self) -> dict[str, int]:
         """Messages by state."""
-        parts = (f"SELECT state, count(*) FROM message WHERE state {which} GROUP BY state" for which in ("< 2", "> 2"))
-        sql = " UNION ALL ".join((*parts, f"SELECT {PROCESSED}, (SELECT count(*) FROM message)"))
+        # by their indexes; what is finished, nearly all, is the rest
+        sql = f"""WITH other AS (SELECT state, count(*) AS n FROM message WHERE state < {PROCESSED} GROUP BY state
+          UNION ALL SELECT state, count(*) FROM message WHERE state > {PROCESSED} GROUP BY state)
+          SELECT * FROM other UNION ALL
+          SELECT {PROCESSED}, (SELECT count(*) FROM message) - ifnull(sum(n), 0) FROM other"""
         found = dict(await self.look(lambda db: db.rows(sql)))
-        found[PROCESSED] -= sum(count for state, count in found.items() if state != PROCESSED)
         return {name: found.get(state, 0) for state, name in enumerate(STATES)}
 
     # --- frames that were acknowledged and belong to no message yet (ASTM) ---
@@ -3968,21 +3970,21 @@ class Store:
         """Delete matching rows, oldest first, in small transactions while `needed`."""
         total = 0
 
-        def run(db: Database) -> tuple[int, list[str]]:
-            sql = f"SELECT id, spool FROM message WHERE {condition} ORDER BY id LIMIT {SWEEP_ROWS}"
-            rows = db.rows(sql)
-            db.executemany("DELETE FROM message WHERE id = ?", [(id_,) for id_, _ in rows])
-            last = rows[-1][0] if rows else 0
+        def run(db: Database) -> list[tuple[Any, ...]]:
+            oldest = f"SELECT id FROM message WHERE {condition} ORDER BY id LIMIT {SWEEP_ROWS}"
+            rows = db.rows(f"DELETE FROM message WHERE id IN ({oldest}) RETURNING id, spool")
+            last = max((id_ for id_, _ in rows), default=0)
             db.execute("UPDATE identity SET last_deleted_id = max(last_deleted_id, ?)", (last,))
             db.rows(f"PRAGMA incremental_vacuum({SWEEP_ROWS})")
-            return len(rows), [spool for _, spool in rows if spool]
+            return rows
 
         while needed():
-            count, files = await self.call(run)
-            for name in files:
-                self.spool.remove(name)
-            total += count
-            if count < SWEEP_ROWS:
+            rows = await self.call(run)
+            for _, name in rows:
+                if name:
+                    self.spool.remove(name)
+            total += len(rows)
+            if len(rows) < SWEEP_ROWS:
                 break
         return total
 
