@@ -2992,10 +2992,11 @@ def store_secret(source: str) -> bytes:
             import subprocess
 
             words = ["security", "find-generic-password", "-w", "-s", where]
-            words = words if kind == "keychain" else shlex.split(where, posix=os.name == "posix")
+            if kind == "command":
+                words = shlex.split(where, posix=os.name == "posix")
+            nothing = subprocess.DEVNULL
             with suppress(subprocess.SubprocessError):  # its text would quote the command
-                done = subprocess.run(words, stdin=subprocess.DEVNULL, capture_output=True, timeout=KEY_SECS)
-                secret = b"" if done.returncode else done.stdout
+                secret = subprocess.check_output(words, stdin=nothing, stderr=nothing, timeout=KEY_SECS)
     except OSError as error:
         lasting = error.errno in (errno.EACCES, errno.EISDIR, errno.EINVAL)  # a disk may still be mounted
         text = f"storeKey: the key cannot be read from {kind}: {error.strerror}"
@@ -3165,11 +3166,11 @@ def open_sealed(path: Path, mark: str) -> BinaryIO:
     if not mark:
         return open(path, "rb")
     open(path, "rb").close()  # else it is SQLite that says what is wrong
-    return cast(BinaryIO, Sealed(path, mark))
+    return io.BufferedReader(Sealed(path, mark))
 
 
 class Sealed(io.RawIOBase):
-    """Reads what a SpoolFile with a key has written."""
+    """Reads what a SpoolFile with a key has written, at most a piece at a time."""
 
     def __init__(self, path: Path, mark: str):
         self._file, self._at, self._part = Database(path, key_of(mark), "mode=ro"), 0, (0, b"")
@@ -3192,18 +3193,17 @@ class Sealed(io.RawIOBase):
         return self._at
 
     def readinto(self, buffer: Any) -> int:
-        rest = memoryview(buffer)[: max(0, self._size - self._at)]
-        wanted = len(rest)
-        while rest:
-            start, content = self._part
-            if not start <= self._at < start + len(content):
-                sql = "SELECT start, content FROM part WHERE start <= ? ORDER BY start DESC LIMIT 1"
-                self._part = start, content = self._ask(sql, self._at)
-            if not (piece := content[self._at - start : self._at - start + len(rest)]):
-                raise OSError(errno.EIO, "a piece is missing")
-            rest[: len(piece)] = piece
-            self._at, rest = self._at + len(piece), rest[len(piece) :]
-        return wanted
+        if self._at >= self._size:
+            return 0
+        start, content = self._part
+        if not start <= self._at < start + len(content):
+            sql = "SELECT start, content FROM part WHERE start <= ? ORDER BY start DESC LIMIT 1"
+            self._part = start, content = self._ask(sql, self._at)
+        if not (piece := content[self._at - start : self._at - start + len(buffer)]):
+            raise OSError(errno.EIO, "a piece is missing")
+        buffer[: len(piece)] = piece
+        self._at += len(piece)
+        return len(piece)
 
     def close(self) -> None:
         self._file.close()
@@ -3220,8 +3220,7 @@ class Spool:
     def __init__(self, folder: Path, refusal: Callable[[int], str], cipher: str = ""):
         self.folder, self.refusal, self.cipher = folder, refusal, cipher
         self.size_bytes = 0  # also of what is being received
-        self.prefix = ""
-        self.tidied = False
+        self.prefix = ""  # until `tidy` is through
         self._lock = threading.Lock()
 
     def path(self, name: str) -> Path:
@@ -3237,8 +3236,7 @@ class Spool:
         (self.folder / f"{name}.part").unlink(missing_ok=True)
         unlimited = Spool(self.folder, lambda size: "", self.cipher)  # what is there is counted later
         with self.open(name) as plain, SpoolFile(unlimited, name) as file:
-            for block in iter(partial(plain.read, SPOOL_BLOCK_BYTES), b""):
-                file.write(block)
+            shutil.copyfileobj(plain, file, SPOOL_BLOCK_BYTES)
             if file.error:
                 raise OSError(file.error)
             return file.keep()
@@ -3256,14 +3254,14 @@ class Spool:
 
     def tidy(self, prefix: str, known: set[str]) -> None:
         """At start: measure, and remove what this queue has no message for (it was never acknowledged)."""
-        self.prefix, paths, self.size_bytes = prefix, set(map(self.path, known)), 0
+        paths, self.size_bytes = set(map(self.path, known)), 0
         for path in self.folder.glob("*.*") if self.folder.is_dir() else ():
             with suppress(OSError):
                 if path in paths:
                     self.count(path.stat().st_size)
                 elif path.suffix == ".part" or (path.suffix in (".dcm", ".sealed") and path.stem.startswith(prefix)):
                     path.unlink()
-        self.tidied = True
+        self.prefix = prefix
 
 
 class Store:
@@ -3918,7 +3916,7 @@ class Store:
         self._seed, self.uuid = seed, f"{seed[:8]}-{seed[8:12]}-4{seed[12:15]}-a{seed[15:18]}"
         self._next_id = max(self._next_id, last + 1, reached)
         self._remember(self._next_id + RESERVED_IDS)
-        if not self.spool.tidied:
+        if not self.spool.prefix:
             spooled = f"SELECT spool FROM message WHERE spool IS NOT NULL AND state <> {PROCESSED}"
             for (name,) in db.rows(f"{spooled} AND spool NOT LIKE '%#%'") if self.spool.cipher else ():
                 with suppress(FileNotFoundError):
@@ -4125,7 +4123,7 @@ def rewrite_queue(path: Path, old: str, new: str) -> None:
     target.unlink(missing_ok=True)
     if shutil.disk_usage(path.parent).free < path.stat().st_size + DISK_RESERVE_BYTES:
         raise OSError(errno.ENOSPC, "no space for a copy of the queue")
-    os.close(os.open(target, os.O_RDWR | os.O_CREAT, 0o600))
+    target.touch(0o600)
     try:
         with closing(Database(path, old)) as db:
             version_of(db)
@@ -4166,11 +4164,8 @@ def read_queue(path: Path, read: Callable[[Database], T], key: str = "") -> T:
 
 def change_queue(path: Path, change: Callable[[Database], T], key: str = "") -> T:
     """One transaction in the queue of an agent that does not run; StorageError."""
-    with alone_with(path, key), closing(Database(path.resolve(), key)) as db:
-        db.execute("BEGIN IMMEDIATE")
-        result = change(db)
-        db.execute("COMMIT")
-        return result
+    with alone_with(path, key), closing(Database(path.resolve(), key)) as db, db:
+        return change(db)
 
 
 @contextmanager
@@ -4178,10 +4173,10 @@ def alone_with(path: Path, key: str) -> Iterator[None]:
     """No agent runs on this queue; what is wrong within, and another that does, is a StorageError."""
     read_queue(path, seed_of, key)  # it is there, and ours
     try:
-        file = open(beside(path, ".lock"), "a+b", opener=private)  # noqa: SIM115
+        lock = open(beside(path, ".lock"), "a+b", opener=private)  # noqa: SIM115
     except OSError as error:
         raise StorageError(f"the queue {path} cannot be written: {error.strerror}") from None
-    with file as lock:
+    with lock:
         if not lock_file(lock):
             raise StorageError(f"another agent uses the queue {path}")
         try:
