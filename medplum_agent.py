@@ -4332,8 +4332,10 @@ def http_retries(*more: int) -> urllib3.Retry:
 def http_pool(url: str, context: ssl.SSLContext) -> urllib3.PoolManager:
     """A connection pool for the server of `url`, through its proxy if there is one."""
     timeout = urllib3.Timeout(connect=CONNECT_TIMEOUT_SECS, read=HTTP_TIMEOUT_SECS)
-    common: Json = {"ssl_context": context, "retries": http_retries(429), "timeout": timeout, "maxsize": REQUESTS}
-    common["blocksize"] = TRANSFER_BLOCK_BYTES
+    common: Json = {
+        "ssl_context": context, "retries": http_retries(429), "timeout": timeout, "maxsize": REQUESTS,
+        "blocksize": TRANSFER_BLOCK_BYTES,
+    }  # fmt: skip
     proxy = proxy_for(url)
     if not proxy:
         return urllib3.PoolManager(**common)
@@ -4360,14 +4362,14 @@ def jwt_claims(token: str) -> Json:
 
 Headers = dict[str, str]
 Response = urllib3.BaseHTTPResponse
-Body = str | bytes | Iterable[bytes] | None
 
 
-def outcome_text(resource: Any) -> str:
+def outcome_text(resource: Json) -> str:
     """The text of an OperationOutcome: details, diagnostics in parentheses, issues joined by `; `."""
-    issues = resource.get("issue") if isinstance(resource, dict) else None
-    texts = []
-    for issue in [issue for issue in issues if isinstance(issue, dict)] if isinstance(issues, list) else []:
+    issues, texts = resource.get("issue"), []
+    for issue in issues if isinstance(issues, list) else []:
+        if not isinstance(issue, dict):
+            continue
         details = issue.get("details")
         text = (details.get("text") if isinstance(details, dict) else "") or issue.get("code") or "error"
         texts.append(f"{text} ({issue['diagnostics']})" if issue.get("diagnostics") else f"{text}")
@@ -4389,9 +4391,10 @@ class Fhir:
         self.rejected = False  # the token, by the server: the next use logs in again, but not once per message
         self.failing = False  # the last login did
         # apart from each other: who hangs holds up its own kind
-        names = ("login", "request", "upload", "download")
-        self._logins, self._requests, self._uploads, self._downloads = (
-            ThreadPoolExecutor(REQUESTS if name == "request" else TRANSFERS, name) for name in names
+        self._logins, self._requests = ThreadPoolExecutor(1, "login"), ThreadPoolExecutor(REQUESTS, "request")
+        self._uploads, self._downloads = (
+            ThreadPoolExecutor(TRANSFERS, "upload"),
+            ThreadPoolExecutor(TRANSFERS, "download"),
         )
 
     @property
@@ -4466,26 +4469,27 @@ class Fhir:
         if not re.fullmatch("[!-~]+", text):
             raise ServerError("login failed: the token has characters that no header can carry")
         claims = jwt_claims(text)
-        expires = claims.get("exp")
+        expires, now = claims.get("exp"), time.time()
         if not isinstance(expires, int | float):
             lifetime = answer.get("expires_in")
             if not isinstance(lifetime, int | float) or lifetime < 2 * TOKEN_MARGIN_SECS:
                 lifetime = math.inf  # the contract ignores expires_in; a sensible one saves a refusal
-            expires = time.time() + lifetime
-            return Token(text, expires, expires - TOKEN_MARGIN_SECS)
-        if expires < time.time():
+            return Token(text, now + lifetime, now + lifetime - TOKEN_MARGIN_SECS)
+        if expires < now:
             raise ServerError("login failed: Token expired. Is the clock of this machine right?")
         audience = claims.get("cid") or claims.get("client_id")
         if audience is not None and audience != self._settings.clientId:
             raise ServerError("login failed: the token is for another client. Check clientId")
-        left = expires - time.time()
+        left = expires - now
         return Token(text, float(expires), expires - (TOKEN_MARGIN_SECS if left > TOKEN_MARGIN_SECS else left / 2))
 
     async def read(self, reference: str) -> Json:
         """GET fhir/R4/<reference>."""
-        url = f"{self.base}fhir/R4/{reference}"
         kind = "" if "$" in reference else reference.partition("/")[0]
-        return self._checked(await self._authorized(partial(self._http, "GET", url)), reference, kind)
+        return await self._get(f"{self.base}fhir/R4/{reference}", reference, kind)
+
+    async def _get(self, url: str, what: str, kind: str) -> Json:
+        return self._checked(await self._authorized(partial(self._http, "GET", url)), what, kind)
 
     async def _authorized(
         self, send: Callable[[Headers], Response], pool: ThreadPoolExecutor | None = None
@@ -4506,9 +4510,7 @@ class Fhir:
             pages += 1
             if max(pages, len(found)) > SEARCH_RESOURCES:
                 raise ServerError(f"the search finds more than {SEARCH_RESOURCES} resources", 400)
-            bundle = self._checked(
-                await self._authorized(partial(self._http, "GET", url)), query.split("?")[0], "Bundle"
-            )
+            bundle = await self._get(url, query.split("?")[0], "Bundle")
             resources = (entry.get("resource") for entry in bundle.get("entry") or [])
             found += [resource for resource in resources if isinstance(resource, dict)]
             links = {link.get("relation"): link.get("url") for link in bundle.get("link") or []}
@@ -4519,12 +4521,9 @@ class Fhir:
 
     async def execute(self, bot: str, content_type: str, body: str) -> int:
         """Have a Bot that is named run on this body, and return the status."""
-        url = f"{self.base}fhir/R4/{bot}/$execute"
-
-        def post(headers: Headers) -> Response:
-            return self._http("POST", url, headers | {"Content-Type": content_type}, body.encode())
-
-        return (await self._authorized(post)).status
+        url, kind = f"{self.base}fhir/R4/{bot}/$execute", {"Content-Type": content_type}
+        response = await self._authorized(lambda headers: self._http("POST", url, headers | kind, body.encode()))
+        return response.status
 
     async def stow(self, spooled: Callable[[], BinaryIO], instance: str) -> None:
         """STOW-RS of a Part 10 file, streamed from disk (PS3.18 10.5, uplink contract 2).
@@ -4545,10 +4544,10 @@ class Fhir:
         if response.status != 200 or instance not in stored:
             raise ServerError(f"STOW-RS was answered with status {response.status}", response.status)
 
-    async def upload(self, spooled: Callable[[], BinaryIO], name: str, content_type: str) -> str:
-        """POST a file as a Binary, streamed from disk, and return its reference; OSError when it cannot be read."""
-        url = f"{self.base}fhir/R4/Binary?_filename={urllib.parse.quote(name)}"
-        response = await self._post_file(spooled, url, {"Content-Type": content_type})
+    async def upload(self, spooled: Callable[[], BinaryIO]) -> str:
+        """POST an image as a Binary, streamed from disk, and return its reference; OSError when it cannot be read."""
+        url = f"{self.base}fhir/R4/Binary?_filename=dicom.dcm"
+        response = await self._post_file(spooled, url, {"Content-Type": DICOM_TYPE})
         created = self._checked(response, "Binary")
         if created.get("resourceType") != "Binary" or not isinstance(created.get("id"), str) or not created["id"]:
             raise ServerError("the server took a file and named no Binary for it", response.status)
@@ -4561,7 +4560,8 @@ class Fhir:
             with spooled() as file:
                 size = {"Content-Length": str(length_of(file) + len(head) + len(tail))}
                 body = itertools.chain((head,), blocks_of(file), (tail,))
-                return self._http("POST", url, headers | more | size, body, file=True)
+                # what cannot be read again is not sent again
+                return self._http("POST", url, headers | more | size, body, TRANSFER_TIMEOUT_SECS, again=False)
 
         return await self._authorized(send, self._uploads)
 
@@ -4573,7 +4573,7 @@ class Fhir:
 
         def fetch(headers: Headers) -> Response:
             wanted = headers | {"Accept": f"{one}, application/octet-stream; q=0.2, */*; q=0.1"}
-            with self._http("GET", url, wanted, file=True, stream=True) as response:
+            with self._http("GET", url, wanted, secs=TRANSFER_TIMEOUT_SECS, stream=True) as response:
                 kind = response.headers.get("Content-Type", "")
                 try:
                     if response.status >= 300 or "json" in kind:
@@ -4598,16 +4598,16 @@ class Fhir:
         }  # fmt: skip
 
     def _http(
-        self, method: str, url: str, headers: Headers, body: Body = None, file: bool = False, stream: bool = False,
-        again: urllib3.Retry | bool | None = None,
+        self, method: str, url: str, headers: Headers, body: str | bytes | Iterable[bytes] | None = None,
+        secs: float = HTTP_TIMEOUT_SECS, stream: bool = False, again: urllib3.Retry | bool | None = None,
     ) -> Response:  # fmt: skip
         """`stream`: the body is left for the caller to read, and a redirect (to a store of files) is followed."""
-        secs = TRANSFER_TIMEOUT_SECS if file else HTTP_TIMEOUT_SECS
         timeout = urllib3.Timeout(connect=CONNECT_TIMEOUT_SECS, read=secs)
-        again = False if isinstance(body, itertools.chain) else again  # what cannot be read again is not sent again
-        options: Json = {"timeout": timeout, "retries": again, "redirect": stream, "preload_content": False}
         try:  # without decoding: a small gzip may be a large answer
-            response = self._pool.request(method, url, body=body, headers=headers, decode_content=False, **options)
+            response = self._pool.request(
+                method, url, body=body, headers=headers, timeout=timeout, retries=again, redirect=stream,
+                preload_content=False, decode_content=False,
+            )  # fmt: skip
             if not stream:
                 limit = threading.Timer(secs, cast(Any, response).shutdown)  # of a body that drips
                 limit.start()
@@ -4623,7 +4623,7 @@ class Fhir:
             host = urllib.parse.urlsplit(url).netloc
             raise ServerError(f"{host} cannot be reached: {_http_reason(url, error)}") from None
 
-    def _checked(self, response: urllib3.BaseHTTPResponse, what: str, kind: str = "") -> Json:
+    def _checked(self, response: Response, what: str, kind: str = "") -> Json:
         """What the server answered, a resource of this kind; a gateway may say something else with status 200."""
         answer = _json_object(response.data)
         if response.status >= 300 or not answer:
@@ -5591,7 +5591,7 @@ class Uplink:
             if stow:
                 await self._fhir.stow(file, message.control_id)
             else:
-                reference = await self._fhir.upload(file, "dicom.dcm", DICOM_TYPE)
+                reference = await self._fhir.upload(file)
             await self.store.finalize(message, name, reference)  # so that it is not sent twice, also after a restart
         except (ServerError, StorageError, OSError) as error:
             status = error.status if token and isinstance(error, ServerError) else 0
