@@ -3298,7 +3298,7 @@ class Store:
         self._disk_at, self._low = 0.0, False
         self._uncommitted_bytes = self._uncommitted = 0
         self._lazy: asyncio.TimerHandle | None = None
-        self._next_id = self._next_channel = 1
+        self._next_id = 1
         self._reach = 0  # row numbers below it are reserved
         self._opened = asyncio.Event()
         self._reader = ThreadPoolExecutor(1, "store-reader")
@@ -3435,7 +3435,7 @@ class Store:
         if row is None:
             row = self._channels[name] = ChannelRow(name, key_spec)
             if not self.trouble:
-                row.id, self._next_channel = self._next_channel, self._next_channel + 1
+                row.id = 1 + max(known.id for known in list(self._channels.values()))
         elif row.key_spec == key_spec:
             return row
         else:
@@ -3451,7 +3451,6 @@ class Store:
           ON CONFLICT (name) DO UPDATE SET epoch = max(excluded.epoch, epoch + (key_spec <> excluded.key_spec)),
           key_spec = excluded.key_spec RETURNING id, epoch"""
         row.id, row.epoch = db.one(sql, (row.id, row.name, row.key_spec, row.epoch))
-        self._next_channel = max(self._next_channel, row.id + 1)
 
     async def recover(self, row: ChannelRow, state: int, error_code: str | None, reason: str | None) -> int:
         """Messages of a channel that were sent when the agent stopped get this state; how many there were."""
@@ -3907,7 +3906,6 @@ class Store:
             self._save_channel(db, row)
         for id_, name, spec, epoch in db.execute("SELECT id, name, key_spec, epoch FROM channel"):
             self._channels.setdefault(name, ChannelRow(name, spec, id_, epoch))
-        self._next_channel = max((row.id for row in self._channels.values()), default=0) + 1
         last = db.one("SELECT max(last_deleted_id, (SELECT ifnull(max(id), 0) FROM message)) FROM identity")
         known = high = ""
         with suppress(OSError, ValueError):
@@ -4718,10 +4716,8 @@ class Order(typing.Generic[K]):
 
     def add(self, item: K) -> None:
         """Put an item behind all others."""
-        if self._held or self._barrier or (item.key is BARRIER and self._open):
-            self._held.append(item)
-        else:
-            self._admit(item)
+        self._held.append(item)
+        self._admit()
 
     def settle(self, item: K) -> None:
         """An item that was ready is done; what waited for it becomes ready."""
@@ -4735,19 +4731,21 @@ class Order(typing.Generic[K]):
                 self.ready.append(line[0])
             else:
                 del self._lines[item.key]
-        while self._held and not self._barrier and (self._held[0].key is not BARRIER or not self._open):
-            self._admit(self._held.popleft())
+        self._admit()
 
-    def _admit(self, item: K) -> None:
-        self._open += 1
-        if item.key is BARRIER:
-            self._barrier = True
-            self.ready.append(item)
-        elif line := self._lines.get(item.key):
-            line.append(item)
-        else:
-            self._lines[item.key] = deque((item,))
-            self.ready.append(item)
+    def _admit(self) -> None:
+        """What is held by no barrier any more: its turn comes with its key."""
+        while self._held and not self._barrier and (self._held[0].key is not BARRIER or not self._open):
+            item = self._held.popleft()
+            self._open += 1
+            if item.key is BARRIER:
+                self._barrier = True
+                self.ready.append(item)
+            elif line := self._lines.get(item.key):
+                line.append(item)
+            else:
+                self._lines[item.key] = deque((item,))
+                self.ready.append(item)
 
 
 class Fence:
