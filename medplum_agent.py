@@ -4852,14 +4852,14 @@ class Queue:
     """
 
     def __init__(self, row: ChannelRow, policy: Policy, store: Store, way: Way, owner: Owner, log: Log):
-        self.row, self.policy, self.way, self.owner = row, policy, way, owner
+        self.row, self.policy, self.store, self.way, self.owner = row, policy, store, way, owner
         self.paused = False
         self.window: dict[int, Message] = {}  # unsettled messages in memory
         self.inflight: dict[int, Message] = {}  # among them: sent, or about to be, in the order of sending
         self.round_trips: deque[int] = deque(maxlen=MAX_STATS_SAMPLES)
         self.count = self.last_at = 0  # messages since the start, and when the last one was received
         self._retried: deque[int] = deque()  # dead letters that a person sends again, queued on disk
-        self._store, self._log = store, log
+        self._log = log
         self._order: Order[Message | Fence] = Order()
         self._epoch = -1
         self._loaded = 0  # highest id that entered the window
@@ -4904,7 +4904,7 @@ class Queue:
         message.state, message.outcome, message.response, message.status_code = QUEUED, PENDING, None, None
         message.error_code = message.last_error = None
         message.failures = message.next_attempt_at = message.failing_ms = message.settled_at = 0
-        self._store.update(message)
+        self.store.update(message)
         self._enter(message)
         self.pump()
 
@@ -4959,7 +4959,7 @@ class Queue:
         """Rows that were sent when the agent stopped: only where a repetition is allowed they are sent again."""
         again = "interrupted" in _RETRIED[self.policy.mode]
         end = (QUEUED, None, None) if again else (FAILED, "interrupted", _REASONS["interrupted"])
-        if count := await self._store.recover(self.row, *end):
+        if count := await self.store.recover(self.row, *end):
             self._log.warn(f"{self.policy.name}: {count} messages were with the server when the agent stopped.")
         self._recovered = True
 
@@ -4967,7 +4967,7 @@ class Queue:
         self._behind, retried = False, list(itertools.islice(self._retried, REFILL_MESSAGES))
         passed = [id_ for id_ in retried if id_ <= self._loaded]  # the others are read in their turn
         try:
-            rows = await self._store.queued(self.row, self._loaded, REFILL_MESSAGES, passed)
+            rows = await self.store.queued(self.row, self._loaded, REFILL_MESSAGES, passed)
         except StorageError:
             self._behind = True
             raise
@@ -4983,7 +4983,7 @@ class Queue:
     async def _load_bodies(self) -> None:
         wanted, self._bodiless = self._bodiless, []
         try:
-            found = await self._store.bodies([message.id for message in wanted])
+            found = await self.store.bodies([message.id for message in wanted])
             for message in wanted:
                 if message.id in found and message.text is None:
                     original, message.finalized = found[message.id]
@@ -5018,7 +5018,7 @@ class Queue:
                     self._prepare(item)
                 elif policy.once:
                     item.state = SENT
-                    self._store.update(item, then=partial(self._start_marked, item))
+                    self.store.update(item, then=partial(self._start_marked, item))
                 else:
                     self._start(item)
         if self._ahead:
@@ -5032,7 +5032,7 @@ class Queue:
             self._start(message)
         else:
             message.state = QUEUED
-            self._store.update(message)
+            self.store.update(message)
             self._unsend([message])
 
     def _start(self, message: Message) -> None:
@@ -5120,13 +5120,12 @@ class Queue:
 
     def answered(self, message: Message, attempt: int, status: int, body: object) -> None:
         """A response from the server; also late, for an earlier attempt, or for a dead letter."""
-        error = judge(self.policy.mode, status, body)
-        # success revives what was given up, and what a later attempt was refused
-        dead = message.state == FAILED or (message.state == REJECTED and attempt not in (0, message.attempts))
-        if message.state >= PROCESSED and (error or not dead):
-            return
-        if error and attempt not in (0, message.attempts):
+        error, old = judge(self.policy.mode, status, body), attempt not in (0, message.attempts)
+        if error and (old or message.state >= PROCESSED):
             return  # an old failure says nothing about the attempt that runs now
+        # success revives what was given up, and what a later attempt was refused
+        if message.state >= PROCESSED and not (message.state == FAILED or (message.state == REJECTED and old)):
+            return
         message.response = body if isinstance(body, str) else dump_json(body).decode()
         message.status_code = status
         if error:
@@ -5162,9 +5161,9 @@ class Queue:
         message.error_code, message.last_error = error, _REASONS[error].format(status=status)
         message.state = QUEUED
         self.park(message, delay_ms)
-        self._store.update(message)
-        if self._loop.time() - self._complained > COMPLAIN_SECS:  # what fails does so thousands of times
-            self._complained = self._loop.time()
+        self.store.update(message)
+        if now - self._complained > COMPLAIN_SECS:  # what fails does so thousands of times
+            self._complained = now
             tried = f"message {message.id}, try {message.attempts} failed: {message.last_error}"
             self._log.warn(f"{self.policy.name}: {tried}.")
         self.pump()
@@ -5190,9 +5189,9 @@ class Queue:
         message.state, message.settled_at = state, now_ms()
         if state == PROCESSED:
             self.round_trips.append(message.settled_at - message.received_at)
-        self._store.update(message)
+        self.store.update(message)
         if message.spool and state == PROCESSED:  # in a thread: a disk may take its time over a large file
-            self._loop.run_in_executor(None, self._store.spool.remove, message.spool)
+            self._loop.run_in_executor(None, self.store.spool.remove, message.spool)
         timer = self._parked.pop(message.id, None)
         if timer is not None:
             timer.cancel()
@@ -5237,11 +5236,10 @@ class Queue:
 
 def percentiles(samples: Iterable[int]) -> dict[str, float]:
     """count, min, max, average and percentiles of round trips in ms: element ceil(p/100 * n) - 1 of the sorted list."""
-    ordered = sorted(samples)
-    if not ordered:
-        return {"count": 0, "min": -1, "max": -1, "average": -1, "p50": -1, "p95": -1, "p99": -1}
+    found = sorted(samples)
+    ordered = found or [-1]  # as if -1 had been measured
     at = {f"p{p}": ordered[math.ceil(p / 100 * len(ordered)) - 1] for p in (50, 95, 99)}
-    return {"count": len(ordered), "min": ordered[0], "max": ordered[-1], "average": sum(ordered) / len(ordered), **at}
+    return {"count": len(found), "min": ordered[0], "max": ordered[-1], "average": sum(ordered) / len(ordered), **at}
 
 
 # =====================================================================================================================
@@ -5391,11 +5389,10 @@ class Uplink:
 
     def transmit(self, queue: Queue, message: Message) -> None:
         """A message of a device; its callback is the same for each try, but for the number of the try behind `#`."""
-        assert self.store is not None
         self._write({
             "type": "agent:transmit:request", "accessToken": self._token, "channel": queue.row.name,
             "remote": message.remote, "contentType": _CONTENT_TYPES.get(message.type, HL7_TYPE), "body": message.text,
-            "callback": f"{self._agent}{self.store.uuid}-{message.id:012x}#{message.attempts}",
+            "callback": f"{self._agent}{queue.store.uuid}-{message.id:012x}#{message.attempts}",
         }, message.id)  # fmt: skip
 
     def send(self, message: Json) -> None:
@@ -5478,8 +5475,8 @@ class Uplink:
             return
         self.live, self._refused, self._fhir.said = True, "", ""
         self._log.info(f"Connected to {self.url}.")
-        held, self._held = self._held, deque(maxlen=ANSWERS_HELD)
-        for until, answer in held:
+        while self._held:
+            until, answer = self._held.popleft()
             if self._loop.time() < until:
                 self._write(answer)
         self.pump()
@@ -5492,7 +5489,7 @@ class Uplink:
             self._log.error(f"The server refuses this agent: {reason}. {check}")
         if "token" in reason.lower():
             self._fhir.rejected = True
-        self.reconnect("the server refused the connect request", quiet=True)
+        self.reconnect()
 
     def _response(self, answer: Json) -> None:
         """One agent:transmit:response (uplink contract 4.6)."""
@@ -5574,15 +5571,15 @@ class Uplink:
         A storage commitment is asked for when none of its objects waits here any more (PS3.4 J.3.2). Meanwhile it gives
         its place to others: these may be the ones that it waits for.
         """
-        assert self.store is not None
+        store = queue.store
         if not message.spool:
             objects = [uid for uid, _ in referenced_objects(load_json(message.text or "{}"))]
             with suppress(StorageError):
-                message.prepared = not await self.store.waits_for(queue.row, message.id, objects)
+                message.prepared = not await store.waits_for(queue.row, message.id, objects)
             if not message.prepared:
                 queue.park(message, COMMITMENT_POLL_MS)
             return
-        file, name = partial(self.store.spool.open, message.spool), spool_reference(message.spool)
+        file, name = partial(store.spool.open, message.spool), spool_reference(message.spool)
         token, stow, reference = False, STOWED in message.spool, ""
         try:
             token = bool(await self._fhir.fresh_token())
@@ -5590,7 +5587,7 @@ class Uplink:
                 await self._fhir.stow(file, message.control_id)
             else:
                 reference = await self._fhir.upload(file)
-            await self.store.finalize(message, name, reference)  # so that it is not sent twice, also after a restart
+            await store.finalize(message, name, reference)  # so that it is not sent twice, also after a restart
         except (ServerError, StorageError, OSError) as error:
             status = error.status if token and isinstance(error, ServerError) else 0
             # a login that fails is nobody's message
@@ -5690,9 +5687,9 @@ class Uplink:
                 self._heartbeat_at = time.monotonic()
                 self._write({"type": "agent:heartbeat:request"})
 
-    def reconnect(self, reason: str, *, quiet: bool = False) -> None:
-        """Drop the connection; `run` makes a new one."""
-        if not quiet:
+    def reconnect(self, reason: str = "") -> None:
+        """Drop the connection; `run` makes a new one. Without a reason where the log has that already."""
+        if reason:
             self._log.warn(f"Reconnecting: {reason}.")
         if self._socket is not None:
             self._socket.transport.abort()
