@@ -2930,7 +2930,6 @@ class Message:
     return_ack: str | None = None  # of a push: the ACK that completes it
     mode: Any = None  # how its sender is answered, where a reload has changed that
     spool: str | None = None  # of an image: its file, which is uploaded before the message is sent
-    binary: str | None = None  # what became of that file
     prepared: bool = True  # nothing has to happen before it can be sent
     received_at: int = 0
     state: int = QUEUED
@@ -3086,17 +3085,16 @@ class SpoolFile(io.FileIO):
             self.name = str(path)  # whoever removes the file by its name must not remove the null device
 
     def write(self, content: Any) -> int:
-        if not self.error:
-            try:
-                self.error = self.spool.refusal(len(content))
-                rest = memoryview(content)
-                if self._sealed is not None and rest and not self.error:
-                    self._sealed.execute("INSERT INTO part VALUES (?, ?)", (self.size, content))
-                    rest = rest[:0]
-                while rest and not self.error:
-                    rest = rest[super().write(rest) :]
-            except (OSError, apsw.Error) as error:
-                self.error = _trouble_of(error)[0]
+        try:
+            self.error = self.error or self.spool.refusal(len(content))
+            rest = memoryview(b"" if self.error else content)
+            if self._sealed is not None and rest:
+                self._sealed.execute("INSERT INTO part VALUES (?, ?)", (self.size, content))
+                rest = rest[:0]
+            while rest:
+                rest = rest[super().write(rest) :]
+        except (OSError, apsw.Error) as error:
+            self.error = _trouble_of(error)[0]
         self.size += len(content)
         self.spool.count(len(content))
         return len(content)
@@ -5012,9 +5010,9 @@ class Queue:
             else:
                 inflight[item.id] = item
                 self._inflight_bytes += item.size
-                if item.text is None:
+                if item.text is None and (item.prepared or not item.spool):
                     self._bodiless.append(item)
-                elif not item.prepared:
+                elif not item.prepared:  # an upload changes the text that is on disk
                     self._prepare(item)
                 elif policy.once:
                     item.state = SENT
@@ -5595,7 +5593,7 @@ class Uplink:
             queue.ahead_at = self._loop.time() + COMPLAIN_SECS
             queue.failed(message, reason, status, counts=status > 0, mode="upload")
             return
-        message.prepared, message.binary = True, reference
+        message.prepared = True
         if message.text is not None and reference:
             queue.hold(message, message.text.replace(name, reference))
 
@@ -7096,8 +7094,7 @@ class Channel:
             settings = self.plan.settings
             return stream_body(original, settings if isinstance(settings, StreamSettings) else StreamSettings())
         if message.type in (ASTM_TYPE, *DICOM_STORED):
-            text = original.decode(message.encoding, "replace")
-            return text.replace(spool_reference(message.spool or ""), message.binary) if message.binary else text
+            return original.decode(message.encoding, "replace")
         return decode_hl7(original, message.encoding)
 
     # --- a line that we open: an instrument that listens, or a serial port ---
