@@ -3528,7 +3528,7 @@ class Store:
         await self.call(lambda db: None)
         return await self.read(find)
 
-    async def decide(self, fate: str, ids: Sequence[int]) -> list[Decided]:
+    async def decide(self, fate: str, ids: Sequence[int]) -> list[tuple[Any, ...]]:
         """A key of FATES for these dead letters."""
         return await self.call(partial(decide, fate=fate, ids=ids))
 
@@ -3873,20 +3873,20 @@ class Store:
 
     def _prepare(self, db: Database) -> None:
         version = version_of(db)
-        if new := not version:
+        if not version:
             if beside(self.path, ".high").exists():
                 text = "There was one before: if it was not moved away on purpose, stop the agent and put it back"
                 self._log.warn(f"The queue {self.path} is new and empty. {text}.")
             db.rows(f"PRAGMA page_size={PAGE_BYTES}; PRAGMA auto_vacuum=INCREMENTAL")
         db.rows("PRAGMA journal_mode=WAL; PRAGMA synchronous=FULL; PRAGMA fullfsync=1; PRAGMA cache_size=-16000")
         db.set_wal_hook(self._wal_grew)  # instead of checkpoints within commits, which would hold up the loop
-        if new:
+        if not version:
             seed = uuid.uuid4().hex[:19]
             db.execute(f"BEGIN; {_SCHEMA} INSERT INTO identity (seed) VALUES ('{seed}'); COMMIT;")
-        if not new and any(row[1] == "first_failed_at" for row in db.execute("PRAGMA table_info(message)")):
+        elif any(row[1] == "first_failed_at" for row in db.execute("PRAGMA table_info(message)")):
             db.execute("ALTER TABLE message RENAME COLUMN first_failed_at TO failing_ms")
             db.execute("UPDATE message SET failing_ms = 0")  # it was an epoch time
-        for older in range(SCHEMA_VERSION if new else version, SCHEMA_VERSION):
+        for older in range(version or SCHEMA_VERSION, SCHEMA_VERSION):
             db.execute(f"BEGIN; {_MIGRATIONS[older]}; PRAGMA user_version = {older + 1}; COMMIT;")
         db.execute(f"{_DEAD_INDEX}; DROP INDEX IF EXISTS dead")
         self._inspect(db)
@@ -4061,19 +4061,11 @@ def seed_of(db: Database) -> str:
     return str(db.one("SELECT seed FROM identity"))
 
 
-class Decided(NamedTuple):
-    """A dead letter that is none any more: its number, the name of its destination, and its file."""
-
-    id: int
-    name: str
-    spool: str | None
-
-
-def decide(db: Database, fate: str, ids: Sequence[int]) -> list[Decided]:
-    """Give these dead letters their fate; those that are none are left alone."""
+def decide(db: Database, fate: str, ids: Sequence[int]) -> list[tuple[Any, ...]]:
+    """Give these dead letters their fate; those that are none are left alone: number, destination, file of each."""
     sql = f"""UPDATE message SET {FATES[fate]} WHERE id IN (SELECT value FROM json_each(?)) AND {KINDS["dead"]}
       RETURNING id, (SELECT name FROM channel c WHERE c.id = message.channel), spool"""
-    return [Decided(*row) for row in db.execute(sql, (json.dumps(ids),))]
+    return db.rows(sql, (json.dumps(ids),))
 
 
 BACK_UP_KEY = "Keep a copy of its key in a safe place: without it nobody can read what waits there."
@@ -10353,10 +10345,10 @@ class Operations:
         counts = collections.Counter[str]()
         for at in range(0, len(ids), DECIDED_ROWS):  # no acknowledgment waits for all of them
             by_name = dict[str, list[int]]()
-            for one in await self._agent.store.decide(fate, ids[at : at + DECIDED_ROWS]):
-                by_name.setdefault(one.name, []).append(one.id)
-                if one.spool and fate == "discard":
-                    self._agent.store.spool.remove(one.spool)
+            for id_, name, spool in await self._agent.store.decide(fate, ids[at : at + DECIDED_ROWS]):
+                by_name.setdefault(name, []).append(id_)
+                if spool and fate == "discard":
+                    self._agent.store.spool.remove(spool)
             for name, found in by_name.items():
                 counts[name] += len(found)
                 if fate == "retry" and name.startswith(PUSH_PREFIX):
