@@ -4851,7 +4851,7 @@ class Queue:
         self._retried: deque[int] = deque()  # dead letters that a person sends again, queued on disk
         self._log = log
         self._order: Order[Message | Fence] = Order()
-        self._epoch = -1
+        self._epoch = row.epoch
         self._loaded = 0  # highest id that entered the window
         self._behind = True  # there may be more on disk
         self._recovered = self._loading = False
@@ -4907,11 +4907,10 @@ class Queue:
 
     def _enter(self, message: Message) -> None:
         if message.epoch != self._epoch:
-            if self._epoch >= 0:
-                self._order.add(Fence())
+            self._order.add(Fence())
             self._epoch = message.epoch
         self.window[message.id] = message
-        if message.text is not None and self._bytes + len(message.text) > WINDOW_BYTES:
+        if self._bytes + len(message.text or "") > WINDOW_BYTES:
             message.text = None
         self._bytes += len(message.text or "")
         self._order.add(message)
@@ -5219,13 +5218,12 @@ class Queue:
         """Why the oldest message waits, as a key of _REASONS; empty while nothing has failed."""
         return next((message.error_code or "" for message in self.window.values()), "")
 
-    def round_trip_stats(self) -> Json:
-        """Channel contract 12; -1 where there is no sample."""
-        return percentiles(self.round_trips) | {"pendingCount": len(self.inflight)}
-
 
 def percentiles(samples: Iterable[int]) -> dict[str, float]:
-    """count, min, max, average and percentiles of round trips in ms: element ceil(p/100 * n) - 1 of the sorted list."""
+    """count, min, max, average and percentiles of round trips in ms, -1 where there is no sample (channel contract 12).
+
+    A percentile is element ceil(p/100 * n) - 1 of the sorted list.
+    """
     found = sorted(samples)
     ordered = found or [-1]  # as if -1 had been measured
     at = {f"p{p}": ordered[math.ceil(p / 100 * len(ordered)) - 1] for p in (50, 95, 99)}
@@ -11639,7 +11637,10 @@ class Agent:
             "dicomAssociationsOpen": sum(len(one.associations) for one in imaging),
             "hl7QueueDepth": 0, "hl7ClientCount": 0, "live": self.uplink.live,
             "outstandingHeartbeats": self.uplink.outstanding,
-            "channelStats": {name: {"rtt": one.queue.round_trip_stats()} for name, one in self.channels.items()},
+            "channelStats": {
+                name: {"rtt": percentiles(one.queue.round_trips) | {"pendingCount": len(one.queue.inflight)}}
+                for name, one in self.channels.items()
+            },
             "clientStats": {},
         }  # fmt: skip
         if self.started.is_set():
