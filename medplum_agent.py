@@ -5241,11 +5241,8 @@ def percentiles(samples: Iterable[int]) -> dict[str, float]:
 # =====================================================================================================================
 
 
-def _upload_error(error: Exception, stow: bool) -> str:
-    """Why a file could not be uploaded, as a key of _REASONS."""
-    if isinstance(error, OSError | StorageError):
-        return "file-lost" if isinstance(error, FileNotFoundError) else "file-unreadable"
-    status = error.status if isinstance(error, ServerError) else 0
+def _upload_error(status: int, stow: bool) -> str:
+    """Why the server did not take a file, as a key of _REASONS."""
     named = {0: "connection-lost", 403: "forbidden", 413: "file-too-large", 429: "server-rate-limited"}
     if stow:
         named |= {404: "stow-missing"} | dict.fromkeys((200, 400, 409, 415), "stow-refused")
@@ -5568,7 +5565,7 @@ class Uplink:
                 queue.park(message, COMMITMENT_POLL_MS)
             return
         file, name = partial(store.spool.open, message.spool), spool_reference(message.spool)
-        token, stow, reference = False, STOWED in message.spool, ""
+        token, stow, reference, status = False, STOWED in message.spool, "", 0
         try:
             token = bool(await self._fhir.fresh_token())
             if stow:
@@ -5576,16 +5573,18 @@ class Uplink:
             else:
                 reference = await self._fhir.upload(file)
             await store.finalize(message, name, reference)  # so that it is not sent twice, also after a restart
-        except (ServerError, StorageError, OSError) as error:
-            status = error.status if token and isinstance(error, ServerError) else 0
-            # a login that fails is nobody's message
-            reason = _upload_error(error, stow) if token else "connection-lost"
-            queue.ahead_at = self._loop.time() + COMPLAIN_SECS
-            queue.failed(message, reason, status, counts=status > 0, mode="upload")
+        except (StorageError, OSError) as error:
+            reason = "file-lost" if isinstance(error, FileNotFoundError) else "file-unreadable"
+        except ServerError as error:
+            status = error.status if token else 0  # a login that fails is nobody's message
+            reason = _upload_error(status, stow)
+        else:
+            message.prepared = True
+            if message.text is not None and reference:
+                queue.hold(message, message.text.replace(name, reference))
             return
-        message.prepared = True
-        if message.text is not None and reference:
-            queue.hold(message, message.text.replace(name, reference))
+        queue.ahead_at = self._loop.time() + COMPLAIN_SECS
+        queue.failed(message, reason, status, counts=status > 0, mode="upload")
 
     # --- the connection's life ---
 
