@@ -3640,7 +3640,6 @@ class Store:
         messages = [item for item in batch if isinstance(item, Message)]
         updates = [item for item in batch if isinstance(item, _Update)]
         calls = [item for item in batch if isinstance(item, _Call)]
-        rows = [item for item in batch if isinstance(item, ChannelRow)]
         try:
             self._check_file()
             if not all(message.must for message in messages) and self._disk_full():
@@ -3649,7 +3648,7 @@ class Store:
                 self._remember(messages[-1].id + RESERVED_IDS)
             if not db.in_transaction:
                 db.execute("BEGIN IMMEDIATE")
-            for row in rows:
+            for row in [item for item in batch if isinstance(item, ChannelRow)]:
                 self._save_channel(db, row)
             self._insert(db, messages)
             _execute_many(db, _UPDATE, [*{item.changes[0]: item.changes for item in updates}.values()])
@@ -3660,7 +3659,7 @@ class Store:
         except Exception as error:  # whatever it is, the thread must live: it holds the promise
             with suppress(apsw.Error):
                 db.execute("ROLLBACK")
-            return self._after_error(db, messages, [*rows, *updates], calls, error)
+            return self._after_error(db, batch, error)
         with suppress(apsw.Error):
             self._measure(db, messages, exact=bool(calls))
         if self._failed_at and messages:
@@ -3700,30 +3699,30 @@ class Store:
         elif here and not self._quick:  # the loop stood still for so long
             self._needed = min(self._needed * 2, QUICK_COMMITS_MAX)
 
-    def _after_error(
-        self, db: Database, messages: list[Message], kept: Sequence[_Item], calls: list[_Call], error: Exception
-    ) -> bool:  # fmt: skip
+    def _after_error(self, db: Database, batch: list[_Item], error: Exception) -> bool:
         text, advice = _trouble_of(error)
         if isinstance(error, _UNWRITABLE):
-            batch: list[_Item] = [*messages, *kept, *calls]
             if len(batch) > 1:  # the others can be written
                 written = [self._write_batch(db, [item]) for item in batch]
                 return all(written)
-            if kept:
+            if isinstance(batch[0], ChannelRow | _Update):
                 self._log.error(f"Internal error: {type(error).__name__} writing a change; it is left out")
                 return True
         elif not self._failed_at or time.monotonic() - self._failed_at > STORE_REMIND_SECS:
             self._failed_at = time.monotonic()
             self._log.error(f"The queue {self.path} cannot be written: {error}. {advice}")
+        messages = [item for item in batch if isinstance(item, Message)]
         for message in messages:
             message.refusal = text
         if messages:
             self._tell(partial(self._committed, messages))
-            return bool(kept or calls) and self._write_batch(db, [*kept, *calls])
-        if isinstance(error, StorageError):
-            kept, calls = [*kept, *calls], []
-        self._inbox.extendleft(reversed(kept))
-        self._tell(*(partial(_resolve, call.future, StorageError(str(error))) for call in calls))
+            rest = [item for item in batch if not isinstance(item, Message)]
+            return bool(rest) and self._write_batch(db, rest)
+        for item in reversed(batch):
+            if isinstance(item, _Call) and not isinstance(error, StorageError):
+                self._tell(partial(_resolve, item.future, StorageError(str(error))))
+            else:
+                self._inbox.appendleft(item)
         return False
 
     def _insert(self, db: Database, messages: list[Message]) -> None:
@@ -4153,7 +4152,8 @@ def read_queue(path: Path, read: Callable[[Database], T], key: str = "") -> T:
 def change_queue(path: Path, change: Callable[[Database], T], key: str = "") -> T:
     """One transaction in the queue of an agent that does not run; StorageError."""
     with alone_with(path, key), closing(Database(path.resolve(), key)) as db, db:
-        return change(db)
+        result = change(db)
+    return result
 
 
 @contextmanager
@@ -4189,7 +4189,7 @@ def lost_frames(wal: bytes) -> int:
     size = 24 + page
     found = [at for at in range(32, len(wal) - size + 1, size) if wal[at + 8 : at + 16] == salts]
     for number, at in enumerate(found):
-        sums = _wal_checksum(wal[at + 24 : at + size], order, _wal_checksum(wal[at : at + 8], order, sums))
+        sums = _wal_checksum(wal[at : at + 8] + wal[at + 24 : at + size], order, sums)
         if struct.pack(">II", *sums) != wal[at + 16 : at + 24]:
             commits = [n for n in range(number, len(found)) if any(wal[found[n] + 4 : found[n] + 8])]
             return len(found) - number if commits and commits[0] < len(found) - 1 else 0
@@ -4429,7 +4429,7 @@ class Fhir:
             "client_secret": self._settings.clientSecret,
         }  # fmt: skip
         response = self._http(
-            "POST", urllib.parse.urljoin(self.base, "oauth2/token"), body=urllib.parse.urlencode(fields),
+            "POST", self.base + "oauth2/token", body=urllib.parse.urlencode(fields),
             headers={"Content-Type": "application/x-www-form-urlencoded", "Accept": "*/*"}, again=http_retries(),
         )  # fmt: skip
         answer = _json_object(response.data)
@@ -5314,8 +5314,7 @@ class Uplink:
         self._held: deque[tuple[float, Json]] = deque(maxlen=ANSWERS_HELD)  # that came while it was away
         self._agent = f"Agent/{settings.agentId}-"  # begins a callback; a UUID follows, which ends in the row's number
         scheme = "wss" if settings.baseUrl.startswith("https") else "ws"
-        parts = urllib.parse.urlsplit(settings.baseUrl)
-        self.url = urllib.parse.urlunsplit((scheme, parts.netloc, "/ws/agent", parts.query, ""))
+        self.url = f"{scheme}://{urllib.parse.urlsplit(settings.baseUrl).netloc}/ws/agent"
         self._context = context if scheme == "wss" else None
         self._socket: _Socket | None = None
         self._outgoing: list[bytes] = []
