@@ -3078,7 +3078,7 @@ class SpoolFile(io.FileIO):
             super().__init__(path, "x", opener=private)
             if self.key:
                 self._sealed = Database(path, key_of(self.key))
-                self._sealed.execute(_SEALED).fetchall()
+                self._sealed.rows(_SEALED)
         except (OSError, apsw.Error) as error:
             self.error = _trouble_of(error)[0]
             super().__init__(os.devnull, "w")
@@ -3468,7 +3468,7 @@ class Store:
 
         def run(db: Database) -> list[tuple[Message, bytes | None]]:
             found = []
-            first = db.execute(again, (row.id, json.dumps(retried))).fetchall() if retried else []
+            first = db.rows(again, (row.id, json.dumps(retried))) if retried else []
             rest = db.execute(f"{sql} id > ? ORDER BY id LIMIT ?", (row.id, after, limit))
             for *columns, original, finalized, size in itertools.chain(first, rest):
                 message = Message._from_row(columns)
@@ -4938,6 +4938,7 @@ class Queue:
             if more:
                 await self._load_rows()
         except StorageError as error:
+            self._behind = True
             self._log.error(f"{self.policy.name}: the queue cannot be read: {error}")
             await asyncio.sleep(STORE_REOPEN_SECS)
         finally:
@@ -4955,11 +4956,7 @@ class Queue:
     async def _load_rows(self) -> None:
         self._behind, retried = False, list(itertools.islice(self._retried, REFILL_MESSAGES))
         passed = [id_ for id_ in retried if id_ <= self._loaded]  # the others are read in their turn
-        try:
-            rows = await self.store.queued(self.row, self._loaded, REFILL_MESSAGES, passed)
-        except StorageError:
-            self._behind = True
-            raise
+        rows = await self.store.queued(self.row, self._loaded, REFILL_MESSAGES, passed)
         read = {message.id for message, _ in rows}.union(retried)
         self._retried = deque(id_ for id_ in self._retried if id_ not in read)
         self._behind |= len(rows) >= REFILL_MESSAGES
