@@ -3635,7 +3635,7 @@ class Store:
             batch.append(item)
         return batch
 
-    def _write_batch(self, db: Database, batch: list[_Item]) -> bool:
+    def _write_batch(self, db: Database, batch: Sequence[_Item]) -> bool:
         """One transaction. When it fails, messages are refused; the rest is tried without them, and else kept."""
         messages = [item for item in batch if isinstance(item, Message)]
         updates = [item for item in batch if isinstance(item, _Update)]
@@ -3699,7 +3699,7 @@ class Store:
         elif here and not self._quick:  # the loop stood still for so long
             self._needed = min(self._needed * 2, QUICK_COMMITS_MAX)
 
-    def _after_error(self, db: Database, batch: list[_Item], error: Exception) -> bool:
+    def _after_error(self, db: Database, batch: Sequence[_Item], error: Exception) -> bool:
         text, advice = _trouble_of(error)
         if isinstance(error, _UNWRITABLE):
             if len(batch) > 1:  # the others can be written
