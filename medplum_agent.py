@@ -3901,8 +3901,8 @@ class Store:
             raise StorageError("database disk image is malformed: it has no name")
         for row in list(self._channels.values()):
             self._save_channel(db, row)
-        for id_, name, spec, epoch in db.execute("SELECT id, name, key_spec, epoch FROM channel"):
-            self._channels.setdefault(name, ChannelRow(name, spec, id_, epoch))
+        for name, *others in db.execute("SELECT name, key_spec, id, epoch FROM channel"):
+            self._channels.setdefault(name, ChannelRow(name, *others))
         last = db.one("SELECT max(last_deleted_id, (SELECT ifnull(max(id), 0) FROM message)) FROM identity")
         known = high = ""
         with suppress(OSError, ValueError):
@@ -5298,7 +5298,10 @@ class _Socket(ClientConnection):
 class Uplink:
     """The connection to the server: the way of all channels' queues. `on_message` hears the server's requests."""
 
-    def __init__(self, settings: ProcessSettings, fhir: Fhir, context: ssl.SSLContext, log: Log):
+    def __init__(
+        self, settings: ProcessSettings, fhir: Fhir, context: ssl.SSLContext, log: Log,
+        on_message: Callable[[Json], None],
+    ):  # fmt: skip
         self._loop = asyncio.get_running_loop()
         self.live = False
         self.away_since = self._loop.time()
@@ -5306,8 +5309,7 @@ class Uplink:
         self.ping_ms = -1
         self.store: Store | None = None
         self.queues: list[Queue] = []  # of the channels
-        self.on_message: Callable[[Json], None] = lambda message: None
-        self._settings, self._fhir, self._log = settings, fhir, log
+        self._settings, self._fhir, self._log, self._on_message = settings, fhir, log, on_message
         self._held: deque[tuple[float, Json]] = deque(maxlen=ANSWERS_HELD)  # that came while it was away
         self._agent = f"Agent/{settings.agentId}-"  # begins a callback; a UUID follows, which ends in the row's number
         scheme = "wss" if settings.baseUrl.startswith("https") else "ws"
@@ -5438,7 +5440,7 @@ class Uplink:
             elif not self.live and kind == "agent:error":
                 self._not_accepted(str(message.get("body")))
             else:
-                self.on_message(message)
+                self._on_message(message)
         except Exception as error:  # one strange message must not end the connection
             self._log.error(f"A message of type {str(kind)[:60]} could not be handled: {type(error).__name__}")
             if message.get("callback"):
@@ -11182,8 +11184,7 @@ class Agent:
             settings = self.config.settings
             context = tls_context(settings.caFile)
             self.fhir = Fhir(settings, context, self.log)
-            self.uplink = Uplink(settings, self.fhir, context, self.log)
-            self.uplink.on_message = self._message
+            self.uplink = Uplink(settings, self.fhir, context, self.log, self._message)
             await self.operations.open(context)
             spawn(self.uplink.run())
             starting, stopped = spawn(self._start()), spawn(self._stop.wait())
