@@ -4706,8 +4706,10 @@ class Order(typing.Generic[K]):
 
     def add(self, item: K) -> None:
         """Put an item behind all others."""
-        self._held.append(item)
-        self._admit()
+        if self._held or self._barrier or (item.key is BARRIER and self._open):
+            self._held.append(item)
+        else:
+            self._admit(item)
 
     def settle(self, item: K) -> None:
         """An item that was ready is done; what waited for it becomes ready."""
@@ -4721,21 +4723,19 @@ class Order(typing.Generic[K]):
                 self.ready.append(line[0])
             else:
                 del self._lines[item.key]
-        self._admit()
-
-    def _admit(self) -> None:
-        """What is held by no barrier any more: its turn comes with its key."""
         while self._held and not self._barrier and (self._held[0].key is not BARRIER or not self._open):
-            item = self._held.popleft()
-            self._open += 1
-            if item.key is BARRIER:
-                self._barrier = True
-                self.ready.append(item)
-            elif line := self._lines.get(item.key):
-                line.append(item)
-            else:
-                self._lines[item.key] = deque((item,))
-                self.ready.append(item)
+            self._admit(self._held.popleft())
+
+    def _admit(self, item: K) -> None:
+        self._open += 1
+        if item.key is BARRIER:
+            self._barrier = True
+            self.ready.append(item)
+        elif line := self._lines.get(item.key):
+            line.append(item)
+        else:
+            self._lines[item.key] = deque((item,))
+            self.ready.append(item)
 
 
 class Fence:
