@@ -4213,11 +4213,11 @@ def _statement(template: str, columns: int, rows: int) -> str:
 def _execute_many(db: Database, template: str, rows: Sequence[tuple[Any, ...]]) -> None:
     """Many rows a statement: executemany takes and drops the interpreter lock for each row (a quarter of the path)."""
     at = 0
-    while at < len(rows):
-        size = next(size for size in (64, 8, 1) if len(rows) - at >= size)
-        chunk = rows[at : at + size]
-        db.execute(_statement(template, len(chunk[0]), size), list(itertools.chain.from_iterable(chunk)))
-        at += size
+    for size in (64, 8, 1):
+        while len(rows) - at >= size:
+            chunk = rows[at : at + size]
+            db.execute(_statement(template, len(chunk[0]), size), list(itertools.chain.from_iterable(chunk)))
+            at += size
 
 
 def lock_file(file: BinaryIO) -> bool:
