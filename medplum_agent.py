@@ -4549,7 +4549,7 @@ class Fhir:
                 size = {"Content-Length": str(length_of(file) + len(head) + len(tail))}
                 body = itertools.chain((head,), blocks_of(file), (tail,))
                 # what cannot be read again is not sent again
-                return self._http("POST", url, headers | more | size, body, TRANSFER_TIMEOUT_SECS, again=False)
+                return self._http("POST", url, headers | more | size, body, file=True, again=False)
 
         return await self._authorized(send, self._uploads)
 
@@ -4561,7 +4561,7 @@ class Fhir:
 
         def fetch(headers: Headers) -> Response:
             wanted = headers | {"Accept": f"{one}, application/octet-stream; q=0.2, */*; q=0.1"}
-            with self._http("GET", url, wanted, secs=TRANSFER_TIMEOUT_SECS, stream=True) as response:
+            with self._http("GET", url, wanted, file=True, stream=True) as response:
                 kind = response.headers.get("Content-Type", "")
                 try:
                     if response.status >= 300 or "json" in kind:
@@ -4587,9 +4587,10 @@ class Fhir:
 
     def _http(
         self, method: str, url: str, headers: Headers, body: str | bytes | Iterable[bytes] | None = None,
-        secs: float = HTTP_TIMEOUT_SECS, stream: bool = False, again: urllib3.Retry | bool | None = None,
+        file: bool = False, stream: bool = False, again: urllib3.Retry | bool | None = None,
     ) -> Response:  # fmt: skip
         """`stream`: the body is left for the caller to read, and a redirect (to a store of files) is followed."""
+        secs = TRANSFER_TIMEOUT_SECS if file else HTTP_TIMEOUT_SECS
         timeout = urllib3.Timeout(connect=CONNECT_TIMEOUT_SECS, read=secs)
         try:  # without decoding: a small gzip may be a large answer
             response = self._pool.request(
