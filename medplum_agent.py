@@ -3164,11 +3164,11 @@ def open_sealed(path: Path, mark: str) -> BinaryIO:
     if not mark:
         return open(path, "rb")
     open(path, "rb").close()  # else it is SQLite that says what is wrong
-    return io.BufferedReader(Sealed(path, mark))
+    return cast(BinaryIO, Sealed(path, mark))
 
 
 class Sealed(io.RawIOBase):
-    """Reads what a SpoolFile with a key has written, at most a piece at a time."""
+    """Reads what a SpoolFile with a key has written."""
 
     def __init__(self, path: Path, mark: str):
         self._file, self._at, self._part = Database(path, key_of(mark), "mode=ro"), 0, (0, b"")
@@ -3191,17 +3191,18 @@ class Sealed(io.RawIOBase):
         return self._at
 
     def readinto(self, buffer: Any) -> int:
-        if self._at >= self._size:
-            return 0
-        start, content = self._part
-        if not start <= self._at < start + len(content):
-            sql = "SELECT start, content FROM part WHERE start <= ? ORDER BY start DESC LIMIT 1"
-            self._part = start, content = self._ask(sql, self._at)
-        if not (piece := content[self._at - start : self._at - start + len(buffer)]):
-            raise OSError(errno.EIO, "a piece is missing")
-        buffer[: len(piece)] = piece
-        self._at += len(piece)
-        return len(piece)
+        rest = memoryview(buffer)[: max(0, self._size - self._at)]
+        wanted = len(rest)
+        while rest:
+            start, content = self._part
+            if not start <= self._at < start + len(content):
+                sql = "SELECT start, content FROM part WHERE start <= ? ORDER BY start DESC LIMIT 1"
+                self._part = start, content = self._ask(sql, self._at)
+            if not (piece := content[self._at - start : self._at - start + len(rest)]):
+                raise OSError(errno.EIO, "a piece is missing")
+            rest[: len(piece)] = piece
+            self._at, rest = self._at + len(piece), rest[len(piece) :]
+        return wanted
 
     def close(self) -> None:
         self._file.close()
