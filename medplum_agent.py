@@ -2818,7 +2818,7 @@ def text_records(body: str, settings: StreamSettings) -> list[bytes]:
 
 
 # =====================================================================================================================
-# Store (1490 lines, 11050 tokens)
+# Store (1460 lines, 10600 tokens)
 #
 # Every message on disk before it is acknowledged: one SQLite file (WAL, synchronous=FULL), one writer thread with one
 # commit in flight. What arrives while it runs is the next batch: one executemany, one COMMIT, one call back into the
@@ -4271,7 +4271,7 @@ def _trouble_of(error: Exception) -> tuple[str, str]:
 
 
 # =====================================================================================================================
-# FHIR (410 lines, 3550 tokens)
+# FHIR (410 lines, 3500 tokens)
 #
 # The HTTPS side of the server: OAuth2 client-credentials login and FHIR reads (uplink contract 1 and 2). urllib3 does
 # the work in worker threads: pools, proxies, TLS, retries. May touch: HTTPS.
@@ -4678,7 +4678,7 @@ def _json_object(text: bytes) -> Json:
 
 
 # =====================================================================================================================
-# Delivery (560 lines, 4200 tokens)
+# Delivery (560 lines, 4150 tokens)
 #
 # What is on its way, the same for every protocol and in both directions. `Order` decides what may be in flight, `judge`
 # what an answer means; `Queue` keeps a window of the stored messages of one destination, which is the server or one
@@ -5059,6 +5059,12 @@ class Queue:
         )  # clocks jump
         self._parked[message.id] = self._loop.call_later(delay, self._unpark, message)
 
+    def hurry(self) -> None:
+        """Where to is there again: what waits for its next try need not wait longer."""
+        for id_, timer in reversed([*self._parked.items()]):
+            timer.cancel()
+            self._unpark(self.window[id_])
+
     def _unpark(self, message: Message) -> None:
         del self._parked[message.id]
         message.next_attempt_at = 0
@@ -5126,12 +5132,12 @@ class Queue:
 
     def failed(
         self, message: Message, error: str, status: int = 0, *,
-        relay: bool = False, counts: bool = True, mode: str = "",
+        relay: bool = False, counts: bool = True, mode: str = "", words: str = "",
     ) -> None:  # fmt: skip
         """A try of a message in flight ended in an error: again later, or a dead letter.
 
         `relay`: the peer gave an answer that can be passed on. `counts`: the peer was there, so the try counts.
-        `mode`: which errors are tried again, if not as the policy says.
+        `mode`: which errors are tried again, if not as the policy says. `words`: more than the error says.
         """
         if message.id not in self.inflight:
             return
@@ -5142,11 +5148,11 @@ class Queue:
         poison = error in _POISON and not mode and not self.policy.written and self._is_poison(message)
         spent = self.policy.spent(message.failures, message.failing_ms, message.attempts)
         if spent or error not in _RETRIED[mode or self.policy.mode] or (poison and message.failures >= POISON_TRIES):
-            self.bury(message, error, status, relay=relay)
+            self.bury(message, error, status, relay=relay, words=words)
             return
         tries = message.failures if counts else message.attempts
         delay_ms = POISON_DELAY_MS if poison else self.policy.delay_ms(tries)
-        message.error_code, message.last_error = error, _REASONS[error].format(status=status)
+        message.error_code, message.last_error = error, words or _REASONS[error].format(status=status)
         message.state = QUEUED
         self.park(message, delay_ms)
         self.store.update(message)
@@ -5163,9 +5169,11 @@ class Queue:
         lately = time.monotonic() - self._passed_at < POISON_LATELY_SECS
         return len(others) < (POISONS if lately else 1)
 
-    def bury(self, message: Message, error: str, status: int = 0, *, relay: bool = False) -> None:
+    def bury(
+        self, message: Message, error: str, status: int = 0, *, relay: bool = False, words: str = ""
+    ) -> None:
         """End in a dead letter, and tell a sender that still waits."""
-        message.error_code, message.last_error = error, _REASONS[error].format(status=status)
+        message.error_code, message.last_error = error, words or _REASONS[error].format(status=status)
         told = self.owner.answer(message, message.response if relay else None, error)
         message.outcome = DELIVERED if told else NOT_OWED
         tries = f"after {message.failures} failed tries"
@@ -5230,7 +5238,7 @@ def percentiles(samples: Iterable[int]) -> dict[str, float]:
 
 
 # =====================================================================================================================
-# Uplink (470 lines, 3650 tokens)
+# Uplink (470 lines, 3550 tokens)
 #
 # One WSS connection to the server (uplink contract 3 and 4): connect, heartbeats both ways, forced reconnect when it is
 # silent or never live, full-jitter back-off. websockets does TCP, proxy, TLS, handshake and frames; its receive queue
@@ -5691,7 +5699,7 @@ class Uplink:
 
 
 # =====================================================================================================================
-# Lines (1150 lines, 8350 tokens)
+# Lines (1160 lines, 8450 tokens)
 #
 # One open connection to a device, whoever dialled; each protocol has one class here, which owns its core. A line takes
 # bytes (`receive`), makes messages of them (`intake`), acknowledges when the store says durable (`stored`), writes down
@@ -5818,18 +5826,22 @@ class Try:
     phase: str = "no connection"
     kind: str = "device-unreachable"
     came: Callable[[], str] = str  # what came instead of an answer
+    limit: asyncio.Timeout | None = None  # which a line that has time-outs of its own need not keep
 
     async def ask(self, line: Line, push: Push) -> str:
+        if self.limit and line.timed:
+            self.limit.reschedule(None)
         self.phase, self.kind, self.came = line.unanswered, "device-silent", line.came
         return await line.ask(push)
 
 
 @asynccontextmanager
-async def within(name: str, seconds: float) -> AsyncIterator[Try]:
+async def within(name: str, seconds: float, *, patient: bool = False) -> AsyncIterator[Try]:
     """A try at the device `name`: time-outs and errors of the system become DeviceError."""
     attempt = Try()
     try:
-        async with asyncio.timeout(seconds):
+        async with asyncio.timeout(seconds) as limit:
+            attempt.limit = limit if patient else None
             yield attempt
     except TimeoutError:
         came = f": {words}" if (words := attempt.came()) else ""
@@ -5932,6 +5944,7 @@ class Line(asyncio.Protocol):
     # its protocol: bytes in, events out; `inside` a message, so that the device owes us bytes; `held` so many in memory
     core: Any = types.SimpleNamespace(inside=False, held=0)
     unanswered = "not taken"  # said when the time of a push is over
+    timed = False  # its protocol has time-outs of its own
     gives_way = False  # what it brings may wait a moment for what others bring
     heard_at = -math.inf  # when one of those others last brought something
 
@@ -6548,7 +6561,6 @@ class StreamLine(Line):
 
     owner: Channel
     core_type: type[Any] = ByteStream
-    waits = True  # for answers, also after it has ended its side
 
     def __init__(self, owner: Channel, settings: StreamSettings | None = None):
         super().__init__(owner)
@@ -6578,6 +6590,11 @@ class StreamLine(Line):
             missing = f"its end, {self.settings.endChar.encode('latin-1').hex(' ')} (endChar), is missing"
             self.owner.warn(f"{self.remote} ended inside a message of {self.core.held} bytes: {missing}")
         self._tell_skipped(1)
+
+    def eof_received(self) -> bool:
+        """Most that end their side are gone, and shall get their answer when they are back."""
+        self.awaiting.clear()
+        return super().eof_received()
 
     def receive(self, received: bytes) -> None:
         for event in self.core.receive(received):
@@ -6633,7 +6650,7 @@ class StreamLine(Line):
         if message.refusal:
             self.owner.warn(f"{self.remote}: {message.refusal}; {self.unstored}")
         elif message.state == QUEUED:
-            if self.waits and not self.settings.ignoreResponse:
+            if not (self.ended or self.settings.ignoreResponse):
                 self.awaiting[message.id] = None
             self.owner.queue.stored(message)
         if message.refusal or not self.pending:
@@ -6683,7 +6700,7 @@ class AstmLine(StreamLine):
     """
 
     core_type = Astm
-    waits = False  # it has to acknowledge them
+    timed = True
     sessions: typing.ClassVar[set[str]] = set()  # of all lines: those whose frames on disk somebody cares for
     offering: typing.ClassVar[set[int]] = set()  # messages whose answers are being sent
 
@@ -6872,6 +6889,7 @@ class Channel:
         self.asked: list[Exchange] = []
         # hears of an acknowledgment whose push was given up: the address it is from, and its text
         self.late: Callable[[str, Acknowledgment, str], None] = lambda host, ack, text: None
+        self.here: Callable[[str], None] = lambda host: None  # hears of a device that has connected, with what to say
         self.held: dict[int, tuple[float, Message, str]] = {}  # answers that wait for their instrument, and until when
         self.pushed: deque[str] = deque(maxlen=PUSHED_IDS)  # control ids of pushes to connected devices, the last ones
         self.tls: ssl.SSLContext | None = None
@@ -6973,6 +6991,7 @@ class Channel:
             self.lines.pop(least[0].remote).abort()
         self.lines[line.remote] = line
         self._log.debug(f"Channel '{self.plan.name}': {line.remote} connected.")
+        self.loop.call_later(TURN_SECS, self.here, line.host)
         if self.held:
             self.loop.call_soon(self._offer_held)
 
@@ -7255,7 +7274,7 @@ def _bind_address(family: int, address: Any, count: int) -> socket.socket | None
 
 
 # =====================================================================================================================
-# Devices (560 lines, 4350 tokens)
+# Devices (570 lines, 4500 tokens)
 #
 # From the cloud to the device. A push that somebody waits for is tried once and answered within the caller's window.
 # One that nobody waits for is stored first, and then tried in order until the device accepts it or it becomes a dead
@@ -7468,20 +7487,24 @@ class Device:
 
     # --- pushes ---
 
-    async def ask(self, push: Push, seconds: float) -> str:
-        """One try; the device's answer as text, or DeviceError within `seconds` (or the url's ackTimeoutSecs)."""
+    async def ask(self, push: Push, seconds: float = 0) -> str:
+        """One try; the device's answer as text, or DeviceError within `seconds` (or the url's ackTimeoutSecs).
+
+        0 seconds: nobody waits, and a session of records takes its time.
+        """
         target = push.target
-        seconds = target.settings.ackTimeoutSecs or seconds
+        patient = not (seconds or target.settings.ackTimeoutSecs)
+        seconds = target.settings.ackTimeoutSecs or seconds or PUSH_STORED_SECS
         self.note(f"[Sending -- ID: {push.control_id}]: {push.text}")
         self.encoding = target.settings.encoding
         if target.is_dicom:
             async with within(self.name, seconds):
                 await self._devices.addresses(target)
-            return await self._devices.imaging(push, DICOM_PUSH_SECS if seconds == PUSH_STORED_SECS else seconds)
+            return await self._devices.imaging(push, DICOM_PUSH_SECS if patient else seconds)
         started = now_ms()
         self.users += 1
         try:
-            async with within(self.name, seconds) as attempt:
+            async with within(self.name, seconds, patient=patient) as attempt:
                 if target.on_channel:
                     return await attempt.ask(self._devices.connected(target), push)
                 if target.scheme == "tcp" and not push.mode:  # bytes, or records, on a connection of their own
@@ -7549,7 +7572,7 @@ class Device:
 
     async def _try_once(self, push: Push) -> None:
         try:
-            await self.ask(push, PUSH_STORED_SECS)
+            await self.ask(push)
         except DeviceError as error:
             self._devices.log.error(f"A push that could not be stored failed: {error}; it is tried again.")
             await asyncio.sleep(STORE_REOPEN_SECS)
@@ -7576,9 +7599,10 @@ class Device:
             "returnAck": message.return_ack,
         }  # fmt: skip
         try:
-            answer = await self.ask(parse_push(given), PUSH_STORED_SECS)
+            answer = await self.ask(parse_push(given))
         except DeviceError as error:
-            self.queue.failed(message, error.kind, counts=error.kind != "device-unreachable")
+            words = str(error).removeprefix(f"{self.name}: ")
+            self.queue.failed(message, error.kind, counts=error.kind != "device-unreachable", words=words)
         except Exception as error:  # a push that cannot even be tried must not hold those behind it for ever
             self._devices.log.error(f"Device {self.name}: message {message.id} cannot be sent: {type(error).__name__}")
             self.queue.failed(message, "device-error")
@@ -7671,9 +7695,17 @@ class Devices:
 
     def late(self, channel: str, host: str, ack: Acknowledgment, text: str) -> None:
         """It came on a channel after its time."""
-        for key in (f"channel://{channel}", f"channel://{channel}/{host}"):
-            if key in self._devices:
-                self._devices[key].late(ack, text)
+        for device in self._on_channel(channel, host):
+            device.late(ack, text)
+
+    def here(self, channel: str, host: str) -> None:
+        """A device has connected to a channel, perhaps not for long."""
+        for queue in [queue for device in self._on_channel(channel, host) for queue in device.queues]:
+            queue.hurry()
+
+    def _on_channel(self, channel: str, host: str) -> list[Device]:
+        keys = f"channel://{channel}", f"channel://{channel}/{host}"
+        return [self._devices[key] for key in keys if key in self._devices]
 
     async def resume(self) -> None:
         """After a start: go on with the pushes that are on disk."""
@@ -11134,7 +11166,7 @@ class Upgrades:
 
 
 # =====================================================================================================================
-# Agent (680 lines, 5800 tokens)
+# Agent (680 lines, 5850 tokens)
 #
 # Plans become running channels. A reload reads everything, lists every problem, and changes nothing if there is one;
 # otherwise only what differs changes, and untouched channels keep their connections. The life cycle: lock, logs,
@@ -11476,6 +11508,7 @@ class Agent:
             kind = DicomChannel
         self.channels[plan.name] = channel = kind(plan, self._parts, old)
         channel.late = partial(self.devices.late, plan.name)
+        channel.here = partial(self.devices.here, plan.name)
         if plan.active:
             channel.start()
         if plan.active and not plan.dials and (listener := self.listeners.get(plan.bind)):
