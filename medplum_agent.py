@@ -4334,11 +4334,16 @@ def http_pool(url: str, context: ssl.SSLContext) -> urllib3.PoolManager:
         shown = re.sub(r"//.*@", "//", proxy)  # without its password
         text = f"the proxy '{shown}' of HTTP_PROXY or HTTPS_PROXY cannot be used: give http://host:port"
         raise ConfigError(text) from None
-    user = urllib.parse.urlsplit(proxy)
-    secret = f"{urllib.parse.unquote(user.username or '')}:{urllib.parse.unquote(user.password or '')}"
-    encoded = base64.b64encode(secret.encode()).decode()  # RFC 7617 2.1
-    headers = {"Proxy-Authorization": f"Basic {encoded}"} if user.username else None
-    return urllib3.ProxyManager(proxy, proxy_headers=headers, proxy_ssl_context=context, **common)
+    known = proxy_login(urllib.parse.urlsplit(proxy))
+    return urllib3.ProxyManager(proxy, proxy_headers=known, proxy_ssl_context=context, **common)
+
+
+def proxy_login(proxy: urllib.parse.SplitResult) -> dict[str, str]:
+    """What a proxy wants to hear (RFC 7617 2.1), where its URL names a user."""
+    if not proxy.username:
+        return {}
+    secret = f"{urllib.parse.unquote(proxy.username)}:{urllib.parse.unquote(proxy.password or '')}"
+    return {"Proxy-Authorization": f"Basic {base64.b64encode(secret.encode()).decode()}"}
 
 
 def jwt_claims(token: str) -> Json:
@@ -9630,9 +9635,12 @@ class Doctor:
         self._port = self._base.port or (443 if self._base.scheme == "https" else 80)
         self._host = self._base.hostname or ""
         self._proxy = urllib.parse.urlsplit(proxy_for(config.settings.baseUrl) or "")
+        self._hop = (self._host, self._port)  # whom we connect to
+        if self._proxy.hostname:
+            self._hop = (self._proxy.hostname, self._proxy.port or 80)
         self._context = tls_context(config.settings.caFile)
         self._fhir = Fhir(config.settings, self._context, self._log)
-        self._plan: Plan | None = None
+        self._plan, _ = build_plan(*saved_config(config.state_dir))  # until the server's is known
 
     def say(self, name: str, level: int, *words: str) -> bool:
         """Write a check down; whether those that build on it make sense."""
@@ -9649,12 +9657,11 @@ class Doctor:
             except TimeoutError:
                 text = f"what comes after '{self.checks[-1]['name']}' took too long"
                 self.say("time", WRONG, text, "See whether a firewall drops it, or a disk hangs.")
-        plan = self._plan or build_plan(*saved_config(self.config.state_dir))[0]
-        outbound = [[f"{self._host}:{self._port}", "HTTPS and secure WebSocket to the Medplum server"]]
+        purpose = "HTTPS and secure WebSocket to the Medplum server"
         if self._proxy.hostname:
-            outbound = [[f"{self._proxy.hostname}:{self._proxy.port or 80}", f"the proxy, to {outbound[0][0]}"]]
-        inbound = list[list[str]]()
-        for channel in [channel for channel in plan.channels if channel.port and channel.active]:
+            purpose = f"the proxy, to {self._host}:{self._port}"
+        outbound, inbound = [["{}:{}".format(*self._hop), purpose]], list[list[str]]()
+        for channel in [channel for channel in self._plan.channels if channel.port and channel.active]:
             purpose = f"{channel.protocol}, channel '{channel.name}'"
             (outbound if channel.dials else inbound).append([f"{channel.host}:{channel.port}", purpose])
         outbound += [[device["address"], "device that is pushed to"] for device in self.running.get("devices", ())]
@@ -9684,9 +9691,9 @@ class Doctor:
 
     async def _way(self) -> bool:
         """Name and TCP, of the proxy if there is one."""
-        host, port, whose, where = self._host, self._port, "the server", "baseUrl"
+        (host, port), whose, where = self._hop, "the server", "baseUrl"
         if self._proxy.hostname:
-            host, port, whose, where = self._proxy.hostname, self._proxy.port or 80, "the proxy", "HTTPS_PROXY"
+            whose, where = "the proxy", "HTTPS_PROXY"
             self.say("proxy", FINE, f"{host}:{port} is used for the server")
         try:
             async with asyncio.timeout(3):
@@ -9707,54 +9714,45 @@ class Doctor:
             remedy = f"Check the port in {where}, and the firewall."
             return self.say("tcp", WRONG, f"{host}:{port}: {os_reason(error)}", remedy)
 
-    async def _handshake(self, context: ssl.SSLContext) -> ssl.SSLObject:
-        """TLS with the server, through the proxy if there is one; OSError, EOFError, ServerError for the proxy's no."""
-        proxy = self._proxy
+    async def _certificate(self, context: ssl.SSLContext) -> bytes:
+        """The server's, through the proxy if there is one; OSError, HTTPException."""
+
+        def handshake() -> bytes:
+            with closing(http.client.HTTPConnection(*self._hop, timeout=CONNECT_TIMEOUT_SECS)) as connection:
+                if self._proxy.hostname:
+                    connection.set_tunnel(self._host, self._port, proxy_login(self._proxy))
+                connection.connect()
+                with context.wrap_socket(connection.sock, server_hostname=self._host) as sock:
+                    return sock.getpeercert(True) or b""
+
         async with asyncio.timeout(4):
-            to = (proxy.hostname, proxy.port or 80) if proxy.hostname else (self._host, self._port)
-            reader, writer = await asyncio.open_connection(*to)
-            try:
-                if proxy.hostname:
-                    user = base64.b64encode(urllib.parse.unquote(f"{proxy.username}:{proxy.password}").encode())
-                    known = f"Proxy-Authorization: Basic {user.decode()}\r\n" if proxy.username else ""
-                    there = f"{self._host}:{self._port}"
-                    writer.write(f"CONNECT {there} HTTP/1.1\r\nHost: {there}\r\n{known}\r\n".encode())
-                    answer = (await reader.readuntil(b"\r\n\r\n")).split(b"\r\n")[0].decode("latin-1")
-                    if " 2" not in answer[8:11]:
-                        raise ServerError(f"the proxy answers '{answer}'")
-                await writer.start_tls(context, server_hostname=self._host)
-                return cast(ssl.SSLObject, writer.get_extra_info("ssl_object"))
-            finally:
-                writer.transport.abort()
+            return await asyncio.to_thread(handshake)
 
     async def _tls(self) -> bool:
         """A certificate that cannot be trusted is fetched without trust, to say whose it is."""
         if self._base.scheme != "https" or self._proxy.scheme == "https":
             return True
         try:
-            certificate: Json = (await self._handshake(self._context)).getpeercert() or {}
+            der = await self._certificate(self._context)
+            left, issuer = seconds_left(der), issuer_of(der)
         except ssl.SSLError as error:
             return await self._distrust(getattr(error, "verify_message", "") or error.reason or str(error))
-        except ServerError as error:
-            remedy = "Give user and password in HTTPS_PROXY, or have the proxy allow this server."
-            return self.say("tls", WRONG, str(error), remedy)
-        except (OSError, EOFError, ValueError, asyncio.LimitOverrunError) as error:
-            text = f"the handshake failed: {str(error) or 'no answer in time'}"
-            return self.say("tls", WRONG, text, "Is this an HTTPS port?")
-        left = ssl.cert_time_to_seconds(certificate["notAfter"]) - time.time()
-        names = dict(pair for part in certificate.get("issuer", ()) for pair in part)
-        who = ", ".join(names[name] for name in ("organizationName", "commonName") if name in names)
-        text = f"trusted, issued by {who}; ends in {duration(left)}"
+        except (OSError, ValueError, http.client.HTTPException) as error:
+            remedy = "Is this an HTTPS port?"
+            if "Tunnel" in str(error):  # what http.client says when a proxy refuses
+                remedy = "Give user and password in HTTPS_PROXY, or have the proxy allow this server."
+            return self.say("tls", WRONG, f"the handshake failed: {str(error) or 'no answer in time'}", remedy)
         level = DOUBTFUL if left < EXPIRY_DAYS * 86_400 else FINE
+        text = f"trusted, issued by {issuer}; ends in {duration(left)}"
         return self.say("tls", level, text, "Have the server's certificate renewed.")
 
     async def _distrust(self, reason: str) -> bool:
         anyone = ssl.create_default_context()
         anyone.check_hostname, anyone.verify_mode = False, ssl.CERT_NONE
         try:
-            der = (await self._handshake(anyone)).getpeercert(True) or b""
+            der = await self._certificate(anyone)
             left, issuer = seconds_left(der), issuer_of(der)
-        except (OSError, EOFError, ValueError, TimeoutError, ServerError):
+        except (OSError, ValueError, http.client.HTTPException):
             return self.say("tls", WRONG, reason, "Is this an HTTPS port?")
         if left < 0:
             text = f"the certificate of {self._host} ended {duration(-left)} ago"
@@ -9828,7 +9826,7 @@ class Doctor:
         for text in (*self._plan.warnings, *silent_parts(self._plan)):
             self.say("channels", DOUBTFUL, text, "Mend the Agent or Endpoint, then call $reload-config.")
         await self._rights(self._plan)
-        await self._connection(settings.agentId)
+        await self._connection()
 
     async def _rights(self, plan: Plan) -> None:
         """What imaging channels need; whether a Binary may be made shows only when one is."""
@@ -9843,7 +9841,7 @@ class Doctor:
         if any(one.storage == "binary" for one in imaging):
             self.say("rights", FINE, "images need create and read on Binary; that shows when the first one comes")
 
-    async def _connection(self, agent_id: str) -> None:
+    async def _connection(self) -> None:
         """The WebSocket, and whether another agent has this id."""
         remedy = "A proxy or firewall must let WebSockets through to /ws/agent; see also the main log."
         if self.running:
@@ -9859,7 +9857,7 @@ class Doctor:
         except (OSError, EOFError, TimeoutError, WebSocketException) as error:
             self.say("websocket", WRONG, f"{url}: {str(error) or 'no answer'}", remedy)
         with suppress(ServerError, AttributeError, LookupError, TypeError):
-            status = await self._ask(self._fhir.read(f"Agent/{agent_id}/$status"))
+            status = await self._ask(self._fhir.read(f"Agent/{self.config.settings.agentId}/$status"))
             if any((one.get("name"), one.get("valueCode")) == ("status", "connected") for one in status["parameter"]):
                 remedy = "Stop the other one, or give this one an Agent of its own."
                 self.say("other agents", DOUBTFUL, "one with this id is connected, and it does not run here", remedy)
@@ -9867,12 +9865,11 @@ class Doctor:
     # --- this machine ---
 
     async def _local(self) -> None:
-        plan = self._plan or build_plan(*saved_config(self.config.state_dir))[0]
-        for channel in [channel for channel in plan.channels if channel.active]:
+        for channel in [channel for channel in self._plan.channels if channel.active]:
             await self._channel(channel)
         await self._page()
         folder = self.config.state_dir
-        queue = Path(plan.settings.queueDbPath or folder / QUEUE_FILE)
+        queue = Path(self._plan.settings.queueDbPath or folder / QUEUE_FILE)
         logs = Path(self.config.main_log.logDir or folder)
         for name, place in (("state", folder), ("queue", queue.parent), ("logs", logs)):
             await asyncio.to_thread(self._folder, name, place)
@@ -9886,7 +9883,7 @@ class Doctor:
                 self.say("queue", WRONG, str(error), _trouble_of(error)[1])
         if sys.platform != "win32" and (self.remote or not self.running):  # else it is that of another process
             limit = descriptors()
-            need = 200 + sum(min(channel.settings.maxConnections, 1000) for channel in plan.channels)
+            need = 200 + sum(min(channel.settings.maxConnections, 1000) for channel in self._plan.channels)
             text = f"{limit} may be open at once; all connections together need {need}"
             self.say("files", DOUBTFUL if limit < need else FINE, text, f"Raise it (LimitNOFILE={need}).")
 
@@ -9966,10 +9963,13 @@ def der_of(path: str) -> bytes:
     return ssl.PEM_cert_to_DER_cert(text[text.index(begin) : text.index(end) + len(end)])
 
 
+# Of a certificate, from and to (RFC 5280 4.1.2.5); its issuer stands before that
+_VALIDITY = re.compile(2 * rb"(?:\x17\r(\d{12})|\x18\x0f(\d{14}))Z")
+
+
 def seconds_left(der: bytes) -> float:
-    """Until a certificate ends (RFC 5280 4.1.2.5); ValueError for what is none."""
-    when = rb"(?:\x17\r(\d{12})|\x18\x0f(\d{14}))Z"
-    if not (match := re.search(when + when, der)):
+    """Until a certificate ends; ValueError for what is none."""
+    if not (match := _VALIDITY.search(der)):
         raise ValueError("it is no certificate")
     end = (match[3] or match[4]).decode()
     year = end[:-10] if len(end) == 14 else f"{19 + (end < '50')}{end[:2]}"
@@ -9977,8 +9977,8 @@ def seconds_left(der: bytes) -> float:
 
 
 def issuer_of(der: bytes) -> str:
-    """Organisation and name of a certificate's issuer, which stand first in it (X.520: 2.5.4.10 and 2.5.4.3)."""
-    found = dict[bytes, str]()
+    """Organisation and name of a certificate's issuer (X.520: 2.5.4.10 and 2.5.4.3)."""
+    found, der = dict[bytes, str](), _VALIDITY.split(der)[0]
     for match in re.finditer(rb"\x06\x03U\x04([\x03\x0a])[\x0c\x13\x14](.)", der, re.DOTALL):
         found.setdefault(match[1], der[match.end() : match.end() + match[2][0]].decode("utf-8", "replace"))
     return ", ".join(found.values()) or "an unknown authority"
