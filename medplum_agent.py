@@ -10282,15 +10282,17 @@ class Operations:
 
     async def ask(self, asked: Json, remote: bool = False) -> Json:
         """Answer `{"command": ..., ...}`; the commands are those of the command line."""
-        commands = {"status": self.status, "queue": self._queue, "validate": self._validate,
-            "doctor": self._doctor, "bundle": self._bundle, "retry": self._queue}  # fmt: skip
+        commands: dict[str, Callable[[], Awaitable[Json]]] = {
+            "status": self.status, "queue": partial(self._queue, asked, remote), "validate": self._agent.validate,
+            "doctor": self._doctor, "bundle": self._bundle,
+            "retry": partial(self._queue, asked | {"verb": "retry"}, remote)}  # fmt: skip
         if not remote:
-            commands["upgrade"] = self._upgrade
+            commands["upgrade"] = partial(self._upgrade, str(asked.get("version") or ""))
         if (command := str(asked.get("command"))) not in commands:
             raise LocalError(f"the command '{command}' is unknown: use {', '.join(commands)}")
-        return await commands[command](asked | {"remote": remote})
+        return await commands[command]()
 
-    async def status(self, asked: Json | None = None) -> Json:
+    async def status(self) -> Json:
         """All that one screen shows. Times are epoch milliseconds."""
         agent = self._agent
         await self._count()
@@ -10341,18 +10343,18 @@ class Operations:
             "withServer": len(queue.inflight),
             "rates": [after - before for before, after in itertools.pairwise(minutes)]} | self._depth(name)  # fmt: skip
 
-    async def _queue(self, asked: Json) -> Json:
+    async def _queue(self, asked: Json, remote: bool) -> Json:
         """list, find, show, retry and discard; patient data for the cloud only with remotePayload."""
         if not self._agent.started.is_set():
             raise LocalError("the agent is still starting; try again in a moment")
-        store, verb = self._agent.store, "retry" if asked["command"] == "retry" else asked.get("verb")
-        if verb == "retry" or (verb == "discard" and not asked["remote"]):
+        store, verb = self._agent.store, asked.get("verb")
+        if verb == "retry" or (verb == "discard" and not remote):
             wanted = wanted_of(asked, "dead")._replace(whole=verb == "retry")
             if verb == "discard" and "ids" not in asked and not any(wanted[1:7]):
                 raise LocalError("discard needs ids, or a filter: channel, reason, since, until")
             ids = [int(id_) for id_ in asked["ids"]] if "ids" in asked else await store.look(wanted.ids)
             return {"count": await asyncio.shield(spawn(self._decide(str(verb), ids)))}  # also when nobody waits
-        if verb == "import" and not asked["remote"]:
+        if verb == "import" and not remote:
             return {"count": await self._import(asked["lines"], bool(asked.get("dryRun")))}
         payload = bool(asked.get("payload")) and verb == "show"
         if payload and not self._settings.remotePayload:
@@ -10427,21 +10429,18 @@ class Operations:
         message.text = channel.text_of(message, original)
         return message, channel.queue
 
-    async def _validate(self, asked: Json) -> Json:
-        return await self._agent.validate()
-
-    async def _upgrade(self, asked: Json) -> Json:
-        await self._agent.upgrades.begin(str(asked.get("version") or ""))
+    async def _upgrade(self, wanted: str) -> Json:
+        await self._agent.upgrades.begin(wanted)
         return {"version": self._agent.upgrades.record["to"]}
 
-    async def _doctor(self, asked: Json) -> Json:
+    async def _doctor(self) -> Json:
         return await Doctor(self._agent.config, await self.status(), remote=True).examine(REMOTE_SECS - 1)
 
-    async def _bundle(self, asked: Json) -> Json:
+    async def _bundle(self) -> Json:
         """What support asks for; the configuration without anything that could be a secret."""
         rows = vars(self._settings).items()
         settings = {name: value for name, value in rows if not may_be_secret(name)}
-        return {"doctor": await self._doctor(asked), "status": await self.status(), "settings": settings,
+        return {"doctor": await self._doctor(), "status": await self.status(), "settings": settings,
             "channels": [{"name": one.name, "address": one.address} for one in self._agent.plan.channels],
             "log": await asyncio.to_thread(self._log_tail, 500)}  # fmt: skip
 
