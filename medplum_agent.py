@@ -10788,6 +10788,25 @@ class Versions:
             raise LocalError(f"version {version} cannot be executed: {error}") from None
         return program
 
+    async def prove(self, version: str, *arguments: str) -> str:
+        """Its program, which has tried itself beside what runs; LocalError, OSError."""
+        program, null = str(self.trusted(version)), asyncio.subprocess.DEVNULL
+        started = await asyncio.create_subprocess_exec(
+            program, *arguments, "--selftest", stdin=null, stdout=null, stderr=asyncio.subprocess.PIPE
+        )
+        try:
+            async with asyncio.timeout(PROVE_SECS):
+                _, said = await started.communicate()
+        except TimeoutError:
+            raise LocalError(f"version {version} was not done with its selftest in {PROVE_SECS:g} s") from None
+        finally:
+            with suppress(ProcessLookupError):
+                started.kill()
+        if started.returncode:
+            words = said.decode("utf-8", "replace").removesuffix("Try --help.\n").strip().splitlines()
+            raise LocalError(f"version {version} failed its selftest: {[f'code {started.returncode}', *words][-1]}")
+        return program
+
     @property
     def writable(self) -> bool:
         return os.access(self.folder if self.folder.exists() else self.folder.parent, os.W_OK)
@@ -10993,23 +11012,8 @@ class Upgrades:
                 wanted = await self._ask_root(f"fetch {wanted}")
         if wanted in (versions.name, versions.name.split("-")[0]):  # a release does not know its commit
             raise LocalError(f"{wanted} is what runs, and there is no newer version")
-        program = str(versions.trusted(wanted))
         agent.log.info(f"Upgrade: {wanted} proves itself.")
-        started = await asyncio.create_subprocess_exec(
-            program, *sys.argv[1:], "--selftest", stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.DEVNULL,
-            stderr=asyncio.subprocess.PIPE,
-        )  # fmt: skip
-        try:
-            async with asyncio.timeout(PROVE_SECS):
-                _, said = await started.communicate()
-        except TimeoutError:
-            raise LocalError(f"version {wanted} was not done with its selftest in {PROVE_SECS:g} s") from None
-        finally:
-            with suppress(ProcessLookupError):
-                started.kill()
-        if started.returncode:
-            words = said.decode("utf-8", "replace").removesuffix("Try --help.\n").strip().splitlines()
-            raise LocalError(f"version {wanted} failed its selftest: {[f'code {started.returncode}', *words][-1]}")
+        program = await versions.prove(wanted, *sys.argv[1:])
         if agent._stop.is_set():
             raise LocalError("the agent is stopping")
         record = {
@@ -12506,7 +12510,8 @@ def _upgrade(options: argparse.Namespace, what: str = "") -> int:
     _show(f"{wanted or 'The newest version'} proves itself and takes over.")
     try:
         if (answer := ask_agent(state_dir, {"command": "upgrade", "version": wanted}, 600)) is None:
-            _prove(versions.trusted(wanted), options, state_dir)
+            given = ["--config", options.config] if options.config else []  # no agent runs that would have it done
+            asyncio.run(versions.prove(wanted, *given, "--state-dir", str(state_dir)))
             versions.choose(wanted)
             _show(f"No agent runs with the state in {state_dir}. {wanted} runs from its next start.")
             return 0
@@ -12530,21 +12535,6 @@ def _watched(config: ProcessConfig, versions: Versions, state_dir: Path, wanted:
                 heard_at, found, version = time.monotonic(), status.get("upgrade", {}), status["version"]
     _show(f"{version} runs{'. ' + found['reason'] if found['reason'] else '.'}")
     return int(found["step"] != "done")
-
-
-def _prove(program: Path, options: argparse.Namespace, state_dir: Path) -> None:
-    """Where no agent runs that would have it done; LocalError."""
-    import subprocess
-
-    config = ["--config", options.config] if options.config else []
-    line = [program, "--selftest", *config, "--state-dir", state_dir]
-    try:
-        done = subprocess.run(line, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=PROVE_SECS)
-    except (OSError, subprocess.SubprocessError) as error:
-        raise LocalError(f"{program} cannot prove itself: {error}") from None
-    if done.returncode:
-        words = [*done.stderr.strip().splitlines(), f"code {done.returncode}"][0]
-        raise LocalError(f"{program} failed its selftest: {words}")
 
 
 def _service(options: argparse.Namespace, verb: str = "", *values: str) -> int:
