@@ -4373,13 +4373,14 @@ def outcome_text(resource: Json) -> str:
 class Fhir:
     """The server's HTTP interface with one login. Raises ServerError; coroutines belong to the event loop."""
 
-    def __init__(self, settings: ProcessSettings, context: ssl.SSLContext, log: Log):
+    def __init__(self, settings: ProcessSettings):
         self.base = re.sub(r"/fhir(/R4)?/?$", "", settings.baseUrl).rstrip("/") + "/"  # people give the FHIR URL, too
         self.said = ""  # why the server cannot be used, as the main log has it: each cause once
         self.token: Token | None = None
         self.clock_off: float | None = None  # seconds that this machine's clock is ahead of the server's
-        self._settings, self._log = settings, log
-        self._pool = http_pool(self.base, context)
+        self.context = tls_context(settings.caFile)
+        self._settings = settings
+        self._pool = http_pool(self.base, self.context)
         self._login_under_way: asyncio.Future[Token] | None = None
         self._patient_until = self._due_at = self._embargo_until = -math.inf
         self.rejected = False  # the token, by the server: the next use logs in again, but not once per message
@@ -5313,10 +5314,7 @@ class _Socket(ClientConnection):
 class Uplink:
     """The connection to the server: the way of all channels' queues. `on_message` hears the server's requests."""
 
-    def __init__(
-        self, settings: ProcessSettings, fhir: Fhir, context: ssl.SSLContext, log: Log,
-        on_message: Callable[[Json], None],
-    ):  # fmt: skip
+    def __init__(self, settings: ProcessSettings, fhir: Fhir, log: Log, on_message: Callable[[Json], None]):
         self._loop = asyncio.get_running_loop()
         self.live = False
         self.away_since = self._loop.time()
@@ -5329,7 +5327,7 @@ class Uplink:
         self._agent = f"Agent/{settings.agentId}-"  # begins a callback; a UUID follows, which ends in the row's number
         scheme = "wss" if settings.baseUrl.startswith("https") else "ws"
         self.url = f"{scheme}://{urllib.parse.urlsplit(settings.baseUrl).netloc}/ws/agent"
-        self._context = context if scheme == "wss" else None
+        self._context = fhir.context if scheme == "wss" else None
         self._socket: _Socket | None = None
         self._outgoing: list[bytes] = []
         self._warned_at = -math.inf
@@ -9638,8 +9636,7 @@ class Doctor:
         self._hop = (self._host, self._port)  # whom we connect to
         if self._proxy.hostname:
             self._hop = (self._proxy.hostname, self._proxy.port or 80)
-        self._context = tls_context(config.settings.caFile)
-        self._fhir = Fhir(config.settings, self._context, self._log)
+        self._fhir = Fhir(config.settings)
         self._plan, _ = build_plan(*saved_config(config.state_dir))  # until the server's is known
 
     def say(self, name: str, level: int, *words: str) -> bool:
@@ -9733,7 +9730,7 @@ class Doctor:
         if self._base.scheme != "https" or self._proxy.scheme == "https":
             return True
         try:
-            der = await self._certificate(self._context)
+            der = await self._certificate(self._fhir.context)
             left, issuer = seconds_left(der), issuer_of(der)
         except ssl.SSLError as error:
             return await self._distrust(getattr(error, "verify_message", "") or error.reason or str(error))
@@ -9850,7 +9847,7 @@ class Doctor:
             self.say("websocket", FINE if live else WRONG, text, remedy)
             return
         scheme = "wss" if self._base.scheme == "https" else "ws"
-        url, context = f"{scheme}://{self._base.netloc}/ws/agent", self._context if scheme == "wss" else None
+        url, context = f"{scheme}://{self._base.netloc}/ws/agent", self._fhir.context if scheme == "wss" else None
         try:
             async with Connect(url, ssl=context, proxy=proxy_for(self.config.settings.baseUrl), open_timeout=4):
                 self.say("websocket", FINE, "the server takes WebSockets")
@@ -10243,7 +10240,7 @@ class Operations:
         stamp = f"{utc_text('%Y-%m-%dT%H:%M:%S', at)}Z"
         head = f"<{16 * 8 + severity}>1 {stamp} {socket.gethostname()} medplum-agent {os.getpid()} alarm -"
         line = f"{head} \ufeff{text}".encode()
-        _, writer = await asyncio.open_connection(url.hostname, url.port or 6514, ssl=self._context)
+        _, writer = await asyncio.open_connection(url.hostname, url.port or 6514, ssl=self._agent.fhir.context)
         with closing(writer):
             writer.write(b"%d %b" % (len(line), line))
             await writer.drain()
@@ -10452,9 +10449,8 @@ class Operations:
 
     # --- HTTP: the local socket, and statusAddress ---
 
-    async def open(self, context: ssl.SSLContext) -> None:
+    async def open(self) -> None:
         """Open both; a page that cannot be opened does not stop messages."""
-        self._context = context
         folder, address = self._agent.state_dir, self._settings.statusAddress
         path = folder / SOCKET_FILE
         for old in (path, folder / DOOR_FILE):
@@ -11219,10 +11215,9 @@ class Agent:
         asyncio.get_running_loop().set_exception_handler(self._loop_failed)
         try:
             settings = self.config.settings
-            context = tls_context(settings.caFile)
-            self.fhir = Fhir(settings, context, self.log)
-            self.uplink = Uplink(settings, self.fhir, context, self.log, self._message)
-            await self.operations.open(context)
+            self.fhir = Fhir(settings)
+            self.uplink = Uplink(settings, self.fhir, self.log, self._message)
+            await self.operations.open()
             spawn(self.uplink.run())
             starting, stopped = spawn(self._start()), spawn(self._stop.wait())
             await asyncio.wait({stopped, starting}, return_when=asyncio.FIRST_COMPLETED)
@@ -12312,7 +12307,7 @@ def _replay(options: argparse.Namespace, wanted: Wanted) -> int:
     audit(state_dir, f"replay of {wanted._replace(payload=False)} to {options.to}")
 
     async def run() -> None:
-        fhir = Fhir(config.settings, tls_context(config.settings.caFile), Log("replay", config.main_log, None, None))
+        fhir = Fhir(config.settings)
         for _, message in _each(path, key, wanted):
             if message.spool:
                 statuses["left out: images"] += 1
@@ -12439,8 +12434,7 @@ def _selftest(options: argparse.Namespace, *arguments: str) -> int:
 
     async def prove() -> None:
         agent = Agent(config, None)
-        agent.log = Log("selftest", config.main_log, None, None)
-        agent.fhir = Fhir(config.settings, tls_context(config.settings.caFile), agent.log)
+        agent.fhir = Fhir(config.settings)
         plan, problems = build_plan(*await agent._read_config())
         saved, problems_before = build_plan(*saved_config(config.state_dir))
         if problems and saved.agent and not problems_before:  # else the trial tells whether it is worse than before

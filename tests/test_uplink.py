@@ -154,7 +154,7 @@ def refusing(status, **headers):
 async def log_in(port, status, times=1):
     """What is said of a login that is refused."""
     settings, said = ma.ProcessSettings(f"http://127.0.0.1:{port}/", "client", "secret", AGENT_ID), ""
-    fhir = ma.Fhir(settings, ma.tls_context(""), ma.Log("main", ma.LoggerSettings(), None, None))
+    fhir = ma.Fhir(settings)
     for _ in range(times):
         with pytest.raises(ma.ServerError) as refused:
             await fhir.renew()
@@ -185,7 +185,7 @@ def test_a_token_that_is_good_serves_on_and_one_that_was_refused_does_not():
 
     async def scenario(port):
         settings = ma.ProcessSettings(f"http://127.0.0.1:{port}/", "client", "secret", AGENT_ID)
-        fhir = ma.Fhir(settings, ma.tls_context(""), ma.Log("main", ma.LoggerSettings(), None, None))
+        fhir = ma.Fhir(settings)
         now = time.time()
         fhir.token = ma.Token("good", now + 250, now)
         for _ in range(2):
@@ -201,7 +201,7 @@ def test_a_token_that_is_good_serves_on_and_one_that_was_refused_does_not():
 
 @pytest.mark.parametrize("lifetime", [20, 290, 3600])
 def test_a_token_is_renewed_five_minutes_before_its_end_or_at_half_its_life(lifetime):
-    fhir = ma.Fhir(ma.ProcessSettings("http://x/"), ma.tls_context(""), ma.Log("x", ma.LoggerSettings(), None, None))
+    fhir = ma.Fhir(ma.ProcessSettings("http://x/"))
     claims = base64.urlsafe_b64encode(json.dumps({"exp": time.time() + lifetime}).encode()).decode()
     token = fhir._checked_token({"access_token": f"a.{claims}.c"})
     assert token.expires_at - token.renew_at == pytest.approx(min(300, lifetime / 2), abs=1)
@@ -229,7 +229,7 @@ def test_an_answer_that_drips_is_given_up(monkeypatch):
 
     async def login(port):
         settings = ma.ProcessSettings(f"http://127.0.0.1:{port}/", "client", "secret", AGENT_ID)
-        fhir = ma.Fhir(settings, ma.tls_context(""), ma.Log("main", ma.LoggerSettings(), None, None))
+        fhir = ma.Fhir(settings)
         async with asyncio.timeout(20):
             with pytest.raises(ma.ServerError, match="cannot be reached"):
                 await fhir.renew()
