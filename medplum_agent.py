@@ -6974,6 +6974,11 @@ class Channel:
         return TurnAway() if self.tls is None else Handshake(self, self.tls)
 
     @property
+    def connections(self) -> int:
+        """Of devices, for people."""
+        return len(self.lines)
+
+    @property
     def room(self) -> int:
         """Connections at once."""
         return self.plan.settings.maxConnections
@@ -8930,6 +8935,10 @@ class DicomChannel(Channel):
         return DicomLine
 
     @property
+    def connections(self) -> int:
+        return len(self.associations)
+
+    @property
     def associations(self) -> list[DicomLine]:
         return [line for line in self.lines.values() if isinstance(line, DicomLine) and line.core.established]
 
@@ -10324,12 +10333,9 @@ class Operations:
         _, waiting, oldest = self._waiting.get(name) or (name, 0, now_ms())
         return {"waiting": waiting, "oldestSecs": max(0, now_ms() - oldest) // 1000, "dead": self._dead.get(name, 0)}
 
-    def lines_of(self, channel: Channel) -> int:
-        return len(getattr(channel, "associations", channel.lines))
-
     def _channel(self, name: str, channel: Channel) -> Json:
         plan, queue = channel.plan, channel.queue
-        lines = self.lines_of(channel)
+        lines = channel.connections
         counted = [*self._samples.get(name, (0,)), queue.count]
         minutes = counted[::-1][:: round(60 / LOOK_SECS)][::-1]
         return {
@@ -11174,7 +11180,7 @@ class Upgrades:
 
 _SWEPT = ("lastSweepAt", "lastSweepDeletedProcessed", "lastSweepDeletedErrored")  # of the stats
 _LINE_OF = attrgetter("baudRate", "dataBits", "parity", "stopBits", "flow", "tls")  # where this does, a dialled one
-_STAYS = attrgetter("bind", "protocol", "is_astm", "dials", "active")  # where this changes, a channel begins anew
+_BASIS_OF = attrgetter("bind", "protocol", "is_astm", "dials", "active")  # where this changes, a channel begins anew
 # What the server may say in an agent:error without quoting a message (uplink contract 4 and 5)
 _SAFE_ERRORS = frozenset({
     "Not connected", "Missing access token", "Missing agent ID", "Invalid access token", "Missing channel",
@@ -11403,13 +11409,8 @@ class Agent:
         changes = [f"channel '{name}' comes: {new[name].address}" for name in new if name not in old]
         for name in [name for name in old if new.get(name) != old[name]]:
             then, channel = new.get(name), self.channels.get(name)
-            anew = (
-                then is None
-                or _STAYS(then) != _STAYS(old[name])
-                or (then.dials and then.settings != old[name].settings)
-            )
-            lines = self.operations.lines_of(channel) if channel else 0
-            closed = f"; {lines} connections would close" if anew and lines else ""
+            lines = channel.connections if channel and not (then and _stays(old[name], then)) else 0
+            closed = f"; {lines} connections would close" if lines else ""
             what = f"changes: {old[name].address} -> {then.address}" if then else "goes"
             changes.append(f"channel '{name}' {what}{closed}")
         if plan.settings != self.plan.settings or plan.status != self.plan.status:
@@ -11493,8 +11494,7 @@ class Agent:
         if not plan.active:
             self.log.warn(f"Channel '{plan.name}' is off (Endpoint.status).")
         if old is not None:
-            same = _STAYS(old.plan) == _STAYS(plan) and not old.queue.paused
-            if same and not (plan.dials and _LINE_OF(plan.settings) != _LINE_OF(old.plan.settings)):
+            if _stays(old.plan, plan) and not old.queue.paused:
                 if old.plan != plan:
                     self.log.info(f"Channel '{plan.name}' has new settings.")
                 old.replan(plan)
@@ -11657,13 +11657,14 @@ class Agent:
 
     async def stats(self) -> Json:
         """The stats object of operations contract 8."""
-        imaging = [channel for channel in self.channels.values() if isinstance(channel, DicomChannel)]
+
+        def connections(kind: type[ChannelSettings]) -> int:
+            return sum(one.connections for one in self.channels.values() if isinstance(one.plan.settings, kind))
+
         found = {
-            "hl7ConnectionsOpen": sum(
-                len(one.lines) for one in self.channels.values() if isinstance(one.plan.settings, Hl7Settings)
-            ),
+            "hl7ConnectionsOpen": connections(Hl7Settings),
             "ping": self.uplink.ping_ms, "webSocketQueueDepth": 0,
-            "dicomAssociationsOpen": sum(len(one.associations) for one in imaging),
+            "dicomAssociationsOpen": connections(DicomSettings),
             "hl7QueueDepth": 0, "hl7ClientCount": 0, "live": self.uplink.live,
             "outstandingHeartbeats": self.uplink.outstanding,
             "channelStats": {
@@ -11817,6 +11818,11 @@ class Agent:
         await pause(YIELD_SECS, lambda: owed(queues))
         for queue in once if self.upgrades.successor else ():
             queue.interrupt()
+
+
+def _stays(old: ChannelPlan, new: ChannelPlan) -> bool:
+    """A channel can go on with another plan, and its lines with it."""
+    return _BASIS_OF(old) == _BASIS_OF(new) and not (new.dials and _LINE_OF(old.settings) != _LINE_OF(new.settings))
 
 
 def _listening(plan: Plan) -> list[ChannelPlan]:
