@@ -10176,6 +10176,8 @@ class Operations:
             full = store.total_bytes / limit
             text = f"the queue has {full:.0%} of queueMaxMb"
             yield Alarm("full", "", True if full > 0.9 else None if full > 0.8 else False, text)
+        for name, text in agent.closed_ports.items():
+            yield Alarm("port", name, True, text, True)
         for name, channel in agent.channels.items():
             yield from self._channel_conditions(name, channel)
         limits = {name: channel.plan.settings.alarmAgeSecs for name, channel in agent.channels.items()}
@@ -10195,9 +10197,6 @@ class Operations:
         plan, s = channel.plan, channel.plan.settings
         if not plan.active or channel.queue.paused:
             return
-        if not plan.dials:
-            text = f"port {plan.port} of channel '{name}' is not open"
-            yield Alarm("port", name, plan.bind not in self._agent.listeners, text, True)
         if expected := s.expectEverySecs:
             came = channel.queue.last_at  # since the start: before it, silence was that of an agent that did not run
             silent = expected_secs(s, max(came, self._started_at) / 1000)
@@ -11722,9 +11721,13 @@ class Agent:
     @property
     def problems(self) -> list[str]:
         """Why it does not do what it is there for; nothing of it is patient data."""
+        return [self._problem] if self._problem else [*self.closed_ports.values()]
+
+    @property
+    def closed_ports(self) -> dict[str, str]:
+        """Channels that nobody can connect to, and how to say that."""
         closed = [plan for plan in _listening(self.plan) if plan.bind not in self.listeners]
-        ports = [f"port {plan.port} of channel '{plan.name}' is not open" for plan in closed]
-        return [self._problem] if self._problem else ports
+        return {plan.name: f"port {plan.port} of channel '{plan.name}' is not open" for plan in closed}
 
     async def _log_stats(self) -> None:
         self.log.info("Agent stats", stats=await self.stats())
@@ -11783,16 +11786,19 @@ class Agent:
             self.log.warn("The clean stop took too long; what is on disk goes on at the next start.")
         self.log.info("Stopped.")
 
+    @property
+    def _lines(self) -> list[Line]:
+        return [line for channel in self.channels.values() for line in channel.lines.values()]
+
     async def _settle(self, seconds: float) -> None:
         """Until nothing is on its way to the disk, and a little for the answers that devices wait for."""
         until, wait = time.monotonic() + seconds, True
         while wait:
-            for line in [line for channel in self.channels.values() for line in channel.lines.values()]:
+            for line in self._lines:
                 line.pause("stopping")
             await asyncio.sleep(0.02)  # callers whose push ended just now are answered, too
-            lines = [line for channel in self.channels.values() for line in channel.lines.values()]
             answers = self.uplink.live and time.monotonic() < until
-            wait = any(line.pending or (answers and line.awaiting) for line in lines)
+            wait = any(line.pending or (answers and line.awaiting) for line in self._lines)
 
     async def _await_answers(self) -> None:
         """Before another program takes over: sessions and associations end, then answers come; devices go on."""
@@ -11805,14 +11811,11 @@ class Agent:
         def owed(queues: list[Queue]) -> bool:
             return self.uplink.live and any(queue.inflight for queue in queues)
 
-        channels, queues = self.channels.values(), self.uplink.queues
+        queues = self.uplink.queues
         once = [queue for queue in queues if queue.policy.once]
         for queue in once:
             queue.paused = True
-        await pause(
-            SESSION_SECS,
-            lambda: owed(once) or any(line.rest is None for one in channels for line in one.lines.values()),
-        )
+        await pause(SESSION_SECS, lambda: owed(once) or any(line.rest is None for line in self._lines))
         for queue in queues:
             queue.paused = True
         await pause(YIELD_SECS, lambda: owed(queues))
