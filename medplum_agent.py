@@ -12038,18 +12038,18 @@ def _status(options: argparse.Namespace) -> int:
     """One screen; the exit code is that of a monitor's plug-in."""
     state_dir = _state_dir(options)
     while True:
-        code, lines = 2, list[str]()
+        status, code, lines = None, 2, list[str]()
         try:
             if status := ask_agent(state_dir, {"command": "status"}, HEALTH_SECS):
-                code, lines = int(status["state"]), [json.dumps(status)] if options.json else [*_screen(status)]
+                code, lines = int(status["state"]), [*_screen(status)]
             else:
                 lines = [f"CRITICAL: no agent runs with the state in {state_dir}"]
                 _, path, key = _queue_file(options)
                 lines += [f"{name}: {count} messages wait" for name, count, _ in read_queue(path, backlog_of, key)]
         except StorageError as error:
             lines = lines or [f"CRITICAL: {error}"]
-        if options.json and code == 2 and not lines[0].startswith("{"):
-            lines = [json.dumps({"state": 2, "problems": lines})]
+        if options.json:
+            lines = [json.dumps(status or {"state": code, "problems": lines})]
         if options.watch and sys.stdout and sys.stdout.isatty():
             print("\x1b[H\x1b[2J", end="")
         _show(*lines)
@@ -12135,7 +12135,7 @@ def _send(options: argparse.Namespace, address: str = "", *files: str) -> int:
             plain.settimeout(HTTP_TIMEOUT_SECS)
             context = tls_context(os.environ.get("MEDPLUM_CA_FILE", "")) if url.scheme == "mllps" else None
             sock = context.wrap_socket(plain, server_hostname=url.hostname) if context else plain
-            core = Mllp(16 * MIB)
+            acks = _acks(sock)
             for name in files:
                 # bytes go as they are, whatever their encoding, but for those of frames and line ends
                 text = (
@@ -12147,21 +12147,25 @@ def _send(options: argparse.Namespace, address: str = "", *files: str) -> int:
                 for message in re.split(r"(?<=\r)(?=MSH)", f"{text}\r"):
                     began, wanted = time.monotonic(), str(hl7.parse(message).extract_field("MSH", 1, 10))
                     sock.sendall(mllp_frame(message.encode("latin-1")))
-                    code = ""
-                    while not code:
-                        if not (received := sock.recv(READ_BYTES)):
-                            raise OSError("the connection was closed before the acknowledgment")
-                        for answer in core.receive(received):
-                            if isinstance(answer, bytes):
-                                ack = read_ack(answer.decode("latin-1"))
-                                if not code and (not ack or ack.control_id in ("", wanted)):  # else of an earlier one
-                                    code = ack.code if ack else "no acknowledgment"
+                    # of an earlier one may come, too
+                    ack = next(ack for ack in acks if ack is None or ack.control_id in ("", wanted))
+                    code = ack.code if ack else "no acknowledgment"
                     failed |= code not in ("AA", "CA")
                     _show(f"{name}: {wanted}: {code} after {1000 * (time.monotonic() - began):.1f} ms")
     except (OSError, ValueError, hl7.HL7Exception) as error:
         where = "" if isinstance(error, OSError) and error.filename else f"{address}: "
         raise StorageError(f"{where}{error}") from None
     return int(failed)
+
+
+def _acks(sock: socket.socket) -> Iterator[Acknowledgment | None]:
+    """What a device answers, None for what is no acknowledgment; OSError when it answers no more."""
+    core = Mllp(PUSH_FRAME_BYTES)
+    while received := sock.recv(READ_BYTES):
+        for answer in core.receive(received):
+            if isinstance(answer, bytes):
+                yield read_ack(answer.decode("latin-1"))
+    raise OSError("the connection was closed before the acknowledgment")
 
 
 def _when(text: str) -> int:
