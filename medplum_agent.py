@@ -10761,7 +10761,8 @@ def is_ours(*parts: Path) -> bool:
 class Versions:
     """The folder of versions beside the installed program."""
 
-    def __init__(self, program: Path):
+    def __init__(self) -> None:
+        program = own_program()
         inside = next((folder for folder in program.parents if folder.name == "versions"), None)
         self.folder, self.inside = inside or program.parent / "versions", inside is not None
         self.name = program.relative_to(self.folder).parts[0] if self.inside else VERSION
@@ -10849,7 +10850,7 @@ class Versions:
                 if settled and re.fullmatch(rf"{_VERSION}|\.new-\d+", folder.name) and folder.name not in kept:
                     shutil.rmtree(folder, ignore_errors=True)
 
-    def fetch(self, settings: ProcessSettings, source: str, wanted: str = "", *, downgrade: bool = False) -> str:
+    def fetch(self, settings: ProcessSettings, wanted: str, bundle: str = "", *, downgrade: bool = False) -> str:
         """Verify the version `wanted`, or the newest, of a folder, its URL, or a bundle, and unpack it.
 
         Returns its name; LocalError says why not.
@@ -10858,7 +10859,7 @@ class Versions:
 
         from tuf.api.exceptions import DownloadError, RepositoryError
 
-        bundle, source = source.endswith(".bundle"), source or settings.upgradeUrl  # root opens none by itself
+        source = bundle or settings.upgradeUrl
         if not source:
             raise LocalError("upgradeUrl is not set, which says where releases are: set it, or name a bundle")
         if not ROOT_FILE.exists():
@@ -10870,7 +10871,7 @@ class Versions:
         try:
             work.mkdir(mode=0o700)
             if bundle:
-                with tarfile.open(source, "r:") as archive:
+                with tarfile.open(bundle, "r:") as archive:
                     archive.extractall(work / "bundle", filter="data")
                 source = str(work / "bundle")
             return self._unpack(settings, source, wanted, work, downgrade)
@@ -10942,7 +10943,7 @@ class Upgrades:
     def __init__(self, agent: Agent):
         self._agent = agent
         self._path = agent.state_dir / UPGRADE_FILE
-        self.versions = Versions(own_program())
+        self.versions = Versions()
         self._busy = False
         self.successor: list[str] = []  # is executed when the agent has stopped
         self.left: Json = {"ports": [], "lines": []}  # by an earlier program for this one, or by this one for the next
@@ -11008,7 +11009,7 @@ class Upgrades:
         if not wanted or not versions.program(wanted).exists():
             agent.log.info(f"Upgrade: {wanted or 'the newest version'} is fetched.")
             if versions.writable:
-                wanted = await asyncio.to_thread(versions.fetch, agent.config.settings, "", wanted)
+                wanted = await asyncio.to_thread(versions.fetch, agent.config.settings, wanted)
             else:
                 wanted = await self._ask_root(f"fetch {wanted}")
         if wanted in (versions.name, versions.name.split("-")[0]):  # a release does not know its commit
@@ -11939,7 +11940,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     program, argv = Path(sys.argv[0]).name, sys.argv[1:] if argv is None else list(argv)
     unknown, handed = 3 if argv[:1] == ["status"] else 1, HANDOVER in os.environ  # to a monitor; from another version
     try:
-        if not (handed or {"--selftest", "--rollback"} & {*argv}) and (chosen := Versions(own_program()).instead):
+        if not (handed or {"--selftest", "--rollback"} & {*argv}) and (chosen := Versions().instead):
             with suppress(OSError):
                 os.execv(chosen, [str(chosen), *argv])
         options = _parse(argv, program)
@@ -12474,18 +12475,19 @@ def _requested(config: ProcessConfig, versions: Versions, age: float = -math.inf
         return 0
     try:
         with os.fdopen(os.open(request, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK), "rb") as file:
-            found = re.fullmatch(rf"(fetch|choose) ({_VERSION})?", file.read(64).decode("latin-1"))
-        if not found or (found[1] == "choose" and not versions.program(found[2] or "?").exists()):
+            found = re.fullmatch(rf"(fetch|choose) ({_VERSION}|)", file.read(64).decode("latin-1"))
+        if not found:
             raise LocalError("this is no request of an agent")
-        if found[1] == "choose":
-            versions.trusted(found[2])
+        wish, version = found.groups()
+        if wish == "fetch":
+            version = versions.fetch(config.settings, version)
+        else:
+            versions.trusted(version)
             now = versions.current
-            if number_of(found[2]) < number_of(now["version"]) and found[2] != now.get("allowed"):
-                raise LocalError(f"{found[2]} is older than {now['version']}: use upgrade --rollback")
-            versions.choose(found[2])
-        answer["version"] = found[2] or ""
-        if found[1] == "fetch":
-            answer["version"] = versions.fetch(config.settings, "", found[2] or "")
+            if number_of(version) < number_of(now["version"]) and version != now.get("allowed"):
+                raise LocalError(f"{version} is older than {now['version']}: use upgrade --rollback")
+            versions.choose(version)
+        answer["version"] = version
     except (OSError, AgentError) as error:
         answer["error"] = str(error)
     versions.folder.mkdir(exist_ok=True)
@@ -12496,7 +12498,8 @@ def _requested(config: ProcessConfig, versions: Versions, age: float = -math.inf
 
 def _upgrade(options: argparse.Namespace, what: str = "") -> int:
     """A running agent goes to another version, without its devices noticing."""
-    config, versions, state_dir = _process_config(options), Versions(own_program()), _state_dir(options)
+    config, versions = _process_config(options), Versions()
+    state_dir = config.state_dir
     bundle = what if what.endswith(".bundle") else ""
     wanted = "" if bundle else what
     os.umask(0o022)  # others may execute what we unpack
@@ -12509,7 +12512,7 @@ def _upgrade(options: argparse.Namespace, what: str = "") -> int:
         raise LocalError(f"{wanted} is older than {VERSION}: use --allow-downgrade")
     if not versions.program(wanted or "?").exists() and versions.writable:
         _show(f"Fetching {wanted or 'the newest version'}.")
-        wanted = versions.fetch(config.settings, bundle, wanted, downgrade=options.allow_downgrade)
+        wanted = versions.fetch(config.settings, wanted, bundle, downgrade=options.allow_downgrade)
     elif bundle:
         raise LocalError(f"{versions.folder} cannot be written by this user: use sudo")
     if versions.writable and number_of(wanted) < number_of(versions.current["version"]):
