@@ -9925,7 +9925,7 @@ class Doctor:
                 if isinstance(error, PermissionError):
                     remedy = "Ports below 1024 take a right: CAP_NET_BIND_SERVICE, which the package's service has."
                 self.say("port", WRONG, f"{where}: {channel.port}: {os_reason(error)}", remedy)
-        if channel.settings.tls and channel.settings.certFile:
+        if channel.settings.tls:
             try:
                 listening_tls(channel.settings)
                 left = seconds_left(der_of(channel.settings.certFile))
@@ -10180,12 +10180,11 @@ class Operations:
             yield Alarm("port", name, True, text, True)
         for name, channel in agent.channels.items():
             yield from self._channel_conditions(name, channel)
-        limits = {name: channel.plan.settings.alarmAgeSecs for name, channel in agent.channels.items()}
         for name, waiting in self._waiting.items():
             age = (now_ms() - waiting.oldest) / 1000
-            limit = limits.get(name, agent.plan.defaults.alarmAgeSecs)
+            s = agent.channels[name].plan.settings if name in agent.channels else agent.plan.defaults
             text = f"{self._owner(name)}: the oldest of {waiting.waiting} waiting messages is {duration(age)} old"
-            yield Alarm("age", name, 0 < limit < age, text)
+            yield Alarm("age", name, 0 < s.alarmAgeSecs < age, text)
             if name.startswith(PUSH_PREFIX):
                 trouble = agent.devices.trouble(name.removeprefix(PUSH_PREFIX))
                 text = f"{self._owner(name)} cannot be reached; {waiting.waiting} messages wait for it"
@@ -10203,7 +10202,7 @@ class Operations:
             text = f"channel '{name}' has been silent for {duration(silent or 0)}"
             holds = True if silent and silent > expected else False if now_ms() - came < 1000 * expected else None
             yield Alarm("silent", name, holds, text)
-        if s.certFile and s.tls:
+        if s.tls:
             with suppress(OSError, ValueError):
                 left = seconds_left(der_of(s.certFile))
                 text = f"channel '{name}': its certificate {f'ends in {duration(left)}' if left > 0 else 'has ended'}"
@@ -10325,8 +10324,9 @@ class Operations:
                 for key, lines in devices.items()]}  # fmt: skip
 
     def shown_alarms(self) -> list[Json]:
-        shown = [one._asdict() for one in self.alarms.values()]
-        return [{name: one[name] for name in one if name != "holds"} for one in shown]
+        return [
+            {name: value for name, value in one._asdict().items() if name != "holds"} for one in self.alarms.values()
+        ]
 
     def _depth(self, name: str) -> Json:
         _, waiting, oldest = self._waiting.get(name) or (name, 0, now_ms())
@@ -10447,7 +10447,6 @@ class Operations:
             "log": await asyncio.to_thread(self._log_tail, 500)}  # fmt: skip
 
     def _log_tail(self, limit: int) -> list[Json]:
-        self._agent.log.flush()
         with suppress(OSError, ValueError):
             return read_log_page(cast(Path, self._agent.log.directory), "main", limit, None).entries
         return []
@@ -11626,7 +11625,6 @@ class Agent:
             raise PeerError(
                 f"Invalid limit: {limit} - must be a valid positive integer less than or equal to {LOG_PAGE_MAX}"
             )
-        self.log.flush()
         try:
             folder = cast(Path, self.log.directory)
             page = await asyncio.to_thread(read_log_page, folder, "main", limit, message.get("before"))
