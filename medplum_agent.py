@@ -10368,9 +10368,11 @@ class Operations:
         if payload:
             audit(self._agent.state_dir, f"payload of message {wanted.id}, for the cloud")
         found = await store.look(wanted.found)
-        rows = [row_shown(name, message) for name, message in found[:limit]]
-        for row, (_, message) in zip(rows if payload else (), found, strict=False):
-            row["payload"] = (message.original or b"").decode(message.encoding, "replace")
+        rows = list[Json]()
+        for name, message in found[:limit]:
+            rows.append(row_shown(name, message))
+            if payload:
+                rows[-1]["payload"] = (message.original or b"").decode(message.encoding, "replace")
         return {"messages": rows, "more": len(found) > limit}
 
     async def _decide(self, fate: str, ids: list[int]) -> int:
@@ -10967,8 +10969,8 @@ class Upgrades:
 
     def ports(self, bind: tuple[str, int]) -> list[socket.socket]:
         """Of an earlier program. They are kept as well, in case that the trial ends at once."""
-        found = [port["sockets"] for port in self.left["ports"] if tuple(port["bind"]) == bind]
-        return [socket.socket(fileno=os.dup(descriptor)) for descriptor in (found or [[]])[0]]
+        found = (port["sockets"] for port in self.left["ports"] if tuple(port["bind"]) == bind)
+        return [socket.socket(fileno=os.dup(descriptor)) for descriptor in itertools.chain(*found)]
 
     def drop_ports(self, bind: tuple[str, int] | None = None) -> None:
         """Keep this port no longer, or none."""
@@ -12207,24 +12209,24 @@ def _queue(options: argparse.Namespace, verb: str = "", *what: str) -> int:
         raise ConfigError(_QUEUE_VERBS.replace("\n", " "))
     if options.dry_run and verb not in (*FATES, "import", "replay"):
         raise ConfigError(f"--dry-run: queue {verb} has none; nothing was done")
-    since, until = _when(options.since), _when(options.until)
+    since, until, named = _when(options.since), _when(options.until), " ".join(what)
     wanted = Wanted("", 0, "", options.channel, options.reason, since, until)
     if verb == "rekey":
         return _rekey(options)
     if verb == "export-key":
-        return _export_key(options, Path(" ".join(what)))
+        return _export_key(options, Path(named))
     if verb in FATES:
         dead = wanted._replace(kind="dead", whole=verb == "retry" and not what)
         return _decide(options, verb, dead, [int(id_) for id_ in what])
     if verb == "import":
-        return _import(options, Path(" ".join(what)), wanted)
+        return _import(options, Path(named), wanted)
     if verb in ("export", "replay"):
         wanted = wanted._replace(kind=options.kind or ("open" if what else "all"), payload=True, whole=verb == "replay")
-        return _export(options, Path(" ".join(what)), wanted) if what else _replay(options, wanted)
+        return _export(options, Path(named), wanted) if what else _replay(options, wanted)
     if verb == "list":
         wanted = wanted._replace(kind=what[0] if what else "waiting", limit=options.limit)
     elif verb == "find":
-        wanted = wanted._replace(control_id=" ".join(what))
+        wanted = wanted._replace(control_id=named)
     else:
         wanted = wanted._replace(id=int(what[0]), payload=options.payload)
     return _look(options, wanted, verb)
@@ -12324,9 +12326,9 @@ def _replay(options: argparse.Namespace, wanted: Wanted) -> int:
             if message.spool:
                 statuses["left out: images"] += 1
                 continue
-            text, kind = (message.original or b"").decode(message.encoding, "replace"), message.type
+            text = (message.original or b"").decode(message.encoding, "replace")
+            kind = message.type if "/" in message.type else HL7_TYPE
             try:
-                kind = kind if "/" in kind else HL7_TYPE
                 status = 0 if options.dry_run else await fhir.execute(options.to, kind, text)
             except ServerError as error:
                 since = datetime.datetime.fromtimestamp(message.received_at / 1000, datetime.UTC)
@@ -12571,11 +12573,9 @@ def _service(options: argparse.Namespace, verb: str = "", *values: str) -> int:
 
 
 def _run_agent(config: ProcessConfig) -> NoReturn:
-    agent: Agent | None = None
+    agent = Agent(config, sys.stdout)
 
     async def serve() -> None:
-        nonlocal agent
-        agent = Agent(config, sys.stdout)
         _stop_on_signals(agent)
         await agent.run()
 
@@ -12583,12 +12583,12 @@ def _run_agent(config: ProcessConfig) -> NoReturn:
         try:
             runner.run(serve())
         except BaseException as error:
-            if not (agent and (agent.upgrades.on_trial or agent.upgrades.successor)):
+            if not (agent.upgrades.on_trial or agent.upgrades.successor):
                 raise
             reason = error if isinstance(error, AgentError) else type(error).__name__
             agent.upgrades.give_up(f"{VERSION} ended with {reason}")
         sys.stdout.flush()
-        if agent and agent.upgrades.successor:
+        if agent.upgrades.successor:
             agent.upgrades.execute()
         os._exit(0)  # everything is written; a thread that hangs in a dead HTTP connection must not hold the process
 
