@@ -4469,13 +4469,12 @@ class Fhir:
             lifetime = answer.get("expires_in")
             if not isinstance(lifetime, int | float) or lifetime < 2 * TOKEN_MARGIN_SECS:
                 lifetime = math.inf  # the contract ignores expires_in; a sensible one saves a refusal
-            return Token(text, now + lifetime, now + lifetime - TOKEN_MARGIN_SECS)
-        if expires < now:
+            expires = time.time() + lifetime
+        if (left := expires - time.time()) < 0:
             raise ServerError("login failed: Token expired. Is the clock of this machine right?")
         audience = claims.get("cid") or claims.get("client_id")
         if audience is not None and audience != self._settings.clientId:
             raise ServerError("login failed: the token is for another client. Check clientId")
-        left = expires - now
         return Token(text, float(expires), expires - (TOKEN_MARGIN_SECS if left > TOKEN_MARGIN_SECS else left / 2))
 
     async def read(self, reference: str) -> Json:
