@@ -45,6 +45,7 @@ import os
 import platform
 import random
 import re
+import secrets
 import shlex
 import shutil
 import signal
@@ -10145,7 +10146,7 @@ class Operations:
         with suppress(OSError, ValueError):
             self._token = token.read_text("ascii")
         if len(self._token) < 20:
-            self._token = base64.urlsafe_b64encode(os.urandom(18)).decode()
+            self._token = secrets.token_urlsafe(18)
             replace_file(token, self._token.encode())
         with suppress(OSError, ValueError, KeyError, TypeError):
             saved = load_json((self._agent.state_dir / ALARM_FILE).read_bytes())
@@ -11077,8 +11078,11 @@ class Upgrades:
         self._pass_on(True)
         os.environ[HANDOVER] = str(file.fileno())
         with suppress(OSError):
-            os.execv(self.successor[0], [*self.successor[1:], *sys.argv[1:]])
+            self._become()
         self.give_up("it cannot be executed")
+        self._become()
+
+    def _become(self) -> NoReturn:
         os.execv(self.successor[0], [*self.successor[1:], *sys.argv[1:]])
 
     # --- the new program ---
@@ -12013,10 +12017,10 @@ def _health(options: argparse.Namespace) -> int:
     return int(bool(problems))
 
 
-def _asked(options: argparse.Namespace, asked: Json, seconds: float = HTTP_TIMEOUT_SECS) -> Json:
+def _asked(options: argparse.Namespace, asked: Json) -> Json:
     """The running agent's answer; StorageError when none runs."""
     state_dir = _state_dir(options)
-    if (answer := ask_agent(state_dir, asked, seconds)) is None:
+    if (answer := ask_agent(state_dir, asked)) is None:
         raise StorageError(f"no agent runs with the state in {state_dir}")
     return answer
 
