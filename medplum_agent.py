@@ -9735,14 +9735,18 @@ class Doctor:
             return await asyncio.to_thread(handshake)
 
     async def _tls(self) -> bool:
-        """A certificate that cannot be trusted is fetched without trust, to say whose it is."""
+        """The certificate is fetched without trust first, to say whose it is where it cannot be trusted."""
         if self._base.scheme != "https" or self._proxy.scheme == "https":
             return True
+        anyone = ssl.create_default_context()
+        anyone.check_hostname, anyone.verify_mode = False, ssl.CERT_NONE
         try:
-            der = await self._certificate(self._fhir.context)
+            der = await self._certificate(anyone)
             left, issuer = seconds_left(der), issuer_of(der)
-        except ssl.SSLError as error:
-            return await self._distrust(getattr(error, "verify_message", "") or error.reason or str(error))
+            try:
+                await self._certificate(self._fhir.context)
+            except ssl.SSLCertVerificationError as error:
+                return self._distrust(error.verify_message or str(error), left, issuer)
         except (OSError, ValueError, http.client.HTTPException) as error:
             remedy = "Is this an HTTPS port?"
             if "Tunnel" in str(error):  # what http.client says when a proxy refuses
@@ -9752,14 +9756,7 @@ class Doctor:
         text = f"trusted, issued by {issuer}; ends in {duration(left)}"
         return self.say("tls", level, text, "Have the server's certificate renewed.")
 
-    async def _distrust(self, reason: str) -> bool:
-        anyone = ssl.create_default_context()
-        anyone.check_hostname, anyone.verify_mode = False, ssl.CERT_NONE
-        try:
-            der = await self._certificate(anyone)
-            left, issuer = seconds_left(der), issuer_of(der)
-        except (OSError, ValueError, http.client.HTTPException):
-            return self.say("tls", WRONG, reason, "Is this an HTTPS port?")
+    def _distrust(self, reason: str, left: float, issuer: str) -> bool:
         if left < 0:
             text = f"the certificate of {self._host} ended {duration(-left)} ago"
             return self.say("tls", WRONG, text, "Have it renewed; if it is valid, the clock of this machine is wrong.")
@@ -9906,13 +9903,13 @@ class Doctor:
 
     async def _channel(self, channel: ChannelPlan) -> None:
         where = f"channel '{channel.name}'"
-        known = {one["name"]: one for one in self.running.get("channels", ())}
+        is_open = any(one["name"] == channel.name and one["open"] for one in self.running.get("channels", ()))
         if channel.dials and not channel.port:
             usable = sys.platform == "win32" or os.access(channel.host, os.R_OK | os.W_OK)
             text = f"{where}: {channel.host} {'is there' if usable else 'is missing, or this user may not use it'}"
             remedy = "Plug it in; add the agent's user to the group dialout."
             self.say("serial port", FINE if usable else WRONG, text, remedy)
-        elif not channel.dials and known.get(channel.name, {}).get("open"):
+        elif not channel.dials and is_open:
             self.say("port", FINE, f"{where}: {channel.port} is open")
         elif not channel.dials:
             try:
