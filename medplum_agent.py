@@ -196,6 +196,7 @@ STORE_REOPEN_SECS = 5.0  # a store that cannot be opened is tried again
 DOCTOR_SECS = 18.0  # for all checks of `doctor`
 LOOK_SECS = 10.0  # a running agent looks for alarms, and counts, this often
 SERVER_AWAY_SECS = 60.0  # a server that is away for longer is an alarm
+LINE_AWAY_SECS = 60.0  # the same for a serial port, or an instrument that we call
 EXPIRY_DAYS = 14  # a certificate that ends sooner is an alarm
 CLOCK_SECS = 60.0  # a clock that differs more from the server's is an alarm: tokens and times are wrong then
 LOW_DISK_BYTES = 512 * MIB  # less free is an alarm, long before messages are refused
@@ -995,7 +996,8 @@ class DeviceSettings(BytesSettings, TlsSettings):
     defaultReturnAck: str = setting("first", "ACK awaited: `first`: any; `application`: not a CA [first application]")
     connectTimeoutSecs: float = setting(5.0, "Connect time-out: seconds to connect", 0.1)
     ackTimeoutSecs: float = setting(0.0,
-        "ACK time-out: seconds for a whole try; 0: 9 when a caller waits (below its default of 10), else 30", 0)
+        "ACK time-out: seconds for a whole try; 0: 9 when a caller waits (below its default of 10), else 30, or as "
+        "long as an ASTM session takes", 0)
     checkHost: bool = setting(True, "Host check: the device's certificate must name its host", guard=True)
     caFile: str = setting("", "CA file: PEM file of further authorities for the device's certificate")
     endChar: str = setting("", "End character: `tcp://` only: wait for an answer up to this character")
@@ -4272,7 +4274,7 @@ def _trouble_of(error: Exception) -> tuple[str, str]:
 
 
 # =====================================================================================================================
-# FHIR (410 lines, 3500 tokens)
+# FHIR (420 lines, 3500 tokens)
 #
 # The HTTPS side of the server: OAuth2 client-credentials login and FHIR reads (uplink contract 1 and 2). urllib3 does
 # the work in worker threads: pools, proxies, TLS, retries. May touch: HTTPS.
@@ -4465,7 +4467,7 @@ class Fhir:
         if not re.fullmatch("[!-~]+", text):
             raise ServerError("login failed: the token has characters that no header can carry")
         claims = jwt_claims(text)
-        expires, now = claims.get("exp"), time.time()
+        expires = claims.get("exp")
         if not isinstance(expires, int | float):
             lifetime = answer.get("expires_in")
             if not isinstance(lifetime, int | float) or lifetime < 2 * TOKEN_MARGIN_SECS:
@@ -5175,9 +5177,7 @@ class Queue:
         lately = time.monotonic() - self._passed_at < POISON_LATELY_SECS
         return len(others) < (POISONS if lately else 1)
 
-    def bury(
-        self, message: Message, error: str, status: int = 0, *, relay: bool = False, words: str = ""
-    ) -> None:
+    def bury(self, message: Message, error: str, status: int = 0, *, relay: bool = False, words: str = "") -> None:
         """End in a dead letter, and tell a sender that still waits."""
         message.error_code, message.last_error = error, words or _REASONS[error].format(status=status)
         told = self.owner.answer(message, message.response if relay else None, error)
@@ -5244,7 +5244,7 @@ def percentiles(samples: Iterable[int]) -> dict[str, float]:
 
 
 # =====================================================================================================================
-# Uplink (470 lines, 3550 tokens)
+# Uplink (460 lines, 3550 tokens)
 #
 # One WSS connection to the server (uplink contract 3 and 4): connect, heartbeats both ways, forced reconnect when it is
 # silent or never live, full-jitter back-off. websockets does TCP, proxy, TLS, handshake and frames; its receive queue
@@ -5702,7 +5702,7 @@ class Uplink:
 
 
 # =====================================================================================================================
-# Lines (1160 lines, 8450 tokens)
+# Lines (1170 lines, 8450 tokens)
 #
 # One open connection to a device, whoever dialled; each protocol has one class here, which owns its core. A line takes
 # bytes (`receive`), makes messages of them (`intake`), acknowledges when the store says durable (`stored`), writes down
@@ -5936,6 +5936,11 @@ class Line(asyncio.Protocol):
         """Bytes that the encoding does not have: the queue keeps them."""
         if bad := undecodable(content, encoding):
             self.warn_once("bytes", f"{bad} is not {encoding} and goes to the server as U+FFFD: {advice}")
+
+    @property
+    def stable(self) -> bool:
+        """Who took it did not just hang up."""
+        return self.messages > 0 or self._loop.time() - self.opened_at > STABLE_SECS
 
     @property
     def asking(self) -> list[Exchange]:
@@ -6859,7 +6864,7 @@ class AstmLine(StreamLine):
 
 
 # =====================================================================================================================
-# Channels (420 lines, 3300 tokens)
+# Channels (440 lines, 3400 tokens)
 #
 # A channel is a configured name: its plan, its queue, its lines, and the door by which they come, a listener or a
 # dialler. A listener owns a bound port and may change its channel, so that a reload can swap ports without ever
@@ -6900,6 +6905,7 @@ class Channel:
         self._warned_at, self._warnings = -math.inf, 0
         self._watcher: asyncio.TimerHandle | None = None
         self._dialling: asyncio.Task[None] | None = None
+        self.away_since = self.loop.time()  # of one that dials: without a line that held
         if old is None:
             row = self.store.channel(plan.name, plan.key_spec)
             self.queue = Queue(row, plan.policy, self.store, self.uplink, self, self._log)
@@ -7129,14 +7135,22 @@ class Channel:
                 if not line.lost.is_set():
                     self._log.info(f"{where} is open.")
                 await line.lost.wait()
-                stable = line.messages or self.loop.time() - line.opened_at > STABLE_SECS
-                failures, last_reason = (0, "") if stable else (failures + 1, last_reason)
+                if line.stable:
+                    failures, last_reason, self.away_since = 0, "", self.loop.time()
+                else:
+                    failures += 1
             except (OSError, ValueError) as error:
                 failures, reason = failures + 1, str(error) or type(error).__name__
             if reason != last_reason:
                 last_reason = reason
                 self._log.warn(f"{where}: {reason}; trying again.")
             await asyncio.sleep(back_off(failures))
+
+    @property
+    def away_secs(self) -> float:
+        """For how long one that dials has had no line; 0 for any other."""
+        lineless = self.plan.dials and not any(line.stable for line in self.lines.values())
+        return self.loop.time() - self.away_since if lineless else 0
 
     async def _open(self) -> Line:
         line = self.kind(self)
@@ -7850,7 +7864,7 @@ def parse_ping(host: object, body: object) -> tuple[str, int]:
 
 
 # =====================================================================================================================
-# DICOM (1740 lines, 14600 tokens)
+# DICOM (1750 lines, 14650 tokens)
 #
 # Imaging devices (DICOM PS3.4, PS3.7, PS3.8; channel contract 8). `Dimse` is a core like the others: bytes in, events
 # out. Its line runs requests as coroutines; what takes long (fsync, decoding, JSON) goes to a few threads. pydicom and
@@ -9593,7 +9607,7 @@ def _checked_status(answer: Dataset) -> int:
 
 
 # =====================================================================================================================
-# Doctor (410 lines, 3750 tokens)
+# Doctor (400 lines, 3500 tokens)
 #
 # `doctor`: one line a check, in the order in which things can fail, each with what the person who can act has to do.
 # It works beside a running agent, without one, and within one for the cloud. May touch: network, files, serial ports.
@@ -9988,7 +10002,7 @@ def issuer_of(der: bytes) -> str:
 
 
 # =====================================================================================================================
-# Operations (730 lines, 7250 tokens)
+# Operations (730 lines, 7200 tokens)
 #
 # What a person asks of a running agent: status, the queue, alarms, the page and its figures. One `ask` serves the
 # command line (over a socket in the state directory that only the agent's user can open), the page, and the cloud (a
@@ -10193,6 +10207,9 @@ class Operations:
         plan, s = channel.plan, channel.plan.settings
         if not plan.active or channel.queue.paused:
             return
+        away, address = channel.away_secs, plan.address.partition("?")[0]
+        text = f"channel '{name}' has no line to {address} for {duration(away)}: see the log"
+        yield Alarm("line", name, away > LINE_AWAY_SECS, text)
         if expected := s.expectEverySecs:
             came = channel.queue.last_at  # since the start: before it, silence was that of an agent that did not run
             silent = expected_secs(s, max(came, self._started_at) / 1000)
@@ -10710,7 +10727,7 @@ def ask_agent(state_dir: Path, asked: Json, seconds: float = HTTP_TIMEOUT_SECS) 
 
 
 # =====================================================================================================================
-# Upgrade (460 lines, 3900 tokens)
+# Upgrade (470 lines, 3900 tokens)
 #
 # Another version of this program in the place of the running one. What is signed (The Update Framework) is unpacked
 # into versions/<version> beside the installed program, and proves itself beside the running one (--selftest). Then the
@@ -11172,7 +11189,7 @@ class Upgrades:
 
 
 # =====================================================================================================================
-# Agent (680 lines, 5850 tokens)
+# Agent (680 lines, 5800 tokens)
 #
 # Plans become running channels. A reload reads everything, lists every problem, and changes nothing if there is one;
 # otherwise only what differs changes, and untouched channels keep their connections. The life cycle: lock, logs,
@@ -11850,7 +11867,7 @@ def _stack(error: BaseException | None) -> list[str]:
 
 
 # =====================================================================================================================
-# Command line (800 lines, 6900 tokens)
+# Command line (790 lines, 6650 tokens)
 # =====================================================================================================================
 
 _USAGE = """\
@@ -12075,7 +12092,7 @@ def _screen(status: Json) -> Iterator[str]:
     for one in (*status["channels"], *(device | one for one in status["devices"])):
         came = one.get("lastMessageAt", "")
         last = f"{duration((status['now'] - came) / 1000)} ago" if came else "never" if came == 0 else ""
-        address = f"{one['address']}{' TLS' if one['tls'] else ''}{'' if one['open'] else ' CLOSED'}"
+        address = f"{'' if one['open'] else 'CLOSED '}{one['address']}{' TLS' if one['tls'] else ''}"
         depth = [one["waiting"], duration(one["oldestSecs"]) if one["waiting"] else "", one["dead"]]
         rows.append([one["name"], address, one["connections"], one["lastMinute"], one["lastHour"], last, *depth])
     rows = [[str(cell)[:SHOWN_CHARS] for cell in row] for row in rows]
