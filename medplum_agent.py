@@ -62,6 +62,7 @@ import urllib.parse
 import urllib.request
 import uuid
 import warnings
+import weakref
 import zlib
 from asyncio.sslproto import SSLProtocol
 from collections import deque
@@ -129,7 +130,7 @@ def load_json(text: Any) -> Any:
 
 
 # =====================================================================================================================
-# Version, limits (300 lines, 1500 tokens)
+# Version, limits (310 lines, 1550 tokens)
 #
 # Every bound has a name, a unit and a reason. What a site could need to change is a setting instead (next section).
 # =====================================================================================================================
@@ -145,6 +146,7 @@ READ_BYTES = 65_536
 RESOLVE_SECS = 2.0  # to look up the host of an Endpoint address
 MOST_DESCRIPTORS = 65_536  # files and connections at once that we ask the system for, as the packages do
 RESERVED_DESCRIPTORS = 40  # which devices cannot take: for the server, the store, logs, pushes
+WORKERS = 64  # threads at most of the event loop's own pool: a name that is looked up takes one for as long as it hangs
 SOCKET_BACKLOG = 512  # connections waiting for accept(): a whole site reconnecting at once
 BIND_RETRY_SECS = 0.25  # a port held by the agent that we replace is free within moments
 GRACEFUL_CLOSE_SECS = 5.0  # a device connection that is closed by us may finish what is being stored
@@ -273,6 +275,12 @@ LOG_HELD_BYTES = 4 * MIB  # channel log lines in memory; more than this means a 
 EVENT_CHARS = 30_000  # of an event of Windows; its limit is 31,839
 LOG_PAGE_MAX = 1000  # entries of one $fetch-logs
 LOG_BLOCK_BYTES = 64 * KIB  # log files are read backwards in blocks of this size
+
+KEEP_ALIVE = [(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)]  # notice peers that vanish; firewalls shall not forget us
+KEEP_ALIVE += [
+    (socket.IPPROTO_TCP, int(getattr(socket, name)), seconds)
+    for name, seconds in (("TCP_KEEPIDLE", 60), ("TCP_KEEPINTVL", 15), ("TCP_KEEPCNT", 4)) if hasattr(socket, name)
+]  # fmt: skip
 
 T = TypeVar("T")
 Json = dict[str, Any]
@@ -497,7 +505,7 @@ class ServerError(PeerError):
 
 
 # =====================================================================================================================
-# Settings (1080 lines, 7550 tokens)
+# Settings (1100 lines, 7700 tokens)
 #
 # One setting, one row: a field of a frozen dataclass. The parser, the checks, `--settings-schema` and README's tables
 # come from the row. Names are the wire's own (camelCase). Precedence for a channel, field by field: Endpoint address,
@@ -565,7 +573,7 @@ Hours = tuple[frozenset[int], str, str]  # days of the week, where Monday is 0, 
 @cache
 def opening_hours(text: str) -> list[Hours]:
     """Comma-separated `[Mo[-Fr] ]HH:MM-HH:MM`; ValueError names the bad part."""
-    found, day, clock = [], f"({'|'.join(_DAYS)})", r"((?:[01]\d|2[0-4]):[0-5]\d)"
+    found, day, clock = [], f"({'|'.join(_DAYS)})", r"((?:[01]\d|2[0-3]):[0-5]\d|24:00)"
     for part in listed(text):
         match = re.fullmatch(f"(?:{day}(?:-{day})? +)?{clock}-{clock}", part)
         if not match or match[3] >= match[4]:
@@ -1175,7 +1183,7 @@ def resolve_process(
                     else:
                         values[name] = parse_setting(row, found[name])
                 except (OSError, ValueError) as error:
-                    shown = "" if "ecret" in name or "@" in str(found.get(name)) else f" '{found[name]}'"
+                    shown = "" if may_be_secret(name) or "@" in str(found.get(name)) else f" '{found[name]}'"
                     file_shown = f"File {secret_file}" if secret_file else ""
                     reason = f"cannot be read: {error}" if secret_file else error
                     problems[name] = f"{name}{file_shown}{shown} (from {source}) {reason}"
@@ -1410,19 +1418,44 @@ def load_identity(context: ssl.SSLContext, cert_file: str, key_file: str) -> Non
     """Our certificate and its key; OSError."""
     for path in filter(None, (cert_file, key_file)):
         named_file(path)
-    context.load_cert_chain(cert_file, key_file or None)
+
+    def pass_phrase() -> str:  # else OpenSSL asks the terminal for one, and everything waits
+        raise OSError(errno.EINVAL, "the key is encrypted with a pass phrase: store it without, readable for us alone")
+
+    context.load_cert_chain(cert_file, key_file or None, pass_phrase)
+
+
+def der_of(path: str) -> bytes:
+    """The first certificate of a PEM file; OSError, ValueError."""
+    text = named_file(path).decode("ascii", "replace")
+    begin, end = "-----BEGIN CERTIFICATE-----", "-----END CERTIFICATE-----"
+    return ssl.PEM_cert_to_DER_cert(text[text.index(begin) : text.index(end) + len(end)])
+
+
+class HalfClosable(ssl.SSLObject):
+    """TLS with a device that may end its side and still wait for answers (RFC 8446 6.1); asyncio would end both."""
+
+    ended: Callable[[], object] | None = None  # is told
+
+    def read(self, len: int = 1024, buffer: Any = None) -> Any:
+        content = super().read(len, buffer)
+        if content or self.ended is None:
+            return content
+        self.ended()
+        raise ssl.SSLWantReadError
 
 
 def listening_tls(s: ChannelSettings) -> ssl.SSLContext:
     """Our certificate, and who may connect, as the files say now (TLS 1.2 and later, PS3.15 B.12); OSError."""
     context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    context.sslobject_class = HalfClosable
     what = f"certFile {s.certFile}" + (f" with keyFile {s.keyFile}" if s.keyFile else "")
     wanted = "a certificate and its key in PEM"
     try:
         load_identity(context, s.certFile, s.keyFile)
         if s.clientCa:
             what, wanted = f"clientCa {s.clientCa}", "a certificate in PEM"
-            context.load_verify_locations(cadata=named_file(s.clientCa).decode("ascii", "replace"))
+            context.load_verify_locations(cadata=named_file(s.clientCa).decode("ascii", "ignore"))
             context.verify_mode = ssl.CERT_REQUIRED
             context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN  # it may be an intermediate authority
     except ssl.SSLError as error:
@@ -4296,7 +4329,7 @@ def tls_context(ca_file: str) -> ssl.SSLContext:
     if ca_file:
         context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN  # it may be an intermediate authority
         try:
-            context.load_verify_locations(cadata=named_file(ca_file).decode("ascii", "replace"))
+            context.load_verify_locations(cadata=named_file(ca_file).decode("ascii", "ignore"))
         except (OSError, ssl.SSLError, ValueError) as error:
             lasting = isinstance(error, ssl.SSLError | ValueError)
             raise ConfigError(f"caFile {ca_file} holds no usable PEM certificate: {error}", for_good=lasting) from None
@@ -4327,6 +4360,7 @@ def http_pool(url: str, context: ssl.SSLContext) -> urllib3.PoolManager:
     common: Json = {
         "ssl_context": context, "retries": http_retries(429), "timeout": timeout, "maxsize": REQUESTS,
         "blocksize": TRANSFER_BLOCK_BYTES,
+        "socket_options": [(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1), *KEEP_ALIVE],
     }  # fmt: skip
     proxy = proxy_for(url)
     if not proxy:
@@ -5522,8 +5556,8 @@ class Uplink:
         """An answer to a message that is not in memory: a dead letter, or one sent before a restart."""
         message = await self.store.message(message_id) if self.store else None
         for queue in self.queues:
-            if message is not None and queue.row.id == message.channel and message_id not in queue.window:
-                queue.answered(message, attempt, status, body)
+            if message is not None and queue.row.id == message.channel:
+                queue.answered(queue.window.get(message_id, message), attempt, status, body)
 
     def _without_callback(self, answer: Json, status: int, body: object) -> None:
         """Old servers leave it out: match MSA-2 with a message in flight, else pass it to the device named."""
@@ -5702,7 +5736,7 @@ class Uplink:
 
 
 # =====================================================================================================================
-# Lines (1170 lines, 8450 tokens)
+# Lines (1170 lines, 8500 tokens)
 #
 # One open connection to a device, whoever dialled; each protocol has one class here, which owns its core. A line takes
 # bytes (`receive`), makes messages of them (`intake`), acknowledges when the store says durable (`stored`), writes down
@@ -5856,12 +5890,9 @@ async def within(name: str, seconds: float, *, patient: bool = False) -> AsyncIt
 
 
 def set_device_options(sock: socket.socket) -> None:
-    """No Nagle (CA followed by AA would wait 40 ms for a delayed TCP ACK); notice devices that vanish."""
-    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    for name, seconds in (("TCP_KEEPIDLE", 60), ("TCP_KEEPINTVL", 15), ("TCP_KEEPCNT", 4)):
-        if hasattr(socket, name):
-            sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), seconds)
+    """No Nagle (CA followed by AA would wait 40 ms for a delayed TCP ACK)."""
+    for option in ((socket.IPPROTO_TCP, socket.TCP_NODELAY, 1), *KEEP_ALIVE):
+        sock.setsockopt(*option)
 
 
 class Unfinished:
@@ -6003,6 +6034,9 @@ class Line(asyncio.Protocol):
         if (sock := transport.get_extra_info("socket")) is not None:
             set_device_options(sock)
             self.descriptor = sock.fileno()
+        if isinstance(tls := transport.get_extra_info("ssl_object"), HalfClosable):
+            end = weakref.WeakMethod(self.tls_ended)  # without a circle, which would hold the buffers
+            tls.ended = lambda: (ended := end()) and asyncio.get_running_loop().call_soon(ended)
         if peer := transport.get_extra_info("peername"):
             self.host, self.remote = peer[0], f"{peer[0]}:{peer[1]}"
         else:  # a serial port
@@ -6040,6 +6074,10 @@ class Line(asyncio.Protocol):
         """A device may end its side first and still wait for answers (RFC 9293 3.6)."""
         self.ended = True
         return bool(self.pending or self.awaiting or self._delayed or self._outbox)
+
+    def tls_ended(self) -> None:
+        if not (self.ended or self.eof_received()) and self.attached:
+            self._transport.close()
 
     def pause_writing(self) -> None:
         self._unread_at = self._loop.time()
@@ -6864,7 +6902,7 @@ class AstmLine(StreamLine):
 
 
 # =====================================================================================================================
-# Channels (440 lines, 3400 tokens)
+# Channels (460 lines, 3550 tokens)
 #
 # A channel is a configured name: its plan, its queue, its lines, and the door by which they come, a listener or a
 # dialler. A listener owns a bound port and may change its channel, so that a reload can swap ports without ever
@@ -6901,6 +6939,8 @@ class Channel:
         self.held: dict[int, tuple[float, Message, str]] = {}  # answers that wait for their instrument, and until when
         self.pushed: deque[str] = deque(maxlen=PUSHED_IDS)  # control ids of pushes to connected devices, the last ones
         self.tls: ssl.SSLContext | None = None
+        self.certificate = b""  # that devices are shown, in DER
+        self.handshakes: list[Handshake] = []  # under way
         self._log, self._channel_log = parts.log, parts.channel_log
         self._warned_at, self._warnings = -math.inf, 0
         self._watcher: asyncio.TimerHandle | None = None
@@ -6939,6 +6979,9 @@ class Channel:
         """Read the certificate files, which may have been renewed: at the start, and at every reload."""
         try:
             self.tls = listening_tls(self.plan.settings) if self.plan.settings.tls else None
+            self.certificate = b""
+            with suppress(ValueError):  # of a kind that has no end for us
+                self.certificate = der_of(self.plan.settings.certFile) if self.tls else b""
         except OSError as error:
             self._log.error(f"Channel '{self.plan.name}': its certificate cannot be read: {error}.")
 
@@ -7156,7 +7199,8 @@ class Channel:
         line = self.kind(self)
         if self.plan.port:
             async with asyncio.timeout(CONNECT_TIMEOUT_SECS):
-                await self.loop.create_connection(lambda: line, self.plan.host, self.plan.port)
+                where = self.plan.host, self.plan.port
+                await self.loop.create_connection(lambda: line, *where, happy_eyeballs_delay=HAPPY_SECS)
             return line
         import serialx  # only where a serial port is used
 
@@ -7235,26 +7279,45 @@ class Listener:
 class Handshake(SSLProtocol):
     """TLS with a device. Who is not wanted is turned away before it; why one that is does not come through is said."""
 
+    max_size = READ_BYTES  # of the buffers of each connection
+
     def __init__(self, channel: Channel, tls: ssl.SSLContext):
         self._channel, self._line = channel, channel.kind(channel)
+        self._host = ""
         options: Any = {"server_side": True, "ssl_handshake_timeout": channel.plan.settings.handshakeTimeoutSecs}
         super().__init__(channel.loop, self._line, tls, cast(Any, None), **options)
 
+    @property
+    def under_way(self) -> bool:
+        return bool(self._host) and not self._line.remote
+
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Of too many handshakes at once the oldest goes: each takes memory before its device has said a word."""
         super().connection_made(cast(Any, transport))
-        self._host = transport.get_extra_info("peername")[0]
-        if self._channel.refuses(self._host, transport.get_extra_info("socket").fileno()):
-            self._host = ""
-            cast(asyncio.Transport, transport).abort()
+        self.below, channel = cast(asyncio.Transport, transport), self._channel
+        host = transport.get_extra_info("peername")[0]
+        if channel.refuses(host, transport.get_extra_info("socket").fileno()):
+            self.below.abort()
+            return
+        self._host = host
+        channel.handshakes = [one for one in channel.handshakes if one.under_way]
+        if len(channel.handshakes) >= channel.room:
+            channel.handshakes.pop(0).below.abort()
+        channel.handshakes.append(self)
+
+    def eof_received(self) -> Any:
+        return True if self._line.remote and self._line.eof_received() else super().eof_received()
 
     def connection_lost(self, error: BaseException | None) -> None:
-        if isinstance(error, ssl.SSLError | ConnectionAbortedError) and self._host and not self._line.remote:
+        if isinstance(error, ssl.SSLError | ConnectionAbortedError) and self.under_way:
             words = _HANDSHAKES.get(getattr(error, "reason", ""), "")
             if isinstance(error, ConnectionAbortedError):
                 words = f"no handshake within {self._channel.plan.settings.handshakeTimeoutSecs:g} s"
             reason = f"TLS failed: {words}" if words else os_reason(error)
             self._channel.warn(f"{self._host} could not connect: {reason}")
         super().connection_lost(error)
+        self._host = ""
+        del self._line  # which has a way back to here
 
 
 class TurnAway(asyncio.Protocol):
@@ -7288,7 +7351,7 @@ def bind_sockets(host: str, port: int, addresses: set[tuple[int, Any]], log: Log
 def _bind_address(family: int, address: Any, count: int) -> socket.socket | None:
     """One address of a host; of several (localhost is 127.0.0.1 and ::1) some may not exist here."""
     try:
-        return socket.create_server(address[:2], family=family)
+        return socket.create_server(address, family=family)  # with the zone of a link-local one
     except OSError as error:
         if count > 1 and error.errno == errno.EADDRNOTAVAIL and family == socket.AF_INET6:
             return None
@@ -7296,7 +7359,7 @@ def _bind_address(family: int, address: Any, count: int) -> socket.socket | None
 
 
 # =====================================================================================================================
-# Devices (570 lines, 4500 tokens)
+# Devices (580 lines, 4500 tokens)
 #
 # From the cloud to the device. A push that somebody waits for is tried once and answered within the caller's window.
 # One that nobody waits for is stored first, and then tried in order until the device accepts it or it becomes a dead
@@ -7521,8 +7584,8 @@ class Device:
         self.encoding = target.settings.encoding
         if target.is_dicom:
             async with within(self.name, seconds):
-                await self._devices.addresses(target)
-            return await self._devices.imaging(push, DICOM_PUSH_SECS if patient else seconds)
+                addresses = await self._devices.addresses(target)
+            return await self._devices.imaging(push, addresses, DICOM_PUSH_SECS if patient else seconds)
         started = now_ms()
         self.users += 1
         try:
@@ -7659,6 +7722,11 @@ class Device:
         return False  # nobody waits for a stored push
 
 
+def _zoned(host: str, port: int, flow: int = 0, zone: int = 0) -> tuple[str, int]:
+    """A socket's address as host and port: the zone of a link-local one is a part of the host (RFC 4007 11)."""
+    return f"{host}%{zone}" if zone and "%" not in host else host, port
+
+
 class Devices:
     """All devices that were pushed to."""
 
@@ -7670,7 +7738,7 @@ class Devices:
         self.store, self.log, self.channel_log = parts.store, parts.log, parts.channel_log
         self._channels = channels
         self._devices: dict[str, Device] = {}
-        self.imaging: Callable[[Push, float], Awaitable[str]]  # sends to dicom:// addresses
+        self.imaging: Callable[[Push, Sequence[tuple[str, int]], float], Awaitable[str]]  # sends to dicom:// addresses
 
     def configure(self, plan: Plan) -> None:
         """New settings, and certificates as the files are now; connections in use are left alone."""
@@ -7694,7 +7762,7 @@ class Devices:
         except ValueError:
             found = await asyncio.get_running_loop().run_in_executor(self._lookups, look_up)
         allowed = push_targets(self.allowed)
-        addresses = list(dict.fromkeys((str(address[0]), int(address[1])) for *_, address in found))
+        addresses = list(dict.fromkeys(_zoned(*address) for *_, address in found))
         if allowed and not all(any(one.holds(target.scheme, *address) for one in allowed) for address in addresses):
             raise DeviceError(f"{target.key} is not among pushTargets of agent.toml", "device-rejected")
         return addresses
@@ -7864,7 +7932,7 @@ def parse_ping(host: object, body: object) -> tuple[str, int]:
 
 
 # =====================================================================================================================
-# DICOM (1750 lines, 14650 tokens)
+# DICOM (1790 lines, 15000 tokens)
 #
 # Imaging devices (DICOM PS3.4, PS3.7, PS3.8; channel contract 8). `Dimse` is a core like the others: bytes in, events
 # out. Its line runs requests as coroutines; what takes long (fsync, decoding, JSON) goes to a few threads. pydicom and
@@ -8556,8 +8624,15 @@ def check_whole(file: BinaryIO, start: int, syntax: str) -> None:
 class Sender:
     """Requests to one application entity, over associations made as they need them; used in a thread."""
 
-    def __init__(self, entity: AE, peer: Peer, title: str, tls: tuple[ssl.SSLContext, str] | None = None):
-        self._associate = partial(entity.associate, peer.host, peer.port, ae_title=title, tls_args=tls)
+    def __init__(
+        self, entity: AE, peer: Peer, title: str, tls: tuple[ssl.SSLContext, str] | None = None,
+        addresses: Sequence[tuple[str, int]] = (),
+    ):  # fmt: skip
+        """`addresses` are those of the peer, where they are known."""
+        self._entity, self._peer, self._addresses, self._tls = entity, peer, addresses, tls
+        self._connect_secs = cast(float, entity.connection_timeout)
+        limited = [(pynetdicom.evt.EVT_CONN_OPEN, _in_time)]
+        self._options: Json = {"ae_title": title, "tls_args": tls, "evt_handlers": limited}
         self._association: Association | None = None
         self._contexts: dict[tuple[str, ...], Any] = {}  # SOP class, syntaxes
         self.problem: DeviceError | None = None  # the peer cannot be associated with: nothing more is tried
@@ -8594,12 +8669,14 @@ class Sender:
             self._contexts.clear()
         for sop_class, *syntaxes in contexts:
             self._contexts[sop_class, *syntaxes] = pynetdicom.build_context(sop_class, syntaxes or None)
+        began = time.monotonic()
         self._association = made = self._associate(contexts=list(self._contexts.values()), **options)
         if made.is_established:
             return made
         answer, kind = cast(Any, made.acceptor.primitive), "device-error"  # whoever answers may be mended by a person
         if answer is None:
-            reason, kind = "it cannot be reached", "device-unreachable"
+            why = self._unreachable() if time.monotonic() - began < self._connect_secs / 2 else "it does not answer"
+            reason, kind = f"it cannot be reached: {why}", "device-unreachable"
         elif made.is_rejected:
             reason = f"the association was rejected: {answer.reason_str}"
         elif made.rejected_contexts and not made.accepted_contexts:
@@ -8612,9 +8689,39 @@ class Sender:
             self.problem = problem
         raise problem
 
+    def _associate(self, **options: Any) -> Association:
+        """With the first of its addresses that takes it; they share the time to connect."""
+        try:
+            find = partial(socket.getaddrinfo, *self._peer, type=socket.SOCK_STREAM)
+            self._addresses = self._addresses or [_zoned(*address) for *_, address in find()]
+        except OSError as error:
+            raise DeviceError(f"it cannot be reached: {os_reason(error)}", "device-unreachable") from None
+        self._entity.connection_timeout = self._connect_secs / len(self._addresses)
+        made: Association | None = None
+        for host, port in self._addresses:
+            made = self._entity.associate(host, port, **self._options, **options)
+            if cast(Any, made.acceptor.primitive) is not None:
+                break
+        return cast("Association", made)
+
+    def _unreachable(self) -> str:
+        """Why there is no connection, which pynetdicom keeps to itself."""
+        try:
+            with socket.create_connection(self._addresses[-1], self._connect_secs) as sock, ExitStack() as stack:
+                if self._tls:
+                    stack.enter_context(self._tls[0].wrap_socket(sock, server_hostname=self._tls[1]))
+            return "it hangs up"
+        except OSError as error:
+            return os_reason(error)
+
     def release(self) -> None:
         if self._association is not None:
             self._association.release()
+
+
+def _in_time(event: Any) -> None:
+    """A peer that stops in the middle of a PDU, or of reading one, must not hold its thread for ever."""
+    event.assoc.dul.socket.socket.settimeout(event.assoc.network_timeout)
 
 
 # --- the line --------------------------------------------------------------------------------------------------------
@@ -8678,7 +8785,6 @@ class DicomLine(Line):
 
     owner: DicomChannel
     gives_way = True
-    inside = False
 
     def __init__(self, owner: DicomChannel):
         super().__init__(owner)
@@ -8701,7 +8807,8 @@ class DicomLine(Line):
             self.pause("others")
             self._loop.call_at(until, self.resume, "others")
         events, answer = self.core.receive(received)
-        self.inside = self.core.inside
+        if events:  # a large PDU over a slow line is no device that stopped
+            self._begun_at = 0.0
         if answer:
             self.send(answer)
         steps: dict[type[DimseEvent], Callable[..., None]] = {
@@ -9532,8 +9639,8 @@ class ImagingCaller:
             raise ValueError(f"model '{request.get('model')}' is unknown: use {', '.join(_QUERY_ROOTS)} or WORKLIST")
         return f"{root}.{_QUERY_COMMANDS[request['command']]}"
 
-    async def __call__(self, push: Push, seconds: float) -> str:
-        """Perform the request; its answer as JSON, or DeviceError, within `seconds`."""
+    async def __call__(self, push: Push, addresses: Sequence[tuple[str, int]], seconds: float) -> str:
+        """Perform the request at one of these addresses; its answer as JSON, or DeviceError, within `seconds`."""
         await load_imaging()
         request, key, file = self.check(push), push.target.key, None
         threads = self._stored if seconds >= DICOM_PUSH_SECS else self._awaited
@@ -9550,20 +9657,24 @@ class ImagingCaller:
                     if file.error:
                         raise DeviceError(f"{reference}: {file.error}", "device-error")
                 loop = asyncio.get_running_loop()
-                answer = await loop.run_in_executor(threads, self._perform, push.target, request, file, seconds)
+                work = partial(self._perform, push.target, addresses, request, file, seconds)
+                answer = await loop.run_in_executor(threads, work)
             return dump_json({"command": request["command"], **answer}).decode()
         finally:
             if file is not None:
                 file.discard()
 
-    def _perform(self, target: Target, request: Json, file: SpoolFile | None, seconds: float) -> Json:
+    def _perform(
+        self, target: Target, addresses: Sequence[tuple[str, int]], request: Json, file: SpoolFile | None,
+        seconds: float,
+    ) -> Json:  # fmt: skip
         """In a thread: the association and the request."""
         s, key = target.settings, target.key
         entity = pynetdicom.AE(s.callingAeTitle)
         entity.connection_timeout, entity.acse_timeout = s.connectTimeoutSecs, min(seconds, DIMSE_SECS)
         entity.dimse_timeout = entity.network_timeout = seconds
         tls = (device_tls(target, self._log), target.host) if s.tls else None
-        sender = Sender(entity, Peer(target.host, target.port), target.path, tls)
+        sender = Sender(entity, Peer(target.host, target.port), target.path, tls, addresses)
         try:
             if file is None:
                 return self._query(sender, request)
@@ -9607,7 +9718,7 @@ def _checked_status(answer: Dataset) -> int:
 
 
 # =====================================================================================================================
-# Doctor (400 lines, 3500 tokens)
+# Doctor (390 lines, 3450 tokens)
 #
 # `doctor`: one line a check, in the order in which things can fail, each with what the person who can act has to do.
 # It works beside a running agent, without one, and within one for the cloud. May touch: network, files, serial ports.
@@ -9724,7 +9835,7 @@ class Doctor:
             return self.say("name", WRONG, f"the name {host} of {whose} cannot be resolved", remedy)
         try:
             async with asyncio.timeout(3):
-                _, writer = await asyncio.open_connection(host, port)
+                _, writer = await asyncio.open_connection(host, port, happy_eyeballs_delay=HAPPY_SECS)
                 writer.close()
             return self.say("tcp", FINE, f"{host}:{port} can be reached")
         except TimeoutError:
@@ -9738,10 +9849,11 @@ class Doctor:
         """The server's, through the proxy if there is one; OSError, HTTPException."""
 
         def handshake() -> bytes:
-            with closing(http.client.HTTPConnection(*self._hop, timeout=CONNECT_TIMEOUT_SECS)) as connection:
+            with closing(http.client.HTTPConnection(*self._hop, timeout=2)) as connection:  # for each address
                 if self._proxy.hostname:
                     connection.set_tunnel(self._host, self._port, proxy_login(self._proxy))
                 connection.connect()
+                connection.sock.settimeout(CONNECT_TIMEOUT_SECS)
                 with context.wrap_socket(connection.sock, server_hostname=self._host) as sock:
                     return sock.getpeercert(True) or b""
 
@@ -9971,13 +10083,6 @@ class Doctor:
         level = WRONG if free < DISK_RESERVE_BYTES else DOUBTFUL if free < LOW_DISK_BYTES else FINE
         text = f"{folder}: {free // MIB} MiB free, fsync {sorted(took)[2]:.1f} ms"
         self.say(name, level, text, "Free space on that disk.")
-
-
-def der_of(path: str) -> bytes:
-    """The first certificate of a PEM file; OSError, ValueError."""
-    text = named_file(path).decode("ascii", "replace")
-    begin, end = "-----BEGIN CERTIFICATE-----", "-----END CERTIFICATE-----"
-    return ssl.PEM_cert_to_DER_cert(text[text.index(begin) : text.index(end) + len(end)])
 
 
 # Of a certificate, from and to (RFC 5280 4.1.2.5); its issuer stands before that
@@ -10216,10 +10321,12 @@ class Operations:
             text = f"channel '{name}' has been silent for {duration(silent or 0)}"
             holds = True if silent and silent > expected else False if now_ms() - came < 1000 * expected else None
             yield Alarm("silent", name, holds, text)
-        if s.tls:
+        if channel.certificate:
             with suppress(OSError, ValueError):
-                left = seconds_left(der_of(s.certFile))
-                text = f"channel '{name}': its certificate {f'ends in {duration(left)}' if left > 0 else 'has ended'}"
+                left, renewed = seconds_left(channel.certificate), der_of(s.certFile) != channel.certificate
+                ends = f"ends in {duration(left)}" if left > 0 else "has ended"
+                advice = "; its file was renewed: reload the configuration" if renewed else ""
+                text = f"channel '{name}': its certificate {ends}{advice}"
                 yield Alarm("certificate", name, left < EXPIRY_DAYS * 86_400, text, left < 0)
 
     def _owner(self, name: str) -> str:
@@ -10261,7 +10368,10 @@ class Operations:
         stamp = f"{utc_text('%Y-%m-%dT%H:%M:%S', at)}Z"
         head = f"<{16 * 8 + severity}>1 {stamp} {socket.gethostname()} medplum-agent {os.getpid()} alarm -"
         line = f"{head} \ufeff{text}".encode()
-        _, writer = await asyncio.open_connection(url.hostname, url.port or 6514, ssl=self._agent.fhir.context)
+        context = self._agent.fhir.context
+        _, writer = await asyncio.open_connection(
+            url.hostname, url.port or 6514, ssl=context, happy_eyeballs_delay=HAPPY_SECS
+        )
         with closing(writer):
             writer.write(b"%d %b" % (len(line), line))
             await writer.drain()
@@ -11239,6 +11349,7 @@ class Agent:
         asyncio.get_running_loop().set_exception_handler(self._loop_failed)
         try:
             settings = self.config.settings
+            asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(WORKERS, "worker"))
             self.fhir = Fhir(settings)
             self.uplink = Uplink(settings, self.fhir, self.log, self._message)
             await self.operations.open()
@@ -11418,7 +11529,7 @@ class Agent:
         """What a reload would do now, in words; nothing is changed."""
         plan, problems = await self._planned()
         for one in _listening(plan):
-            if one.bind not in self.listeners:
+            if one.port not in {bind[1] for bind in self.listeners}:  # what is ours makes way
                 try:
                     (await Listener.open(one.bind, self.log)).close()
                 except OSError as error:

@@ -309,3 +309,19 @@ def test_a_request_that_drips_is_closed(here):
         for byte in b"\1\0\0\0\0\xd0\0\1" + b"x" * 15:
             sock.sendall(bytes([byte]))
             time.sleep(0.3)
+
+
+def test_an_object_over_a_slow_line_is_no_device_that_stopped(tmp_path):
+    """frameTimeoutSecs is about a connection that stops. Over a line that brings 3 MB a minute a PDU is never whole
+    when a piece ends, and an object that took longer than 60 s was cut off in the middle."""
+    command = command_set({2: SECONDARY, 0x0100: 1, 0x0110: 1, 0x0700: 0, 0x0800: 1, 0x1000: "1.2.3"})
+    with imaging_site(tmp_path, {"SLOW": "dicom://127.0.0.1:{port}?frameTimeoutSecs=0.5"}) as here:
+        with Scu(here.ports["SLOW"], [(SECONDARY, (EXPLICIT,))]) as scu:
+            (context,) = scu.accepted.values()
+            pieces = [(3, command), *[(0, bytes(16_000))] * 15]
+            values = [struct.pack(">IBB", len(content) + 2, context, flags) + content for flags, content in pieces]
+            sent = b"".join(struct.pack(">BxI", 4, len(one)) + one for one in values)  # PS3.8 9.3.5
+            for at in range(0, len(sent), 5003):  # never at the end of a PDU
+                scu.socket.sendall(sent[at : at + 5003])
+                time.sleep(0.05)  # the line
+        assert b"middle of a message" not in here.agent.main_log()

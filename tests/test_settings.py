@@ -862,3 +862,18 @@ def test_schemes_of_addresses_have_no_case(address: str, wanted: str) -> None:
     """RFC 3986 3.1; the rest of an address stays as it is."""
     found, same = (ma.channel_plan("A", {"address": one}, {}, []) for one in (address, wanted))
     assert found == same and found.address == wanted
+
+
+def test_what_may_hold_a_secret_is_not_shown_when_it_is_wrong(tmp_path: Path) -> None:
+    """Somebody pasted the key itself: it must not stand in the journal."""
+    path = tmp_path / "agent.toml"
+    path.write_text("storeKey = 'hunter2hunter2'\n")
+    with pytest.raises(ma.ConfigError, match="storeKey") as caught:
+        ma.resolve_process(["https://x/", "a", "b", "c"], {}, {}, str(path))
+    assert "hunter2" not in str(caught.value)
+
+
+def test_no_clock_shows_24_30() -> None:
+    with pytest.raises(ValueError, match="needs the form"):
+        ma.opening_hours("22:00-24:30")
+    assert ma.opening_hours("22:00-24:00")
