@@ -2964,7 +2964,7 @@ class Message:
     seq_no: int | None = None
     session: str | None = None  # of an ASTM message: its frames in `partial` are replaced by it
     return_ack: str | None = None  # of a push: the ACK that completes it
-    mode: Any = None  # how its sender is answered, where a reload has changed that
+    mode: Any = None  # the settings by which its sender is answered, if it was sent again under others
     spool: str | None = None  # of an image: its file, which is uploaded before the message is sent
     prepared: bool = True  # nothing has to happen before it can be sent
     received_at: int = 0
@@ -3333,7 +3333,7 @@ class Store:
         self._disk_at, self._low = 0.0, False
         self._uncommitted_bytes = self._uncommitted = 0
         self._lazy: asyncio.TimerHandle | None = None
-        self._next_id = 1
+        self.next_id = 1  # of the next message
         self._reach = 0  # row numbers below it are reserved
         self._opened = asyncio.Event()
         self._reader = ThreadPoolExecutor(1, "store-reader")
@@ -3372,8 +3372,8 @@ class Store:
             message.refusal = reason
             self._loop.call_soon(self._release, [message])
             return
-        message.id = self._next_id
-        self._next_id += 1
+        message.id = self.next_id
+        self.next_id += 1
         self._uncommitted += 1
         self._uncommitted_bytes += message.size
         self._inbox.append(message)
@@ -3413,7 +3413,7 @@ class Store:
         """Little waits and the disk has lately been quick: no thread is waited for."""
         self._soon = False
         light = len(self._inbox) <= COMMIT_HERE_ITEMS and self._uncommitted_bytes <= COMMIT_HERE_BYTES
-        light &= not self._suspect and self._next_id <= self._reach  # to reserve numbers is a file more to sync
+        light &= not self._suspect and self.next_id <= self._reach  # to reserve numbers is a file more to sync
         if light and self._turn.acquire(blocking=False):
             try:
                 if not any(type(item) is _Call for item in self._inbox) and self._begins_here():
@@ -3643,7 +3643,7 @@ class Store:
                     self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
                 self._db.close()
                 self._db = None
-                self._remember(self._next_id)
+                self._remember(self.next_id)
 
     def _write_next(self, db: Database) -> None:
         """What waits; and what the loop's thread leaves to this one."""
@@ -3946,8 +3946,8 @@ class Store:
             known, _, high = beside(self.path, ".high").read_text("ascii").partition(" ")
         reached = int(high) if known == seed and high.isdecimal() else 0
         self._seed, self.uuid = seed, f"{seed[:8]}-{seed[8:12]}-4{seed[12:15]}-a{seed[15:18]}"
-        self._next_id = max(self._next_id, last + 1, reached)
-        self._remember(self._next_id + RESERVED_IDS)
+        self.next_id = max(self.next_id, last + 1, reached)
+        self._remember(self.next_id + RESERVED_IDS)
         if not self.spool.prefix:
             spooled = f"SELECT spool FROM message WHERE spool IS NOT NULL AND state <> {PROCESSED}"
             for (name,) in db.rows(f"{spooled} AND spool NOT LIKE '%#%'") if self.spool.cipher else ():
@@ -6340,7 +6340,6 @@ class Hl7Line(MllpLine):
         self.core.limit, self.encoding = self.settings.maxMessageBytes, codec_of(self.settings.encoding)
         self._held_back = held_back(self.settings)
         self._owes_answer = not self._held_back.issuperset(("AA", "AE"))  # the Bot's
-        self._mode = self.settings, self._held_back, self._owes_answer
         self._fixed = "encoding" in self.owner.plan.given
         self._window_ms = round(self.settings.duplicateWindowHours * 3_600_000)
         if self._delayed:
@@ -6426,7 +6425,7 @@ class Hl7Line(MllpLine):
         message.key = ordering_key(text, header, owner.plan.key_spec)
         if message.control_id and settings.duplicateBehavior != "accept":
             self._check_repetition(header, message, content)
-        message.assign, message.mode = settings.assignSeqNo, self._mode
+        message.assign = settings.assignSeqNo
         message.source = partial(self.stored, header)
         self.pending += 1
         owner.store.put(message)
@@ -6488,7 +6487,7 @@ class Hl7Line(MllpLine):
         else:
             self._acknowledge(header, "A")
             if self._owes_answer and not is_ack(message.type):
-                self.awaiting[message.id] = self._mode
+                self.awaiting[message.id] = self.settings
             self.owner.queue.stored(message)
 
     # --- repetitions (channel contract 5.3) ---
@@ -6533,8 +6532,8 @@ class Hl7Line(MllpLine):
     def _claim(self, row: Message) -> None:
         """The answer goes to the connection that asked last."""
         if self._owes_answer:
-            self.awaiting[row.id] = self._mode
-        row.mode = self._mode
+            self.awaiting[row.id] = self.settings
+        row.mode = self.settings
         if row.remote != self.remote or row.outcome != PENDING:
             old = self.owner.lines.get(row.remote)
             if old is not None and old is not self:
@@ -6556,7 +6555,8 @@ class Hl7Line(MllpLine):
         """The Bot's HL7 as the mode lets it through; else, in original mode, botErrorAck or botEmptyAck."""
         if is_ack(message.type):
             return True
-        settings, held_back, owes_answer = self.awaiting.get(message.id) or message.mode or self._mode
+        settings = self.awaiting.get(message.id) or message.mode or self.owner.settings_at(message.id)
+        held = self._held_back if settings is self.settings else held_back(settings)
         self.not_owed(message)
         if message.outcome == DELIVERED and not settings.enhanced:
             return True  # it heard that this has failed; another answer would be taken for that of its next message
@@ -6564,8 +6564,8 @@ class Hl7Line(MllpLine):
         if not text:
             if body and not error and not str(body).startswith(BOT_LOG):
                 self.warn_once("body", "the Bot returned something that is no HL7: the device gets botEmptyAck for it")
-            return self._own_answer(message, error, settings, owes_answer)
-        if ack and ack.code in held_back:
+            return self._own_answer(message, error, settings, not held.issuperset(("AA", "AE")))
+        if ack and ack.code in held:
             return True
         if not self.attached:
             gone = "the device is not connected any more; its answer is kept for a repetition"
@@ -6813,7 +6813,8 @@ class AstmLine(StreamLine):
             self.session = self.session or uuid.uuid4().hex
             self.sessions.add(self.session)
             self._frames += 1
-            content = frame.content if frame.end == ETB else frame.content + b"\r"  # which not all of them send
+            ended = frame.end == ETB or frame.content.endswith(b"\r")  # not all end their records so
+            content = frame.content if ended else frame.content + b"\r"
             await store.keep_frame(self.owner.queue.row, self.session, self._frames, self.remote, content)
         except StorageError as error:
             self.owner.warn(f"{self.remote}: {error}; its frame is refused with NAK")
@@ -6902,7 +6903,7 @@ class AstmLine(StreamLine):
 
 
 # =====================================================================================================================
-# Channels (460 lines, 3550 tokens)
+# Channels (470 lines, 3700 tokens)
 #
 # A channel is a configured name: its plan, its queue, its lines, and the door by which they come, a listener or a
 # dialler. A listener owns a bound port and may change its channel, so that a reload can swap ports without ever
@@ -6945,6 +6946,10 @@ class Channel:
         self._warned_at, self._warnings = -math.inf, 0
         self._watcher: asyncio.TimerHandle | None = None
         self._dialling: asyncio.Task[None] | None = None
+        # the settings that it had, and from which message on: who was told AA by one must not hear it again by the next
+        self._settings_from: list[tuple[int, ChannelSettings]] = [(0, plan.settings)]
+        if old is not None and type(old.plan.settings) is type(plan.settings):
+            self._settings_from = old._settings_from
         self.away_since = self.loop.time()  # of one that dials: without a line that held
         if old is None:
             row = self.store.channel(plan.name, plan.key_spec)
@@ -6968,12 +6973,21 @@ class Channel:
     def replan(self, plan: ChannelPlan) -> None:
         """New settings without losing what is under way."""
         self.plan = plan
+        first, before = self._settings_from.pop()
+        if before != plan.settings:
+            self._settings_from.append((first, before))
+            first = self.store.next_id
+        self._settings_from.append((first, plan.settings))
         self.store.channel(plan.name, plan.key_spec)
         self.queue.owner, self.queue.policy, self.queue.paused = self, plan.policy, False
         self.renew_identity()
         for line in list(self.lines.values()):
             line.replan()
         self.queue.pump()
+
+    def settings_at(self, message_id: int) -> Any:
+        """Under which a message was taken; for one of before the start, those of the start."""
+        return next(settings for first, settings in reversed(self._settings_from) if first <= message_id)
 
     def renew_identity(self) -> None:
         """Read the certificate files, which may have been renewed: at the start, and at every reload."""

@@ -6,7 +6,19 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from tests.instruments import ACK, ENQ, EOT, Instrument, body_of, frames_of, of
-from tests.support import Receiver, accepts, ack_text, bot, control_id, eventually, free_ports, message, setting, site
+from tests.support import (
+    Receiver,
+    accepts,
+    ack_text,
+    bot,
+    changed,
+    control_id,
+    eventually,
+    free_ports,
+    message,
+    setting,
+    site,
+)
 from tests.test_upgrade import Installed
 
 ANALYZER = "tcp://127.0.0.1:{port}?mode=astm"
@@ -190,8 +202,14 @@ def test_who_sent_in_original_mode_hears_the_bot_s_answer_after_a_reload_to_aa(t
         assert device.ack() == ("AA", "OWED")
 
 
-def test_who_was_told_aa_hears_it_once_after_a_reload_to_original_mode(tmp_path):
-    with site(tmp_path, {"A": "?enhanced=aa"}) as here, here.device("A") as device:
+@pytest.mark.parametrize("slow", ["", "m.Queue._load = slow"], ids=["", "read back from disk"])
+def test_who_was_told_aa_hears_it_once_after_a_reload_to_original_mode(tmp_path, slow):
+    with site(tmp_path, {"A": "?enhanced=aa"}, start=False) as here, contextlib.ExitStack() as stack:
+        late = "load = m.Queue._load\nasync def slow(queue, more):\n await m.asyncio.sleep(1)\n"
+        late += " await load(queue, more)\n"
+        changed(here.agent, late + slow)
+        here.agent.start()
+        device = stack.enter_context(here.device("A"))
         here.sandbox.faults.delay = lambda: 1.5
         assert device.ask(message("TOLD")) == ("AA", "TOLD")
         here.sandbox.wait_ids("TOLD")
