@@ -58,7 +58,6 @@ import threading
 import time
 import types
 import typing
-import urllib.parse
 import urllib.request
 import uuid
 import warnings
@@ -75,6 +74,7 @@ from operator import attrgetter, getitem
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import Any, BinaryIO, Final, NamedTuple, NoReturn, Protocol, TextIO, TypeVar, cast
+from urllib.parse import SplitResult, parse_qsl, quote, unquote, urlencode, urljoin, urlsplit
 
 import apsw
 import certifi
@@ -505,7 +505,7 @@ class ServerError(PeerError):
 
 
 # =====================================================================================================================
-# Settings (1100 lines, 7700 tokens)
+# Settings (1100 lines, 7650 tokens)
 #
 # One setting, one row: a field of a frozen dataclass. The parser, the checks, `--settings-schema` and README's tables
 # come from the row. Names are the wire's own (camelCase). Precedence for a channel, field by field: Endpoint address,
@@ -552,7 +552,7 @@ def destinations(text: str) -> dict[str, Peer]:
     found: dict[str, Peer] = {}
     for part in listed(text):
         title, _, address = part.rpartition("@")
-        url = urllib.parse.urlsplit(f"//{address}")
+        url = urlsplit(f"//{address}")
         if not (ae_titles(title) and url.hostname and url.port):
             raise ValueError(f"'{part}' needs the form AETITLE@host:port")
         found[title] = Peer(url.hostname, url.port)
@@ -606,7 +606,7 @@ def key_source(text: str) -> str:
 def web_address(text: str) -> tuple[str, int]:
     """`host:port`; ValueError."""
     with suppress(ValueError):
-        url = urllib.parse.urlsplit(f"//{text}")
+        url = urlsplit(f"//{text}")
         if url.hostname and url.port:
             return url.hostname, url.port
     raise ValueError("needs the form 127.0.0.1:8105")
@@ -614,7 +614,7 @@ def web_address(text: str) -> tuple[str, int]:
 
 def alarm_target(text: str) -> None:
     """ValueError for what alarms cannot be sent to."""
-    url = urllib.parse.urlsplit(text)
+    url = urlsplit(text)
     if text.startswith("syslog") and not (url.scheme == "syslog+tls" and url.hostname):
         raise ValueError("must be syslog+tls://host:6514, or a command")
 
@@ -687,7 +687,7 @@ def auto_responses(text: str) -> dict[bytes, bytes]:
 def base_url(text: str) -> None:
     """ValueError for what is no address of a server."""
     with suppress(ValueError):
-        url = urllib.parse.urlsplit(text)
+        url = urlsplit(text)
         if url.scheme in ("http", "https") and url.hostname and url.port != 0:
             return
     raise ValueError("must start with http:// or https:// and name a host")
@@ -696,7 +696,7 @@ def base_url(text: str) -> None:
 def server_url(text: str) -> None:
     """The same, and no password: it would be shown wherever the server is named."""
     base_url(text)
-    if "@" in urllib.parse.urlsplit(text).netloc:
+    if "@" in urlsplit(text).netloc:
         raise ValueError("must hold no user or password")
     if {"?", "#"} & {*text}:
         raise ValueError("must hold no ? or #: paths are put behind it")
@@ -1374,7 +1374,7 @@ def channel_settings(
 
 def read_parameters(cls: type[Any], query: str, where: str, warn: Warn) -> Json:
     """The values that the query of an address sets; bad ones are warned about and left out."""
-    pairs = urllib.parse.parse_qsl(query, keep_blank_values=True)
+    pairs = parse_qsl(query, keep_blank_values=True)
     given = dict(reversed(pairs))  # the first of a name counts
     for name in LIST_PARAMETERS & given.keys():
         given[name] = ",".join(text for other, text in pairs if other == name)
@@ -1475,7 +1475,7 @@ def channel_plan(name: str, endpoint: Json, given: Mapping[str, Any], warnings: 
         what = f"unsupported endpoint type '{scheme}' in {address}"
         raise ConfigError(f"{where}: {what}; supported: {', '.join(PROTOCOLS)}")
     try:
-        url = urllib.parse.urlsplit(address)
+        url = urlsplit(address)
         serial = url.scheme == "serial"  # serial://COM3 or serial:///dev/ttyUSB0
         host, port = (url.netloc or url.path, 0) if serial else (url.hostname or "", url.port or 0)
     except ValueError as error:
@@ -4338,7 +4338,7 @@ def tls_context(ca_file: str) -> ssl.SSLContext:
 
 def proxy_for(url: str) -> str | None:
     """The proxy that HTTPS_PROXY, HTTP_PROXY and NO_PROXY (or the system) name for this URL."""
-    parts = urllib.parse.urlsplit(url)
+    parts = urlsplit(url)
     host = parts.hostname or ""
     if urllib.request.proxy_bypass(f"{host}:{parts.port}" if parts.port else host) or urllib.request.proxy_bypass(host):
         return None
@@ -4371,15 +4371,15 @@ def http_pool(url: str, context: ssl.SSLContext) -> urllib3.PoolManager:
         shown = re.sub(r"//.*@", "//", proxy)  # without its password
         text = f"the proxy '{shown}' of HTTP_PROXY or HTTPS_PROXY cannot be used: give http://host:port"
         raise ConfigError(text) from None
-    known = proxy_login(urllib.parse.urlsplit(proxy))
+    known = proxy_login(urlsplit(proxy))
     return urllib3.ProxyManager(proxy, proxy_headers=known, proxy_ssl_context=context, **common)
 
 
-def proxy_login(proxy: urllib.parse.SplitResult) -> dict[str, str]:
+def proxy_login(proxy: SplitResult) -> dict[str, str]:
     """What a proxy wants to hear (RFC 7617 2.1), where its URL names a user."""
     if not proxy.username:
         return {}
-    secret = f"{urllib.parse.unquote(proxy.username)}:{urllib.parse.unquote(proxy.password or '')}"
+    secret = f"{unquote(proxy.username)}:{unquote(proxy.password or '')}"
     return {"Proxy-Authorization": f"Basic {base64.b64encode(secret.encode()).decode()}"}
 
 
@@ -4473,7 +4473,7 @@ class Fhir:
             "client_secret": self._settings.clientSecret,
         }  # fmt: skip
         response = self._http(
-            "POST", self.base + "oauth2/token", body=urllib.parse.urlencode(fields),
+            "POST", self.base + "oauth2/token", body=urlencode(fields),
             headers={"Content-Type": "application/x-www-form-urlencoded", "Accept": "*/*"}, again=http_retries(),
         )  # fmt: skip
         answer = _json_object(response.data)
@@ -4536,7 +4536,7 @@ class Fhir:
     async def search(self, query: str) -> list[Json]:
         """All resources that a FHIR search finds, page by page; ServerError for more than SEARCH_RESOURCES."""
         found: list[Json] = []
-        url, home, pages = f"{self.base}fhir/R4/{query}", urllib.parse.urlsplit(self.base), 0
+        url, home, pages = f"{self.base}fhir/R4/{query}", urlsplit(self.base), 0
         while url:
             pages += 1
             if max(pages, len(found)) > SEARCH_RESOURCES:
@@ -4545,7 +4545,7 @@ class Fhir:
             resources = (entry.get("resource") for entry in bundle.get("entry") or [])
             found += [resource for resource in resources if isinstance(resource, dict)]
             links = {link.get("relation"): link.get("url") for link in bundle.get("link") or []}
-            there = urllib.parse.urlsplit(urllib.parse.urljoin(url, str(links.get("next") or "")))
+            there = urlsplit(urljoin(url, str(links.get("next") or "")))
             # our token goes to our server only, by whatever name it calls itself
             url = there._replace(scheme=home.scheme, netloc=home.netloc).geturl() if links.get("next") else ""
         return found
@@ -4652,7 +4652,7 @@ class Fhir:
                 self.clock_off = time.time() - date.timestamp()
             return response
         except urllib3.exceptions.HTTPError as error:
-            host = urllib.parse.urlsplit(url).netloc
+            host = urlsplit(url).netloc
             raise ServerError(f"{host} cannot be reached: {_http_reason(url, error)}") from None
 
     def _checked(self, response: Response, what: str, kind: str = "") -> Json:
@@ -4700,7 +4700,7 @@ def only_part(content_type: str, blocks: Iterable[bytes]) -> Iterator[bytes]:
 def _http_reason(url: str, error: Exception) -> str:
     """What an error of the connection means, for who looks after firewall, proxy and address."""
     reason = getattr(error, "reason", None) or error
-    parts = urllib.parse.urlsplit(url)
+    parts = urlsplit(url)
     if isinstance(reason, urllib3.exceptions.NewConnectionError):
         return str(reason).rpartition(": ")[2]
     if isinstance(reason, urllib3.exceptions.ConnectTimeoutError):
@@ -5360,7 +5360,7 @@ class Uplink:
         self._held: deque[tuple[float, Json]] = deque(maxlen=ANSWERS_HELD)  # that came while it was away
         self._agent = f"Agent/{settings.agentId}-"  # begins a callback; a UUID follows, which ends in the row's number
         scheme = "wss" if settings.baseUrl.startswith("https") else "ws"
-        self.url = f"{scheme}://{urllib.parse.urlsplit(settings.baseUrl).netloc}/ws/agent"
+        self.url = f"{scheme}://{urlsplit(settings.baseUrl).netloc}/ws/agent"
         self._context = fhir.context if scheme == "wss" else None
         self._socket: _Socket | None = None
         self._outgoing: list[bytes] = []
@@ -5783,7 +5783,7 @@ def is_host(name: str) -> bool:
 def parse_target(url: str) -> Target:
     """The device behind a remote address; PeerError says what is wrong with it."""
     try:
-        parts = urllib.parse.urlsplit(url := url.strip())
+        parts = urlsplit(url := url.strip())
         port = parts.port or 0
     except ValueError as error:
         raise PeerError(f"'{url}' is not a device address: {error}") from None
@@ -5792,12 +5792,12 @@ def parse_target(url: str) -> Target:
     if scheme not in schemes:
         raise PeerError(f"'{url}' is not a device address that this agent can send to: use {', '.join(schemes)}")
     if scheme in ("channel", "serial"):  # a device on one of our own channels
-        host = urllib.parse.unquote(parts.netloc)
+        host = unquote(parts.netloc)
     elif not (host and port):
         raise PeerError(f"'{url}' needs a host and a port, such as mllp://192.168.50.10:56001")
     elif not is_host(host):
         raise PeerError(f"'{url}': '{host}' is neither an IP address nor a host name")
-    path = urllib.parse.unquote(parts.username or "" if dicom else parts.path)
+    path = unquote(parts.username or "" if dicom else parts.path)
     try:
         values = read_parameters(DeviceSettings, parts.query, url, lambda text: None)
         titles = ae_titles(path) if dicom else []
@@ -6903,7 +6903,7 @@ class AstmLine(StreamLine):
 
 
 # =====================================================================================================================
-# Channels (470 lines, 3700 tokens)
+# Channels (480 lines, 3750 tokens)
 #
 # A channel is a configured name: its plan, its queue, its lines, and the door by which they come, a listener or a
 # dialler. A listener owns a bound port and may change its channel, so that a reload can swap ports without ever
@@ -7269,7 +7269,12 @@ class Listener:
                         *bind, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
                     )
                     addresses = {(family, address) for family, _, _, _, address in found}
-        return cls(bind, bind_sockets(*bind, addresses, log))
+        sockets = bind_sockets(*bind, addresses, log)
+        if max(sock.fileno() for sock in sockets) >= (descriptors() - RESERVED_DESCRIPTORS) // 2:  # a device for each
+            for sock in sockets:
+                sock.close()
+            raise OSError(errno.EMFILE, "too many files are open for one more port (ulimit -n, LimitNOFILE)")
+        return cls(bind, sockets)
 
     async def start(self) -> None:
         loop = asyncio.get_running_loop()
@@ -9244,7 +9249,7 @@ class DicomChannel(Channel):
             for dataset, it in above:
                 query = _search_query(wanted, parameters)
                 query |= {parent: f"{it.get('resourceType')}/{it.get('id')}"} if parent else {}
-                for resource in await self._fhir.search(f"{kind}?{urllib.parse.urlencode(query)}"):
+                for resource in await self._fhir.search(f"{kind}?{urlencode(query)}"):
                     described = dataset | resource_json(resource, keywords)
                     if await self._decode(matches_query, wanted, described):
                         found.append((described, resource))
@@ -9438,7 +9443,7 @@ class DicomChannel(Channel):
             await asyncio.sleep(seconds)
             try:
                 for uid in {uid for uid, _ in referenced_objects(request)} - found:
-                    instances = await self._fhir.search(f"DicomInstance?sop-instance-uid={urllib.parse.quote(uid)}")
+                    instances = await self._fhir.search(f"DicomInstance?sop-instance-uid={quote(uid)}")
                     found |= {uid} & {str(instance.get("sopInstanceUid")) for instance in instances}
                 return found
             except ServerError as error:
@@ -9777,10 +9782,10 @@ class Doctor:
         self.config, self.running, self.remote = config, running or {}, remote
         self.checks: list[Json] = []
         self._log = Log("doctor", LoggerSettings(logLevel="NONE"), None, None)
-        self._base = urllib.parse.urlsplit(config.settings.baseUrl)
+        self._base = urlsplit(config.settings.baseUrl)
         self._port = self._base.port or (443 if self._base.scheme == "https" else 80)
         self._host = self._base.hostname or ""
-        self._proxy = urllib.parse.urlsplit(proxy_for(config.settings.baseUrl) or "")
+        self._proxy = urlsplit(proxy_for(config.settings.baseUrl) or "")
         self._hop = (self._host, self._port)  # whom we connect to
         if self._proxy.hostname:
             self._hop = (self._proxy.hostname, self._proxy.port or 80)
@@ -9810,7 +9815,7 @@ class Doctor:
             purpose = f"{channel.protocol}, channel '{channel.name}'"
             (outbound if channel.dials else inbound).append([f"{channel.host}:{channel.port}", purpose])
         outbound += [[device["address"], "device that is pushed to"] for device in self.running.get("devices", ())]
-        if (releases := urllib.parse.urlsplit(self.config.settings.upgradeUrl)).hostname:
+        if (releases := urlsplit(self.config.settings.upgradeUrl)).hostname:
             where = f"{releases.hostname}:{releases.port or 443}"
             outbound.append([where, "signed releases, when an upgrade is asked for"])
         level = max(check["level"] for check in self.checks)
@@ -10363,7 +10368,7 @@ class Operations:
             try:
                 async with asyncio.timeout(ALARM_SECS):
                     if target.startswith("syslog"):
-                        await self._to_syslog(urllib.parse.urlsplit(target), text, severity, at)
+                        await self._to_syslog(urlsplit(target), text, severity, at)
                     else:
                         await self._to_command(target, text)
             except (OSError, ValueError) as error:
@@ -10378,7 +10383,7 @@ class Operations:
                     self._unsent.popleft()
                 self._save()
 
-    async def _to_syslog(self, url: urllib.parse.SplitResult, text: str, severity: int, at: int) -> None:
+    async def _to_syslog(self, url: SplitResult, text: str, severity: int, at: int) -> None:
         stamp = f"{utc_text('%Y-%m-%dT%H:%M:%S', at)}Z"
         head = f"<{16 * 8 + severity}>1 {stamp} {socket.gethostname()} medplum-agent {os.getpid()} alarm -"
         line = f"{head} \ufeff{text}".encode()
@@ -10728,7 +10733,7 @@ def _is_loopback(host: str) -> bool:
 def _is_own_name(named: bytes, address: str) -> bool:
     """Whether a Host header is an address, or ours: a page of another site must not reach us by a name of its own."""
     with suppress(ValueError):
-        host = urllib.parse.urlsplit(f"//{named.decode('latin-1')}").hostname or ""
+        host = urlsplit(f"//{named.decode('latin-1')}").hostname or ""
         if host == "localhost" or (address and host == web_address(address)[0]):
             return True
         return bool(ipaddress.ip_address(host))
@@ -11400,7 +11405,7 @@ class Agent:
         self.log.info(f"Medplum Agent {VERSION} starts for {self.config.settings.baseUrl}; state in {self.state_dir}.")
         for warning in (*self.config.warnings, *folder_problems(self.state_dir, self.log.directory)):
             self.log.warn(f"{warning}.")
-        url = urllib.parse.urlsplit(self.config.settings.baseUrl)
+        url = urlsplit(self.config.settings.baseUrl)
         if url.scheme == "http" and url.hostname not in ("localhost", "127.0.0.1", "::1"):
             self.log.warn(f"baseUrl uses http: secret and messages go to {url.hostname} in clear. Use https.")
 
@@ -12266,7 +12271,7 @@ def _send(options: argparse.Namespace, address: str = "", *files: str) -> int:
     """HL7 messages of files to a device or channel, one after the other; 1 when one was not accepted."""
     import hl7
 
-    url = urllib.parse.urlsplit(address if "://" in address else f"mllp://{address}")
+    url = urlsplit(address if "://" in address else f"mllp://{address}")
     port = 0
     with suppress(ValueError):  # it is none
         port = url.port or 0
