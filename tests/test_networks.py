@@ -502,8 +502,8 @@ def test_idle_connections_to_the_server_are_kept_or_closed(tmp_path):
 
 def test_more_ports_than_files_may_be_open_leave_the_reserve(tmp_path):
     """A site with 300 channels under a hard limit of 256: queue, logs and server must not go without."""
-    few = ["sh", "-c", 'ulimit -n 100; exec "$@"', "sh"]
-    with site(tmp_path, {f"C{n}": "?enhanced=aa" for n in range(100)}, start=False, wrapper=few) as here:
+    few = ["sh", "-c", 'ulimit -n 200; exec "$@"', "sh"]
+    with site(tmp_path, {f"C{n}": "?enhanced=aa" for n in range(150)}, start=False, wrapper=few) as here:
         here.agent.start(ready=False)
         here.agent.wait_connected()
         assert "too many files" in here.agent.logged("cannot be opened")
