@@ -5736,7 +5736,7 @@ class Uplink:
 
 
 # =====================================================================================================================
-# Lines (1170 lines, 8500 tokens)
+# Lines (1170 lines, 8550 tokens)
 #
 # One open connection to a device, whoever dialled; each protocol has one class here, which owns its core. A line takes
 # bytes (`receive`), makes messages of them (`intake`), acknowledges when the store says durable (`stored`), writes down
@@ -6099,9 +6099,10 @@ class Line(asyncio.Protocol):
             self._transport.pause_reading()
 
     def resume(self, reason: str) -> None:
-        self._paused.discard(reason)
-        if not self._paused and self.attached:
+        if reason in self._paused and self._paused == {reason} and self.attached:
             self._transport.resume_reading()
+            self._begun_at = self._begun_at and self._loop.time()  # it could not go on
+        self._paused.discard(reason)
 
     def send(self, content: bytes) -> None:
         """Bytes to the device."""

@@ -1,6 +1,7 @@
 """Faults on the wire that only two states together brought to light, one test each: none may come back."""
 
 import contextlib
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -302,3 +303,17 @@ def test_a_refusal_is_hl7(tmp_path):
     with site(tmp_path, {"A": ""}) as here, here.device("A") as device:
         device.send("MSHA1 is no header")
         assert device.receive().startswith("MSH|")
+
+
+# --- what messagesPerMin holds back counts from when it is heard ---
+
+
+def test_a_frame_that_could_not_be_read_is_not_taken_for_one_that_stopped(tmp_path):
+    """frameTimeoutSecs ran on while the connection was not read: whoever had begun its next frame was cut off."""
+    with site(tmp_path, {"A": "?enhanced=aa&messagesPerMin=15&frameTimeoutSecs=2"}) as here, here.device("A") as device:
+        third = b"\x0b" + message("THIRD").encode() + b"\x1c\r"
+        device.send_raw(b"".join(b"\x0b" + message(one).encode() + b"\x1c\r" for one in ("ONE", "TWO")) + third[:50])
+        assert [device.ack(), device.ack()] == [("AA", "ONE"), ("AA", "TWO")]  # 4 s apart
+        time.sleep(1.5)  # the device takes its time; the agent looks once a second
+        device.send_raw(third[50:])
+        assert device.ack() == ("AA", "THIRD")
