@@ -946,7 +946,7 @@ class StreamSettings(ChannelSettings, BytesSettings):
     keepControlChars: str = setting("", "Keep control characters: raw: bytes that stripControlChars leaves",
         check=byte_sequences)
     answerWaitMins: float = setting(10.0,
-        "Wait for the instrument: minutes that an answer waits for an instrument that closed its line", 0)
+        "Wait for the instrument: minutes that an answer waits for an instrument that is gone or off", 0)
     ignoreResponse: bool = setting(False, "Ignore answers: do not write the Bot's answer to the device")
     strictFrameNumbers: bool = setting(False,
         "Strict frame numbers: ASTM: NAK a frame out of sequence instead of accepting it with a warning")
