@@ -245,6 +245,7 @@ UPLINK_BUFFER_BYTES = MIB  # unsent bytes in the socket above which no further m
 PUSH_WAIT_SECS = 9.0  # a push that a caller waits for: below the server's default of 10 s, so that it hears why
 ANSWER_BYTES = 1_000_000  # a device's to a push, a page of the log; the server closes the connection at 1 MiB
 PUSH_STORED_SECS = 30.0  # one try of a stored push
+SESSION_PUSH_SECS = 3600.0  # the same of a session of records, which ends by time-outs of its own long before
 PUSH_FRAME_BYTES = 16 * MIB  # of what a device answers, before it is looked at
 LATE_ACK_SECS = 2.0  # a connection whose push ended without its ACK is kept for it so long, and then closed
 HANG_UP_SECS = 1.0  # a device may take so long to close its side of a connection that makes way for another
@@ -480,11 +481,14 @@ class PeerError(AgentError):
 
 
 class DeviceError(PeerError):
-    """A device could not be reached or did not answer; `kind` is a key of _REASONS."""
+    """A device could not be reached or did not answer; `kind` is a key of _REASONS.
 
-    def __init__(self, text: str, kind: str):
+    `log`: what the main log may say of it, where the text has words that are not ours.
+    """
+
+    def __init__(self, text: str, kind: str, log: str = ""):
         super().__init__(text, "E")
-        self.kind = kind
+        self.kind, self.log = kind, log or text
 
 
 class PingError(PeerError):
@@ -1796,7 +1800,7 @@ def _lines_backwards(path: Path, end: int) -> Iterator[tuple[int, bytes]]:
 
 
 # =====================================================================================================================
-# HL7 (240 lines, 1850 tokens)
+# HL7 (240 lines, 1900 tokens)
 #
 # HL7 v2 by slicing: the MSH header, single fields by path, acknowledgments, the patient a message belongs to.
 # `hl7.parse` is forty times slower and serves where speed does not matter. Text in, text out; touches nothing.
@@ -1837,8 +1841,8 @@ def decode_hl7(content: bytes, encoding: str) -> str:
     first = LINE_ENDS.search(text)
     if first and "\r" not in first[0]:
         return LINE_ENDS.sub("\r", text)
-    segment = rf"(?!MSH)[A-Z][A-Z0-9]{{2}}{re.escape(text[3])}"
-    return re.sub(rf"(?<![\r\n])(?:\n*\r[\r\n]*|\n+(?=\Z|{segment}))", "\r", text)
+    segment = re.compile(rf"\Z|(?!MSH)[A-Z][A-Z0-9]{{2}}{re.escape(text[3])}")
+    return LINE_ENDS.sub(lambda end: "\r" if "\r" in end[0] or segment.match(text, end.end()) else end[0], text)
 
 
 def split_batch(content: bytes) -> tuple[list[bytes], bytes]:
@@ -2291,7 +2295,7 @@ def stream_answer(body: str, settings: StreamSettings) -> bytes:
 
 
 # =====================================================================================================================
-# ASTM (570 lines, 3950 tokens)
+# ASTM (570 lines, 4000 tokens)
 #
 # The link layer of laboratory instruments (ASTM E1381, CLSI LIS01-A2), both roles, and the little of the records
 # (E1394, LIS02-A2) that it needs. Bytes and times in, events out. The caller commits a frame to disk between
@@ -2444,7 +2448,7 @@ class Astm:
         self._records: list[bytearray] = []
         self._size = 0  # of the session, in bytes
         self._refused = False  # the last frame got NAK
-        self._framed = 0.0  # when the last good frame came
+        self._acked = 0.0  # when the last frame was answered
         self._reached = False  # the instrument has taken an ENQ for the message
         self._unsummed = False  # a frame's checksum was wrong
 
@@ -2493,7 +2497,7 @@ class Astm:
         """Take back a message that was given to send(); one under way ends in EOT, and so without its L record."""
         self._now = now
         if position == 0:
-            self._asked = 0
+            self._asked, self._reached = 0, False
             if self.state in (Link.ENQUIRE, Link.SENDING):
                 self._write(EOT)
                 self.state, self._rest = Link.IDLE, now + TURN_SECS
@@ -2524,7 +2528,8 @@ class Astm:
         """The connection is gone, and with it the session and everything that waits to be sent."""
         self._waiting.clear()
         self._break("the connection was closed before EOT")
-        self._events += [SendFailed("the connection was closed", self._reached) for _ in self._queue]
+        reached = (self._reached and n == 0 for n in range(len(self._queue)))
+        self._events += [SendFailed("the connection was closed", one) for one in reached]
         self._queue.clear()
         self._asked = 0
         self.state = Link.IDLE
@@ -2604,8 +2609,8 @@ class Astm:
             reason = "EOT came in the middle of a record"
         elif self.settings.requireTerminator and not self._terminated():
             reason = "EOT came before the L record (requireTerminator)"
-        elif self._now - self._framed > SENDER_SECS and not self._terminated():
-            reason = "the instrument waited in vain for our ACK: EOT came 15 s after a frame, before the L record"
+        elif self._now - self._acked > SENDER_SECS and not self._terminated():
+            reason = "the instrument waited in vain for our ACK: EOT came 15 s after it, before the L record"
         if reason and self._unsummed:
             reason += " (a checksum was wrong)"
         self._finish(reason)
@@ -2679,7 +2684,6 @@ class Astm:
         if self.settings.checksum == "on" and self._sum[1:].upper() != wanted:
             refusal, self._unsummed = "", True
         elif frame == last and frame.number:
-            self._framed = self._now
             self._answer(ACK)
             return
         elif last.end and bool(last.number) != bool(frame.number):
@@ -2697,7 +2701,6 @@ class Astm:
         if refusal is not None:
             self._refuse(refusal)
             return
-        self._framed = self._now
         self.state, self._pending = Link.COMMIT, frame
         self._due = self._now + self.settings.replyTimeoutSecs
         self._events.append(frame)
@@ -2709,7 +2712,7 @@ class Astm:
 
     def _answer(self, byte: int) -> None:
         """ACK or NAK of a frame."""
-        self._refused = byte == NAK
+        self._refused, self._acked = byte == NAK, self._now
         self.state = Link.NOISE if self._refused else Link.AFTER
         self._write(byte)
 
@@ -2854,7 +2857,7 @@ def text_records(body: str, settings: StreamSettings) -> list[bytes]:
 
 
 # =====================================================================================================================
-# Store (1460 lines, 10600 tokens)
+# Store (1460 lines, 10650 tokens)
 #
 # Every message on disk before it is acknowledged: one SQLite file (WAL, synchronous=FULL), one writer thread with one
 # commit in flight. What arrives while it runs is the next batch: one executemany, one COMMIT, one call back into the
@@ -3547,7 +3550,7 @@ class Store:
         """Messages of a type that were answered since then, and whose device has not taken the answer."""
         sql = f"""{_SELECT} FROM message WHERE channel = ? AND type = ? AND state = {PROCESSED}
           AND outcome = {UNDELIVERED} AND settled_at > ?"""
-        rows = await self.call(lambda db: db.rows(sql, (row.id, type_, since)))
+        rows = await self.look(lambda db: db.rows(sql, (row.id, type_, since)))
         return [Message._from_row(found) for found in rows]
 
     async def backlog(self) -> list[Backlog]:
@@ -4179,7 +4182,7 @@ def read_queue(path: Path, read: Callable[[Database], T], key: str = "") -> T:
             return read(db)
     except (OSError, StorageError, apsw.Error) as error:
         reason, advice = error.strerror if isinstance(error, OSError) else error, ""
-        if isinstance(error, apsw.SQLError):  # no such table or column
+        if isinstance(error, apsw.SQLError) and "no such" in str(error):
             advice = "; the agent has to run on it once after an update"
         elif isinstance(error, apsw.NotADBError) and beside(path, ".key").exists():
             advice = "; it is encrypted: run this with the agent's own settings (--config FILE), as its user"
@@ -4188,8 +4191,10 @@ def read_queue(path: Path, read: Callable[[Database], T], key: str = "") -> T:
 
 def change_queue(path: Path, change: Callable[[Database], T], key: str = "") -> T:
     """One transaction in the queue of an agent that does not run; StorageError."""
-    with alone_with(path, key), closing(Database(path.resolve(), key)) as db, db:
+    with alone_with(path, key), closing(Database(path.resolve(), key)) as db:
+        db.execute("BEGIN IMMEDIATE")  # which waits for whoever else writes
         result = change(db)
+        db.execute("COMMIT")
     return result
 
 
@@ -5102,10 +5107,11 @@ class Queue:
         self._parked[message.id] = self._loop.call_later(delay, self._unpark, message)
 
     def hurry(self) -> None:
-        """Where to is there again: what waits for its next try need not wait longer."""
+        """Where to is there again: what waits for that need not wait longer."""
         for id_, timer in reversed([*self._parked.items()]):
-            timer.cancel()
-            self._unpark(self.window[id_])
+            if self.window[id_].error_code == "device-unreachable":
+                timer.cancel()
+                self._unpark(self.window[id_])
 
     def _unpark(self, message: Message) -> None:
         del self._parked[message.id]
@@ -5867,7 +5873,7 @@ class Try:
 
     async def ask(self, line: Line, push: Push) -> str:
         if self.limit and line.timed:
-            self.limit.reschedule(None)
+            self.limit.reschedule(asyncio.get_running_loop().time() + SESSION_PUSH_SECS)
         self.phase, self.kind, self.came = line.unanswered, "device-silent", line.came
         return await line.ask(push)
 
@@ -6879,7 +6885,7 @@ class AstmLine(StreamLine):
             self.owner.warn(f"{self.remote}: the Bot's answer was not taken: {error}")
             if error.kind == "device-unreachable" or not self.attached:
                 others = [line for line in self.owner.lines.values() if line.host == self.host]
-                if any(line.opened_at > self.opened_at for line in others):
+                if any(line.opened_at > self.active_at for line in others):
                     self.abort()  # this one is half open
                 self.owner.hold(message, body)
         finally:
@@ -6904,7 +6910,7 @@ class AstmLine(StreamLine):
 
 
 # =====================================================================================================================
-# Channels (480 lines, 3750 tokens)
+# Channels (480 lines, 3850 tokens)
 #
 # A channel is a configured name: its plan, its queue, its lines, and the door by which they come, a listener or a
 # dialler. A listener owns a bound port and may change its channel, so that a reload can swap ports without ever
@@ -7065,7 +7071,8 @@ class Channel:
         self._log.debug(f"Channel '{self.plan.name}': {line.remote} connected.")
         self.loop.call_later(TURN_SECS, self.here, line.host)
         if self.held:
-            self.loop.call_soon(self._offer_held)
+            ids = [id_ for id_, (_, message, _) in self.held.items() if self.host_of(message.remote) == line.host]
+            self.loop.call_soon(self._offer_held, ids)
 
     def hold(self, message: Message, body: str) -> None:
         """An answer that its instrument did not take waits for it a while, from when it came."""
@@ -7074,21 +7081,18 @@ class Channel:
         self.warn(f"message {message.id}: the device is not there; its answer waits {minutes:g} minutes")
         age = (now_ms() - message.settled_at) / 1000 if message.settled_at else 0
         now.held[message.id] = self.loop.time() + 60 * minutes - age, message, body
-        self.loop.call_soon(now._offer_held)  # it may be back already
+        self.loop.call_soon(now._offer_held, [message.id])  # it may be back already
 
-    def _offer_held(self) -> None:
-        """To instruments that are back; others are waited for no longer than answerWaitMins."""
-        held, self.held = self.held, {}
-        for until, message, body in held.values():
-            if until < self.loop.time():
-                text = "its device did not come back; the answer is in the queue as undelivered"
-                self.warn(f"message {message.id}: {text}")
-            elif line := self._same_device(message) or self.lines.get(message.remote):
+    def _offer_held(self, ids: Iterable[int]) -> None:
+        """To their instruments, where these are there."""
+        for held in [self.held[id_] for id_ in ids if id_ in self.held]:
+            _, message, body = held
+            line = self._same_device(message) or self.lines.get(message.remote)
+            if line is not None and line.attached:
+                del self.held[message.id]
                 if line.answer(message, body, ""):
                     message.outcome = DELIVERED
                     self.store.update(message)
-            else:
-                self.held[message.id] = until, message, body
 
     def refuses(self, host: str, descriptor: int) -> bool:
         """Whether a device is not heard at all; descriptors are the lowest that were free: they tell how many are."""
@@ -7112,7 +7116,11 @@ class Channel:
             if reason := line.check_time(now, settings.idleTimeoutSecs, settings.frameTimeoutSecs):
                 self.warn(f"{line.remote} was disconnected: {reason}")
                 line.close()
-        self._offer_held()
+        for id_, _ in [(id_, until) for id_, (until, _, _) in self.held.items() if until < now]:
+            del self.held[id_]
+            text = "its device did not come back, or takes nothing; the answer is in the queue as undelivered"
+            self.warn(f"message {id_}: {text}")
+        self._offer_held([id_ for id_, (_, message, _) in self.held.items() if message.remote in self.lines])
         self._watcher = self.loop.call_later(1, self._watch)
 
     def warn(self, text: str) -> None:
@@ -7706,7 +7714,7 @@ class Device:
         try:
             answer = await self.ask(parse_push(given))
         except DeviceError as error:
-            words = str(error).removeprefix(f"{self.name}: ")
+            words = error.log.removeprefix(f"{self.name}: ")
             self.queue.failed(message, error.kind, counts=error.kind != "device-unreachable", words=words)
         except Exception as error:  # a push that cannot even be tried must not hold those behind it for ever
             self._devices.log.error(f"Device {self.name}: message {message.id} cannot be sent: {type(error).__name__}")
@@ -7952,7 +7960,7 @@ def parse_ping(host: object, body: object) -> tuple[str, int]:
 
 
 # =====================================================================================================================
-# DICOM (1790 lines, 15000 tokens)
+# DICOM (1800 lines, 15050 tokens)
 #
 # Imaging devices (DICOM PS3.4, PS3.7, PS3.8; channel contract 8). `Dimse` is a core like the others: bytes in, events
 # out. Its line runs requests as coroutines; what takes long (fsync, decoding, JSON) goes to a few threads. pydicom and
@@ -9154,14 +9162,19 @@ class DicomChannel(Channel):
     async def _keep(self, message: Message) -> None:
         """Store a message; Refusal where that is not possible."""
         done = asyncio.Event()
-        message.source = lambda _: done.set()
+
+        def stored(message: Message) -> None:
+            if not message.refusal:
+                self.queue.stored(message)
+            done.set()
+
+        message.source = stored
         self.store.put(message)
         await done.wait()
         if message.refusal:
             self.store.spool.remove(message.spool or "")
             raise Refusal(message.refusal, OUT_OF_RESOURCES if message.type == "C-STORE" else RESOURCE_LIMITATION)
         self.note(f"[Received {message.type}]: {message.control_id} from {message.remote}")
-        self.queue.stored(message)
 
     # --- questions ---
 
@@ -9648,7 +9661,8 @@ class ImagingCaller:
             return cast(Json, request)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             text = str(error) if isinstance(error, ValueError) else 'it needs the form {"command": "C-ECHO"}'
-            raise DeviceError(f"the body of a push to {push.target.key}: {text}", "device-rejected") from None
+            where = f"the body of a push to {push.target.key}"
+            raise DeviceError(f"{where}: {text}", "device-rejected", f"{where} is no request") from None
 
     @staticmethod
     def _model(request: Json) -> str:
@@ -9673,7 +9687,8 @@ class ImagingCaller:
                         await self._fhir.download(reference, file)
                     except ServerError as error:
                         kind = "device-error" if error.transient else "device-rejected"
-                        raise DeviceError(f"{reference} cannot be fetched: {error}", kind) from None
+                        failed = f"{reference} cannot be fetched"
+                        raise DeviceError(f"{failed}: {error}", kind, failed) from None
                     if file.error:
                         raise DeviceError(f"{reference}: {file.error}", "device-error")
                 loop = asyncio.get_running_loop()
@@ -9700,11 +9715,12 @@ class ImagingCaller:
                 return self._query(sender, request)
             return {"status": _checked_status(sender.send(file, meta_of(file)))}
         except DeviceError as error:
-            raise DeviceError(f"{key}: {error}", error.kind) from None
+            raise DeviceError(f"{key}: {error}", error.kind, error.log) from None
         except Exception as error:  # no DICOM file, or no presentation context that takes it
             if file is None:
                 raise
-            raise DeviceError(f"{key}: the object cannot be sent: {error}", "device-rejected") from None
+            failed = "the object cannot be sent"
+            raise DeviceError(f"{key}: {failed}: {error}", "device-rejected", failed) from None
         finally:
             sender.release()
 
@@ -9734,7 +9750,8 @@ def _checked_status(answer: Dataset) -> int:
     if status == SUCCESS or status >> 12 == 0xB or status in (0x0001, 0x0107, 0x0116):  # PS3.7 C.3 and C.4
         return int(status)
     comment = f" ({answer.ErrorComment})" if answer.get("ErrorComment") else ""
-    raise DeviceError(f"status 0x{status:04X}{comment}", "device-error" if status >> 8 == 0xA7 else "device-rejected")
+    kind, words = "device-error" if status >> 8 == 0xA7 else "device-rejected", f"status 0x{status:04X}"
+    raise DeviceError(words + comment, kind, words)
 
 
 # =====================================================================================================================

@@ -15,7 +15,7 @@ import pytest
 
 from medplum_agent import ASTM_TYPE, Astm, Interrupted, StreamSettings, astm_frame
 from tests.instruments import ACK, ENQ, EOT, ETB, ETX, NAK, STX, Cable, Instrument, bad, body_of, frames_of, of, rows
-from tests.support import ROOT, Site, changed, eventually, free_ports, setting, site
+from tests.support import ROOT, Site, ack_text, changed, eventually, free_ports, message, setting, site
 from tests.test_laboratory import (
     ASTM,
     FRAMED,
@@ -488,3 +488,45 @@ def test_status_shows_that_a_serial_port_with_a_long_name_is_closed(tmp_path):
         command = [*here.agent.COMMAND, "status", "--state-dir", str(here.agent.state_dir)]
         shown = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
         assert "CLOSED" in next(line for line in shown.stdout.splitlines() if line.startswith("LAB"))
+
+
+# --- what must not come of it ---
+
+
+def test_an_instrument_that_was_heard_since_is_not_half_open(tmp_path):
+    """Two analyzers behind one terminal server: the second connects, the first still sends results and then answers no
+    ENQ. Its order is for nobody else, and its connection stays."""
+    quick = f"{ASTM}&replyTimeoutSecs=0.1&nakDelaySecs=0.1"
+    with site(tmp_path, {"LAB": quick}, start=False) as here:
+        here.sandbox.faults.silent = True
+        here.sandbox.bot = lambda transmit: (200, ORDER if "Q|1" in transmit.body else "")
+        started(here)
+        with Instrument.at(here.ports["LAB"]) as first:
+            first.session(*QUERY)
+            here.sandbox.wait_for(lambda: bodies(here, "LAB"))
+            with Instrument.at(here.ports["LAB"]) as second:
+                assert second.quiet(0.3) == b""  # it was accepted meanwhile
+                first.session(*RESULT)
+                here.sandbox.faults.silent = False
+                here.sandbox.cut()
+                for _ in range(12):  # two tries with six ENQs
+                    assert first.take(2) == ENQ + EOT
+                assert second.quiet(0.1) == b""
+                assert first.accept(5) == ORDER_RECORDS
+
+
+def test_a_connection_does_not_use_up_the_tries_of_what_a_device_refused(tmp_path):
+    """A device that connects for each message, and is busy (AE): the back-off is for that."""
+    delays = [setting("channelAutoRetryBaseDelayMs", 60_000)]
+    with site(tmp_path, {"ADT": "?enhanced=aa"}, delays) as here, here.caller() as caller:
+        with here.device("ADT") as device:
+            assert device.ask(message("M0")) == ("AA", "M0")
+            caller.store("channel://ADT", message("ORDER"))
+            assert "ORDER" in device.receive()
+            device.send(ack_text("AE", "ORDER"))
+            eventually(lambda: any(row["error_code"] for row in here.agent.rows("ORDER")))
+        for number in range(1, 4):
+            with here.device("ADT") as device:
+                assert device.ask(message(f"M{number}")) == ("AA", f"M{number}")
+                assert device.drain(0.7) == []
+        assert here.agent.rows("ORDER")[0]["attempts"] == 1

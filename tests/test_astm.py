@@ -803,3 +803,26 @@ def test_body_up() -> None:
 def test_body_down() -> None:
     assert text_records("H|\\^&\r\nO|1|ä\n\n\x02L|1\r", USUAL) == [b"H|\\^&\r", b"O|1|\xe4\r", b"L|1\r"]
     assert text_records("R|€", USUAL) == [b"R|?\r"]
+
+
+def test_a_slow_disk_is_not_taken_for_a_lost_ack() -> None:
+    """LIS01-A2 6.5.2: the sender had our ACK, 4 s before its EOT."""
+    core = Astm(StreamSettings(mode="astm"))
+    core.receive(ENQ, 0.0)
+    core.receive(A, 0.1)
+    core.committed(10.0)
+    assert [type(event) for event in core.receive(EOT, 14.6)] == [Session]
+
+
+def test_what_reached_the_instrument_is_said_of_its_own_message_only() -> None:
+    core = Astm(StreamSettings(mode="astm"))
+    core.send([b"H|1\r", b"L|1\r"], 0.0)
+    core.receive(ACK, 0.1)
+    core.withdraw(0, 0.2)
+    core.send([b"H|2\r"], 1.0)
+    core.send([b"H|3\r"], 1.0)
+    assert core.closed() == [SendFailed("the connection was closed", False)] * 2
+    core.send([b"H|4\r"], 2.0)
+    core.send([b"H|5\r"], 2.0)
+    core.receive(ACK, 2.1)
+    assert [event.reached for event in core.closed() if isinstance(event, SendFailed)] == [True, False]

@@ -17,6 +17,8 @@ from pathlib import Path
 
 import pytest
 import trustme
+from pydicom import Dataset
+from pynetdicom import evt
 
 from tests.dicom_peers import Destination
 from tests.support import Receiver, changed, eventually, free_ports, message, site
@@ -511,3 +513,17 @@ def test_more_ports_than_files_may_be_open_leave_the_reserve(tmp_path):
         with here.device("C0") as device:
             assert device.ask(message("FEW")) == ("AA", "FEW")
         here.sandbox.wait_ids("FEW")
+
+
+def test_words_of_a_device_are_not_for_the_main_log(tmp_path):
+    """An Error Comment (0000,0902) may name the patient: who waits hears it, the log has the status alone."""
+    answer = Dataset()
+    answer.Status, answer.ErrorComment = 0xA700, "DOE^JANE 19700101 unknown"
+    with Destination() as archive, site(tmp_path, {"A": ""}) as here, here.caller() as caller:
+        assert archive.server is not None
+        archive.server.bind(evt.EVT_C_ECHO, lambda event: answer)
+        url = f"dicom://{archive.address}"
+        assert "DOE^JANE" in caller.push(url, ECHO, contentType="application/json").text
+        caller.store(url, ECHO, contentType="application/json")
+        assert "status 0xA700" in here.agent.logged("try 1 failed")
+        assert b"DOE^JANE" not in here.agent.main_log()
