@@ -257,6 +257,7 @@ DEVICE_IDLE_SECS = 10.0  # without keepAlive an unused device connection is clos
 DICOM_PUSH_SECS = 600.0  # one try of a stored push to an imaging device: large objects, slow archives
 DICOM_PUSHES = 8  # pushes to imaging devices under way at once
 DIMSE_SECS = 60.0  # to wait for the peer's answer to a DIMSE request of ours
+SLOW_LINE_BYTES = MIB  # a second, of a line over which an object is sent
 SENT_PDU_BYTES = 128 * KIB  # largest PDU that we send, where the device takes any
 COMMAND_BYTES = 64 * KIB  # a DIMSE command
 WAITING_REQUESTS = 64  # of one association: a device waits for each answer, unless both said otherwise (PS3.7 D.3.3.3)
@@ -7960,7 +7961,7 @@ def parse_ping(host: object, body: object) -> tuple[str, int]:
 
 
 # =====================================================================================================================
-# DICOM (1800 lines, 15050 tokens)
+# DICOM (1850 lines, 15450 tokens)
 #
 # Imaging devices (DICOM PS3.4, PS3.7, PS3.8; channel contract 8). `Dimse` is a core like the others: bytes in, events
 # out. Its line runs requests as coroutines; what takes long (fsync, decoding, JSON) goes to a few threads. pydicom and
@@ -8658,7 +8659,10 @@ class Sender:
     ):  # fmt: skip
         """`addresses` are those of the peer, where they are known."""
         self._entity, self._peer, self._addresses, self._tls = entity, peer, addresses, tls
-        self._connect_secs = cast(float, entity.connection_timeout)
+        self._connect_secs, self._answer_secs = (
+            cast(float, entity.connection_timeout),
+            cast(float, entity.dimse_timeout),
+        )
         limited = [(pynetdicom.evt.EVT_CONN_OPEN, _in_time)]
         self._options: Json = {"ae_title": title, "tls_args": tls, "evt_handlers": limited}
         self._association: Association | None = None
@@ -8670,21 +8674,30 @@ class Sender:
         own, sop_class = meta.TransferSyntaxUID, meta.MediaStorageSOPClassUID
         syntaxes = {own, IMPLICIT} if own in UNCOMPRESSED else {own}
         association = self.association(*((sop_class, syntax) for syntax in syntaxes))
+        # pynetdicom's time for the answer runs from when all is in its queue, and not on the line
+        association.dimse_timeout = self._answer_secs + file.size / SLOW_LINE_BYTES
         try:
-            return association.send_c_store(read_object(file) if file.key else file.name, **options)
+            return self._heard(association.send_c_store(read_object(file) if file.key else file.name, **options))
         except ValueError:  # no presentation context for it as it is: in another uncompressed syntax
             dataset = read_object(file)
             if own == BIG_ENDIAN:  # which pynetdicom does not turn
                 turn_words(dataset)
                 dataset.set_original_encoding(True, True)
-            return association.send_c_store(dataset, **options)
+            return self._heard(association.send_c_store(dataset, **options))
+
+    def _heard(self, answer: Dataset) -> Dataset:
+        """What a peer answered; one that says nothing is not asked again."""
+        if "Status" not in answer:
+            self.problem = DeviceError("no answer came", "device-silent")
+            raise self.problem
+        return answer
 
     def report(self, report: Dataset, kind: int) -> Dataset:
         """N-EVENT-REPORT of a storage commitment, whose SCP we are (PS3.4 J.3.3); the status data set."""
         try:
             role = pynetdicom.build_role(COMMITMENT_CLASS, scp_role=True)
             association = self.association((COMMITMENT_CLASS,), ext_neg=[role])
-            return association.send_n_event_report(report, kind, COMMITMENT_CLASS, COMMITMENT_INSTANCE)[0]
+            return self._heard(association.send_n_event_report(report, kind, COMMITMENT_CLASS, COMMITMENT_INSTANCE)[0])
         finally:
             self.release()
 
@@ -8743,8 +8756,15 @@ class Sender:
             return os_reason(error)
 
     def release(self) -> None:
+        """What was asked is answered: nobody waits long for a peer that does not answer this."""
         if self._association is not None:
+            self._association.acse_timeout = HANG_UP_SECS
             self._association.release()
+
+    def abort(self) -> None:
+        """From another thread: whatever waits for the peer ends."""
+        if self._association is not None:
+            self._association.abort()
 
 
 def _in_time(event: Any) -> None:
@@ -8854,7 +8874,14 @@ class DicomLine(Line):
         """Bytes that wait while the device does not read."""
         self.send(content)
         self._flush()
-        await self._drained.wait()
+        while not self._drained.is_set():
+            left = self._transport.get_write_buffer_size()
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._drained.wait(), DIMSE_SECS)
+            if not self._drained.is_set() and self._transport.get_write_buffer_size() >= left:
+                self.owner.warn(f"{self.remote} was disconnected: it has read nothing for {DIMSE_SECS:g} s")
+                self.abort()
+                return
 
     def eof_received(self) -> bool:
         return False
@@ -9069,6 +9096,8 @@ class DicomChannel(Channel):
     threads = ThreadPoolExecutor(4, "imaging")  # for the disk
     _decoding = ThreadPoolExecutor(1, "decoding")  # one at a time: messages share the interpreter with it
     _sending = ThreadPoolExecutor(DICOM_PUSHES, "dicom-move")
+    _reporting = ThreadPoolExecutor(2, "dicom-report")
+    reporting: typing.ClassVar[set[int]] = set()  # commitments whose report is on its way
 
     def __init__(self, plan: ChannelPlan, parts: Parts, old: Channel | None = None):
         self._fhir = parts.fhir
@@ -9317,7 +9346,11 @@ class DicomChannel(Channel):
             raise ValueError("no presentation context for it")
         data: Iterable[tuple[bytes, bool]] = file_blocks(file)
         if usable[0] != own:
-            data = [(await self._decode(lambda: write_dataset(read_object(file), usable[0], own)), True)]
+            content, size = (
+                await self._decode(lambda: write_dataset(read_object(file), usable[0], own)),
+                TRANSFER_BLOCK_BYTES,
+            )
+            data = [(content[at : at + size], at + size >= len(content)) for at in range(0, len(content), size)]
         fields = {"CommandField": 0x0001, "AffectedSOPClassUID": sop_class, "Priority": 0,
                   "AffectedSOPInstanceUID": meta.MediaStorageSOPInstanceUID}  # fmt: skip
         return await line.request(accepted[usable[0]], fields, data)
@@ -9402,7 +9435,8 @@ class DicomChannel(Channel):
 
     async def n_action(self, request: Request) -> None:
         """Storage commitment N-ACTION (PS3.4 J.3.2): answered when stored; the report follows the Bot's answer."""
-        if request.fields.get("RequestedSOPClassUID") != COMMITMENT_CLASS or request.fields.get("ActionTypeID") != 1:
+        classes = {request.context.abstract, request.fields.get("RequestedSOPClassUID")}
+        if classes != {COMMITMENT_CLASS} or request.fields.get("ActionTypeID") != 1:
             raise Refusal("an action that is not supported", NO_SUCH_ACTION)
         body = await self._read(request) | {"sopInstanceUid": request.uid, "actionTypeId": 1}
         try:
@@ -9431,7 +9465,15 @@ class DicomChannel(Channel):
         return heard is not None or not error
 
     async def _report(self, message: Message, text: str) -> None:
-        """Report what the Bot says is safe; everything else has failed (PS3.4 J.3.3)."""
+        """Report what the Bot says is safe; everything else has failed (PS3.4 J.3.3). Once, also after a reload."""
+        if message.id not in self.reporting:
+            self.reporting.add(message.id)
+            try:
+                await self._report_commitment(message, text)
+            finally:
+                self.reporting.discard(message.id)
+
+    async def _report_commitment(self, message: Message, text: str) -> None:
         request = load_json(message.text or (await self.store.bodies([message.id]))[message.id][0].decode())
         committed: set[str] | None = None
         try:
@@ -9444,7 +9486,8 @@ class DicomChannel(Channel):
         report = await self._decode(commitment_report, request, committed)
         for seconds in COMMITMENT_REPORT_SECS:
             await asyncio.sleep(seconds)
-            if not (problem := await self._send_report(message, request["association"], *report)):
+            now = self.queue.owner if isinstance(self.queue.owner, DicomChannel) else self  # since a reload another
+            if not (problem := await now._send_report(message, request["association"], *report)):
                 message.outcome = DELIVERED
                 self.store.update(message)
                 return
@@ -9477,7 +9520,7 @@ class DicomChannel(Channel):
         calling = titles["callingAeTitle"]
         try:
             if sender := self._sender(calling, titles["calledAeTitle"]):
-                status = (await self.loop.run_in_executor(self._sending, sender.report, report, kind)).get("Status")
+                status = (await self.loop.run_in_executor(self._reporting, sender.report, report, kind)).get("Status")
             elif (line := next((one for one in self.associations if message.id in one.commitments), None)) is None:
                 return f"'{calling}' is not connected; name its address in moveDestinations"
             else:
@@ -9491,7 +9534,7 @@ class DicomChannel(Channel):
             return str(error)
         except (ValueError, RuntimeError, OSError) as error:
             return type(error).__name__
-        return "" if status == SUCCESS else f"status {status}"
+        return "" if status == SUCCESS else f"status 0x{status or 0:04X}"
 
 
 # --- queries that the server's own resources answer ------------------------------------------------------------------
@@ -9692,8 +9735,14 @@ class ImagingCaller:
                     if file.error:
                         raise DeviceError(f"{reference}: {file.error}", "device-error")
                 loop = asyncio.get_running_loop()
-                work = partial(self._perform, push.target, addresses, request, file, seconds)
-                answer = await loop.run_in_executor(threads, work)
+                begun: list[Sender] = []
+                work = partial(self._perform, push.target, addresses, request, file, seconds, begun)
+                try:
+                    answer = await loop.run_in_executor(threads, work)
+                except asyncio.CancelledError:  # its time is over, and so is the association
+                    for sender in begun:
+                        loop.run_in_executor(None, sender.abort)
+                    raise
             return dump_json({"command": request["command"], **answer}).decode()
         finally:
             if file is not None:
@@ -9701,7 +9750,7 @@ class ImagingCaller:
 
     def _perform(
         self, target: Target, addresses: Sequence[tuple[str, int]], request: Json, file: SpoolFile | None,
-        seconds: float,
+        seconds: float, begun: list[Sender],
     ) -> Json:  # fmt: skip
         """In a thread: the association and the request."""
         s, key = target.settings, target.key
@@ -9710,6 +9759,7 @@ class ImagingCaller:
         entity.dimse_timeout = entity.network_timeout = seconds
         tls = (device_tls(target, self._log), target.host) if s.tls else None
         sender = Sender(entity, Peer(target.host, target.port), target.path, tls, addresses)
+        begun.append(sender)
         try:
             if file is None:
                 return self._query(sender, request)
