@@ -3,6 +3,7 @@
 Clauses are of ASTM E1381 / CLSI LIS01-A2 (line) and E1394 / LIS02-A2 (records).
 """
 
+import contextlib
 import functools
 import json
 import re
@@ -67,6 +68,18 @@ t._safe_close = lambda fd: (looked.wait(2), close(fd))
 """
 
 
+@contextlib.contextmanager
+def draining(folder):
+    """A serial channel whose port closes slowly, and its instrument."""
+    with lone_site(folder, "serial") as (here, cable):
+        assert cable is not None
+        changed(here.agent, DRAINING)
+        here.sandbox.bot = silent_bot
+        started(here)
+        with opened(here, cable) as device:
+            yield here, cable, device
+
+
 @needs_socat
 def test_a_reload_of_a_serial_port_delivers_the_session_under_way_once(tmp_path):
     """Somebody corrects the speed while the L frame is acknowledged and EOT is still to come (9600 baud: 1 ms each).
@@ -74,18 +87,13 @@ def test_a_reload_of_a_serial_port_delivers_the_session_under_way_once(tmp_path)
     LIS02-A2 14: with its L record the message is complete, so it is delivered when the line closes. The new channel
     finds the same frames on disk and delivers them, too: the Bot files each result twice.
     """
-    with lone_site(tmp_path, "serial") as (here, cable):
-        assert cable is not None
-        changed(here.agent, DRAINING)
-        here.sandbox.bot = silent_bot
-        started(here)
-        with opened(here, cable) as device:
-            device.session(*RESULT, eot=False)
-            here.endpoint("ASTM")["address"] = cable.address(ASTM).replace("19200", "9600")
-            assert here.sandbox.reload()["type"] != "agent:error"
-            eventually(functools.partial(opened_since, here, "ASTM", 1), what="the port is open again")
-            device.session(*NEXT)
-            came(here, "ASTM", body_of(*NEXT))
+    with draining(tmp_path) as (here, cable, device):
+        device.session(*RESULT, eot=False)
+        here.endpoint("ASTM")["address"] = cable.address(ASTM).replace("19200", "9600")
+        assert here.sandbox.reload()["type"] != "agent:error"
+        eventually(functools.partial(opened_since, here, "ASTM", 1), what="the port is open again")
+        device.session(*NEXT)
+        came(here, "ASTM", body_of(*NEXT))
         eventually(lambda: partials(here) == 0)
         assert bodies(here, "ASTM") == [body_of(*RESULT), body_of(*NEXT)]
 
@@ -136,19 +144,14 @@ m.Store.keep_frame = keep
 @needs_socat
 def test_a_reload_of_a_serial_port_keeps_half_a_session_once(tmp_path):
     """As above before the L record: two dead letters with the same records, for the person who merges them by hand."""
-    with lone_site(tmp_path, "serial") as (here, cable):
-        assert cable is not None
-        changed(here.agent, DRAINING)
-        here.sandbox.bot = silent_bot
-        started(here)
-        with opened(here, cable) as device:
-            device.session(*RESULT[:-1], eot=False)
-            here.endpoint("ASTM")["address"] = cable.address(ASTM).replace("19200", "9600")
-            assert here.sandbox.reload()["type"] != "agent:error"
-            eventually(functools.partial(opened_since, here, "ASTM", 1), what="the port is open again")
-            dead(here, "ASTM", body_of(*RESULT[:-1]))
-            device.session(*NEXT)
-            came(here, "ASTM", body_of(*NEXT))
+    with draining(tmp_path) as (here, cable, device):
+        device.session(*RESULT[:-1], eot=False)
+        here.endpoint("ASTM")["address"] = cable.address(ASTM).replace("19200", "9600")
+        assert here.sandbox.reload()["type"] != "agent:error"
+        eventually(functools.partial(opened_since, here, "ASTM", 1), what="the port is open again")
+        dead(here, "ASTM", body_of(*RESULT[:-1]))
+        device.session(*NEXT)
+        came(here, "ASTM", body_of(*NEXT))
         assert [row["state"] for row in rows(here, "ASTM")].count("failed") == 1
 
 

@@ -746,11 +746,13 @@ def test_procedure_steps_stay_in_order(here, bot):
 
 def test_a_bot_that_takes_its_time_over_a_procedure_step(here, bot):
     """Success is answered after answerWaitSecs, for the request is on disk."""
-    here.sandbox.faults.delay = lambda: 0.9
+    here.sandbox.faults.silent = True  # until the answer is there
     begin = time.monotonic()
     with associated(here, MPPS) as scu:
         assert create(scu, new_uid()) == SUCCESS
         assert time.monotonic() - begin > 0.4
+    assert not bot.asked
+    here.sandbox.faults.silent = False
     here.sandbox.wait_for(lambda: bot.asked)
 
 
