@@ -2296,7 +2296,7 @@ def stream_answer(body: str, settings: StreamSettings) -> bytes:
 
 
 # =====================================================================================================================
-# ASTM (570 lines, 4000 tokens)
+# ASTM (590 lines, 4200 tokens)
 #
 # The link layer of laboratory instruments (ASTM E1381, CLSI LIS01-A2), both roles, and the little of the records
 # (E1394, LIS02-A2) that it needs. Bytes and times in, events out. The caller commits a frame to disk between
@@ -2305,7 +2305,8 @@ def stream_answer(body: str, settings: StreamSettings) -> bytes:
 # The rules behind the table _LINK (clauses of E1381-02, the text that became LIS01-A2):
 # - 6.2 ENQ is answered by ACK. An ENQ inside a session ends that session first.
 # - 6.3 A frame is STX, number, text, ETB (more of this record follows) or ETX, checksum, CR, LF. It is answered after
-#   its checksum, as some instruments leave CR LF away, and pad with NULs. STX inside a frame begins it anew.
+#   LF: some instruments empty their input when they have sent a frame, and an answer before that is lost. Others leave
+#   CR LF away, or pad with NULs: then the answer waits TAIL_SECS, once a session. STX inside a frame begins it anew.
 # - Some instruments send no numbers: where the first frame of a session has none, all of them are text from STX on.
 # - 6.3.2 Numbers count 1..7, 0. A frame repeats the last one only if number and bytes are equal: then ACK, nothing
 #   appended. Any other number is accepted with a warning (strictFrameNumbers: NAK).
@@ -2331,6 +2332,7 @@ FRAME_TEXT_BYTES = 65_536  # the largest frame text we take: the standard says 6
 FRAME_COST_BYTES = 64  # counted for each frame besides its text, so that empty frames are bounded too
 WAITING_BYTES = 128 * 1024  # received while a frame is on its way to disk; more than that is no half-duplex sender
 DOUBT_SECS = 1.0  # of silence that make an ENQ or EOT after noise believable: a sender's own time-out is 15
+TAIL_SECS = 0.2  # from a checksum to its CR LF: at 300 baud 70 ms
 TURN_SECS = 0.5  # after EOT before our next ENQ: stray answers pass, and the instrument can ask first
 SENDER_SECS = 14.0  # a sender that heard nothing for 15 s after its frame ends in EOT (E1381 6.5.2)
 INTERRUPT_SECS = 15.0  # E1381 6.3.5: no ENQ for so long after an interrupt
@@ -2421,6 +2423,7 @@ class Link(enum.Enum):
     TEXT = "in the text"
     TEXT_EOT = "EOT in the text"
     SUM = "in the checksum"
+    TAIL = "between checksum and LF"
     COMMIT = "a frame is on its way to disk"
     ENQUIRE = "our ENQ waits for its answer"
     SENDING = "our frame waits for its answer"
@@ -2452,6 +2455,8 @@ class Astm:
         self._acked = 0.0  # when the last frame was answered
         self._reached = False  # the instrument has taken an ENQ for the message
         self._unsummed = False  # a frame's checksum was wrong
+        self._tailed = True  # frames of this session may end in CR LF
+        self._between = Link.OPEN  # what follows a good frame
 
     # --- what the caller does ---
 
@@ -2543,12 +2548,16 @@ class Astm:
         while at < len(self._waiting) and self.state is not Link.COMMIT:
             if self.state is Link.TEXT:
                 at = self._take_text(at)
+            elif self.state is Link.TAIL and not self._ends_frame(self._waiting[at]):
+                self._judge(_OTHER)
             else:
                 self._step(self._waiting[at])
                 at += 1
         del self._waiting[:at]
         if self.state in (Link.NOISE_ENQ, Link.NOISE_EOT, Link.TEXT_EOT):  # doubts
             self._due = self._now + DOUBT_SECS
+        elif self.state is Link.TAIL:
+            self._due = self._now + TAIL_SECS
         elif self.state not in (Link.ENQUIRE, Link.SENDING, Link.COMMIT):
             self._due = self._now + self.settings.receiveTimeoutSecs
         events, self._events = self._events, []
@@ -2587,12 +2596,13 @@ class Astm:
 
     def _skip(self, byte: int) -> None:
         """A byte that is no part of the protocol; without verification a checksum is skipped after its frame."""
-        if self.settings.checksum == "off" and chr(byte) in "0123456789ABCDEFabcdef" and self._last.end:
+        if self._last.end and self._ends_frame(byte):
             self.state = Link.AFTER
         else:
             self.skipped += 1
 
     def _open(self, byte: int) -> None:
+        self._tailed = True
         self._write(ACK)
 
     def _bare(self, byte: int) -> None:
@@ -2672,10 +2682,23 @@ class Astm:
             self._text.append(byte)
 
     def _take_sum(self, byte: int) -> None:
-        """ETB or ETX and, if it is verified, the checksum: then the frame is complete."""
+        """ETB or ETX and, if it is verified, the checksum."""
         self._sum.append(byte)
-        if len(self._sum) < 3 and self.settings.checksum != "off":
-            return
+        if len(self._sum) == 3 or self.settings.checksum == "off":
+            self.state = Link.TAIL
+            if not self._tailed:
+                self._judge(byte)
+
+    def _ends_frame(self, byte: int) -> bool:
+        """What may follow ETX and what of the checksum is verified."""
+        return byte in b"\r\n\0" or (self.settings.checksum == "off" and byte in b"0123456789ABCDEFabcdef")
+
+    def _leave_tail(self, byte: int) -> None:
+        self._tailed = False
+
+    def _judge(self, byte: int) -> None:
+        """The frame is complete."""
+        self._between = Link.OPEN if byte == LF else Link.AFTER
         frame = FrameAccepted(chr(self._number) if self._number else "", bytes(self._text), self._sum[0])
         wanted = b"%02X" % ((self._number + sum(self._text) + frame.end) % 256)
         self._text.clear()
@@ -2714,7 +2737,7 @@ class Astm:
     def _answer(self, byte: int) -> None:
         """ACK or NAK of a frame."""
         self._refused, self._acked = byte == NAK, self._now
-        self.state = Link.NOISE if self._refused else Link.AFTER
+        self.state = Link.NOISE if self._refused else self._between
         self._write(byte)
 
     # --- sender ---
@@ -2819,6 +2842,9 @@ _LINK: dict[Link, _Row] = {
         _OTHER: (Link.TEXT, Astm._go_on), _TIME: (Link.IDLE, Astm._give_up, Astm._end),
     },
     Link.SUM: {_OTHER: (Link.SUM, Astm._take_sum), _TIME: (Link.IDLE, Astm._silent)},
+    Link.TAIL: {
+        LF: (Link.TAIL, Astm._judge), _TIME: (Link.TAIL, Astm._leave_tail, Astm._judge), _OTHER: (Link.TAIL,),
+    },
     # sender
     Link.ENQUIRE: {ACK: (Link.SENDING, Astm._advance), **_padding(Link.ENQUIRE), _OTHER: (Link.IDLE, Astm._denied)},
     Link.SENDING: {
@@ -10194,7 +10220,7 @@ def issuer_of(der: bytes) -> str:
 
 
 # =====================================================================================================================
-# Operations (730 lines, 7200 tokens)
+# Operations (740 lines, 7250 tokens)
 #
 # What a person asks of a running agent: status, the queue, alarms, the page and its figures. One `ask` serves the
 # command line (over a socket in the state directory that only the agent's user can open), the page, and the cloud (a
@@ -10288,6 +10314,7 @@ class Operations:
         self._counted = False  # once what waits is known, a destination without an entry has nothing
         self._unsent: deque[tuple[str, int, int]] = deque(maxlen=ALARMS_HELD)  # text, severity (RFC 5424 6.2.1), time
         self._sender: asyncio.Task[None] | None = None
+        self._tried = 0  # how often the oldest event was brought in vain
 
     # --- watching ---
 
@@ -10430,7 +10457,7 @@ class Operations:
 
     async def _send_out(self) -> None:
         """To alarmTo, in their order, until it has taken them: syslog over TLS, or a command's standard input."""
-        target, tried = self._settings.alarmTo, 0
+        target = self._settings.alarmTo
         while self._unsent:
             text, severity, at = sent = self._unsent[0]
             try:
@@ -10440,16 +10467,21 @@ class Operations:
                     else:
                         await self._to_command(target, text)
             except (OSError, ValueError) as error:
-                if not tried:
+                if not self._tried:
                     reason = f"{str(error) or 'no answer in time'}; it is tried again"
                     self._agent.log.error(f"An alarm cannot be brought to alarmTo: {reason}.")
-                tried += 1
-                await asyncio.sleep(back_off(tried))
+                self._tried += 1
+                await asyncio.sleep(back_off(self._tried))
             else:
-                tried = 0
+                self._tried = 0
                 if self._unsent[0] is sent:  # else newer ones have taken its place
                     self._unsent.popleft()
                 self._save()
+
+    async def finish(self) -> None:
+        """Before a stop: what is being told now would be told again."""
+        if self._sender and not self._tried:
+            await asyncio.wait({self._sender}, timeout=STOP_ANSWER_SECS)
 
     async def _to_syslog(self, url: SplitResult, text: str, severity: int, at: int) -> None:
         stamp = f"{utc_text('%Y-%m-%dT%H:%M:%S', at)}Z"
@@ -11970,6 +12002,7 @@ class Agent:
     async def _shut_down(self) -> None:
         """Stop accepting, store what was read, let answers come for a moment, say goodbye."""
         self.log.info("Stopping.")
+        await self.operations.finish()
         upgrade = bool(self.upgrades.successor)
         if upgrade:
             await self._await_answers()

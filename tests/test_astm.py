@@ -14,6 +14,7 @@ from medplum_agent import (
     DOUBT_SECS,
     FRAME_TEXT_BYTES,
     INTERRUPT_SECS,
+    TAIL_SECS,
     TURN_SECS,
     WAITING_BYTES,
     Astm,
@@ -151,6 +152,26 @@ def test_the_ack_waits_for_the_commit() -> None:
     assert core.committed(2) == [ACKED, FrameAccepted("2", b"R|b\r", ETX[0])]
     assert core.committed(3) == [ACKED, Session((b"H|a\r", b"R|b\r")), ACKED]
     assert core.committed(4) == core.refused(4) == []
+
+
+@pytest.mark.parametrize("found", [A, A[:-4] + b"00\r\n"], ids=["good", "wrong checksum"])
+def test_a_frame_is_answered_after_its_last_byte(found: bytes) -> None:
+    """Half-duplex instruments empty their input when they have sent a frame: an answer between checksum and LF is lost,
+    and 15 s later they give up."""
+    line, answer = Line(), [ACKED] if found is A else [NAKED]
+    assert line.hear(ENQ, *one_by_one(found[:-1])) == [ACKED]
+    assert line.frames == []
+    assert line.hear(found[-1:]) == answer
+
+
+@pytest.mark.parametrize("checksum", ["on", "off"])
+def test_a_sender_without_cr_lf_waits_a_moment_once_a_session(checksum: str) -> None:
+    line = Line(checksum=checksum)
+    for _ in range(2):
+        assert line.hear(ENQ + A[:-2]) == [ACKED]
+        assert line.wait(TAIL_SECS) == [ACKED]
+        assert line.hear(B[:-2]) == [ACKED]
+        assert line.hear(L[:-2], EOT) == [ACKED, Session((b"H|a\r", b"R|b\r", b"L|1\r"))]
 
 
 def test_a_frame_that_cannot_be_stored_is_refused() -> None:

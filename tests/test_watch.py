@@ -618,6 +618,21 @@ def test_alarms_wait_for_a_target_that_fails_and_keep_their_order(tmp_path):
         assert "SECRET" not in doctor.stdout + json.dumps(cloud(here, command="bundle"))
 
 
+def test_an_alarm_that_is_being_told_at_a_stop_is_told_once(tmp_path):
+    told, script = tmp_path / "told.txt", tmp_path / "tell.py"
+    script.write_text("import sys, time; open(sys.argv[1], 'a').write(sys.stdin.read()); time.sleep(1)")
+    with site(tmp_path, CHANNELS, ONCE, config=f"alarmTo = '{sys.executable} {script} {told}'", start=False) as here:
+        changed(here.agent, OFTEN)
+        here.agent.start()
+        dead_letters(here, 1)
+        eventually(lambda: told.exists() and told.read_text())
+        here.agent.terminate()
+        here.agent.start()
+        assert command(here, "queue", "discard", "--channel", "ADT").returncode == 0
+        eventually(lambda: "OVER" in told.read_text(), timeout=30)
+        assert [line.split(":")[0] for line in told.read_text().splitlines()] == ["ALARM", "OVER"]
+
+
 def test_what_cannot_be_told_is_not_over(tmp_path):
     """A restart while the server is away: whether clock and token are right is not known."""
     with site(tmp_path, CHANNELS, start=False) as here:
