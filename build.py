@@ -53,7 +53,7 @@ PEERS = ROOT / ".peers"
 MEDPLUM_CLI = PEERS / "node_modules/.bin" / ("medplum.cmd" if WINDOWS else "medplum")
 MEDPLUM_CLI_VERSION = "5.0.10"  # the newest there is
 PAGE_CHECKERS = {"puppeteer-core": "24.43.1", "axe-core": "4.14.1"}  # drive a browser; find what hinders people in it
-PARALLEL = ("-n", "3", "--dist", "worksteal")  # tests wait more than they work; -n 0 for a debugger
+PARALLEL = ("-n", "5", "--dist", "worksteal")  # tests wait more than they work; -n 0 for a debugger
 
 SETTINGS_BEGIN, SETTINGS_END = "<!-- settings -->", "<!-- /settings -->"
 
