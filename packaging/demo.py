@@ -92,7 +92,8 @@ class Faults:
     hold: str = ""  # requests whose path begins so are answered when this is empty again
     no_wado: bool = False  # objects are to be had as Binaries only
     stow_forgets: bool = False  # STOW-RS stores nothing, and answers 200 without naming the instance
-    stow_cuts: list[str] = dataclasses.field(default_factory=list)  # of the next ones: the connection, before or `late`
+    # of the next ones: the connection, before or `late`, or with this status before the body is read, as gateways do
+    stow_cuts: list[str] = dataclasses.field(default_factory=list)
     never_connect: bool = False  # connect requests stay unanswered
     refuse_connect: str = ""  # connect requests are answered with this agent:error
     mute_heartbeats: bool = False  # heartbeats of the agent stay unanswered, none are sent
@@ -200,7 +201,8 @@ class Sandbox:
             await SandboxSocket(self, reader, writer).run(raw)
             return False
         cut = self.faults.stow_cuts.pop(0) if target == "/dicomweb/studies" and self.faults.stow_cuts else "-"
-        if not cut:
+        if not cut.strip("0123456789"):
+            writer.write(f"HTTP/1.1 {cut} X\r\nContent-Length: 0\r\n\r\n".encode() if cut else b"")
             return False
         body = await self._body(reader, headers)
         if method == "GET" and (found := self._file(target.split("?")[0], headers)) is not None:
