@@ -3001,6 +3001,7 @@ class Message:
     state: int = QUEUED
     outcome: int = PENDING
     attempts: int = 0
+    uploads: int = 0  # of its file, that failed: they are no attempts
     failures: int = 0
     next_attempt_at: int = 0
     failing_ms: int = 0
@@ -4766,7 +4767,7 @@ def _json_object(text: bytes) -> Json:
 
 
 # =====================================================================================================================
-# Delivery (560 lines, 4150 tokens)
+# Delivery (560 lines, 4200 tokens)
 #
 # What is on its way, the same for every protocol and in both directions. `Order` decides what may be in flight, `judge`
 # what an answer means; `Queue` keeps a window of the stored messages of one destination, which is the server or one
@@ -5231,23 +5232,23 @@ class Queue:
         if message.id not in self.inflight:
             return
         message.failures += counts
-        now = self._loop.time()
+        message.uploads += mode == "upload"
+        now, tries = self._loop.time(), message.attempts or message.uploads
         message.failing_ms += round((now - (message.failing_since or now)) * 1000)  # not by the wall clock: it jumps
         message.failing_since = now
         poison = error in _POISON and not mode and not self.policy.written and self._is_poison(message)
-        spent = self.policy.spent(message.failures, message.failing_ms, message.attempts)
+        spent = self.policy.spent(message.failures, message.failing_ms, tries)
         if spent or error not in _RETRIED[mode or self.policy.mode] or (poison and message.failures >= POISON_TRIES):
             self.bury(message, error, status, relay=relay, words=words)
             return
-        tries = message.failures if counts else message.attempts
-        delay_ms = POISON_DELAY_MS if poison else self.policy.delay_ms(tries)
+        delay_ms = POISON_DELAY_MS if poison else self.policy.delay_ms(message.failures if counts else tries)
         message.error_code, message.last_error = error, words or _REASONS[error].format(status=status)
         message.state = QUEUED
         self.park(message, delay_ms)
         self.store.update(message)
         if now - self._complained > COMPLAIN_SECS:  # what fails does so thousands of times
             self._complained = now
-            tried = f"message {message.id}, try {message.attempts} failed: {message.last_error}"
+            tried = f"message {message.id}, try {tries} failed: {message.last_error}"
             self._log.warn(f"{self.policy.name}: {tried}.")
         self.pump()
 

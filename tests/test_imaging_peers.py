@@ -1,11 +1,14 @@
 """Imaging with peers, and under conditions, that no other test has: gateways, archives and devices of other makers."""
 
+import contextlib
+import sqlite3
 import ssl
+import time
 from typing import Any
 
 import pytest
 
-from tests.dicom_peers import FAST, QUIET, SUCCESS, Tls, made, silent_bot, start, store
+from tests.dicom_peers import FAST, QUIET, SUCCESS, Tls, imaging_site, made, silent_bot, start, store
 from tests.support import site
 
 pytestmark = QUIET
@@ -33,3 +36,29 @@ def test_a_gateway_that_refuses_an_object_before_it_has_read_it(tmp_path, secure
         instance = made(20_000_000)
         assert store(here.ports["PACS"], instance) == [SUCCESS]
         assert here.agent.wait_state(instance.uid, "rejected")["error_code"] == "file-too-large"
+
+
+def test_an_object_whose_connection_breaks_each_time_is_sent_ever_more_rarely(tmp_path):
+    """It was sent again after half of autoRetryBaseDelayMs, however often: 500 MB without a pause, until it went."""
+    address = "dicom://127.0.0.1:{port}?autoRetryBaseDelayMs=20&storage=dicomweb"
+    with imaging_site(tmp_path, {"PACS": address}) as here:
+        here.sandbox.faults.stow_cuts = [""] * 6
+        instance, began = made(1000), time.monotonic()
+        assert store(here.ports["PACS"], instance) == [SUCCESS]
+        here.agent.wait_state(instance.uid, "processed")
+        assert time.monotonic() - began > sum(20 * 2**n / 2 for n in range(6)) / 1000
+
+
+def test_an_object_whose_connection_breaks_for_72_hours_is_a_dead_letter(tmp_path):
+    """It was tried for ever, and the rest of its study waited behind it."""
+    address = "dicom://127.0.0.1:{port}?autoRetryBaseDelayMs=20&storage=dicomweb"
+    with imaging_site(tmp_path, {"PACS": address}) as here:
+        here.sandbox.faults.hold = "/dicomweb"
+        instance = made(1000)
+        assert store(here.ports["PACS"], instance) == [SUCCESS]
+        here.agent.kill()
+        with contextlib.closing(sqlite3.connect(here.agent.queue_path)) as queue, queue:
+            queue.execute("UPDATE message SET failing_ms = 73 * 3600000")
+        here.sandbox.faults.hold, here.sandbox.faults.stow_cuts = "", [""] * 1000
+        start(here)
+        assert here.agent.wait_state(instance.uid, "failed")["error_code"] == "connection-lost"
