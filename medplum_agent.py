@@ -9335,7 +9335,7 @@ class DicomChannel(Channel):
                 query |= {parent: f"{it.get('resourceType')}/{it.get('id')}"} if parent else {}
                 for resource in await self._fhir.search(f"{kind}?{urlencode(query)}"):
                     described = dataset | resource_json(resource, keywords)
-                    if await self._decode(matches_query, wanted, described):
+                    if described[uid].get("Value") and await self._decode(matches_query, wanted, described):
                         found.append((described, resource))
         return list({described[uid]["Value"][0]: (described, resource) for described, resource in found}.values())
 

@@ -8,7 +8,20 @@ from typing import Any
 
 import pytest
 
-from tests.dicom_peers import FAST, QUIET, SUCCESS, Tls, imaging_site, made, silent_bot, start, store
+from tests.dicom_peers import (
+    FAST,
+    QUIET,
+    STUDY_FIND,
+    SUCCESS,
+    Tls,
+    associated,
+    data_set,
+    imaging_site,
+    made,
+    silent_bot,
+    start,
+    store,
+)
 from tests.support import site
 
 pytestmark = QUIET
@@ -62,3 +75,16 @@ def test_an_object_whose_connection_breaks_for_72_hours_is_a_dead_letter(tmp_pat
         here.sandbox.faults.hold, here.sandbox.faults.stow_cuts = "", [""] * 1000
         start(here)
         assert here.agent.wait_state(instance.uid, "failed")["error_code"] == "connection-lost"
+
+
+def test_a_resource_without_its_uid_is_no_match(tmp_path):
+    """One study that somebody made by hand, or an OperationOutcome among what was found (FHIR R4 3.1.1.3.1): every
+    C-FIND of the level was answered 0x0110, an internal error."""
+    with imaging_site(tmp_path, {"PACS": "dicom://127.0.0.1:{port}?answer=server"}) as here:
+        bare = {"resourceType": "DicomStudy", "id": "bare"}
+        whole = bare | {"id": "whole", "studyInstanceUid": "1.2.3"}
+        here.sandbox.sandbox.resources |= {"DicomStudy/bare": bare, "DicomStudy/whole": whole}
+        with associated(here, STUDY_FIND) as scu:
+            *matches, (last, _) = scu.send_c_find(data_set(QueryRetrieveLevel="STUDY", StudyInstanceUID=""), STUDY_FIND)
+        assert [match and match.StudyInstanceUID for _, match in matches] == ["1.2.3"]
+        assert last.Status == SUCCESS
