@@ -8002,7 +8002,7 @@ def parse_ping(host: object, body: object) -> tuple[str, int]:
 
 
 # =====================================================================================================================
-# DICOM (1850 lines, 15450 tokens)
+# DICOM (1860 lines, 15550 tokens)
 #
 # Imaging devices (DICOM PS3.4, PS3.7, PS3.8; channel contract 8). `Dimse` is a core like the others: bytes in, events
 # out. Its line runs requests as coroutines; what takes long (fsync, decoding, JSON) goes to a few threads. pydicom and
@@ -8709,6 +8709,7 @@ class Sender:
         self._association: Association | None = None
         self._contexts: dict[tuple[str, ...], Any] = {}  # SOP class, syntaxes
         self.problem: DeviceError | None = None  # the peer cannot be associated with: nothing more is tried
+        self._unanswered = 0  # requests, one after the other
 
     def send(self, file: SpoolFile, meta: Dataset, **options: Any) -> Dataset:
         """C-STORE a file, as it is where the peer takes that; the status data set. DeviceError, ValueError."""
@@ -8717,28 +8718,36 @@ class Sender:
         association = self.association(*((sop_class, syntax) for syntax in syntaxes))
         # pynetdicom's time for the answer runs from when all is in its queue, and not on the line
         association.dimse_timeout = self._answer_secs + file.size / SLOW_LINE_BYTES
+        stored = partial(association.send_c_store, **options)
         try:
-            return self._heard(association.send_c_store(read_object(file) if file.key else file.name, **options))
+            return self._heard(association, partial(stored, read_object(file) if file.key else file.name))
         except ValueError:  # no presentation context for it as it is: in another uncompressed syntax
             dataset = read_object(file)
             if own == BIG_ENDIAN:  # which pynetdicom does not turn
                 turn_words(dataset)
                 dataset.set_original_encoding(True, True)
-            return self._heard(association.send_c_store(dataset, **options))
+            return self._heard(association, partial(stored, dataset))
 
-    def _heard(self, answer: Dataset) -> Dataset:
-        """What a peer answered; one that says nothing is not asked again."""
-        if "Status" not in answer:
-            self.problem = DeviceError("no answer came", "device-silent")
-            raise self.problem
-        return answer
+    def _heard(self, association: Association, ask: Callable[[], Dataset]) -> Dataset:
+        """What a peer answered. One that says nothing is not asked again, nor one that three requests in a row end."""
+        until = time.monotonic() + cast(float, association.dimse_timeout)
+        if "Status" in (answer := ask()):
+            self._unanswered = 0
+            return answer
+        silent = time.monotonic() >= until
+        self._unanswered += 3 if silent else 1
+        problem = DeviceError("no answer came" if silent else "it ended the association", "device-silent")
+        if self._unanswered >= 3:
+            self.problem = problem
+        raise problem
 
     def report(self, report: Dataset, kind: int) -> Dataset:
         """N-EVENT-REPORT of a storage commitment, whose SCP we are (PS3.4 J.3.3); the status data set."""
         try:
             role = pynetdicom.build_role(COMMITMENT_CLASS, scp_role=True)
             association = self.association((COMMITMENT_CLASS,), ext_neg=[role])
-            return self._heard(association.send_n_event_report(report, kind, COMMITMENT_CLASS, COMMITMENT_INSTANCE)[0])
+            sent = partial(association.send_n_event_report, report, kind, COMMITMENT_CLASS, COMMITMENT_INSTANCE)
+            return self._heard(association, lambda: sent()[0])
         finally:
             self.release()
 

@@ -7,17 +7,23 @@ import time
 from typing import Any
 
 import pytest
+from pynetdicom import evt
 
 from tests.dicom_peers import (
     FAST,
     QUIET,
     STUDY_FIND,
+    STUDY_MOVE,
     SUCCESS,
+    Bot,
+    Destination,
     Tls,
     associated,
+    counts,
     data_set,
     imaging_site,
     made,
+    part10,
     silent_bot,
     start,
     store,
@@ -88,3 +94,31 @@ def test_a_resource_without_its_uid_is_no_match(tmp_path):
             *matches, (last, _) = scu.send_c_find(data_set(QueryRetrieveLevel="STUDY", StudyInstanceUID=""), STUDY_FIND)
         assert [match and match.StudyInstanceUID for _, match in matches] == ["1.2.3"]
         assert last.Status == SUCCESS
+
+
+# --- destinations ---
+
+
+def test_the_objects_behind_one_that_the_destination_aborts_at_are_moved(tmp_path):
+    """An archive that aborts at an object that it does not like: the rest of the study was not sent, and counted as
+    failed."""
+    with Destination() as dest:
+        address = f"dicom://127.0.0.1:{{port}}?moveDestinations={dest.address}"
+        with imaging_site(tmp_path, {"PACS": address}) as here:
+            objects = [made(100) for _ in range(5)]
+
+            def choosy(event: evt.Event) -> int:
+                if str(event.request.AffectedSOPInstanceUID) == objects[1].uid:  # type: ignore[union-attr]
+                    event.assoc.abort()
+                return dest._store(event)
+
+            assert dest.server is not None
+            dest.server.bind(evt.EVT_C_STORE, choosy)
+            references = [f"Binary/{one.uid}" for one in objects]
+            here.sandbox.sandbox.binaries |= zip(references, map(part10, objects), strict=True)
+            here.sandbox.bot = bot = Bot()
+            bot.replies["C-MOVE"] = references
+            study = data_set(QueryRetrieveLevel="STUDY", StudyInstanceUID="1.2.3")
+            with associated(here, STUDY_MOVE) as scu:
+                (last, _) = list(scu.send_c_move(study, "DEST", STUDY_MOVE))[-1]
+            assert (last.Status, counts(last)[1:]) == (0xB000, (4, 1, 0))
