@@ -1851,7 +1851,8 @@ def split_batch(content: bytes) -> tuple[list[bytes], bytes]:
     whole = content.lstrip(_BLANK_BYTES)
     first = re.search(rb"\r?\n|\r", whole)
     end = rb"(?:(?<=\r)|(?<=\r\n))" if first and b"\r" in first[0] else rb"(?<=\n)"  # else a line feed is text
-    parts = re.split(end + rb"(?=MSH|FHS|BHS|BTS|FTS)", whole)
+    begun = rb"(?=(?:MSH|FHS|BHS|BTS|FTS)(?![\w+/= ]))"  # not a line of a document in base64, nor of prose
+    parts = re.split(end + begun, whole)
     messages = [part for part in parts if not part.startswith(_WRAPPERS)]
     return messages or [content], b"".join(part for part in parts if part.startswith(_WRAPPERS))
 
