@@ -152,6 +152,7 @@ BIND_RETRY_SECS = 0.25  # a port held by the agent that we replace is free withi
 GRACEFUL_CLOSE_SECS = 5.0  # a device connection that is closed by us may finish what is being stored
 UNREAD_SECS = 60.0  # a device that does not read its answers for so long is worth a word
 UNFINISHED_BYTES = 128 * MIB  # of messages that are not complete, over all connections
+SLOW_BYTES = 500  # a second: who sends less stopped; a serial line at 9600 baud brings 960
 LONE_END_SECS = 0.3  # of silence after 0x1C without 0x0D: the frame has ended
 NOISE_BYTES = 256  # of an instrument that have come and are part of nothing: said also while its line stays open
 JUNK_SECS = 1.0  # what is no message is answered at most this often
@@ -6242,8 +6243,9 @@ class Line(asyncio.Protocol):
             self.owner.warn(f"{self.remote} has not read its answers for {UNREAD_SECS:.0f} s")
         if self._paused or self._closing:
             return ""
-        if inside and self._begun_at and now - self._begun_at > inside:
-            return f"it was still in the middle of a message after {now - self._begun_at:.0f} s"
+        begun, last = self._begun_at, max(self._begun_at, self.active_at)
+        if inside and begun and max(now - last, now - begun - self.core.held / SLOW_BYTES) > inside:
+            return f"it was still in the middle of a message after {now - begun:.0f} s"
         if idle and silent > idle and not (self.awaiting or self.asking):
             return f"it was silent for {silent:.0f} s"
         return ""

@@ -2,15 +2,20 @@
 
 import base64
 import random
+import time
 
 import pytest
 
-from tests.support import message, site
+from tests.support import acknowledgment, message, site
+
+RAW = "tcp://127.0.0.1:{port}?startChar=%02&endChar=%03&bodyEncoding=utf-8"
 
 
 @pytest.fixture(scope="module")
 def here(tmp_path_factory):
-    with site(tmp_path_factory.mktemp("peers"), {"ENHANCED": "?enhanced=true"}) as running:
+    slow = "frameTimeoutSecs=0.5"
+    channels = {"ENHANCED": "?enhanced=true", "SLOW": f"?enhanced=aa&{slow}", "RAW": f"{RAW}&{slow}"}
+    with site(tmp_path_factory.mktemp("peers"), channels) as running:
         yield running
 
 
@@ -34,3 +39,26 @@ def test_a_line_of_a_document_begins_no_message(here, line, end):
         device.send(text.replace("\r", end))
         assert device.heard(2) == [("CA", control), ("AA", control)]
     assert [transmit.body for transmit in here.sandbox.of(control)] == [text]
+
+
+# --- slow lines ---
+
+
+def test_a_large_message_over_a_slow_line_is_no_device_that_stopped(here):
+    """frameTimeoutSecs is about a connection that stops: a report of 5 MB over half a Mbit/s takes 80 s."""
+    text = message("SLOW", size=30_000)
+    with here.device("SLOW") as device, here.device("RAW") as instrument:
+        raw, framed = b"\x02" + text.encode() + b"\x03", b"\x0b" + text.encode() + b"\x1c\r"
+        for at in range(0, len(framed), 600):
+            device.send_raw(framed[at : at + 600])
+            instrument.send_raw(raw[at : at + 600])
+            time.sleep(0.05)  # the line
+        assert acknowledgment(device.receive()) == ("AA", "SLOW")
+    here.sandbox.wait_for(lambda: len(here.sandbox.of("SLOW")) == 2)
+
+
+@pytest.mark.parametrize("channel", ["SLOW", "RAW"])
+def test_a_large_message_that_stops_is_given_up(here, channel):
+    with here.device(channel) as device:
+        device.send_raw(b"\x02" * (channel == "RAW") + b"\x0bMSH|" + b"x" * 30_000)
+        assert device.closed_by_peer(4)
