@@ -170,6 +170,7 @@ FETCH_SECS = 900.0  # for root to fetch it, over a slow line
 UNIT_SECS = 5.0  # root's unit has had its chance: `sudo upgrade` does what it should have done
 KEEP_OLD_SECS, KEEP_NEW_SECS = 7 * 86_400.0, 86_400.0  # on disk: the version before the current one, and any new one
 
+BATCH_MESSAGES = 1000  # cut out of a batch in one go
 COMMIT_MESSAGES = 4096  # messages in one transaction: bounds the latency of the one behind
 COMMIT_BYTES = 16 * MIB  # the same for large messages
 UNCOMMITTED_BYTES = 16 * MIB  # received but not yet on disk; above it devices are no longer read
@@ -1802,7 +1803,7 @@ def _lines_backwards(path: Path, end: int) -> Iterator[tuple[int, bytes]]:
 
 
 # =====================================================================================================================
-# HL7 (240 lines, 1900 tokens)
+# HL7 (250 lines, 1950 tokens)
 #
 # HL7 v2 by slicing: the MSH header, single fields by path, acknowledgments, the patient a message belongs to.
 # `hl7.parse` is forty times slower and serves where speed does not matter. Text in, text out; touches nothing.
@@ -1847,15 +1848,18 @@ def decode_hl7(content: bytes, encoding: str) -> str:
     return LINE_ENDS.sub(lambda end: "\r" if "\r" in end[0] or segment.match(text, end.end()) else end[0], text)
 
 
-def split_batch(content: bytes) -> tuple[list[bytes], bytes]:
-    """The messages of a frame that holds several, or a batch; and what stood around them."""
+def split_batch(content: bytes) -> tuple[list[bytes], bytes, bytes]:
+    """The messages of a frame that holds several, or a batch; what stood around them; and the rest of a long one."""
     whole = content.lstrip(_BLANK_BYTES)
     first = re.search(rb"\r?\n|\r", whole)
     end = rb"(?:(?<=\r)|(?<=\r\n))" if first and b"\r" in first[0] else rb"(?<=\n)"  # else a line feed is text
     begun = rb"(?=(?:MSH|FHS|BHS|BTS|FTS)(?![\w+/= ]))"  # not a line of a document in base64, nor of prose
-    parts = re.split(end + begun, whole)
+    parts = re.split(end + begun, whole, maxsplit=BATCH_MESSAGES)
+    rest = (
+        parts.pop() if len(parts) > BATCH_MESSAGES and re.search(rb"(?:^|[\r\n])" + begun + b"MSH", parts[-1]) else b""
+    )
     messages = [part for part in parts if not part.startswith(_WRAPPERS)]
-    return messages or [content], b"".join(part for part in parts if part.startswith(_WRAPPERS))
+    return messages or [content], b"".join(part for part in parts if part.startswith(_WRAPPERS)), rest
 
 
 @lru_cache(64)
@@ -5786,7 +5790,7 @@ class Uplink:
 
 
 # =====================================================================================================================
-# Lines (1170 lines, 8550 tokens)
+# Lines (1180 lines, 8600 tokens)
 #
 # One open connection to a device, whoever dialled; each protocol has one class here, which owns its core. A line takes
 # bytes (`receive`), makes messages of them (`intake`), acknowledges when the store says durable (`stored`), writes down
@@ -6421,15 +6425,18 @@ class Hl7Line(MllpLine):
         if "stopping" in self._paused:  # another version goes on with them, or the device sends them again
             return
         self.resume("rate")
-        rate = self.settings.messagesPerMin  # a reload may have changed it
-        while self._delayed and (rate <= 0 or self._loop.time() >= self._next_at):
+        rate, store = self.settings.messagesPerMin, self.owner.store  # a reload may have changed it
+        while self._delayed and not store.congested and (rate <= 0 or self._loop.time() >= self._next_at):
             if rate > 0:
                 self._next_at = max(self._next_at, self._loop.time() - 0.01) + 60 / rate
             self.intake(self._delayed.popleft(), due=True)
         if self._delayed and not self._closing:
             if not self.asking:  # whose acknowledgment is read
                 self.pause("rate")
-            self._loop.call_at(self._next_at, self._next_delayed)
+            if store.congested:
+                store.on_resume.append(self._next_delayed)
+            else:
+                self._loop.call_at(self._next_at, self._next_delayed)
         self._close_if_done()
 
     # --- messages ---
@@ -6450,11 +6457,15 @@ class Hl7Line(MllpLine):
         if frame.rfind(b"MSH") == 0:  # one, as nearly always; from the end: twice as fast, among so many line ends
             self._take(frame)
             return
-        messages, around = split_batch(frame)
+        messages, around, rest = split_batch(frame)
         if around:
             self.owner.note(f"[Batch]: {around.decode(self.encoding, 'replace')}")
         for content in messages:
             self._take(content)
+        if rest:  # other devices come between
+            self._delayed.appendleft(rest)
+            if not due:
+                self._next_delayed()
 
     def _take(self, content: bytes) -> None:
         """One message: check it, and hand it to the store."""
