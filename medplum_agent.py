@@ -3002,6 +3002,7 @@ class Message:
     return_ack: str | None = None  # of a push: the ACK that completes it
     mode: Any = None  # the settings by which its sender is answered, if it was sent again under others
     spool: str | None = None  # of an image: its file, which is uploaded before the message is sent
+    uploaded: str | None = None  # what the file became: a Binary, or "" by STOW-RS
     prepared: bool = True  # nothing has to happen before it can be sent
     received_at: int = 0
     state: int = QUEUED
@@ -4884,7 +4885,7 @@ _REASONS = {
     "again",
     "stow-refused": "the server stored nothing by STOW-RS (status {status}); see its log, then send it again",
     "file-too-large": "its file is larger than the server takes (status 413); raise the limit there and send it again",
-    "file-unreadable": "its file in the spool folder beside the queue cannot be read",
+    "file-unreadable": "its file in the spool folder beside the queue cannot be read, or the queue not be written",
     "file-lost": "its file is missing in the spool folder beside the queue",
     "too-large": "it is larger than the server accepts (WebSocket close code 1009); raise maxJsonSize on the server",
 }
@@ -5664,14 +5665,15 @@ class Uplink:
                 queue.park(message, COMMITMENT_POLL_MS)
             return
         file, name = partial(store.spool.open, message.spool), spool_reference(message.spool)
-        token, stow, reference, status = False, STOWED in message.spool, "", 0
+        token, stow, status = False, STOWED in message.spool, 0
         try:
             token = bool(await self._fhir.fresh_token())
-            if stow:
-                await self._fhir.stow(file, message.control_id)
-            else:
-                reference = await self._fhir.upload(file)
-            await store.finalize(message, name, reference)  # so that it is not sent twice, also after a restart
+            if message.uploaded is None:
+                if stow:
+                    await self._fhir.stow(file, message.control_id)
+                message.uploaded = "" if stow else await self._fhir.upload(file)
+            # so that it is not sent twice, also after a restart
+            await store.finalize(message, name, message.uploaded)
         except (StorageError, OSError) as error:
             reason = "file-lost" if isinstance(error, FileNotFoundError) else "file-unreadable"
         except ServerError as error:
@@ -5679,8 +5681,8 @@ class Uplink:
             reason = _upload_error(status, stow)
         else:
             message.prepared = True
-            if message.text is not None and reference:
-                queue.hold(message, message.text.replace(name, reference))
+            if message.text is not None and message.uploaded:
+                queue.hold(message, message.text.replace(name, message.uploaded))
             return
         queue.ahead_at = self._loop.time() + COMPLAIN_SECS
         queue.failed(message, reason, status, counts=status > 0, mode="upload")

@@ -3,6 +3,7 @@
 import contextlib
 import sqlite3
 import ssl
+import subprocess
 import time
 from typing import Any
 
@@ -18,6 +19,7 @@ from tests.dicom_peers import (
     Bot,
     Destination,
     Tls,
+    announced,
     associated,
     counts,
     data_set,
@@ -28,7 +30,7 @@ from tests.dicom_peers import (
     start,
     store,
 )
-from tests.support import site
+from tests.support import changed, eventually, site
 
 pytestmark = QUIET
 
@@ -94,6 +96,40 @@ def test_a_resource_without_its_uid_is_no_match(tmp_path):
             *matches, (last, _) = scu.send_c_find(data_set(QueryRetrieveLevel="STUDY", StudyInstanceUID=""), STUDY_FIND)
         assert [match and match.StudyInstanceUID for _, match in matches] == ["1.2.3"]
         assert last.Status == SUCCESS
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A tmpfs of 24 MiB."""
+    folder = tmp_path / "small"
+    folder.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=24m", "tmpfs", folder], capture_output=True)
+    if mounted.returncode:
+        pytest.skip(f"NO SMALL DISK: uploads while the disk is full were not checked: {mounted.stderr.decode()}")
+    yield folder
+    subprocess.run(["umount", "-l", folder], check=True)
+
+
+@pytest.mark.parametrize(("storage", "path"), [("binary", "/fhir/R4/Binary"), ("dicomweb", "/dicomweb/studies")])
+def test_an_object_is_uploaded_once_while_the_disk_is_full(small_disk, storage, path):
+    """Another program fills the disk: what became of an upload could not be written, and each object was uploaded again
+    and again, with a Binary or an instance on the server each time, until there was room."""
+    with site(small_disk, {"PACS": f"dicom://127.0.0.1:{{port}}?{FAST}&storage={storage}"}, start=False) as here:
+        changed(here.agent, "m.COMPLAIN_SECS = 0")  # each try is logged
+        here.sandbox.bot = silent_bot
+        start(here)
+        here.sandbox.faults.hold = path
+        instance = made(1000)
+        assert store(here.ports["PACS"], instance) == [SUCCESS]
+        ballast = small_disk / "ballast"
+        with ballast.open("wb", buffering=0) as file, contextlib.suppress(OSError):
+            while file.write(bytes(4096)):
+                pass
+        here.sandbox.faults.hold = ""
+        eventually(lambda: here.agent.main_log().count(b"cannot be read") >= 3, what="tries")
+        ballast.unlink()
+        announced(here, instance.uid)
+        assert sum(path in request for request in here.sandbox.sandbox.requests) == 1
 
 
 # --- destinations ---
