@@ -254,7 +254,7 @@ HANG_UP_SECS = 1.0  # a device may take so long to close its side of a connectio
 NAMED_FILE_BYTES = MIB  # of a certificate, a key or a secret
 KNOWN_IDS = 2000  # control ids of one connection that are remembered, for a warning
 LOCKED_BYTE = 1 << 30  # of a lock file, on Windows
-PUSHED_IDS = 256  # pushes to connected devices whose late ACKs are still known
+PUSHED_IDS = 256  # pushes whose late ACKs are still known, of a channel and of a connection
 DEVICE_IDLE_SECS = 10.0  # without keepAlive an unused device connection is closed after this time
 DICOM_PUSH_SECS = 600.0  # one try of a stored push to an imaging device: large objects, slow archives
 DICOM_PUSHES = 8  # pushes to imaging devices under way at once
@@ -5792,7 +5792,7 @@ class Uplink:
 
 
 # =====================================================================================================================
-# Lines (1180 lines, 8600 tokens)
+# Lines (1190 lines, 8650 tokens)
 #
 # One open connection to a device, whoever dialled; each protocol has one class here, which owns its core. A line takes
 # bytes (`receive`), makes messages of them (`intake`), acknowledges when the store says durable (`stored`), writes down
@@ -6287,6 +6287,7 @@ class MllpLine(Line):
         self.quiet = True  # nothing has come since the last push
         self.words = ""  # what frames came instead of its acknowledgment
         self.code = ""  # MSA-1 of what ended the last push; behind a CA another may come
+        self._accepted: deque[str] = deque(maxlen=PUSHED_IDS)  # control ids of pushes that a CA ended
 
     def intake(self, frame: bytes | FrameError) -> None:
         """One frame, or why there is none."""
@@ -6354,12 +6355,16 @@ class MllpLine(Line):
         found = [e for e in (*mine, *others) if e.push.control_id.strip() == ack.control_id]
         if not ack.control_id and len(mine) == 1:
             found = mine
+        if not found and ack.code == "AA" and ack.control_id in self._accepted:
+            return True  # nobody waits for it any more
         if not found:
             self.words = "what came acknowledges another message (MSA-2)"
         elif found[0].push.mode == "application" and ack.code == "CA":
             found[0].line.words = "only its accept acknowledgment (CA) came"
         else:
             found[0].line.code = ack.code
+            if ack.code == "CA":
+                self._accepted.append(ack.control_id)
             found[0].answer.set_result(text)
         return bool(found)
 
@@ -7503,7 +7508,7 @@ class CallLine(MllpLine):
             else:
                 self.words = "what came is no HL7 acknowledgment"
                 self.owner.note(f"[Ignored]: {text}")
-                self.owner.warn("sent a message that is no acknowledgment; ignored")
+                self.warn_once("message", "a message came that is no acknowledgment; ignored")
 
 
 class BytesCall(Line):

@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from tests.support import acknowledgment, message, site
+from tests.support import Receiver, acknowledgment, control_id, message, setting, site
 
 RAW = "tcp://127.0.0.1:{port}?startChar=%02&endChar=%03&bodyEncoding=utf-8"
 
@@ -62,3 +62,24 @@ def test_a_large_message_that_stops_is_given_up(here, channel):
     with here.device(channel) as device:
         device.send_raw(b"\x02" * (channel == "RAW") + b"\x0bMSH|" + b"x" * 30_000)
         assert device.closed_by_peer(4)
+
+
+# --- devices that we push to ---
+
+
+@pytest.mark.parametrize("keep", [False, True])
+def test_the_aa_behind_a_ca_is_no_warning(tmp_path, keep):
+    """A device in enhanced mode answers twice; with the usual returnAck=first each push was one WARN."""
+
+    def behave(link, text):
+        link.ack("CA", control_id(text))
+        link.ack("AA", control_id(text))
+
+    with site(tmp_path, {"A": ""}, [setting("keepAlive", keep)]) as here, Receiver(behave) as device:
+        with here.caller() as caller:
+            for number in range(5):
+                assert acknowledgment(caller.push(device.url(), message(f"TWICE-{number}")).text)[0] == "CA"
+            device.behaviour = lambda link, text: link.ack("AE", "TWICE-4")  # what failed after all is said
+            assert caller.push(device.url("?ackTimeoutSecs=0.3"), message("LAST")).status == 400
+        here.agent.logged("no push waits for")
+        assert here.agent.main_log().count(b'"WARN"') == 1
