@@ -1888,13 +1888,14 @@ is_ack = re.compile(r"ACK(?![^\W_])").match  # MSH-9.1 is ACK: nothing answers i
 
 
 def undecodable(content: bytes, encoding: str) -> str:
-    """The first byte that the encoding does not have, and where it stands."""
+    """The first byte that the encoding does not have, and in which field of a segment or record it stands."""
     try:
         content.decode(encoding)
     except UnicodeDecodeError as error:
         segment = re.split(rb"[\r\n]", content[: error.start])[-1]
-        name, field = segment[:3].decode("latin-1"), segment.count(content[3:4] or b"|")
-        return f"byte 0x{content[error.start]:02X} in {name}-{field + (name == 'MSH')}"
+        name = re.match(rb"[A-Z][A-Z0-9]{0,2}(?=\|)", segment)  # else it is text, and may be a patient's name
+        field = f" in {name[0].decode()}-{segment.count(b'|') + (name[0] == b'MSH')}" if name else ""
+        return f"byte 0x{content[error.start]:02X}{field}"
     return ""
 
 

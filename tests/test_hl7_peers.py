@@ -64,6 +64,30 @@ def test_a_large_message_that_stops_is_given_up(here, channel):
         assert device.closed_by_peer(4)
 
 
+# --- what the main log says ---
+
+
+@pytest.mark.parametrize(
+    ("content", "place"),
+    [
+        (b"PID|1||P1^^^H||M\xfcller\r", "PID-5"),
+        (b"NTE|1||Herr\nMei er: M\xfcller\r", ""),  # a line feed in a field
+        (b"NTE|1||Herr\nMEIER\xfc\r", ""),
+    ],
+)
+def test_no_text_of_a_message_is_in_the_main_log(here, content, place):
+    """The line of text before the byte was taken for a segment, and its first letters for the name of that."""
+    before = len(here.agent.main_log())
+    control = f"BYTES-{content[:11].hex()}{len(content)}"
+    with here.device("ENHANCED") as device:
+        device.send(message(control, "").encode() + content)
+        assert device.ack() == ("CA", control)
+        here.agent.wait_state(control, "processed")
+    said = here.agent.main_log()[before:].decode()
+    assert f"byte 0xFC{f' in {place}' if place else ''} is not utf-8" in said
+    assert "mei" not in said.lower()
+
+
 # --- devices that we push to ---
 
 
