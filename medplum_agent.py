@@ -6295,7 +6295,7 @@ class MllpLine(Line):
         raise NotImplementedError
 
     def receive(self, received: bytes) -> None:
-        bare = not (self.messages or self.core.inside or received.startswith(START))
+        bare = not (self.core.inside or received.startswith(START))
         if bare and received.lstrip(b"\r\n ").startswith(b"MSH"):
             self.warn_once("bare", "a message came without 0x0B before it: is its sender set to MLLP?")
         self.quiet = False

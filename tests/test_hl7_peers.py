@@ -88,6 +88,14 @@ def test_no_text_of_a_message_is_in_the_main_log(here, content, place):
     assert "mei" not in said.lower()
 
 
+def test_a_later_message_without_its_start_is_said(here):
+    """It cannot be told from noise between frames, and its sender waits: not only when it disconnects."""
+    with here.device("ENHANCED") as device:
+        device.ask(message("START-1"))
+        device.send_raw(message("START-2").encode() + b"\x1c\r")
+        here.agent.logged("without 0x0B before it")
+
+
 # --- devices that we push to ---
 
 
