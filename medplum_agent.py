@@ -2891,7 +2891,7 @@ def text_records(body: str, settings: StreamSettings) -> list[bytes]:
 
 
 # =====================================================================================================================
-# Store (1460 lines, 10650 tokens)
+# Store (1470 lines, 10700 tokens)
 #
 # Every message on disk before it is acknowledged: one SQLite file (WAL, synchronous=FULL), one writer thread with one
 # commit in flight. What arrives while it runs is the next batch: one executemany, one COMMIT, one call back into the
@@ -2915,8 +2915,10 @@ BOT_LOG = "Bot execution logs:"  # how the server begins the answer of a Bot tha
 PUSH_PREFIX = "push "  # names of channel rows that are devices: "push mllp://host:port"
 APPLICATION_ID, SCHEMA_VERSION = 0x4D504C41, 3  # "MPLA": tells our file from any other SQLite file
 
-# by channel; in older files one by number alone stands in its place
-_DEAD_INDEX = f"CREATE INDEX IF NOT EXISTS dead_letter ON message (channel, state) WHERE state > {PROCESSED}"
+# older files have others in their place, or none
+_LATER_INDEXES = f"""CREATE INDEX IF NOT EXISTS dead_letter ON message (channel, state) WHERE state > {PROCESSED};
+CREATE INDEX IF NOT EXISTS undelivered ON message (channel)
+  WHERE state = {PROCESSED} AND outcome = {UNDELIVERED};"""
 _SCHEMA = f"""
 CREATE TABLE identity (seed TEXT NOT NULL, last_deleted_id INTEGER NOT NULL DEFAULT 0);
 CREATE TABLE channel (id INTEGER PRIMARY KEY, name TEXT NOT NULL UNIQUE, next_seq INTEGER NOT NULL DEFAULT 0,
@@ -2934,7 +2936,7 @@ CREATE TABLE partial (session TEXT, number INTEGER, channel INTEGER NOT NULL, re
   frame BLOB NOT NULL, PRIMARY KEY (session, number)) WITHOUT ROWID;
 CREATE UNIQUE INDEX duplicate ON message (channel, control_id, checked) WHERE checked;
 CREATE INDEX unsettled ON message (channel, id) WHERE state < {PROCESSED};
-{_DEAD_INDEX};
+{_LATER_INDEXES}
 CREATE INDEX spooled ON message (spool) WHERE spool IS NOT NULL;
 CREATE VIEW queue AS SELECT m.id, c.name AS channel_name,
   CASE m.state {" ".join(f"WHEN {n} THEN '{name}'" for n, name in enumerate(STATES))} END AS state,
@@ -3528,10 +3530,10 @@ class Store:
 
     async def recover(self, row: ChannelRow, state: int, error_code: str | None, reason: str | None) -> int:
         """Messages of a channel that were sent when the agent stopped get this state; how many there were."""
-        sql = """UPDATE message SET state = ?, outcome = ?, settled_at = ?, error_code = ?, last_error = ?
-          WHERE channel = ? AND state = ? RETURNING id"""
+        sql = f"""UPDATE message SET state = ?, outcome = ?, settled_at = ?, error_code = ?, last_error = ?
+          WHERE channel = ? AND state < {PROCESSED} AND state = {SENT} RETURNING id"""
         outcome, settled_at = (NOT_OWED, now_ms()) if error_code else (PENDING, 0)
-        values = state, outcome, settled_at, error_code, reason, row.id, SENT
+        values = state, outcome, settled_at, error_code, reason, row.id
         return len(await self.call(lambda db: db.rows(sql, values)))
 
     async def queued(
@@ -3834,7 +3836,7 @@ class Store:
 
     def _find_earlier(self, db: Database, message: Message) -> Message | None:
         """What a message repeats; None when that is too long ago."""
-        sql = f"{_SELECT} FROM message WHERE channel = ? AND control_id = ? AND checked = ?"
+        sql = f"{_SELECT} FROM message WHERE channel = ? AND control_id = ? AND checked AND checked = ?"
         row = db.one(sql, (message.channel, message.control_id, message.checked))
         earlier = Message._from_row(row) if row else None
         if earlier and abs(message.received_at - earlier.received_at) >= message.window_ms:  # a clock may be set back
@@ -3963,7 +3965,7 @@ class Store:
             db.execute("UPDATE message SET failing_ms = 0")  # it was an epoch time
         for older in range(version or SCHEMA_VERSION, SCHEMA_VERSION):
             db.execute(f"BEGIN; {_MIGRATIONS[older]}; PRAGMA user_version = {older + 1}; COMMIT;")
-        db.execute(f"{_DEAD_INDEX}; DROP INDEX IF EXISTS dead")
+        db.execute(f"{_LATER_INDEXES} DROP INDEX IF EXISTS dead")
         self._inspect(db)
 
     def _wal_grew(self, db: apsw.Connection, name: str, pages: int) -> int:
@@ -4036,25 +4038,31 @@ class Store:
         return processed, errored
 
     async def _delete(self, condition: str, needed: Callable[[], bool]) -> int:
-        """Delete matching rows, oldest first, in small transactions while `needed`."""
-        total = 0
+        """Delete matching rows, oldest first, while `needed`: looked for by the reader, in pieces of so many rows that
+        neither an acknowledgment nor a message on its way waits for them."""
+        piece = f"""SELECT max(id), max({condition}) FROM
+          (SELECT id, state, outcome, settled_at FROM message WHERE id > ? ORDER BY id LIMIT {SWEEP_ROWS})"""
+        total, last = 0, 0
 
-        def run(db: Database) -> list[tuple[Any, ...]]:
-            oldest = f"SELECT id FROM message WHERE {condition} ORDER BY id LIMIT {SWEEP_ROWS}"
-            rows = db.rows(f"DELETE FROM message WHERE id IN ({oldest}) RETURNING id, spool")
-            last = max((id_ for id_, _ in rows), default=0)
-            db.execute("UPDATE identity SET last_deleted_id = max(last_deleted_id, ?)", (last,))
+        def run(after: int, db: Database) -> list[tuple[Any, ...]]:
+            between = f"id > {after} AND id <= {last} AND {condition}"
+            rows = db.rows(f"DELETE FROM message WHERE {between} RETURNING id, spool")
+            highest = max((id_ for id_, _ in rows), default=0)
+            db.execute("UPDATE identity SET last_deleted_id = max(last_deleted_id, ?)", (highest,))
             db.rows(f"PRAGMA incremental_vacuum({SWEEP_ROWS})")
             return rows
 
         while needed():
-            rows = await self.call(run)
-            for _, name in rows:
-                if name:
-                    self.spool.remove(name)
-            total += len(rows)
-            if len(rows) < SWEEP_ROWS:
+            after = last
+            last, found = await self.read(partial(Database.one, sql=piece, values=(after,)))
+            if last is None:
                 break
+            if found:
+                rows = await self.call(partial(run, after))
+                for _, name in rows:
+                    if name:
+                        self.spool.remove(name)
+                total += len(rows)
         return total
 
 
