@@ -191,8 +191,9 @@ POISON_TRIES, POISON_DELAY_MS = 3, 3000  # a message that is refused where other
 MAX_WARNINGS = 20  # warnings of one channel within that time
 WINDOW_MESSAGES = 8192  # queued messages of a channel known in memory; the rest stays on disk
 WINDOW_BYTES = 4 * MIB  # bodies among them that are kept in memory
+KNOWN_MESSAGES, KNOWN_BYTES = 65_536, 32 * MIB  # the same of all channels, whose windows are then small
 INFLIGHT_BYTES = 16 * MIB  # of one channel with the server at once
-REFILL_MESSAGES = 1024  # rows read from disk in one go: a few ms of the interpreter
+REFILL_MESSAGES = 256  # rows read from disk in one go: a ms or two of the interpreter
 PAGE_BYTES = 8192  # SQLite page: large messages want large pages, random control ids small ones
 CHECKPOINT_PAGES = 2000  # 16 MiB of WAL: more gives stalls of 30-100 ms
 MUST_SECS = 1.0  # what was acknowledged in pieces and cannot be stored is tried again
@@ -3358,6 +3359,8 @@ class Store:
         # why a file of the spool may not grow to a size, or an empty string; asked from any thread
         self.spool = Spool(path.with_suffix(".spool"), lambda size: self.refusal(size) or self.disk_refusal(), cipher)
         self.on_resume: list[Callable[[], None]] = []  # called once when congestion ends
+        self.known: dict[int, Queue] = {}  # messages in the windows of all queues, and whose they are
+        self.known_bytes = 0  # of their bodies
         self._log = log
         self._loop = asyncio.get_running_loop()
         self._started_ms = now_ms() - round(self._loop.time() * 1000)
@@ -3540,8 +3543,9 @@ class Store:
         self, row: ChannelRow, after: int, limit: int, retried: Sequence[int] = ()
     ) -> list[tuple[Message, bytes | None]]:
         """The next unsettled messages of a channel by id, with their bodies unless these are large; `retried` first."""
-        sql = f"""{_SELECT}, CASE WHEN length(original) < {64 * KIB} THEN original END, finalized, length(original)
-          FROM message WHERE channel = ? AND state < {PROCESSED} AND"""
+        small = f"length(original) < {WINDOW_BYTES // REFILL_MESSAGES}"
+        sql = f"""{_SELECT}, CASE WHEN {small} THEN original END, finalized, length(original) FROM
+          message WHERE channel = ? AND state < {PROCESSED} AND"""
         again = f"{sql} id IN (SELECT value FROM json_each(?)) ORDER BY id"
 
         def run(db: Database) -> list[tuple[Message, bytes | None]]:
@@ -4783,7 +4787,7 @@ def _json_object(text: bytes) -> Json:
 
 
 # =====================================================================================================================
-# Delivery (560 lines, 4200 tokens)
+# Delivery (570 lines, 4250 tokens)
 #
 # What is on its way, the same for every protocol and in both directions. `Order` decides what may be in flight, `judge`
 # what an answer means; `Queue` keeps a window of the stored messages of one destination, which is the server or one
@@ -4806,7 +4810,7 @@ class Order(typing.Generic[K]):
 
     def __init__(self) -> None:
         self.ready: deque[K] = deque()
-        self._lines: dict[str, deque[K]] = {}  # unsettled items by key, the first may start
+        self._lines: dict[str, list[K]] = {}  # unsettled items by key, the first may start; a deque takes 760 bytes
         self._held: deque[K] = deque()  # a barrier and all behind it
         self._open = 0  # unsettled items that are not held
         self._barrier = False  # the one open item is a barrier
@@ -4825,7 +4829,7 @@ class Order(typing.Generic[K]):
             self._barrier = False
         else:
             line = self._lines[item.key]
-            line.popleft()
+            del line[0]
             if line:
                 self.ready.append(line[0])
             else:
@@ -4841,7 +4845,7 @@ class Order(typing.Generic[K]):
         elif line := self._lines.get(item.key):
             line.append(item)
         else:
-            self._lines[item.key] = deque((item,))
+            self._lines[item.key] = [item]
             self.ready.append(item)
 
 
@@ -4987,7 +4991,7 @@ class Queue:
         """It waits for its turn."""
         if message.id <= self._loaded:
             return  # it was read from there already
-        if self._behind or self._loading or len(self.window) >= WINDOW_MESSAGES:
+        if self._behind or self._loading or len(self.window) >= self._most:
             self._behind = True
             message.text = None
             self._load_soon()
@@ -5012,25 +5016,37 @@ class Queue:
 
     # --- the window ---
 
+    @property
+    def _most(self) -> int:
+        """Messages that the window may hold."""
+        return WINDOW_MESSAGES if len(self.store.known) < KNOWN_MESSAGES else 2 * REFILL_MESSAGES
+
+    def _crowded(self, more: int = 0) -> bool:
+        """Bodies have to stay on disk."""
+        return self._bytes + more > WINDOW_BYTES or self.store.known_bytes + more > KNOWN_BYTES
+
     def _enter(self, message: Message) -> None:
         if message.epoch != self._epoch:
             self._order.add(Fence())
             self._epoch = message.epoch
         self.window[message.id] = message
-        if self._bytes + len(message.text or "") > WINDOW_BYTES:
-            message.text = None
-        self._bytes += len(message.text or "")
+        self.store.known[message.id] = self
+        text, message.text = message.text, None
+        if not self._crowded(len(text or "")):
+            self.hold(message, text)
         self._order.add(message)
         if message.spool and not message.prepared:
             self._ahead.append(message)
 
     def hold(self, message: Message, text: str | None) -> None:
         """Keep a text in memory, or leave it on disk until its turn."""
-        self._bytes += len(text or "") - len(message.text or "")
+        more = len(text or "") - len(message.text or "")
+        self._bytes += more
+        self.store.known_bytes += more
         message.text = text
 
     def _load_soon(self) -> None:
-        more = bool(self._behind or self._retried) and len(self.window) <= WINDOW_MESSAGES - REFILL_MESSAGES
+        more = bool(self._behind or self._retried) and len(self.window) <= self._most - REFILL_MESSAGES
         if not self._loading and (more or self._bodiless):
             self._loading = True
             spawn(self._load(more))
@@ -5157,7 +5173,7 @@ class Queue:
 
     def _park(self, message: Message) -> None:
         """Wait for the next try without a worker; a large backlog of retries keeps its bodies on disk."""
-        if self._bytes > WINDOW_BYTES:
+        if self._crowded():
             self.hold(message, None)
         delay = (
             min(max(0, message.next_attempt_at - now_ms()), self.policy.settings.autoRetryMaxDelayMs) / 1000
@@ -5300,9 +5316,8 @@ class Queue:
             self.pump()
 
     def _forget(self, message: Message) -> None:
-        del self.window[message.id]
-        self._bytes -= len(message.text or "")
-        message.text = None
+        del self.window[message.id], self.store.known[message.id]
+        self.hold(message, None)
         self._order.settle(message)
 
     def lost(self) -> None:
@@ -5610,11 +5625,11 @@ class Uplink:
                 self.warn("An answer with an unknown callback was ignored.")
                 return
             message_id, tried = int(stem[-12:], 16), int(attempt) if attempt.isdecimal() else 0
-            for queue in self.queues:
-                if message := queue.window.get(message_id):
-                    queue.answered(message, tried, status, body)
-                    return
-            spawn(self._late(message_id, tried, status, body))
+            queue = self.store and self.store.known.get(message_id)
+            if queue and queue.way is self:
+                queue.answered(queue.window[message_id], tried, status, body)
+            else:
+                spawn(self._late(message_id, tried, status, body))
 
     async def _late(self, message_id: int, attempt: int, status: int, body: object) -> None:
         """An answer to a message that is not in memory: a dead letter, or one sent before a restart."""

@@ -328,6 +328,7 @@ class Rows:
     def __init__(self, *rows):
         self.rows = rows
         self.recovered = []
+        self.known, self.known_bytes = {}, 0
 
     def update(self, message, then=None):
         assert then is None
