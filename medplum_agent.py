@@ -130,7 +130,7 @@ def load_json(text: Any) -> Any:
 
 
 # =====================================================================================================================
-# Version, limits (310 lines, 1550 tokens)
+# Version, limits (310 lines, 1600 tokens)
 #
 # Every bound has a name, a unit and a reason. What a site could need to change is a setting instead (next section).
 # =====================================================================================================================
@@ -188,7 +188,7 @@ COMMITMENT_POLL_MS = 1000  # a storage commitment looks this often whether its o
 COMPLAIN_SECS = 5.0  # failed tries of one queue are logged at most this often
 POISONS, POISON_LATELY_SECS = 3, 60.0  # so many at once are messages of their own fault, if others passed so lately
 POISON_TRIES, POISON_DELAY_MS = 3, 3000  # a message that is refused where others pass: three tries within 10 s
-MAX_WARNINGS = 20  # warnings of one channel within that time
+MAX_WARNINGS, ALL_WARNINGS = 20, 200  # warnings of one channel within that time, and of many (at least one of each)
 WINDOW_MESSAGES = 8192  # queued messages of a channel known in memory; the rest stays on disk
 WINDOW_BYTES = 4 * MIB  # bodies among them that are kept in memory
 KNOWN_MESSAGES, KNOWN_BYTES = 65_536, 32 * MIB  # the same of all channels, whose windows are then small
@@ -7216,8 +7216,9 @@ class Channel:
         if now - self._warned_at > COMPLAIN_SECS:
             self._warned_at, self._warnings = now, 0
         self._warnings += 1
-        if self._warnings <= MAX_WARNINGS:
-            last = self._warnings == MAX_WARNINGS
+        most = min(MAX_WARNINGS, 1 + ALL_WARNINGS // len(self.uplink.queues))
+        if self._warnings <= most:
+            last = self._warnings == most
             more = "; further warnings of this channel are held back for a while" if last else ""
             self._log.warn(f"Channel '{self.plan.name}': {text}{more}.")
 
