@@ -23,17 +23,20 @@ import argparse
 import array
 import asyncio
 import base64
+import codecs
 import collections
 import dataclasses
 import datetime
 import email.message
 import email.utils
+import encodings
 import enum
 import errno
 import gc
 import hashlib
 import hmac
 import http.client
+import importlib
 import inspect
 import io
 import ipaddress
@@ -69,6 +72,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Itera
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, asynccontextmanager, closing, contextmanager, suppress
 from dataclasses import dataclass
+from encodings.aliases import aliases
 from functools import cache, cached_property, lru_cache, partial, reduce
 from operator import attrgetter, getitem
 from pathlib import Path
@@ -130,7 +134,7 @@ def load_json(text: Any) -> Any:
 
 
 # =====================================================================================================================
-# Version, limits (310 lines, 1600 tokens)
+# Version, limits (320 lines, 1600 tokens)
 #
 # Every bound has a name, a unit and a reason. What a site could need to change is a setting instead (next section).
 # =====================================================================================================================
@@ -253,6 +257,8 @@ PUSH_FRAME_BYTES = 16 * MIB  # of what a device answers, before it is looked at
 LATE_ACK_SECS = 2.0  # a connection whose push ended without its ACK is kept for it so long, and then closed
 HANG_UP_SECS = 1.0  # a device may take so long to close its side of a connection that makes way for another
 NAMED_FILE_BYTES = MIB  # of a certificate, a key or a secret
+NAME_CHARS = 1024  # of a control id, a patient's number, a character set: more is none, and would stay in memory
+MOST_FIELDS = 200  # of an MSH segment: all that HL7 has, and those of a site
 KNOWN_IDS = 2000  # control ids of one connection that are remembered, for a warning
 LOCKED_BYTE = 1 << 30  # of a lock file, on Windows
 PUSHED_IDS = 256  # pushes whose late ACKs are still known, of a channel and of a connection
@@ -513,7 +519,7 @@ class ServerError(PeerError):
 
 
 # =====================================================================================================================
-# Settings (1100 lines, 7650 tokens)
+# Settings (1120 lines, 7800 tokens)
 #
 # One setting, one row: a field of a frozen dataclass. The parser, the checks, `--settings-schema` and README's tables
 # come from the row. Names are the wire's own (camelCase). Precedence for a channel, field by field: Endpoint address,
@@ -733,11 +739,28 @@ def codec_of(label: str) -> str:
     return "cp949" if found.name == "euc-kr" else str(found.codec_info.name)
 
 
+def _find_codec(name: str) -> codecs.CodecInfo | None:
+    plain = encodings.normalize_encoding(name[:NAME_CHARS])
+    plain = aliases.get(plain) or aliases.get(plain.replace(".", "_"), plain)
+    if plain and "." not in plain:
+        with suppress(ImportError):
+            importlib.import_module(f"encodings.{plain}")
+            return encodings.search_function(name)
+    return None
+
+
+def forget_codecs() -> None:
+    """Names of character sets come from devices, and Python keeps each that it does not have: now it does not."""
+    codecs.unregister(encodings.search_function)
+    codecs.register(_find_codec)
+
+
 def check_encoding(name: str) -> None:
     """ValueError where text in this encoding cannot be framed by MLLP: ASCII, with the marks, must stay as it is."""
-    ascii_bytes = bytes(range(1, 127))
+    ascii_bytes, escape = bytes(range(1, 127)), b"\\u0041"
     try:
-        if ascii_bytes.decode().encode(codec_of(name), "replace") == ascii_bytes:
+        codec = codec_of(name)
+        if ascii_bytes.decode().encode(codec, "replace") == ascii_bytes and escape.decode(codec) == escape.decode():
             return
     except LookupError:
         text = f"encoding '{name}' is unknown; use a name such as utf-8, iso-8859-1 or windows-1252"
@@ -1916,7 +1939,7 @@ class Header:
     def __init__(self, text: str, encoding: str = ""):
         self.text, self.encoding = text, encoding  # of the message, as a codec; "": the line's
         self.separator = text[3]
-        self.fields = text.split("\r", 1)[0].split(self.separator)
+        self.fields = text.split("\r", 1)[0].split(self.separator, MOST_FIELDS)
         self.fields += _NO_FIELDS
         marks, self.message_type, self.control_id = self.fields[1], self.fields[8], self.fields[9]
         self.component, self.repetition = marks[0:1] or "^", marks[1:2] or "~"
@@ -1928,7 +1951,7 @@ class Header:
 def read_hl7(content: bytes, encoding: str, fixed: bool) -> Header:
     """A message as received. MSH-18 names its encoding where that is not `fixed`. PeerError as decode_hl7 says."""
     header = Header(decode_hl7(content, encoding), encoding)
-    if not fixed and (name := header.fields[17]) and (codec := _named_codec(name) or encoding) != encoding:
+    if not fixed and (name := header.fields[17][:NAME_CHARS]) and (codec := _named_codec(name) or encoding) != encoding:
         header = Header(decode_hl7(content, codec), codec)
     if "\ufffd" in header.control_id:
         head = re.split(rb"[\r\n]", content.lstrip(_BLANK_BYTES), maxsplit=1)[0]
@@ -2892,7 +2915,7 @@ def text_records(body: str, settings: StreamSettings) -> list[bytes]:
 
 
 # =====================================================================================================================
-# Store (1470 lines, 10700 tokens)
+# Store (1470 lines, 10750 tokens)
 #
 # Every message on disk before it is acknowledged: one SQLite file (WAL, synchronous=FULL), one writer thread with one
 # commit in flight. What arrives while it runs is the next batch: one executemany, one COMMIT, one call back into the
@@ -3418,6 +3441,8 @@ class Store:
             return
         message.id = self.next_id
         self.next_id += 1
+        message.control_id, message.type = message.control_id[:NAME_CHARS], message.type[:NAME_CHARS]
+        message.key = message.key and message.key[:NAME_CHARS]
         self._uncommitted += 1
         self._uncommitted_bytes += message.size
         self._inbox.append(message)
@@ -5816,7 +5841,7 @@ class Uplink:
 
 
 # =====================================================================================================================
-# Lines (1190 lines, 8650 tokens)
+# Lines (1190 lines, 8700 tokens)
 #
 # One open connection to a device, whoever dialled; each protocol has one class here, which owns its core. A line takes
 # bytes (`receive`), makes messages of them (`intake`), acknowledges when the store says durable (`stored`), writes down
@@ -6418,7 +6443,7 @@ class Hl7Line(MllpLine):
     def __init__(self, owner: Channel):
         super().__init__(owner, owner.plan.settings.maxMessageBytes)
         self.replan()
-        self._ids: dict[str, int] = {}  # the last control ids, and what they named
+        self._ids: dict[int, int] = {}  # the last control ids, hashed, and what they named
         self._junk_at = -math.inf
         self._next_at = 0.0
 
@@ -6527,11 +6552,12 @@ class Hl7Line(MllpLine):
     def _check_repetition(self, header: Header, message: Message, content: bytes) -> None:
         """Sender and control id name a message; in a repetition of it all bytes are the same but for MSH-7."""
         name = f"{header.fields[2]}|{header.fields[3]}|{message.control_id}"
+        known = hash(name)
         rejects = self.settings.duplicateBehavior == "reject"
         whole = message_hash(name.encode() if rejects else content)
-        if not rejects and self._ids.setdefault(name, whole) != whole:
+        if not rejects and self._ids.setdefault(known, whole) != whole:
             self.warn_once("ids", "a control id came again with other content: it is taken as a new message")
-            self._ids[name] = whole
+            self._ids[known] = whole
         if len(self._ids) > KNOWN_IDS:
             self._ids.clear()
         message.checked, message.window_ms = whole, self._window_ms
@@ -11488,7 +11514,7 @@ class Upgrades:
 
 
 # =====================================================================================================================
-# Agent (680 lines, 5800 tokens)
+# Agent (690 lines, 5800 tokens)
 #
 # Plans become running channels. A reload reads everything, lists every problem, and changes nothing if there is one;
 # otherwise only what differs changes, and untouched channels keep their connections. The life cycle: lock, logs,
@@ -11536,6 +11562,7 @@ class Agent:
         self._open_logs()
         threading.excepthook = self._thread_failed
         asyncio.get_running_loop().set_exception_handler(self._loop_failed)
+        forget_codecs()
         try:
             settings = self.config.settings
             asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(WORKERS, "worker"))
