@@ -4386,7 +4386,7 @@ def _trouble_of(error: Exception) -> tuple[str, str]:
 
 
 # =====================================================================================================================
-# FHIR (430 lines, 3550 tokens)
+# FHIR (440 lines, 3550 tokens)
 #
 # The HTTPS side of the server: OAuth2 client-credentials login and FHIR reads (uplink contract 1 and 2). urllib3 does
 # the work in worker threads: pools, proxies, TLS, retries. May touch: HTTPS.
@@ -4416,13 +4416,19 @@ def tls_context(ca_file: str) -> ssl.SSLContext:
 
 
 def proxy_for(url: str) -> str | None:
-    """The proxy that HTTPS_PROXY, HTTP_PROXY and NO_PROXY (or the system) name for this URL."""
+    """The proxy that HTTPS_PROXY, HTTP_PROXY and NO_PROXY (or the system) name for this URL.
+
+    As websockets wants it, which names the whole address, with its password, where that has more or less.
+    """
     parts = urlsplit(url)
     host = parts.hostname or ""
     if urllib.request.proxy_bypass(f"{host}:{parts.port}" if parts.port else host) or urllib.request.proxy_bypass(host):
         return None
     proxy = urllib.request.getproxies().get(parts.scheme)
-    return proxy if not proxy or "://" in proxy else f"http://{proxy}"
+    if not proxy:
+        return None
+    proxy = re.sub(r"(://(?:.*@)?[^/?#]*).*", r"\1", proxy if "://" in proxy else f"http://{proxy}")
+    return re.sub(r"://([^:@/?#]+)@", r"://\1:@", proxy)
 
 
 def http_retries(*more: int) -> urllib3.Retry:

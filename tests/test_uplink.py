@@ -690,15 +690,23 @@ def test_tls_is_refused_without_the_authority(tmp_path, authority):
         assert not here.sandbox.sandbox.requests
 
 
-def test_https_proxy_carries_everything(tmp_path, authority):
+@pytest.mark.parametrize(
+    ("form", "secret"),
+    [
+        ("http://user:pa%40ss@127.0.0.1:{}", "user:pa@ss"), ("http://user:pa%40ss@127.0.0.1:{}/wpad?x#y", "user:pa@ss"),
+        ("pa%40ss@127.0.0.1:{}", "pa@ss:"),
+    ],
+)  # fmt: skip
+def test_https_proxy_carries_everything(tmp_path, authority, form, secret):
+    """The same for HTTPS and WSS, and its password in no log, whatever is written around it."""
     path, context = authority
     with ConnectProxy() as proxy:
-        env = {"HTTPS_PROXY": f"http://user:pa%40ss@127.0.0.1:{proxy.port}"}
+        env = {"HTTPS_PROXY": form.format(proxy.port)}
         with site(tmp_path, {"A": ""}, context=context, config=f'caFile = "{path}"\n', env=env) as here:
             works(here)
             target = f"127.0.0.1:{here.sandbox.sandbox.port}"
             assert len(proxy.targets) >= 2 and set(proxy.targets) == {target}  # HTTPS and WSS
-            assert set(proxy.authorizations) == {"Basic dXNlcjpwYUBzcw=="}
+            assert set(proxy.authorizations) == {f"Basic {base64.b64encode(secret.encode()).decode()}"}
             assert "pa%40ss" not in here.agent.output() and "pa@ss" not in here.agent.output()
 
 
