@@ -23,7 +23,6 @@ import argparse
 import array
 import asyncio
 import base64
-import codecs
 import collections
 import dataclasses
 import datetime
@@ -37,7 +36,6 @@ import gc
 import hashlib
 import hmac
 import http.client
-import importlib
 import inspect
 import io
 import ipaddress
@@ -520,7 +518,7 @@ class ServerError(PeerError):
 
 
 # =====================================================================================================================
-# Settings (1120 lines, 7800 tokens)
+# Settings (1110 lines, 7700 tokens)
 #
 # One setting, one row: a field of a frozen dataclass. The parser, the checks, `--settings-schema` and README's tables
 # come from the row. Names are the wire's own (camelCase). Precedence for a channel, field by field: Endpoint address,
@@ -723,6 +721,9 @@ def release_source(text: str) -> None:
         server_url(text)
 
 
+_CODECS = {*aliases, *aliases.values(), *"cp720 cp737 cp856 cp875 cp1006 koi8_t palmos".split()}
+
+
 @lru_cache(64)
 def codec_of(label: str) -> str:
     """Python's codec for a label as the Encoding Standard maps it; names that only Python knows stay as they are.
@@ -734,34 +735,19 @@ def codec_of(label: str) -> str:
     name = re.sub(r"^(?:iso[-_ ]?)?8859[-_/ ]?(\d{1,2})$", r"iso-8859-\1", name)
     found = webencodings.lookup(name)
     if found is None:
+        if encodings.normalize_encoding(name) not in _CODECS:  # Python would remember each that it does not have
+            raise LookupError(f"unknown encoding: {name[:40]}")
         return name
     if found.name == "windows-1252" and "1252" not in name:
         return "ascii" if "ascii" in name or "ansi" in name else "latin-1"
     return "cp949" if found.name == "euc-kr" else str(found.codec_info.name)
 
 
-def _find_codec(name: str) -> codecs.CodecInfo | None:
-    plain = encodings.normalize_encoding(name[:NAME_CHARS])
-    plain = aliases.get(plain) or aliases.get(plain.replace(".", "_"), plain)
-    if plain and "." not in plain:
-        with suppress(ImportError):
-            importlib.import_module(f"encodings.{plain}")
-            return encodings.search_function(name)
-    return None
-
-
-def forget_codecs() -> None:
-    """Names of character sets come from devices, and Python keeps each that it does not have: now it does not."""
-    codecs.unregister(encodings.search_function)
-    codecs.register(_find_codec)
-
-
 def check_encoding(name: str) -> None:
     """ValueError where text in this encoding cannot be framed by MLLP: ASCII, with the marks, must stay as it is."""
-    ascii_bytes, escape = bytes(range(1, 127)), b"\\u0041"
+    ascii_bytes = bytes(range(1, 127))
     try:
-        codec = codec_of(name)
-        if ascii_bytes.decode().encode(codec, "replace") == ascii_bytes and escape.decode(codec) == escape.decode():
+        if ascii_bytes.decode().encode(codec_of(name), "replace") == ascii_bytes:
             return
     except LookupError:
         text = f"encoding '{name}' is unknown; use a name such as utf-8, iso-8859-1 or windows-1252"
@@ -1893,7 +1879,7 @@ def _named_codec(field: str) -> str:
     name, *others = (re.sub("^ISO[-_ ]?IR[-_ ]?", "ISO-IR-", part.strip().upper()) for part in field.split("~"))
     if name in ("", "ASCII", "ISO-IR-6"):
         return _JAPANESE if _JAPANESE in map(_CHARACTER_SETS.get, others) else ""
-    with suppress(ValueError):
+    with suppress(ValueError, LookupError):
         codec = _CHARACTER_SETS.get(name) or codec_of(name)
         check_encoding(codec)
         return codec
@@ -5848,7 +5834,7 @@ class Uplink:
 
 
 # =====================================================================================================================
-# Lines (1200 lines, 8750 tokens)
+# Lines (1190 lines, 8700 tokens)
 #
 # One open connection to a device, whoever dialled; each protocol has one class here, which owns its core. A line takes
 # bytes (`receive`), makes messages of them (`intake`), acknowledges when the store says durable (`stored`), writes down
@@ -6484,32 +6470,24 @@ class Hl7Line(MllpLine):
 
     # --- messagesPerMin: hold messages back, and the device with them ---
 
-    @property
-    def _roomy(self) -> bool:
-        """What a batch had so far is nearly all on disk."""
-        return self.pending < BATCH_MESSAGES and not self.owner.store.congested
-
-    def settled(self) -> None:
-        super().settled()
-        if self._delayed and self.pending == BATCH_MESSAGES - 1:
-            self._loop.call_soon(self._next_delayed)
-
     def _next_delayed(self) -> None:
+        """The next of them, each in a turn of its own: others come between."""
         if "stopping" in self._paused:  # another version goes on with them, or the device sends them again
             return
         self.resume("rate")
-        rate, store = self.settings.messagesPerMin, self.owner.store  # a reload may have changed it
-        while self._delayed and self._roomy and (rate <= 0 or self._loop.time() >= self._next_at):
+        rate, store, now = self.settings.messagesPerMin, self.owner.store, self._loop.time()
+        due = self._next_at if rate > 0 else now  # a reload may have changed it
+        if self._delayed and now >= due and not store.congested:
             if rate > 0:
-                self._next_at = max(self._next_at, self._loop.time() - 0.01) + 60 / rate
+                due = self._next_at = max(due, now - 0.01) + 60 / rate
             self.intake(self._delayed.popleft(), due=True)
         if self._delayed and not self._closing:
             if not self.asking:  # whose acknowledgment is read
                 self.pause("rate")
             if store.congested:
                 store.on_resume.append(self._next_delayed)
-            elif self._roomy:
-                self._loop.call_at(self._next_at, self._next_delayed)
+            else:
+                self._loop.call_at(due, self._next_delayed)
         self._close_if_done()
 
     # --- messages ---
@@ -7259,7 +7237,7 @@ class Channel:
         if now - self._warned_at > COMPLAIN_SECS:
             self._warned_at, self._warnings = now, 0
         self._warnings += 1
-        most = min(MAX_WARNINGS, 1 + ALL_WARNINGS // len(self.uplink.queues))
+        most = min(MAX_WARNINGS, 1 + ALL_WARNINGS // (len(self.uplink.queues) or 1))
         if self._warnings <= most:
             last = self._warnings == most
             more = "; further warnings of this channel are held back for a while" if last else ""
@@ -11534,7 +11512,7 @@ class Upgrades:
 
 
 # =====================================================================================================================
-# Agent (690 lines, 5800 tokens)
+# Agent (680 lines, 5800 tokens)
 #
 # Plans become running channels. A reload reads everything, lists every problem, and changes nothing if there is one;
 # otherwise only what differs changes, and untouched channels keep their connections. The life cycle: lock, logs,
@@ -11582,7 +11560,6 @@ class Agent:
         self._open_logs()
         threading.excepthook = self._thread_failed
         asyncio.get_running_loop().set_exception_handler(self._loop_failed)
-        forget_codecs()
         try:
             settings = self.config.settings
             asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(WORKERS, "worker"))

@@ -426,6 +426,8 @@ class Rows:
     def __init__(self, *messages: Message) -> None:
         self.messages = list(messages)
         self.failing: list[int] = []
+        self.known: dict[int, Queue] = {}
+        self.known_bytes = 0
 
     def update(self, message: Message, then: Callable[[], None] | None = None) -> None:
         self.failing.append(message.failing_ms)
