@@ -4805,7 +4805,7 @@ def _json_object(text: bytes) -> Json:
 
 
 # =====================================================================================================================
-# Delivery (570 lines, 4250 tokens)
+# Delivery (580 lines, 4250 tokens)
 #
 # What is on its way, the same for every protocol and in both directions. `Order` decides what may be in flight, `judge`
 # what an answer means; `Queue` keeps a window of the stored messages of one destination, which is the server or one
@@ -5305,7 +5305,8 @@ class Queue:
     def _is_poison(self, message: Message) -> bool:
         """A refusal is about this message where others pass: few were refused since a recent success, or it alone."""
         others = self._refused - {message.id}
-        self._refused.add(message.id)
+        if len(others) < POISONS:  # more make no difference
+            self._refused.add(message.id)
         lately = time.monotonic() - self._passed_at < POISON_LATELY_SECS
         return len(others) < (POISONS if lately else 1)
 
