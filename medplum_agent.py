@@ -9614,6 +9614,7 @@ class DicomChannel(Channel):
                 self.store.update(message)
                 return
             self.warn(f"message {message.id}: the storage commitment report was not taken: {problem}")
+        self.warn(f"message {message.id}: its report is given up; a restart of the agent tries it again")
 
     async def _known_to_server(self, request: Json) -> set[str] | None:
         """Which of the objects the server has, by its own DicomInstances; None when it cannot say."""
@@ -9926,7 +9927,7 @@ def _checked_status(answer: Dataset) -> int:
 
 
 # =====================================================================================================================
-# Doctor (390 lines, 3450 tokens)
+# Doctor (400 lines, 3500 tokens)
 #
 # `doctor`: one line a check, in the order in which things can fail, each with what the person who can act has to do.
 # It works beside a running agent, without one, and within one for the cloud. May touch: network, files, serial ports.
@@ -10003,6 +10004,9 @@ class Doctor:
         for channel in [channel for channel in self._plan.channels if channel.port and channel.active]:
             purpose = f"{channel.protocol}, channel '{channel.name}'"
             (outbound if channel.dials else inbound).append([f"{channel.host}:{channel.port}", purpose])
+            if isinstance(channel.settings, DicomSettings):
+                to = destinations(channel.settings.moveDestinations).items()
+                outbound += [["{}:{}".format(*peer), f"{title}, of moveDestinations"] for title, peer in to]
         outbound += [[device["address"], "device that is pushed to"] for device in self.running.get("devices", ())]
         if (releases := urlsplit(self.config.settings.upgradeUrl)).hostname:
             where = f"{releases.hostname}:{releases.port or 443}"

@@ -749,6 +749,11 @@ def test_a_channel_that_is_off_needs_no_port(bench):
     assert found.code == FINE and found.inbound == [], found.troubles
 
 
+def test_a_firewall_must_let_the_objects_of_moves_through(bench):
+    bench.channel("dicom://127.0.0.1:{port}?moveDestinations=PACS@192.0.2.7:11112")
+    assert ["192.0.2.7:11112", "PACS, of moveDestinations"] in list(map(list, bench.examine().outbound))
+
+
 def test_what_was_saved_is_examined_when_the_server_is_away(bench):
     bench.agent().terminate()
     bench.sandbox.stop()

@@ -4,6 +4,7 @@ import contextlib
 import sqlite3
 import ssl
 import subprocess
+import threading
 import time
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 from pynetdicom import evt
 
 from tests.dicom_peers import (
+    COMMITMENT,
     FAST,
     QUIET,
     STUDY_FIND,
@@ -21,10 +23,12 @@ from tests.dicom_peers import (
     Tls,
     announced,
     associated,
+    commit,
     counts,
     data_set,
     imaging_site,
     made,
+    new_uid,
     part10,
     silent_bot,
     start,
@@ -158,3 +162,17 @@ def test_the_objects_behind_one_that_the_destination_aborts_at_are_moved(tmp_pat
             with associated(here, STUDY_MOVE) as scu:
                 (last, _) = list(scu.send_c_move(study, "DEST", STUDY_MOVE))[-1]
             assert (last.Status, counts(last)[1:]) == (0xB000, (4, 1, 0))
+
+
+def test_a_commitment_report_that_is_given_up_is_said_to_be(tmp_path):
+    """The device waits for it, and the last line in the log was one of five that said `was not taken`."""
+    with site(tmp_path, {"PACS": "dicom://127.0.0.1:{port}"}, start=False) as here:
+        changed(here.agent, "m.COMMITMENT_REPORT_SECS = (0, 0.1)")
+        here.sandbox.bot = bot = Bot()
+        released = threading.Event()
+        bot.replies["N-ACTION"] = lambda question: released.wait(10) and {"committed": []}
+        start(here)
+        with associated(here, COMMITMENT) as scu:
+            assert commit(scu, new_uid(), made()) == SUCCESS
+        released.set()
+        here.agent.logged("its report is given up; a restart of the agent tries it again")
