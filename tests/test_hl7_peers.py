@@ -1,12 +1,15 @@
 """HL7 in the field: what senders and receivers of others do, each one a message that was lost, cut off or misread."""
 
 import base64
+import os
 import random
+import socket
 import time
 
 import pytest
 
 from tests.support import Receiver, acknowledgment, control_id, message, setting, site
+from tests.test_tls import Identities, dial
 
 RAW = "tcp://127.0.0.1:{port}?startChar=%02&endChar=%03&bodyEncoding=utf-8"
 
@@ -62,6 +65,26 @@ def test_a_large_message_that_stops_is_given_up(here, channel):
     with here.device(channel) as device:
         device.send_raw(b"\x02" * (channel == "RAW") + b"\x0bMSH|" + b"x" * 30_000)
         assert device.closed_by_peer(4)
+
+
+# --- senders that close their side ---
+
+
+def test_a_sender_that_closes_its_side_of_tcp_below_tls_is_let_go(tmp_path):
+    """ncat --ssl and .NET's Shutdown(Send) say no close_notify, and waited 30 s for the end behind their answer."""
+    identities = Identities(tmp_path)
+    address = f"mllps://127.0.0.1:{{port}}?certFile={identities.server}"
+    with (
+        site(tmp_path, {"TLS": address}) as here,
+        dial(here, "TLS", identities.client()) as device,
+        socket.socket(fileno=os.dup(device.fileno())) as below,
+    ):
+        device.sendall(b"\x0b" + message("CLOSES").encode() + b"\x1c\r")
+        below.shutdown(socket.SHUT_WR)
+        assert b"MSA|AA|CLOSES" in device.recv(4096)
+        assert device.recv(1) == b""  # close_notify
+        below.settimeout(5)
+        assert below.recv(1) == b""
 
 
 # --- what the main log says ---
