@@ -4377,7 +4377,7 @@ def _trouble_of(error: Exception) -> tuple[str, str]:
 
 
 # =====================================================================================================================
-# FHIR (440 lines, 3550 tokens)
+# FHIR (460 lines, 3700 tokens)
 #
 # The HTTPS side of the server: OAuth2 client-credentials login and FHIR reads (uplink contract 1 and 2). urllib3 does
 # the work in worker threads: pools, proxies, TLS, retries. May touch: HTTPS.
@@ -4481,7 +4481,14 @@ def jwt_claims(token: str) -> Json:
 
 
 Headers = dict[str, str]
-Response = urllib3.BaseHTTPResponse
+
+
+class Response(NamedTuple):
+    """What the server answered, whole."""
+
+    status: int
+    headers: Mapping[str, str]
+    data: bytes = b""
 
 
 def outcome_text(resource: Json) -> str:
@@ -4694,17 +4701,13 @@ class Fhir:
 
         def fetch(headers: Headers) -> Response:
             wanted = headers | {"Accept": f"{one}, application/octet-stream; q=0.2, */*; q=0.1"}
-            with self._http("GET", url, wanted, file=True, stream=True) as response:
+            with self._open("GET", url, wanted, TRANSFER_TIMEOUT_SECS, redirect=True) as response:
                 kind = response.headers.get("Content-Type", "")
-                try:
-                    if response.status >= 300 or "json" in kind:
-                        response.read(cache_content=True)
-                    else:
-                        for block in only_part(kind, response.stream(TRANSFER_BLOCK_BYTES)):
-                            file.write(block)
-                except urllib3.exceptions.HTTPError as error:
-                    raise ServerError(f"the connection broke: {type(error).__name__}") from None
-                return response
+                if response.status >= 300 or "json" in kind:
+                    return _whole(response, INFLATED_BYTES)
+                for block in only_part(kind, response.stream(TRANSFER_BLOCK_BYTES)):
+                    file.write(block)
+                return Response(response.status, response.headers)
 
         response = await self._authorized(fetch, self._downloads)
         if response.status >= 300 or "json" in response.headers.get("Content-Type", ""):
@@ -4720,27 +4723,34 @@ class Fhir:
 
     def _http(
         self, method: str, url: str, headers: Headers, body: str | bytes | Iterable[bytes] | None = None,
-        file: bool = False, stream: bool = False, again: urllib3.Retry | bool | None = None,
+        file: bool = False, again: urllib3.Retry | bool | None = None,
     ) -> Response:  # fmt: skip
-        """`stream`: the body is left for the caller to read, and a redirect (to a store of files) is followed."""
         secs = TRANSFER_TIMEOUT_SECS if file else HTTP_TIMEOUT_SECS
-        timeout = urllib3.Timeout(connect=CONNECT_TIMEOUT_SECS, read=secs)
-        try:  # without decoding: a small gzip may be a large answer
-            response = self._pool.request(
-                method, url, body=body, headers=headers, timeout=timeout, retries=again, redirect=stream,
-                preload_content=False, decode_content=False,
-            )  # fmt: skip
-            if not stream:
-                limit = threading.Timer(secs, cast(Any, response).shutdown)  # of a body that drips
-                limit.start()
-                try:
-                    response.read(cache_content=True)
-                finally:
-                    limit.cancel()
-            with suppress(ValueError, TypeError, KeyError):  # a server without a Date, or without a right one
-                date = email.utils.parsedate_to_datetime(response.headers["Date"])
-                self.clock_off = time.time() - date.timestamp()
-            return response
+        with self._open(method, url, headers, secs, body=body, retries=again, redirect=False) as response:
+            limit = threading.Timer(secs, cast(Any, response).shutdown)  # of a body that drips
+            limit.start()
+            try:
+                return _whole(response, UPLINK_FRAME_BYTES)
+            finally:
+                limit.cancel()
+
+    @contextmanager
+    def _open(
+        self, method: str, url: str, headers: Headers, secs: float, **options: Any
+    ) -> Iterator[urllib3.BaseHTTPResponse]:
+        """An answer whose body is still to be read; a redirect, to a store of files, is followed where that is asked.
+
+        Nothing is decoded: a small gzip may be a large answer.
+        """
+        options["timeout"] = urllib3.Timeout(connect=CONNECT_TIMEOUT_SECS, read=secs)
+        try:
+            with self._pool.request(
+                method, url, headers=headers, preload_content=False, decode_content=False, **options
+            ) as response:
+                with suppress(ValueError, TypeError, KeyError):  # a server without a Date, or without a right one
+                    date = email.utils.parsedate_to_datetime(response.headers["Date"])
+                    self.clock_off = time.time() - date.timestamp()
+                yield response
         except urllib3.exceptions.HTTPError as error:
             host = urlsplit(url).netloc
             raise ServerError(f"{host} cannot be reached: {_http_reason(url, error)}") from None
@@ -4754,6 +4764,16 @@ class Fhir:
             text = f"what came for {what} is no {kind}, as if a gateway or portal had answered"
             raise ServerError(f"{text}: {outcome_text(answer)}".removesuffix(": "), 502)
         return answer
+
+
+def _whole(response: urllib3.BaseHTTPResponse, most: int) -> Response:
+    """With its body, of so many bytes at most; ServerError."""
+    data = bytearray()
+    for block in response.stream(TRANSFER_BLOCK_BYTES):
+        data += block
+        if len(data) > most:
+            raise ServerError(f"the server answers with more than {most // MIB} MiB", 502)
+    return Response(response.status, response.headers, bytes(data))
 
 
 def blocks_of(file: BinaryIO) -> Iterator[bytes]:

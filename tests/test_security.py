@@ -1,6 +1,8 @@
 """What somebody hostile on the device network, on the machine or in the place of the server tries."""
 
 import codecs
+import contextlib
+import socket
 import struct
 import subprocess
 import sys
@@ -120,3 +122,41 @@ def test_a_query_with_many_wildcards_is_answered_at_once():
     look = "import medplum_agent as m; print(m._matches('PN', '*?' * 16 + 'ZZ', 'Testperson-Longname^Paula^Maria'))"
     done = subprocess.run([sys.executable, "-c", look], cwd=ROOT, capture_output=True, timeout=10, check=True)
     assert done.stdout.strip() == b"False"
+
+
+# --- in the place of the server ---
+
+
+class Endless:
+    """Answers each request with a body that does not end; 300 MB at most are sent."""
+
+    def __init__(self) -> None:
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.url = f"http://127.0.0.1:{self._listener.getsockname()[1]}/"
+        self._thread = threading.Thread(target=self._listen, daemon=True)
+        self._thread.start()
+
+    def __enter__(self) -> "Endless":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._listener.shutdown(socket.SHUT_RDWR)
+        self._listener.close()
+        self._thread.join(10)
+
+    def _listen(self) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                client, _ = self._listener.accept()
+                with client, contextlib.suppress(OSError):
+                    client.recv(65536)
+                    client.sendall(b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n\r\n")
+                    for _ in range(300):
+                        client.sendall(bytes(1_000_000))
+
+
+def test_an_answer_that_does_not_end(tmp_path):
+    with Endless() as endless, site(tmp_path, {"A": ""}, start=False, url=endless.url) as here:
+        here.agent.start(ready=False)
+        assert "answers with more than 64 MiB" in here.agent.logged("The configuration cannot be read")
+        assert memory_mb(here) < 220
