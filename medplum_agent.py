@@ -257,6 +257,7 @@ LATE_ACK_SECS = 2.0  # a connection whose push ended without its ACK is kept for
 HANG_UP_SECS = 1.0  # a device may take so long to close its side of a connection that makes way for another
 NAMED_FILE_BYTES = MIB  # of a certificate, a key or a secret
 NAME_CHARS = 1024  # of a control id, a patient's number, a character set: more is none, and would stay in memory
+MOST_PATIENTS = 1000  # PID segments of a message that are looked at: one with more waits for all before it
 MOST_FIELDS = 200  # of an MSH segment: all that HL7 has, and those of a site
 KNOWN_IDS = 2000  # control ids of one connection that are remembered, for a warning
 LOCKED_BYTE = 1 << 30  # of a lock file, on Windows
@@ -1860,8 +1861,8 @@ def decode_hl7(content: bytes, encoding: str) -> str:
     first = LINE_ENDS.search(text)
     if first and "\r" not in first[0]:
         return LINE_ENDS.sub("\r", text)
-    segment = re.compile(rf"\Z|(?!MSH)[A-Z][A-Z0-9]{{2}}{re.escape(text[3])}")
-    return LINE_ENDS.sub(lambda end: "\r" if "\r" in end[0] or segment.match(text, end.end()) else end[0], text)
+    segment = rf"(?!MSH)[A-Z][A-Z0-9]{{2}}{re.escape(text[3])}"  # each run of line ends is looked at once
+    return re.sub(rf"(?<![\r\n])(?:\n*+\r[\r\n]*+|\n++(?=\Z|{segment}))", "\r", text)
 
 
 def split_batch(content: bytes) -> tuple[list[bytes], bytes, bytes]:
@@ -1908,7 +1909,8 @@ def undecodable(content: bytes, encoding: str) -> str:
     try:
         content.decode(encoding)
     except UnicodeDecodeError as error:
-        segment = re.split(rb"[\r\n]", content[: error.start])[-1]
+        begin = max(content.rfind(mark, 0, error.start) for mark in (b"\r", b"\n"))
+        segment = content[begin + 1 : error.start]
         name = re.match(rb"[A-Z][A-Z0-9]{0,2}(?=\|)", segment)  # else it is text, and may be a patient's name
         field = f" in {name[0].decode()}-{segment.count(b'|') + (name[0] == b'MSH')}" if name else ""
         return f"byte 0x{content[error.start]:02X}{field}"
@@ -1952,9 +1954,9 @@ def read_hl7(content: bytes, encoding: str, fixed: bool) -> Header:
 
 
 @lru_cache(16)
-def _patients(separator: str) -> Callable[[str], list[tuple[str, str]]]:
-    """Finds the segments PID and MRG: their names, and their fields from the first on."""
-    return re.compile(rf"\r(PID|MRG){re.escape(separator)}([^\r]*)").findall
+def _patients(separator: str) -> Callable[[str], list[str]]:
+    """Finds the segments PID: their fields from the first on."""
+    return re.compile(rf"\rPID{re.escape(separator)}([^\r]*)").findall
 
 
 def ordering_key(text: str, header: Header, spec: str = "") -> str | None:
@@ -1970,10 +1972,10 @@ def ordering_key(text: str, header: Header, spec: str = "") -> str | None:
     separator, component = header.separator, header.component
     if header.message_type.partition(component)[2].partition(component)[0] in MERGE_EVENTS:
         return BARRIER
+    if f"\rMRG{separator}" in text or text.count("\rPID") > MOST_PATIENTS:
+        return BARRIER
     found: str | None = None
-    for name, fields in _patients(separator)(text):
-        if name == "MRG":
-            return BARRIER
+    for fields in _patients(separator)(text):
         identifier = (fields + separator * 2).split(separator, 3)[2].partition(header.repetition)[0]
         number, _, _, authority = (identifier + component * 3).split(component, 4)[:4]
         number = number.strip()
@@ -5860,7 +5862,7 @@ class Uplink:
 
 
 # =====================================================================================================================
-# Lines (1190 lines, 8650 tokens)
+# Lines (1210 lines, 8850 tokens)
 #
 # One open connection to a device, whoever dialled; each protocol has one class here, which owns its core. A line takes
 # bytes (`receive`), makes messages of them (`intake`), acknowledges when the store says durable (`stored`), writes down
@@ -6017,6 +6019,27 @@ def set_device_options(sock: socket.socket) -> None:
     """No Nagle (CA followed by AA would wait 40 ms for a delayed TCP ACK)."""
     for option in ((socket.IPPROTO_TCP, socket.TCP_NODELAY, 1), *KEEP_ALIVE):
         sock.setsockopt(*option)
+
+
+class Complaints:
+    """What is said of one source in the main log: a device that errs a thousand times, or a thousand devices, fill it
+    with a few lines."""
+
+    everywhere: typing.ClassVar = [-math.inf, 0]  # since when lines of all sources are counted, and how many there were
+
+    def __init__(self, write: Callable[[str], object], source: str):
+        self._write, self._source, self._own = write, source, [-math.inf, 0]
+
+    def __call__(self, text: str) -> None:
+        now = time.monotonic()
+        for counted in (self._own, self.everywhere):
+            if now - counted[0] > COMPLAIN_SECS:
+                counted[:] = now, 0
+            counted[1] += 1
+        most = MAX_WARNINGS if self.everywhere[1] <= ALL_WARNINGS else 1
+        if self._own[1] <= most:
+            more = "; more of this is held back for a while" if self._own[1] == most else ""
+            self._write(f"{self._source}: {text}{more}.")
 
 
 class Unfinished:
@@ -7043,7 +7066,7 @@ class AstmLine(StreamLine):
 
 
 # =====================================================================================================================
-# Channels (480 lines, 3850 tokens)
+# Channels (470 lines, 3750 tokens)
 #
 # A channel is a configured name: its plan, its queue, its lines, and the door by which they come, a listener or a
 # dialler. A listener owns a bound port and may change its channel, so that a reload can swap ports without ever
@@ -7083,7 +7106,7 @@ class Channel:
         self.certificate = b""  # that devices are shown, in DER
         self.handshakes: list[Handshake] = []  # under way
         self._log, self._channel_log = parts.log, parts.channel_log
-        self._warned_at, self._warnings = -math.inf, 0
+        self.warn, self.say = (Complaints(one, f"Channel '{plan.name}'") for one in (parts.log.warn, parts.log.info))
         self._watcher: asyncio.TimerHandle | None = None
         self._dialling: asyncio.Task[None] | None = None
         # the settings that it had, and from which message on: who was told AA by one must not hear it again by the next
@@ -7255,21 +7278,6 @@ class Channel:
             self.warn(f"message {id_}: {text}")
         self._offer_held([id_ for id_, (_, message, _) in self.held.items() if message.remote in self.lines])
         self._watcher = self.loop.call_later(1, self._watch)
-
-    def warn(self, text: str) -> None:
-        """A warning in the main log; a device that errs a thousand times fills it with a few lines."""
-        now = self.loop.time()
-        if now - self._warned_at > COMPLAIN_SECS:
-            self._warned_at, self._warnings = now, 0
-        self._warnings += 1
-        most = min(MAX_WARNINGS, 1 + ALL_WARNINGS // (len(self.uplink.queues) or 1))
-        if self._warnings <= most:
-            last = self._warnings == most
-            more = "; further warnings of this channel are held back for a while" if last else ""
-            self._log.warn(f"Channel '{self.plan.name}': {text}{more}.")
-
-    def say(self, text: str) -> None:
-        self._log.info(f"Channel '{self.plan.name}': {text}.")
 
     def note(self, text: str) -> None:
         self._channel_log.info(f"[{self.plan.protocol}:{self.plan.name}] {text}")
@@ -7655,6 +7663,7 @@ class Device:
         self.users = 0  # pushes under way
         self.encoding = "utf-8"  # of the last push
         self._devices = devices
+        self.warn = Complaints(devices.log.warn, f"Device {key}")
         self._leaving: set[asyncio.Task[None]] = set()  # lines that make way
         self._patience = HANG_UP_SECS  # with them
         self._opening = 0
@@ -7680,9 +7689,6 @@ class Device:
 
     def closed(self, line: Line) -> None:
         self.lines.pop(line, None)
-
-    def warn(self, text: str) -> None:
-        self._devices.log.warn(f"Device {self.name}: {text}.")
 
     def note(self, text: str) -> None:
         self._devices.channel_log.info(f"[Device:{self.name}] {text}")

@@ -23,7 +23,7 @@ from tests.dicom_peers import (
     made_dataset,
     transmits,
 )
-from tests.support import ROOT, Site, message, site
+from tests.support import ROOT, Link, Receiver, Site, control_id, log_lines, message, site
 
 
 def memory_mb(site: Site, figure: str = "VmHWM") -> int:
@@ -122,6 +122,24 @@ def test_a_query_with_many_wildcards_is_answered_at_once():
     look = "import medplum_agent as m; print(m._matches('PN', '*?' * 16 + 'ZZ', 'Testperson-Longname^Paula^Maria'))"
     done = subprocess.run([sys.executable, "-c", look], cwd=ROOT, capture_output=True, timeout=10, check=True)
     assert done.stdout.strip() == b"False"
+
+
+def test_a_device_that_errs_or_repeats_without_end_does_not_fill_the_main_log(tmp_path):
+    """Else what came before is deleted (filesToKeep)."""
+
+    def noisy(link: Link, text: str) -> None:
+        for number in range(300):
+            link.send(message(f"N-{number}"))
+        link.ack("AA", control_id(text))
+
+    with site(tmp_path, {"A": "?enhanced=aa"}) as here, Receiver(noisy) as receiver, here.device("A") as device:
+        with here.caller() as caller:
+            assert caller.push(receiver.url(), message("PUSH-1")).status == 200
+        assert device.ask(message("SAME")) == ("AA", "SAME")
+        here.agent.wait_state("SAME", "processed")
+        device.send(*[message("SAME")] * 300)
+        assert [device.ack() for _ in range(300)] == [("AA", "SAME")] * 300
+        assert len(log_lines(here.agent.main_log())) < 100
 
 
 # --- in the place of the server ---
