@@ -2909,7 +2909,7 @@ def text_records(body: str, settings: StreamSettings) -> list[bytes]:
 
 
 # =====================================================================================================================
-# Store (1470 lines, 10750 tokens)
+# Store (1480 lines, 10750 tokens)
 #
 # Every message on disk before it is acknowledged: one SQLite file (WAL, synchronous=FULL), one writer thread with one
 # commit in flight. What arrives while it runs is the next batch: one executemany, one COMMIT, one call back into the
@@ -3979,6 +3979,9 @@ class Store:
                 self._log.warn(f"The queue {self.path} is new and empty. {text}.")
             db.rows(f"PRAGMA page_size={PAGE_BYTES}; PRAGMA auto_vacuum=INCREMENTAL")
         db.rows("PRAGMA journal_mode=WAL; PRAGMA synchronous=FULL; PRAGMA fullfsync=1; PRAGMA cache_size=-16000")
+        db.execute(
+            f"PRAGMA journal_size_limit={2 * CHECKPOINT_PAGES * PAGE_BYTES}"
+        )  # after another program's long read
         db.set_wal_hook(self._wal_grew)  # instead of checkpoints within commits, which would hold up the loop
         if not version:
             seed = uuid.uuid4().hex[:19]

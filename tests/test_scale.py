@@ -143,3 +143,24 @@ def test_each_refusal_of_many_takes_as_long_as_the_first():
 
     seconds = asyncio.run(run())
     assert min(seconds[-3:]) < 4 * min(seconds[:3])
+
+
+def test_what_a_long_read_of_another_program_cost_is_given_back(tmp_path):
+    """A backup or a database browser that holds the file open: the log beside it grows, and stayed as large."""
+    with site(tmp_path, {"A": "?enhanced=aa"}, start=False) as here:
+        changed(here.agent, "m.CHECKPOINT_PAGES = 50")
+        here.agent.start()
+        wal = here.agent.queue_path.with_name(f"{here.agent.queue_path.name}-wal")
+
+        def flood(name, count):
+            with here.device("A") as device:
+                for number in range(count):
+                    assert device.ask(message(f"{name}{number}", f"P{number}", size=8000))[0] == "AA"
+
+        with contextlib.closing(here.agent.database()) as other:
+            other.execute("BEGIN")
+            other.execute("SELECT count(*) FROM message").fetchall()
+            flood("HELD", 150)
+            assert wal.stat().st_size > 2_000_000
+        flood("FREE", 30)
+        eventually(lambda: wal.stat().st_size < 1_000_000)
