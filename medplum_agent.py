@@ -1868,12 +1868,12 @@ def decode_hl7(content: bytes, encoding: str) -> str:
 def split_batch(content: bytes) -> tuple[list[bytes], bytes, bytes]:
     """The messages of a frame that holds several, or a batch; what stood around them; and the rest of a long one."""
     whole = content.lstrip(_BLANK_BYTES)
-    first = re.search(rb"\r?\n|\r", whole)
-    end = rb"(?:(?<=\r)|(?<=\r\n))" if first and b"\r" in first[0] else rb"(?<=\n)"  # else a line feed is text
+    end = rb"\r\n?" if b"\r" in whole.partition(b"\n")[0] else rb"\n"  # else a line feed is text
     # a line of a document in base64, or of prose, may begin with these letters, too
     begun = rb"(?=(?:MSH|FHS|BHS|BTS|FTS)(?![\w+/= ]))"
-    parts = re.split(end + begun, whole, maxsplit=BATCH_MESSAGES)
-    more = len(parts) > BATCH_MESSAGES and re.search(rb"(?:^|[\r\n])" + begun + b"MSH", parts[-1])
+    found = [one.end() for one in itertools.islice(re.finditer(end + begun, whole), BATCH_MESSAGES)]
+    parts = [whole[at:to] for at, to in itertools.pairwise([0, *found, len(whole)])]
+    more = len(found) == BATCH_MESSAGES and re.search(rb"(?:^|[\r\n])" + begun + b"MSH", parts[-1])
     rest = parts.pop() if more else b""
     messages = [part for part in parts if not part.startswith(_WRAPPERS)]
     return messages or [content], b"".join(part for part in parts if part.startswith(_WRAPPERS)), rest
