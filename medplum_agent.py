@@ -283,7 +283,7 @@ PING_SECS = 8.0  # a whole ping, whatever its count: below the server's 10 s
 PING_MAX = 100  # echo requests of one ping
 MAX_STATS_SAMPLES = 1000  # round trips kept per channel
 LOG_HELD_BYTES = 4 * MIB  # channel log lines in memory; more than this means a slow disk, and the writer must wait
-EVENT_CHARS = 30_000  # of an event of Windows; its limit is 31,839
+LOG_CHARS = 4000  # of a text in the main log, and so of an event of Windows
 LOG_PAGE_MAX = 1000  # entries of one $fetch-logs
 LOG_BLOCK_BYTES = 64 * KIB  # log files are read backwards in blocks of this size
 
@@ -1629,7 +1629,7 @@ def _markdown(shown: Json) -> str:
 
 
 # =====================================================================================================================
-# Logs (200 lines, 1450 tokens)
+# Logs (200 lines, 1500 tokens)
 #
 # Two logs as JSON lines, each a rotating file: the main log says what the agent does and never holds patient data
 # (messages are named by their row number in the queue); the channel log holds the messages. On a terminal the main
@@ -1659,7 +1659,7 @@ def _tell_windows(text: str) -> None:
     log = ctypes.windll.advapi32  # type: ignore[attr-defined]
     log.RegisterEventSourceW.restype = ctypes.c_void_p  # a handle has 64 bits
     if source := ctypes.c_void_p(log.RegisterEventSourceW(None, "Medplum Agent")):
-        texts = (ctypes.c_wchar_p * 1)(text[:EVENT_CHARS])
+        texts = (ctypes.c_wchar_p * 1)(text)
         log.ReportEventW(source, 1, 0, 1, None, 1, 0, texts, None)  # EVENTLOG_ERROR_TYPE
         log.DeregisterEventSource(source)
 
@@ -1688,6 +1688,8 @@ class Log:
     def _write(self, level: str, text: str, **extra: Any) -> None:
         if level not in self._levels:
             return
+        if not self.lazy and len(text) > LOG_CHARS:  # some of it may be a device's words, or the server's
+            text = f"{text[:LOG_CHARS]}..."
         stamp = f"{utc_text('%Y-%m-%dT%H:%M:%S', now_ms())}Z"
         entry = {"level": level, "msg": text.replace("\r", "\n"), "timestamp": stamp, **extra}
         try:

@@ -142,6 +142,19 @@ def test_a_device_that_errs_or_repeats_without_end_does_not_fill_the_main_log(tm
         assert len(log_lines(here.agent.main_log())) < 100
 
 
+@QUIET
+def test_words_of_strangers_do_not_fill_the_main_log(tmp_path):
+    with imaging_site(tmp_path, {"CT": "dicom://127.0.0.1:{port}"}) as here:
+        here.agent.wait_connected()
+        with Scu(here.ports["CT"], [(f"{number}.{60_000 * '9'}", ()) for number in range(9)]) as hostile:
+            assert not hostile.accepted
+        here.sandbox.faults.refuse_connect = "why? " * 200_000
+        here.sandbox.cut()
+        here.agent.logged("The server refuses this agent: why?")
+        assert "asks for nothing that is served here" in here.agent.output()
+        assert len(here.agent.main_log()) < 20_000
+
+
 # --- in the place of the server ---
 
 
