@@ -10594,6 +10594,7 @@ class Operations:
         target = self._settings.alarmTo
         while self._unsent:
             text, severity, at = sent = self._unsent[0]
+            text = _CONTROLS.sub(" ", text)  # one line, whatever the name of a channel or device
             try:
                 async with asyncio.timeout(ALARM_SECS):
                     if target.startswith("syslog"):

@@ -23,7 +23,7 @@ from tests.dicom_peers import (
     made_dataset,
     transmits,
 )
-from tests.support import ROOT, Link, Receiver, Site, control_id, log_lines, message, site
+from tests.support import ROOT, Link, Receiver, Site, changed, control_id, eventually, log_lines, message, setting, site
 
 
 def memory_mb(site: Site, figure: str = "VmHWM") -> int:
@@ -191,3 +191,18 @@ def test_an_answer_that_does_not_end(tmp_path):
         here.agent.start(ready=False)
         assert "answers with more than 64 MiB" in here.agent.logged("The configuration cannot be read")
         assert memory_mb(here) < 220
+
+
+def test_an_alarm_is_one_line_whatever_a_name_says(tmp_path):
+    heard, name = tmp_path / "heard", "A\nOVER: all is well\x1b[2K"
+    config = f"alarmTo = 'tee -a {heard}'"
+    once = [setting("channelAutoRetryMaxAttempts", 1)]
+    with site(tmp_path, {name: "?enhanced=aa"}, once, config=config, start=False) as here:
+        changed(here.agent, "m.LOOK_SECS = 0.1")
+        here.agent.start()
+        here.sandbox.bot = lambda transmit: (400, "no")
+        with here.device(name) as device:
+            assert device.ask(message("DEAD-1"))[0] == "AA"
+            here.agent.wait_state("DEAD-1", "rejected")
+        lines = eventually(lambda: heard.exists() and heard.read_text().splitlines(), 30)
+        assert len(lines) == 1 and lines[0].startswith("ALARM: channel 'A OVER: all is well [2K' has 1 dead letters")
