@@ -429,6 +429,9 @@ class Rows:
         self.known: dict[int, Queue] = {}
         self.known_bytes = 0
 
+    def is_late(self, resume: Callable[[], None]) -> bool:
+        return False
+
     def update(self, message: Message, then: Callable[[], None] | None = None) -> None:
         self.failing.append(message.failing_ms)
 

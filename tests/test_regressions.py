@@ -333,6 +333,9 @@ class Rows:
     def update(self, message, then=None):
         assert then is None
 
+    def is_late(self, resume):
+        return False
+
     async def recover(self, row, state, error_code, reason):
         self.recovered.append((state, error_code, reason))
         return 0

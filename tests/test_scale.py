@@ -164,3 +164,17 @@ def test_what_a_long_read_of_another_program_cost_is_given_back(tmp_path):
             assert wal.stat().st_size > 2_000_000
         flood("FREE", 30)
         eventually(lambda: wal.stat().st_size < 1_000_000)
+
+
+def test_answers_to_large_messages_are_written_in_small_pieces(tmp_path):
+    """Reports of 60 KB after an outage, with a server nearby: a CA waited up to 2 s behind 250 MB of settled rows."""
+    with site(tmp_path, {"A": "?enhanced=true"}) as here:
+        here.agent.wait_connected()
+        here.agent.terminate()
+        ids = fill(here.agent, "A", 800, size=60_000)
+        changed(here.agent, "m.LAZY_SECS = 3")  # as if the disk took so long
+        here.agent.start()
+        here.sandbox.wait_for(lambda: len(here.sandbox.answered) == len(ids), timeout=30)
+        eventually(lambda: here.sandbox.stats()["durableQueue"]["countsByState"]["processed"] == len(ids))
+        wal = here.agent.queue_path.with_name(f"{here.agent.queue_path.name}-wal")
+        assert wal.stat().st_size < 32_000_000
