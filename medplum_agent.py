@@ -1823,7 +1823,7 @@ def _lines_backwards(path: Path, end: int) -> Iterator[tuple[int, bytes]]:
 
 
 # =====================================================================================================================
-# HL7 (250 lines, 2000 tokens)
+# HL7 (260 lines, 2050 tokens)
 #
 # HL7 v2 by slicing: the MSH header, single fields by path, acknowledgments, the patient a message belongs to.
 # `hl7.parse` is forty times slower and serves where speed does not matter. Text in, text out; touches nothing.
@@ -1949,10 +1949,16 @@ class Header:
 
 
 def read_hl7(content: bytes, encoding: str, fixed: bool) -> Header:
-    """A message as received. MSH-18 names its encoding where that is not `fixed`. PeerError as decode_hl7 says."""
+    """A message as received; PeerError as decode_hl7 says.
+
+    MSH-18 names its encoding where that is not `fixed`, unless it says Latin and the bytes are UTF-8: by chance they
+    are not.
+    """
     header = Header(decode_hl7(content, encoding), encoding)
     if not fixed and (name := header.fields[17][:NAME_CHARS]) and (codec := _named_codec(name) or encoding) != encoding:
-        header = Header(decode_hl7(content, codec), codec)
+        is_utf8 = encoding == "utf-8" and "\ufffd" not in header.text and not header.text.isascii()
+        if not (is_utf8 and codec in ("latin-1", "cp1252", "iso8859-15")):
+            header = Header(decode_hl7(content, codec), codec)
     if "\ufffd" in header.control_id:
         head = re.split(rb"[\r\n]", content.lstrip(_BLANK_BYTES), maxsplit=1)[0]
         header.raw_id = b"".join(head.split(head[3:4])[9:10]).decode("latin-1")

@@ -448,6 +448,21 @@ def test_the_names_of_dicom_in_msh_18(field: str, codec: str) -> None:
     assert (found := ma._named_codec(field)) == codec or codecs.lookup(found) == codecs.lookup(codec)
 
 
+@pytest.mark.parametrize(
+    ("named", "bytes_as", "read_as"),
+    [
+        ("8859/1", "utf-8", "utf-8"), ("8859/1", "latin-1", "latin-1"), ("8859/15", "utf-8", "utf-8"),
+        ("8859/5", "iso8859-5", "iso8859-5"), ("GB 18030-2000", "gb18030", "gb18030"),
+    ],
+)  # fmt: skip
+def test_utf_8_under_a_wrong_latin_name_is_utf_8(named: str, bytes_as: str, read_as: str) -> None:
+    """The other agent reads UTF-8 whatever MSH-18 says, and devices that say 8859/1 by default work with it."""
+    name = {"iso8859-5": "\u0422\u0410\u0422\u0410", "gb18030": "\u8054\u901a"}.get(bytes_as, "M\u00fcller")
+    content = f"MSH|^~\\&|||||||ADT^A01|1|P|2.5||||||{named}\rPID|||1||{name}\r".encode(bytes_as)
+    header = ma.read_hl7(content, "utf-8", False)
+    assert name in header.text and header.encoding == read_as
+
+
 def test_repetitions_of_msh_18_that_name_more_keep_the_first():
     content = "MSH|^~\\&|||||||ADT^A01|1|P|2.5||||||8859/1~UNICODE UTF-8\rPID|||1||M\u00fcller\r".encode("latin-1")
     assert "M\u00fcller" in ma.read_hl7(content, "utf-8", False).text
