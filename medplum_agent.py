@@ -28,7 +28,6 @@ import dataclasses
 import datetime
 import email.message
 import email.utils
-import encodings
 import enum
 import errno
 import fnmatch
@@ -520,7 +519,7 @@ class ServerError(PeerError):
 
 
 # =====================================================================================================================
-# Settings (1110 lines, 7750 tokens)
+# Settings (1120 lines, 7750 tokens)
 #
 # One setting, one row: a field of a frozen dataclass. The parser, the checks, `--settings-schema` and README's tables
 # come from the row. Names are the wire's own (camelCase). Precedence for a channel, field by field: Endpoint address,
@@ -723,7 +722,10 @@ def release_source(text: str) -> None:
         server_url(text)
 
 
-_CODECS = {*aliases, *aliases.values(), *"cp720 cp737 cp856 cp875 cp1006 koi8_t palmos".split()}
+_CODECS = {  # Python's, by letters and digits of their names: iconv's names differ in the rest
+    re.sub("[^a-z0-9]", "", name): name
+    for name in (*aliases, *aliases.values(), *"cp720 cp737 cp856 cp875 cp1006 koi8_t palmos".split())
+} | {"binary": "latin-1"}
 
 
 @lru_cache(64)
@@ -737,9 +739,7 @@ def codec_of(label: str) -> str:
     name = re.sub(r"^(?:iso[-_ ]?)?8859[-_/ ]?(\d{1,2})$", r"iso-8859-\1", name)
     found = webencodings.lookup(name)
     if found is None:
-        if encodings.normalize_encoding(name) not in _CODECS:  # Python would remember each that it does not have
-            raise LookupError(f"unknown encoding: {name[:40]}")
-        return name
+        return _CODECS[re.sub("[^a-z0-9]", "", name)]  # Python would remember each name that it does not have
     if found.name == "windows-1252" and "1252" not in name:
         return "ascii" if "ascii" in name or "ansi" in name else "latin-1"
     return "cp949" if found.name == "euc-kr" else str(found.codec_info.name)
