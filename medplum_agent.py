@@ -5362,7 +5362,7 @@ class Queue:
     def _is_poison(self, message: Message) -> bool:
         """A refusal is about this message where others pass: few were refused since a recent success, or it alone."""
         others = self._refused - {message.id}
-        if len(others) < POISONS:  # more make no difference
+        if len(self._refused) <= POISONS:  # more make no difference
             self._refused.add(message.id)
         lately = time.monotonic() - self._passed_at < POISON_LATELY_SECS
         return len(others) < (POISONS if lately else 1)
