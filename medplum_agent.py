@@ -4485,7 +4485,10 @@ def http_pool(url: str, context: ssl.SSLContext) -> urllib3.PoolManager:
 
 class _HttpsConnection(urllib3.connection.HTTPSConnection):
     def send(self, data: Any) -> None:
-        """A line that breaks under TLS breaks as any other: urllib3 then reads what was answered before (413)."""
+        """A slow line takes its time, and not urllib3's for connecting. One that breaks under TLS breaks as any other:
+        urllib3 then reads what was answered before (413)."""
+        if isinstance(self.sock, ssl.SSLSocket):
+            self.sock.settimeout(TRANSFER_TIMEOUT_SECS)
         try:
             super().send(data)
         except ssl.SSLError as error:

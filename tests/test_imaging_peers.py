@@ -1,5 +1,6 @@
 """Imaging with peers, and under conditions, that no other test has: gateways, archives and devices of other makers."""
 
+import asyncio
 import contextlib
 import sqlite3
 import ssl
@@ -61,6 +62,33 @@ def test_a_gateway_that_refuses_an_object_before_it_has_read_it(tmp_path, secure
         instance = made(20_000_000)
         assert store(here.ports["PACS"], instance) == [SUCCESS]
         assert here.agent.wait_state(instance.uid, "rejected")["error_code"] == "file-too-large"
+
+
+def test_an_upload_may_stand_still_for_longer_than_a_connection_may_take(tmp_path):
+    """256 KB had to pass within the 8 s for connecting: large objects never went over a line of less than 32 KB/s for
+    each of four, nor over one that stood still for a moment; the limit is 120 s of silence."""
+    tls = Tls(tmp_path)
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    context.load_cert_chain(tls.agent_file)
+    channels, config = {"PACS": f"dicom://127.0.0.1:{{port}}?{FAST}&storage=dicomweb"}, f'caFile = "{tls.ca_file}"\n'
+    with site(tmp_path, channels, start=False, context=context, config=config) as here:
+        changed(here.agent, "m.CONNECT_TIMEOUT_SECS = 0.7")
+        here.sandbox.bot, read = silent_bot, here.sandbox.sandbox._body
+
+        async def late(reader, headers):
+            if int(headers.get("Content-Length", 0)) > 10**6:
+                reader._transport.pause_reading()
+                await asyncio.sleep(1.5)  # this is the line
+                reader._transport.resume_reading()
+            return await read(reader, headers)
+
+        here.sandbox.sandbox._body = late  # type: ignore[method-assign]
+        start(here)
+        objects = [made(12_000_000) for _ in range(4)]  # some of them on new connections
+        assert store(here.ports["PACS"], *objects) == [SUCCESS] * 4
+        for instance in objects:
+            announced(here, instance.uid)
+        assert sum("studies" in request for request in here.sandbox.sandbox.requests) == 4
 
 
 def test_an_object_whose_connection_breaks_each_time_is_sent_ever_more_rarely(tmp_path):
