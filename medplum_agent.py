@@ -175,7 +175,7 @@ KEEP_OLD_SECS, KEEP_NEW_SECS = 7 * 86_400.0, 86_400.0  # on disk: the version be
 BATCH_MESSAGES = 500  # cut out of a batch in one go: others wait so long
 COMMIT_MESSAGES = 4096  # messages in one transaction: bounds the latency of the one behind
 COMMIT_BYTES = 16 * MIB  # the same for large messages
-LATE_BYTES = 4 * MIB  # of messages that were answered, to be written; above it no more are sent for a moment
+LATE_BYTES = 8 * MIB  # of messages that were answered, to be written; above it no more are sent for a moment
 UNCOMMITTED_BYTES = 16 * MIB  # received but not yet on disk; above it devices are no longer read
 UNCOMMITTED_MESSAGES = 8192  # the same for small messages
 BUSY_MS = 5000  # for another program that holds the queue file
@@ -199,6 +199,7 @@ INFLIGHT_BYTES = 16 * MIB  # of one channel with the server at once
 REFILL_MESSAGES = 256  # rows read from disk in one go: a ms or two of the interpreter
 PAGE_BYTES = 8192  # SQLite page: large messages want large pages, random control ids small ones
 CHECKPOINT_PAGES = 2000  # 16 MiB of WAL: more gives stalls of 30-100 ms
+WAL_BYTES = 128 * MIB  # of its file; more, after another program's long read, is given back
 MUST_SECS = 1.0  # what was acknowledged in pieces and cannot be stored is tried again
 STORE_REOPEN_SECS = 5.0  # a store that cannot be opened is tried again
 DOCTOR_SECS = 18.0  # for all checks of `doctor`
@@ -3405,7 +3406,8 @@ class Store:
         self._gather_secs = 0.0
         self._wal_pages = 0
         self._disk_at, self._low = 0.0, False
-        self._uncommitted_bytes = self._uncommitted = self._late_bytes = 0
+        self._uncommitted_bytes = self._uncommitted = 0
+        self.late_bytes = 0  # of messages whose progress waits to be written
         self._lazy: asyncio.TimerHandle | None = None
         self.next_id = 1  # of the next message
         self._reach = 0  # row numbers below it are reserved
@@ -3448,23 +3450,20 @@ class Store:
             return
         message.id = self.next_id
         self.next_id += 1
-        message.control_id, message.type = message.control_id[:NAME_CHARS], message.type[:NAME_CHARS]
-        message.key = message.key and message.key[:NAME_CHARS]
+        if message.size > NAME_CHARS:
+            message.control_id, message.type = message.control_id[:NAME_CHARS], message.type[:NAME_CHARS]
+            message.key = message.key and message.key[:NAME_CHARS]
         self._uncommitted += 1
         self._uncommitted_bytes += message.size
         self._inbox.append(message)
         if self._sleeping and not self._soon:
             self._wake()
 
-    def is_late(self, resume: Callable[[], None]) -> bool:
-        """Whether acknowledgments wait for what was answered: to settle a message writes it whole. `resume` is called
-        when less waits."""
-        if self._late_bytes <= LATE_BYTES:
-            return False
-        if resume not in self.on_resume:
-            self.on_resume.append(resume)
+    def catch_up(self, then: Callable[[], None]) -> None:
+        """Acknowledgments wait for what was answered (LATE_BYTES): to settle a message writes it whole."""
+        if then not in self.on_resume:
+            self.on_resume.append(then)
             self._wake()
-        return True
 
     def refusal(self, size: int = 0) -> str:
         """Why a message of this size would be refused now, or an empty string."""
@@ -3478,7 +3477,7 @@ class Store:
     def update(self, message: Message, then: Callable[[], None] | None = None) -> None:
         """Write a message's progress with the next batch; with `then`, now, and call it once committed."""
         self._inbox.append(_Update(_changes(message), then, message.size))
-        self._late_bytes += message.size
+        self.late_bytes += message.size
         if then is not None:
             self._wake()
         elif self._lazy is None:
@@ -4005,9 +4004,7 @@ class Store:
                 self._log.warn(f"The queue {self.path} is new and empty. {text}.")
             db.rows(f"PRAGMA page_size={PAGE_BYTES}; PRAGMA auto_vacuum=INCREMENTAL")
         db.rows("PRAGMA journal_mode=WAL; PRAGMA synchronous=FULL; PRAGMA fullfsync=1; PRAGMA cache_size=-16000")
-        db.execute(
-            f"PRAGMA journal_size_limit={2 * CHECKPOINT_PAGES * PAGE_BYTES}"
-        )  # after another program's long read
+        db.execute(f"PRAGMA journal_size_limit={WAL_BYTES}")
         db.set_wal_hook(self._wal_grew)  # instead of checkpoints within commits, which would hold up the loop
         if not version:
             seed = uuid.uuid4().hex[:19]
@@ -4055,7 +4052,7 @@ class Store:
     # --- back in the event loop ---
 
     def _committed(self, messages: list[Message], late_bytes: int = 0) -> None:
-        self._late_bytes -= late_bytes
+        self.late_bytes -= late_bytes
         self._uncommitted -= len(messages)
         self._uncommitted_bytes -= sum(message.size for message in messages)
         self._release(messages)
@@ -5109,9 +5106,11 @@ class Queue:
             self._epoch = message.epoch
         self.window[message.id] = message
         self.store.known[message.id] = self
-        text, message.text = message.text, None
-        if not self._crowded(len(text or "")):
-            self.hold(message, text)
+        size = len(message.text or "")
+        if self._crowded(size):
+            message.text, size = None, 0
+        self._bytes += size
+        self.store.known_bytes += size
         self._order.add(message)
         if message.spool and not message.prepared:
             self._ahead.append(message)
@@ -5187,7 +5186,10 @@ class Queue:
         """Send whatever may be sent now."""
         ready, inflight, policy = self._order.ready, self.inflight, self.policy
         while ready and not self.paused and len(inflight) < policy.workers and self._inflight_bytes < INFLIGHT_BYTES:
-            if not self.way.ready() or self.store.is_late(self.pump):
+            if self.store.late_bytes > LATE_BYTES:
+                self.store.catch_up(self.pump)
+                break
+            if not self.way.ready():
                 break
             item = ready.popleft()
             if isinstance(item, Fence):

@@ -427,10 +427,7 @@ class Rows:
         self.messages = list(messages)
         self.failing: list[int] = []
         self.known: dict[int, Queue] = {}
-        self.known_bytes = 0
-
-    def is_late(self, resume: Callable[[], None]) -> bool:
-        return False
+        self.known_bytes = self.late_bytes = 0
 
     def update(self, message: Message, then: Callable[[], None] | None = None) -> None:
         self.failing.append(message.failing_ms)

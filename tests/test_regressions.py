@@ -328,13 +328,10 @@ class Rows:
     def __init__(self, *rows):
         self.rows = rows
         self.recovered = []
-        self.known, self.known_bytes = {}, 0
+        self.known, self.known_bytes, self.late_bytes = {}, 0, 0
 
     def update(self, message, then=None):
         assert then is None
-
-    def is_late(self, resume):
-        return False
 
     async def recover(self, row, state, error_code, reason):
         self.recovered.append((state, error_code, reason))

@@ -148,7 +148,7 @@ def test_each_refusal_of_many_takes_as_long_as_the_first():
 def test_what_a_long_read_of_another_program_cost_is_given_back(tmp_path):
     """A backup or a database browser that holds the file open: the log beside it grows, and stayed as large."""
     with site(tmp_path, {"A": "?enhanced=aa"}, start=False) as here:
-        changed(here.agent, "m.CHECKPOINT_PAGES = 50")
+        changed(here.agent, "m.CHECKPOINT_PAGES, m.WAL_BYTES = 50, 800_000")
         here.agent.start()
         wal = here.agent.queue_path.with_name(f"{here.agent.queue_path.name}-wal")
 
