@@ -275,6 +275,9 @@ SPOOL_BLOCK_BYTES = 512 * KIB  # of an object, written in one go
 PDU_BYTES = MIB + KIB  # a longer PDU is not read: more than maxPdu can be, and than association requests are
 INFLATED_BYTES = 256 * MIB  # of a deflated object: it is read in memory
 INLINE_BYTES = 4096  # base64 of a binary value that may be part of the JSON
+DESCRIBED_BYTES = 64 * MIB  # of an object, read in memory for its JSON
+ELEMENT_COST_BYTES = 2000  # counted for each of its elements: 700 in memory, and more than so many fit into no message
+MAX_OMITTED = 100  # tags that are named behind that
 LARGE_VALUE_BYTES = 512 * KIB  # a value above this is not read for the JSON
 BODY_BYTES = 900_000  # of a message's JSON inside its frame; the server closes the connection at 1 MiB by default
 COMMITMENT_REPORT_DAYS = 3  # a report that no device took is tried again at each start for so long
@@ -8135,7 +8138,7 @@ def parse_ping(host: object, body: object) -> tuple[str, int]:
 
 
 # =====================================================================================================================
-# DICOM (1860 lines, 15550 tokens)
+# DICOM (1880 lines, 15750 tokens)
 #
 # Imaging devices (DICOM PS3.4, PS3.7, PS3.8; channel contract 8). `Dimse` is a core like the others: bytes in, events
 # out. Its line runs requests as coroutines; what takes long (fsync, decoding, JSON) goes to a few threads. pydicom and
@@ -8784,29 +8787,41 @@ def _inflated(file: BinaryIO, start: int) -> Iterator[bytes]:
                 left = inflater.unconsumed_tail
 
 
-def check_whole(file: BinaryIO, start: int, syntax: str) -> None:
-    """Refusal for a data set that breaks off, or is a whole Part 10 file; padding behind it is left alone.
+def _inflated_file(file: BinaryIO, start: int) -> BinaryIO:
+    if any(size > INFLATED_BYTES for size in itertools.accumulate(map(len, _inflated(file, start)))):
+        raise Refusal(f"deflated, and larger than {INFLATED_BYTES} bytes when inflated", OUT_OF_RESOURCES)
+    return io.BytesIO(b"".join(_inflated(file, start)))
 
-    Values are passed over, not read, unless it is deflated.
-    """
-    implicit, little, deflated = syntax_of(syntax)
-    if deflated:
-        if any(size > INFLATED_BYTES for size in itertools.accumulate(map(len, _inflated(file, start)))):
-            raise Refusal(f"deflated, and larger than {INFLATED_BYTES} bytes when inflated", OUT_OF_RESOURCES)
-        file, start = io.BytesIO(b"".join(_inflated(file, start))), 0
-    order, size = "<" if little else ">", file.seek(0, os.SEEK_END)
-    file.seek(start)
-    if (begin := file.read(132))[128:] == b"DICM":
+
+def _check_begin(begin: bytes) -> None:
+    if begin[128:] == b"DICM":
         raise Refusal("the data set is a whole DICOM file, with preamble", CANNOT_UNDERSTAND)
     if begin[:2] in (b"\2\0", b"\0\2"):  # the file that is made of it would have two
         raise Refusal("the data set begins with file meta information, group 0002", CANNOT_UNDERSTAND)
+
+
+def check_whole(file: BinaryIO, start: int, syntax: str) -> tuple[float, list[str]]:
+    """Refusal for a data set that breaks off, or is a whole Part 10 file; padding behind it is left alone.
+
+    Values are passed over, not read, unless it is deflated. Returns where the part ends that can be read in memory, for
+    the JSON, and the tags of the attributes behind it.
+    """
+    implicit, little, deflated = syntax_of(syntax)
+    if deflated:
+        file, start = _inflated_file(file, start), 0
+    order, size = "<" if little else ">", file.seek(0, os.SEEK_END)
+    file.seek(start)
+    _check_begin(begin := file.read(132))
     file.seek(start)
     # is implicit VR in the data set (devices say so and mean explicit), and in each sequence or item of undefined
     # length that is not closed?
     inside = [implicit and begin[4:6] not in _VRS]
+    end, key, at, cost, behind = math.inf, "", 0, 0, list[str]()
     while len(head := file.read(8)) == 8 and (head != bytes(8) or len(inside) > 1):
         group, element, length = struct.unpack(order + "HHI", head)
-        vr, nested = head[4:6], inside[-1]
+        vr, nested, outer = head[4:6], inside[-1], len(inside) == 1
+        if outer:
+            key, at = f"{group:04X}{element:04X}", file.tell() - 8
         if group == 0xFFFE and element != 0xE000:  # the end of one (PS3.5 7.5)
             del inside[max(1, len(inside) - 1) :]
             length = 0
@@ -8821,8 +8836,14 @@ def check_whole(file: BinaryIO, start: int, syntax: str) -> None:
             raise Refusal("the data set breaks off inside a value", CANNOT_UNDERSTAND)
         else:
             file.seek(length, os.SEEK_CUR)
+            if key not in _PIXEL_DATA:
+                cost += ELEMENT_COST_BYTES + (0 if outer and length > LARGE_VALUE_BYTES else length)
+        if len(inside) == 1 and cost > DESCRIBED_BYTES and key not in _PIXEL_DATA:
+            end = min(end, at)
+            behind += [key] * (len(behind) < MAX_OMITTED)
     if len(inside) > 1 or (head.strip(b"\0") and head not in (b" ", b"\r\n")):
         raise Refusal("the data set breaks off", CANNOT_UNDERSTAND)
+    return (math.inf, []) if deflated else (end, behind)
 
 
 # --- requests to application entities --------------------------------------------------------------------------------
@@ -9346,10 +9367,13 @@ class DicomChannel(Channel):
         omitted: list[str] = []
         standard = self.settings.dicomJson == "standard"
         with file.open() as reading:
-            check_whole(reading, file.start, request.syntax)
+            end, behind = check_whole(reading, file.start, request.syntax)
+            omitted += behind
             reading.seek(0)
             try:
-                dataset = pydicom.dcmread(reading, defer_size=LARGE_VALUE_BYTES, force=True)
+                dataset = pydicom.filereader.read_partial(
+                    reading, lambda *_: reading.tell() > end, defer_size=LARGE_VALUE_BYTES, force=True
+                )
                 described = dicom_json(dataset, omitted, standard=standard)
                 meta = dicom_json(dataset.file_meta, [], standard=standard)
                 uids = [

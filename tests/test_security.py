@@ -2,6 +2,7 @@
 
 import codecs
 import contextlib
+import json
 import socket
 import struct
 import subprocess
@@ -11,6 +12,7 @@ import time
 import tracemalloc
 
 import medplum_agent
+from medplum_agent import MAX_OMITTED, MIB
 from tests.dicom_peers import (
     IMPLICIT,
     QUIET,
@@ -115,6 +117,24 @@ def test_objects_that_take_long_to_read_hold_up_no_other(tmp_path):
             assert hostile.store(usual) == SUCCESS
         assert time.monotonic() - began < 4
         here.sandbox.wait_for(lambda: transmits(here, usual.uid))
+
+
+@QUIET
+def test_what_an_object_takes_in_memory_has_a_limit(tmp_path):
+    """A large value in a sequence without a length, and very many attributes: the device hears success all the same."""
+    large, many = made(0, IMPLICIT), made(0, IMPLICIT)
+    value = struct.pack("<HHI", 0x0018, 0x9999, 70 * MIB)
+    content = [large.content, SEQUENCE, ITEM, value, *[bytes(MIB)] * 70, END_OF_ITEM, END_OF_SEQUENCE]
+    attributes = (struct.pack("<HHI", 0x1001 + 2 * (n >> 15), 0x1000 + (n & 0x7FFF), 0) for n in range(60_000))
+    with imaging_site(tmp_path, {"CT": "dicom://127.0.0.1:{port}"}) as here:
+        before = memory_mb(here)
+        with Scu.for_instances(here.ports["CT"], large, timeout=60) as scu:
+            assert scu.store(large, content) == SUCCESS
+            assert scu.store(many._replace(content=many.content + b"".join(attributes))) == SUCCESS
+        assert memory_mb(here) - before < 60
+        told = {one.uid: json.loads(here.agent.rows(one.uid)[0]["original"]) for one in (large, many)}
+        assert told[large.uid]["omitted"] == ["0040A730"] and "00100010" in told[large.uid]["dataset"]
+        assert len(told[many.uid]["omitted"]) > MAX_OMITTED
 
 
 def test_a_query_with_many_wildcards_is_answered_at_once():
