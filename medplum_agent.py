@@ -2925,7 +2925,7 @@ def text_records(body: str, settings: StreamSettings) -> list[bytes]:
 
 
 # =====================================================================================================================
-# Store (1490 lines, 10900 tokens)
+# Store (1490 lines, 10800 tokens)
 #
 # Every message on disk before it is acknowledged: one SQLite file (WAL, synchronous=FULL), one writer thread with one
 # commit in flight. What arrives while it runs is the next batch: one executemany, one COMMIT, one call back into the
@@ -3947,12 +3947,14 @@ class Store:
             self._lock_queue()
             for stale in (".rewriting", ".rewriting-journal"):  # of a rewriting that was killed: it may be readable
                 beside(self.path.resolve(), stale).unlink(missing_ok=True)
-            self._inspect_wal()
             if self._key and is_plain(self.path):
+                with closing(Database(self.path)) as db:
+                    self._inspect_wal(db)
                 rewrite_queue(self.path, "", self._key)
                 self._log.warn(f"The queue {self.path} is encrypted from now on. {BACK_UP_KEY}")
             os.close(os.open(self.path, os.O_RDWR | os.O_CREAT, 0o600))
             db = Database(self.path, self._key)
+            self._inspect_wal(db)
             self._prepare(db)
             mark_key(self.path, self._key)
         except (OSError, apsw.Error, StorageError) as error:
@@ -3988,11 +3990,12 @@ class Store:
             raise StorageError("another agent uses this queue (queueDbPath)")
         self._lock_file = file
 
-    def _inspect_wal(self) -> None:
+    def _inspect_wal(self, db: Database) -> None:
         """SQLite ends its recovery at the first bad frame and overwrites the rest: say so, and keep copies."""
         wal = beside(self.path, "-wal")
-        lost = lost_frames(wal.read_bytes()) if wal.exists() else 0
-        if lost:
+        version_of(db)  # to read is to recover
+        recovered, _ = db.wal_checkpoint(mode=apsw.SQLITE_CHECKPOINT_NOOP)
+        if wal.exists() and (lost := lost_frames(wal, recovered)):
             stamp = f"damaged-{now_ms()}"
             for path in (self.path, wal):
                 shutil.copy2(path, beside(path, f".{stamp}"))
@@ -4315,33 +4318,28 @@ def alone_with(path: Path, key: str) -> Iterator[None]:
                 Path(lock.name).unlink()
 
 
-def lost_frames(wal: bytes) -> int:
-    """Frames with the right salts from the first on whose checksum is wrong, not in the last commit, which
-    a power cut may tear; all of them when the header is wrong (SQLite's file format, 4.1 to 4.3); 0 for a good file."""
-    if len(wal) <= 32:
-        return 0
-    magic, _, page = struct.unpack(">III", wal[:12])
-    order, salts = ">" if magic & 1 else "<", wal[16:24]
-    sums = _wal_checksum(wal[:24], order, (0, 0))
-    if magic & ~1 != 0x377F0682 or struct.pack(">II", *sums) != wal[24:32]:  # SQLite drops the whole file
-        return (len(wal) - 32) // (24 + PAGE_BYTES)
-    size = 24 + page
-    found = [at for at in range(32, len(wal) - size + 1, size) if wal[at + 8 : at + 16] == salts]
-    for number, at in enumerate(found):
-        sums = _wal_checksum(wal[at : at + 8] + wal[at + 24 : at + size], order, sums)
-        if struct.pack(">II", *sums) != wal[at + 16 : at + 24]:
-            commits = [n for n in range(number, len(found)) if any(wal[found[n] + 4 : found[n] + 8])]
-            return len(found) - number if commits and commits[0] < len(found) - 1 else 0
-    return 0
+def lost_frames(wal: Path, recovered: int) -> int:
+    """Frames of a write-ahead log behind those that SQLite could recover, but for a last commit, which a power cut may
+    tear; all of them when the header is wrong, as SQLite then drops the file (its file format, 4.1 to 4.3)."""
+    with open(wal, "rb") as file:
+        header, page = file.read(32), PAGE_BYTES
+        if right := len(header) == 32 and _is_wal_header(header):
+            page = int.from_bytes(header[8:12])
+        frames, commits = max(0, wal.stat().st_size - 32) // (24 + page), list[bool]()
+        for number in range(recovered, frames) if right else ():
+            file.seek(32 + number * (24 + page))
+            head = file.read(16)
+            if head[8:] == header[16:24]:  # else it is of an earlier round
+                commits.append(any(head[4:8]))
+    return (len(commits) if any(commits[:-1]) else 0) if right else frames
 
 
-def _wal_checksum(content: bytes, order: str, sums: tuple[int, int]) -> tuple[int, int]:
-    first, second = sums
-    words = struct.unpack(f"{order}{len(content) // 4}I", content)
-    for one, two in zip(words[::2], words[1::2], strict=True):
-        first = (first + one + second) & 0xFFFFFFFF
-        second = (second + two + first) & 0xFFFFFFFF
-    return first, second
+def _is_wal_header(header: bytes) -> bool:
+    words, first, second = struct.unpack(">6I" if header[3] & 1 else "<6I", header[:24]), 0, 0
+    for at in (0, 2, 4):
+        first = (first + words[at] + second) & 0xFFFFFFFF
+        second = (second + words[at + 1] + first) & 0xFFFFFFFF
+    return struct.pack(">II", first, second) == header[24:]
 
 
 @cache
