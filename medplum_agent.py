@@ -1634,7 +1634,7 @@ def _markdown(shown: Json) -> str:
 
 
 # =====================================================================================================================
-# Logs (200 lines, 1500 tokens)
+# Logs (220 lines, 1650 tokens)
 #
 # Two logs as JSON lines, each a rotating file: the main log says what the agent does and never holds patient data
 # (messages are named by their row number in the queue); the channel log holds the messages. On a terminal the main
@@ -1766,6 +1766,27 @@ class Log:
             with suppress(OSError):  # what could not be written cannot be flushed either
                 self._file.close()
             self._file = None
+
+
+class Complaints:
+    """What is said of one source in the main log: what errs a thousand times, or a thousand that do, fill it with a few
+    lines: `most` in COMPLAIN_SECS."""
+
+    everywhere: typing.ClassVar = [-math.inf, 0]  # since when lines of all sources are counted, and how many there were
+
+    def __init__(self, write: Callable[[str], object], source: str, most: int = MAX_WARNINGS):
+        self._write, self._source, self._most, self._own = write, source, most, [-math.inf, 0]
+
+    def __call__(self, text: str) -> None:
+        now = time.monotonic()
+        for counted in (self._own, self.everywhere):
+            if now - counted[0] > COMPLAIN_SECS:
+                counted[:] = now, 0
+            counted[1] += 1
+        most = self._most if self.everywhere[1] <= ALL_WARNINGS else 1
+        if self._own[1] <= most:
+            more = "; more of this is held back for a while" if 1 < self._own[1] == most else ""
+            self._write(f"{self._source}: {text}{more}.")
 
 
 def log_files(directory: Path, name: str) -> list[tuple[tuple[str, int], Path]]:
@@ -5052,7 +5073,7 @@ class Queue:
         self._timer: asyncio.TimerHandle | None = None
         self._refused: set[int] = set()  # messages that were refused since the last success
         self._passed_at = -math.inf
-        self._complained = -math.inf
+        self._complain, self._mourn = Complaints(log.warn, policy.name, 1), Complaints(log.error, policy.name)
         self._loop = asyncio.get_running_loop()
 
     # --- new messages ---
@@ -5359,10 +5380,7 @@ class Queue:
         message.state = QUEUED
         self.park(message, delay_ms)
         self.store.update(message)
-        if now - self._complained > COMPLAIN_SECS:  # what fails does so thousands of times
-            self._complained = now
-            tried = f"message {message.id}, try {tries} failed: {message.last_error}"
-            self._log.warn(f"{self.policy.name}: {tried}.")
+        self._complain(f"message {message.id}, try {tries} failed: {message.last_error}")
         self.pump()
 
     def _is_poison(self, message: Message) -> bool:
@@ -5379,7 +5397,7 @@ class Queue:
         told = self.owner.answer(message, message.response if relay else None, error)
         message.outcome = DELIVERED if told else NOT_OWED
         tries = f"after {message.failures} failed tries"
-        self._log.error(f"{self.policy.name}: message {message.id} is a dead letter {tries}: {message.last_error}.")
+        self._mourn(f"message {message.id} is a dead letter {tries}: {message.last_error}")
         self.settle(message, REJECTED if error in _REJECTED else FAILED)
 
     def settle(self, message: Message, state: int) -> None:
@@ -5453,7 +5471,7 @@ def _upload_error(status: int, stow: bool) -> str:
     """Why the server did not take a file, as a key of _REASONS."""
     named = {0: "connection-lost", 403: "forbidden", 413: "file-too-large", 429: "server-rate-limited"}
     if stow:
-        named |= {404: "stow-missing"} | dict.fromkeys((200, 400, 409, 415), "stow-refused")
+        named |= {404: "stow-missing"} | dict.fromkeys((*range(200, 400), 409, 415, 400), "stow-refused")
     return named.get(status) or ("server-error" if status >= 500 else "server-rejected")
 
 
@@ -5525,7 +5543,7 @@ class Uplink:
         self._context = fhir.context if scheme == "wss" else None
         self._socket: _Socket | None = None
         self._outgoing: list[bytes] = []
-        self._warned_at = -math.inf
+        self.warn = Complaints(log.warn, "Server", 1)
         self._largest = self._largest_id = 0  # bytes of the connection's largest text, and the message it carried
         self._masks = b""
         self._flushing = self._refreshing = self._stopping = False
@@ -5634,7 +5652,7 @@ class Uplink:
             if not isinstance(kind, str):
                 raise TypeError
         except (ValueError, KeyError, TypeError):
-            self.warn(f"The server sent {len(text)} bytes that are not a JSON message with a type; ignored.")
+            self.warn(f"it sent {len(text)} bytes that are not a JSON message with a type; ignored")
             return
         try:
             if kind in ("agent:transmit:response", "transmit"):
@@ -5654,12 +5672,6 @@ class Uplink:
             if message.get("callback"):
                 words = "The agent could not handle this message"
                 self.send({"type": "agent:error", "body": words, "callback": message["callback"]})
-
-    def warn(self, text: str) -> None:
-        """A server that errs a thousand times fills the log with a few lines."""
-        if self._loop.time() - self._warned_at > COMPLAIN_SECS:
-            self._warned_at = self._loop.time()
-            self._log.warn(text)
 
     def _accepted(self) -> None:
         if self.live:
@@ -5704,7 +5716,7 @@ class Uplink:
             stem, _, attempt = str(callback).partition("#")
             ours = self.store and stem.startswith(f"{self._agent}{self.store.uuid}-")
             if not ours or not re.fullmatch(r"[0-9a-f]{12}", stem[-12:]):
-                self.warn("An answer with an unknown callback was ignored.")
+                self.warn("an answer with an unknown callback was ignored")
                 return
             message_id, tried = int(stem[-12:], 16), int(attempt) if attempt.isdecimal() else 0
             queue = self.store and self.store.known.get(message_id)
@@ -5724,7 +5736,7 @@ class Uplink:
         """Old servers leave it out: match MSA-2 with a message in flight, else pass it to the device named."""
         remote, ack = answer.get("remote"), read_ack(body)
         for queue in (queue for queue in self.queues if queue.row.name == answer.get("channel")):
-            self.warn(f"{queue.policy.name}: an answer came without callback.")
+            self.warn(f"an answer to {queue.policy.name} came without callback")
             sent = queue.inflight.values()
             matches = [m for m in sent if (m.control_id == ack.control_id if ack else m.remote == remote)]
             if matches:
@@ -5898,7 +5910,7 @@ class Uplink:
 
 
 # =====================================================================================================================
-# Lines (1210 lines, 8850 tokens)
+# Lines (1190 lines, 8650 tokens)
 #
 # One open connection to a device, whoever dialled; each protocol has one class here, which owns its core. A line takes
 # bytes (`receive`), makes messages of them (`intake`), acknowledges when the store says durable (`stored`), writes down
@@ -6055,27 +6067,6 @@ def set_device_options(sock: socket.socket) -> None:
     """No Nagle (CA followed by AA would wait 40 ms for a delayed TCP ACK)."""
     for option in ((socket.IPPROTO_TCP, socket.TCP_NODELAY, 1), *KEEP_ALIVE):
         sock.setsockopt(*option)
-
-
-class Complaints:
-    """What is said of one source in the main log: a device that errs a thousand times, or a thousand devices, fill it
-    with a few lines."""
-
-    everywhere: typing.ClassVar = [-math.inf, 0]  # since when lines of all sources are counted, and how many there were
-
-    def __init__(self, write: Callable[[str], object], source: str):
-        self._write, self._source, self._own = write, source, [-math.inf, 0]
-
-    def __call__(self, text: str) -> None:
-        now = time.monotonic()
-        for counted in (self._own, self.everywhere):
-            if now - counted[0] > COMPLAIN_SECS:
-                counted[:] = now, 0
-            counted[1] += 1
-        most = MAX_WARNINGS if self.everywhere[1] <= ALL_WARNINGS else 1
-        if self._own[1] <= most:
-            more = "; more of this is held back for a while" if self._own[1] == most else ""
-            self._write(f"{self._source}: {text}{more}.")
 
 
 class Unfinished:

@@ -259,6 +259,7 @@ STEPS = {
     404: ("404", "5.1.28", "storage=binary"),
     400: ("400", "see its log", "again"),
     409: ("409", "see its log", "again"),
+    202: ("202", "see its log", "again"),
     415: ("415", "see its log", "again"),
     413: ("413", "raise the limit"),
     403: ("403", "access policy", "DicomStudy, DicomSeries and DicomInstance"),

@@ -124,6 +124,18 @@ def test_warnings_of_many_channels_do_not_flood_the_main_log(tmp_path):
         assert sum(map(said, channels)) <= most * (200 + len(channels))
 
 
+def test_dead_letters_by_the_thousand_do_not_fill_the_main_log(tmp_path):
+    """71,000 in a night with a failing Bot were 15 MB, and the reason why was in none of the files that were left."""
+    with site(tmp_path, {"A": ""}) as here, here.device("A") as device:
+        here.sandbox.bot = lambda transmit: (400, "")
+        began = time.monotonic()
+        for number in range(60):
+            assert device.ask(message(f"D{number}"))[0] == "AE"
+        most = 1 + (time.monotonic() - began) // 5  # periods of 5 s
+        assert 1 <= here.agent.main_log().count(b"is a dead letter") <= most * 20
+        assert b"more of this is held back" in here.agent.main_log()
+
+
 def test_each_refusal_of_many_takes_as_long_as_the_first():
     """A Bot that failed for a night: 3,600 dead letters a second became 1,000, and no other channel got further."""
 
