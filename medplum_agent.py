@@ -543,7 +543,7 @@ class ServerError(PeerError):
 
 
 # =====================================================================================================================
-# Settings (1120 lines, 7750 tokens)
+# Settings (1120 lines, 7800 tokens)
 #
 # One setting, one row: a field of a frozen dataclass. The parser, the checks, `--settings-schema` and README's tables
 # come from the row. Names are the wire's own (camelCase). Precedence for a channel, field by field: Endpoint address,
@@ -746,10 +746,15 @@ def release_source(text: str) -> None:
         server_url(text)
 
 
-_CODECS = {  # Python's, by letters and digits of their names: iconv's names differ in the rest
-    re.sub("[^a-z0-9]", "", name): name
-    for name in (*aliases, *aliases.values(), *"cp720 cp737 cp856 cp875 cp1006 koi8_t palmos".split())
-} | {"binary": "latin-1"}
+def _letters(name: str) -> str:
+    """iconv's names differ in the rest."""
+    return re.sub("[^a-z0-9]", "", name)
+
+
+_PYTHONS = "cp720 cp737 cp856 cp874 cp875 cp1006 koi8_t koi8_u mac_croatian mac_romanian palmos".split()  # no aliases
+_LABELS = (label for label, name in webencodings.LABELS.items() if name != "replacement")
+_CODECS: dict[str, str] = {_letters(name): name for name in (*_PYTHONS, *aliases, *aliases.values(), *_LABELS)}
+_CODECS["binary"] = "latin-1"
 
 
 @lru_cache(64)
@@ -761,9 +766,10 @@ def codec_of(label: str) -> str:
     """
     name = re.sub(r"^win(?:dows)?[-_ ]?(\d{3,4})$", r"windows-\1", label.strip().lower())
     name = re.sub(r"^(?:iso[-_ ]?)?8859[-_/ ]?(\d{1,2})$", r"iso-8859-\1", name)
+    name = _CODECS[_letters(name)]  # which Python is not asked: it remembers each name that it does not have
     found = webencodings.lookup(name)
     if found is None:
-        return _CODECS[re.sub("[^a-z0-9]", "", name)]  # Python would remember each name that it does not have
+        return name
     if found.name == "windows-1252" and "1252" not in name:
         return "ascii" if "ascii" in name or "ansi" in name else "latin-1"
     return "cp949" if found.name == "euc-kr" else str(found.codec_info.name)

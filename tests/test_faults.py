@@ -681,7 +681,8 @@ def test_a8_a_name_of_an_encoding_means_what_devices_send(here, channel, codec, 
     [
         ("win1252", "cp1252"), ("windows1252", "cp1252"), ("Windows-1252", "cp1252"), ("iso88591", "latin-1"),
         ("latin1", "latin-1"), ("ISO-8859-1", "latin-1"), ("8859/1", "latin-1"), ("iso8859-15", "iso8859-15"),
-        ("koi8r", "koi8_r"), ("usascii", "us_ascii"), ("binary", "latin-1"),  # as iconv spells them
+        ("koi8r", "koi8_r"), ("usascii", "us_ascii"), ("binary", "latin-1"), ("shiftjis", "cp932"),  # iconv's spellings
+        ("windows31j", "cp932"), ("koi8u", "koi8-u"), ("euckr", "cp949"), ("cp874", "cp874"), ("tis620", "cp874"),
         ("utf8", "utf-8"), ("UTF-8", "utf-8"), ("shift-jis", "cp932"), ("Shift_JIS", "cp932"), ("sjis", "cp932"),
         ("ms932", "cp932"), ("windows-31j", "cp932"), ("euc-kr", "cp949"), ("ks_c_5601-1987", "cp949"),
         ("gb2312", "gb18030"), ("big5", "big5hkscs"), ("koi8-r", "koi8-r"), ("cp1251", "cp1251"),
@@ -690,7 +691,7 @@ def test_a8_a_name_of_an_encoding_means_what_devices_send(here, channel, codec, 
 def test_a8_all_usual_spellings(name, codec):
     medplum_agent.check_encoding(name)
     samples = {"cp932": "髙①", "gb18030": "镕", "cp949": "똠", "big5hkscs": "鰂"}
-    samples |= {"koi8-r": "ж", "koi8_r": "ж", "cp1251": "ж", "us_ascii": "e"}
+    samples |= {"koi8-r": "ж", "koi8_r": "ж", "koi8-u": "ї", "cp1251": "ж", "us_ascii": "e", "cp874": "ไ"}
     text = samples.get(codec, "é")
     assert text.encode(codec).decode(medplum_agent.codec_of(name)) == text
     if name.lower().replace("-", "").replace("_", "") in ("iso88591", "latin1"):

@@ -442,6 +442,7 @@ def test_repetitions_of_msh_18_switch_by_iso_2022(field):
         ("ISO-IR-192", "utf-8"),
         ("ISO_IR 6", ""),
         ("ISO IR999", ""),
+        ("8859/11", "cp874"),  # Thai
     ],
 )
 def test_the_names_of_dicom_in_msh_18(field: str, codec: str) -> None:
