@@ -4891,8 +4891,8 @@ def _http_reason(url: str, error: Exception) -> str:
     """What an error of the connection means, for who looks after firewall, proxy and address."""
     reason = getattr(error, "reason", None) or error
     parts = urlsplit(url)
-    if isinstance(reason, urllib3.exceptions.NewConnectionError):
-        return str(reason).rpartition(": ")[2]
+    if isinstance(reason, urllib3.exceptions.NewConnectionError | urllib3.exceptions.ReadTimeoutError):
+        return str(reason).rpartition(": ")[2]  # without the name of a class
     if isinstance(reason, urllib3.exceptions.ConnectTimeoutError):
         port = parts.port or (443 if parts.scheme == "https" else 80)
         return f"no answer from {parts.hostname}:{port} within {CONNECT_TIMEOUT_SECS:g} s: firewall or proxy?"
@@ -5937,7 +5937,7 @@ class Uplink:
 
 
 # =====================================================================================================================
-# Lines (1190 lines, 8650 tokens)
+# Lines (1190 lines, 8700 tokens)
 #
 # One open connection to a device, whoever dialled; each protocol has one class here, which owns its core. A line takes
 # bytes (`receive`), makes messages of them (`intake`), acknowledges when the store says durable (`stored`), writes down
@@ -6274,7 +6274,7 @@ class Line(asyncio.Protocol):
     def eof_received(self) -> bool:
         """A device may end its side first and still wait for answers (RFC 9293 3.6)."""
         self.ended = True
-        return bool(self.pending or self.awaiting or self._delayed or self._outbox)
+        return self.attached and bool(self.pending or self.awaiting or self._delayed or self._outbox)
 
     def tls_ended(self) -> None:
         if not (self.ended or self.eof_received()) and self.attached:
@@ -6387,7 +6387,7 @@ class Line(asyncio.Protocol):
     def check_time(self, now: float, idle: float, inside: float) -> str:
         """Why this connection should be closed for its silence, or an empty string."""
         silent = now - self.active_at
-        if self.ended and silent > ENDED_SECS and not self.pending:
+        if self.ended and silent > ENDED_SECS and not (self.pending or self._closing):
             return "its sender ended it, and the answer takes long: it is kept for a repetition"
         if now - self._unread_at > UNREAD_SECS:
             self._unread_at = math.inf

@@ -175,6 +175,19 @@ def test_a_reload_turns_tls_off_and_on(here, identities):
     test_a_byte_stream_over_tls(here, identities)
 
 
+def test_a_channel_that_ends_while_a_device_waits_says_nothing_of_its_own(identities, tmp_path):
+    """asyncio's warning `returning true from eof_received()` stood in the service's journal, no JSON and no help."""
+    with site(tmp_path, {"ADT": f"mllps://127.0.0.1:{{port}}?certFile={identities.server}"}) as here:
+        here.sandbox.faults.silent = True
+        with dial(here, "ADT", identities.client()) as device:
+            device.sendall(b"\x0b" + message("WAITS").encode() + b"\x1c\r")
+            here.sandbox.wait_ids("WAITS")
+            here.endpoint("ADT")["status"] = "off"
+            here.sandbox.reload()
+            assert device.recv(1) == b""
+        assert "eof_received" not in here.agent.output()
+
+
 @pytest.mark.parametrize(
     ("query", "complaint"),
     [

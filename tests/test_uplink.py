@@ -215,6 +215,21 @@ def test_a_request_that_is_to_wait_is_made_again(tmp_path):
         assert asked(here, f"GET /fhir/R4/Agent/{AGENT_ID}") == before + 3  # uplink contract 1
 
 
+def test_a_server_that_does_not_answer_is_named_by_its_host_alone(monkeypatch):
+    """`_HttpsPool(host=...)`, the name of a class, stood in the main log."""
+    monkeypatch.setattr(ma, "HTTP_TIMEOUT_SECS", 0.1)
+    monkeypatch.setattr(ma, "HTTP_ATTEMPTS", 1)
+
+    async def login(listening):
+        port = listening.getsockname()[1]
+        with pytest.raises(ma.ServerError) as refused:
+            await ma.Fhir(ma.ProcessSettings(f"http://127.0.0.1:{port}/", "client", "secret", AGENT_ID)).renew()
+        assert str(refused.value) == f"127.0.0.1:{port} cannot be reached: Read timed out. (read timeout=0.1)"
+
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        asyncio.run(login(listening))
+
+
 def test_an_answer_that_drips_is_given_up(monkeypatch):
     """Each byte comes in time, and the whole never does."""
     monkeypatch.setattr(ma, "HTTP_TIMEOUT_SECS", 0.5)
