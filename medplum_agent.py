@@ -1940,7 +1940,7 @@ def split_batch(content: bytes) -> tuple[list[bytes], bytes, bytes]:
 def _named_codec(field: str) -> str:
     """Of MSH-18. Repetitions switch by ISO 2022, which in use is Japanese: `~ISO IR87` begins in ASCII (2.15.9.18)."""
     name, *others = (re.sub("^ISO[-_ ]?IR[-_ ]?", "ISO-IR-", part.strip().upper()) for part in field.split("~"))
-    if name in ("", "ASCII", "ISO-IR-6"):
+    if name in ("", "ASCII", "US-ASCII", "ISO-IR-6"):
         return _JAPANESE if _JAPANESE in map(_CHARACTER_SETS.get, others) else ""
     with suppress(ValueError, LookupError):
         codec = _CHARACTER_SETS.get(name) or codec_of(name)

@@ -441,6 +441,7 @@ def test_repetitions_of_msh_18_switch_by_iso_2022(field):
         ("ISO_IR 101", "iso8859-2"),
         ("ISO-IR-192", "utf-8"),
         ("ISO_IR 6", ""),
+        ("US-ASCII", ""),  # as .NET calls it: no other bytes are lost that follow all the same
         ("ISO IR999", ""),
         ("8859/11", "cp874"),  # Thai
     ],
