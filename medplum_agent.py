@@ -1933,7 +1933,8 @@ def split_batch(content: bytes) -> tuple[list[bytes], bytes, bytes]:
     more = len(found) == BATCH_MESSAGES and re.search(rb"(?:^|[\r\n])" + begun + b"MSH", parts[-1])
     rest = parts.pop() if more else b""
     messages = [part for part in parts if not part.startswith(_WRAPPERS)]
-    return messages or [content], b"".join(part for part in parts if part.startswith(_WRAPPERS)), rest
+    around = b"".join(part for part in parts if part.startswith(_WRAPPERS))
+    return messages or [content] * (not rest), around, rest
 
 
 @lru_cache(64)
@@ -5937,7 +5938,7 @@ class Uplink:
 
 
 # =====================================================================================================================
-# Lines (1190 lines, 8700 tokens)
+# Lines (1190 lines, 8750 tokens)
 #
 # One open connection to a device, whoever dialled; each protocol has one class here, which owns its core. A line takes
 # bytes (`receive`), makes messages of them (`intake`), acknowledges when the store says durable (`stored`), writes down
@@ -6153,6 +6154,7 @@ class Line(asyncio.Protocol):
         self._unread_at = math.inf  # since when the device does not read
         self._outbox: list[bytes] = []
         self._delayed: deque[bytes | FrameError] = deque()  # frames that are read and held back (messagesPerMin)
+        self._begun = 0  # so many, the first, are the rest of a batch that was begun: one acknowledgment may mean all
         self._paused: set[str] = set()
         self._closing = False
         self._transport = cast(asyncio.Transport, None)  # until it is connected
@@ -6340,7 +6342,7 @@ class Line(asyncio.Protocol):
         if not self._closing:
             self.pause("closing")
             self._closing = True
-            self._delayed.clear()  # the device was not told anything
+            self._delayed = deque(itertools.islice(self._delayed, self._begun))  # of others it was not told anything
             self._close_if_done()
             self._loop.call_later(GRACEFUL_CLOSE_SECS, self._transport.abort)
 
@@ -6574,16 +6576,17 @@ class Hl7Line(MllpLine):
 
     def _next_delayed(self) -> None:
         """The next of them, each in a turn of its own: others come between."""
-        if "stopping" in self._paused:  # another version goes on with them, or the device sends them again
+        if "stopping" in self._paused and not self._begun:  # another version goes on, or the device sends them again
             return
         self.resume("rate")
-        rate, store, now = self.settings.messagesPerMin, self.owner.store, self._loop.time()
-        due = self._next_at if rate > 0 else now  # a reload may have changed it
+        store, now = self.owner.store, self._loop.time()
+        rate = 0 if self._begun else self.settings.messagesPerMin  # a reload may have changed it
+        due = self._next_at if rate > 0 else now
         if self._delayed and now >= due and not store.congested:
             if rate > 0:
                 due = self._next_at = max(due, now - 0.01) + 60 / rate
             self.intake(self._delayed.popleft(), due=True)
-        if self._delayed and not self._closing:
+        if self._delayed and (self._begun or not self._closing):
             if not self.asking:  # whose acknowledgment is read
                 self.pause("rate")
             if store.congested:
@@ -6607,7 +6610,8 @@ class Hl7Line(MllpLine):
             return
         if not frame or frame.isspace():  # keeps the connection alive; an answer would be taken for the next message's
             return
-        if frame.rfind(b"MSH") == 0:  # one, as nearly always; from the end: twice as fast, among so many line ends
+        begun = due and self._begun > 0
+        if frame.rfind(b"MSH") == 0 and not begun:  # one, as nearly always; from the end: twice as fast
             self._take(frame)
             return
         messages, around, rest = split_batch(frame)
@@ -6615,6 +6619,9 @@ class Hl7Line(MllpLine):
             self.owner.note(f"[Batch]: {around.decode(self.encoding, 'replace')}")
         for content in messages:
             self._take(content)
+        left = bool(rest) - begun
+        self._begun += left
+        self.pending += left  # it is on its way to the disk, too
         if rest:  # other devices come between
             self._delayed.appendleft(rest)
             if not due:
