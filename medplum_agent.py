@@ -2973,7 +2973,7 @@ def text_records(body: str, settings: StreamSettings) -> list[bytes]:
 
 
 # =====================================================================================================================
-# Store (1490 lines, 10800 tokens)
+# Store (1490 lines, 10850 tokens)
 #
 # Every message on disk before it is acknowledged: one SQLite file (WAL, synchronous=FULL), one writer thread with one
 # commit in flight. What arrives while it runs is the next batch: one executemany, one COMMIT, one call back into the
@@ -3514,7 +3514,8 @@ class Store:
         """Acknowledgments wait for what was answered (LATE_BYTES): to settle a message writes it whole."""
         if then not in self.on_resume:
             self.on_resume.append(then)
-            self._wake()
+            if self.healthy:  # else it is written as soon as the file is open
+                self._wake()
 
     def refusal(self, size: int = 0) -> str:
         """Why a message of this size would be refused now, or an empty string."""

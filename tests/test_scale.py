@@ -5,9 +5,12 @@ import contextlib
 import hashlib
 import itertools
 import sqlite3
+import textwrap
+import threading
 import time
 
 import pytest
+from demo import accepting_bot
 
 import medplum_agent
 from tests.support import Device, changed, eventually, message, setting, site
@@ -190,3 +193,37 @@ def test_answers_to_large_messages_are_written_in_small_pieces(tmp_path):
         eventually(lambda: here.sandbox.stats()["durableQueue"]["countsByState"]["processed"] == len(ids))
         wal = here.agent.queue_path.with_name(f"{here.agent.queue_path.name}-wal")
         assert wal.stat().st_size < 32_000_000
+
+
+def test_a_queue_that_cannot_be_opened_is_not_tried_without_a_pause(tmp_path):
+    """What is to be sent waits for what was answered to be written, and asked for that again at each try."""
+    counted = """
+    def tried(self, lock=m.Store._lock_queue):
+        with open({path!r}, "a") as file:
+            file.write(".")
+        lock(self)
+    m.Store._lock_queue = tried
+    m.LATE_BYTES, m.STORE_REOPEN_SECS, m.LAZY_SECS = 50_000, 0.5, 0.3
+    """
+    (tries := tmp_path / "tries.txt").touch()
+    with site(tmp_path, {"A": "?enhanced=true"}) as here:
+        here.agent.wait_connected()
+        here.agent.terminate()
+        ids = fill(here.agent, "A", 500, size=2000)
+        changed(here.agent, textwrap.dedent(counted).format(path=str(tries)))
+        go_on = threading.Event()
+        here.sandbox.bot = lambda transmit: (go_on.wait(20), accepting_bot(transmit))[1]
+        here.agent.start()
+        here.sandbox.wait_for(lambda: here.sandbox.seen)
+        away = tmp_path / "away.sqlite"
+        here.agent.queue_path.rename(away)
+        here.agent.queue_path.mkdir()
+        go_on.set()
+        here.agent.logged("cannot be opened")
+        before, began = tries.stat().st_size, time.monotonic()
+        eventually(lambda: time.monotonic() > began + 1)
+        assert tries.stat().st_size - before <= 3
+        here.agent.queue_path.rmdir()
+        away.rename(here.agent.queue_path)
+        here.sandbox.wait_ids(*ids)
+        eventually(lambda: here.sandbox.stats()["durableQueue"]["countsByState"]["processed"] == len(ids))
