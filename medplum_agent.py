@@ -1803,16 +1803,19 @@ class Complaints:
     def __init__(self, write: Callable[[str], object], source: str, most: int = MAX_WARNINGS):
         self._write, self._source, self._most, self._own = write, source, most, [-math.inf, 0]
 
-    def __call__(self, text: str) -> None:
+    def __call__(self, text: str) -> bool:
+        """Whether it was written."""
         now = time.monotonic()
         for counted in (self._own, self.everywhere):
             if now - counted[0] > COMPLAIN_SECS:
                 counted[:] = now, 0
-            counted[1] += 1
-        most = self._most if self.everywhere[1] <= ALL_WARNINGS else 1
-        if self._own[1] <= most:
+        most = self._most if self.everywhere[1] < ALL_WARNINGS else 1
+        self._own[1] += 1
+        if written := self._own[1] <= most:
+            self.everywhere[1] += 1
             more = "; more of this is held back for a while" if 1 < self._own[1] == most else ""
             self._write(f"{self._source}: {text}{more}.")
+        return written
 
 
 def log_files(directory: Path, name: str) -> list[tuple[tuple[str, int], Path]]:
@@ -6163,9 +6166,8 @@ class Line(asyncio.Protocol):
         self._warned: set[str] = set()  # what was warned about on this connection
 
     def warn_once(self, kind: str, text: str) -> None:
-        if kind not in self._warned:
+        if kind not in self._warned and self.owner.warn(f"{self.remote}: {text}"):
             self._warned.add(kind)
-            self.owner.warn(f"{self.remote}: {text}")
 
     def warn_of_bytes(self, content: bytes, encoding: str, advice: str) -> None:
         """Bytes that the encoding does not have: the queue keeps them."""

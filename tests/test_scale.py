@@ -139,6 +139,39 @@ def test_dead_letters_by_the_thousand_do_not_fill_the_main_log(tmp_path):
         assert b"more of this is held back" in here.agent.main_log()
 
 
+def test_a_source_that_errs_without_end_silences_no_other(monkeypatch):
+    """What it said in vain was counted among the lines of all: each other source had one warning left."""
+    monkeypatch.setattr(medplum_agent.Complaints, "everywhere", [float("-inf"), 0])
+    said = list[str]()
+    noisy, other = (medplum_agent.Complaints(said.append, name) for name in ("Noisy", "Other"))
+    for _ in range(1000):
+        noisy("no HL7")
+    other("has no room")
+    other("its report is given up")
+    assert [text for text in said if "Other" in text] == ["Other: has no room.", "Other: its report is given up."]
+
+
+def test_what_is_said_once_is_said_when_the_log_takes_it_again(tmp_path):
+    """A wrong encoding was never said on a connection whose first message came while warnings were held back."""
+    with site(tmp_path, {"A": ""}, start=False) as here:
+        changed(here.agent, "m.COMPLAIN_SECS = 1")
+        here.agent.start()
+        with here.device("A") as device:
+            for _ in range(30):
+                with here.device("A") as noisy:
+                    noisy.send_raw(b"\x0bMSH|")
+            here.agent.logged("held back")
+            assert device.ask(message("BYTES-1").encode() + b"NTE|1||\xe9\r")[0] == "AA"
+            assert b"is not utf-8" not in here.agent.main_log()
+            numbers = itertools.count(2)
+
+            def said() -> bool:
+                device.ask(message(f"BYTES-{next(numbers)}").encode() + b"NTE|1||\xe9\r")
+                return b"is not utf-8" in here.agent.main_log()
+
+            eventually(said)
+
+
 def test_each_refusal_of_many_takes_as_long_as_the_first():
     """A Bot that failed for a night: 3,600 dead letters a second became 1,000, and no other channel got further."""
 
