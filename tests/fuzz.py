@@ -252,7 +252,7 @@ def settings(content: bytes) -> None:
             assert 1 <= channel.settings.maxWorkers <= 500 and (channel.dials or 1 <= channel.port <= 65535)
             channel.policy.delay_ms(100)
             if isinstance(channel.settings, ma.Hl7Settings):
-                ma.decode_hl7(b"MSH|\xff\x80" + content, channel.settings.encoding)
+                ma.decode_hl7(b"MSH|\xff\x80" + content, ma.codec_of(channel.settings.encoding))
             if isinstance(channel.settings, ma.StreamSettings):
                 ma.stream_body(b"\x02\xff\x80" + content + b"\x03", channel.settings)
 
