@@ -2648,9 +2648,7 @@ class Astm:
         del self._waiting[:at]
         if self.state in (Link.NOISE_ENQ, Link.NOISE_EOT, Link.TEXT_EOT):  # doubts
             self._due = self._now + DOUBT_SECS
-        elif self.state is Link.TAIL:
-            self._due = self._now + TAIL_SECS
-        elif self.state not in (Link.ENQUIRE, Link.SENDING, Link.COMMIT):
+        elif self.state not in (Link.ENQUIRE, Link.SENDING, Link.COMMIT, Link.TAIL):
             self._due = self._now + self.settings.receiveTimeoutSecs
         events, self._events = self._events, []
         return events
@@ -2777,7 +2775,7 @@ class Astm:
         """ETB or ETX and, if it is verified, the checksum."""
         self._sum.append(byte)
         if len(self._sum) == 3 or self.settings.checksum == "off":
-            self.state = Link.TAIL
+            self.state, self._due = Link.TAIL, self._now + TAIL_SECS
             if not self._tailed:
                 self._judge(byte)
 

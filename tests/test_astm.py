@@ -174,6 +174,15 @@ def test_a_sender_without_cr_lf_waits_a_moment_once_a_session(checksum: str) -> 
         assert line.hear(L[:-2], EOT) == [ACKED, Session((b"H|a\r", b"R|b\r", b"L|1\r"))]
 
 
+def test_a_sender_that_pads_with_nuls_without_end_is_answered() -> None:
+    line, said = Line(), []
+    assert line.hear(ENQ + A[:-2]) == [ACKED]
+    for _ in range(5):
+        said += line.wait(TAIL_SECS / 2) + line.hear(b"\0")
+    assert said == [ACKED]
+    assert line.hear(B, L + EOT) == [ACKED, ACKED, Session((b"H|a\r", b"R|b\r", b"L|1\r"))]
+
+
 def test_a_frame_that_cannot_be_stored_is_refused() -> None:
     line = Line()
     line.core.receive(ENQ + A, line.now)
