@@ -6600,12 +6600,13 @@ class Hl7Line(MllpLine):
 
     def intake(self, frame: bytes | FrameError, *, due: bool = False) -> None:
         """One frame, with one message or several, unless it is held back until it is `due`."""
-        expected = self.owner.asked and isinstance(frame, bytes) and read_ack(frame.decode(self.encoding, "replace"))
-        if not (due or expected) and (self._delayed or self.settings.messagesPerMin > 0):
-            self._delayed.append(frame)
-            if len(self._delayed) == 1:
-                self._next_delayed()
-            return
+        if not due and (self._delayed or self.settings.messagesPerMin > 0):
+            asked = frame if self.owner.asked and isinstance(frame, bytes) else b""
+            if not read_ack(asked.decode(self.encoding, "replace")):  # else a push waits for it
+                self._delayed.append(frame)
+                if len(self._delayed) == 1:
+                    self._next_delayed()
+                return
         if isinstance(frame, FrameError):
             self._refuse(frame, frame.head)
             return
