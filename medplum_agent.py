@@ -1660,7 +1660,7 @@ def _markdown(shown: Json) -> str:
 
 
 # =====================================================================================================================
-# Logs (220 lines, 1650 tokens)
+# Logs (220 lines, 1700 tokens)
 #
 # Two logs as JSON lines, each a rotating file: the main log says what the agent does and never holds patient data
 # (messages are named by their row number in the queue); the channel log holds the messages. On a terminal the main
@@ -1768,7 +1768,7 @@ class Log:
                 self.close_file()
 
     def _todays(self, directory: Path) -> io.BufferedWriter:
-        """Today's newest file, or a new one where that is full."""
+        """Today's newest file, or a new one where that is full; a clock that was set back begins no older one."""
         today = f"{datetime.datetime.now().astimezone():%Y-%m-%d}"
         limit = self._settings.maxFileSizeMb * MIB
         if self._file is not None and self._day == today and self._file.tell() < limit:
@@ -1779,8 +1779,8 @@ class Log:
         directory.mkdir(parents=True, exist_ok=True, mode=0o700)
         self._day, suffix = today, 0
         for (day, number), newest in log_files(directory, self.name)[:1]:
-            if day == today:
-                suffix = number + (newest.stat().st_size >= limit)
+            if day >= today:
+                today, suffix = day, number + (newest.stat().st_size >= limit)
         path = directory / f"medplum-agent-{self.name}-{today}.log{f'.{suffix}' if suffix else ''}"
         self._file = open(path, "ab", opener=private)  # noqa: SIM115
         for _, old in log_files(directory, self.name)[self._settings.filesToKeep :]:
