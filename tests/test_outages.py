@@ -1,10 +1,47 @@
 """Clocks that are set, and outages of everything that the agent stands on."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import medplum_agent as ma
+from tests.support import Site, changed, eventually, message, site
+
+YEAR = 365 * 86_400
+
+
+class Clock:
+    """The wall clock of an agent, which a test sets; its monotonic clock goes on."""
+
+    def __init__(self, path: Path):
+        self._path = path
+        self.set(0)
+
+    def set(self, seconds: int) -> None:
+        """So far from the real one."""
+        new = self._path.with_suffix(".new")
+        new.write_text(f"{seconds}")
+        new.replace(self._path)
+
+    @property
+    def code(self) -> str:
+        """For `changed`."""
+        return f"""
+wall = m.time.time_ns
+m.time.time_ns = lambda: wall() + int(open({str(self._path)!r}).read()) * 10**9
+m.time.time = lambda: m.time.time_ns() / 1e9
+"""
+
+
+@pytest.fixture
+def clock(tmp_path: Path) -> Clock:
+    return Clock(tmp_path / "clock")
+
+
+def alarms(here: Site) -> Any:
+    return ma.ask_agent(here.agent.state_dir, {"command": "status"})["alarms"]
+
 
 # --- clocks ---
 
@@ -22,3 +59,20 @@ def test_a_clock_that_was_set_back_costs_no_line_of_the_log(tmp_path: Path, monk
     log.close_file()
     assert len([*tmp_path.iterdir()]) == most
     assert all(path.stat().st_size < 1300 for path in tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("jump", [-YEAR, YEAR])
+def test_a_clock_that_is_set_neither_raises_nor_hides_the_alarm_of_a_silent_channel(tmp_path, clock, jump) -> None:
+    """A machine without a clock of its own starts in the past, and in the future when its battery is empty."""
+    channels = {"LIVE": "?enhanced=aa&expectEverySecs=3600", "DEAD": "?enhanced=aa&expectEverySecs=1"}
+    with site(tmp_path, channels, start=False) as here:
+        changed(here.agent, f"m.LOOK_SECS = 0.2{clock.code}")
+        clock.set(-jump)
+        here.agent.start()
+        for channel in channels:
+            with here.device(channel) as device:
+                assert device.ask(message("BEFORE"))[0] == "AA"
+        clock.set(0)
+        eventually(lambda: {one["subject"] for one in alarms(here) if one["kind"] == "silent"} == {"DEAD"})
+        here.agent.logged("channel 'DEAD' has been silent")
+        assert b"'LIVE' has been silent" not in here.agent.main_log()
