@@ -5580,6 +5580,7 @@ class Uplink:
         self._token = ""
         self._heartbeat_at = 0.0
         self._refused = ""
+        self._accepted_at = math.inf
         self._asked: dict[str, asyncio.Future[Json]] = {}  # questions that are not stored, by callback
         self._losses = 0  # connections in a row that were lost with messages in flight and none answered
         self._answered = False  # this connection has brought an answer
@@ -5707,6 +5708,7 @@ class Uplink:
         if self.live:
             return
         self.live, self._refused, self._fhir.said = True, "", ""
+        self._accepted_at = self._loop.time()
         self._log.info(f"Connected to {self.url}.")
         while self._held:
             until, answer = self._held.popleft()
@@ -5842,11 +5844,11 @@ class Uplink:
         """Connect, serve, and connect again, until cancelled."""
         failures, last_reason = 0, ""
         while True:
-            started = self._loop.time()
+            self._accepted_at = math.inf
             reason = await self._session()
             if self._stopping:
                 return
-            stable = self._loop.time() - started > STABLE_SECS and not self._refused
+            stable = self._loop.time() - self._accepted_at > STABLE_SECS
             failures = 1 if stable else failures + 1
             if self.store and reason not in (last_reason, self._fhir.said):  # until then the configuration says it
                 self._log.error(f"No connection to {self.url}: {reason}. Messages are kept on disk; trying again.")
@@ -10646,12 +10648,9 @@ class Operations:
         yield Alarm("line", name, away > LINE_AWAY_SECS, text)
         if expected := s.expectEverySecs:
             quiet = channel.loop.time() - channel.queue.heard_at
-            silent = expected_secs(s, quiet)
+            silent, came = expected_secs(s, quiet), channel.queue.count and quiet < expected
             text = f"channel '{name}' has been silent for {duration(silent or 0)}"
-            holds = (
-                True if silent and silent > expected else False if channel.queue.count and quiet < expected else None
-            )
-            yield Alarm("silent", name, holds, text)
+            yield Alarm("silent", name, True if silent and silent > expected else False if came else None, text)
         if channel.certificate:
             with suppress(OSError, ValueError):
                 left, renewed = seconds_left(channel.certificate), der_of(s.certFile) != channel.certificate

@@ -1,5 +1,7 @@
 """Clocks that are set, and outages of everything that the agent stands on."""
 
+import re
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -76,3 +78,27 @@ def test_a_clock_that_is_set_neither_raises_nor_hides_the_alarm_of_a_silent_chan
         eventually(lambda: {one["subject"] for one in alarms(here) if one["kind"] == "silent"} == {"DEAD"})
         here.agent.logged("channel 'DEAD' has been silent")
         assert b"'LIVE' has been silent" not in here.agent.main_log()
+
+
+# --- the server ---
+
+
+def test_a_server_that_swallows_is_said_once_and_asked_ever_more_rarely(tmp_path: Path) -> None:
+    """A try that lasted until its time-out was taken for a connection that had held: a line for each, for days."""
+    with site(tmp_path, {"A": "?enhanced=aa"}, start=False) as here:
+        changed(here.agent, "m.CONNECT_TIMEOUT_SECS, m.STABLE_SECS, m.RECONNECT_MAX_SECS = 0.3, 0.2, 0.1")
+        here.agent.start()
+        here.sandbox.stop()
+        tries = []
+        with socket.create_server(("127.0.0.1", here.sandbox.sandbox.port)) as silent:
+            silent.settimeout(10)
+            while len(tries) < 6:
+                tries.append(silent.accept()[0])  # and nobody answers
+            said = re.findall("No connection to [^:]*:[^:]*:[0-9]*/ws/agent: ([^.]*)", here.agent.main_log().decode())
+            assert sorted(set(said)) == sorted(said)
+            with here.device("A") as device:
+                assert device.ask(message("KEPT"))[0] == "AA"
+        for one in tries:
+            one.close()
+        here.sandbox.start()
+        here.sandbox.wait_ids("KEPT", timeout=20)
