@@ -1336,7 +1336,10 @@ class ChannelPlan:
 
     @cached_property
     def content_type(self) -> str:
-        return ASTM_TYPE if self.is_astm else BYTES_TYPE
+        """Of its messages to the server."""
+        if isinstance(self.settings, StreamSettings):
+            return ASTM_TYPE if self.is_astm else BYTES_TYPE
+        return HL7_TYPE if isinstance(self.settings, Hl7Settings) else JSON_TYPE
 
     @cached_property
     def workers(self) -> int:
@@ -5034,6 +5037,11 @@ DICOM_STORED = ("C-STORE", COMMITMENT, "N-CREATE", "N-SET")  # types of messages
 _CONTENT_TYPES = {kind: kind for kind in (ASTM_TYPE, BYTES_TYPE)} | dict.fromkeys(DICOM_STORED, JSON_TYPE)
 
 
+def content_type_of(message: Message) -> str:
+    """As what a device's message goes to the server: it tells by which protocol it came."""
+    return _CONTENT_TYPES.get(message.type, HL7_TYPE)
+
+
 STOWED = ".stow"  # ends the spool name of an object that goes to the server by STOW-RS
 
 
@@ -5631,7 +5639,7 @@ class Uplink:
         """A message of a device; its callback is the same for each try, but for the number of the try behind `#`."""
         self._write({
             "type": "agent:transmit:request", "accessToken": self._token, "channel": queue.row.name,
-            "remote": message.remote, "contentType": _CONTENT_TYPES.get(message.type, HL7_TYPE), "body": message.text,
+            "remote": message.remote, "contentType": content_type_of(message), "body": message.text,
             "callback": f"{self._agent}{queue.store.uuid}-{message.id:012x}#{message.attempts}",
         }, message.id)  # fmt: skip
 
@@ -7132,7 +7140,7 @@ class AstmLine(StreamLine):
 
 
 # =====================================================================================================================
-# Channels (470 lines, 3750 tokens)
+# Channels (480 lines, 3850 tokens)
 #
 # A channel is a configured name: its plan, its queue, its lines, and the door by which they come, a listener or a
 # dialler. A listener owns a bound port and may change its channel, so that a reload can swap ports without ever
@@ -7299,6 +7307,8 @@ class Channel:
     def hold(self, message: Message, body: str) -> None:
         """An answer that its instrument did not take waits for it a while, from when it came."""
         now = cast("Channel", self.queue.owner)  # a reload may have put another in the place of this one
+        if now.foreign(message):
+            return
         minutes = cast(StreamSettings, self.plan.settings).answerWaitMins
         self.warn(f"message {message.id}: the device is not there; its answer waits {minutes:g} minutes")
         age = (now_ms() - message.settled_at) / 1000 if message.settled_at else 0
@@ -7318,6 +7328,8 @@ class Channel:
 
     def refuses(self, host: str, descriptor: int) -> bool:
         """Whether a device is not heard at all; descriptors are the lowest that were free: they tell how many are."""
+        if self._watcher is None or self._watcher.cancelled():  # a reload has ended this while the device connected
+            return True
         allowed, reason = networks(self.plan.settings.peers), ""
         if allowed and descriptor and not any(_address(host) in network for network in allowed):
             reason = "it is not among peers"
@@ -7364,6 +7376,8 @@ class Channel:
 
     def answer(self, message: Message, body: object, error: str) -> bool:
         """To the line that the message came from, or that its sender opened since; else to one that leads nowhere."""
+        if self.foreign(message):
+            return False
         line = self.lines.get(message.remote)
         if line is None or line.ended:
             other = self._same_device(message, line)
@@ -7372,6 +7386,13 @@ class Channel:
                     line.not_owed(message)
                 line = other
         return (line or self.kind(self)).answer(message, body, error)
+
+    def foreign(self, message: Message) -> bool:
+        """Whether it came by another protocol, before a reload: its answer is not for the devices of this one."""
+        other = content_type_of(message) != self.plan.content_type
+        if other:
+            self.warn(f"message {message.id}: it came by another protocol than this one; its answer stays in the queue")
+        return other
 
     def host_of(self, remote: str) -> str:
         """Without the port; the name of a serial port may hold colons, too."""
@@ -8166,7 +8187,7 @@ def parse_ping(host: object, body: object) -> tuple[str, int]:
 
 
 # =====================================================================================================================
-# DICOM (1880 lines, 15750 tokens)
+# DICOM (1890 lines, 15750 tokens)
 #
 # Imaging devices (DICOM PS3.4, PS3.7, PS3.8; channel contract 8). `Dimse` is a core like the others: bytes in, events
 # out. Its line runs requests as coroutines; what takes long (fsync, decoding, JSON) goes to a few threads. pydicom and
@@ -9694,6 +9715,8 @@ class DicomChannel(Channel):
     # --- answers of the Bot ---
 
     def answer(self, message: Message, body: object, error: str) -> bool:
+        if self.foreign(message):
+            return False
         text = message.response or "" if body is not None and not error else ""
         heard = self._waiting.pop(message.id, None)
         if heard is not None and not heard.done():
@@ -11635,7 +11658,7 @@ class Upgrades:
 
 
 # =====================================================================================================================
-# Agent (680 lines, 5800 tokens)
+# Agent (690 lines, 5850 tokens)
 #
 # Plans become running channels. A reload reads everything, lists every problem, and changes nothing if there is one;
 # otherwise only what differs changes, and untouched channels keep their connections. The life cycle: lock, logs,
@@ -11884,6 +11907,8 @@ class Agent:
 
     async def _apply(self, plan: Plan) -> None:
         """Make the running channels those of the plan. New ports are bound before anything changes."""
+        if any(isinstance(channel.settings, DicomSettings) for channel in plan.channels):
+            await load_imaging()
         opened = await self._bind_new(plan)
         wanted = {channel.bind: channel.name for channel in _listening(plan)}
         for warning in (*plan.warnings, *silent_parts(plan)):
@@ -11898,7 +11923,7 @@ class Agent:
             self.channels[name].stop()
             self.channels[name].queue.paused = True  # what it has waits for its return
         for channel_plan in plan.channels:
-            await self._apply_channel(channel_plan)
+            self._apply_channel(channel_plan)
         for bind, listener in self.listeners.items():
             listener.channel = self.channels[wanted[bind]]
         for listener in opened:
@@ -11953,7 +11978,7 @@ class Agent:
             except OSError:
                 await asyncio.sleep(BIND_RETRY_SECS)
 
-    async def _apply_channel(self, plan: ChannelPlan) -> None:
+    def _apply_channel(self, plan: ChannelPlan) -> None:
         """A channel stays, with its lines, where it can; else another takes its queue over."""
         old = self.channels.get(plan.name)
         if not plan.active:
@@ -11967,7 +11992,6 @@ class Agent:
             old.stop()  # its devices reconnect, what they sent is kept
         kind = Channel
         if isinstance(plan.settings, DicomSettings):
-            await load_imaging()
             kind = DicomChannel
         self.channels[plan.name] = channel = kind(plan, self._parts, old)
         channel.late = partial(self.devices.late, plan.name)
