@@ -42,7 +42,7 @@ def clock(tmp_path: Path) -> Clock:
 
 
 def alarms(here: Site) -> Any:
-    return ma.ask_agent(here.agent.state_dir, {"command": "status"})["alarms"]
+    return (ma.ask_agent(here.agent.state_dir, {"command": "status"}) or {})["alarms"]
 
 
 # --- clocks ---
@@ -89,7 +89,7 @@ def test_a_server_that_swallows_is_said_once_and_asked_ever_more_rarely(tmp_path
         changed(here.agent, "m.CONNECT_TIMEOUT_SECS, m.STABLE_SECS, m.RECONNECT_MAX_SECS = 0.3, 0.2, 0.1")
         here.agent.start()
         here.sandbox.stop()
-        tries = []
+        tries = list[socket.socket]()
         with socket.create_server(("127.0.0.1", here.sandbox.sandbox.port)) as silent:
             silent.settimeout(10)
             while len(tries) < 6:
