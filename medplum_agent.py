@@ -4538,7 +4538,7 @@ class _HttpsConnection(urllib3.connection.HTTPSConnection):
     def send(self, data: Any) -> None:
         """A slow line takes its time, and not urllib3's for connecting. One that breaks under TLS breaks as any other:
         urllib3 then reads what was answered before (413)."""
-        if isinstance(self.sock, ssl.SSLSocket):
+        if self.is_verified:  # and not on the way through a proxy
             self.sock.settimeout(TRANSFER_TIMEOUT_SECS)
         try:
             super().send(data)

@@ -9,6 +9,7 @@ import itertools
 import json
 import re
 import socket
+import ssl
 import termios
 import threading
 import time
@@ -32,6 +33,7 @@ from tests.support import (
     message,
     site,
 )
+from tests.test_tls import Identities
 
 FAST = "responseTimeoutSecs=0.5&autoRetryBaseDelayMs=20&autoRetryMaxDelayMs=40"
 BEATING = "heartbeatSecs = 0.2\n"
@@ -228,6 +230,37 @@ def test_a_server_that_does_not_answer_is_named_by_its_host_alone(monkeypatch):
 
     with socket.create_server(("127.0.0.1", 0)) as listening:
         asyncio.run(login(listening))
+
+
+def test_a_proxy_over_tls_that_does_not_answer(monkeypatch, tmp_path):
+    """Its CONNECT had the 120 s of an upload, three times over, before a start went on without the server."""
+    identities, context = Identities(tmp_path), ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    context.load_cert_chain(identities.server)
+    monkeypatch.setattr(ma, "CONNECT_TIMEOUT_SECS", 0.5)
+    monkeypatch.setattr(ma, "TRANSFER_TIMEOUT_SECS", 60.0)
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+
+    def mute(listening, heard):
+        with contextlib.suppress(OSError):
+            while True:
+                with context.wrap_socket(listening.accept()[0], server_side=True) as client:
+                    heard += [client.recv(65536)]
+                    client.recv(1)
+
+    async def login():
+        settings = ma.ProcessSettings("https://far.test/", "client", "secret", AGENT_ID, caFile=str(identities.ca_file))
+        async with asyncio.timeout(20):
+            with pytest.raises(ma.ServerError, match=r"cannot be reached"):
+                await ma.Fhir(settings).renew()
+
+    heard: list[bytes] = []
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        monkeypatch.setenv("https_proxy", f"https://127.0.0.1:{listening.getsockname()[1]}")
+        threading.Thread(target=mute, args=(listening, heard), daemon=True).start()
+        asyncio.run(login())
+        assert heard[0].startswith(b"CONNECT far.test:443")
+        listening.shutdown(socket.SHUT_RDWR)
 
 
 def test_an_answer_that_drips_is_given_up(monkeypatch):
