@@ -2977,7 +2977,7 @@ def text_records(body: str, settings: StreamSettings) -> list[bytes]:
 
 
 # =====================================================================================================================
-# Store (1490 lines, 10850 tokens)
+# Store (1500 lines, 10900 tokens)
 #
 # Every message on disk before it is acknowledged: one SQLite file (WAL, synchronous=FULL), one writer thread with one
 # commit in flight. What arrives while it runs is the next batch: one executemany, one COMMIT, one call back into the
@@ -3470,6 +3470,7 @@ class Store:
         self._reader = ThreadPoolExecutor(1, "store-reader")
         self._read_connection: Database | None = None
         self._failed_at = self._measure_at = 0.0
+        self._failing = ""  # why the last transaction failed; the next one that can be written ends that
         self._inode = (0, 0)
         self._lock_file: BinaryIO | None = None
         self._channels: dict[str, ChannelRow] = {}
@@ -3485,6 +3486,11 @@ class Store:
     @property
     def healthy(self) -> bool:
         return not self.trouble
+
+    @property
+    def wrong(self) -> str:
+        """Why messages are refused, for people."""
+        return self.trouble or self._failing or self.disk_refusal()
 
     @property
     def total_bytes(self) -> int:
@@ -3828,6 +3834,8 @@ class Store:
                 self._remember(messages[-1].id + RESERVED_IDS)
             if not db.in_transaction:
                 db.execute("BEGIN IMMEDIATE")
+            if self._failing:
+                db.execute("UPDATE identity SET seed = seed")  # nothing that is to be written tells nothing
             for row in [item for item in batch if isinstance(item, ChannelRow)]:
                 self._save_channel(db, row)
             self._insert(db, messages)
@@ -3842,8 +3850,8 @@ class Store:
             return self._after_error(db, batch, error)
         with suppress(apsw.Error):
             self._measure(db, messages, exact=bool(calls))
-        if self._failed_at and messages:
-            self._failed_at = 0.0
+        if self._failing and (messages or not self._disk_full()):
+            self._failed_at, self._failing = 0.0, ""
             self._log.info("The queue can be written again.")
         then = (item.then for item in updates if item.then)
         self._tell(*results, *then, partial(self._committed, messages, sum(item.size for item in updates)))
@@ -3890,8 +3898,8 @@ class Store:
                 self._log.error(f"Internal error: {type(error).__name__} writing a change; it is left out")
                 self._tell(partial(self._committed, [], getattr(batch[0], "size", 0)))
                 return True
-        elif not self._failed_at or time.monotonic() - self._failed_at > STORE_REMIND_SECS:
-            self._failed_at = time.monotonic()
+        elif not self._failing or time.monotonic() - self._failed_at > STORE_REMIND_SECS:
+            self._failed_at, self._failing = time.monotonic(), text
             self._log.error(f"The queue {self.path} cannot be written: {error}. {advice}")
         messages = [item for item in batch if isinstance(item, Message)]
         for message in messages:
@@ -4436,6 +4444,7 @@ _TROUBLES = (  # what the words of SQLite and of the system mean: words, MSA-3, 
     ("full|no space", "the disk of the agent is full", "Free space on that disk; the agent goes on by itself."),
     ("disk is gone", "the disk of the agent is gone", "Mount it again; the agent goes on by itself."),
     ("readonly|permission|unable to open|read-only", "the queue of the agent cannot be written", _WRITABLE),
+    ("locked", "another program holds the queue of the agent", "End that program, or have it read a copy of the file."),
     ("another agent", "another agent uses the queue of this one", "Give one of them another queueDbPath."),
     (
         "foreign file",
@@ -10636,8 +10645,7 @@ class Operations:
         text = f"the clock of this machine differs by {duration(abs(off or 0))} from the server's: set up NTP"
         yield Alarm("clock", "", None if off is None else abs(off) > CLOCK_SECS, text)
         store, free = agent.store, self._free_bytes()
-        refusal = store.trouble or store.disk_refusal()
-        yield Alarm("queue", "", bool(refusal), refusal, True)
+        yield Alarm("queue", "", bool(store.wrong), store.wrong, True)
         for name, log in (("main log", agent.log), ("channel log", agent.channel_log)):
             yield Alarm("log", name, bool(log.trouble), f"the {name} is not kept: {log.trouble}")
         text = f"{free // MIB} MiB are free on the disk of the queue"
@@ -10791,7 +10799,7 @@ class Operations:
                 devices.setdefault(name.removeprefix(PUSH_PREFIX), 0)
             else:
                 channels.append(_GONE | {"name": name} | self._depth(name))
-        trouble = agent.store.trouble or agent.store.disk_refusal() if started else "it is not open yet"
+        trouble = agent.store.wrong if started else "it is not open yet"
         store = {"healthy": not trouble, "trouble": trouble, "bytes": agent.store.total_bytes if started else 0,
             "freeBytes": self._free_bytes() if started else 0}  # fmt: skip
         wrong = agent.problems or not store["healthy"] or any(alarm.critical for alarm in self.alarms.values())

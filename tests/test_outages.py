@@ -1,7 +1,9 @@
 """Clocks that are set, and outages of everything that the agent stands on."""
 
+import contextlib
 import re
 import socket
+import sqlite3
 from pathlib import Path
 from typing import Any
 
@@ -41,8 +43,10 @@ def clock(tmp_path: Path) -> Clock:
     return Clock(tmp_path / "clock")
 
 
-def alarms(here: Site) -> Any:
-    return (ma.ask_agent(here.agent.state_dir, {"command": "status"}) or {})["alarms"]
+def status(here: Site) -> Any:
+    found = ma.ask_agent(here.agent.state_dir, {"command": "status"})
+    assert found
+    return found
 
 
 # --- clocks ---
@@ -75,7 +79,7 @@ def test_a_clock_that_is_set_neither_raises_nor_hides_the_alarm_of_a_silent_chan
             with here.device(channel) as device:
                 assert device.ask(message("BEFORE"))[0] == "AA"
         clock.set(0)
-        eventually(lambda: {one["subject"] for one in alarms(here) if one["kind"] == "silent"} == {"DEAD"})
+        eventually(lambda: {one["subject"] for one in status(here)["alarms"] if one["kind"] == "silent"} == {"DEAD"})
         here.agent.logged("channel 'DEAD' has been silent")
         assert b"'LIVE' has been silent" not in here.agent.main_log()
 
@@ -89,7 +93,7 @@ def test_a_server_that_swallows_is_said_once_and_asked_ever_more_rarely(tmp_path
         changed(here.agent, "m.CONNECT_TIMEOUT_SECS, m.STABLE_SECS, m.RECONNECT_MAX_SECS = 0.3, 0.2, 0.1")
         here.agent.start()
         here.sandbox.stop()
-        tries = list[socket.socket]()
+        tries: list[socket.socket] = []
         with socket.create_server(("127.0.0.1", here.sandbox.sandbox.port)) as silent:
             silent.settimeout(10)
             while len(tries) < 6:
@@ -102,3 +106,23 @@ def test_a_server_that_swallows_is_said_once_and_asked_ever_more_rarely(tmp_path
             one.close()
         here.sandbox.start()
         here.sandbox.wait_ids("KEPT", timeout=20)
+
+
+# --- the queue ---
+
+
+def test_a_queue_that_another_program_holds_is_not_well(tmp_path: Path) -> None:
+    """Every message was refused, and status, alarms and `health` knew nothing of it."""
+    with site(tmp_path, {"A": "?enhanced=aa"}, start=False) as here:
+        changed(here.agent, "m.BUSY_MS, m.LOOK_SECS, m.LAZY_SECS = 100, 0.1, 0.2")
+        here.agent.start()
+        with contextlib.closing(sqlite3.connect(here.agent.queue_path)) as other, here.device("A") as device:
+            other.execute("BEGIN IMMEDIATE")
+            device.send(message("HELD"))
+            assert "MSA|AE|HELD|storage error: another program holds the queue" in device.receive()
+            assert "another program" in status(here)["store"]["trouble"]
+            eventually(lambda: [one for one in status(here)["alarms"] if one["kind"] == "queue"])
+            other.rollback()
+            eventually(lambda: status(here)["store"]["healthy"] and not status(here)["alarms"])  # before any message
+            assert device.ask(message("HELD"))[0] == "AA"
+            here.agent.logged("can be written again")
