@@ -2977,7 +2977,7 @@ def text_records(body: str, settings: StreamSettings) -> list[bytes]:
 
 
 # =====================================================================================================================
-# Store (1500 lines, 10900 tokens)
+# Store (1500 lines, 10950 tokens)
 #
 # Every message on disk before it is acknowledged: one SQLite file (WAL, synchronous=FULL), one writer thread with one
 # commit in flight. What arrives while it runs is the next batch: one executemany, one COMMIT, one call back into the
@@ -3713,6 +3713,13 @@ class Store:
         """What a person asks for (Wanted), after all updates that were asked for."""
         await self.call(lambda db: None)
         return await self.read(find)
+
+    async def insist(self, ask: Callable[[], Awaitable[None]]) -> None:
+        """What is asked once, after a start: again until the file can be used."""
+        while True:
+            with suppress(StorageError):
+                return await ask()
+            await asyncio.sleep(STORE_REOPEN_SECS)
 
     async def decide(self, fate: str, ids: Sequence[int]) -> list[tuple[Any, ...]]:
         """A key of FATES for these dead letters."""
@@ -7249,7 +7256,7 @@ class Channel:
         self._watch()
         if self.plan.dials:
             self._dialling = spawn(self._dial())
-        spawn(self.recover())
+        spawn(self.store.insist(self.recover))
 
     async def recover(self) -> None:
         """After a start: what was begun before, and answers that no instrument has taken."""
@@ -11797,7 +11804,7 @@ class Agent:
         self.uplink.store = self.store
         await self._apply(plan)
         await self.upgrades.adopt()
-        spawn(self.devices.resume())
+        spawn(self.store.insist(self.devices.resume))
         self._problem, self.applied = "", not saved
         self.started.set()
         self.log.info("Medplum service started successfully.")

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 import medplum_agent as ma
-from tests.support import Site, changed, eventually, message, site
+from tests.instruments import Instrument
+from tests.support import Site, accepts, changed, eventually, free_ports, message, site
 
 YEAR = 365 * 86_400
 
@@ -126,3 +127,23 @@ def test_a_queue_that_another_program_holds_is_not_well(tmp_path: Path) -> None:
             eventually(lambda: status(here)["store"]["healthy"] and not status(here)["alarms"])  # before any message
             assert device.ask(message("HELD"))[0] == "AA"
             here.agent.logged("can be written again")
+
+
+def test_what_waits_for_an_instrument_outlives_a_moment_without_the_queue(tmp_path: Path) -> None:
+    """After a start or a reload it was asked for once: a program that held the file just then cost the answer."""
+    with site(tmp_path, {"LAB": "tcp://127.0.0.1:{port}?mode=astm"}, start=False) as here:
+        changed(here.agent, "m.BUSY_MS, m.STORE_REOPEN_SECS = 50, 0.1")
+        here.agent.start()
+        eventually(lambda: accepts(("127.0.0.1", here.ports["LAB"])))
+        here.sandbox.bot, here.sandbox.faults.delay = lambda got: (200, "H|\\^&\rO|1|T1\rL|1|N\r"), lambda: 0.3
+        with Instrument.at(here.ports["LAB"]) as instrument:
+            instrument.session("H|\\^&", "Q|1|ALL", "L|1|N")
+        here.agent.logged("its answer waits")
+        other_port = free_ports(1)[0]
+        here.endpoint("LAB")["address"] = f"tcp://127.0.0.1:{other_port}?mode=astm"
+        with contextlib.closing(sqlite3.connect(here.agent.queue_path)) as other:
+            other.execute("BEGIN IMMEDIATE")
+            assert here.sandbox.reload()["statusCode"] == 200
+            here.agent.logged("cannot be written")
+        with Instrument.at(other_port) as instrument:
+            assert b"O|1|T1\r" in instrument.accept()
