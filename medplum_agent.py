@@ -258,6 +258,7 @@ SESSION_PUSH_SECS = 3600.0  # the same of a session of records, which ends by ti
 PUSH_FRAME_BYTES = 16 * MIB  # of what a device answers, before it is looked at
 LATE_ACK_SECS = 2.0  # a connection whose push ended without its ACK is kept for it so long, and then closed
 HANG_UP_SECS = 1.0  # a device may take so long to close its side of a connection that makes way for another
+LARGEST_NUMBER = 9 * 10**9  # of a setting: sockets wait no longer (s), SQLite's integers hold as many days (ms)
 NAMED_FILE_BYTES = MIB  # of a certificate, a key or a secret
 NAME_CHARS = 1024  # of a control id, a patient's number, a character set: more is none, and would stay in memory
 MOST_PATIENTS = 1000  # PID segments of a message that are looked at: one with more waits for all before it
@@ -1091,10 +1092,10 @@ def parse_setting(row: Row, value: Any) -> Any:
         raise ValueError(f"must be one of {', '.join(meta['choices'])}")
     try:
         number = (float if kind == "decimal" else int)(str(value))
-        if not math.isfinite(number):  # OverflowError for a whole number beyond them
+        if not abs(number) <= LARGEST_NUMBER:  # or it is NaN
             raise ValueError
-    except (ValueError, OverflowError):
-        raise ValueError("is not a number" if kind == "decimal" else "is not a whole number") from None
+    except ValueError:
+        raise ValueError(f"is not a {'' if kind == 'decimal' else 'whole '}number up to {LARGEST_NUMBER}") from None
     if meta["min"] is not None and number < meta["min"]:
         raise ValueError(f"must be at least {meta['min']:g}")
     return number

@@ -99,3 +99,16 @@ def test_a_handshake_that_outlasts_its_channel_leads_nowhere(tmp_path, change):
                 assert device.recv(1) == b""
         here.sandbox.stats()
         assert not here.agent.rows("LOST")
+
+
+@pytest.mark.parametrize("value", ["1e305", "9" * 20])
+def test_a_number_beyond_all_reason_is_ignored(tmp_path, value):
+    """As hours, minutes or days in ms it is none that Python or SQLite has: no device could connect any more."""
+    names = "duplicateWindowHours autoRetryBaseDelayMs autoRetryMaxDelayMs responseTimeoutSecs maxMessageBytes".split()
+    with lone(tmp_path, HL7) as here:
+        here.endpoint("LAB")["address"] += "?enhanced=aa&" + "&".join(f"{name}={value}" for name in names)
+        reload(here)
+        with here.device("LAB") as device:
+            assert device.ask(message("BEYOND")) == ("AA", "BEYOND")
+        for name in names:
+            here.agent.logged(f"{name} '{value}'")
