@@ -4132,9 +4132,8 @@ class Store:
         self._uncommitted_bytes -= sum(message.size for message in messages)
         self._release(messages)
         if self.on_resume and not self.congested:
-            waiting, self.on_resume = self.on_resume, []
-            for resume in waiting:
-                resume()
+            self._outbox.extend(self.on_resume)
+            self.on_resume = []
 
     def _release(self, messages: list[Message]) -> None:
         for message in messages:
@@ -4167,14 +4166,14 @@ class Store:
         neither an acknowledgment nor a message on its way waits for them."""
         piece = f"""SELECT max(id), max({condition}) FROM
           (SELECT id, state, outcome, settled_at FROM message WHERE id > ? ORDER BY id LIMIT {SWEEP_ROWS})"""
-        total, last = 0, 0
+        vacuum, total, last = f"PRAGMA incremental_vacuum({SWEEP_ROWS})", 0, 0
 
         def run(after: int, db: Database) -> list[tuple[Any, ...]]:
             between = f"id > {after} AND id <= {last} AND {condition}"
             rows = db.rows(f"DELETE FROM message WHERE {between} RETURNING id, spool")
             highest = max((id_ for id_, _ in rows), default=0)
             db.execute("UPDATE identity SET last_deleted_id = max(last_deleted_id, ?)", (highest,))
-            db.rows(f"PRAGMA incremental_vacuum({SWEEP_ROWS})")
+            db.rows(vacuum)
             return rows
 
         while needed():
@@ -4188,6 +4187,7 @@ class Store:
                     if name:
                         self.spool.remove(name)
                 total += len(rows)
+        await self.call(lambda db: db.rows(vacuum))  # of earlier ones
         return total
 
 
