@@ -7417,7 +7417,7 @@ class Channel:
 
     def _same_device(self, message: Message, ended: Line | None = None) -> Line | None:
         """The only connection from where it came, if that was opened since: another one is another device's."""
-        host, age_ms = self.host_of(message.remote), now_ms() - message.received_at
+        host, age_ms = self.host_of(message.remote), now_ms() - message.received_at - 1  # both are cut to milliseconds
         since = ended.active_at if ended else self.loop.time() - age_ms / 1000
         found = [line for line in self.lines.values() if line.host == host and not line.ended]
         return found[0] if len(found) == 1 and found[0].attached and found[0].opened_at > since else None
@@ -11923,9 +11923,9 @@ class Agent:
 
     async def _apply(self, plan: Plan) -> None:
         """Make the running channels those of the plan. New ports are bound before anything changes."""
-        if any(isinstance(channel.settings, DicomSettings) for channel in plan.channels):
-            await load_imaging()
         opened = await self._bind_new(plan)
+        if any(isinstance(channel.settings, DicomSettings) for channel in plan.channels):
+            await load_imaging()  # with the ports open: devices wait for it and are not refused
         wanted = {channel.bind: channel.name for channel in _listening(plan)}
         for warning in (*plan.warnings, *silent_parts(plan)):
             self.log.warn(f"Configuration: {warning}.")
