@@ -10,7 +10,7 @@ from demo import Transmit
 
 from tests.dicom_peers import Tls
 from tests.instruments import Instrument
-from tests.support import Site, accepts, eventually, message, site
+from tests.support import Receiver, Site, accepts, eventually, message, site
 
 HL7, RAW, ASTM, DICOM = "mllp", "tcp?startChar=%02&endChar=%03&bodyEncoding=utf-8", "tcp?mode=astm", "dicom"
 ANSWERS = {
@@ -112,3 +112,13 @@ def test_a_number_beyond_all_reason_is_ignored(tmp_path, value):
             assert device.ask(message("BEYOND")) == ("AA", "BEYOND")
         for name in names:
             here.agent.logged(f"{name} '{value}'")
+
+
+def test_what_is_ignored_of_a_device_url_is_said(tmp_path):
+    """Channel contract 7: a wrong value is warned about; a push would quietly wait for another time, or another ACK."""
+    with lone(tmp_path, HL7) as here, here.caller() as caller, Receiver() as device:
+        wrong = "?ackTimeoutSec=30&defaultReturnAck=sometimes&connectTimeoutSecs=soon"
+        assert caller.push(device.url(wrong), message("URL")).status == 200
+        for words in ("unknown parameter 'ackTimeoutSec'", "defaultReturnAck 'sometimes'", "connectTimeoutSecs 'soon'"):
+            line = here.agent.logged(words)
+            assert f"mllp://127.0.0.1:{device.port}: " in line and "WARN" in line
