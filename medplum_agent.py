@@ -1788,7 +1788,8 @@ class Log:
         path = directory / f"medplum-agent-{self.name}-{today}.log{f'.{suffix}' if suffix else ''}"
         self._file = open(path, "ab", opener=private)  # noqa: SIM115
         for _, old in log_files(directory, self.name)[self._settings.filesToKeep :]:
-            old.unlink(missing_ok=True)
+            with suppress(OSError):  # somebody reads it (Windows), or it is none of ours: it goes another time
+                old.unlink()
         return self._file
 
     def close_file(self) -> None:

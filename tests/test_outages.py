@@ -68,6 +68,17 @@ def test_a_clock_that_was_set_back_costs_no_line_of_the_log(tmp_path: Path, monk
     assert all(path.stat().st_size < 1300 for path in tmp_path.iterdir())
 
 
+def test_an_old_log_that_cannot_be_deleted_costs_no_line(tmp_path: Path) -> None:
+    """On Windows a file that somebody reads stays; all lines were lost for as long."""
+    (tmp_path / "medplum-agent-main-2000-01-01.log").mkdir()
+    log = ma.Log("main", ma.LoggerSettings(filesToKeep=1), tmp_path, None)
+    log.info("kept")
+    log.close_file()
+    assert not log.trouble
+    (path,) = (path for path in tmp_path.iterdir() if path.is_file())
+    assert b'"kept"' in path.read_bytes()
+
+
 @pytest.mark.parametrize("jump", [-YEAR, YEAR])
 def test_a_clock_that_is_set_neither_raises_nor_hides_the_alarm_of_a_silent_channel(tmp_path, clock, jump) -> None:
     """A machine without a clock of its own starts in the past, and in the future when its battery is empty."""
