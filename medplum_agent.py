@@ -5605,7 +5605,7 @@ class Uplink:
         self._flushing = self._refreshing = self._stopping = False
         self._token = ""
         self._heartbeat_at = 0.0
-        self._refused = ""
+        self._refused = self._unrenewed = ""
         self._accepted_at = math.inf
         self._asked: dict[str, asyncio.Future[Json]] = {}  # questions that are not stored, by callback
         self._losses = 0  # connections in a row that were lost with messages in flight and none answered
@@ -5641,8 +5641,11 @@ class Uplink:
         try:
             await self._fhir.renew()
             await asyncio.sleep(0 if self._fhir.usable_token() else RECONNECT_BASE_SECS)
+            self._unrenewed = ""
         except AgentError as error:
-            self._log.error(f"The token cannot be refreshed: {error}")
+            if self._unrenewed != (reason := str(error)):
+                self._unrenewed = reason
+                self._log.error(f"The token cannot be refreshed: {reason}")
             self.pump()
             await asyncio.sleep(random.uniform(0, RECONNECT_MAX_SECS))
         finally:

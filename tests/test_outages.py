@@ -120,6 +120,21 @@ def test_a_server_that_swallows_is_said_once_and_asked_ever_more_rarely(tmp_path
         here.sandbox.wait_ids("KEPT", timeout=20)
 
 
+def test_a_token_that_cannot_be_renewed_is_said_once(tmp_path: Path) -> None:
+    """Each try was a line: thousands a day while the clock is wrong, or logins are refused."""
+    with site(tmp_path, {"A": ""}, start=False, config="heartbeatSecs = 0.1\n") as here:
+        changed(here.agent, "m.TOKEN_REFRESH_SPACING_SECS = m.LAZY_SECS = m.RECONNECT_MAX_SECS = 0.02")
+        here.sandbox.faults.jwt, here.sandbox.faults.token_lifetime = True, 301
+        here.agent.start()
+        here.sandbox.faults.token_failures, here.sandbox.faults.token_status = 1000, 400
+        here.agent.logged("cannot be refreshed")
+        before = here.sandbox.sandbox.requests.count("POST /oauth2/token")
+        here.sandbox.wait_for(lambda: here.sandbox.sandbox.requests.count("POST /oauth2/token") > before + 5)
+        assert here.agent.main_log().count(b"cannot be refreshed") == 1
+        with here.device("A") as device:
+            assert device.ask(message("GOOD-1"))[0] == "AA"  # the old one is good still
+
+
 # --- the queue ---
 
 
