@@ -5972,7 +5972,7 @@ class Uplink:
 
 
 # =====================================================================================================================
-# Lines (1190 lines, 8750 tokens)
+# Lines (1200 lines, 8800 tokens)
 #
 # One open connection to a device, whoever dialled; each protocol has one class here, which owns its core. A line takes
 # bytes (`receive`), makes messages of them (`intake`), acknowledges when the store says durable (`stored`), writes down
@@ -6326,6 +6326,10 @@ class Line(asyncio.Protocol):
     # --- flow ---
 
     @property
+    def encrypted(self) -> bool:
+        return self._transport.get_extra_info("ssl_object") is not None
+
+    @property
     def attached(self) -> bool:
         return self._transport is not None and not self._transport.is_closing()
 
@@ -6403,7 +6407,7 @@ class Line(asyncio.Protocol):
         transport, rest = self._transport, self.rest
         if rest is None or not self.attached or self._outbox or self._closing or self.pending:
             return None
-        if transport.get_extra_info("ssl_object") or transport.get_write_buffer_size():
+        if self.encrypted or transport.get_write_buffer_size():
             return None
         try:
             descriptor = os.dup(transport.get_extra_info("socket").fileno())
@@ -6559,7 +6563,7 @@ class MllpLine(Line):
         kind = "device-silent"
         if isinstance(error, ssl.SSLError):  # with TLS 1.3 a device refuses our certificate only after the handshake
             came, kind = os_reason(error), "device-unreachable"
-        elif error is not None and not words and self._transport.get_extra_info("ssl_object"):
+        elif error is not None and not words and self.encrypted:
             came += f" ({os_reason(cast(OSError, error))}): does it want a certificate of ours (certFile)?"
         for exchange in self.asking:
             exchange.fail(f"{self.owner.name}: {came}", kind)
@@ -7161,7 +7165,7 @@ class AstmLine(StreamLine):
 
 
 # =====================================================================================================================
-# Channels (480 lines, 3850 tokens)
+# Channels (490 lines, 3950 tokens)
 #
 # A channel is a configured name: its plan, its queue, its lines, and the door by which they come, a listener or a
 # dialler. A listener owns a bound port and may change its channel, so that a reload can swap ports without ever
@@ -7239,9 +7243,23 @@ class Channel:
         self.store.channel(plan.name, plan.key_spec)
         self.queue.owner, self.queue.policy, self.queue.paused = self, plan.policy, False
         self.renew_identity()
+        narrowed = before.tls != plan.settings.tls or before.peers != plan.settings.peers
         for line in list(self.lines.values()):
             line.replan()
+            if narrowed and not plan.dials and self._shuts_out(line):
+                line.close()
         self.queue.pump()
+
+    def _shuts_out(self, line: Line) -> bool:
+        """A reload no longer lets it in as it is."""
+        plain = self.plan.settings.tls and not line.encrypted
+        if reason := "tls is on now" if plain else "" if self._is_peer(line.host) else "it is not among peers any more":
+            self.warn(f"{line.remote} is disconnected: {reason}")
+        return bool(reason)
+
+    def _is_peer(self, host: str) -> bool:
+        allowed = networks(self.plan.settings.peers)
+        return not allowed or any(_address(host) in network for network in allowed)
 
     def settings_at(self, message_id: int) -> Any:
         """Under which a message was taken; for one of before the start, those of the start."""
@@ -7351,8 +7369,8 @@ class Channel:
         """Whether a device is not heard at all; descriptors are the lowest that were free: they tell how many are."""
         if self._watcher is None or self._watcher.cancelled():  # a reload has ended this while the device connected
             return True
-        allowed, reason = networks(self.plan.settings.peers), ""
-        if allowed and descriptor and not any(_address(host) in network for network in allowed):
+        reason = ""
+        if descriptor and not self._is_peer(host):
             reason = "it is not among peers"
         elif descriptor >= descriptors() - RESERVED_DESCRIPTORS:
             reason = f"{descriptors()} files may be open at once, connections among them (ulimit -n, LimitNOFILE)"

@@ -51,6 +51,24 @@ def outcomes(here: Site) -> list[str]:
         return [outcome for (outcome,) in db.execute("SELECT ack_outcome FROM queue ORDER BY id")]
 
 
+@pytest.mark.parametrize("narrowed", ["peers=10.0.0.0/8", "tls=true"])
+def test_who_is_shut_out_by_a_reload_is_disconnected(tmp_path, narrowed):
+    """An open connection went on, in clear text, for as long as the device kept it."""
+    certificate = f"certFile={Tls(tmp_path).agent_file}" if narrowed == "tls=true" else ""
+    with (
+        site(tmp_path, {"A": "?enhanced=aa", "B": "?enhanced=aa"}) as here,
+        here.device("A") as out,
+        here.device("B") as stays,
+    ):
+        for device in (out, stays):
+            assert device.ask(message("1"))[0] == "AA"
+        here.endpoint("A")["address"] += f"&{narrowed}&{certificate}"
+        here.endpoint("B")["address"] += "&peers=127.0.0.0/8"
+        reload(here)
+        assert out.closed_by_peer() and stays.ask(message("2"))[0] == "AA"
+        here.agent.logged("tls is on now" if certificate else "not among peers any more")
+
+
 @pytest.mark.parametrize("kinds", [(HL7, ASTM, RAW, HL7, DICOM), (HL7, RAW, ASTM, HL7)])
 def test_an_answer_owed_by_another_protocol_goes_to_nobody(tmp_path, kinds):
     """The same port and the same host, but another device: it would take the answer for one to its own message."""
