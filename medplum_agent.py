@@ -2979,7 +2979,7 @@ def text_records(body: str, settings: StreamSettings) -> list[bytes]:
 
 
 # =====================================================================================================================
-# Store (1500 lines, 10950 tokens)
+# Store (1510 lines, 11000 tokens)
 #
 # Every message on disk before it is acknowledged: one SQLite file (WAL, synchronous=FULL), one writer thread with one
 # commit in flight. What arrives while it runs is the next batch: one executemany, one COMMIT, one call back into the
@@ -3096,6 +3096,7 @@ class Message:
     uploaded: str | None = None  # what the file became: a Binary, or "" by STOW-RS
     prepared: bool = True  # nothing has to happen before it can be sent
     received_at: int = 0
+    heard_at: float = 0.0  # the same on the clock of the event loop, and exactly
     state: int = QUEUED
     outcome: int = PENDING
     attempts: int = 0
@@ -3118,13 +3119,15 @@ class Message:
 
     def __post_init__(self, row: ChannelRow) -> None:
         self.channel, self.epoch, self.size = row.id, row.epoch, len(self.original or b"")
-        self.received_at = now_ms()
+        self.received_at, self.heard_at = now_ms(), time.monotonic()
 
     @classmethod
     def _from_row(cls, row: Sequence[Any]) -> Message:
         message = cls(ChannelRow("", ""), "", None)
+        known_at = message.received_at
         for name, value in zip(_READ, row, strict=False):
             setattr(message, name, value)
+        message.heard_at -= (known_at - message.received_at) / 1000
         return message
 
     def end(self, state: int, outcome: int, error_code: str, reason: str) -> None:
@@ -7439,8 +7442,7 @@ class Channel:
 
     def _same_device(self, message: Message, ended: Line | None = None) -> Line | None:
         """The only connection from where it came, if that was opened since: another one is another device's."""
-        host, age_ms = self.host_of(message.remote), now_ms() - message.received_at - 1  # both are cut to milliseconds
-        since = ended.active_at if ended else self.loop.time() - age_ms / 1000
+        host, since = self.host_of(message.remote), ended.active_at if ended else message.heard_at
         found = [line for line in self.lines.values() if line.host == host and not line.ended]
         return found[0] if len(found) == 1 and found[0].attached and found[0].opened_at > since else None
 
