@@ -2979,7 +2979,7 @@ def text_records(body: str, settings: StreamSettings) -> list[bytes]:
 
 
 # =====================================================================================================================
-# Store (1510 lines, 11000 tokens)
+# Store (1500 lines, 10950 tokens)
 #
 # Every message on disk before it is acknowledged: one SQLite file (WAL, synchronous=FULL), one writer thread with one
 # commit in flight. What arrives while it runs is the next batch: one executemany, one COMMIT, one call back into the
@@ -3096,7 +3096,6 @@ class Message:
     uploaded: str | None = None  # what the file became: a Binary, or "" by STOW-RS
     prepared: bool = True  # nothing has to happen before it can be sent
     received_at: int = 0
-    heard_at: float = 0.0  # the same on the clock of the event loop, and exactly
     state: int = QUEUED
     outcome: int = PENDING
     attempts: int = 0
@@ -3119,15 +3118,13 @@ class Message:
 
     def __post_init__(self, row: ChannelRow) -> None:
         self.channel, self.epoch, self.size = row.id, row.epoch, len(self.original or b"")
-        self.received_at, self.heard_at = now_ms(), time.monotonic()
+        self.received_at = now_ms()
 
     @classmethod
     def _from_row(cls, row: Sequence[Any]) -> Message:
         message = cls(ChannelRow("", ""), "", None)
-        known_at = message.received_at
         for name, value in zip(_READ, row, strict=False):
             setattr(message, name, value)
-        message.heard_at -= (known_at - message.received_at) / 1000
         return message
 
     def end(self, state: int, outcome: int, error_code: str, reason: str) -> None:
@@ -6187,6 +6184,7 @@ class Line(asyncio.Protocol):
         self.ended = False  # the device sends nothing more
         self._loop = asyncio.get_running_loop()
         self.active_at = self.opened_at = self._loop.time()
+        self.first_id = owner.store.next_id if owner.store else 0  # messages below it came before this was opened
         self._begun_at = 0.0  # when the message under way began; 0: there is none
         self._unread_at = math.inf  # since when the device does not read
         self._outbox: list[bytes] = []
@@ -6417,12 +6415,13 @@ class Line(asyncio.Protocol):
         except OSError:  # there are no more descriptors
             return None
         return {"socket": descriptor, "rest": base64.b64encode(rest).decode(), "owed": [*self.awaiting],
-            "awaiting": len(self.awaiting), "messages": self.messages}  # fmt: skip
+            "awaiting": len(self.awaiting), "messages": self.messages, "first": self.first_id}  # fmt: skip
 
     def inherit(self, left: Json) -> asyncio.Protocol:
         """Go on with what an earlier version left."""
         # "awaiting", their number, is for older versions
         self.awaiting, self.messages = dict.fromkeys(left.get("owed", ())), left["messages"]
+        self.first_id = left.get("first", 0)
         self.inherited = base64.b64decode(left["rest"])
         return self
 
@@ -7168,7 +7167,7 @@ class AstmLine(StreamLine):
 
 
 # =====================================================================================================================
-# Channels (490 lines, 3950 tokens)
+# Channels (500 lines, 3950 tokens)
 #
 # A channel is a configured name: its plan, its queue, its lines, and the door by which they come, a listener or a
 # dialler. A listener owns a bound port and may change its channel, so that a reload can swap ports without ever
@@ -7442,9 +7441,12 @@ class Channel:
 
     def _same_device(self, message: Message, ended: Line | None = None) -> Line | None:
         """The only connection from where it came, if that was opened since: another one is another device's."""
-        host, since = self.host_of(message.remote), ended.active_at if ended else message.heard_at
+        host = self.host_of(message.remote)
         found = [line for line in self.lines.values() if line.host == host and not line.ended]
-        return found[0] if len(found) == 1 and found[0].attached and found[0].opened_at > since else None
+        if len(found) != 1 or not found[0].attached:
+            return None
+        since = found[0].opened_at > ended.active_at if ended else 0 < message.id < found[0].first_id
+        return found[0] if since else None
 
     def text_of(self, message: Message, original: bytes) -> str:
         """As what it was received, whatever the channel speaks by now."""
