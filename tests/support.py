@@ -433,6 +433,17 @@ class AgentProcess:
                 self.process.wait(5)
 
 
+@contextlib.contextmanager
+def tmpfs(folder: Path, mib: int) -> Iterator[Path]:
+    """A disk of so many MiB, at a new folder."""
+    folder.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={mib}m", "tmpfs", folder], capture_output=True)
+    if mounted.returncode:
+        pytest.skip(f"NO SMALL DISK: what happens when the disk is full was not checked: {mounted.stderr.decode()}")
+    yield folder
+    subprocess.run(["umount", "-l", folder], check=True)
+
+
 def accepts(address: tuple[str, int]) -> bool:
     with contextlib.suppress(OSError), socket.create_connection(address, timeout=1):
         return True

@@ -14,7 +14,6 @@ import shutil
 import signal
 import socket
 import struct
-import subprocess
 import threading
 import time
 import zlib
@@ -71,7 +70,7 @@ from tests.dicom_peers import (
     uploaded,
     write,
 )
-from tests.support import Site, control_id, eventually, message, setting
+from tests.support import Site, control_id, eventually, message, setting, tmpfs
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:pydicom.*")
 
@@ -890,14 +889,8 @@ def test_kills_while_four_storescu_send(tmp_path):
 
 @pytest.fixture
 def small_disk(tmp_path):
-    """A tmpfs of 12 MiB."""
-    folder = tmp_path / "small"
-    folder.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=12m", "tmpfs", folder], capture_output=True)
-    if mounted.returncode:
-        pytest.skip(f"NO SMALL DISK: what happens when the disk is full was not checked: {mounted.stderr.decode()}")
-    yield folder
-    subprocess.run(["umount", "-l", folder], check=True)
+    with tmpfs(tmp_path / "small", 12) as folder:
+        yield folder
 
 
 def test_a_full_disk_refuses_and_recovers(small_disk):

@@ -4,7 +4,6 @@ import asyncio
 import contextlib
 import sqlite3
 import ssl
-import subprocess
 import threading
 import time
 from typing import Any
@@ -35,7 +34,7 @@ from tests.dicom_peers import (
     start,
     store,
 )
-from tests.support import changed, eventually, site
+from tests.support import changed, eventually, site, tmpfs
 
 pytestmark = QUIET
 
@@ -132,14 +131,8 @@ def test_a_resource_without_its_uid_is_no_match(tmp_path):
 
 @pytest.fixture
 def small_disk(tmp_path):
-    """A tmpfs of 24 MiB."""
-    folder = tmp_path / "small"
-    folder.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=24m", "tmpfs", folder], capture_output=True)
-    if mounted.returncode:
-        pytest.skip(f"NO SMALL DISK: uploads while the disk is full were not checked: {mounted.stderr.decode()}")
-    yield folder
-    subprocess.run(["umount", "-l", folder], check=True)
+    with tmpfs(tmp_path / "small", 24) as folder:
+        yield folder
 
 
 @pytest.mark.parametrize(("storage", "path"), [("binary", "/fhir/R4/Binary"), ("dicomweb", "/dicomweb/studies")])

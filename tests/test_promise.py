@@ -7,7 +7,6 @@ import re
 import select
 import shutil
 import signal
-import subprocess
 import threading
 import time
 from collections import defaultdict
@@ -15,7 +14,7 @@ from collections import defaultdict
 import pytest
 
 import medplum_agent
-from tests.support import INLINE, AgentProcess, bot, changed, control_id, eventually, message, site
+from tests.support import INLINE, AgentProcess, bot, changed, control_id, eventually, message, site, tmpfs
 
 FAST = "autoRetryBaseDelayMs=20&autoRetryMaxDelayMs=200&autoRetryMaxAttempts=0&deadLetterAfterHours=0"
 SENDERS = 4
@@ -352,14 +351,8 @@ def index(calls, start, names, text, file):
 
 @pytest.fixture
 def small_disk(tmp_path):
-    """A tmpfs of 8 MiB."""
-    folder = tmp_path / "small"
-    folder.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", folder], capture_output=True)
-    if mounted.returncode:
-        pytest.skip(f"NO SMALL DISK: what happens when the disk is full was not checked: {mounted.stderr.decode()}")
-    yield folder
-    subprocess.run(["umount", "-l", folder], check=True)
+    with tmpfs(tmp_path / "small", 8) as folder:
+        yield folder
 
 
 def test_full_disk_refuses_and_recovers(small_disk):
