@@ -169,6 +169,7 @@ UNDO_SECS = 30.0  # after that, for it to stop by itself; one that hangs is repl
 TRIAL_WELL_SECS = 30.0  # well for so long, it has; the server waits 45 s for the answer to `$upgrade`
 PROVE_SECS = 60.0  # for a new version to try itself beside the running one
 FETCH_SECS = 900.0  # for root to fetch it, over a slow line
+RESTART_SECS = 2.0  # in which an agent that goes to another version cannot be asked: it is not one that does not run
 UNIT_SECS = 5.0  # root's unit has had its chance: `sudo upgrade` does what it should have done
 KEEP_OLD_SECS, KEEP_NEW_SECS = 7 * 86_400.0, 86_400.0  # on disk: the version before the current one, and any new one
 
@@ -12382,7 +12383,7 @@ def _stack(error: BaseException | None) -> list[str]:
 
 
 # =====================================================================================================================
-# Command line (790 lines, 6650 tokens)
+# Command line (790 lines, 6700 tokens)
 # =====================================================================================================================
 
 _USAGE = """\
@@ -13051,7 +13052,12 @@ def _upgrade(options: argparse.Namespace, what: str = "") -> int:
         versions.allow(wanted)
     _show(f"{wanted or 'The newest version'} proves itself and takes over.")
     try:
-        if (answer := ask_agent(state_dir, {"command": "upgrade", "version": wanted}, 600)) is None:
+        until = time.monotonic() + RESTART_SECS
+        while (
+            answer := ask_agent(state_dir, {"command": "upgrade", "version": wanted}, 600)
+        ) is None and time.monotonic() < until:
+            time.sleep(0.1)
+        if answer is None:
             given = ["--config", options.config] if options.config else []  # no agent runs that would have it done
             asyncio.run(versions.prove(wanted, *given, "--state-dir", str(state_dir)))
             versions.choose(wanted)
