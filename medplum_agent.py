@@ -11240,7 +11240,7 @@ def ask_agent(state_dir: Path, asked: Json, seconds: float = HTTP_TIMEOUT_SECS) 
 
 
 # =====================================================================================================================
-# Upgrade (470 lines, 3900 tokens)
+# Upgrade (480 lines, 4050 tokens)
 #
 # Another version of this program in the place of the running one. What is signed (The Update Framework) is unpacked
 # into versions/<version> beside the installed program, and proves itself beside the running one (--selftest). Then the
@@ -11284,6 +11284,19 @@ def is_ours(*parts: Path) -> bool:
     """Nobody but who installed this program, and root, may say what is executed; OSError."""
     owners, found = {0, own_program().stat().st_uid}, [part.stat() for part in parts]
     return os.name != "posix" or all(one.st_uid in owners and not one.st_mode & 0o022 for one in found)
+
+
+def hold_folder(folder: Path, *, alone: bool = False) -> int:
+    """A descriptor by which a program says that it runs from here (flock(2)); OSError: `alone`, and another does."""
+    import fcntl
+
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, (fcntl.LOCK_EX if alone else fcntl.LOCK_SH) | fcntl.LOCK_NB)
+    except OSError:
+        os.close(descriptor)
+        raise
+    return descriptor
 
 
 class Versions:
@@ -11376,7 +11389,9 @@ class Versions:
             for folder in self.folder.iterdir():
                 settled = now - folder.stat().st_ctime > KEEP_NEW_SECS
                 if settled and re.fullmatch(rf"{_VERSION}|\.new-\d+", folder.name) and folder.name not in kept:
-                    shutil.rmtree(folder, ignore_errors=True)
+                    with suppress(OSError):  # another agent of this installation runs from it
+                        os.close(hold_folder(folder, alone=True))
+                        shutil.rmtree(folder, ignore_errors=True)
 
     def fetch(self, settings: ProcessSettings, wanted: str, bundle: str = "", *, downgrade: bool = False) -> str:
         """Verify the version `wanted`, or the newest, of a folder, its URL, or a bundle, and unpack it.
@@ -11472,6 +11487,9 @@ class Upgrades:
         self._agent = agent
         self._path = agent.state_dir / UPGRADE_FILE
         self.versions = Versions()
+        if self.versions.inside:
+            with suppress(OSError):
+                hold_folder(self.versions.folder / self.versions.name)
         self._busy = False
         self.successor: list[str] = []  # is executed when the agent has stopped
         self.left: Json = {"ports": [], "lines": []}  # by an earlier program for this one, or by this one for the next

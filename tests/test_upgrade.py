@@ -821,6 +821,28 @@ def test_what_somebody_else_put_there_is_not_executed(tmp_path, part):
         assert there.command("--version").stdout.strip() == "5.2.0-0000000"
 
 
+def test_what_another_agent_runs_from_is_not_tidied_away(tmp_path):
+    """Two agents of one installation: one goes on to a third version; the other has modules yet to load."""
+    tidies = "m.KEEP_NEW_SECS = m.KEEP_OLD_SECS = 0"
+    for name in "ab":
+        (tmp_path / name).mkdir()
+    with site(tmp_path / "a", {"ADT": ""}, start=False) as a, site(tmp_path / "b", {"ADT": ""}, start=False) as b:
+        one = Installed(tmp_path, a)
+        one.add("5.3.0")
+        assert one.command("upgrade", "5.3.0").returncode == 0
+        eventually(lambda: one.version() == "5.3.0-0000000", 20, "the one runs 5.3.0")
+        b.agent.COMMAND = [str(one.folder / "versions/5.3.0/medplum-agent/medplum-agent")]
+        b.agent.start()
+        one.add("5.4.0", tidies)
+        done = one.command("upgrade", "5.4.0")
+        assert done.returncode == 0, done
+        assert (one.folder / "versions/5.3.0/medplum-agent").exists()
+        b.agent.terminate()
+        a.agent.terminate()
+        assert one.command("upgrade", "5.2.0-0000000", "--allow-downgrade").returncode == 0
+        assert not (one.folder / "versions/5.3.0").exists(), "nobody needs it now"
+
+
 def test_without_an_agent_a_version_proves_itself_too(tmp_path):
     with site(tmp_path, {"ADT": "?enhanced=true"}, start=False) as here:
         there = Installed(tmp_path, here, start=False)
