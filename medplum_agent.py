@@ -545,7 +545,7 @@ class ServerError(PeerError):
 
 
 # =====================================================================================================================
-# Settings (1120 lines, 7800 tokens)
+# Settings (1110 lines, 7700 tokens)
 #
 # One setting, one row: a field of a frozen dataclass. The parser, the checks, `--settings-schema` and README's tables
 # come from the row. Names are the wire's own (camelCase). Precedence for a channel, field by field: Endpoint address,
@@ -563,13 +563,6 @@ Warn = Callable[[str], object]
 FieldPath = tuple[str, int, int, int]
 
 
-class Peer(NamedTuple):
-    """A DICOM application entity that we may connect to."""
-
-    host: str
-    port: int
-
-
 def ae_titles(text: str) -> list[str]:
     """Comma-separated AE titles; ValueError for what is none (PS3.5 6.2: 1 to 16 printable characters)."""
     for title in listed(text):
@@ -585,18 +578,6 @@ Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 def networks(text: str) -> list[Network]:
     """Comma-separated addresses and networks; ValueError names the bad one."""
     return [ipaddress.ip_network(part, strict=False) for part in listed(text)]
-
-
-def destinations(text: str) -> dict[str, Peer]:
-    """Comma-separated `AET@host:port` by AE title."""
-    found: dict[str, Peer] = {}
-    for part in listed(text):
-        title, _, address = part.rpartition("@")
-        url = urlsplit(f"//{address}")
-        if not (ae_titles(title) and url.hostname and url.port):
-            raise ValueError(f"'{part}' needs the form AETITLE@host:port")
-        found[title] = Peer(url.hostname, url.port)
-    return found
 
 
 def listed(text: str) -> list[str]:
@@ -1033,8 +1014,8 @@ class DicomSettings(ChannelSettings):
         check=ae_titles, guard=True)
     maxPdu: int = setting(131_072, "PDU size: largest PDU that we receive (bytes)", 4096, MIB)
     moveDestinations: str = setting("",
-        "Move destinations: `AETITLE@host:port`, comma separated: where C-MOVE may send to, and storage commitment "
-        "reports go", check=destinations)
+        "Move destinations: `AETITLE@host:port`, or a percent-encoded `dicoms://AETITLE@host:port?caFile=...`, comma "
+        "separated: where C-MOVE may send to, and storage commitment reports go", check=lambda it: destinations(it))
     storage: str = setting("binary",
         "Storage: where objects go: `binary`, or `dicomweb` (STOW-RS; needs server version 5.1.28) [binary dicomweb]")
     answer: str = setting("bot",
@@ -5973,7 +5954,7 @@ class Uplink:
 
 
 # =====================================================================================================================
-# Lines (1200 lines, 8800 tokens)
+# Lines (1220 lines, 8900 tokens)
 #
 # One open connection to a device, whoever dialled; each protocol has one class here, which owns its core. A line takes
 # bytes (`receive`), makes messages of them (`intake`), acknowledges when the store says durable (`stored`), writes down
@@ -6045,6 +6026,22 @@ def parse_target(url: str, warn: Warn = str) -> Target:
     if scheme in ("mllps", "dicoms"):
         values["tls"] = True
     return Target(url, scheme, host, port, path, DeviceSettings(**values))
+
+
+def destinations(text: str) -> dict[str, Target]:
+    """By AE title: comma-separated addresses of DICOM devices, `dicom://` if nothing is said; ValueError."""
+    found, wrong = dict[str, Target](), list[str]()
+    for part in listed(text):
+        title, _, address = part.rpartition("@")
+        try:
+            target = parse_target(part if "://" in title else f"dicom://{quote(title, '')}@{address}", wrong.append)
+            found[target.path] = target
+            wrong += [] if target.is_dicom else [f"{target.scheme} is not DICOM"]
+        except PeerError as error:
+            wrong.append(str(error))
+        if wrong:
+            raise ValueError(f"'{part}' needs the form AETITLE@host:port: {wrong[0]}")
+    return found
 
 
 class Push(NamedTuple):
@@ -8232,7 +8229,7 @@ def parse_ping(host: object, body: object) -> tuple[str, int]:
 
 
 # =====================================================================================================================
-# DICOM (1890 lines, 15750 tokens)
+# DICOM (1890 lines, 15800 tokens)
 #
 # Imaging devices (DICOM PS3.4, PS3.7, PS3.8; channel contract 8). `Dimse` is a core like the others: bytes in, events
 # out. Its line runs requests as coroutines; what takes long (fsync, decoding, JSON) goes to a few threads. pydicom and
@@ -8857,11 +8854,11 @@ def reference_of(item: object) -> str:
     return item
 
 
-def _places(found: Json) -> list[str]:
+def _places(found: Json) -> Places:
     """Where an object that the server has can be had: by WADO-RS, and as the Binary that the server made of it."""
     uids = [_texts(found, tag)[0] for tag in ("0020000D", "0020000E", "00080018")]
     raw = (found["raw"] or {}).get("reference")
-    return ["dicomweb/studies/{}/series/{}/instances/{}".format(*uids), *([str(raw)] if raw else [])]
+    return uids[-1], ["dicomweb/studies/{}/series/{}/instances/{}".format(*uids), *([str(raw)] if raw else [])]
 
 
 # --- whether a data set is whole -------------------------------------------------------------------------------------
@@ -8947,17 +8944,17 @@ class Sender:
     """Requests to one application entity, over associations made as they need them; used in a thread."""
 
     def __init__(
-        self, entity: AE, peer: Peer, title: str, tls: tuple[ssl.SSLContext, str] | None = None,
-        addresses: Sequence[tuple[str, int]] = (),
+        self, entity: AE, target: Target, log: Log, addresses: Sequence[tuple[str, int]] = (),
     ):  # fmt: skip
-        """`addresses` are those of the peer, where they are known."""
-        self._entity, self._peer, self._addresses, self._tls = entity, peer, addresses, tls
+        """`addresses` are those of the target, where they are known; DeviceError: its TLS cannot be set up."""
+        self._tls = (device_tls(target, log), target.host) if target.settings.tls else None
+        self._entity, self._target, self._addresses = entity, target, addresses
         self._connect_secs, self._answer_secs = (
             cast(float, entity.connection_timeout),
             cast(float, entity.dimse_timeout),
         )
         limited = [(pynetdicom.evt.EVT_CONN_OPEN, _in_time)]
-        self._options: Json = {"ae_title": title, "tls_args": tls, "evt_handlers": limited}
+        self._options: Json = {"ae_title": target.path, "tls_args": self._tls, "evt_handlers": limited}
         self._association: Association | None = None
         self._contexts: dict[tuple[str, ...], Any] = {}  # SOP class, syntaxes
         self.problem: DeviceError | None = None  # the peer cannot be associated with: nothing more is tried
@@ -9035,10 +9032,11 @@ class Sender:
     def _associate(self, **options: Any) -> Association:
         """With the first of its addresses that takes it; they share the time to connect."""
         try:
-            find = partial(socket.getaddrinfo, *self._peer, type=socket.SOCK_STREAM)
+            find = partial(socket.getaddrinfo, self._target.host, self._target.port, type=socket.SOCK_STREAM)
             self._addresses = self._addresses or [_zoned(*address) for *_, address in find()]
         except OSError as error:
-            raise DeviceError(f"it cannot be reached: {os_reason(error)}", "device-unreachable") from None
+            self.problem = DeviceError(f"it cannot be reached: {os_reason(error)}", "device-unreachable")
+            raise self.problem from None
         self._entity.connection_timeout = self._connect_secs / len(self._addresses)
         made: Association | None = None
         for host, port in self._addresses:
@@ -9389,7 +9387,7 @@ class DicomLine(Line):
 
 Answer = tuple[Json, "Dataset | None"] | None  # fields and data set; None: success, and nothing more to say
 Send = Callable[[SpoolFile, Any], Awaitable[Any]]  # a file with its meta information to where it shall go; the answer
-Places = list[list[str]]  # of each object where it can be had, the best place first
+Places = tuple[str, list[str]]  # an object's UID where it is known, and where it can be had, the best place first
 
 
 class DicomChannel(Channel):
@@ -9604,20 +9602,24 @@ class DicomChannel(Channel):
                         found.append((described, resource))
         return list({described[uid]["Value"][0]: (described, resource) for described, resource in found}.values())
 
-    async def _references(self, request: Request, **more: str) -> Places:
+    async def _references(self, request: Request, **more: str) -> list[Places]:
         """One that can be had nowhere fails, and counts."""
         if self._answers_itself(request):
             return [_places(found) for found in await self._search(request)]
         found = await self._ask(request, "binaries", **more)
         try:
-            return [[reference_of(item)] for item in found]
+            return [("", [reference_of(item)]) for item in found]
         except (ValueError, TypeError):
             raise Refusal("the Bot's answer is no list of references to Binaries") from None
 
     async def c_move(self, request: Request) -> Answer:
         """C-MOVE (PS3.4 C.4.2)."""
         title, calling = request.fields.get("MoveDestination", ""), request.line.calling
-        if (sender := self._sender(title)) is None:
+        try:
+            sender = self._sender(title)
+        except DeviceError as error:
+            raise Refusal(str(error), ALL_FAILED) from None
+        if sender is None:
             self.warn(f"'{calling}' asked to move to '{title}': not among moveDestinations")
             raise Refusal("the destination is not among moveDestinations", UNKNOWN_DESTINATION)
         references = await self._references(request, destination=title)
@@ -9632,12 +9634,12 @@ class DicomChannel(Channel):
 
     def _sender(self, title: str, own: str = "") -> Sender | None:
         """To one of moveDestinations."""
-        if (peer := destinations(self.settings.moveDestinations).get(title)) is None:
+        if (target := destinations(self.settings.moveDestinations).get(title)) is None:
             return None
         entity = pynetdicom.AE(own or self.settings.calledAeTitle or "MEDPLUM")
         entity.connection_timeout = entity.acse_timeout = self.settings.associationTimeoutSecs
         entity.dimse_timeout = DIMSE_SECS
-        return Sender(entity, peer, title)
+        return Sender(entity, target, self._log)
 
     async def c_get(self, request: Request) -> Answer:
         """C-GET (PS3.4 C.4.3): the objects come as C-STORE on the same association."""
@@ -9661,7 +9663,9 @@ class DicomChannel(Channel):
                   "AffectedSOPInstanceUID": meta.MediaStorageSOPInstanceUID}  # fmt: skip
         return await line.request(accepted[usable[0]], fields, data)
 
-    async def _retrieve(self, request: Request, all_places: Places, send: Send, sender: Sender | None = None) -> Answer:
+    async def _retrieve(
+        self, request: Request, all_places: Sequence[Places], send: Send, sender: Sender | None = None
+    ) -> Answer:
         """Each object as it comes from the server, and a pending answer after each; the last says what failed."""
         counts = {"Remaining": len(all_places), "Completed": 0, "Failed": 0, "Warning": 0}
         failed: list[str] = []
@@ -9669,7 +9673,7 @@ class DicomChannel(Channel):
         def answer(status: int) -> Json:
             return {"Status": status} | {f"NumberOf{name}Suboperations": count for name, count in counts.items()}
 
-        for places in all_places:
+        for known, places in all_places:
             if request.wanted.cancelled():
                 status = CANCELLED
                 break
@@ -9677,7 +9681,7 @@ class DicomChannel(Channel):
             outcome, uid = ("Failed", "") if hopeless else await self._send_one(places, send)
             counts["Remaining"] -= 1
             counts[outcome] += 1
-            failed += [uid] if outcome == "Failed" and uid else []
+            failed += filter(None, [uid or known] if outcome == "Failed" else [])
             await request.respond(answer(PENDING_MATCH))
         else:
             del counts["Remaining"]
@@ -10065,8 +10069,7 @@ class ImagingCaller:
         entity = pynetdicom.AE(s.callingAeTitle)
         entity.connection_timeout, entity.acse_timeout = s.connectTimeoutSecs, min(seconds, DIMSE_SECS)
         entity.dimse_timeout = entity.network_timeout = seconds
-        tls = (device_tls(target, self._log), target.host) if s.tls else None
-        sender = Sender(entity, Peer(target.host, target.port), target.path, tls, addresses)
+        sender = Sender(entity, target, self._log, addresses)
         begun.append(sender)
         try:
             if file is None:
@@ -10192,7 +10195,7 @@ class Doctor:
             (outbound if channel.dials else inbound).append([f"{channel.host}:{channel.port}", purpose])
             if isinstance(channel.settings, DicomSettings):
                 to = destinations(channel.settings.moveDestinations).items()
-                outbound += [["{}:{}".format(*peer), f"{title}, of moveDestinations"] for title, peer in to]
+                outbound += [[f"{one.host}:{one.port}", f"{title}, of moveDestinations"] for title, one in to]
         outbound += [[device["address"], "device that is pushed to"] for device in self.running.get("devices", ())]
         if (releases := urlsplit(self.config.settings.upgradeUrl)).hostname:
             where = f"{releases.hostname}:{releases.port or 443}"

@@ -15,6 +15,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import pydicom
 import pytest
@@ -1181,6 +1182,34 @@ def test_push_over_tls(push, tmp_path):
             assert answer.status == 400, (query, answer)
         assert push(f"dicom://{secure.address}", {"command": "C-ECHO"}).status == 400
         assert answer_of(push(good, {"command": "C-ECHO"}))["status"] == 0
+
+
+@pytest.mark.parametrize("right", [True, False])
+def test_moves_and_reports_over_tls(tmp_path, right):
+    """`dicoms://` among moveDestinations: the objects cross the hospital encrypted, or not at all."""
+    tls = Tls(tmp_path)
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    context.load_cert_chain(tls.agent_file)
+    with Destination(context=context) as secure:
+        files = f"?caFile={tls.ca_file}" if right else f"?caFile={tls.foreign_file}"
+        where = quote(f"dicoms://{secure.address}{files}", safe="")
+        plain = f"moveDestinations=PLAIN@127.0.0.1:{secure.port},{where}&associationTimeoutSecs=2"
+        with imaging_site(tmp_path, {"PACS": f"dicom://127.0.0.1:{{port}}?{plain}&{FAST}"}) as here:
+            here.sandbox.bot = bot = Bot()
+            instance = made(100)
+            bot.replies["C-MOVE"] = keep(here, instance)
+            bot.replies["N-ACTION"] = lambda question: {"committed": [instance.uid]}
+            with associated(here, STUDY_MOVE, calling=secure.title) as scu:
+                (last, _) = list(scu.send_c_move(STUDY, secure.title, STUDY_MOVE))[-1]
+            with associated(here, COMMITMENT, calling=secure.title) as scu:
+                assert commit(scu, new_uid(), instance) == SUCCESS
+            if right:
+                assert (last.Status, [one.uid for one in secure.arrivals]) == (SUCCESS, [instance.uid])
+                eventually(lambda: secure.reports, 10, "the report over TLS")
+            else:
+                assert last.Status == 0xA702 and not secure.arrivals
+                here.agent.logged("objects could not be moved to 'DEST': it cannot be reached: TLS failed")
+                here.agent.logged("report was not taken")
 
 
 def test_pushes_that_nobody_waits_for(here, push, dest):

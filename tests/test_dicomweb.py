@@ -781,6 +781,24 @@ def test_objects_come_by_wado_and_else_as_the_binaries_of_the_server(archive, de
     assert sum("Binary" in request for request in server.requests) == (0 if wado else 2)
 
 
+def test_objects_that_the_server_does_not_give_are_named_in_the_last_answer(archive, dest):
+    """PS3.4 C.4.2.1.4.2: the Failed SOP Instance UID List; the device asks again for these and not for all."""
+    server = archive.here.sandbox.sandbox
+    server.faults.no_wado = True
+    lost = {archive.uids[label] for label in ("A1a", "A1b")}
+    touched = [one for one in server.resources.values() if one.get("sopInstanceUid") in lost]
+    raws = [one.pop("raw") for one in touched]
+    try:
+        with associated(archive.here, STUDY_MOVE) as scu:
+            key = identifier(archive, "STUDY", {"StudyInstanceUID": "A"})
+            last, failed = list(scu.send_c_move(key, dest.title, STUDY_MOVE))[-1]
+        assert (last.Status, counts(last)[1:]) == (0xB000, (1, 2, 0))
+        assert failed and set(failed.FailedSOPInstanceUIDList) == lost
+    finally:
+        for one, raw in zip(touched, raws, strict=True):
+            one["raw"] = raw
+
+
 def multipart(content: bytes, before: bytes = b"", after: bytes = b"", head: bytes = b"A: b") -> bytes:
     return before + b"--x\r\n" + head + b"\r\n\r\n" + content + b"\r\n--x--\r\n" + after
 
