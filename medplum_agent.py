@@ -2008,9 +2008,9 @@ def read_hl7(content: bytes, encoding: str, fixed: bool) -> Header:
 
 
 @lru_cache(16)
-def _patients(separator: str) -> Callable[[str], list[str]]:
-    """Finds the segments PID: their fields from the first on."""
-    return re.compile(rf"\rPID{re.escape(separator)}([^\r]*)").findall
+def _patients(separator: str) -> Callable[[str], list[tuple[str, str]]]:
+    """Finds the segments PID and MRG in one pass: name, and the fields from the first on."""
+    return re.compile(rf"\r(PID|MRG){re.escape(separator)}([^\r]*)").findall
 
 
 def ordering_key(text: str, header: Header, spec: str = "") -> str | None:
@@ -2026,15 +2026,16 @@ def ordering_key(text: str, header: Header, spec: str = "") -> str | None:
     separator, component = header.separator, header.component
     if header.message_type.partition(component)[2].partition(component)[0] in MERGE_EVENTS:
         return BARRIER
-    if f"\rMRG{separator}" in text or text.count("\rPID") > MOST_PATIENTS:
+    patients = _patients(separator)(text)
+    if len(patients) > MOST_PATIENTS:
         return BARRIER
     found: str | None = None
-    for fields in _patients(separator)(text):
+    for name, fields in patients:
         identifier = (fields + separator * 2).split(separator, 3)[2].partition(header.repetition)[0]
         number, _, _, authority = (identifier + component * 3).split(component, 4)[:4]
         number = number.strip()
         key = f"{number}^{authority.strip()}"
-        if number in ("", '""') or found not in (None, key):
+        if name == "MRG" or number in ("", '""') or found not in (None, key):
             return BARRIER
         found = key
     return found
