@@ -1901,7 +1901,7 @@ def decode_hl7(content: bytes, encoding: str) -> str:
     if not text.startswith("MSH") or len(text) < 4 or text[3].isalnum() or text[3] in "\r\n":
         raise PeerError("Invalid HL7 message: it does not start with MSH and a field separator")
     if "\n" not in text:
-        return LINE_ENDS.sub("\r", text) if content.rfind(b"\r\r") >= 0 else text
+        return LINE_ENDS.sub("\r", text) if text.rfind("\r\r") >= 0 else text
     first = LINE_ENDS.search(text)
     if first and "\r" not in first[0]:
         return LINE_ENDS.sub("\r", text)
@@ -1912,15 +1912,18 @@ def decode_hl7(content: bytes, encoding: str) -> str:
     return re.sub(rf"(?<![\r\n])(?:\n*+\r[\r\n]*+|\n++(?=\Z|{segment}))", "\r", text)
 
 
+# A line of a document in base64, or of prose, may begin with these letters, too
+_BEGUN = rb"(?=(?:MSH|FHS|BHS|BTS|FTS)(?![\w+/= ]))"
+_BEGINS = [re.compile(end + _BEGUN).finditer for end in (rb"\r\n?", rb"\n")]
+
+
 def split_batch(content: bytes) -> tuple[list[bytes], bytes, bytes]:
     """The messages of a frame that holds several, or a batch; what stood around them; and the rest of a long one."""
     whole = content.lstrip(_BLANK_BYTES)
-    end = rb"\r\n?" if b"\r" in whole.partition(b"\n")[0] else rb"\n"  # else a line feed is text
-    # a line of a document in base64, or of prose, may begin with these letters, too
-    begun = rb"(?=(?:MSH|FHS|BHS|BTS|FTS)(?![\w+/= ]))"
-    found = [one.end() for one in itertools.islice(re.finditer(end + begun, whole), BATCH_MESSAGES)]
+    begins = _BEGINS[b"\r" not in whole.partition(b"\n")[0]]  # else a line feed is text
+    found = [one.end() for one in itertools.islice(begins(whole), BATCH_MESSAGES)]
     parts = [whole[at:to] for at, to in itertools.pairwise([0, *found, len(whole)])]
-    more = len(found) == BATCH_MESSAGES and re.search(rb"(?:^|[\r\n])" + begun + b"MSH", parts[-1])
+    more = len(found) == BATCH_MESSAGES and re.search(rb"(?:^|[\r\n])" + _BEGUN + b"MSH", parts[-1])
     rest = parts.pop() if more else b""
     messages = [part for part in parts if not part.startswith(_WRAPPERS)]
     around = b"".join(part for part in parts if part.startswith(_WRAPPERS))
