@@ -5499,7 +5499,7 @@ def percentiles(samples: Iterable[int]) -> dict[str, float]:
 
 
 # =====================================================================================================================
-# Uplink (460 lines, 3550 tokens)
+# Uplink (470 lines, 3550 tokens)
 #
 # One WSS connection to the server (uplink contract 3 and 4): connect, heartbeats both ways, forced reconnect when it is
 # silent or never live, full-jitter back-off. websockets does TCP, proxy, TLS, handshake and frames; its receive queue
@@ -5564,6 +5564,9 @@ class _Socket(ClientConnection):
     def resume_writing(self) -> None:
         super().resume_writing()
         self._uplink.pump()
+
+
+_OURS = re.compile(r"(.+)-([0-9a-f]{12})(?:#(\d{1,9})?.*)?").fullmatch  # a callback: whose, row number, try
 
 
 class Uplink:
@@ -5760,13 +5763,12 @@ class Uplink:
             if not asked.done():
                 asked.set_result(answer)
         else:
-            stem, _, attempt = str(callback).partition("#")
-            ours = self.store and stem.startswith(f"{self._agent}{self.store.uuid}-")
-            if not ours or not re.fullmatch(r"[0-9a-f]{12}", stem[-12:]):
+            ours = _OURS(str(callback))
+            if self.store is None or ours is None or ours[1] != f"{self._agent}{self.store.uuid}":
                 self.warn("an answer with an unknown callback was ignored")
                 return
-            message_id, tried = int(stem[-12:], 16), int(attempt) if attempt.isdecimal() else 0
-            queue = self.store and self.store.known.get(message_id)
+            message_id, tried = int(ours[2], 16), int(ours[3] or 0)
+            queue = self.store.known.get(message_id)
             if queue and queue.way is self:
                 queue.answered(queue.window[message_id], tried, status, body)
             else:
