@@ -271,6 +271,7 @@ DEVICE_IDLE_SECS = 10.0  # without keepAlive an unused device connection is clos
 DICOM_PUSH_SECS = 600.0  # one try of a stored push to an imaging device: large objects, slow archives
 DICOM_PUSHES = 8  # pushes to imaging devices under way at once
 DIMSE_SECS = 60.0  # to wait for the peer's answer to a DIMSE request of ours
+QUEUED_PDUS = 8  # of an object that is sent
 SLOW_LINE_BYTES = MIB  # a second, of a line over which an object is sent
 SENT_PDU_BYTES = 128 * KIB  # largest PDU that we send, where the device takes any
 COMMAND_BYTES = 64 * KIB  # a DIMSE command
@@ -8235,7 +8236,7 @@ def parse_ping(host: object, body: object) -> tuple[str, int]:
 
 
 # =====================================================================================================================
-# DICOM (1890 lines, 15800 tokens)
+# DICOM (1930 lines, 16150 tokens)
 #
 # Imaging devices (DICOM PS3.4, PS3.7, PS3.8; channel contract 8). `Dimse` is a core like the others: bytes in, events
 # out. Its line runs requests as coroutines; what takes long (fsync, decoding, JSON) goes to a few threads. pydicom and
@@ -8946,6 +8947,32 @@ def check_whole(file: BinaryIO, start: int, syntax: str) -> tuple[float, list[st
 # --- requests to application entities --------------------------------------------------------------------------------
 
 
+class _Paced:
+    """A data set on its way, of which pynetdicom slices and queues no more than the line takes; BrokenPipeError."""
+
+    def __init__(self, reading: BinaryIO, start: int, association: Association, closed: threading.Event):
+        self._reading, self._start, self._association, self._closed = reading, start, association, closed
+
+    def getvalue(self) -> _Paced:
+        return self
+
+    def __len__(self) -> int:
+        return length_of(self._reading) - self._start
+
+    def __getitem__(self, part: slice) -> bytes:
+        dul = self._association.dul
+        most = QUEUED_PDUS
+        while dul.to_provider_queue.qsize() > most:
+            most = QUEUED_PDUS // 4  # the threads take turns less often
+            if self._closed.wait(0.001) or not dul.is_alive():
+                raise BrokenPipeError
+        self._reading.seek(self._start + part.start)
+        return self._reading.read(part.stop - part.start)
+
+    def __radd__(self, head: bytes) -> bytes:  # to a peer whose PDUs have no limit
+        return head + self[0 : len(self)]
+
+
 class Sender:
     """Requests to one application entity, over associations made as they need them; used in a thread."""
 
@@ -8959,8 +8986,9 @@ class Sender:
             cast(float, entity.connection_timeout),
             cast(float, entity.dimse_timeout),
         )
-        limited = [(pynetdicom.evt.EVT_CONN_OPEN, _in_time)]
-        self._options: Json = {"ae_title": target.path, "tls_args": self._tls, "evt_handlers": limited}
+        self._options: Json = {"ae_title": target.path, "tls_args": self._tls}
+        self._file: SpoolFile | None = None  # whose object is sent
+        self._closed = threading.Event()  # the connection
         self._association: Association | None = None
         self._contexts: dict[tuple[str, ...], Any] = {}  # SOP class, syntaxes
         self.problem: DeviceError | None = None  # the peer cannot be associated with: nothing more is tried
@@ -8973,7 +9001,7 @@ class Sender:
         association = self.association(*((sop_class, syntax) for syntax in syntaxes))
         # pynetdicom's time for the answer runs from when all is in its queue, and not on the line
         association.dimse_timeout = self._answer_secs + file.size / SLOW_LINE_BYTES
-        stored = partial(association.send_c_store, **options)
+        stored, self._file = partial(association.send_c_store, **options), file
         try:
             return self._heard(association, partial(stored, read_object(file) if file.key else file.name))
         except ValueError:  # no presentation context for it as it is: in another uncompressed syntax
@@ -8986,9 +9014,10 @@ class Sender:
     def _heard(self, association: Association, ask: Callable[[], Dataset]) -> Dataset:
         """What a peer answered. One that says nothing is not asked again, nor one that three requests in a row end."""
         until = time.monotonic() + cast(float, association.dimse_timeout)
-        if "Status" in (answer := ask()):
-            self._unanswered = 0
-            return answer
+        with suppress(BrokenPipeError):
+            if "Status" in (answer := ask()):
+                self._unanswered = 0
+                return answer
         silent = time.monotonic() >= until
         self._unanswered += 3 if silent else 1
         problem = DeviceError("no answer came" if silent else "it ended the association", "device-silent")
@@ -9045,11 +9074,24 @@ class Sender:
             raise self.problem from None
         self._entity.connection_timeout = self._connect_secs / len(self._addresses)
         made: Association | None = None
+        events = pynetdicom.evt
         for host, port in self._addresses:
-            made = self._entity.associate(host, port, **self._options, **options)
+            closed = self._closed = threading.Event()
+            handlers: list[Any] = [
+                (events.EVT_CONN_OPEN, _in_time), (events.EVT_DIMSE_SENT, self._pace),
+                (events.EVT_CONN_CLOSE, lambda _, closed=closed: closed.set()),
+            ]  # fmt: skip
+            made = self._entity.associate(host, port, evt_handlers=handlers, **self._options, **options)
             if cast(Any, made.acceptor.primitive) is not None:
                 break
         return cast("Association", made)
+
+    def _pace(self, event: Any) -> None:
+        message, file = event.message, self._file
+        if message.data_set:
+            message.data_set = _Paced(message.data_set, 0, event.assoc, self._closed)
+        elif file is not None:
+            message.data_set = _Paced(file.open(), file.start, event.assoc, self._closed)
 
     def _unreachable(self) -> str:
         """Why there is no connection, which pynetdicom keeps to itself."""

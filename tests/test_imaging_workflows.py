@@ -3,8 +3,10 @@
 import contextlib
 import json
 import socket
+import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 from pynetdicom import AE, evt
@@ -68,8 +70,9 @@ def imaging(folder, query="", code=""):
 class SlowLine:
     """A line to `port` that is slow but never silent: one piece of 64 KB every 20 ms in each direction, 3 MB/s."""
 
-    def __init__(self, port):
-        self.target = port
+    def __init__(self, port, cut=sys.maxsize):
+        """It breaks after `cut` bytes in one direction."""
+        self.target, self.cut = port, cut
         self.listener = socket.socket()
         self.listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 65536)
         self.listener.bind(("127.0.0.1", 0))
@@ -87,15 +90,18 @@ class SlowLine:
                 for pair in ((one, other), (other, one)):
                     threading.Thread(target=self._carry, args=pair, daemon=True).start()
 
-    @staticmethod
-    def _carry(source, sink):
+    def _carry(self, source, sink):
+        carried = 0
         with contextlib.suppress(OSError):
-            while piece := source.recv(65536):
+            while carried < self.cut and (piece := source.recv(65536)):
+                carried += len(piece)
                 sink.sendall(piece)
                 time.sleep(0.02)  # this is the line
         for end in (source, sink):
             with contextlib.suppress(OSError):
                 end.shutdown(socket.SHUT_RDWR)
+                if carried >= self.cut:
+                    end.close()
 
     def __enter__(self):
         return self
@@ -182,6 +188,40 @@ def test_a_move_over_a_slow_line(tmp_path):
                 scu.dimse_timeout = 60
                 (last, _) = list(scu.send_c_move(STUDY, "DEST", STUDY_MOVE))[-1]
             assert (last.Status, counts(last)[1:]) == (SUCCESS, (1, 0, 0))
+
+
+def test_an_object_is_never_whole_in_memory(tmp_path):
+    """pynetdicom cut it into PDUs and queued them all: 200 MB more than its size, for each that was on its way."""
+    with Destination() as dest, imaging(tmp_path, f"moveDestinations={dest.address}") as here:
+        small, large = keep(here, made(100), made(300_000_000))
+        with associated(here, STUDY_MOVE) as scu:
+            scu.dimse_timeout = 60
+            for reference in (small, large):
+                here.sandbox.bot.replies["C-MOVE"] = [reference]
+                Path(f"/proc/{here.agent.process.pid}/clear_refs").write_text("5")  # proc(5): the most so far is now
+                before = memory_mb(here)
+                (last, _) = list(scu.send_c_move(STUDY, "DEST", STUDY_MOVE))[-1]
+                assert last.Status == SUCCESS
+                assert memory_mb(here) < before + 60
+
+
+def memory_mb(here):
+    """The most that the agent has had."""
+    status = Path(f"/proc/{here.agent.process.pid}/status").read_text()
+    return next(int(line.split()[1]) // 1024 for line in status.splitlines() if line.startswith("VmHWM"))
+
+
+def test_a_line_that_breaks_in_the_middle_of_an_object(tmp_path):
+    """Whoever waits for the line hears that it is gone, and the next objects are tried, but not for ever."""
+    with (
+        Destination() as dest, SlowLine(dest.port, cut=3_000_000) as line,
+        imaging(tmp_path, f"moveDestinations=DEST@127.0.0.1:{line.port}") as here,
+    ):  # fmt: skip
+        here.sandbox.bot.replies["C-MOVE"] = keep(here, made(100), *(made(9_000_000) for _ in range(4)), made(100))
+        with associated(here, STUDY_MOVE) as scu:
+            (last, _) = list(scu.send_c_move(STUDY, "DEST", STUDY_MOVE))[-1]
+        assert (last.Status, counts(last)[1:]) == (0xB000, (1, 5, 0))
+        here.agent.logged("it ended the association")
 
 
 def test_a_get_in_another_syntax_over_a_slow_line(tmp_path):
