@@ -2966,7 +2966,7 @@ def text_records(body: str, settings: StreamSettings) -> list[bytes]:
 
 
 # =====================================================================================================================
-# Store (1500 lines, 10950 tokens)
+# Store (1520 lines, 11050 tokens)
 #
 # Every message on disk before it is acknowledged: one SQLite file (WAL, synchronous=FULL), one writer thread with one
 # commit in flight. What arrives while it runs is the next batch: one executemany, one COMMIT, one call back into the
@@ -3037,7 +3037,9 @@ _INSERT = f"""INSERT INTO message ({", ".join(_NEW)}) VALUES {{rows}}
   ON CONFLICT (channel, control_id, checked) WHERE checked DO NOTHING"""
 _UPDATE = f"""UPDATE message SET {", ".join(f"{name} = column{n}" for n, name in enumerate(_CHANGED, 1) if n > 1)}
   FROM (VALUES {{rows}}) WHERE id = column1"""
-_SELECT = f"SELECT {', '.join(_READ)}"
+_TEXTS = "remote response error_code last_error control_id type key encoding return_ack spool".split()
+_COLUMNS = ", ".join(f"CAST({name} AS BLOB)" if name in _TEXTS else name for name in _READ)
+_SELECT = f"SELECT {_COLUMNS}"
 _BACKLOG = f"""SELECT name, waiting, (SELECT received_at FROM message WHERE id = first) FROM channel JOIN
   (SELECT channel, count(*) AS waiting, min(id) AS first FROM message WHERE state < {PROCESSED} GROUP BY channel)
   ON id = channel"""
@@ -3052,6 +3054,11 @@ class ChannelRow:
     key_spec: str
     id: int = 0
     epoch: int = 0
+
+
+def _words(value: Any) -> Any:
+    """Of a column of text, read as bytes: a bit that fell over on the disk must not stop all that is behind it."""
+    return value.decode("utf-8", "replace") if isinstance(value, bytes) else value
 
 
 @dataclass(slots=True, eq=False)
@@ -3111,7 +3118,11 @@ class Message:
     def _from_row(cls, row: Sequence[Any]) -> Message:
         message = cls(ChannelRow("", ""), "", None)
         for name, value in zip(_READ, row, strict=False):
-            setattr(message, name, value)
+            setattr(message, name, _words(value))
+        try:
+            "-".encode(message.encoding)
+        except LookupError:
+            message.encoding = "utf-8"
         return message
 
     def end(self, state: int, outcome: int, error_code: str, reason: str) -> None:
@@ -3637,7 +3648,7 @@ class Store:
     ) -> list[tuple[Message, bytes | None]]:
         """The next unsettled messages of a channel by id, with their bodies unless these are large; `retried` first."""
         small = f"length(original) < {WINDOW_BYTES // REFILL_MESSAGES}"
-        sql = f"""{_SELECT}, CASE WHEN {small} THEN original END, finalized, length(original) FROM
+        sql = f"""{_SELECT}, CASE WHEN {small} THEN original END, CAST(finalized AS BLOB), length(original) FROM
           message WHERE channel = ? AND state < {PROCESSED} AND"""
         again = f"{sql} id IN (SELECT value FROM json_each(?)) ORDER BY id"
 
@@ -3647,7 +3658,7 @@ class Store:
             rest = db.execute(f"{sql} id > ? ORDER BY id LIMIT ?", (row.id, after, limit))
             for *columns, original, finalized, size in itertools.chain(first, rest):
                 message = Message._from_row(columns)
-                message.size, message.finalized = size, finalized
+                message.size, message.finalized = size, _words(finalized)
                 message.prepared = finalized is not None or not (message.spool or message.type == COMMITMENT)
                 found.append((message, original))
             return found
@@ -3656,9 +3667,9 @@ class Store:
 
     async def bodies(self, ids: Sequence[int]) -> dict[int, tuple[bytes, str | None]]:
         """(original, finalized or None) of messages by id."""
-        sql = f"SELECT id, original, finalized FROM message WHERE id IN ({','.join('?' * len(ids))})"
+        sql = f"SELECT id, original, CAST(finalized AS BLOB) FROM message WHERE id IN ({','.join('?' * len(ids))})"
         rows = await self.read(lambda db: db.rows(sql, tuple(ids)))
-        return {id_: (original, finalized) for id_, original, finalized in rows}
+        return {id_: (original, _words(finalized)) for id_, original, finalized in rows}
 
     async def finalize(self, message: Message, old: str, new: str) -> None:
         """Keep, beside the original, what shall be sent: the same with `old` replaced; StorageError."""
@@ -3959,7 +3970,7 @@ class Store:
             self._check_file()
             db.one("SELECT max(id) FROM message")
             return db
-        except (apsw.Error, StorageError):
+        except Exception:
             db.close()
             self._loop.run_in_executor(self._reader, self._close_reader)
             return None
@@ -4014,7 +4025,7 @@ class Store:
             self._inspect_wal(db)
             self._prepare(db)
             mark_key(self.path, self._key)
-        except (OSError, apsw.Error, StorageError) as error:
+        except Exception as error:  # whatever a damaged file holds, the thread must live
             if db is not None:
                 db.close()
             text, advice = _trouble_of(error)
@@ -4091,6 +4102,9 @@ class Store:
             raise StorageError("database disk image is malformed: it has no name")
         for row in list(self._channels.values()):
             self._save_channel(db, row)
+        for id_, name in db.rows("SELECT id, CAST(name AS BLOB) FROM channel"):
+            with suppress(apsw.ConstraintError):
+                db.execute("UPDATE channel SET name = ?2 WHERE id = ?1 AND name <> ?2", (id_, _words(name)))
         for name, *others in db.execute("SELECT name, key_spec, id, epoch FROM channel"):
             self._channels.setdefault(name, ChannelRow(name, *others))
         last = db.one("SELECT max(last_deleted_id, (SELECT ifnull(max(id), 0) FROM message)) FROM identity")
@@ -4218,7 +4232,7 @@ class Wanted(NamedTuple):
         """These messages, oldest first, each with the name of its destination."""
         body = "original" if self.payload else "NULL"
         name, found = "(SELECT name FROM channel c WHERE c.id = m.channel)", list[tuple[str, Message]]()
-        for *columns, owner, size, original in self._rows(db, f"{', '.join(_READ)}, {name}, length(original), {body}"):
+        for *columns, owner, size, original in self._rows(db, f"{_COLUMNS}, {name}, length(original), {body}"):
             message = Message._from_row(columns)
             message.size, message.original = size, original
             found.append((owner, message))
@@ -4921,7 +4935,7 @@ def _json_object(text: bytes) -> Json:
 
 
 # =====================================================================================================================
-# Delivery (580 lines, 4350 tokens)
+# Delivery (590 lines, 4350 tokens)
 #
 # What is on its way, the same for every protocol and in both directions. `Order` decides what may be in flight, `judge`
 # what an answer means; `Queue` keeps a window of the stored messages of one destination, which is the server or one
@@ -5243,7 +5257,11 @@ class Queue:
             self._unsend(wanted)
 
     def _text(self, message: Message, original: bytes) -> str:
-        return self.owner.text_of(message, original) if message.finalized is None else message.finalized
+        try:
+            return self.owner.text_of(message, original) if message.finalized is None else message.finalized
+        except PeerError:
+            self._complain(f"message {message.id} was damaged on the disk, and is sent as it is")
+            return original.decode("utf-8", "replace")
 
     # --- sending ---
 

@@ -7,6 +7,7 @@ import re
 import select
 import shutil
 import signal
+import sqlite3
 import threading
 import time
 from collections import defaultdict
@@ -441,6 +442,38 @@ def test_corrupt_queue_file_is_said_and_mended(tmp_path, query, code):
             here.agent.queue_path.write_bytes(good)
             eventually(functools.partial(takes, device, "DAMAGED-1", code), 12, "mended")
         here.sandbox.wait_ids("BEFORE-1", "DAMAGED-1")
+
+
+OLD = ["OLD-0", "OLD-1", "OLD-2"]
+DAMAGED = "CAST(x'50FF' AS TEXT)"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [f"channel SET name = {DAMAGED}", *(f"message SET {name} = {DAMAGED}" for name in ("remote", "key", "type")),
+     f"message SET finalized = {DAMAGED}", "message SET encoding = 'utf-9'", "message SET original = x'0D0A'"],
+)  # fmt: skip
+def test_what_is_damaged_on_the_disk_stops_nothing_else(tmp_path, change):
+    """A bit that fell over, as no encrypted queue takes it for good: one row ended the reading of all behind it."""
+    with site(tmp_path, {"FEED": "?enhanced=true"}) as here:
+        here.sandbox.stop()
+        with here.device("FEED") as device:
+            for one in OLD:
+                assert device.ask(message(one, patient=one))[0] == "CA"
+        here.agent.terminate()
+        ours = "channel" in change
+        with contextlib.closing(sqlite3.connect(here.agent.queue_path)) as db:
+            db.execute(f"UPDATE {change}" + ("" if ours else " WHERE control_id = 'OLD-1'"))
+            db.commit()
+        here.sandbox.start()
+        here.agent.start()
+        with here.device("FEED") as device:
+            device.send(message("NEW"))
+            while device.ack() != ("CA", "NEW"):  # answers to the others come as well
+                pass
+            sent = [] if ours else ["OLD-0", "OLD-2"] if "SET finalized" in change or "original" in change else OLD
+            here.sandbox.wait_ids(*sent, "NEW", timeout=20)
+            here.sandbox.wait_for(lambda: len(here.sandbox.answered) > len(sent), 10, "answers")
 
 
 def test_unwritable_place_for_the_queue_is_said(tmp_path):
