@@ -4479,7 +4479,7 @@ def _trouble_of(error: Exception) -> tuple[str, str]:
 
 
 # =====================================================================================================================
-# FHIR (460 lines, 3700 tokens)
+# FHIR (460 lines, 3750 tokens)
 #
 # The HTTPS side of the server: OAuth2 client-credentials login and FHIR reads (uplink contract 1 and 2). urllib3 does
 # the work in worker threads: pools, proxies, TLS, retries. May touch: HTTPS.
@@ -4727,12 +4727,15 @@ class Fhir:
     async def _authorized(
         self, send: Callable[[Headers], Response], pool: ThreadPoolExecutor | None = None
     ) -> Response:
-        """A request with a token, in a thread; a 401 is tried once more with a new one."""
+        """A request with a token, in a thread; a 401 is tried once more with a new one. It may be about what is asked
+        for, or of a gateway: others are served by the old one until there is that."""
         loop, pool = asyncio.get_running_loop(), pool or self._requests
-        response = await loop.run_in_executor(pool, send, self._headers(await self.fresh_token()))
+        response = await loop.run_in_executor(pool, send, self._headers(token := await self.fresh_token()))
         if response.status == 401:
-            self.token = None
-            response = await loop.run_in_executor(pool, send, self._headers(await self.fresh_token()))
+            if token == self.usable_token():
+                await asyncio.sleep(self._due_at - time.monotonic())
+            token = await (self.renew() if token == self.usable_token() else self.fresh_token())
+            response = await loop.run_in_executor(pool, send, self._headers(token))
         return response
 
     async def search(self, query: str) -> list[Json]:
@@ -5851,9 +5854,9 @@ class Uplink:
                 queue.park(message, COMMITMENT_POLL_MS)
             return
         file, name = partial(store.spool.open, message.spool), spool_reference(message.spool)
-        token, stow, status = False, STOWED in message.spool, 0
+        stow, status = STOWED in message.spool, 0
         try:
-            token = bool(await self._fhir.fresh_token())
+            await self._fhir.fresh_token()
             if message.uploaded is None:
                 with sharing():
                     if stow:
@@ -5864,7 +5867,7 @@ class Uplink:
         except (StorageError, OSError) as error:
             reason = "file-lost" if isinstance(error, FileNotFoundError) else "file-unreadable"
         except ServerError as error:
-            status = error.status if token else 0  # a login that fails is nobody's message
+            status = 0 if self._fhir.failing else error.status  # a login that fails is nobody's message
             reason = _upload_error(status, stow)
         else:
             message.prepared = True

@@ -1,0 +1,60 @@
+"""The server's side as sites have it: gateways that refuse in its name, proxies, logins that fail while all runs."""
+
+import contextlib
+from pathlib import Path
+
+from tests.dicom_peers import FAST, QUIET, made, silent_bot, start, store
+from tests.support import bot, changed, message, site
+
+pytestmark = QUIET
+
+BEATING = "heartbeatSecs = 1\n"
+QUICK = "m.TOKEN_REFRESH_SPACING_SECS = m.RECONNECT_MAX_SECS = 0.3"
+
+
+def logins(here) -> int:
+    return here.sandbox.sandbox.requests.count("POST /oauth2/token")
+
+
+def states(here) -> list[tuple[str, str | None]]:
+    """State and error of each message, in the order of arrival."""
+    with contextlib.closing(here.agent.database()) as database:
+        return database.execute("SELECT state, error_code FROM queue ORDER BY id").fetchall()
+
+
+# --- logins ---
+
+
+def test_a_gateway_that_refuses_images_holds_up_no_message(tmp_path: Path) -> None:
+    """Its 401 took the token away from all, and each upload logged in anew (62 times in 155 s where that was answered
+    with 429): each message of another channel waited 6 to 13 s."""
+    channels = {"PACS": f"dicom://127.0.0.1:{{port}}?{FAST}", "A": ""}
+    with site(tmp_path, channels, start=False) as here:
+        start(here)
+        here.sandbox.bot = bot("AA")
+        here.sandbox.faults.read_failures["Binary"] = 401
+        here.sandbox.faults.token_failures, here.sandbox.faults.token_status = 1000, 429
+        assert store(here.ports["PACS"], made(100)) == [0]
+        here.sandbox.wait_for(lambda: logins(here) > 1, 15)  # the upload was refused
+        with here.device("A") as device:
+            for number in range(10):
+                assert device.ask(message(f"HL7-{number}"))[0] == "AA"
+                here.sandbox.wait_ids(f"HL7-{number}", timeout=2)
+        assert logins(here) <= 3
+
+
+def test_a_secret_that_is_changed_costs_no_object(tmp_path: Path) -> None:
+    """The login's status 400 was taken for the answer of STOW-RS: each object of that time became a dead letter."""
+    channels = {"PACS": f"dicom://127.0.0.1:{{port}}?{FAST}&storage=dicomweb"}
+    with site(tmp_path, channels, start=False, config=BEATING) as here:
+        changed(here.agent, QUICK)
+        here.sandbox.bot = silent_bot
+        start(here)
+        client = here.sandbox.sandbox._client
+        here.sandbox.sandbox._client = (client[0], "rotated")
+        here.sandbox.sandbox.revoke_tokens()
+        assert store(here.ports["PACS"], made(100)) == [0]
+        here.sandbox.wait_for(lambda: logins(here) > 2, 15)
+        assert states(here) in ([("queued", "connection-lost")], [("queued", None)])
+        here.sandbox.sandbox._client = client
+        here.sandbox.wait_for(lambda: len(here.sandbox.seen) == 1, 20)
