@@ -1,10 +1,16 @@
 """The server's side as sites have it: gateways that refuse in its name, proxies, logins that fail while all runs."""
 
+import asyncio
 import contextlib
+import http.server
+import json
+import threading
 from pathlib import Path
+from typing import ClassVar
 
+import medplum_agent as ma
 from tests.dicom_peers import FAST, QUIET, made, silent_bot, start, store
-from tests.support import bot, changed, message, site
+from tests.support import AGENT_ID, bot, changed, message, site
 
 pytestmark = QUIET
 
@@ -58,3 +64,46 @@ def test_a_secret_that_is_changed_costs_no_object(tmp_path: Path) -> None:
         assert states(here) in ([("queued", "connection-lost")], [("queued", None)])
         here.sandbox.sandbox._client = client
         here.sandbox.wait_for(lambda: len(here.sandbox.seen) == 1, 20)
+
+
+# --- reverse proxies ---
+
+
+def test_pages_of_a_search_behind_a_path(tmp_path: Path) -> None:
+    """The server's link to the next page has its own path, not that of baseUrl: a search of two pages failed."""
+
+    class Prefixed(http.server.BaseHTTPRequestHandler):
+        asked: ClassVar[list[str]] = []
+
+        def do_POST(self):
+            self.answer({"access_token": "opaque"})
+
+        def do_GET(self):
+            self.asked.append(self.path)
+            page = self.path.count("_offset")
+            more = {"relation": "next", "url": "http://inner:8103/fhir/R4/DicomStudy?a=b%2Cc&_offset=1"}
+            links = [] if page else [more]
+            self.answer({"resourceType": "Bundle", "link": links, "entry": [{"resource": {"id": str(page)}}]})
+
+        def answer(self, resource):
+            content = json.dumps(resource).encode()
+            self.send_response(200 if self.path.startswith("/clinic/") else 404)
+            self.send_header("Content-Length", str(len(content)))
+            self.end_headers()
+            self.wfile.write(content)
+
+        def log_message(self, *_):
+            pass
+
+    async def search(port):
+        fhir = ma.Fhir(ma.ProcessSettings(f"http://127.0.0.1:{port}/clinic/", "client", "secret", AGENT_ID))
+        return await fhir.search("DicomStudy?a=b%2Cc")
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Prefixed) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        try:
+            assert asyncio.run(search(server.server_port)) == [{"id": "0"}, {"id": "1"}]
+        finally:
+            server.shutdown()
+    first = "/clinic/fhir/R4/DicomStudy?a=b%2Cc"
+    assert Prefixed.asked == [first, f"{first}&_offset=1"]
