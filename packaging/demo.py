@@ -388,7 +388,7 @@ class Sandbox:
         return 200, {"token_type": "Bearer", "expires_in": self.faults.token_lifetime, "access_token": token}
 
     def _jwt(self, expires: float) -> str:
-        claims: Json = {"client_id": self._client[0], "exp": expires, "jti": uuid.uuid4().hex}
+        claims: Json = {"client_id": self._client[0], "iat": time.time(), "exp": expires, "jti": uuid.uuid4().hex}
         if self.faults.login_id:
             claims["login_id"] = uuid.uuid4().hex
         parts = (json.dumps(part).encode() for part in ({"alg": "none"}, claims))

@@ -301,7 +301,7 @@ def clock(ahead: float) -> Callable[[Bench], None]:
 
 
 def own_clock(bench: Bench) -> None:
-    """This machine's is wrong, and tokens look as if they had ended."""
+    """This machine's is wrong, and tokens look as if they had ended; that does not matter."""
     needs("faketime")
     bench.sandbox.faults.jwt = True
     bench.wrapper = ["faketime", "-f", "+2h"]
@@ -574,7 +574,7 @@ FAULTS = {
     "not the API": Fault(page(405), "login", WRONG, "405", "baseUrl"),
     "clock ahead": Fault(clock(-7200), "clock", WRONG, "2 h|1 h 59 min", "NTP", ["websocket"]),
     "clock behind": Fault(clock(7200), "clock", WRONG, "2 h|1 h 59 min", "NTP", ["websocket"]),
-    "own clock": Fault(own_clock, "clock", WRONG, "2 h|1 h 59 min", "NTP", ["login"]),
+    "own clock": Fault(own_clock, "clock", WRONG, "2 h|1 h 59 min", "NTP", ["websocket"]),
     "another Agent": Fault(another_agent_id, "agent", WRONG, "Agent/agent-9: Not found", "agentId"),
     "Agent forbidden": Fault(forbidden(f"Agent/{AGENT_ID}"), "agent", WRONG, "Forbidden", "access policy"),
     "no Endpoint": Fault(missing("Endpoint/1"), "access", WRONG, "Endpoint/1: Not found", "reference"),

@@ -8,6 +8,8 @@ import threading
 from pathlib import Path
 from typing import ClassVar
 
+import pytest
+
 import medplum_agent as ma
 from tests.dicom_peers import FAST, QUIET, made, silent_bot, start, store
 from tests.support import AGENT_ID, bot, changed, message, site
@@ -20,6 +22,12 @@ QUICK = "m.TOKEN_REFRESH_SPACING_SECS = m.RECONNECT_MAX_SECS = 0.3"
 
 def logins(here) -> int:
     return here.sandbox.sandbox.requests.count("POST /oauth2/token")
+
+
+def logs_in(here) -> None:
+    """Wait for its next login."""
+    before = logins(here)
+    here.sandbox.wait_for(lambda: logins(here) > before, 15)
 
 
 def states(here) -> list[tuple[str, str | None]]:
@@ -40,8 +48,9 @@ def test_a_gateway_that_refuses_images_holds_up_no_message(tmp_path: Path) -> No
         here.sandbox.bot = bot("AA")
         here.sandbox.faults.read_failures["Binary"] = 401
         here.sandbox.faults.token_failures, here.sandbox.faults.token_status = 1000, 429
+        before = logins(here)
         assert store(here.ports["PACS"], made(100)) == [0]
-        here.sandbox.wait_for(lambda: logins(here) > 1, 15)  # the upload was refused
+        here.sandbox.wait_for(lambda: logins(here) > before, 15)  # as the upload was refused
         with here.device("A") as device:
             for number in range(10):
                 assert device.ask(message(f"HL7-{number}"))[0] == "AA"
@@ -64,6 +73,19 @@ def test_a_secret_that_is_changed_costs_no_object(tmp_path: Path) -> None:
         assert states(here) in ([("queued", "connection-lost")], [("queued", None)])
         here.sandbox.sandbox._client = client
         here.sandbox.wait_for(lambda: len(here.sandbox.seen) == 1, 20)
+
+
+@pytest.mark.parametrize("hours", [-3, 3])
+def test_a_clock_that_is_wrong_by_hours_holds_up_no_message(tmp_path: Path, hours: int) -> None:
+    """Ahead, no token was ever good enough; behind, the first message after a token's end waited for its time-out."""
+    with site(tmp_path, {"A": ""}, start=False, config=BEATING) as here:
+        changed(here.agent, f"import time\nreal = time.time\ntime.time = lambda: real() + {hours * 3600}\n{QUICK}")
+        here.sandbox.faults.jwt, here.sandbox.faults.token_lifetime = True, 2
+        here.agent.start()
+        for number in range(2):
+            logs_in(here)
+            with here.device("A") as device:
+                assert device.ask(message(f"CLOCK-{number}"))[0] == "AA"
 
 
 # --- reverse proxies ---
