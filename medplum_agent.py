@@ -4479,7 +4479,7 @@ def _trouble_of(error: Exception) -> tuple[str, str]:
 
 
 # =====================================================================================================================
-# FHIR (460 lines, 3750 tokens)
+# FHIR (470 lines, 3750 tokens)
 #
 # The HTTPS side of the server: OAuth2 client-credentials login and FHIR reads (uplink contract 1 and 2). urllib3 does
 # the work in worker threads: pools, proxies, TLS, retries. May touch: HTTPS.
@@ -4927,7 +4927,9 @@ def _http_reason(url: str, error: Exception) -> str:
         return f"no answer from {parts.hostname}:{port} within {CONNECT_TIMEOUT_SECS:g} s: firewall or proxy?"
     if "WRONG_VERSION_NUMBER" in str(reason) or "record layer failure" in str(reason):
         return "it answers https with something else: is this a plain port, and http:// meant?"
-    return str(reason)
+    if isinstance(reason, urllib3.exceptions.ProxyError):
+        return f"the proxy: {_http_reason(url, reason.original_error)}"
+    return str(reason.args[-1] if isinstance(reason, Exception) and reason.args else reason)
 
 
 def _json_object(text: bytes) -> Json:
@@ -5522,7 +5524,7 @@ def percentiles(samples: Iterable[int]) -> dict[str, float]:
 
 
 # =====================================================================================================================
-# Uplink (470 lines, 3550 tokens)
+# Uplink (470 lines, 3600 tokens)
 #
 # One WSS connection to the server (uplink contract 3 and 4): connect, heartbeats both ways, forced reconnect when it is
 # silent or never live, full-jitter back-off. websockets does TCP, proxy, TLS, handshake and frames; its receive queue
@@ -5538,6 +5540,11 @@ def _upload_error(status: int, stow: bool) -> str:
     if stow:
         named |= {404: "stow-missing"} | dict.fromkeys((*range(200, 400), 409, 415, 400), "stow-refused")
     return named.get(status) or ("server-error" if status >= 500 else "server-rejected")
+
+
+def with_cause(error: Exception) -> str:
+    """What websockets says, and of what: the first line of an answer that it does not understand."""
+    return ": ".join(filter(None, (str(error), str(error.__cause__ or ""))))
 
 
 class Connect(connect):
@@ -5909,7 +5916,7 @@ class Uplink:
                 write_limit=UPLINK_BUFFER_BYTES, user_agent_header=f"medplum-agent/{VERSION}",
             )  # fmt: skip
         except (ServerError, OSError, EOFError, WebSocketException) as error:
-            return str(error) or type(error).__name__
+            return with_cause(error) or type(error).__name__
         except Exception as error:  # whatever a proxy or server makes of the handshake: the uplink tries again
             return f"the connection failed with {type(error).__name__}"
         assert isinstance(sock, _Socket)
@@ -10455,7 +10462,7 @@ class Doctor:
             async with Connect(url, ssl=context, proxy=proxy_for(self.config.settings.baseUrl), open_timeout=4):
                 self.say("websocket", FINE, "the server takes WebSockets")
         except (OSError, EOFError, TimeoutError, WebSocketException) as error:
-            self.say("websocket", WRONG, f"{url}: {str(error) or 'no answer'}", remedy)
+            self.say("websocket", WRONG, f"{url}: {with_cause(error) or 'no answer'}", remedy)
         with suppress(ServerError, AttributeError, LookupError, TypeError):
             status = await self._ask(self._fhir.read(f"Agent/{self.config.settings.agentId}/$status"))
             if any((one.get("name"), one.get("valueCode")) == ("status", "connected") for one in status["parameter"]):
