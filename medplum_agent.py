@@ -4479,7 +4479,7 @@ def _trouble_of(error: Exception) -> tuple[str, str]:
 
 
 # =====================================================================================================================
-# FHIR (470 lines, 3750 tokens)
+# FHIR (470 lines, 3800 tokens)
 #
 # The HTTPS side of the server: OAuth2 client-credentials login and FHIR reads (uplink contract 1 and 2). urllib3 does
 # the work in worker threads: pools, proxies, TLS, retries. May touch: HTTPS.
@@ -4759,8 +4759,10 @@ class Fhir:
     async def execute(self, bot: str, content_type: str, body: str) -> int:
         """Have a Bot that is named run on this body, and return the status."""
         url, kind = f"{self.base}fhir/R4/{bot}/$execute", {"Content-Type": content_type}
-        response = await self._authorized(lambda headers: self._http("POST", url, headers | kind, body.encode()))
-        return response.status
+        # not again where it may have run: after a time-out, of ours or of a gateway
+        again = http_retries().new(read=0, status_forcelist=(429, 502, 503))
+        send = partial(self._http, "POST", url, body=body.encode(), again=again)
+        return (await self._authorized(lambda headers: send(headers=headers | kind))).status
 
     async def stow(self, spooled: Callable[[], BinaryIO], instance: str) -> None:
         """STOW-RS of a Part 10 file, streamed from disk (PS3.18 10.5, uplink contract 2).

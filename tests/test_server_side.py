@@ -5,6 +5,7 @@ import contextlib
 import http.server
 import json
 import socket
+import subprocess
 import threading
 from pathlib import Path
 from typing import ClassVar
@@ -129,6 +130,29 @@ def test_pages_of_a_search_behind_a_path(tmp_path: Path) -> None:
             server.shutdown()
     first = "/clinic/fhir/R4/DicomStudy?a=b%2Cc"
     assert Prefixed.asked == [first, f"{first}&_offset=1"]
+
+
+def test_a_bot_that_takes_its_time_hears_a_replay_once(tmp_path: Path) -> None:
+    """After a time-out, ours or a gateway's (504), it was asked to run again, twice, though it may have run."""
+    with site(tmp_path, {"A": ""}) as here:
+        with here.device("A") as device:
+            assert device.ask(message("SLOW-1"))[0] == "AA"
+        here.agent.wait_state("SLOW-1", "processed")
+        settings = tmp_path / "replay.toml"
+        settings.write_text(
+            f'baseUrl = "{here.sandbox.url}"\nclientId = "sandbox-client"\nclientSecret = "sandbox-secret"\n'
+            f'agentId = "{AGENT_ID}"\nstateDir = "{here.agent.state_dir}"\n'
+        )
+        changed(here.agent, "m.HTTP_TIMEOUT_SECS = 1")
+        here.sandbox.faults.hold = "/fhir/R4/Bot"
+        given = ["queue", "replay", "--channel", "A", "--since", "1h", "--to", "Bot/9", "--config", str(settings)]
+        done = subprocess.run(
+            [*here.agent.COMMAND, *given], capture_output=True, text=True, env=here.agent._env, timeout=60
+        )
+        assert done.returncode and "0 messages are done" in done.stdout + done.stderr
+        here.sandbox.faults.hold = ""
+        here.sandbox.wait_for(lambda: here.sandbox.sandbox.executed, 5)
+        assert here.sandbox.sandbox.requests.count("POST /fhir/R4/Bot/9/$execute") == 1
 
 
 # --- what is said ---
