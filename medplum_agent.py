@@ -210,7 +210,7 @@ LOOK_SECS = 10.0  # a running agent looks for alarms, and counts, this often
 SERVER_AWAY_SECS = 60.0  # a server that is away for longer is an alarm
 LINE_AWAY_SECS = 60.0  # the same for a serial port, or an instrument that we call
 EXPIRY_DAYS = 14  # a certificate that ends sooner is an alarm
-CLOCK_SECS = 60.0  # a clock that differs more from the server's is an alarm: tokens and times are wrong then
+CLOCK_SECS = 60.0  # a clock that differs more from the server's is an alarm: the times of messages are wrong then
 LOW_DISK_BYTES = 512 * MIB  # less free is an alarm, long before messages are refused
 KEY_SECS = 30.0  # for a command that tells the key of the queue
 KEY_CHARS = 32  # of it at least
@@ -541,8 +541,8 @@ class ServerError(PeerError):
 
     @property
     def transient(self) -> bool:
-        """It may pass by itself."""
-        return self.status in (0, 429) or self.status >= 500
+        """It may pass by itself: these are words of a gateway, not of the server about what was asked for."""
+        return not 400 <= self.status < 500 or self.status in (401, 407, 408, 429)
 
 
 # =====================================================================================================================
@@ -4869,11 +4869,13 @@ class Fhir:
     def _checked(self, response: Response, what: str, kind: str = "") -> Json:
         """What the server answered, a resource of this kind; a gateway may say something else with status 200."""
         answer = _json_object(response.data)
-        if response.status >= 300 or not answer:
+        if (response.status >= 300 and answer) or response.status >= 400:
             raise ServerError(outcome_text(answer) or f"HTTP status {response.status} for {what}", response.status)
-        if kind and kind != answer.get("resourceType", kind if "id" in answer else ""):
-            text = f"what came for {what} is no {kind}, as if a gateway or portal had answered"
-            raise ServerError(f"{text}: {outcome_text(answer)}".removesuffix(": "), 502)
+        if not answer or (kind and kind != answer.get("resourceType", kind if "id" in answer else "")):
+            text = (
+                f"what came for {what} (status {response.status}) is not that, as if a gateway or portal had answered"
+            )
+            raise ServerError(f"{text}: {outcome_text(answer)}".removesuffix(": "), response.status)
         return answer
 
 
@@ -10402,7 +10404,7 @@ class Doctor:
         remedy = "Check baseUrl: something else may answer there, such as the login page of a guest network."
         if problem.status in (400, 401):
             remedy = "Check clientId and clientSecret of the ClientApplication."
-        elif problem.transient:
+        elif problem.transient and not 0 < problem.status < 400:
             remedy = "Try again in a moment; if it stays, see the server's log."
         return self.say("login", WRONG, str(problem), remedy)
 
@@ -12187,7 +12189,7 @@ class Agent:
         answer: Json = {}
         try:
             if (operation := operations.get(kind)) is None:
-                self.uplink.warn("The server sent a message of an unknown type.")
+                self.uplink.warn("it sent a message of an unknown type")
                 raise PeerError(f"Unknown message type: {kind}")
             if (found := await operation(message)) is not None:
                 answer = {"type": kind.replace("request", "response"), "statusCode": 200} | found

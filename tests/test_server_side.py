@@ -132,6 +132,19 @@ def test_pages_of_a_search_behind_a_path(tmp_path: Path) -> None:
     assert Prefixed.asked == [first, f"{first}&_offset=1"]
 
 
+@pytest.mark.parametrize("status", [302, 401])
+def test_a_gateway_that_stands_before_the_configuration_costs_no_channel(tmp_path: Path, status: int) -> None:
+    """What it says at the first start (a redirect to a login page, say) was taken for the Endpoint's: its channel was
+    left out until a reload."""
+    with site(tmp_path, {"A": ""}, start=False) as here:
+        changed(here.agent, QUICK)
+        here.sandbox.faults.read_failures["Endpoint/1"] = status
+        here.agent.start(ready=False)
+        here.agent.logged("cannot be read")
+        del here.sandbox.faults.read_failures["Endpoint/1"]
+        here.agent.wait_listening()
+
+
 def test_a_bot_that_takes_its_time_hears_a_replay_once(tmp_path: Path) -> None:
     """After a time-out, ours or a gateway's (504), it was asked to run again, twice, though it may have run."""
     with site(tmp_path, {"A": ""}) as here:
