@@ -132,7 +132,7 @@ def load_json(text: Any) -> Any:
 
 
 # =====================================================================================================================
-# Version, limits (340 lines, 1650 tokens)
+# Version, limits (350 lines, 1700 tokens)
 #
 # Every bound has a name, a unit and a reason. What a site could need to change is a setting instead (next section).
 # =====================================================================================================================
@@ -390,6 +390,14 @@ def is_low(folder: Path) -> bool:
         least = min(2 * CHECKPOINT_PAGES * PAGE_BYTES, usage.total // 4)
         return usage.free < min(DISK_RESERVE_BYTES, max(usage.total // 50, least))
     return False
+
+
+def inode_of(path: Path) -> tuple[int, ...]:
+    """What tells a file from another of the same name; empty where there is none."""
+    with suppress(OSError):
+        found = path.stat()
+        return found.st_dev, found.st_ino
+    return ()
 
 
 def beside(path: Path, suffix: str) -> Path:
@@ -2966,7 +2974,7 @@ def text_records(body: str, settings: StreamSettings) -> list[bytes]:
 
 
 # =====================================================================================================================
-# Store (1520 lines, 11050 tokens)
+# Store (1530 lines, 11150 tokens)
 #
 # Every message on disk before it is acknowledged: one SQLite file (WAL, synchronous=FULL), one writer thread with one
 # commit in flight. What arrives while it runs is the next batch: one executemany, one COMMIT, one call back into the
@@ -3471,7 +3479,7 @@ class Store:
         self._read_connection: Database | None = None
         self._failed_at = self._measure_at = 0.0
         self._failing = ""  # why the last transaction failed; the next one that can be written ends that
-        self._inode = (0, 0)
+        self._inode = self._wal_inode = tuple[int, ...]()
         self._lock_file: BinaryIO | None = None
         self._channels: dict[str, ChannelRow] = {}
         self._writer = threading.Thread(target=self._write_loop, name="store-writer", daemon=True)
@@ -3991,11 +3999,9 @@ class Store:
 
     def _check_file(self) -> None:
         """The file is still the one in the folder: what is written into a deleted file is lost."""
-        try:
-            found = self.path.stat()
-        except OSError:
-            raise StorageError("unable to open: the queue file was moved or deleted") from None
-        if (found.st_dev, found.st_ino) != self._inode:
+        if not (found := inode_of(self.path)):
+            raise StorageError("unable to open: the queue file was moved or deleted")
+        if found != self._inode:
             raise StorageError("unable to open: another file took the place of the queue file")
 
     def _measure(self, db: Database, messages: Sequence[Message] = (), *, exact: bool = True) -> None:
@@ -4010,9 +4016,10 @@ class Store:
         db: Database | None = None
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            if self._inode[0] not in (0, self.path.parent.stat().st_dev) and not self.path.exists():
+            if self._inode[:1] not in ((), (self.path.parent.stat().st_dev,)) and not self.path.exists():
                 raise StorageError("its disk is gone")
             self._lock_queue()
+            self._part_with_wal()
             for stale in (".rewriting", ".rewriting-journal"):  # of a rewriting that was killed: it may be readable
                 beside(self.path.resolve(), stale).unlink(missing_ok=True)
             if self._key and is_plain(self.path):
@@ -4058,9 +4065,21 @@ class Store:
             raise StorageError("another agent uses this queue (queueDbPath)")
         self._lock_file = file
 
+    @property
+    def _wal(self) -> Path:
+        return beside(self.path.resolve(), "-wal")
+
+    def _part_with_wal(self) -> None:
+        """The log of a file that is gone: SQLite would write it into the one in its place, or delete it."""
+        if inode_of(self.path) != self._inode and self._wal_inode and inode_of(wal := self._wal) == self._wal_inode:
+            kept = wal.rename(beside(wal, f".replaced-{now_ms()}"))
+            beside(self.path.resolve(), "-shm").unlink(missing_ok=True)
+            text = "It belongs to the queue file that was moved or replaced, and not to the one there is now"
+            self._log.error(f"{wal} is now {kept.name}. {text}: put it beside that one again, as its -wal, to read it.")
+
     def _inspect_wal(self, db: Database) -> None:
         """SQLite ends its recovery at the first bad frame and overwrites the rest: say so, and keep copies."""
-        wal = beside(self.path, "-wal")
+        wal = self._wal
         version_of(db)  # to read is to recover
         recovered, _ = db.wal_checkpoint(mode=apsw.SQLITE_CHECKPOINT_NOOP)
         if wal.exists() and (lost := lost_frames(wal, recovered)):
@@ -4123,8 +4142,7 @@ class Store:
             self.spool.tidy(seed[:8], {name for (name,) in db.execute(spooled)})
         self._measure(db)
         db.execute("UPDATE identity SET seed = seed")  # a file that cannot be written is known now, not later
-        found = self.path.stat()
-        self._inode = (found.st_dev, found.st_ino)
+        self._inode, self._wal_inode = inode_of(self.path), inode_of(self._wal)
 
     # --- back in the event loop ---
 
