@@ -3051,6 +3051,7 @@ _SELECT = f"SELECT {_COLUMNS}"
 _BACKLOG = f"""SELECT name, waiting, (SELECT received_at FROM message WHERE id = first) FROM channel JOIN
   (SELECT channel, count(*) AS waiting, min(id) AS first FROM message WHERE state < {PROCESSED} GROUP BY channel)
   ON id = channel"""
+_PROBE = f"PRAGMA user_version = {SCHEMA_VERSION}"  # writes a page, also where nothing changes; an UPDATE would not
 _new_row, _changes = attrgetter(*_NEW), attrgetter(*_CHANGED)
 
 
@@ -3850,7 +3851,7 @@ class Store:
             if not db.in_transaction:
                 db.execute("BEGIN IMMEDIATE")
             if self._failing:
-                db.execute("UPDATE identity SET seed = seed")  # nothing that is to be written tells nothing
+                db.execute(_PROBE)  # nothing that is to be written tells nothing
             for row in [item for item in batch if isinstance(item, ChannelRow)]:
                 self._save_channel(db, row)
             self._insert(db, messages)
@@ -4141,7 +4142,7 @@ class Store:
                     db.execute("UPDATE message SET spool = ? WHERE spool = ?", (self.spool.seal(name), name))
             self.spool.tidy(seed[:8], {name for (name,) in db.execute(spooled)})
         self._measure(db)
-        db.execute("UPDATE identity SET seed = seed")  # a file that cannot be written is known now, not later
+        db.execute(_PROBE)  # a file that cannot be written is known now, not later
         self._inode, self._wal_inode = inode_of(self.path), inode_of(self._wal)
 
     # --- back in the event loop ---
@@ -4470,6 +4471,11 @@ def lock_file(file: BinaryIO) -> bool:
 _WRITABLE = "Make folder and file writable for the agent's user; the agent goes on by itself."
 _TROUBLES = (  # what the words of SQLite and of the system mean: words, MSA-3, advice
     ("full|no space", "the disk of the agent is full", "Free space on that disk; the agent goes on by itself."),
+    (
+        "i/o error|input/output|quota",
+        "the disk of the agent has errors, or a quota is used up",
+        "See the system's log about that disk, and its quotas; the agent goes on by itself.",
+    ),
     ("disk is gone", "the disk of the agent is gone", "Mount it again; the agent goes on by itself."),
     ("readonly|permission|unable to open|read-only", "the queue of the agent cannot be written", _WRITABLE),
     ("locked", "another program holds the queue of the agent", "End that program, or have it read a copy of the file."),

@@ -3,10 +3,13 @@
 import contextlib
 import shutil
 import sqlite3
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
+import medplum_agent as ma
 from tests.support import changed, message, site
 
 # --- the queue ---
@@ -46,3 +49,53 @@ def test_the_log_of_a_queue_that_was_replaced_is_not_written_into_the_next(tmp_p
             shutil.copy(log, tmp_path / "away-wal")
             with contextlib.closing(sqlite3.connect(tmp_path / "away")) as db:
                 assert db.execute("SELECT count(*) FROM message WHERE control_id LIKE 'TODAY%'").fetchone() == (200,)
+
+
+_SHIM = r"""
+#define _GNU_SOURCE
+#include <dlfcn.h>
+#include <errno.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+int fdatasync(int fd) {
+    static int (*real)(int);
+    char link[64], path[512] = {0};
+    if (!real) real = dlsym(RTLD_NEXT, "fdatasync");
+    snprintf(link, sizeof link, "/proc/self/fd/%d", fd);
+    if (!access(getenv("BAD_DISK"), F_OK) && readlink(link, path, 500) > 0 && strstr(path, "-wal")) {
+        errno = EIO;
+        return -1;
+    }
+    return real(fd);
+}
+"""
+
+
+@pytest.mark.skipif(not (shutil.which("gcc") and sys.platform == "linux"), reason="NO GCC: no bad disk was tried")
+def test_a_disk_that_errs_for_long_is_not_called_well_while_it_refuses_everything(tmp_path: Path) -> None:
+    """What was to try the disk changed nothing, so that SQLite wrote nothing: it was called well each time that
+    somebody asked, without an alarm, and its error a matter of permissions."""
+    source, shim, bad = (tmp_path / name for name in ("shim.c", "shim.so", "bad"))
+    source.write_text(_SHIM)
+    subprocess.run(["gcc", "-shared", "-fPIC", "-o", shim, source, "-ldl"], check=True)
+    with site(
+        tmp_path, {"FEED": "?enhanced=aa"}, start=False, env={"LD_PRELOAD": str(shim), "BAD_DISK": str(bad)}
+    ) as here:
+        changed(here.agent, "m.LOOK_SECS, m.LAZY_SECS = 0.1, 0.05")
+        here.agent.start()
+        with here.device("FEED") as device:
+            assert device.ask(message("GOOD"))[0] == "AA"
+            bad.touch()
+            device.send(message("BAD"))
+            assert "MSA|AE|BAD|storage error: the disk of the agent has errors" in device.receive()
+            for _ in range(10):
+                found = ma.ask_agent(here.agent.state_dir, {"command": "status"})
+                assert found and "has errors" in found["store"]["trouble"]
+            here.agent.logged("Alarm: storage error: the disk of the agent has errors")
+            assert b"written again" not in here.agent.main_log()
+            bad.unlink()
+            here.agent.logged("written again")
+            assert device.ask(message("BAD"))[0] == "AA"
+        here.sandbox.wait_ids("GOOD", "BAD")
