@@ -47,6 +47,7 @@ import platform
 import random
 import re
 import secrets
+import select
 import shlex
 import shutil
 import signal
@@ -292,6 +293,7 @@ PING_SECS = 8.0  # a whole ping, whatever its count: below the server's 10 s
 PING_MAX = 100  # echo requests of one ping
 MAX_STATS_SAMPLES = 1000  # round trips kept per channel
 LOG_HELD_BYTES = 4 * MIB  # channel log lines in memory; more than this means a slow disk, and the writer must wait
+CONSOLE_CHARS = 1000  # written in one go: a pipe that takes anything takes 4096 bytes
 LOG_CHARS = 4000  # of a text in the main log, and so of an event of Windows
 LOG_PAGE_MAX = 1000  # entries of one $fetch-logs
 LOG_BLOCK_BYTES = 64 * KIB  # log files are read backwards in blocks of this size
@@ -1655,7 +1657,7 @@ def _markdown(shown: Json) -> str:
 
 
 # =====================================================================================================================
-# Logs (220 lines, 1700 tokens)
+# Logs (230 lines, 1750 tokens)
 #
 # Two logs as JSON lines, each a rotating file: the main log says what the agent does and never holds patient data
 # (messages are named by their row number in the queue); the channel log holds the messages. On a terminal the main
@@ -1675,6 +1677,13 @@ def _is_journal(console: TextIO | None) -> bool:
         found = os.fstat(cast(TextIO, console).fileno())
         return os.environ.get("JOURNAL_STREAM") == f"{found.st_dev}:{found.st_ino}"
     return False
+
+
+def _takes(console: TextIO) -> bool:
+    """Whether so little can be written without waiting for who reads it."""
+    with suppress(OSError, ValueError):  # no file, or one that this system does not wait for
+        return bool(select.select([], [console], [], 0)[1])
+    return True
 
 
 def _tell_windows(text: str) -> None:
@@ -1732,7 +1741,10 @@ class Log:
                     shown = f"<{_PRIORITIES[level]}>{plain}{f' {json.dumps(extra, default=str)}' if extra else ''}"
                 elif console.isatty():
                     shown = f"{stamp[11:19]} {level:5} {plain}"
-                print(shown, file=console, flush=True)
+                for at in range(0, len(shown) + 1, CONSOLE_CHARS):
+                    if not _takes(console):  # its reader hangs: that is no reason for devices to wait
+                        break
+                    print(f"{shown}\n"[at : at + CONSOLE_CHARS], end="", file=console, flush=True)
         if sys.platform == "win32" and level == "ERROR" and self.name == "main":
             _tell_windows(_CONTROLS.sub(" ", text))
         if not self.lazy or self._bytes > LOG_HELD_BYTES:

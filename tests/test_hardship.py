@@ -1,6 +1,8 @@
 """Hardship of disk and network that lasts, and faults that come together."""
 
 import contextlib
+import os
+import select
 import shutil
 import sqlite3
 import subprocess
@@ -99,3 +101,26 @@ def test_a_disk_that_errs_for_long_is_not_called_well_while_it_refuses_everythin
             here.agent.logged("written again")
             assert device.ask(message("BAD"))[0] == "AA"
         here.sandbox.wait_ids("GOOD", "BAD")
+
+
+# --- who reads what the agent says ---
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs a pipe of a known size")
+def test_a_console_that_nobody_reads_holds_up_no_device(tmp_path: Path) -> None:
+    """A journal, a container's log or a pager that hangs: the agent stood still as soon as the pipe was full."""
+    with site(tmp_path, {"FEED": "?enhanced=aa"}, start=False, level="DEBUG") as here:
+        os.mkfifo(fifo := tmp_path / "console")
+        reader = os.open(fifo, os.O_RDONLY | os.O_NONBLOCK)
+        here.agent._wrapper = ["sh", "-c", f'exec "$@" >{fifo} 2>&1', "sh"]
+        here.agent.start()
+        for n in range(600):  # two lines for each connection
+            with here.device("FEED") as device:
+                assert device.ask(message(f"M-{n}"))[0] == "AA"
+        here.sandbox.wait_ids("M-599")
+        assert (held := os.read(reader, 2**20)).count(b"connected.") > 100
+        assert len(held) < 2**20
+        with here.device("FEED") as device:
+            assert device.ask(message("LAST"))[0] == "AA"
+        assert select.select([reader], [], [], 5)[0]  # whoever comes back hears what is said from now on
+        os.close(reader)
