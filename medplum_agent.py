@@ -190,6 +190,7 @@ QUICK_COMMITS = 32  # so many in a row, before the loop's thread writes; twice a
 QUICK_COMMITS_MAX = 512  # up to so many
 SILENT_SECS = 60.0  # an agent that says nothing for so long in the middle of an upgrade has ended
 GATHER_SECS = 0.005  # at most so long what comes with the first message after a slow commit is waited for
+STOOD_STILL_SECS = 1.0  # a timer that is so late: the process was stopped, or its machine
 LAZY_SECS = 0.1  # finished rows are marked with the next batch, or after this time
 COMMITMENT_POLL_MS = 1000  # a storage commitment looks this often whether its objects have reached the server
 COMPLAIN_SECS = 5.0  # failed tries of one queue are logged at most this often
@@ -4981,7 +4982,7 @@ def _json_object(text: bytes) -> Json:
 
 
 # =====================================================================================================================
-# Delivery (590 lines, 4350 tokens)
+# Delivery (590 lines, 4400 tokens)
 #
 # What is on its way, the same for every protocol and in both directions. `Order` decides what may be in flight, `judge`
 # what an answer means; `Queue` keeps a window of the stored messages of one destination, which is the server or one
@@ -5404,8 +5405,10 @@ class Queue:
 
     def _expire(self) -> None:
         """Time-outs. A message whose file is being uploaded has none until it is sent."""
-        self._timer = None
-        now = self._loop.time()
+        timer, self._timer, now = cast(asyncio.TimerHandle, self._timer), None, self._loop.time()
+        if now - timer.when() > STOOD_STILL_SECS:  # what has come meanwhile is read first
+            self._timer = self._loop.call_later(LAZY_SECS, self._expire)
+            return
         for message in [message for message in self.inflight.values() if message.deadline <= now]:
             self.failed(message, "response-timeout")
         if self.inflight and self._timer is None:

@@ -4,9 +4,11 @@ import contextlib
 import os
 import select
 import shutil
+import signal
 import sqlite3
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -124,3 +126,25 @@ def test_a_console_that_nobody_reads_holds_up_no_device(tmp_path: Path) -> None:
             assert device.ask(message("LAST"))[0] == "AA"
         assert select.select([reader], [], [], 5)[0]  # whoever comes back hears what is said from now on
         os.close(reader)
+
+
+# --- a process that stands still ---
+
+
+def test_answers_that_came_while_the_agent_was_stopped_are_read_before_time_is_up(tmp_path: Path) -> None:
+    """A frozen process or machine: all that was with the server was given up, before its answers were looked at."""
+    channels = {"ONCE": "?enhanced=aa&retryMode=normal&responseTimeoutSecs=1&maxWorkers=100"}
+    with site(tmp_path, channels) as here, here.device("ONCE") as device:
+        here.sandbox.faults.delay = lambda: 0.7
+        for n in range(50):
+            assert device.ask(message(f"M-{n}", f"P{n}"))[0] == "AA"
+        here.sandbox.wait_ids(*(f"M-{n}" for n in range(50)))
+        assert here.agent.process is not None
+        here.agent.process.send_signal(signal.SIGSTOP)
+        here.sandbox.wait_for(lambda: len(here.sandbox.answered) == 50)
+        until = time.monotonic() + 2.5
+        here.sandbox.wait_for(lambda: time.monotonic() > until)
+        here.agent.process.send_signal(signal.SIGCONT)
+        for n in range(50):
+            here.agent.wait_state(f"M-{n}", "processed")
+        assert b"no answer" not in here.agent.main_log()
