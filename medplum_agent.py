@@ -10628,7 +10628,7 @@ def issuer_of(der: bytes) -> str:
 
 
 # =====================================================================================================================
-# Operations (740 lines, 7250 tokens)
+# Operations (760 lines, 7350 tokens)
 #
 # What a person asks of a running agent: status, the queue, alarms, the page and its figures. One `ask` serves the
 # command line (over a socket in the state directory that only the agent's user can open), the page, and the cloud (a
@@ -10715,7 +10715,9 @@ class Operations:
         self._dead: dict[str, int] = {}
         self._samples: dict[str, deque[int]] = {}  # messages of a channel in all, every LOOK_SECS, for an hour
         self._last: dict[str, int] = {}  # when a channel's last message came, also before the start
-        self._servers: list[asyncio.Server] = []
+        self._door: asyncio.Server | None = None
+        self._page: asyncio.Server | None = None
+        self._door_trouble = ""
         self._guests = collections.Counter[str]()
         self._looking = asyncio.Lock()
         self.page_trouble = ""
@@ -10731,6 +10733,8 @@ class Operations:
         if self._looking.locked():  # the disk takes its time
             return
         async with self._looking:
+            await self._open_door()
+            self._agent.save_config()
             await self._count()
             came = 0
             for name, channel in self._agent.channels.items():
@@ -11107,29 +11111,41 @@ class Operations:
 
     async def open(self) -> None:
         """Open both; a page that cannot be opened does not stop messages."""
-        folder, address = self._agent.state_dir, self._settings.statusAddress
-        path = folder / SOCKET_FILE
-        for old in (path, folder / DOOR_FILE):
-            old.unlink(missing_ok=True)
-        try:
+        with suppress(OSError):  # the token cannot be kept: it lasts until the next start
             self._load()
+        await self._open_door()
+        if self._settings.statusAddress:
+            spawn(self._open_page(self._settings.statusAddress))
+
+    async def _open_door(self) -> None:
+        """The local socket; again, if somebody has cleared it away."""
+        folder = self._agent.state_dir
+        path, door = folder / SOCKET_FILE, folder / DOOR_FILE
+        if self._agent._stop.is_set() or (self._door and (path.exists() or door.exists())):
+            return
+        if self._door:
+            self._door.close()
+        try:
+            for old in (path, door):
+                old.unlink(missing_ok=True)
             if hasattr(socket, "AF_UNIX") and len(os.fsencode(path)) < 100:  # sun_path holds 104 to 108 bytes
-                self._servers.append(await asyncio.start_unix_server(partial(self._guest, "socket"), path))
+                self._door = await asyncio.start_unix_server(partial(self._guest, "socket"), path)
                 path.chmod(0o600)
             else:
-                self._servers.append(server := await asyncio.start_server(partial(self._guest, "door"), "127.0.0.1", 0))
-                replace_file(folder / DOOR_FILE, str(server.sockets[0].getsockname()[1]).encode())
+                self._door = await asyncio.start_server(partial(self._guest, "door"), "127.0.0.1", 0)
+                replace_file(door, str(self._door.sockets[0].getsockname()[1]).encode())
+            self._door_trouble = ""
         except OSError as error:
-            self._agent.log.error(f"The local socket cannot be opened: {error}.")
-        if address:
-            spawn(self._open_page(address))
+            if self._door_trouble != (trouble := str(error)):
+                self._door_trouble = trouble
+                self._agent.log.error(f"The local socket cannot be opened: {trouble}.")
 
     async def _open_page(self, address: str) -> None:
         """As long as its port is another program's it is tried again."""
         host, port = web_address(address)
         while True:
             try:
-                self._servers.append(await asyncio.start_server(partial(self._guest, "page"), host, port, backlog=8))
+                self._page = await asyncio.start_server(partial(self._guest, "page"), host, port, backlog=8)
                 break
             except OSError as error:
                 if not self.page_trouble:
@@ -11145,7 +11161,7 @@ class Operations:
 
     def close(self) -> None:
         self._save()
-        for server in self._servers:
+        for server in filter(None, (self._door, self._page)):
             server.close()
         with suppress(OSError):
             for name in (SOCKET_FILE, DOOR_FILE):
@@ -11843,7 +11859,7 @@ class Upgrades:
 
 
 # =====================================================================================================================
-# Agent (690 lines, 5850 tokens)
+# Agent (700 lines, 5900 tokens)
 #
 # Plans become running channels. A reload reads everything, lists every problem, and changes nothing if there is one;
 # otherwise only what differs changes, and untouched channels keep their connections. The life cycle: lock, logs,
@@ -11879,6 +11895,8 @@ class Agent:
         self.operations = Operations(self)
         self.upgrades = Upgrades(self)
         self.applied = False  # the server's configuration
+        self._last_good: Plan | None = None  # which the file of the last configuration should hold
+        self._saved = False
         self.key = store_key(config.settings.storeKey, config.settings.storeCipher)
 
     def stop(self) -> None:
@@ -11962,8 +11980,10 @@ class Agent:
             plan, problems = build_plan(*last)
         elif problems:
             self._report_problems(problems, "the other channels start")
-        elif not saved:
-            self._save_config(plan)
+        elif saved:
+            self._last_good, self._saved = plan, True
+        else:
+            self.save_config(plan)
         path = Path(plan.settings.queueDbPath or self.state_dir / QUEUE_FILE)
         check_key(path, self.key)
         self.store = Store(path, self.log, self.key)
@@ -12014,19 +12034,25 @@ class Agent:
                 raise error
         return agent, dict(zip(references, cast("list[Json | AgentError]", found), strict=True))
 
-    def _save_config(self, plan: Plan) -> None:
+    def save_config(self, plan: Plan | None = None) -> None:
+        """For a start without the server. A file that is not there, or could not be written, is written later."""
+        path, again = self.state_dir / CONFIG_FILE, plan is None
+        if (plan := plan or self._last_good) is None or (again and self._saved and path.exists()):
+            return
         saved = {
             "appliedAt": datetime.datetime.now(datetime.UTC).isoformat(), "agentVersion": VERSION,
             "agent": plan.agent | {"id": self.config.settings.agentId}, "endpoints": plan.endpoints,
         }  # fmt: skip
-        path = self.state_dir / CONFIG_FILE
+        self._last_good, self._saved = plan, False
         try:
             replace_file(path, dump_json(saved))
+            self._saved = True
         except OSError as error:
-            self.log.error(
-                f"The configuration cannot be saved in {path}: {error.strerror}. "
-                "A restart while the server is away would start with the one before, or without any channel."
-            )
+            if not again:
+                self.log.error(
+                    f"The configuration cannot be saved in {path}: {error.strerror}; it is tried again. Until then a "
+                    "restart while the server is away would start with the one before, or without any channel."
+                )
 
     async def _catch_up(self) -> None:
         """Started from the saved configuration: apply the server's as soon as it can be read."""
@@ -12067,7 +12093,7 @@ class Agent:
                     raise LocalError("the agent is stopping")
                 await self._apply(plan)
             self.applied = True
-            self._save_config(plan)
+            self.save_config(plan)
 
     async def validate(self) -> Json:
         """What a reload would do now, in words; nothing is changed."""

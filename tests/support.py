@@ -440,8 +440,10 @@ def tmpfs(folder: Path, mib: int) -> Iterator[Path]:
     mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={mib}m", "tmpfs", folder], capture_output=True)
     if mounted.returncode:
         pytest.skip(f"NO SMALL DISK: what happens when the disk is full was not checked: {mounted.stderr.decode()}")
-    yield folder
-    subprocess.run(["umount", "-l", folder], check=True)
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", "-l", folder], check=True)
 
 
 def accepts(address: tuple[str, int]) -> bool:

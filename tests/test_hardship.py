@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 import medplum_agent as ma
-from tests.support import changed, message, site
+from tests.support import accepts, changed, eventually, free_ports, message, site, tmpfs
 
 # --- the queue ---
 
@@ -148,3 +148,47 @@ def test_answers_that_came_while_the_agent_was_stopped_are_read_before_time_is_u
         for n in range(50):
             here.agent.wait_state(f"M-{n}", "processed")
         assert b"no answer" not in here.agent.main_log()
+
+
+# --- the state directory ---
+
+
+def test_a_state_directory_that_was_cleared_serves_again(tmp_path: Path) -> None:
+    """Somebody, or what cleans up temporary files, removed it: the queue was made anew, but until a restart no command
+    reached the agent, `health` took it for dead, and a start without the server had no configuration."""
+    with site(tmp_path, {"FEED": "?enhanced=aa"}, start=False) as here:
+        changed(here.agent, "m.LOOK_SECS, m.LAZY_SECS = 0.2, 0.05")
+        here.agent.start()
+        state = here.agent.state_dir
+        with here.device("FEED") as device:
+            for n in range(2):
+                state.rename(tmp_path / f"removed-{n}")
+                eventually(lambda: ma.ask_agent(state, {"command": "status"}), what="asked again")
+                while device.ask(message(f"M-{n}"))[0] != "AA":
+                    assert here.agent.process and here.agent.process.poll() is None
+        here.sandbox.wait_ids("M-0", "M-1")
+        eventually(lambda: (state / ma.CONFIG_FILE).exists())
+        here.sandbox.stop()
+        here.agent.kill()
+        here.agent.start(ready=False)
+        here.agent.wait_listening()
+
+
+def test_a_configuration_that_could_not_be_saved_is_saved_when_there_is_space(tmp_path: Path) -> None:
+    """A reload on a full disk: it was tried once, and a later start without the server went back to the one before."""
+    with tmpfs(tmp_path / "disk", 40) as disk, site(disk, {"FEED": "?enhanced=aa"}, start=False) as here:
+        changed(here.agent, "m.LOOK_SECS = 0.2")
+        here.agent.start()
+        with contextlib.suppress(OSError), open(disk / "ballast", "wb", buffering=0) as ballast:
+            while True:
+                ballast.write(bytes(4096))
+        here.endpoint("FEED")["address"] = f"mllp://127.0.0.1:{(port := free_ports(1)[0])}?enhanced=aa"
+        assert here.sandbox.reload()["statusCode"] == 200
+        eventually(lambda: accepts(("127.0.0.1", port)))
+        (disk / "ballast").unlink()
+        saved = here.agent.state_dir / ma.CONFIG_FILE
+        eventually(lambda: f":{port}?" in saved.read_text())
+        here.sandbox.stop()
+        here.agent.kill()
+        here.agent.start(ready=False)
+        eventually(lambda: accepts(("127.0.0.1", port)), 20)
