@@ -133,7 +133,7 @@ def load_json(text: Any) -> Any:
 
 
 # =====================================================================================================================
-# Version, limits (350 lines, 1700 tokens)
+# Version, limits (360 lines, 1700 tokens)
 #
 # Every bound has a name, a unit and a reason. What a site could need to change is a setting instead (next section).
 # =====================================================================================================================
@@ -153,6 +153,7 @@ WORKERS = 64  # threads at most of the event loop's own pool: a name that is loo
 SOCKET_BACKLOG = 512  # connections waiting for accept(): a whole site reconnecting at once
 BIND_RETRY_SECS = 0.25  # a port held by the agent that we replace is free within moments
 GRACEFUL_CLOSE_SECS = 5.0  # a device connection that is closed by us may finish what is being stored
+UNTAKEN_SECS = 120.0  # an instrument that we call: its network may have lost the line; Linux would try for 15 min
 UNREAD_SECS = 60.0  # a device that does not read its answers for so long is worth a word
 UNFINISHED_BYTES = 128 * MIB  # of messages that are not complete, over all connections
 SLOW_BYTES = 500  # a second: who sends less stopped; a serial line at 9600 baud brings 960
@@ -7244,7 +7245,7 @@ class AstmLine(StreamLine):
 
 
 # =====================================================================================================================
-# Channels (500 lines, 3950 tokens)
+# Channels (500 lines, 4000 tokens)
 #
 # A channel is a configured name: its plan, its queue, its lines, and the door by which they come, a listener or a
 # dialler. A listener owns a bound port and may change its channel, so that a reload can swap ports without ever
@@ -7572,7 +7573,10 @@ class Channel:
         if self.plan.port:
             async with asyncio.timeout(CONNECT_TIMEOUT_SECS):
                 where = self.plan.host, self.plan.port
-                await self.loop.create_connection(lambda: line, *where, happy_eyeballs_delay=HAPPY_SECS)
+                transport, _ = await self.loop.create_connection(lambda: line, *where, happy_eyeballs_delay=HAPPY_SECS)
+            if hasattr(socket, "TCP_USER_TIMEOUT"):  # Linux; others give up by themselves after a while
+                option = socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, round(UNTAKEN_SECS * 1000)
+                transport.get_extra_info("socket").setsockopt(*option)
             return line
         import serialx  # only where a serial port is used
 

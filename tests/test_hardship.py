@@ -1,11 +1,15 @@
 """Hardship of disk and network that lasts, and faults that come together."""
 
+import array
 import contextlib
+import ctypes
 import os
 import select
 import shutil
 import signal
+import socket
 import sqlite3
+import struct
 import subprocess
 import sys
 import time
@@ -14,6 +18,7 @@ from pathlib import Path
 import pytest
 
 import medplum_agent as ma
+from tests.instruments import Instrument
 from tests.support import accepts, changed, eventually, free_ports, message, site, tmpfs
 
 # --- the queue ---
@@ -192,3 +197,32 @@ def test_a_configuration_that_could_not_be_saved_is_saved_when_there_is_space(tm
         here.agent.kill()
         here.agent.start(ready=False)
         eventually(lambda: accepts(("127.0.0.1", port)), 20)
+
+
+# --- the network ---
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs a filter on a socket")
+def test_an_instrument_whose_network_forgot_the_line_is_called_again(tmp_path: Path) -> None:
+    """A firewall that started anew swallows all that belongs to no line it knows: what was to be sent then kept the
+    line for a quarter of an hour, as long as Linux repeats it, without results and without an alarm."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        address = f"tcp://127.0.0.1:{listener.getsockname()[1]}?mode=astm&role=client"
+        with site(tmp_path, {"LAB": address}, start=False) as here:
+            changed(here.agent, "m.UNTAKEN_SECS = 1")
+            here.sandbox.bot = lambda transmit: (200, "")
+            here.agent.start()
+            listener.settimeout(15)
+            line, _ = listener.accept()
+            with Instrument(line) as first:
+                first.session("H|\\^&", "R|1|^^^GLU|5", "L|1|N")
+                nothing = array.array("H", [0x06, 0, 0, 0]).tobytes()  # BPF: RET 0
+                buffer = ctypes.create_string_buffer(nothing)
+                program = struct.pack("HL", 1, ctypes.addressof(buffer))
+                line.setsockopt(socket.SOL_SOCKET, 26, program)  # SO_ATTACH_FILTER
+                with here.caller() as caller:
+                    caller.store("channel://LAB", "H|\\^&\rO|1|T1\rL|1|N\r", contentType=ma.ASTM_TYPE)
+                    with Instrument(listener.accept()[0]) as second:
+                        assert b"O|1|T1\r" in second.accept(20)
+                        second.session("H|\\^&", "R|1|^^^GLU|6", "L|1|N")
+            here.sandbox.wait_for(lambda: len(here.sandbox.seen) == 2)
