@@ -2988,7 +2988,7 @@ def text_records(body: str, settings: StreamSettings) -> list[bytes]:
 
 
 # =====================================================================================================================
-# Store (1530 lines, 11150 tokens)
+# Store (1530 lines, 11200 tokens)
 #
 # Every message on disk before it is acknowledged: one SQLite file (WAL, synchronous=FULL), one writer thread with one
 # commit in flight. What arrives while it runs is the next batch: one executemany, one COMMIT, one call back into the
@@ -4156,7 +4156,8 @@ class Store:
                     db.execute("UPDATE message SET spool = ? WHERE spool = ?", (self.spool.seal(name), name))
             self.spool.tidy(seed[:8], {name for (name,) in db.execute(spooled)})
         self._measure(db)
-        db.execute(_PROBE)  # a file that cannot be written is known now, not later
+        # a file that may not be written is known now; on a full disk what waits is sent all the same
+        db.execute("UPDATE identity SET seed = seed")
         self._inode, self._wal_inode = inode_of(self.path), inode_of(self._wal)
 
     # --- back in the event loop ---
@@ -4475,8 +4476,8 @@ def lock_file(file: BinaryIO) -> bool:
 
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         file.truncate(0)
-        file.write(str(os.getpid()).encode())
-        file.flush()
+        with suppress(OSError):  # it is locked on a full disk, too
+            os.write(file.fileno(), str(os.getpid()).encode())
         return os.path.samestat(Path(file.name).stat(), os.fstat(file.fileno()))  # who had it may have removed it
     except OSError:
         return False
