@@ -281,9 +281,10 @@ COMMAND_BYTES = 64 * KIB  # a DIMSE command
 WAITING_REQUESTS = 64  # of one association: a device waits for each answer, unless both said otherwise (PS3.7 D.3.3.3)
 SPOOL_BLOCK_BYTES = 512 * KIB  # of an object, written in one go
 PDU_BYTES = MIB + KIB  # a longer PDU is not read: more than maxPdu can be, and than association requests are
-INFLATED_BYTES = 256 * MIB  # of a deflated object: it is read in memory
+INFLATED_BYTES = 256 * MIB  # of a deflated object: a few kilobytes of zeros may become as many, in a file
 INLINE_BYTES = 4096  # base64 of a binary value that may be part of the JSON
 DESCRIBED_BYTES = 64 * MIB  # of an object, read in memory for its JSON
+CHECKED_ELEMENTS = 500_000  # of an object, to see whether it is whole: two seconds; of zeros it has 30 million
 ELEMENT_COST_BYTES = 2000  # counted for each of its elements: 700 in memory, and more than so many fit into no message
 MAX_OMITTED = 100  # tags that are named behind that
 LARGE_VALUE_BYTES = 512 * KIB  # a value above this is not read for the JSON
@@ -8313,7 +8314,7 @@ def parse_ping(host: object, body: object) -> tuple[str, int]:
 
 
 # =====================================================================================================================
-# DICOM (1930 lines, 16150 tokens)
+# DICOM (1940 lines, 16200 tokens)
 #
 # Imaging devices (DICOM PS3.4, PS3.7, PS3.8; channel contract 8). `Dimse` is a core like the others: bytes in, events
 # out. Its line runs requests as coroutines; what takes long (fsync, decoding, JSON) goes to a few threads. pydicom and
@@ -8951,21 +8952,25 @@ _LONG = b"OB OD OF OL OV OW SQ SV UC UN UR UT UV".split()  # with 4 bytes of len
 _VRS = _LONG + b"AE AS AT CS DA DS DT FD FL IS LO LT PN SH SL SS ST TM UI UL US".split()
 
 
-def _inflated(file: BinaryIO, start: int) -> Iterator[bytes]:
-    """A deflated data set, a piece at a time, as far as it goes (PS3.5 A.5)."""
-    file.seek(start)
-    inflater = zlib.decompressobj(-zlib.MAX_WBITS)
-    with suppress(zlib.error):
-        while left := file.read(TRANSFER_BLOCK_BYTES):
-            while left:
-                yield inflater.decompress(left, MIB)
-                left = inflater.unconsumed_tail
-
-
-def _inflated_file(file: BinaryIO, start: int) -> BinaryIO:
-    if any(size > INFLATED_BYTES for size in itertools.accumulate(map(len, _inflated(file, start)))):
-        raise Refusal(f"deflated, and larger than {INFLATED_BYTES} bytes when inflated", OUT_OF_RESOURCES)
-    return io.BytesIO(b"".join(_inflated(file, start)))
+@contextmanager
+def data_set(file: SpoolFile, deflated: bool) -> Iterator[tuple[BinaryIO, int]]:
+    """To be read, and where it begins; a deflated one (PS3.5 A.5) from another file, as far as it goes. Refusal."""
+    with file.open() as reading, ExitStack() as undo:
+        if not deflated:
+            yield reading, file.start
+            return
+        plain, inflater = SpoolFile(file.spool), zlib.decompressobj(-zlib.MAX_WBITS)
+        undo.callback(plain.discard)
+        reading.seek(file.start)
+        with suppress(zlib.error):
+            while not plain.error and (left := inflater.unconsumed_tail or reading.read(TRANSFER_BLOCK_BYTES)):
+                plain.write(inflater.decompress(left, MIB))
+                if plain.size > INFLATED_BYTES:
+                    plain.error = f"deflated, and larger than {INFLATED_BYTES} bytes when inflated"
+        if plain.error:
+            raise Refusal(plain.error, OUT_OF_RESOURCES)
+        with plain.open() as reading:
+            yield reading, 0
 
 
 def _check_begin(begin: bytes) -> None:
@@ -8978,12 +8983,10 @@ def _check_begin(begin: bytes) -> None:
 def check_whole(file: BinaryIO, start: int, syntax: str) -> tuple[float, list[str]]:
     """Refusal for a data set that breaks off, or is a whole Part 10 file; padding behind it is left alone.
 
-    Values are passed over, not read, unless it is deflated. Returns where the part ends that can be read in memory, for
-    the JSON, and the tags of the attributes behind it.
+    Values are passed over, not read. Returns where the part ends that can be read in memory, for the JSON, and the tags
+    of the attributes behind it.
     """
-    implicit, little, deflated = syntax_of(syntax)
-    if deflated:
-        file, start = _inflated_file(file, start), 0
+    implicit, little, _ = syntax_of(syntax)
     order, size = "<" if little else ">", file.seek(0, os.SEEK_END)
     file.seek(start)
     _check_begin(begin := file.read(132))
@@ -8991,8 +8994,10 @@ def check_whole(file: BinaryIO, start: int, syntax: str) -> tuple[float, list[st
     # is implicit VR in the data set (devices say so and mean explicit), and in each sequence or item of undefined
     # length that is not closed?
     inside = [implicit and begin[4:6] not in _VRS]
-    end, key, at, cost, behind = math.inf, "", 0, 0, list[str]()
+    end, key, at, cost, behind, left = math.inf, "", 0, 0, list[str](), CHECKED_ELEMENTS
     while len(head := file.read(8)) == 8 and (head != bytes(8) or len(inside) > 1):
+        if not (left := left - 1):
+            return end, behind
         group, element, length = struct.unpack(order + "HHI", head)
         vr, nested, outer = head[4:6], inside[-1], len(inside) == 1
         if outer:
@@ -9018,7 +9023,7 @@ def check_whole(file: BinaryIO, start: int, syntax: str) -> tuple[float, list[st
             behind += [key] * (len(behind) < MAX_OMITTED)
     if len(inside) > 1 or (head.strip(b"\0") and head not in (b" ", b"\r\n")):
         raise Refusal("the data set breaks off", CANNOT_UNDERSTAND)
-    return (math.inf, []) if deflated else (end, behind)
+    return end, behind
 
 
 # --- requests to application entities --------------------------------------------------------------------------------
@@ -9584,16 +9589,17 @@ class DicomChannel(Channel):
         """In a thread: what an object is, for the body of a message, and its Study Instance UID."""
         omitted: list[str] = []
         standard = self.settings.dicomJson == "standard"
-        with file.open() as reading:
-            end, behind = check_whole(reading, file.start, request.syntax)
+        implicit, little, deflated = syntax_of(request.syntax)
+        with data_set(file, deflated) as (reading, start):
+            end, behind = check_whole(reading, start, request.syntax)
             omitted += behind
-            reading.seek(0)
+            reading.seek(start)
             try:
-                dataset = pydicom.filereader.read_partial(
-                    reading, lambda *_: reading.tell() > end, defer_size=LARGE_VALUE_BYTES, force=True
+                dataset = pydicom.filereader.read_dataset(
+                    reading, implicit, little, stop_when=lambda *_: reading.tell() > end, defer_size=LARGE_VALUE_BYTES
                 )
                 described = dicom_json(dataset, omitted, standard=standard)
-                meta = dicom_json(dataset.file_meta, [], standard=standard)
+                meta = dicom_json(meta_of(file), [], standard=standard)
                 uids = [
                     str(dataset.get(uid, "") or "") for uid in ("SOPClassUID", "SOPInstanceUID", "StudyInstanceUID")
                 ]
