@@ -559,7 +559,7 @@ class ServerError(PeerError):
 
 
 # =====================================================================================================================
-# Settings (1110 lines, 7700 tokens)
+# Settings (1110 lines, 7800 tokens)
 #
 # One setting, one row: a field of a frozen dataclass. The parser, the checks, `--settings-schema` and README's tables
 # come from the row. Names are the wire's own (camelCase). Precedence for a channel, field by field: Endpoint address,
@@ -1197,6 +1197,12 @@ def read_config_file(given: str | None) -> tuple[str, Json]:
     path = Path(given) if given else next(here, installed)
     if path is installed and not os.access(path, os.R_OK):  # another user's agent is not our business
         return "", {}
+    found, ours = Path().stat(), {"0", str(os.geteuid()), os.environ.get("SUDO_UID")} if os.name == "posix" else ()
+    if not given and path is not installed and ours and (str(found.st_uid) not in ours or found.st_mode & 0o002):
+        text = (
+            f"{path} in {Path.cwd()} may be somebody else's, and can name commands: if it is yours, give it by --config"
+        )
+        raise ConfigError(text)
     try:
         text = named_file(str(path)).decode("utf-8-sig")
         return str(path), parse_properties(text) if path.suffix == ".properties" else _flatten(tomli.loads(text))
@@ -2989,7 +2995,7 @@ def text_records(body: str, settings: StreamSettings) -> list[bytes]:
 
 
 # =====================================================================================================================
-# Store (1530 lines, 11200 tokens)
+# Store (1550 lines, 11250 tokens)
 #
 # Every message on disk before it is acknowledged: one SQLite file (WAL, synchronous=FULL), one writer thread with one
 # commit in flight. What arrives while it runs is the next batch: one executemany, one COMMIT, one call back into the
@@ -3161,6 +3167,11 @@ class _Update(NamedTuple):
     size: int
 
 
+def for_others() -> dict[str, str]:
+    """The environment of commands that settings name: without our secret, which is not for them."""
+    return {name: text for name, text in os.environ.items() if name != "MEDPLUM_CLIENT_SECRET"}
+
+
 def store_secret(source: str) -> bytes:
     """What storeKey names, where the key comes from; empty when it names nothing. ConfigError."""
     try:
@@ -3170,6 +3181,10 @@ def store_secret(source: str) -> bytes:
     secret = b""
     if not kind:
         return secret
+    if sys.platform != "win32":  # a dump of our memory would hold the key, and what it encrypts
+        import resource
+
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     try:
         if kind == "systemd":  # systemd.exec(5), LoadCredentialEncrypted
             secret = named_file(os.path.join(os.environ.get("CREDENTIALS_DIRECTORY", ""), where))  # noqa: PTH118
@@ -3183,7 +3198,9 @@ def store_secret(source: str) -> bytes:
                 words = shlex.split(where, posix=os.name == "posix")
             nothing = subprocess.DEVNULL
             with suppress(subprocess.SubprocessError):  # its text would quote the command
-                secret = subprocess.check_output(words, stdin=nothing, stderr=nothing, timeout=KEY_SECS)
+                secret = subprocess.check_output(
+                    words, stdin=nothing, stderr=nothing, timeout=KEY_SECS, env=for_others()
+                )
     except OSError as error:
         lasting = error.errno in (errno.EACCES, errno.EISDIR, errno.EINVAL)  # a disk may still be mounted
         text = f"storeKey: the key cannot be read from {kind}: {error.strerror}"
@@ -10639,7 +10656,7 @@ def issuer_of(der: bytes) -> str:
 
 
 # =====================================================================================================================
-# Operations (760 lines, 7350 tokens)
+# Operations (760 lines, 7400 tokens)
 #
 # What a person asks of a running agent: status, the queue, alarms, the page and its figures. One `ask` serves the
 # command line (over a socket in the state directory that only the agent's user can open), the page, and the cloud (a
@@ -10920,7 +10937,8 @@ class Operations:
     async def _to_command(self, command: str, text: str) -> None:
         words = shlex.split(command, posix=os.name == "posix")
         pipe, null = asyncio.subprocess.PIPE, asyncio.subprocess.DEVNULL
-        process = await asyncio.create_subprocess_exec(*words, stdin=pipe, stdout=null, start_new_session=True)
+        options: Json = {"stdout": null, "start_new_session": True, "env": for_others()}
+        process = await asyncio.create_subprocess_exec(*words, stdin=pipe, **options)
         try:
             await process.communicate(f"{text}\n".encode())
             if process.returncode:
