@@ -221,7 +221,7 @@ ALARM_SECS = 10.0  # to bring an alarm to alarmTo
 ALARMS_HELD = 1000  # events that alarmTo has not taken
 WEB_SECS, WEB_BYTES = 10.0, 64 * MIB  # a request to the page or the local socket: to arrive, and at most
 STRANGER_BYTES = 4 * KIB  # of one from somebody who has not the token
-WEB_GUESTS = 64  # connections to each of them at once
+WEB_GUESTS = 64  # connections of strangers to each of them at once
 EVENT_SECS = 2.0  # between two updates of the page
 REMOTE_SECS = 5.0  # for what the cloud asks the agent itself; the server waits 10 s
 COUNT_SECS = 2.0  # for counting what waits: a store that hangs must not hide that it does
@@ -10656,7 +10656,7 @@ def issuer_of(der: bytes) -> str:
 
 
 # =====================================================================================================================
-# Operations (760 lines, 7400 tokens)
+# Operations (760 lines, 7450 tokens)
 #
 # What a person asks of a running agent: status, the queue, alarms, the page and its figures. One `ask` serves the
 # command line (over a socket in the state directory that only the agent's user can open), the page, and the cloud (a
@@ -10746,7 +10746,7 @@ class Operations:
         self._door: asyncio.Server | None = None
         self._page: asyncio.Server | None = None
         self._door_trouble = ""
-        self._guests = collections.Counter[str]()
+        self._guests = collections.defaultdict[str, dict[asyncio.StreamWriter, bool]](dict)
         self._looking = asyncio.Lock()
         self.page_trouble = ""
         self._counted = False  # once what waits is known, a destination without an entry has nothing
@@ -11200,14 +11200,18 @@ class Operations:
         spawn(self._welcome(door, reader, writer))  # asyncio would hold a task that no stop of ours ends
 
     async def _welcome(self, door: str, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        """One connection, one request (RFC 9112). Only the agent's user can open the socket; others need the token."""
-        self._guests[door] += 1
+        """One connection, one request (RFC 9112). Only the agent's user can open the socket; others need the token. Of
+        too many strangers the oldest goes: who says nothing must not keep a monitor out."""
+        guests = self._guests[door]
+        if len(guests) >= WEB_GUESTS:
+            (oldest := next(iter(guests))).transport.abort()
+            del guests[oldest]
+        guests[writer] = True
         with closing(writer), suppress(OSError, TimeoutError, h11.ProtocolError):
             try:
-                if self._guests[door] <= WEB_GUESTS:
-                    await self._serve(door, reader, writer)
+                await self._serve(door, reader, writer)
             finally:
-                self._guests[door] -= 1
+                guests.pop(writer, None)
 
     async def _serve(self, door: str, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         connection, body = h11.Connection(h11.SERVER), bytearray()
@@ -11220,6 +11224,8 @@ class Operations:
                 body += part.data
                 if len(body) > (WEB_BYTES if known else STRANGER_BYTES):
                     return
+        if known:
+            self._guests[door].pop(writer, None)
         answer = await self._respond(door, known, request, bytes(body))
         writer.writelines([connection.send(event) or b"" for event in answer])
         while True:

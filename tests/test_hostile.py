@@ -1,16 +1,19 @@
 """What somebody hostile tries, a second time: bombs, floods, strangers' files, and what is left lying about."""
 
+import http.client
 import json
 import os
+import socket
 import struct
 import subprocess
 import sys
 import time
 import zlib
+from contextlib import ExitStack
 
 from medplum_agent import MAX_OMITTED, MIB
 from tests.dicom_peers import QUIET, SUCCESS, Scu, imaging_site, made, transmits
-from tests.support import ROOT, changed, eventually, site
+from tests.support import ROOT, changed, eventually, free_ports, site
 from tests.test_security import memory_mb
 
 EXPLICIT, DEFLATED = "1.2.840.10008.1.2.1", "1.2.840.10008.1.2.1.99"
@@ -39,6 +42,24 @@ def test_a_small_deflated_object_is_not_a_large_one_in_memory(tmp_path):
         assert all("00100010" in one["dataset"] for one in told) and told[1]["omitted"] == ["10011000"] * MAX_OMITTED
         here.sandbox.wait_for(lambda: len(transmits(here, usual.uid)) == 2)
         eventually(lambda: not [*here.agent.state_dir.glob("*.spool/*")], 20, "nothing stays in the spool")
+
+
+def test_strangers_who_say_nothing_keep_no_monitor_out(tmp_path):
+    (port,) = free_ports(1)
+    with site(tmp_path, {"A": ""}, config=f"statusAddress = '127.0.0.1:{port}'") as here, ExitStack() as idle:
+
+        def asked(path: str) -> http.client.HTTPResponse:
+            page = http.client.HTTPConnection("127.0.0.1", port, timeout=10)
+            idle.callback(page.close)
+            page.request("GET", path, headers=token)
+            return page.getresponse()
+
+        token = {"Authorization": f"Bearer {(here.agent.state_dir / 'agent.token').read_text()}"}
+        events = asked("/events")
+        for _ in range(200):
+            idle.enter_context(socket.create_connection(("127.0.0.1", port)))
+        assert [asked("/healthz").read() for _ in range(3)] == [b"well"] * 3
+        assert [events.readline()[:6] for _ in range(5)].count(b"data: ") >= 2, "who has the token stays"
 
 
 # --- the machine ---
