@@ -3336,6 +3336,7 @@ class SpoolFile(io.FileIO):
         """Close, and remove what was not kept; may be called again."""
         if self._sealed is not None:
             self._sealed.close(True)
+            self._sealed = None
         self.close()
         if self._kept:
             return
@@ -4873,7 +4874,8 @@ class Fhir:
                 kind = response.headers.get("Content-Type", "")
                 if response.status >= 300 or "json" in kind:
                     return _whole(response, INFLATED_BYTES)
-                for block in only_part(kind, response.stream(TRANSFER_BLOCK_BYTES)):
+                # what comes, not what fills a block: a server that drips is left when the file has been closed
+                for block in only_part(kind, iter(partial(response.read1, TRANSFER_BLOCK_BYTES), b"")):
                     file.write(block)
                 return Response(response.status, response.headers)
 
@@ -11625,7 +11627,7 @@ class Versions:
                 file: Any = pool.request("GET", url, preload_content=False) if pool else open(url, "rb")  # noqa: SIM115
                 if pool and file.status != 200:
                     raise DownloadHTTPError(f"status {file.status} for {url}", file.status)
-                return in_time(url, iter(partial(file.read, TRANSFER_BLOCK_BYTES, **as_sent), b""))
+                return in_time(url, iter(partial(file.read1, TRANSFER_BLOCK_BYTES, **as_sent), b""))
 
         metadata, machine = self.folder / "metadata", platform.machine().lower()
         metadata.mkdir(mode=0o700, exist_ok=True)

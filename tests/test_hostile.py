@@ -1,18 +1,28 @@
 """What somebody hostile tries, a second time: bombs, floods, strangers' files, and what is left lying about."""
 
+import asyncio
 import http.client
+import io
+import itertools
 import json
+import math
 import os
 import socket
 import struct
 import subprocess
 import sys
+import threading
 import time
 import zlib
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, closing, contextmanager, suppress
 
+import pytest
+
+import medplum_agent as ma
 from medplum_agent import MAX_OMITTED, MIB
 from tests.dicom_peers import QUIET, SUCCESS, Scu, imaging_site, made, transmits
+from tests.releases import throw_away_keys
 from tests.support import ROOT, changed, eventually, free_ports, site
 from tests.test_security import memory_mb
 
@@ -26,12 +36,12 @@ def deflated(*parts: bytes) -> bytes:
 
 @QUIET
 def test_a_small_deflated_object_is_not_a_large_one_in_memory(tmp_path):
-    """One of zeros, and one of attributes: each a few hundred kilobytes, and 240 MiB when inflated."""
+    """One of zeros, and one of attributes: each some hundred kilobytes, and 80 MiB or more when inflated."""
     usual = made(0, EXPLICIT)
-    pixels = struct.pack("<HH2sHI", 0x7FE0, 0x10, b"OW", 0, 240 * MIB)
+    pixels = struct.pack("<HH2sHI", 0x7FE0, 0x10, b"OW", 0, 120 * MIB)
     attributes = struct.pack("<HH2sH", 0x1001, 0x1000, b"LO", 0) * (MIB // 8)
-    zeros = usual._replace(syntax=DEFLATED, content=deflated(usual.content, pixels, *[bytes(MIB)] * 240))
-    many = usual._replace(syntax=DEFLATED, content=deflated(usual.content, *[attributes] * 240))
+    zeros = usual._replace(syntax=DEFLATED, content=deflated(usual.content, pixels, *[bytes(MIB)] * 120))
+    many = usual._replace(syntax=DEFLATED, content=deflated(usual.content, *[attributes] * 80))
     with imaging_site(tmp_path, {"CT": "dicom://127.0.0.1:{port}"}) as here:
         before, began = memory_mb(here), time.monotonic()
         with Scu.for_instances(here.ports["CT"], zeros, timeout=60) as scu:
@@ -56,10 +66,71 @@ def test_strangers_who_say_nothing_keep_no_monitor_out(tmp_path):
 
         token = {"Authorization": f"Bearer {(here.agent.state_dir / 'agent.token').read_text()}"}
         events = asked("/events")
-        for _ in range(200):
+        for _ in range(80):
             idle.enter_context(socket.create_connection(("127.0.0.1", port)))
         assert [asked("/healthz").read() for _ in range(3)] == [b"well"] * 3
         assert [events.readline()[:6] for _ in range(5)].count(b"data: ") >= 2, "who has the token stays"
+
+
+# --- in the place of the server ---
+
+
+@contextmanager
+def dripping(drips: int) -> Iterator[str]:
+    """A server whose first answers come a byte at a time, and never whole; later ones are three bytes. Its address."""
+    done = threading.Event()
+
+    def answer(accepted: socket.socket, slow: bool) -> None:
+        with accepted, suppress(OSError):
+            accepted.recv(65536)
+            head = b"HTTP/1.1 200 OK\r\nContent-Type: application/dicom\r\nContent-Length: %d\r\n\r\n"
+            accepted.sendall(head % (5000 if slow else 3) + (b"" if slow else b"abc"))
+            while slow and not done.wait(0.1):
+                accepted.sendall(b"x")
+
+    def listen() -> None:
+        with suppress(OSError):
+            for number in itertools.count():
+                threads.append(threading.Thread(target=answer, args=(listener.accept()[0], number < drips)))
+                threads[-1].start()
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        threads = [threading.Thread(target=listen)]
+        threads[0].start()
+        try:
+            yield f"http://127.0.0.1:{listener.getsockname()[1]}/"
+        finally:
+            done.set()
+            listener.shutdown(socket.SHUT_RDWR)
+            for thread in threads:
+                thread.join(10)
+
+
+def test_downloads_that_drip_hold_up_no_other():
+    async def fetch(fhir: ma.Fhir) -> bytes:
+        fhir.token = ma.Token("token", math.inf, math.inf)
+        for _ in range(ma.TRANSFERS):
+            with pytest.raises(TimeoutError), closing(io.BytesIO()) as left:
+                async with asyncio.timeout(0.5):
+                    await fhir.download("Binary/1", left)
+        async with asyncio.timeout(20):
+            await fhir.download("Binary/2", file := io.BytesIO())
+        return file.getvalue()
+
+    with dripping(ma.TRANSFERS) as url:
+        assert asyncio.run(fetch(ma.Fhir(ma.ProcessSettings(url, "client", "secret", "agent-1")))) == b"abc"
+
+
+def test_an_upgrade_that_drips_ends(monkeypatch, tmp_path):
+    monkeypatch.setattr(ma, "own_program", (tmp_path / "medplum-agent").absolute)
+    monkeypatch.setattr(ma, "ROOT_FILE", throw_away_keys().root)
+    monkeypatch.setattr(ma, "FETCH_SECS", 0.5)
+    with dripping(1) as url:
+        settings = ma.ProcessSettings("https://x.example/", "a", "b", "c", upgradeUrl=url)
+        began = time.monotonic()
+        with pytest.raises(ma.LocalError, match="did not come within"):
+            ma.Versions().fetch(settings, "")
+        assert time.monotonic() - began < 15
 
 
 # --- the machine ---
