@@ -15,7 +15,7 @@ import threading
 import time
 import zlib
 from collections.abc import Iterator
-from contextlib import ExitStack, closing, contextmanager, suppress
+from contextlib import ExitStack, closing, contextmanager, nullcontext, suppress
 
 import pytest
 
@@ -66,7 +66,7 @@ def test_strangers_who_say_nothing_keep_no_monitor_out(tmp_path):
 
         token = {"Authorization": f"Bearer {(here.agent.state_dir / 'agent.token').read_text()}"}
         events = asked("/events")
-        for _ in range(80):
+        for _ in range(66):
             idle.enter_context(socket.create_connection(("127.0.0.1", port)))
         assert [asked("/healthz").read() for _ in range(3)] == [b"well"] * 3
         assert [events.readline()[:6] for _ in range(5)].count(b"data: ") >= 2, "who has the token stays"
@@ -121,9 +121,14 @@ def test_downloads_that_drip_hold_up_no_other():
         assert asyncio.run(fetch(ma.Fhir(ma.ProcessSettings(url, "client", "secret", "agent-1")))) == b"abc"
 
 
-def test_an_upgrade_that_drips_ends(monkeypatch, tmp_path):
-    monkeypatch.setattr(ma, "own_program", (tmp_path / "medplum-agent").absolute)
+@pytest.fixture
+def installed(monkeypatch, tmp_path):
+    monkeypatch.setattr(ma, "own_program", (tmp_path / "here" / "medplum-agent").absolute)
     monkeypatch.setattr(ma, "ROOT_FILE", throw_away_keys().root)
+    (tmp_path / "here").mkdir()
+
+
+def test_an_upgrade_that_drips_ends(monkeypatch, installed):
     monkeypatch.setattr(ma, "FETCH_SECS", 0.5)
     with dripping(1) as url:
         settings = ma.ProcessSettings("https://x.example/", "a", "b", "c", upgradeUrl=url)
@@ -131,6 +136,38 @@ def test_an_upgrade_that_drips_ends(monkeypatch, tmp_path):
         with pytest.raises(ma.LocalError, match="did not come within"):
             ma.Versions().fetch(settings, "")
         assert time.monotonic() - began < 15
+
+
+@pytest.mark.parametrize("page", [{"entry": ["x"]}, {"entry": 1}, {"link": [1]}, {"link": [{"relation": "next"}]}, {}])
+def test_pages_of_a_search_that_are_none_or_lead_to_themselves(page):
+    asked = list[str]()
+
+    async def search(fhir: ma.Fhir) -> None:
+        async def get(url: str, what: str, kind: str) -> ma.Json:
+            asked.append(url)
+            for link in page.get("link", []):
+                if isinstance(link, dict):
+                    link["url"] = url
+            return {"resourceType": kind} | page
+
+        fhir._get = get  # type: ignore[method-assign]
+        with suppress(ma.ServerError) if page else nullcontext():
+            assert await fhir.search("DicomStudy?_count=1000") == []
+
+    asyncio.run(search(ma.Fhir(ma.ProcessSettings("https://x.example/", "a", "b", "c"))))
+    assert len(asked) <= 1000
+
+
+def test_a_doctor_does_not_read_every_study_of_the_server(tmp_path):
+    """It said that the server does not answer, and advised another access policy."""
+    with site(tmp_path, {"CT": "dicom://127.0.0.1:{port}?answer=server"}, start=False) as here:
+        study = {"resourceType": "DicomStudy", "studyInstanceUid": "1.2.3"}
+        here.sandbox.sandbox.resources.update({f"DicomStudy/{n}": study | {"id": str(n)} for n in range(2500)})
+        values = [here.sandbox.url, "sandbox-client", "sandbox-secret", "agent-1", "--state-dir", str(tmp_path)]
+        command = [sys.executable, "-m", "medplum_agent", "doctor", *values, "--json"]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=30)
+        found = [check for check in json.loads(done.stdout)["checks"] if check["name"] == "rights"]
+        assert found[0]["text"] == "DicomStudy can be searched", found
 
 
 # --- the machine ---
