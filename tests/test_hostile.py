@@ -11,6 +11,7 @@ import socket
 import struct
 import subprocess
 import sys
+import tarfile
 import threading
 import time
 import zlib
@@ -136,6 +137,31 @@ def test_an_upgrade_that_drips_ends(monkeypatch, installed):
         with pytest.raises(ma.LocalError, match="did not come within"):
             ma.Versions().fetch(settings, "")
         assert time.monotonic() - began < 15
+
+
+def test_a_bundle_of_strangers_writes_nothing_elsewhere(installed, tmp_path):
+    """Links in folders so deep that no path names them lead out, as Python's own filter did not see for years."""
+    whole, bundle, long = "", tmp_path / "evil.bundle", "d" * 247
+    steps = "abcdefghijklmnop"
+    with tarfile.open(bundle, "w") as archive:
+
+        def add(name: str, link: str = "", kind: bytes = tarfile.SYMTYPE) -> None:
+            entry = tarfile.TarInfo(name)
+            entry.type, entry.linkname = kind, link
+            archive.addfile(entry, io.BytesIO())
+
+        for step in steps:
+            add(f"{whole}{long}", kind=tarfile.DIRTYPE)
+            add(f"{whole}{step}", long)
+            whole += f"{long}/"
+        up = f"{'/'.join(steps)}/{'l' * 254}"
+        add(up, "../" * len(steps))
+        add("out", f"{up}/../../../../")
+        add("out/written", kind=tarfile.REGTYPE)
+    settings = ma.ProcessSettings("https://x.example/", "a", "b", "c")
+    with pytest.raises(ma.LocalError):
+        ma.Versions().fetch(settings, "", str(bundle))
+    assert not [*tmp_path.rglob("written")]
 
 
 @pytest.mark.parametrize("page", [{"entry": ["x"]}, {"entry": 1}, {"link": [1]}, {"link": [{"relation": "next"}]}, {}])
