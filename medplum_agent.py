@@ -133,7 +133,7 @@ def load_json(text: Any) -> Any:
 
 
 # =====================================================================================================================
-# Version, limits (360 lines, 1700 tokens)
+# Version, limits (370 lines, 1800 tokens)
 #
 # Every bound has a name, a unit and a reason. What a site could need to change is a setting instead (next section).
 # =====================================================================================================================
@@ -420,6 +420,14 @@ def sync_folder(folder: Path) -> None:
             os.close(descriptor)
 
 
+def hand_over(descriptor: int, folder: Path) -> None:
+    """What root makes in the folder of a service is the service's, which could not use it; no hard link is."""
+    if os.name == "posix" and os.geteuid() == 0 and os.fstat(descriptor).st_nlink == 1:
+        owner = folder.stat()
+        with suppress(OSError):  # root that may not, as in some containers
+            os.fchown(descriptor, owner.st_uid, owner.st_gid)
+
+
 def replace_file(path: Path, content: bytes, *, public: bool = False) -> None:
     """Whoever reads it finds the old content or the new one, whole, also after a power cut."""
     temporary = beside(path, ".new")
@@ -428,6 +436,7 @@ def replace_file(path: Path, content: bytes, *, public: bool = False) -> None:
         file.flush()
         if public:
             temporary.chmod(0o644)
+        hand_over(file.fileno(), path.parent)
         sync(file.fileno())
     temporary.replace(path)
     sync_folder(path.parent)
@@ -4383,6 +4392,7 @@ def rewrite_queue(path: Path, old: str, new: str) -> None:
                 raise apsw.BusyError("database is locked: another program reads it")
             db.execute("VACUUM INTO ?", (f"{target.absolute().as_uri()}?{new or 'key='}",))
         with open(target, "r+b") as file:
+            hand_over(file.fileno(), path.parent)
             sync(file.fileno())
         mark.unlink(missing_ok=True)  # it is that of the old file
         sync_folder(mark.parent)
@@ -11364,6 +11374,7 @@ def audit(state_dir: Path, look: str) -> None:
     entry = {"timestamp": utc_text("%Y-%m-%dT%H:%M:%S", now_ms()) + "Z", "user": who, "look": look}
     try:
         with open(state_dir / AUDIT_FILE, "ab", opener=private) as file:
+            hand_over(file.fileno(), state_dir)
             file.write(dump_json(entry) + b"\n")
             file.flush()
             sync(file.fileno())

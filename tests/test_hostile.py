@@ -24,7 +24,7 @@ import medplum_agent as ma
 from medplum_agent import MAX_OMITTED, MIB
 from tests.dicom_peers import QUIET, SUCCESS, Scu, imaging_site, made, transmits
 from tests.releases import throw_away_keys
-from tests.support import ROOT, changed, eventually, free_ports, site
+from tests.support import ROOT, changed, eventually, free_ports, message, site
 from tests.test_security import memory_mb
 
 EXPLICIT, DEFLATED = "1.2.840.10008.1.2.1", "1.2.840.10008.1.2.1.99"
@@ -243,3 +243,31 @@ alarmTo = "sh -c 'env > {heard}-alarm'"
             path = tmp_path / f"heard-{name}"
             told = eventually(lambda: path.exists() and path.read_text(), 20)  # noqa: B023
             assert "PATH=" in told and "hush-hush" not in told
+
+
+@pytest.mark.skipif(os.name != "posix" or os.geteuid() != 0, reason="only root has commands in a service's folder")
+def test_what_root_makes_in_the_folder_of_a_service_is_the_services(tmp_path):
+    """After `sudo queue rekey` it refused every message, after `sudo queue show --payload` the cloud's looks."""
+    (key := tmp_path / "key").write_text("k" * 64)
+    with site(tmp_path, {"A": "?enhanced=true"}, config="heartbeatSecs = 5") as here:
+        with here.device("A") as device:
+            assert device.ask(message("OURS-1"))[0] == "CA"
+        number = here.agent.wait_state("OURS-1", "processed")["id"]
+        here.agent.terminate()
+        folder = here.agent.state_dir
+        for path in (folder, *folder.iterdir()):
+            os.chown(path, 4321, 4321)
+        values = [here.sandbox.url, "sandbox-client", "sandbox-secret", "agent-1"]
+        names = ("BASE_URL", "CLIENT_ID", "CLIENT_SECRET", "AGENT_ID")
+        env = {**os.environ, "PYTHONPATH": str(ROOT)}
+        env |= {f"MEDPLUM_{name}": value for name, value in zip(names, values, strict=True)}
+        for words in (["show", str(number), "--payload"], ["rekey", "--to", f"file:{key}"]):
+            command = [sys.executable, "-m", "medplum_agent", "queue", *words, "--state-dir", str(folder)]
+            subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, check=True)
+        found = {path.name: path.stat().st_uid for path in folder.iterdir()}
+        assert {
+            "medplum-agent-audit.log",
+            "medplum-agent-queue.sqlite",
+            "medplum-agent-queue.sqlite.key",
+        } < found.keys()
+        assert {*found.values()} == {4321}
