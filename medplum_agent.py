@@ -6068,7 +6068,7 @@ class Uplink:
 
 
 # =====================================================================================================================
-# Lines (1220 lines, 8900 tokens)
+# Lines (1220 lines, 8950 tokens)
 #
 # One open connection to a device, whoever dialled; each protocol has one class here, which owns its core. A line takes
 # bytes (`receive`), makes messages of them (`intake`), acknowledges when the store says durable (`stored`), writes down
@@ -6510,7 +6510,8 @@ class Line(asyncio.Protocol):
             else:
                 transport.close()
         with suppress(TimeoutError):
-            await asyncio.wait_for(self.lost.wait(), seconds)
+            async with asyncio.timeout(seconds):
+                await self.lost.wait()
         in_time = self.lost.is_set()
         self.abort()
         return in_time
@@ -7581,7 +7582,8 @@ class Channel:
                 reason = "the line was closed"
                 if reason == last_reason:  # it may hang up at once again
                     with suppress(TimeoutError):
-                        await asyncio.wait_for(line.lost.wait(), STABLE_SECS)
+                        async with asyncio.timeout(STABLE_SECS):  # wait_for, in 3.11, may lose the end of the channel
+                            await line.lost.wait()
                 if not line.lost.is_set():
                     self._log.info(f"{where} is open.")
                 await line.lost.wait()

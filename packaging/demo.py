@@ -961,7 +961,9 @@ class Demo:
         while not orders:
             try:
                 wait = max(0.01, (core.deadline() or loop.time() + 10) - loop.time())
-                if not (received := await asyncio.wait_for(reader.read(4096), wait)):
+                async with asyncio.timeout(wait):  # wait_for, in 3.11, loses a Ctrl-C that comes with the bytes
+                    received = await reader.read(4096)
+                if not received:
                     raise EOFError
                 perform(core.receive(received, loop.time()))
             except TimeoutError:
