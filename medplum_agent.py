@@ -568,7 +568,7 @@ class ServerError(PeerError):
 
 
 # =====================================================================================================================
-# Settings (1110 lines, 7800 tokens)
+# Settings (1130 lines, 7950 tokens)
 #
 # One setting, one row: a field of a frozen dataclass. The parser, the checks, `--settings-schema` and README's tables
 # come from the row. Names are the wire's own (camelCase). Precedence for a channel, field by field: Endpoint address,
@@ -632,6 +632,15 @@ def open_since(hours: list[Hours], moment: datetime.datetime) -> list[str]:
     """When those of them that a moment lies in begin, as `07:00`."""
     clock = f"{moment:%H:%M}"
     return [start for days, start, end in hours if moment.weekday() in days and start <= clock < end]
+
+
+def unknown(name: str, known: Iterable[str]) -> str:
+    """What is said of a name that is none of those which are known: perhaps the one that was meant."""
+    import difflib  # seldom
+
+    named = {one.lower(): one for one in known}
+    near = difflib.get_close_matches(name.strip().lower(), named, 1)
+    return f"'{name}' is ignored" + "".join(f": did you mean {named[one]}?" for one in near)
 
 
 def may_be_secret(name: str) -> bool:
@@ -706,6 +715,8 @@ def parse_key(spec: str) -> tuple[FieldPath, ...]:
 
 def byte_sequence(text: str) -> bytes:
     """The bytes of a decoded parameter, one per code point; ValueError for code points above 0xFF."""
+    if re.match(r"0x[0-9A-Fa-f]|\\x|%[0-9A-Fa-f]", text):
+        raise ValueError("would be these very characters: write %02 for the byte 0x02")
     try:
         return text.encode("latin-1")
     except UnicodeEncodeError:
@@ -973,7 +984,8 @@ class Hl7Settings(ChannelSettings):
 class BytesSettings:
     """What a channel and a Device.url have in common where the device speaks no HL7."""
 
-    mode: str = setting("raw", "Mode: what the device speaks: framed bytes, or ASTM sessions of records [raw astm]")
+    mode: str = setting("raw", "Mode: what the device speaks: framed bytes, or ASTM sessions of records [raw astm]",
+        guard=True)
     bodyEncoding: str = setting("hex",
         "Body: raw: how body and answer are written; ASTM bodies are always text [hex utf-8 utf8]")
     checksum: str = setting("on", "Checksum: ASTM: `off` for instruments without one [on off]")
@@ -991,8 +1003,8 @@ class StreamSettings(ChannelSettings, BytesSettings):
     maxMessageBytes: int = again(ChannelSettings, "maxMessageBytes", 8 * MIB)
     encoding: str = again(Hl7Settings, "encoding", "latin-1",
         description="ASTM: character encoding of the instrument; a raw body is written as bodyEncoding says")
-    startChar: str = setting("", "Start: raw: byte or bytes that start a message", check=byte_sequence)
-    endChar: str = setting("", "End: raw: byte or bytes that end a message", check=byte_sequence)
+    startChar: str = setting("", "Start: raw: byte or bytes that start a message", check=byte_sequence, guard=True)
+    endChar: str = setting("", "End: raw: byte or bytes that end a message", check=byte_sequence, guard=True)
     autoRespond: str = setting("",
         "Automatic answers: raw: `<pattern>:<response>`, repeatable; answered wherever the pattern is received",
         check=auto_responses)
@@ -1120,7 +1132,7 @@ def read_settings(
     values = Json()
     for name, value in given:
         if (row := rows.get(name)) is None:
-            warn(f"{where}unknown parameter '{name}' is ignored")
+            warn(f"{where}unknown parameter {unknown(name, rows)}")
             continue
         try:
             values[name] = parse_setting(row, value)
@@ -1262,7 +1274,7 @@ def resolve_process(
         raise ConfigError(*problems.values(), for_good=file.endswith(".toml"))
     settings, rows = ProcessSettings(**values), rows_of(LoggerSettings)
     known = {*rows_of(ProcessSettings), *(f"logger.{log}.{name}" for log in ("main", "channel") for name in rows)}
-    warnings = [f"{file}: unknown setting '{name}' is ignored" for name in in_file if name not in known]
+    warnings = [f"{file}: unknown setting {unknown(name, known)}" for name in in_file if name not in known]
 
     def logger(where: str) -> LoggerSettings:
         found = [(name, in_file[where + name]) for name in rows if where + name in in_file]
@@ -1441,6 +1453,8 @@ def read_parameters(cls: type[Any], query: str, where: str, warn: Warn) -> Json:
     """The values that the query of an address sets; bad ones are warned about and left out."""
     pairs = parse_qsl(query, keep_blank_values=True)
     given = dict(reversed(pairs))  # the first of a name counts
+    for name in dict.fromkeys(name for name, text in pairs if text != given[name] and name not in LIST_PARAMETERS):
+        warn(f"{where}: {name} stands there with several values: the first, '{given[name]}', counts")
     for name in LIST_PARAMETERS & given.keys():
         given[name] = ",".join(text for other, text in pairs if other == name)
     if rate := given.get("messagesPerMin"):  # the reference reads the integer that it begins with
@@ -1544,15 +1558,18 @@ def channel_plan(name: str, endpoint: Json, given: Mapping[str, Any], warnings: 
     if prefix is None:
         what = f"unsupported endpoint type '{scheme}' in {address}"
         raise ConfigError(f"{where}: {what}; supported: {', '.join(PROTOCOLS)}")
+    serial = prefix == "serial"  # serial://COM3 or serial:///dev/ttyUSB0
     try:
         url = urlsplit(address)
-        serial = url.scheme == "serial"  # serial://COM3 or serial:///dev/ttyUSB0
         host, port = (url.netloc or url.path, 0) if serial else (url.hostname or "", url.port or 0)
-    except ValueError as error:
-        raise ConfigError(f"{where}: invalid address {address}: {error}") from None
-    if not (host if serial else port):
-        raise ConfigError(f"{where}: the address {address} needs a port from 1 to 65535")
-    query = ("tls=true&" if url.scheme in ("mllps", "dicoms") else "") + url.query
+        if not (host if serial else port):
+            raise ValueError
+    except ValueError:
+        wanted = f"needs a port from 1 to 65535, as in {prefix}://0.0.0.0:56000?name=value&name=value"
+        raise ConfigError(f"{where}: the address {address} {wanted}") from None
+    if lost := url.fragment or (not serial and url.path.strip("/")):
+        warnings.append(f"{where}: '{lost}' in the address is ignored: parameters begin with ?")
+    query = ("tls=true&" if url.scheme == f"{prefix}s" else "") + url.query
     protocol, cls = PROTOCOLS[prefix]
     settings, written = channel_settings(cls, query, where, given, warnings)
     if serial and settings.tls:
@@ -10281,7 +10298,7 @@ def _checked_status(answer: Dataset) -> int:
 
 
 # =====================================================================================================================
-# Doctor (400 lines, 3500 tokens)
+# Doctor (400 lines, 3600 tokens)
 #
 # `doctor`: one line a check, in the order in which things can fail, each with what the person who can act has to do.
 # It works beside a running agent, without one, and within one for the cloud. May touch: network, files, serial ports.
@@ -10311,6 +10328,14 @@ def silent_parts(plan: Plan) -> Iterator[str]:
     """What is allowed, and still not what somebody wants who looks for his messages."""
     if plan.status == "off":
         yield "Agent.status is off: no channel listens. Set it to active and call $reload-config"
+    elif not plan.agent.get("channel"):
+        yield "the Agent has no channel: no device can connect"
+    names = collections.Counter(str(entry.get("name")) for entry in plan.agent.get("setting") or [])
+    for name, count in names.items():
+        if name not in AGENT_ROWS:
+            yield f"unknown setting {unknown(name, AGENT_ROWS)}"
+        elif count > 1:
+            yield f"setting {name} stands there {count} times: the first counts"
     for entry in plan.agent.get("channel") or []:
         if not entry.get("targetReference"):
             yield f"channel '{entry.get('name')}' names no Bot (targetReference): the server refuses its messages"

@@ -1,9 +1,26 @@
 """The people: who installs it, sets it up with mistakes, is woken up at night, and tries things."""
 
 import asyncio
+import subprocess
 import unittest.mock
 
-from demo import Demo
+import pytest
+from demo import Demo, sandbox_resources
+
+import medplum_agent
+from tests.support import AGENT_ID, AgentProcess, Site, setting, site
+
+
+def run(here: Site, *arguments: str) -> tuple[int, str]:
+    """Exit code, and what a command prints that asks about the site's agent."""
+    command = [*AgentProcess.COMMAND, *arguments, "--state-dir", str(here.agent.state_dir)]
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=20)
+    return done.returncode, done.stdout
+
+
+def resources(address: str) -> tuple[medplum_agent.Json, dict[str, medplum_agent.Json | medplum_agent.AgentError]]:
+    found = dict(sandbox_resources(AGENT_ID, {"A": address}))
+    return found.pop(f"Agent/{AGENT_ID}"), {**found}
 
 
 def test_a_ctrl_c_that_comes_with_an_analyzers_bytes_is_not_lost():
@@ -23,3 +40,54 @@ def test_a_ctrl_c_that_comes_with_an_analyzers_bytes_is_not_lost():
         return analyzer.cancelled()
 
     assert [asyncio.run(cancelled_after(turns)) for turns in range(5)] == [True] * 5
+
+
+# --- what is set up with mistakes in it ---
+
+
+@pytest.mark.parametrize(
+    ("address", "words"),
+    [
+        ("mllp://0.0.0.0:56000&enhanced=true", "needs a port from 1 to 65535, as in mllp://0.0.0.0:56000?name=value"),
+        ("mllp://::1:56000", "needs a port"),
+        ("tcp://0.0.0.0:57000?mode=lis", "mode 'lis': must be one of raw, astm"),
+        ("tcp://0.0.0.0:57000?startChar=0x02&endChar=%03", "startChar '0x02': would be these very characters"),
+        ("tcp://0.0.0.0:57000?startChar=%02&endChar=%253", "endChar '%3': would be these very characters"),
+        ("tcps://0.0.0.0:57000?mode=astm", "TLS needs certFile"),  # it listened in clear text
+    ],
+)
+def test_an_address_that_cannot_be_meant_is_refused_with_the_reason(address, words):
+    plan, problems = medplum_agent.build_plan(*resources(address))
+    assert words in problems[0] and not plan.channels
+
+
+@pytest.mark.parametrize(
+    ("address", "words"),
+    [
+        ("mllp://0.0.0.0:56000#enhanced=true", "'enhanced=true' in the address is ignored: parameters begin with ?"),
+        ("mllp://0.0.0.0:56000/enhanced=true", "'enhanced=true' in the address is ignored"),
+        ("mllp://0.0.0.0:56000?enhanced=true&enhanced=aa", "several values: the first, 'true', counts"),
+        ("mllp://0.0.0.0:56000?Enhanced=true", "unknown parameter 'Enhanced' is ignored: did you mean enhanced?"),
+        ("dicom://0.0.0.0:104?calledAETitle=X", "did you mean calledAeTitle?"),
+        ("tcp://0.0.0.0:57000?mode=astm&autoRespond=0x05:0x06", "write %02 for the byte 0x02; it is ignored"),
+    ],
+)
+def test_what_an_address_says_in_vain_is_said(address, words):
+    (warning,) = medplum_agent.build_plan(*resources(address))[0].warnings
+    assert words in warning
+
+
+def test_settings_of_the_agent_that_do_nothing_are_said_and_stop_nothing(tmp_path):
+    settings = [
+        setting("channelMaxWorker", 3), setting("keepalive", True), setting("strictConfigValidation", True),
+        setting("alarmAgeSecs", 5), setting("alarmAgeSecs", 50),
+    ]  # fmt: skip
+    with site(tmp_path, {"ADT": ""}, settings) as here:
+        said = "unknown setting 'channelMaxWorker' is ignored: did you mean channelMaxWorkers?"
+        for words in (said, "did you mean keepAlive?", "setting alarmAgeSecs stands there 2 times: the first counts"):
+            here.agent.logged(words)
+        code, printed = run(here, "validate")
+        assert code == 0 and f"WARN: {said}" in printed
+        del here.sandbox.resource(f"Agent/{AGENT_ID}")["channel"]
+        assert here.sandbox.reload()["statusCode"] == 200
+        here.agent.logged("the Agent has no channel")

@@ -112,7 +112,8 @@ def test_what_the_file_names_and_nobody_knows_is_said(tmp_path: Path) -> None:
     path.write_text('storekey = "file:x"\n[logger.main]\nlogLevel = "DEBUG"\nlevel = 3\n')
     found = ma.resolve_process(["https://x/", "a", "b", "c"], {}, {}, str(path)).warnings
     assert [text.partition("unknown ")[2] for text in found] == [
-        "setting 'storekey' is ignored", "setting 'logger.main.level' is ignored"]  # fmt: skip
+        "setting 'storekey' is ignored: did you mean storeKey?",
+        "setting 'logger.main.level' is ignored: did you mean logger.main.logLevel?"]  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -504,10 +505,10 @@ def test_a_plain_channel() -> None:
     ("address", "said"),
     [
         ("", "Invalid empty endpoint address for channel 'A'"),
-        ("mllp://[::1", "invalid address"),
-        ("mllp://host:port", "invalid address"),
-        ("mllp://host:65536", "invalid address"),
-        ("mllp://host:-1", "invalid address"),
+        ("mllp://[::1", "needs a port"),
+        ("mllp://host:port", "needs a port"),
+        ("mllp://host:65536", "needs a port"),
+        ("mllp://host:-1", "needs a port"),
         ("mllp://host", "needs a port from 1 to 65535"),
         ("mllp://host:0", "needs a port from 1 to 65535"),
         ("mllp://", "needs a port"),
