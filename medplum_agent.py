@@ -634,13 +634,13 @@ def open_since(hours: list[Hours], moment: datetime.datetime) -> list[str]:
     return [start for days, start, end in hours if moment.weekday() in days and start <= clock < end]
 
 
-def unknown(name: str, known: Iterable[str]) -> str:
-    """What is said of a name that is none of those which are known: perhaps the one that was meant."""
+def meant(name: str, known: Iterable[str]) -> str:
+    """Of the known names that which may be meant by another, as the end of a sentence about it."""
     import difflib  # seldom
 
     named = {one.lower(): one for one in known}
     near = difflib.get_close_matches(name.strip().lower(), named, 1)
-    return f"'{name}' is ignored" + "".join(f": did you mean {named[one]}?" for one in near)
+    return "".join(f": did you mean {named[one]}?" for one in near)
 
 
 def may_be_secret(name: str) -> bool:
@@ -1132,7 +1132,7 @@ def read_settings(
     values = Json()
     for name, value in given:
         if (row := rows.get(name)) is None:
-            warn(f"{where}unknown parameter {unknown(name, rows)}")
+            warn(f"{where}unknown parameter '{name}' is ignored{meant(name, rows)}")
             continue
         try:
             values[name] = parse_setting(row, value)
@@ -1274,7 +1274,9 @@ def resolve_process(
         raise ConfigError(*problems.values(), for_good=file.endswith(".toml"))
     settings, rows = ProcessSettings(**values), rows_of(LoggerSettings)
     known = {*rows_of(ProcessSettings), *(f"logger.{log}.{name}" for log in ("main", "channel") for name in rows)}
-    warnings = [f"{file}: unknown setting {unknown(name, known)}" for name in in_file if name not in known]
+    warnings = [
+        f"{file}: unknown setting '{name}' is ignored{meant(name, known)}" for name in in_file if name not in known
+    ]
 
     def logger(where: str) -> LoggerSettings:
         found = [(name, in_file[where + name]) for name in rows if where + name in in_file]
@@ -10333,7 +10335,7 @@ def silent_parts(plan: Plan) -> Iterator[str]:
     names = collections.Counter(str(entry.get("name")) for entry in plan.agent.get("setting") or [])
     for name, count in names.items():
         if name not in AGENT_ROWS:
-            yield f"unknown setting {unknown(name, AGENT_ROWS)}"
+            yield f"unknown setting '{name}' is ignored{meant(name, AGENT_ROWS)}"
         elif count > 1:
             yield f"setting {name} stands there {count} times: the first counts"
     for entry in plan.agent.get("channel") or []:
@@ -12630,7 +12632,7 @@ def _stack(error: BaseException | None) -> list[str]:
 
 
 # =====================================================================================================================
-# Command line (790 lines, 6700 tokens)
+# Command line (800 lines, 6800 tokens)
 # =====================================================================================================================
 
 _USAGE = """\
@@ -12686,7 +12688,7 @@ def command_parser(program: str) -> argparse.ArgumentParser:
     add("--to", default="", help="queue replay, rekey: the Bot that gets the messages; where the new key is, or plain")
     flag("--dry-run", help="queue retry, discard, import, replay: only count")
     flag("--watch", help="status: again and again")
-    flag("--json", help="queue, status, doctor: as JSON")
+    flag("--json", help="queue list, find, show, status, doctor: as JSON")
     flag("--payload", help="queue show: with what was received and answered. This is patient data; the look is written "
         "to the audit log first")  # fmt: skip
     flag("--rollback", help="upgrade: to the version before")
@@ -12710,8 +12712,15 @@ def _parse(argv: list[str], program: str) -> argparse.Namespace:
     """The reference's arguments come first and are taken as they are: a secret may begin with a dash."""
     first = {"doctor": 1, "service": 2}.get("".join(argv[:1]), 0)
     values = argv[: first + 4] if len(argv) >= first + 4 and re.match(r"https?:", argv[first]) else []
-    options = command_parser(program).parse_intermixed_args(argv[len(values) :])
+    parser = command_parser(program)
+    options = parser.parse_intermixed_args(argv[len(values) :])
     options.arguments = values + options.arguments
+    words = options.arguments[: 2 if options.arguments[:1] == ["queue"] else 1] or [""]
+    for action in parser._actions:  # one that the command does not know might be what matters to its user
+        known = re.match("([a-z, ]+): ", action.help or "") if action.option_strings else None
+        strange = known and {*words[: 1 if known[1] == "queue" else 2]} - {*re.findall("[a-z]+", known[1])}
+        if known and strange and getattr(options, action.dest) != action.default:
+            raise ConfigError(f"{action.option_strings[0]} is an option of {known[1]} only; nothing was done")
     return options
 
 
@@ -12738,12 +12747,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         gc.freeze()  # what is loaded stays: collections look at messages only, and seldom
         gc.set_threshold(50_000, 20, 50)
         sys.setswitchinterval(SWITCH_SECS)
-        if options.arguments[:1] == ["demo"]:
-            return _run_demo(options.state_dir, stay=not options.once)
         verbs = {"health": _health, "status": _status, "doctor": _doctor, "validate": _validate, "queue": _queue,
-            "send": _send, "upgrade": _upgrade, "service": _service}  # fmt: skip
-        if verb := verbs.get("".join(options.arguments[:1])):
+            "send": _send, "upgrade": _upgrade, "service": _service, "demo": _run_demo}  # fmt: skip
+        first, count = "".join(options.arguments[:1]), len(options.arguments)
+        if verb := verbs.get(first):
             return _performed(verb, options)
+        if 0 < count < 4 and "://" not in first:
+            raise ConfigError(f"'{first}' is no command{meant(first, verbs)}")
+        if count > 5:
+            raise ConfigError(f"{count} values are too many: put quotes around one that has spaces")
         _run_agent(_process_config(options, *options.arguments[:4], *filter(None, options.arguments[4:5])))
     except ConfigError as error:
         print(*(f"{program}: {problem}" for problem in error.problems), "Try --help.", sep="\n", file=sys.stderr)
@@ -12985,10 +12997,8 @@ retry [ID...], discard [ID...], export FILE, import FILE, replay, rekey, export-
 
 def _queue(options: argparse.Namespace, verb: str = "", *what: str) -> int:
     """What lies in the queue, without patient data unless that is asked for; 1 when what is looked for is not there."""
-    if not re.fullmatch(_QUEUE_FORMS, " ".join((verb, *what))):
-        raise ConfigError(_QUEUE_VERBS.replace("\n", " "))
-    if options.dry_run and verb not in (*FATES, "import", "replay"):
-        raise ConfigError(f"--dry-run: queue {verb} has none; nothing was done")
+    if not re.fullmatch(_QUEUE_FORMS, asked := " ".join((verb, *what))):
+        raise ConfigError(f"'queue {asked}' is not understood: " + _QUEUE_VERBS.replace("\n", " "))
     since, until, named = _when(options.since), _when(options.until), " ".join(what)
     wanted = Wanted("", 0, "", options.channel, options.reason, since, until)
     if verb == "rekey":
@@ -13378,7 +13388,7 @@ def _run_agent(config: ProcessConfig) -> NoReturn:
         os._exit(0)  # everything is written; a thread that hangs in a dead HTTP connection must not hold the process
 
 
-def _run_demo(state_dir: str | None, *, stay: bool) -> int:
+def _run_demo(options: argparse.Namespace) -> int:
     """packaging/demo.py, which builds on this very module under its importable name."""
     import tempfile
 
@@ -13389,7 +13399,7 @@ def _run_demo(state_dir: str | None, *, stay: bool) -> int:
     except ModuleNotFoundError:
         raise ConfigError("the demo is not beside this file: use the source tree, or one of the binaries") from None
     with tempfile.TemporaryDirectory(prefix="medplum-agent-demo-", ignore_cleanup_errors=True) as folder:
-        asyncio.run(demo.Demo(Path(state_dir or folder), stay).run(_stop_on_signals))
+        asyncio.run(demo.Demo(Path(options.state_dir or folder), not options.once).run(_stop_on_signals))
     return 0
 
 

@@ -46,7 +46,7 @@ CASES = {
     "queue --channel ADT list d": "dead",
     "--config agent.toml queue li": "list",
     "queue list --l": "--limit",
-    "queue retry -": "--help --config --channel --since --json --dry-run ... !--payload !--watch",
+    "queue retry -": "--help --config --channel --since --dry-run ... !--payload !--watch !--json",
     "queue show 5 --p": "--payload",
     "status -": "--help --config --watch --json ... !--channel",
     "--settings-schema ": "json markdown",

@@ -91,3 +91,26 @@ def test_settings_of_the_agent_that_do_nothing_are_said_and_stop_nothing(tmp_pat
         del here.sandbox.resource(f"Agent/{AGENT_ID}")["channel"]
         assert here.sandbox.reload()["statusCode"] == 200
         here.agent.logged("the Agent has no channel")
+
+
+# --- what is typed ---
+
+
+@pytest.mark.parametrize(
+    ("typed", "words"),
+    [
+        ("stauts", "'stauts' is no command: did you mean status?"),
+        ("queue shwo 3", "'queue shwo 3' is not understood: queue needs one of"),
+        ("queue list --kind dead", "--kind is an option of queue export, replay only"),  # it listed what waits
+        ("queue discard --channel ADT --limit 1", "--limit is an option of queue list only"),  # it gave up all
+        ("status --channel ADT", "--channel is an option of queue only"),
+        ("validate --json", "--json is an option of"),
+        ("http://127.0.0.1:1/ id my secret agent-1 INFO", "6 values are too many"),
+        ("http://127.0.0.1:1/ id secret agent-1 --once", "--once is an option of demo only; nothing was done"),
+        ("demo --once more", "'demo --once more' is not understood"),
+    ],
+)
+def test_what_a_command_does_not_know_is_refused(tmp_path, capsys, monkeypatch, typed, words):
+    monkeypatch.chdir(tmp_path)
+    assert medplum_agent.main(typed.split()) in (1, 3)
+    assert words.replace("--once more", "more") in capsys.readouterr().err
