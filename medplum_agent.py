@@ -1255,7 +1255,8 @@ def resolve_process(
                             raise ValueError("it is empty")
                         values[name] = text
                     else:
-                        values[name] = parse_setting(row, found[name])
+                        text = found[name]
+                        values[name] = parse_setting(row, text.strip() if isinstance(text, str) else text)
                 except (OSError, ValueError) as error:
                     shown = "" if may_be_secret(name) or "@" in str(found.get(name)) else f" '{found[name]}'"
                     file_shown = f"File {secret_file}" if secret_file else ""
@@ -1267,7 +1268,8 @@ def resolve_process(
             problems.setdefault(name, f"{name} is missing: give it as {how}")
     agent_id, ca = values.get("agentId"), values.get("caFile")
     if agent_id and not re.fullmatch(r"(?!\.+$)[A-Za-z0-9\-.]{1,64}", agent_id):
-        problems["agentId"] = f"agentId '{agent_id}' is not the id of a FHIR resource (letters, digits, - and .)"
+        wanted = "is not the id of a FHIR resource (letters, digits, - and .), as it stands behind Agent/"
+        problems["agentId"] = f"agentId '{agent_id}' {wanted}"
     if ca and not Path(ca).is_file():
         problems["caFile"] = f"caFile {ca} does not exist"
     if problems:
@@ -10300,7 +10302,7 @@ def _checked_status(answer: Dataset) -> int:
 
 
 # =====================================================================================================================
-# Doctor (400 lines, 3600 tokens)
+# Doctor (410 lines, 3600 tokens)
 #
 # `doctor`: one line a check, in the order in which things can fail, each with what the person who can act has to do.
 # It works beside a running agent, without one, and within one for the cloud. May touch: network, files, serial ports.
@@ -10378,6 +10380,8 @@ class Doctor:
             except TimeoutError:
                 text = f"what comes after '{self.checks[-1]['name']}' took too long"
                 self.say("time", WRONG, text, "See whether a firewall drops it, or a disk hangs.")
+            except OSError as error:  # another user's files
+                self.say("files", WRONG, f"{error.filename}: {error.strerror}", "Ask as the agent's user, or use sudo.")
         purpose = "HTTPS and secure WebSocket to the Medplum server"
         if self._proxy.hostname:
             purpose = f"the proxy, to {self._host}:{self._port}"
@@ -12632,7 +12636,7 @@ def _stack(error: BaseException | None) -> list[str]:
 
 
 # =====================================================================================================================
-# Command line (800 lines, 6800 tokens)
+# Command line (810 lines, 6850 tokens)
 # =====================================================================================================================
 
 _USAGE = """\
@@ -12764,8 +12768,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         sudo = ": use sudo" if isinstance(error, PermissionError) and os.name == "posix" else ""
         print(f"{program}: {error}{sudo}", file=sys.stderr)
         return unknown
-    except KeyboardInterrupt:  # before the agent listens for signals
-        return 130
+    except UnicodeEncodeError as error:  # what was typed cannot be passed on
+        print(f"{program}: {error.object!a} is no text in the encoding of this terminal: see LANG", file=sys.stderr)
+        return unknown
+    except KeyboardInterrupt:  # before the agent listens for signals; threads may wait for the network
+        os._exit(130)
+
+
+def _run(work: Coroutine[Any, Any, T]) -> T:
+    return asyncio.Runner().run(work)  # it is not closed: that would wait for threads that wait for the network
 
 
 def _performed(verb: Callable[..., int], options: argparse.Namespace) -> int:
@@ -12885,8 +12896,7 @@ def _doctor(options: argparse.Namespace, *arguments: str) -> NoReturn:
             running = ask_agent(config.state_dir, {"command": "status"}, 2)
         except (LocalError, OSError) as error:
             first.append(looked_at("running agent", WRONG, str(error), "Ask as its user; if it hangs, restart it."))
-        runner = asyncio.Runner()  # which is not closed: that would wait for threads that wait for the network
-        found = runner.run(Doctor(config, running).examine(DOCTOR_SECS))
+        found = _run(Doctor(config, running).examine(DOCTOR_SECS))
     except ConfigError as error:
         first += [looked_at("settings", WRONG, problem, "Mend it; see --help.") for problem in error.problems]
     found["checks"] = first + found["checks"]
@@ -13126,7 +13136,7 @@ def _replay(options: argparse.Namespace, wanted: Wanted) -> int:
                 raise ServerError(f"{error}. {done}") from None
             statuses[f"status {status}" if status else "would be sent"] += 1
 
-    asyncio.run(run())
+    _run(run())
     _show(*([f"{count} messages: {status}" for status, count in statuses.items()] or ["There are no such messages."]))
     return int(not statuses or any(status >= "status 3" for status in statuses if status.startswith("status ")))
 
@@ -13173,6 +13183,8 @@ def _decide(options: argparse.Namespace, fate: str, wanted: Wanted, ids: list[in
         count = len(change_queue(path, changed, key)) if answer is None else answer["count"]
     done = {"retry": "are sent again", "discard": "are given up"}[fate]
     _show(f"{count} dead letters {done.replace('are', 'would be', 1) if options.dry_run else done}.")
+    if others := named.difference(chosen):
+        _show(f"None of them, or not of those asked for: {', '.join(map(str, sorted(others)))}. See queue show.")
     if wanted.whole and (half := len(read_queue(path, wanted._replace(reason="interrupted-session").ids, key))):
         _show(f"{half} half sessions of instruments are left out: give their numbers, or --reason interrupted-session.")
     return int(not count)
@@ -13250,7 +13262,7 @@ def _selftest(options: argparse.Namespace, *arguments: str) -> int:
         if any(isinstance(channel.settings, DicomSettings) for channel in plan.channels):
             await load_imaging()
 
-    asyncio.run(prove())
+    _run(prove())
     return 0
 
 

@@ -1,20 +1,31 @@
 """The people: who installs it, sets it up with mistakes, is woken up at night, and tries things."""
 
 import asyncio
+import os
+import signal
+import socket
 import subprocess
 import unittest.mock
+from collections.abc import Sequence
 
 import pytest
 from demo import Demo, sandbox_resources
 
 import medplum_agent
-from tests.support import AGENT_ID, AgentProcess, Site, setting, site
+from tests.support import AGENT_ID, AgentProcess, Site, message, setting, site
+
+Environment = dict[str, str]
+NAMES = ("MEDPLUM_BASE_URL", "MEDPLUM_CLIENT_ID", "MEDPLUM_CLIENT_SECRET", "MEDPLUM_AGENT_ID")
 
 
-def run(here: Site, *arguments: str) -> tuple[int, str]:
+def run(here: Site, *arguments: str, before: Sequence[str] = (), **environment: str) -> tuple[int, str]:
     """Exit code, and what a command prints that asks about the site's agent."""
-    command = [*AgentProcess.COMMAND, *arguments, "--state-dir", str(here.agent.state_dir)]
-    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=20)
+    command = [*before, *AgentProcess.COMMAND, *arguments, "--state-dir", str(here.agent.state_dir)]
+    out = subprocess.PIPE
+    done = subprocess.run(
+        [os.fsencode(part) for part in command], stdout=out, stderr=subprocess.STDOUT, text=True, timeout=40,
+        env=os.environ | environment,
+    )  # fmt: skip
     return done.returncode, done.stdout
 
 
@@ -114,3 +125,62 @@ def test_what_a_command_does_not_know_is_refused(tmp_path, capsys, monkeypatch, 
     monkeypatch.chdir(tmp_path)
     assert medplum_agent.main(typed.split()) in (1, 3)
     assert words.replace("--once more", "more") in capsys.readouterr().err
+
+
+def test_spaces_and_line_ends_around_the_four_values_are_not_part_of_them(tmp_path, monkeypatch):
+    """As they come from a page, a file or a script: the login was refused, or the path of the server was wrong."""
+    monkeypatch.chdir(tmp_path)
+    given = [" http://127.0.0.1:1/\n", "id\r\n", "\tsecret ", "agent-1\n"]
+    for arguments, environment in ((given, Environment()), ([], dict(zip(NAMES, given, strict=True)))):
+        found = medplum_agent.resolve_process(arguments, {}, environment, None).settings
+        assert [found.baseUrl, found.clientId, found.clientSecret, found.agentId] == [text.strip() for text in given]
+
+
+def test_what_is_typed_in_another_encoding_is_an_error_with_words(tmp_path):
+    """It was a traceback, also in a terminal that has no UTF-8."""
+    with site(tmp_path, {"ADT": "?enhanced=true"}) as here:
+        for argument in ("\udcdc", "Ü"):
+            code, printed = run(here, "queue", "find", argument, LC_ALL="C", PYTHONUTF8="0", PYTHONCOERCECLOCALE="0")
+            assert code == 1 and "is no text in the encoding of this terminal" in printed and "Trace" not in printed
+
+
+def test_a_number_that_is_no_dead_letters_is_said(tmp_path):
+    with site(tmp_path, {"ADT": "?enhanced=true"}) as here, here.device("ADT") as device:
+        device.ask(message("M1"))
+        code, printed = run(here, "queue", "retry", "1", "77")
+        assert code == 1 and "asked for: 1, 77. See queue show" in printed
+
+
+# --- what happens at night ---
+
+
+def test_ctrl_c_ends_doctor_while_the_server_says_nothing(tmp_path):
+    """Its threads waited for the network as long as that took."""
+    with socket.create_server(("127.0.0.1", 0)) as hole:
+        url = f"http://127.0.0.1:{hole.getsockname()[1]}/"
+        command = [*AgentProcess.COMMAND, "doctor", url, "id", "secret", "agent-1", "--state-dir", str(tmp_path)]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as doctor:
+            try:
+                hole.settimeout(20)
+                lines = [hole.accept()[0] for _ in range(2)]  # the first looks whether there is something
+                doctor.send_signal(signal.SIGINT)
+                printed, _ = doctor.communicate(timeout=5)
+            finally:
+                doctor.kill()
+            assert (doctor.returncode, printed) == (130, "")
+            for line in lines:
+                line.close()
+
+
+def test_doctor_says_what_it_can_to_another_user(tmp_path):
+    """It said that the queue cannot be read, and nothing else."""
+    if os.geteuid():
+        pytest.skip("NOT ROOT: what another user hears was not checked")
+    with site(tmp_path, {"ADT": ""}) as here:
+        os.chown(here.agent.state_dir, 1000, 1000)
+        (here.agent.state_dir).chmod(0o700)
+        values = [here.sandbox.url, "sandbox-client", "sandbox-secret", AGENT_ID]
+        code, printed = run(here, "doctor", *values, before=["setpriv", "--bounding-set=-all"])
+        os.chown(here.agent.state_dir, 0, 0)
+    assert code == 2 and "login: clientId and clientSecret are accepted" in printed
+    assert "Ask as the agent's user, or use sudo" in printed
