@@ -11945,7 +11945,7 @@ class Upgrades:
 
 
 # =====================================================================================================================
-# Agent (700 lines, 5900 tokens)
+# Agent (710 lines, 6100 tokens)
 #
 # Plans become running channels. A reload reads everything, lists every problem, and changes nothing if there is one;
 # otherwise only what differs changes, and untouched channels keep their connections. The life cycle: lock, logs,
@@ -11978,6 +11978,7 @@ class Agent:
         self._awaited: set[asyncio.Task[None]] = set()  # pushes and pings that somebody waits for
         self._last_sweep = dict.fromkeys(_SWEPT, -1)
         self._problem = "it has not started yet"
+        self._seeking: asyncio.Task[None] | None = None
         self.operations = Operations(self)
         self.upgrades = Upgrades(self)
         self.applied = False  # the server's configuration
@@ -12321,6 +12322,8 @@ class Agent:
         text = str(message.get("body"))
         if "access token" in text:
             self.fhir.rejected = True
+        if text == "Channel not found" and (self._seeking is None or self._seeking.done()):
+            self._seeking = spawn(self._refuse_unknown())
         if text == "Not connected":  # the server has forgotten this connection
             self.uplink.reconnect("the server does not know this agent any more")
         if text in _SAFE_ERRORS:
@@ -12328,6 +12331,16 @@ class Agent:
         else:
             self.log.error("The server reports an error; its text is in the channel log.")
             self.channel_log.error(f"[Server] {text}")
+
+    async def _refuse_unknown(self) -> None:
+        """The server does not say which channel it does not find, or for which message: its Agent does."""
+        words = "the Agent on the server has no channel of this name: add it there, or call $reload-config"
+        with suppress(ServerError, LookupError, AttributeError, TypeError):
+            agent = await self.fhir.read(f"Agent/{self.config.settings.agentId}")
+            known = [entry["name"] for entry in agent.get("channel") or []]
+            for queue in [one.queue for name, one in self.channels.items() if name not in known]:
+                for message in [message for message in queue.inflight.values() if message.deadline < math.inf]:
+                    queue.failed(message, "server-rejected", counts=False, words=words)
 
     async def _perform(self, message: Json) -> None:
         """Answer a request; whatever fails is an agent:error with the request's callback."""

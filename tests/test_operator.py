@@ -184,3 +184,20 @@ def test_doctor_says_what_it_can_to_another_user(tmp_path):
         os.chown(here.agent.state_dir, 0, 0)
     assert code == 2 and "login: clientId and clientSecret are accepted" in printed
     assert "Ask as the agent's user, or use sudo" in printed
+
+
+@pytest.mark.parametrize("query", ["", "?enhanced=true"])
+def test_a_channel_that_the_server_does_not_know_is_said_at_once(tmp_path, query):
+    """The server's error names neither message nor channel: each message waited for a minute, for no reason given."""
+    with (
+        site(tmp_path, {"ADT": query, "OTHER": query}) as here,
+        here.device("ADT") as device,
+        here.device("OTHER") as other,
+    ):
+        channel = here.sandbox.resource(f"Agent/{AGENT_ID}")["channel"][0]
+        channel["name"] = "renamed"
+        assert device.ask(message("M1")) == ("CA" if query else "AE", "M1")
+        here.agent.logged("the Agent on the server has no channel of this name: add it there, or call $reload-config")
+        assert other.ask(message("M2"))[0] == ("CA" if query else "AA")
+        channel["name"] = "ADT"
+        assert device.ack() == ("AA", "M1") if query else device.ask(message("M3")) == ("AA", "M3")
