@@ -568,7 +568,7 @@ class ServerError(PeerError):
 
 
 # =====================================================================================================================
-# Settings (1130 lines, 7950 tokens)
+# Settings (1130 lines, 8000 tokens)
 #
 # One setting, one row: a field of a frozen dataclass. The parser, the checks, `--settings-schema` and README's tables
 # come from the row. Names are the wire's own (camelCase). Precedence for a channel, field by field: Endpoint address,
@@ -635,12 +635,13 @@ def open_since(hours: list[Hours], moment: datetime.datetime) -> list[str]:
 
 
 def meant(name: str, known: Iterable[str]) -> str:
-    """Of the known names that which may be meant by another, as the end of a sentence about it."""
+    """Where a name belongs that is not known here, or which of the known ones is meant: the end of what is said."""
     import difflib  # seldom
 
     named = {one.lower(): one for one in known}
-    near = difflib.get_close_matches(name.strip().lower(), named, 1)
-    return "".join(f": did you mean {named[one]}?" for one in near)
+    near = [f"did you mean {named[one]}?" for one in difflib.get_close_matches(name.strip().lower(), named, 1)]
+    elsewhere = [f"it belongs to {title}" for _, title, rows in SETTING_GROUPS if name in rows]
+    return "".join(f" ({text})" for text in (elsewhere + near)[:1])
 
 
 def may_be_secret(name: str) -> bool:
@@ -13203,7 +13204,12 @@ def _decide(options: argparse.Namespace, fate: str, wanted: Wanted, ids: list[in
     return int(not count)
 
 
-_OUTCOME_WORDS = ("its answer is on its way", "the device has the answer", "the device has not taken the answer", "")
+_OUTCOME_WORDS = (
+    "its answer is on its way",
+    "the device has what its mode lets through",
+    "the device has not taken the answer",
+    "",
+)
 
 
 def _story(name: str, message: Message) -> Iterator[str]:

@@ -78,8 +78,9 @@ def test_an_address_that_cannot_be_meant_is_refused_with_the_reason(address, wor
         ("mllp://0.0.0.0:56000#enhanced=true", "'enhanced=true' in the address is ignored: parameters begin with ?"),
         ("mllp://0.0.0.0:56000/enhanced=true", "'enhanced=true' in the address is ignored"),
         ("mllp://0.0.0.0:56000?enhanced=true&enhanced=aa", "several values: the first, 'true', counts"),
-        ("mllp://0.0.0.0:56000?Enhanced=true", "unknown parameter 'Enhanced' is ignored: did you mean enhanced?"),
+        ("mllp://0.0.0.0:56000?Enhanced=true", "unknown parameter 'Enhanced' is ignored (did you mean enhanced?)"),
         ("dicom://0.0.0.0:104?calledAETitle=X", "did you mean calledAeTitle?"),
+        ("mllp://0.0.0.0:56000?mode=astm", "(it belongs to Byte-stream and ASTM channels: parameters of a `tcp://`"),
         ("tcp://0.0.0.0:57000?mode=astm&autoRespond=0x05:0x06", "write %02 for the byte 0x02; it is ignored"),
     ],
 )
@@ -91,11 +92,16 @@ def test_what_an_address_says_in_vain_is_said(address, words):
 def test_settings_of_the_agent_that_do_nothing_are_said_and_stop_nothing(tmp_path):
     settings = [
         setting("channelMaxWorker", 3), setting("keepalive", True), setting("strictConfigValidation", True),
-        setting("alarmAgeSecs", 5), setting("alarmAgeSecs", 50),
+        setting("alarmAgeSecs", 5), setting("alarmAgeSecs", 50), setting("pushTargets", "10.0.0.1"),
     ]  # fmt: skip
     with site(tmp_path, {"ADT": ""}, settings) as here:
-        said = "unknown setting 'channelMaxWorker' is ignored: did you mean channelMaxWorkers?"
-        for words in (said, "did you mean keepAlive?", "setting alarmAgeSecs stands there 2 times: the first counts"):
+        said = "unknown setting 'channelMaxWorker' is ignored (did you mean channelMaxWorkers?)"
+        for words in (
+            said,
+            "(did you mean keepAlive?)",
+            "'pushTargets' is ignored (it belongs to Process: argument",
+            "setting alarmAgeSecs stands there 2 times: the first counts",
+        ):
             here.agent.logged(words)
         code, printed = run(here, "validate")
         assert code == 0 and f"WARN: {said}" in printed
@@ -110,7 +116,7 @@ def test_settings_of_the_agent_that_do_nothing_are_said_and_stop_nothing(tmp_pat
 @pytest.mark.parametrize(
     ("typed", "words"),
     [
-        ("stauts", "'stauts' is no command: did you mean status?"),
+        ("stauts", "'stauts' is no command (did you mean status?)"),
         ("queue shwo 3", "'queue shwo 3' is not understood: queue needs one of"),
         ("queue list --kind dead", "--kind is an option of queue export, replay only"),  # it listed what waits
         ("queue discard --channel ADT --limit 1", "--limit is an option of queue list only"),  # it gave up all
@@ -201,3 +207,11 @@ def test_a_channel_that_the_server_does_not_know_is_said_at_once(tmp_path, query
         assert other.ask(message("M2"))[0] == ("CA" if query else "AA")
         channel["name"] = "ADT"
         assert device.ack() == ("AA", "M1") if query else device.ask(message("M3")) == ("AA", "M3")
+
+
+def test_an_answer_that_the_mode_holds_back_is_not_said_to_be_with_the_device(tmp_path):
+    with site(tmp_path, {"ADT": "?enhanced=true&appLevelAck=NE"}) as here, here.device("ADT") as device:
+        assert device.ask(message("M1")) == ("CA", "M1")
+        here.agent.wait_state("M1", "processed")
+        code, printed = run(here, "queue", "find", "M1")
+        assert code == 0 and "answered with status 200; the device has what its mode lets through" in printed

@@ -112,8 +112,8 @@ def test_what_the_file_names_and_nobody_knows_is_said(tmp_path: Path) -> None:
     path.write_text('storekey = "file:x"\n[logger.main]\nlogLevel = "DEBUG"\nlevel = 3\n')
     found = ma.resolve_process(["https://x/", "a", "b", "c"], {}, {}, str(path)).warnings
     assert [text.partition("unknown ")[2] for text in found] == [
-        "setting 'storekey' is ignored: did you mean storeKey?",
-        "setting 'logger.main.level' is ignored: did you mean logger.main.logLevel?"]  # fmt: skip
+        "setting 'storekey' is ignored (did you mean storeKey?)",
+        "setting 'logger.main.level' is ignored (did you mean logger.main.logLevel?)"]  # fmt: skip
 
 
 @pytest.mark.parametrize(
