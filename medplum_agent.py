@@ -12650,7 +12650,7 @@ def _stack(error: BaseException | None) -> list[str]:
 
 
 # =====================================================================================================================
-# Command line (810 lines, 6850 tokens)
+# Command line (810 lines, 6950 tokens)
 # =====================================================================================================================
 
 _USAGE = """\
@@ -12965,23 +12965,26 @@ def _send(options: argparse.Namespace, address: str = "", *files: str) -> int:
                     began, wanted = time.monotonic(), str(hl7.parse(message).extract_field("MSH", 1, 10))
                     sock.sendall(mllp_frame(message.encode("latin-1")))
                     # of an earlier one may come, too
-                    ack = next(ack for ack in acks if ack is None or ack.control_id in ("", wanted))
-                    code = ack.code if ack else "no acknowledgment"
-                    failed |= code not in ("AA", "CA")
-                    _show(f"{name}: {wanted}: {code} after {1000 * (time.monotonic() - began):.1f} ms")
+                    answer, ack = next(one for one in acks if one[1] is None or one[1].control_id in ("", wanted))
+                    code, ms = ack.code if ack else "no acknowledgment", 1000 * (time.monotonic() - began)
+                    msa = [*answer.partition("\rMSA")[2].partition("\r")[0].split(answer[3:4] or "|"), "", "", ""]
+                    bad = code not in ("AA", "CA")
+                    reason = f": {msa[3].encode('latin-1').decode('utf-8', 'replace')}" if bad and msa[3] else ""
+                    failed |= bad
+                    _show(f"{name}: {wanted}: {code} after {ms:.1f} ms{reason}")
     except (OSError, ValueError, hl7.HL7Exception) as error:
         where = "" if isinstance(error, OSError) and error.filename else f"{address}: "
         raise StorageError(f"{where}{error}") from None
     return int(failed)
 
 
-def _acks(sock: socket.socket) -> Iterator[Acknowledgment | None]:
-    """What a device answers, None for what is no acknowledgment; OSError when it answers no more."""
+def _acks(sock: socket.socket) -> Iterator[tuple[str, Acknowledgment | None]]:
+    """What a device answers, with None for what is no acknowledgment; OSError when it answers no more."""
     core = Mllp(PUSH_FRAME_BYTES)
     while received := sock.recv(READ_BYTES):
         for answer in core.receive(received):
             if isinstance(answer, bytes):
-                yield read_ack(answer.decode("latin-1"))
+                yield read_answer(answer.decode("latin-1"))
     raise OSError("the connection was closed before the acknowledgment")
 
 

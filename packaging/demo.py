@@ -20,6 +20,7 @@ import mmap
 import operator
 import os
 import re
+import shlex
 import socket
 import ssl
 import sys
@@ -71,6 +72,7 @@ from medplum_agent import (
     imaging,
     load_json,
     mllp_frame,
+    own_command,
     read_ack,
     records_text,
     resolve_process,
@@ -1075,7 +1077,7 @@ class Demo:
             f"  npx @medplum/cli hl7 send --generate-example 127.0.0.1 {self.ports['ADT']}\n"
             f'  TOKEN=$({login} | sed \'s/.*access_token":"//;s/".*//\')\n'
             f"  curl -s -H \"Authorization: Bearer $TOKEN\" '{self.sandbox.url}fhir/R4/Agent/{DEMO_AGENT}/$stats'\n\n"
-            f"  {sys.argv[0]} status --state-dir {self._state_dir}\n\n"
+            f"  {shlex.join([*own_command()[1:], 'status', '--state-dir', str(self._state_dir)])}\n\n"
             f"The agent's page: http://127.0.0.1:{self.page_port}/#token={token}\n\n"
             "Ctrl-C ends the demo.",
             flush=True,

@@ -12,7 +12,7 @@ import pytest
 from demo import Demo, sandbox_resources
 
 import medplum_agent
-from tests.support import AGENT_ID, AgentProcess, Site, message, setting, site
+from tests.support import AGENT_ID, AgentProcess, Site, bot, message, setting, site
 
 Environment = dict[str, str]
 NAMES = ("MEDPLUM_BASE_URL", "MEDPLUM_CLIENT_ID", "MEDPLUM_CLIENT_SECRET", "MEDPLUM_AGENT_ID")
@@ -215,3 +215,26 @@ def test_an_answer_that_the_mode_holds_back_is_not_said_to_be_with_the_device(tm
         here.agent.wait_state("M1", "processed")
         code, printed = run(here, "queue", "find", "M1")
         assert code == 0 and "answered with status 200; the device has what its mode lets through" in printed
+
+
+def test_send_says_why_a_message_was_not_taken(tmp_path):
+    (tmp_path / "M1.hl7").write_text(message("M1"))
+    with site(tmp_path, {"ADT": ""}) as here:
+        here.sandbox.bot = bot("AE", "the bed is takén")
+        command = [*AgentProcess.COMMAND, "send", f"127.0.0.1:{here.ports['ADT']}", str(tmp_path / "M1.hl7")]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20)
+    assert done.returncode == 1 and done.stdout.strip().endswith(": the bed is takén")
+
+
+def test_the_command_that_the_demo_names_can_be_typed(tmp_path):
+    """It was a file that cannot be executed."""
+    command, state = [*AgentProcess.COMMAND, "demo", "--state-dir", str(tmp_path)], {"PYTHONIOENCODING": "utf-8"}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=os.environ | state) as demo:
+        try:
+            assert demo.stdout is not None
+            line = next(line for line in demo.stdout if " status --state-dir " in line)
+            done = subprocess.run(line, shell=True, capture_output=True, text=True, timeout=20)
+            assert done.returncode == 0 and "Agent/demo-agent" in done.stdout
+        finally:
+            demo.terminate()
+            demo.communicate()
