@@ -21,6 +21,7 @@ import operator
 import os
 import re
 import shlex
+import signal
 import socket
 import ssl
 import sys
@@ -882,9 +883,16 @@ class Demo:
         self.sandbox.port = _port(self._ear)
 
     @staticmethod
-    def say(who: str, text: str) -> None:
-        line = f"{datetime.datetime.now().astimezone():%H:%M:%S}  {who:<8} {text}\n"
-        print(line, end="", flush=True)  # in one piece: the scanner's thread speaks, too
+    def show(text: str) -> None:
+        try:
+            print(f"{text}\n", end="", flush=True)  # in one piece: the scanner's thread speaks, too
+        except OSError as error:  # nobody reads on: that is a Ctrl-C
+            print(f"The demo ends: {error.strerror}.", file=sys.stderr)
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            signal.raise_signal(signal.SIGTERM)
+
+    def say(self, who: str, text: str) -> None:
+        self.show(f"{datetime.datetime.now().astimezone():%H:%M:%S}  {who:<8} {text}")
 
     async def run(self, on_agent: Callable[[Agent], None]) -> None:
         """The traffic, and what others send until the agent is stopped; ConfigError when something cannot work."""
@@ -924,14 +932,14 @@ class Demo:
 
     async def _traffic(self) -> None:
         for name, (_, _, meaning) in DEMO_CHANNELS.items():
-            print(f"\n{name} channel, port {self.ports[name]}, {meaning}")
+            self.show(f"\n{name} channel, port {self.ports[name]}, {meaning}")
             if name in DEMO_MESSAGES:
                 await self._device(name, DEMO_MESSAGES[name])
             elif name == "CHEM":
                 await self._analyzer(self.ports[name])
             else:
                 await asyncio.to_thread(self._scanner, self.ports[name])
-        print(f"\nFrom the cloud to Device/pump, an infusion pump on port {self.pump_port}: $push")
+        self.show(f"\nFrom the cloud to Device/pump, an infusion pump on port {self.pump_port}: $push")
         await self._push()
 
     async def _analyzer(self, port: int) -> None:
@@ -1069,7 +1077,7 @@ class Demo:
         form = "grant_type=client_credentials&client_id=sandbox-client&client_secret=sandbox-secret"
         login = f"curl -s -d '{form}' {self.sandbox.url}oauth2/token"
         token = (self._state_dir / TOKEN_FILE).read_text("ascii")
-        print(
+        self.show(
             f"\nThe channels stay open for senders on this machine, HL7 on {self.ports['ADT']} and {port}, ASTM on "
             f"{self.ports['CHEM']}, DICOM on {self.ports['PACS']}. Try\n\n"
             f"  echoscu 127.0.0.1 {self.ports['PACS']}                                                    (dcmtk)\n"
@@ -1079,8 +1087,7 @@ class Demo:
             f"  curl -s -H \"Authorization: Bearer $TOKEN\" '{self.sandbox.url}fhir/R4/Agent/{DEMO_AGENT}/$stats'\n\n"
             f"  {shlex.join([*own_command()[1:], 'status', '--state-dir', str(self._state_dir)])}\n\n"
             f"The agent's page: http://127.0.0.1:{self.page_port}/#token={token}\n\n"
-            "Ctrl-C ends the demo.",
-            flush=True,
+            "Ctrl-C ends the demo."
         )
 
 

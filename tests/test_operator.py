@@ -238,3 +238,16 @@ def test_the_command_that_the_demo_names_can_be_typed(tmp_path):
         finally:
             demo.terminate()
             demo.communicate()
+
+
+@pytest.mark.parametrize("options", [[], ["--once"]])
+def test_a_demo_that_nobody_reads_ends(tmp_path, options):
+    """As behind `| head`: it said that the agent had closed a connection."""
+    command, pipe = [*AgentProcess.COMMAND, "demo", *options, "--state-dir", str(tmp_path)], subprocess.PIPE
+    with subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True) as demo:
+        assert demo.stdout is not None and demo.stderr is not None
+        demo.stdout.readline()
+        demo.stdout.close()
+        said = demo.stderr.read()
+        assert demo.wait(20) == 0
+    assert "The demo ends: Broken pipe." in said and "broke off" not in said and "Traceback" not in said
