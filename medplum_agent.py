@@ -6670,12 +6670,17 @@ class MllpLine(Line):
             self.owner.asked.remove(exchange)
 
     def acknowledges(self, ack: Acknowledgment, text: str) -> bool:
-        """Whether this is the word that a push waits for; without MSA-2 it is, if one push waits on this line."""
+        """Whether this is the word that a push waits for.
+
+        If one waits on this line, also without MSA-2, and as devices keep it that have room for 20 characters (HL7
+        v2.5.1 2.15.9.10) or one case.
+        """
         mine = [exchange for exchange in self.asking if not exchange.answer.done()]
         others = [e for e in self.owner.asked if not e.answer.done() and e.line.host == self.host]  # of this device
         found = [e for e in (*mine, *others) if e.push.control_id.strip() == ack.control_id]
-        if not ack.control_id and len(mine) == 1:
-            found = mine
+        if not found and len(mine) == 1:
+            own = mine[0].push.control_id.strip().upper()
+            found = mine if ack.control_id.upper() in ("", own, own[:20].strip()) else []
         if not found:
             self.words = "what came acknowledges another message (MSA-2)"
             return ack.code == "AA" and ack.control_id in self._accepted  # nobody waits for that any more

@@ -1,0 +1,56 @@
+"""How real instruments and systems speak, rebuilt as peers over real sockets and pseudo-terminals."""
+
+import pytest
+
+from tests.support import Receiver, changed, control_id, message, site
+
+RESULT = ("H|\\^&|||XN-1000", "P|1", "O|1|S1", "R|1|^^^WBC|5.4|10*3/uL", "L|1|N")
+ORDER = ("H|\\^&|||HOST", "P|1", "O|1|S1||^^^WBC|R", "L|1|N")
+ASTM = "tcp://127.0.0.1:{port}?mode=astm"
+TWO_BYTES = "tcp://127.0.0.1:{port}?startChar=%02&endChar=%03%0D&bodyEncoding=utf-8"
+LIMITS = "m.UNREAD_SECS = 0.2"
+CHANNELS = {
+    "HL7": "",
+    "STORED": "?enhanced=aa",
+    "FEW": "?maxConnections=4",
+    "TWO": TWO_BYTES,
+    "UTF-8": f"{ASTM}&encoding=utf-8",
+}
+
+
+@pytest.fixture(scope="module")
+def here(tmp_path_factory):
+    with site(tmp_path_factory.mktemp("dialects"), CHANNELS, start=False) as running:
+        changed(running.agent, LIMITS)
+        running.agent.start(ready=False)
+        running.agent.logged("started successfully")
+        running.agent.wait_connected()
+        yield running
+
+
+@pytest.fixture(autouse=True)
+def quiet(request):
+    """The Bot returns nothing unless a test says otherwise."""
+    if "here" in request.fixturenames:
+        request.getfixturevalue("here").sandbox.bot = lambda transmit: (200, "")
+
+
+# --- orders down ---
+
+
+@pytest.mark.parametrize("shown", [lambda own: own[:20], str.upper], ids=["20 characters", "one case"])
+def test_a_device_that_keeps_a_control_id_in_its_own_way_has_acknowledged_it(here, shown):
+    """MSH-10 has room for 20 characters up to HL7 v2.5.1: a UUID came back shorter, was no ACK, and was sent again."""
+    first, second = "0f8fad5b-d9cb-469f-a165-70867728950e", "7c9e6679-7425-40de-944b-e07fc1f90ae7"
+    with Receiver(lambda link, text: link.ack("AA", shown(control_id(text)))) as device, here.caller() as caller:
+        answer = caller.push(device.url("?ackTimeoutSecs=3"), message(first))
+        assert answer.status == 200 and f"MSA|AA|{shown(first)}" in answer.text
+        caller.store(device.url("?ackTimeoutSecs=1"), message(second), message("LAST"))
+        device.wait_ids(first, second, "LAST")  # in order: each was taken by the one before
+        assert device.ids() == [first, second, "LAST"]
+
+
+def test_another_control_id_acknowledges_nothing(here):
+    with Receiver(lambda link, text: link.ack("AA", control_id(text)[:9])) as device, here.caller() as caller:
+        answer = caller.push(device.url("?ackTimeoutSecs=0.5"), message("0f8fad5b-d9cb-469f"))
+        assert answer.status == 400 and "another message" in answer.text
