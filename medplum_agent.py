@@ -2577,6 +2577,7 @@ class Astm:
     """One connection to an instrument, both roles. `skipped` counts bytes that were no part of the protocol."""
 
     inside = False  # it has time-outs of its own
+    busy = False  # it takes no session: NAK to ENQ, and the line is ours, for the sender waits 10 s (6.2.3)
 
     def __init__(self, settings: StreamSettings):
         self.settings = settings
@@ -2745,7 +2746,9 @@ class Astm:
 
     def _open(self, byte: int) -> None:
         self._tailed = True
-        self._write(ACK)
+        if self.busy:
+            self.state, self._rest = Link.IDLE, min(self._rest, self._now + TURN_SECS)
+        self._write(NAK if self.busy else ACK)
 
     def _bare(self, byte: int) -> None:
         self._warn("a frame came without ENQ")
@@ -7916,6 +7919,7 @@ class RecordsCall(AstmLine):
     def __init__(self, owner: Device, settings: DeviceSettings):
         shared = {name: value for name, value in vars(settings).items() if name in rows_of(StreamSettings)}
         super().__init__(cast(Channel, owner), StreamSettings(**shared))
+        self.core.busy = True
 
     async def keep(self, frame: FrameAccepted) -> None:
         self._do(self.core.refused)

@@ -1,8 +1,14 @@
 """How real instruments and systems speak, rebuilt as peers over real sockets and pseudo-terminals."""
 
+import contextlib
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 
+from medplum_agent import ASTM_TYPE
+from tests.instruments import ENQ, NAK, Instrument, body_of
 from tests.support import Receiver, changed, control_id, message, site
+from tests.test_laboratory import listening
 
 RESULT = ("H|\\^&|||XN-1000", "P|1", "O|1|S1", "R|1|^^^WBC|5.4|10*3/uL", "L|1|N")
 ORDER = ("H|\\^&|||HOST", "P|1", "O|1|S1||^^^WBC|R", "L|1|N")
@@ -54,3 +60,19 @@ def test_another_control_id_acknowledges_nothing(here):
     with Receiver(lambda link, text: link.ack("AA", control_id(text)[:9])) as device, here.caller() as caller:
         answer = caller.push(device.url("?ackTimeoutSecs=0.5"), message("0f8fad5b-d9cb-469f"))
         assert answer.status == 400 and "another message" in answer.text
+
+
+def test_an_instrument_that_is_called_and_has_a_result_of_its_own_keeps_it(here):
+    """It won the contention (E1381 6.2.7), heard ACK to its ENQ, and NAK to its frames until it gave its result up."""
+    with contextlib.ExitStack() as stack:
+        listener = stack.enter_context(listening(0))
+        caller, pool = stack.enter_context(here.caller()), stack.enter_context(ThreadPoolExecutor(1))
+        url = f"tcp://127.0.0.1:{listener.getsockname()[1]}?mode=astm"
+        pushed = pool.submit(caller.push, url, body_of(*ORDER), contentType=ASTM_TYPE)
+        device = stack.enter_context(Instrument(listener.accept()[0]))
+        assert device.take(1) == ENQ
+        device.write(ENQ)
+        assert device.quiet(0.1) == b""  # it yields
+        assert device.ask(ENQ) == NAK  # it is busy: the instrument asks again in 10 s
+        assert device.accept() == [f"{record}\r".encode() for record in ORDER]
+        assert pushed.result().status == 200
