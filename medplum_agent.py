@@ -2372,7 +2372,8 @@ class ByteStream:
 
     @property
     def held(self) -> int:
-        return len(self._kept)
+        """Bytes since the last message."""
+        return len(self._kept) - self._from
 
     def receive(self, chunk: bytes) -> list[StreamEvent]:
         """What these bytes complete, in order."""

@@ -1,14 +1,17 @@
 """How real instruments and systems speak, rebuilt as peers over real sockets and pseudo-terminals."""
 
 import contextlib
+import shutil
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
 from medplum_agent import ASTM_TYPE
-from tests.instruments import ENQ, NAK, Instrument, body_of
-from tests.support import Receiver, changed, control_id, message, site
-from tests.test_laboratory import listening
+from tests.instruments import ACK, ENQ, EOT, NAK, Cable, Instrument, body_of, frames_of, of
+from tests.support import Receiver, changed, control_id, eventually, message, site
+from tests.test_laboratory import came, listening, opened_since
+from tests.test_upgrade import Installed
 
 RESULT = ("H|\\^&|||XN-1000", "P|1", "O|1|S1", "R|1|^^^WBC|5.4|10*3/uL", "L|1|N")
 ORDER = ("H|\\^&|||HOST", "P|1", "O|1|S1||^^^WBC|R", "L|1|N")
@@ -76,3 +79,51 @@ def test_an_instrument_that_is_called_and_has_a_result_of_its_own_keeps_it(here)
         assert device.ask(ENQ) == NAK  # it is busy: the instrument asks again in 10 s
         assert device.accept() == [f"{record}\r".encode() for record in ORDER]
         assert pushed.result().status == 200
+
+
+# --- reload and upgrade ---
+
+
+def test_marks_of_several_bytes_are_no_half_message(here):
+    """What could begin the next mark was held: between two messages, a reload closed the connection."""
+    with here.device("TWO") as device:
+        device.send_raw(b"\x02one\x03\r")
+        came(here, "TWO", "\x02one\x03\r")
+        here.endpoint("TWO")["address"] = TWO_BYTES.format(port=here.ports["TWO"]) + "&autoRespond=%03%0D:%06"
+        assert here.sandbox.reload()["statusCode"] == 200
+        device.send_raw(b"\x02two\x03\r")
+        assert device.socket.recv(1) == b"\x06"
+        came(here, "TWO", "\x02two\x03\r")
+
+
+@pytest.mark.skipif(not shutil.which("socat"), reason="socat is not installed")
+def test_a_serial_line_and_marks_of_several_bytes_in_an_upgrade(tmp_path):
+    """It waited 15 s for the end of a message that was none, and closed the connection."""
+    with Cable(tmp_path) as cable:
+        channels = {"SERIAL": cable.address(ASTM), "TWO": TWO_BYTES}
+        with site(tmp_path, channels, start=False) as here:
+            here.sandbox.bot = lambda transmit: (200, "")
+            there = Installed(tmp_path, here, start=False)
+            here.agent.start(ready=False)
+            there.add("5.3.0")
+            eventually(lambda: opened_since(here, "SERIAL", 0), what="the serial port")
+            with cable.open() as analyzer, here.device("TWO") as raw, ThreadPoolExecutor(1) as pool:
+                raw.send_raw(b"\x02one\x03\r")
+                came(here, "TWO", "\x02one\x03\r")
+                frames = frames_of(*RESULT)
+                for part in (ENQ, *frames[:2]):
+                    assert analyzer.ask(part) == ACK
+                ran = pool.submit(there.command, "upgrade", "5.3.0")
+                here.agent.logged("5.3.0 takes over")
+                for frame in frames[2:]:
+                    assert analyzer.ask(frame) == ACK
+                analyzer.write(EOT)
+                began = time.monotonic()
+                here.agent.logged("Stopped.")
+                assert time.monotonic() - began < 8
+                assert ran.result().returncode == 0
+                raw.send_raw(b"\x02two\x03\r")
+                came(here, "TWO", "\x02two\x03\r")
+                eventually(lambda: opened_since(here, "SERIAL", 1), what="the serial port, again")
+                analyzer.session(*RESULT)
+                eventually(lambda: [one.body for one in of(here, "SERIAL")] == [body_of(*RESULT)] * 2)
