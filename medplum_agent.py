@@ -3009,12 +3009,12 @@ def is_terminated(records: Sequence[bytes | bytearray]) -> bool:
 
 def half_session(records: Sequence[bytes]) -> str:
     """Why a session is no message, or an empty string: it begins with its H record (LIS02-A2 6)."""
-    first = b"".join(records[:1]).lstrip(b"\r\n\0 ")
+    first = b"".join(records[:1]).lstrip(b"\r\n\0 \xef\xbb\xbf")
     return "" if first[:1] in b"Hh" else "its first record is no H record: the beginning is missing"
 
 
 def _records_of(text: str) -> list[str]:
-    text = re.sub(r"(?![\r\n])[\0-\x1f]", "", text)
+    text = re.sub(r"(?![\r\n])[\0-\x1f\ufeff]", "", text)
     return [line for line in re.split(r"[\r\n]", text) if line.strip()]
 
 

@@ -81,6 +81,19 @@ def test_an_instrument_that_is_called_and_has_a_result_of_its_own_keeps_it(here)
         assert pushed.result().status == 200
 
 
+# --- results up ---
+
+
+def test_records_with_a_byte_order_mark(here):
+    """They were a dead letter: `its first record is no H record`."""
+    with Instrument.at(here.ports["UTF-8"]) as device:
+        assert device.ask(ENQ) == ACK
+        for frame in frames_of("\xef\xbb\xbf" + RESULT[0], *RESULT[1:]):
+            assert device.ask(frame) == ACK
+        device.write(EOT)
+        came(here, "UTF-8", body_of(*RESULT))
+
+
 # --- reload and upgrade ---
 
 
