@@ -154,7 +154,7 @@ SOCKET_BACKLOG = 512  # connections waiting for accept(): a whole site reconnect
 BIND_RETRY_SECS = 0.25  # a port held by the agent that we replace is free within moments
 GRACEFUL_CLOSE_SECS = 5.0  # a device connection that is closed by us may finish what is being stored
 UNTAKEN_SECS = 120.0  # an instrument that we call: its network may have lost the line; Linux would try for 15 min
-UNREAD_SECS = 60.0  # a device that does not read its answers for so long is worth a word
+UNREAD_SECS = 60.0  # a device that does not read its answers for so long wants none
 UNFINISHED_BYTES = 128 * MIB  # of messages that are not complete, over all connections
 SLOW_BYTES = 500  # a second: who sends less stopped; a serial line at 9600 baud brings 960
 LONE_END_SECS = 0.3  # of silence after 0x1C without 0x0D: the frame has ended
@@ -6094,7 +6094,7 @@ class Uplink:
 
 
 # =====================================================================================================================
-# Lines (1220 lines, 8950 tokens)
+# Lines (1220 lines, 9000 tokens)
 #
 # One open connection to a device, whoever dialled; each protocol has one class here, which owns its core. A line takes
 # bytes (`receive`), makes messages of them (`intake`), acknowledges when the store says durable (`stored`), writes down
@@ -6325,6 +6325,7 @@ class Line(asyncio.Protocol):
         self.first_id = owner.store.next_id if owner.store else 0  # messages below it came before this was opened
         self._begun_at = 0.0  # when the message under way began; 0: there is none
         self._unread_at = math.inf  # since when the device does not read
+        self._unheard = False  # it has not for long: nothing more is written, and what it sends is taken
         self._outbox: list[bytes] = []
         self._delayed: deque[bytes | FrameError] = deque()  # frames that are read and held back (messagesPerMin)
         self._begun = 0  # so many, the first, are the rest of a batch that was begun: one acknowledgment may mean all
@@ -6459,7 +6460,7 @@ class Line(asyncio.Protocol):
         self.pause("slow reader")
 
     def resume_writing(self) -> None:
-        self._unread_at = math.inf
+        self._unread_at, self._unheard = math.inf, False
         self.resume("slow reader")
 
     # --- flow ---
@@ -6490,7 +6491,7 @@ class Line(asyncio.Protocol):
         self._outbox.append(content)
 
     def _flush(self) -> None:
-        if self._outbox and not self._transport.is_closing():
+        if self._outbox and not (self._unheard or self._transport.is_closing()):
             self._transport.write(b"".join(self._outbox))
         self._outbox.clear()
         if self.ended or self._closing:
@@ -6570,8 +6571,9 @@ class Line(asyncio.Protocol):
         if self.ended and silent > ENDED_SECS and not (self.pending or self._closing):
             return "its sender ended it, and the answer takes long: it is kept for a repetition"
         if now - self._unread_at > UNREAD_SECS:
-            self._unread_at = math.inf
-            self.owner.warn(f"{self.remote} has not read its answers for {UNREAD_SECS:.0f} s")
+            self._unread_at, self._unheard = math.inf, True
+            self.resume("slow reader")
+            self.owner.warn(f"{self.remote} has not read its answers for {UNREAD_SECS:.0f} s: it gets none till then")
         if self._paused or self._closing:
             return ""
         begun, last = self._begun_at, max(self._begun_at, self.active_at)

@@ -1,6 +1,7 @@
 """How real instruments and systems speak, rebuilt as peers over real sockets and pseudo-terminals."""
 
 import contextlib
+import select
 import shutil
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -9,7 +10,7 @@ import pytest
 
 from medplum_agent import ASTM_TYPE
 from tests.instruments import ACK, ENQ, EOT, NAK, Cable, Instrument, body_of, frames_of, of
-from tests.support import Receiver, changed, control_id, eventually, message, site
+from tests.support import Receiver, bot, changed, control_id, eventually, message, site
 from tests.test_laboratory import came, listening, opened_since
 from tests.test_upgrade import Installed
 
@@ -92,6 +93,23 @@ def test_records_with_a_byte_order_mark(here):
             assert device.ask(frame) == ACK
         device.write(EOT)
         came(here, "UTF-8", body_of(*RESULT))
+
+
+def test_a_monitor_that_never_reads_goes_on(here):
+    """MSH-15 and -16 NE, and no answer is read: when the buffers were full its feed stopped for good."""
+    here.sandbox.bot = bot("AA", "x" * 50_000)
+    with here.device("HL7", receive_buffer=4096) as monitor:
+        monitor.send(*(message(f"WAVE-{n}", f"W{n}") for n in range(200)))
+        here.agent.logged("has not read its answers")
+        here.sandbox.bot = bot("AA")
+        monitor.send(*(message(f"ALARM-{n}", "W0") for n in range(5)))
+        here.sandbox.wait_ids(*(f"ALARM-{n}" for n in range(5)))
+        monitor.socket.settimeout(10)
+        heard = b""
+        while b"|READS" not in heard:  # once it reads, it is answered again
+            while select.select([monitor.socket], [], [], 0.1)[0]:
+                heard = heard[-200:] + monitor.socket.recv(1 << 20)
+            monitor.send(message(f"READS-{time.monotonic_ns()}"))
 
 
 # --- reload and upgrade ---
