@@ -155,6 +155,7 @@ BIND_RETRY_SECS = 0.25  # a port held by the agent that we replace is free withi
 GRACEFUL_CLOSE_SECS = 5.0  # a device connection that is closed by us may finish what is being stored
 UNTAKEN_SECS = 120.0  # an instrument that we call: its network may have lost the line; Linux would try for 15 min
 UNREAD_SECS = 60.0  # a device that does not read its answers for so long wants none
+LEFT_SECS = 60.0  # so long silent, one of several connections of a device makes way where there are too many
 UNFINISHED_BYTES = 128 * MIB  # of messages that are not complete, over all connections
 SLOW_BYTES = 500  # a second: who sends less stopped; a serial line at 9600 baud brings 960
 LONE_END_SECS = 0.3  # of silence after 0x1C without 0x0D: the frame has ended
@@ -7313,7 +7314,7 @@ class AstmLine(StreamLine):
 
 
 # =====================================================================================================================
-# Channels (500 lines, 4000 tokens)
+# Channels (510 lines, 4050 tokens)
 #
 # A channel is a configured name: its plan, its queue, its lines, and the door by which they come, a listener or a
 # dialler. A listener owns a bound port and may change its channel, so that a reload can swap ports without ever
@@ -7471,19 +7472,24 @@ class Channel:
         return self.plan.settings.maxConnections
 
     def opened(self, line: Line) -> None:
-        """A connection whose answer waits for a repetition makes way, and then one that never sent anything."""
+        """A connection whose answer waits for a repetition makes way, then one that never sent anything or was left."""
         if self.refuses(line.host, line.descriptor):
             line.abort()
             return
         if len(self.lines) >= self.room:
-            hosts = collections.Counter(old.host for old in self.lines.values())
-            silent = sorted((o for o in self.lines.values() if not o.messages), key=lambda o: -hosts[o.host])
-            least = [old for old in self.lines.values() if old.ended] + silent
+            hosts, now = collections.Counter(old.host for old in self.lines.values()), self.loop.time()
+            least = [
+                old for old in self.lines.values()
+                if old.ended or not old.messages or (hosts[old.host] > 1 and old.check_time(now, LEFT_SECS, 0))
+            ]  # fmt: skip
             if not least:
                 self.warn(f"{line.host} was turned away: {len(self.lines)} connections are open (maxConnections)")
                 line.abort()
                 return
-            self.lines.pop(least[0].remote).abort()
+            old = min(least, key=lambda old: (not old.ended, old.messages > 0, -hosts[old.host], old.active_at))
+            if old.messages and not old.ended:
+                self.warn(f"{old.host} leaves its connections open, {hosts[old.host]} of them: the oldest makes way")
+            self.lines.pop(old.remote).abort()
         self.lines[line.remote] = line
         self._log.debug(f"Channel '{self.plan.name}': {line.remote} connected.")
         self.loop.call_later(TURN_SECS, self.here, line.host)

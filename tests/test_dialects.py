@@ -18,7 +18,7 @@ RESULT = ("H|\\^&|||XN-1000", "P|1", "O|1|S1", "R|1|^^^WBC|5.4|10*3/uL", "L|1|N"
 ORDER = ("H|\\^&|||HOST", "P|1", "O|1|S1||^^^WBC|R", "L|1|N")
 ASTM = "tcp://127.0.0.1:{port}?mode=astm"
 TWO_BYTES = "tcp://127.0.0.1:{port}?startChar=%02&endChar=%03%0D&bodyEncoding=utf-8"
-LIMITS = "m.UNREAD_SECS = 0.2"
+LIMITS = "m.UNREAD_SECS, m.LEFT_SECS = 0.2, 1e-9"
 CHANNELS = {
     "HL7": "",
     "STORED": "?enhanced=aa",
@@ -110,6 +110,17 @@ def test_a_monitor_that_never_reads_goes_on(here):
             while select.select([monitor.socket], [], [], 0.1)[0]:
                 heard = heard[-200:] + monitor.socket.recv(1 << 20)
             monitor.send(message(f"READS-{time.monotonic_ns()}"))
+
+
+def test_a_sender_that_leaves_its_connections_open_is_no_end_of_the_feed(here):
+    """Connect for each message and never disconnect: after maxConnections of them everybody was turned away."""
+    with contextlib.ExitStack() as stack:
+        for n in range(12):
+            assert stack.enter_context(here.device("FEW")).ask(message(f"LEAK-{n}")) == ("AA", f"LEAK-{n}")
+        with Instrument.at(here.ports["FEW"], "127.0.0.2") as other:
+            other.write(b"\x0b" + message("NEIGHBOUR").encode() + b"\x1c\r")
+            assert other.more(5) and b"MSA|AA|NEIGHBOUR" in other.buffer
+        here.agent.logged("leaves its connections open")
 
 
 # --- reload and upgrade ---
