@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from medplum_agent import ASTM_TYPE
+from medplum_agent import ASTM_TYPE, StreamSettings, channel_settings
 from tests.instruments import ACK, ENQ, EOT, NAK, Cable, Instrument, body_of, frames_of, of
 from tests.support import Receiver, bot, changed, control_id, eventually, message, site
 from tests.test_laboratory import came, listening, opened_since
@@ -121,6 +121,13 @@ def test_a_sender_that_leaves_its_connections_open_is_no_end_of_the_feed(here):
             other.write(b"\x0b" + message("NEIGHBOUR").encode() + b"\x1c\r")
             assert other.more(5) and b"MSA|AA|NEIGHBOUR" in other.buffer
         here.agent.logged("leaves its connections open")
+
+
+def test_fewer_data_bits_than_a_character_has_are_said():
+    said: list[str] = []
+    for encoding in ("latin-1", "ascii", "iso-2022-jp"):
+        channel_settings(StreamSettings, f"mode=astm&dataBits=7&encoding={encoding}", "LAB", {}, said)
+    assert said == ["LAB: dataBits=7 carries no latin-1 beyond ASCII: name encoding=ascii"]
 
 
 # --- reload and upgrade ---
