@@ -1,6 +1,8 @@
 """How real instruments and systems speak, rebuilt as peers over real sockets and pseudo-terminals."""
 
+import base64
 import contextlib
+import random
 import select
 import shutil
 import time
@@ -176,3 +178,79 @@ def test_a_serial_line_and_marks_of_several_bytes_in_an_upgrade(tmp_path):
                 eventually(lambda: opened_since(here, "SERIAL", 1), what="the serial port, again")
                 analyzer.session(*RESULT)
                 eventually(lambda: [one.body for one in of(here, "SERIAL")] == [body_of(*RESULT)] * 2)
+
+
+# --- recordings, cut anywhere ---
+
+
+def said_by(number: str, text: str = "", charset: str = "", encoding: str = "utf-8") -> bytes:
+    """A result of an analyzer, without the last carriage return."""
+    head = f"MSH|^~\\&|BC-6800|LAB|||20260101||ORU^R01|{number}|P|2.3.1||||||{charset}"
+    return f"{head}\rPID|1||P{number}||{text}\rOBX|1|ST|WBC||{text}".encode(encoding)
+
+
+def recording(name: str) -> bytes:
+    """Habits of engines, monitors and analyzers, one after the other on one connection."""
+    number = (f"{name}-{n}" for n in range(99)).__next__
+    start, end = b"\x0b", b"\x1c\r"
+    report = base64.b64encode(random.Random(1).randbytes(6000))
+    lines = b"\r".join(report[at : at + 76] for at in range(0, len(report), 76))
+    ack = f"MSH|^~\\&|A|B|||20260101||ACK|{number()}|P|2.3.1\rMSA|AA|7"
+    parts = [
+        start + said_by(number()) + b"\r" + end,
+        start + said_by(number()) + end + b"\n",  # no last carriage return
+        b"\r\n  " + start + said_by(number()).replace(b"\r", b"\r\n") + b"\r\n" + end,
+        start + said_by(number()).replace(b"\r", b"\n") + b"\n" + end,
+        start + said_by(number(), "中文 测试", "GB 18030-2000", "gb18030") + b"\r" + end,
+        start + said_by(number(), "漢字テスト表", "SHIFT_JIS", "cp932") + b"\r" + end,
+        start + said_by(number(), "漢字^テスト", "~ISO IR87", "iso2022_jp") + b"\r" + end,
+        start + said_by(number(), "Кровь", "KOI8-R", "koi8-r") + b"\r" + end,
+        start + said_by(number(), "Кровь", "WINDOWS-1251", "cp1251") + b"\r" + end,
+        start + b"\xef\xbb\xbf" + said_by(number(), "äöü") + b"\r" + end,
+        start + end + b"   " + start + b"\r" + end,  # heartbeats
+        start + b"\r".join((said_by(number()), said_by(number()), said_by(number()))) + b"\r" + end,
+        start
+        + b"FHS|^~\\&|D\rBHS|^~\\&|D\r"
+        + said_by(number())
+        + b"\r"
+        + said_by(number())
+        + b"\rBTS|2\rFTS|1\r"
+        + end,
+        start + said_by(number()) + b"\r\x1c",  # and no 0x0D
+        start + said_by(number()) + b"\r\x1c\n",
+        start + said_by(number()) + b"\rOBX|2|ED|PDF||^AP^^Base64^" + lines + b"\r" + end,
+        start + said_by(number())[:60],  # cut off
+        start + ack.encode() + b"\r" + end,
+        start + b"\x06" + end,  # the commit acknowledgment of MLLP release 2
+        start + said_by(number()) + b"\r" + end,
+    ]
+    return b"".join(parts)
+
+
+def told(here, channel: str, name: str, pieces: list[bytes]) -> tuple[list[str], list[tuple[str, str]]]:
+    """What the server gets and the sender hears of a recording, sent in these pieces; but for its name."""
+    with here.device(channel) as device:
+        for piece in pieces:
+            device.send_raw(piece)
+        answers = [device.ack() for _ in range(20)] + device.drain(0.05)
+    here.sandbox.wait_for(lambda: len(bodies(here, channel, name)) >= 20)
+    shown = sorted(body.replace(name, "X") for body in bodies(here, channel, name))
+    return shown, sorted((code, own.replace(name, "X")) for code, own in answers)
+
+
+def bodies(here, channel: str, name: str) -> list[str]:
+    return [one.body for one in of(here, channel) if f"{name}-" in one.body]
+
+
+@pytest.mark.parametrize("channel", ["HL7", "STORED"])
+def test_a_recording_is_the_same_however_it_is_cut(here, channel):
+    here.sandbox.bot = bot("AA")
+    whole = told(here, channel, "r000", [recording("r000")])
+    assert [code for code, _ in whole[1]].count("AR") == 1  # what was cut off
+    assert sum("漢字" in body for body in whole[0]) == 2 and sum("Кровь" in body for body in whole[0]) == 2
+    chance = random.Random(20261127)
+    for run in range(1, 9):
+        content = recording(name := f"r{run:03d}")
+        cuts = sorted(chance.sample(range(1, len(content)), chance.choice([1, 4, 40, 400])))
+        pieces = [content[at:to] for at, to in zip([0, *cuts], [*cuts, len(content)], strict=True)]
+        assert told(here, channel, name, pieces) == whole, f"cut at {cuts}"
