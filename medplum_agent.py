@@ -1950,7 +1950,7 @@ _control_ids = itertools.count(time.time_ns() // 1000)  # 16 digits, unique in a
 # Character sets that HL7 names in its own way (table 0211)
 _JAPANESE = "iso2022_jp_ext"
 _CHARACTER_SETS = {
-    "UNICODE UTF-8": "utf-8", "UNICODE": "utf-8", "GB 18030-2000": "gb18030", "KS X 1001": "cp949",
+    "UNICODE UTF-8": "utf-8", "UNICODE": "utf-8", "KS X 1001": "cp949",
     "BIG-5": "big5hkscs", "ISO-IR-192": "utf-8", **dict.fromkeys(("ISO-IR-14", "ISO-IR-87", "ISO-IR-159"), _JAPANESE),
 }  # fmt: skip
 
@@ -2001,7 +2001,7 @@ def _named_codec(field: str) -> str:
     if name in ("", "ASCII", "US-ASCII", "ISO-IR-6"):
         return _JAPANESE if _JAPANESE in map(_CHARACTER_SETS.get, others) else ""
     with suppress(ValueError, LookupError):
-        codec = _CHARACTER_SETS.get(name) or codec_of(name)
+        codec = _CHARACTER_SETS.get(name) or codec_of(re.sub("(?<=18030)-.*", "", name))  # GB 18030-2022
         check_encoding(codec)
         return codec
     return ""

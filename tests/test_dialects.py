@@ -97,6 +97,14 @@ def test_records_with_a_byte_order_mark(here):
         came(here, "UTF-8", body_of(*RESULT))
 
 
+@pytest.mark.parametrize("year", ["-2000", "-2005", "-2022", ""])
+def test_every_edition_of_gb_18030(here, year):
+    """Table 0211 knows the one of 2000: under the later ones, which devices in China name, names were U+FFFD."""
+    with here.device("HL7") as device:
+        assert device.ask(said_by(f"GB{year}", "中文", f"GB 18030{year}", "gb18030"))[0] == "AA"
+    assert "||中文" in here.sandbox.of(f"GB{year}")[0].body
+
+
 def test_a_monitor_that_never_reads_goes_on(here):
     """MSH-15 and -16 NE, and no answer is read: when the buffers were full its feed stopped for good."""
     here.sandbox.bot = bot("AA", "x" * 50_000)
