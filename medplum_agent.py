@@ -569,7 +569,7 @@ class ServerError(PeerError):
 
 
 # =====================================================================================================================
-# Settings (1140 lines, 8000 tokens)
+# Settings (1140 lines, 8050 tokens)
 #
 # One setting, one row: a field of a frozen dataclass. The parser, the checks, `--settings-schema` and README's tables
 # come from the row. Names are the wire's own (camelCase). Precedence for a channel, field by field: Endpoint address,
@@ -1450,11 +1450,14 @@ def channel_settings(
         s = dataclasses.replace(s, autoRetryMaxDelayMs=base)
     if values.get("assignSeqNo") and values.get("maxWorkers", 1) > 1:
         warnings.append(f"{where}: assignSeqNo with maxWorkers above 1: numbers may reach the server out of order")
-    if isinstance(s, StreamSettings) and s.dataBits < 8 and not re.match("ascii|iso2022", codec_of(s.encoding)):
+    if isinstance(s, StreamSettings) and s.mode == "astm" and s.dataBits < 8 and not _seven_bits(codec_of(s.encoding)):
         warnings.append(f"{where}: dataBits={s.dataBits} carries no {s.encoding} beyond ASCII: name encoding=ascii")
     if problem := _problem(s, where):
         raise ConfigError(f"{where}: {problem}")
     return s, written
+
+
+_seven_bits = re.compile("ascii|iso2022").match  # codecs
 
 
 def read_parameters(cls: type[Any], query: str, where: str, warn: Warn) -> Json:

@@ -137,6 +137,7 @@ def test_fewer_data_bits_than_a_character_has_are_said():
     said: list[str] = []
     for encoding in ("latin-1", "ascii", "iso-2022-jp"):
         channel_settings(StreamSettings, f"mode=astm&dataBits=7&encoding={encoding}", "LAB", {}, said)
+    channel_settings(StreamSettings, "startChar=%02&endChar=%03&dataBits=7", "RAW", {}, said)
     assert said == ["LAB: dataBits=7 carries no latin-1 beyond ASCII: name encoding=ascii"]
 
 
