@@ -2171,7 +2171,7 @@ def read_answer(body: object) -> tuple[str, Acknowledgment | None]:
         return "", None
     text = LINE_ENDS.sub("\r", text) if "\n" in text else text
     code, *rest = text.partition(f"\rMSA{text[3]}")[2].partition("\r")[0].split(text[3], 2)
-    ack = Acknowledgment(code.strip().upper(), rest[0].strip() if rest else "")
+    ack = Acknowledgment(code.strip().upper(), rest[0].strip("\0 ") if rest else "")
     return text, ack if ack.code else None
 
 

@@ -50,7 +50,9 @@ def quiet(request):
 # --- orders down ---
 
 
-@pytest.mark.parametrize("shown", [lambda own: own[:20], str.upper], ids=["20 characters", "one case"])
+@pytest.mark.parametrize(
+    "shown", [lambda own: own[:20], str.upper, lambda own: f"{own}\0\0"], ids=["20 characters", "one case", "a buffer"]
+)
 def test_a_device_that_keeps_a_control_id_in_its_own_way_has_acknowledged_it(here, shown):
     """MSH-10 has room for 20 characters up to HL7 v2.5.1: a UUID came back shorter, was no ACK, and was sent again."""
     first, second = "0f8fad5b-d9cb-469f-a165-70867728950e", "7c9e6679-7425-40de-944b-e07fc1f90ae7"
