@@ -2447,7 +2447,7 @@ def stream_answer(body: str, settings: StreamSettings) -> bytes:
 
 
 # =====================================================================================================================
-# ASTM (590 lines, 4200 tokens)
+# ASTM (600 lines, 4250 tokens)
 #
 # The link layer of laboratory instruments (ASTM E1381, CLSI LIS01-A2), both roles, and the little of the records
 # (E1394, LIS02-A2) that it needs. Bytes and times in, events out. The caller commits a frame to disk between
@@ -2611,6 +2611,10 @@ class Astm:
         self._between = Link.OPEN  # what follows a good frame
 
     # --- what the caller does ---
+
+    def opened(self, now: float) -> None:
+        """The line is there; an instrument that opened it to send asks first."""
+        self._rest = 0.0 if self.busy else now + TURN_SECS
 
     def receive(self, chunk: bytes, now: float) -> list[AstmEvent]:
         """The events of these bytes; `now` in seconds of any steady clock."""
@@ -6100,7 +6104,7 @@ class Uplink:
 
 
 # =====================================================================================================================
-# Lines (1220 lines, 9000 tokens)
+# Lines (1230 lines, 9050 tokens)
 #
 # One open connection to a device, whoever dialled; each protocol has one class here, which owns its core. A line takes
 # bytes (`receive`), makes messages of them (`intake`), acknowledges when the store says durable (`stored`), writes down
@@ -7185,6 +7189,10 @@ class AstmLine(StreamLine):
         self._do(self.core.receive, received)
         self._tell_skipped(NOISE_BYTES)
         UNFINISHED.count(self, self.core.held)
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self.core.opened(self._loop.time())
+        super().connection_made(transport)
 
     def connection_lost(self, error: Exception | None) -> None:
         super().connection_lost(error)

@@ -86,6 +86,19 @@ def test_an_instrument_that_is_called_and_has_a_result_of_its_own_keeps_it(here)
         assert pushed.result().status == 200
 
 
+def test_an_instrument_that_connects_to_send_is_not_asked_first(here):
+    """An answer that waited for it was offered at once: it heard ENQ for ACK, hung up, and brought no result for as
+    long as the answer waited (python-astm does so)."""
+    here.sandbox.bot = lambda transmit: (200, body_of(*ORDER) if "Q|1" in transmit.body else "")
+    with Instrument.at(here.ports["UTF-8"]) as device:
+        device.session("H|\\^&|||COBAS", "Q|1|^S1||ALL", "L|1|N")
+    here.agent.logged("its answer waits")
+    with Instrument.at(here.ports["UTF-8"]) as device:
+        device.session("H|\\^&|||COBAS", "R|1|^^^GLU|5.1", "L|1|N")
+        assert device.accept() == [f"{record}\r".encode() for record in ORDER]
+    came(here, "UTF-8", body_of("H|\\^&|||COBAS", "R|1|^^^GLU|5.1", "L|1|N"))
+
+
 # --- results up ---
 
 
