@@ -2330,7 +2330,7 @@ class Mllp:
 
 
 # =====================================================================================================================
-# Byte stream (120 lines, 850 tokens)
+# Byte stream (120 lines, 900 tokens)
 #
 # Messages between a start and an end sequence of one or more bytes (channel contract 9). Bytes in, events out. Every
 # byte is judged when it arrives by what it completes, so cuts between reads make no difference.
@@ -2378,8 +2378,10 @@ class ByteStream:
 
     @property
     def held(self) -> int:
-        """Bytes since the last message."""
-        return len(self._kept) - self._from
+        """Bytes of the unfinished message, or of what may be its start."""
+        fresh, start = self._from, self._start
+        begun = self.inside or any(self._kept.endswith(start[:n], fresh) for n in range(1, len(start)))
+        return len(self._kept) - fresh if begun else 0
 
     def receive(self, chunk: bytes) -> list[StreamEvent]:
         """What these bytes complete, in order."""

@@ -162,7 +162,7 @@ def test_fewer_data_bits_than_a_character_has_are_said():
 def test_marks_of_several_bytes_are_no_half_message(here):
     """What could begin the next mark was held: between two messages, a reload closed the connection."""
     with here.device("TWO") as device:
-        device.send_raw(b"\x02one\x03\r")
+        device.send_raw(b"\x02one\x03\r\n")
         came(here, "TWO", "\x02one\x03\r")
         here.endpoint("TWO")["address"] = TWO_BYTES.format(port=here.ports["TWO"]) + "&autoRespond=%03%0D:%06"
         assert here.sandbox.reload()["statusCode"] == 200
