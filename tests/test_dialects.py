@@ -94,6 +94,7 @@ def test_an_instrument_that_connects_to_send_is_not_asked_first(here):
         device.session("H|\\^&|||COBAS", "Q|1|^S1||ALL", "L|1|N")
     here.agent.logged("its answer waits")
     with Instrument.at(here.ports["UTF-8"]) as device:
+        assert device.quiet(0.05) == b""
         device.session("H|\\^&|||COBAS", "R|1|^^^GLU|5.1", "L|1|N")
         assert device.accept() == [f"{record}\r".encode() for record in ORDER]
     came(here, "UTF-8", body_of("H|\\^&|||COBAS", "R|1|^^^GLU|5.1", "L|1|N"))
