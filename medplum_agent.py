@@ -2171,7 +2171,7 @@ def read_answer(body: object) -> tuple[str, Acknowledgment | None]:
         return "", None
     text = LINE_ENDS.sub("\r", text) if "\n" in text else text
     code, *rest = text.partition(f"\rMSA{text[3]}")[2].partition("\r")[0].split(text[3], 2)
-    ack = Acknowledgment(code.strip().upper(), rest[0].strip("\0 ") if rest else "")
+    ack = Acknowledgment(code.strip().upper(), rest[0].replace("\0", "").strip() if rest else "")
     return text, ack if ack.code else None
 
 
@@ -6585,7 +6585,8 @@ class Line(asyncio.Protocol):
         if now - self._unread_at > UNREAD_SECS:
             self._unread_at, self._unheard = math.inf, True
             self.resume("slow reader")
-            self.owner.warn(f"{self.remote} has not read its answers for {UNREAD_SECS:.0f} s: it gets none till then")
+            unread = f"has not read its answers for {UNREAD_SECS:.0f} s: it gets none until it does"
+            self.owner.warn(f"{self.remote} {unread}")
         if self._paused or self._closing:
             return ""
         begun, last = self._begun_at, max(self._begun_at, self.active_at)
