@@ -8404,7 +8404,7 @@ def parse_ping(host: object, body: object) -> tuple[str, int]:
 
 
 # =====================================================================================================================
-# DICOM (1940 lines, 16200 tokens)
+# DICOM (1940 lines, 16250 tokens)
 #
 # Imaging devices (DICOM PS3.4, PS3.7, PS3.8; channel contract 8). `Dimse` is a core like the others: bytes in, events
 # out. Its line runs requests as coroutines; what takes long (fsync, decoding, JSON) goes to a few threads. pydicom and
@@ -8865,8 +8865,9 @@ def dicom_json(
         unread = length == 0xFFFFFFFF and getattr(raw, "value", "") is None
         if not unread and length not in range(large, 0xFFFFFFFF):
             try:
-                read = dataset[tag]
-                if read.VR == "SQ":
+                if element := _numbers(tag, raw):
+                    element = _plain(element, swap, standard)
+                elif (read := dataset[tag]).VR == "SQ":
                     items = [dicom_json(item, omitted, large, standard=standard, nested=True) for item in read.value]
                     element = {"vr": "SQ", "Value": items} if items or not standard else {"vr": "SQ"}
                 elif read.VR == "PN" and read.VM:  # pydicom's fails on an empty one among others
@@ -8874,10 +8875,10 @@ def dicom_json(
                     element = _plain({"vr": "PN", "Value": names}, swap, standard)
                 else:
                     element = _plain(read.to_json_dict(lambda bulk: "", INLINE_BYTES), swap, standard)
-                if not (nested and read.VR == "SQ"):
-                    dump_json([element])
+                if element and not (nested and element["vr"] == "SQ"):
+                    dump_json(element)
             except Exception:  # whatever a device's value is that pydicom cannot read or JSON cannot write
-                element = _as_text(tag, raw)
+                element = None
         if element is None:
             omitted.append(key)
         else:
@@ -8895,21 +8896,23 @@ def _say_utf8(elements: Json) -> None:
             element["Value"] = ["ISO_IR 192"]
 
 
-def _as_text(tag: int, raw: Any) -> Json | None:
-    """Numbers that are none as the text that they are (PS3.18 F.2.3.1 allows that); None for anything else."""
+def _numbers(tag: int, raw: Any) -> Json | None:
+    """IS and DS, which pydicom would cut to whole numbers or round; None for anything else."""
     vr, value = getattr(raw, "VR", None), getattr(raw, "value", None)
-    with suppress(KeyError, UnicodeError):
-        vr = vr or pydicom.datadict.dictionary_VR(tag)
+    with suppress(KeyError):
+        vr = pydicom.datadict.dictionary_VR(tag) if vr in (None, "UN") else vr
         if vr in ("IS", "DS") and isinstance(value, bytes):
-            parts = value.decode("ascii").rstrip(" \0").split("\\")
-            return {"vr": vr, "Value": [_number(vr, part.strip()) for part in parts]}
+            parts = value.decode("latin-1").rstrip(" \0").split("\\")
+            return {"vr": vr, "Value": [_number(part.strip(" \0")) for part in parts]}
     return None
 
 
-def _number(vr: str, text: str) -> Any:
-    kind, limit = (int, 2**63) if vr == "IS" else (float, math.inf)
+def _number(text: str) -> Any:
+    """The number, or the text where it is none, or JavaScript would round it (PS3.18 F.2.3 allows both)."""
+    decimal = re.search("[.eE]", text)
     with suppress(ValueError):
-        if abs(number := kind(text)) < limit:
+        number = float(text) if decimal else int(text)
+        if abs(number) < (math.inf if decimal else 2**53) and "_" not in text:  # which Python takes
             return number
     return text or None
 
@@ -8919,6 +8922,8 @@ def _clean(vr: str, value: Any) -> Any:
     if vr == "PN":
         groups = zip(("Alphabetic", "Ideographic", "Phonetic"), _ESCAPES.sub("", str(value)).split("="), strict=False)
         return {group: part for group, part in groups if part} or None
+    if isinstance(value, float) and not math.isfinite(value):  # JSON has no such numbers
+        return json.dumps(value)
     if vr in ("SV", "UV") and abs(value) > 2**53:  # which JavaScript would round (PS3.18 F.2.3 allows both)
         return str(value)
     if vr in _TEXT:  # ISO 2022 IR 58, PS3.5 K.2

@@ -1,0 +1,72 @@
+"""What imaging devices of many makers send, as their habits are: what the Bot sees of it, and what the server gets."""
+
+import struct
+from typing import Any
+
+import pytest
+
+from tests.dicom_peers import (
+    EXPLICIT,
+    QUIET,
+    SECONDARY,
+    SUCCESS,
+    Bot,
+    Instance,
+    announced,
+    element,
+    forget_strays,
+    imaging_site,
+    new_uid,
+    store,
+)
+from tests.support import Site
+
+pytestmark = QUIET
+
+
+@pytest.fixture(scope="module")
+def shared_site(tmp_path_factory):
+    channels = {"PACS": "dicom://127.0.0.1:{port}?dicomJson=standard"}
+    with imaging_site(tmp_path_factory.mktemp("modalities"), channels) as running:
+        yield running
+
+
+@pytest.fixture
+def here(shared_site):
+    forget_strays(shared_site)
+    shared_site.sandbox.bot = Bot()
+    return shared_site
+
+
+def described(here: Site, *elements: bytes, syntax: str = EXPLICIT) -> dict[str, Any]:
+    """The message about an object with these elements, which are in the order of their tags."""
+    uid = new_uid()
+    own = element(0x00080016, b"UI", SECONDARY.encode()), element(0x00080018, b"UI", uid.encode())
+    instance = Instance(SECONDARY, uid, syntax, b"".join((*own, *elements)))
+    assert store(here.ports["PACS"], instance) == [SUCCESS]
+    return announced(here, uid)
+
+
+# --- what the Bot sees ---
+
+
+@pytest.mark.parametrize(
+    ("vr", "content", "values"),
+    [
+        (b"IS", b"12.5", [12.5]),
+        (b"IS", b"1_000", ["1_000"]),
+        (b"IS", b"9007199254740993", ["9007199254740993"]),
+        (b"IS", rb"+0012\-3\ 7 \\1.0 ", [12, -3, 7, None, 1]),
+        (b"DS", rb"NaN\-inf\1e400", ["NaN", "-inf", "1e400"]),
+        (b"DS", rb"1,5\.5\5.\1E+03\1.23456789012345678901", ["1,5", 0.5, 5, 1000, 1.2345678901234567]),
+        (b"DS", b"1.5\0\0\0", [1.5]),
+        (b"UN", b"12.5", [12.5]),
+        (b"FD", struct.pack("<4d", float("nan"), float("inf"), float("-inf"), 1), ["NaN", "Infinity", "-Infinity", 1]),
+    ],
+)
+def test_no_number_becomes_another(here, vr, content, values):
+    """An IS of 12.5 mAs was 12, and one of more than 15 digits another; what JSON has no number for was null."""
+    tag = 0x00181152 if vr in (b"IS", b"UN") else 0x00180050 if vr == b"DS" else 0x00720074
+    body = described(here, element(tag, vr, content))
+    assert body["dataset"][f"{tag:08X}"]["Value"] == values
+    assert "omitted" not in body
