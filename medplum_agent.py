@@ -287,7 +287,7 @@ INLINE_BYTES = 4096  # base64 of a binary value that may be part of the JSON
 DESCRIBED_BYTES = 64 * MIB  # of an object, read in memory for its JSON
 CHECKED_ELEMENTS = 500_000  # of an object, to see whether it is whole: two seconds; of zeros it has 30 million
 ELEMENT_COST_BYTES = 2000  # counted for each of its elements: 700 in memory, and more than so many fit into no message
-MAX_OMITTED = 100  # tags that are named behind that
+MAX_OMITTED = 100  # tags that are named
 LARGE_VALUE_BYTES = 512 * KIB  # a value above this is not read for the JSON
 BODY_BYTES = 900_000  # of a message's JSON inside its frame; the server closes the connection at 1 MiB by default
 COMMITMENT_REPORT_DAYS = 3  # a report that no device took is tried again at each start for so long
@@ -8404,7 +8404,7 @@ def parse_ping(host: object, body: object) -> tuple[str, int]:
 
 
 # =====================================================================================================================
-# DICOM (1940 lines, 16250 tokens)
+# DICOM (1950 lines, 16350 tokens)
 #
 # Imaging devices (DICOM PS3.4, PS3.7, PS3.8; channel contract 8). `Dimse` is a core like the others: bytes in, events
 # out. Its line runs requests as coroutines; what takes long (fsync, decoding, JSON) goes to a few threads. pydicom and
@@ -8855,7 +8855,7 @@ def dicom_json(
     if "punycode" in str(dataset.get("SpecificCharacterSet")).lower():  # Python takes a minute for 512 KiB of it
         omitted += (f"{tag:08X}" for tag in dataset.keys())  # noqa: SIM118
         return found
-    swap = dataset.original_encoding[1] is False
+    swap, size = dataset.original_encoding[1] is False, 0
     for tag in dataset.keys():  # noqa: SIM118 - iterating over the data set itself would read every value
         key = f"{tag:08X}"
         if key in _PIXEL_DATA or (key.endswith("0000") and not key.startswith("0002")):
@@ -8870,19 +8870,18 @@ def dicom_json(
                 elif (read := dataset[tag]).VR == "SQ":
                     items = [dicom_json(item, omitted, large, standard=standard, nested=True) for item in read.value]
                     element = {"vr": "SQ", "Value": items} if items or not standard else {"vr": "SQ"}
-                elif read.VR == "PN" and read.VM:  # pydicom's fails on an empty one among others
-                    names = read.value if read.VM > 1 else [read.value]
-                    element = _plain({"vr": "PN", "Value": names}, swap, standard)
                 else:
-                    element = _plain(read.to_json_dict(lambda bulk: "", INLINE_BYTES), swap, standard)
+                    element = _plain(_json_of(read), swap, standard)
                 if element and not (nested and element["vr"] == "SQ"):
-                    dump_json(element)
+                    size += (own := len(dump_json(element)))
+                    if size > 2 * BODY_BYTES:  # no message has room for it, nor time for others like it
+                        size, large, element, dataset[tag] = size - own, large // 2, None, raw
             except Exception:  # whatever a device's value is that pydicom cannot read or JSON cannot write
                 element = None
-        if element is None:
-            omitted.append(key)
-        else:
+        if element is not None:
             found[key] = element
+        elif len(omitted) < MAX_OMITTED:
+            omitted.append(key)
     return found
 
 
@@ -8894,6 +8893,13 @@ def _say_utf8(elements: Json) -> None:
                 _say_utf8(item)
         elif tag == "00080005" and any(element.get("Value", ())):
             element["Value"] = ["ISO_IR 192"]
+
+
+def _json_of(read: Any) -> Json:
+    """pydicom's JSON of an element; of names ours: its fails on an empty one among others."""
+    if read.VR == "PN" and read.VM:
+        return {"vr": "PN", "Value": read.value if read.VM > 1 else [read.value]}
+    return cast(Json, read.to_json_dict(lambda bulk: "", INLINE_BYTES))
 
 
 def _numbers(tag: int, raw: Any) -> Json | None:
@@ -8948,15 +8954,20 @@ def _plain(element: Json, swap: bool, standard: bool) -> Json | None:
 
 
 def fitted(body: Json) -> str:
-    """The body as JSON text, without its largest elements if the server would not take the frame otherwise."""
+    """The body as JSON text, without its largest elements if the server would not take the frame otherwise.
+
+    Small ones of the groups up to 0020, which say whose object it is and which, go last.
+    """
     text = dump_json(body).decode()
     if len(text) < BODY_BYTES // 2 or (excess := len(dump_json(text)) - BODY_BYTES) <= 0:
         return text
-    sizes = sorted((len(dump_json(dump_json(value).decode())), key) for key, value in body["dataset"].items())
-    while excess > 0 and sizes:
-        size, key = sizes.pop()
+    sizes = ((len(dump_json(dump_json(value).decode())), key) for key, value in body["dataset"].items())
+    order = sorted((size > KIB or key > "0021", size, key) for size, key in sizes)
+    while excess > 0 and order:
+        _, size, key = order.pop()
         del body["dataset"][key]
-        body.setdefault("omitted", []).append(key)
+        if len(omitted := body.setdefault("omitted", [])) < MAX_OMITTED:
+            omitted.append(key)
         excess -= size
     return dump_json(body).decode()
 

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+from medplum_agent import MAX_OMITTED
 from tests.dicom_peers import (
     EXPLICIT,
     QUIET,
@@ -16,6 +17,7 @@ from tests.dicom_peers import (
     element,
     forget_strays,
     imaging_site,
+    memory_kb,
     new_uid,
     store,
 )
@@ -70,3 +72,44 @@ def test_no_number_becomes_another(here, vr, content, values):
     body = described(here, element(tag, vr, content))
     assert body["dataset"][f"{tag:08X}"]["Value"] == values
     assert "omitted" not in body
+
+
+def private(count: int, value: bytes = b"") -> bytes:
+    """So many small private elements."""
+    return b"".join(
+        element(0x00290000 + 0x20000 * (n // 0xEF00) + 0x1000 + n % 0xEF00, b"LO", value) for n in range(count)
+    )
+
+
+def unreadable(count: int) -> bytes:
+    """An item with so many numbers of one byte."""
+    content = b"".join(struct.pack("<HH2sHB", 0x11, 0x1000 + n, b"US", 1, 1) for n in range(count))
+    return struct.pack("<HHI", 0xFFFE, 0xE000, len(content)) + content
+
+
+@pytest.mark.parametrize("many", ["elements", "unreadable"])
+def test_tags_that_are_left_out_do_not_make_a_message_too_large(here, many):
+    """They were all named: the server closed the connection of all devices (1009), and the message was a dead letter.
+
+    Nor did the Bot hear which object it was: where all others are smaller, UIDs are the largest, and went first.
+    """
+    connects = here.agent.main_log().count(b"Connected to")
+    if many == "elements":
+        body = described(here, element(0x00100020, b"LO", b"P" * 60), private(30_000, b"x" * 20))
+        assert body["dataset"]["00100020"]["Value"] == ["P" * 60]
+    else:
+        item = unreadable(20_000)
+        body = described(here, *(element(0x00290000 + n, b"SQ", item) for n in range(0x1000, 0x1006)))
+    assert len(body["omitted"]) == MAX_OMITTED
+    assert here.agent.main_log().count(b"Connected to") == connects
+
+
+def test_sequences_that_no_message_has_room_for_are_not_kept_in_memory(here):
+    """Each of a length that is read: 4.8 MB took 19 s, in which no other image was taken, and 500 MB."""
+    before, content = memory_kb(here, "VmHWM"), private(60_000)
+    item = struct.pack("<HHI", 0xFFFE, 0xE000, len(content)) + content
+    sequences = [element(0x00290000 + n, b"SQ", item) for n in range(0x1000, 0x1010)]
+    body = described(here, *sequences, element(0x00400001, b"AE", b"LAST"))
+    assert body["dataset"]["00400001"]["Value"] == ["LAST"]
+    assert sorted(body["omitted"]) == [f"{0x00290000 + n:08X}" for n in range(0x1000, 0x1010)]
+    assert memory_kb(here, "VmHWM") - before < 200_000
