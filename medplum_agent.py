@@ -10110,9 +10110,9 @@ _SEARCHES: dict[str, _Search] = {
 
 
 def _texts(dataset: Json, tag: str) -> list[str]:
-    """The values of an attribute, of names the first group; an empty one when there is none."""
+    """The values of an attribute, groups of a name joined; an empty one when there is none."""
     values = dataset.get(tag, {}).get("Value") or [""]
-    return ["" if v is None else str(v.get("Alphabetic", "") if isinstance(v, dict) else v) for v in values]
+    return ["" if v is None else "=".join(v.values()) if isinstance(v, dict) else str(v) for v in values]
 
 
 def _search_query(wanted: Json, parameters: Mapping[str, str]) -> dict[str, Any]:
@@ -10161,8 +10161,9 @@ def _matches(vr: str, key: str, value: str) -> bool:
     if vr in ("DA", "TM", "DT") and "-" in key:
         first, last = key.split("-", 1)
         return bool(value) and ((first or value) <= value <= (last or value) or (bool(last) and value.startswith(last)))
-    if vr == "PN":
-        key, value = key.casefold().rstrip("^= "), value.casefold().rstrip("^= ")
+    if vr == "PN":  # each group that is given matches one of the name, in whatever script
+        keys, groups = ([one.rstrip("^ ") for one in text.casefold().split("=")] for text in (key, value))
+        return all(any(_matches("", one, group) for group in groups) for one in keys if one)
     if vr in ("UI", "DA", "TM", "IS"):
         return key == value
     return re.match(fnmatch.translate(key.replace("[", "[[]")), value) is not None  # which never tries all ways

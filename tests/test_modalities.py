@@ -10,10 +10,13 @@ from tests.dicom_peers import (
     EXPLICIT,
     QUIET,
     SECONDARY,
+    STUDY_FIND,
     SUCCESS,
     Bot,
     Instance,
     announced,
+    associated,
+    data_set,
     element,
     forget_strays,
     imaging_site,
@@ -113,3 +116,35 @@ def test_sequences_that_no_message_has_room_for_are_not_kept_in_memory(here):
     assert body["dataset"]["00400001"]["Value"] == ["LAST"]
     assert sorted(body["omitted"]) == [f"{0x00290000 + n:08X}" for n in range(0x1000, 0x1010)]
     assert memory_kb(here, "VmHWM") - before < 200_000
+
+
+# --- queries that the server answers ---
+
+
+@pytest.mark.parametrize(
+    ("key", "found"),
+    [
+        ("Yamada^Tarou", True), ("yamada^*", True), ("=山田^太郎", True), ("Yamada^Tarou=山田^太郎", True),
+        ("山田*", True), ("Yamada^Tarou=山田^太郎=やまだ^たろう", True), ("Yamada^Tarou=山田^次郎", False),
+        ("=田中*", False), ("Yamada", False), ("==やまだ*", True), ("Yamada^Tarou^^", True), ("*", True), ("^", True),
+    ],
+)  # fmt: skip
+def test_a_name_in_several_scripts_is_found_by_each(asked, key, found):
+    """A name with ideographs was found neither by its letters nor as a whole, and by ideographs alone all were."""
+    query = data_set(
+        QueryRetrieveLevel="STUDY", StudyInstanceUID="", PatientName=key, SpecificCharacterSet="ISO_IR 192"
+    )
+    with associated(asked, STUDY_FIND) as scu:
+        *matches, (last, _) = scu.send_c_find(query, STUDY_FIND)
+    assert last.Status == SUCCESS
+    names = [str(match.PatientName) for _, match in matches if match is not None]
+    assert names == ["Yamada^Tarou=山田^太郎=やまだ^たろう"] * found
+
+
+@pytest.fixture(scope="module")
+def asked(tmp_path_factory):
+    channels = {"PACS": "dicom://127.0.0.1:{port}?answer=server"}
+    with imaging_site(tmp_path_factory.mktemp("asked"), channels) as here:
+        study = {"resourceType": "DicomStudy", "id": "1", "studyInstanceUid": "1.2.3"}
+        here.sandbox.sandbox.resources["DicomStudy/1"] = study | {"patientName": "Yamada^Tarou=山田^太郎=やまだ^たろう"}
+        yield here
