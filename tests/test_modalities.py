@@ -1,11 +1,16 @@
 """What imaging devices of many makers send, as their habits are: what the Bot sees of it, and what the server gets."""
 
+import contextlib
+import json
+import socket
 import struct
+import threading
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 
-from medplum_agent import MAX_OMITTED
+from medplum_agent import MAX_OMITTED, Associate, Command, Dimse, Fragment, imaging
 from tests.dicom_peers import (
     EXPLICIT,
     QUIET,
@@ -148,3 +153,91 @@ def asked(tmp_path_factory):
         study = {"resourceType": "DicomStudy", "id": "1", "studyInstanceUid": "1.2.3"}
         here.sandbox.sandbox.resources["DicomStudy/1"] = study | {"patientName": "Yamada^Tarou=山田^太郎=やまだ^たろう"}
         yield here
+
+
+# --- questions of the cloud to archives ---
+
+
+@pytest.fixture(scope="module")
+def archive():
+    """An archive that finds three studies, and writes them as `Archive.written` says."""
+    with Archive() as running:
+        yield running
+
+
+class Archive:
+    def __init__(self) -> None:
+        imaging()
+        self.written: Callable[[int], bytes] = lambda number: element(0x0020000D, b"UI", b"1.2.%d" % number)
+        self.socket = socket.create_server(("127.0.0.1", 0))
+        self.address = f"ARCHIVE@127.0.0.1:{self.socket.getsockname()[1]}"
+
+    def __enter__(self) -> "Archive":
+        threading.Thread(target=self.serve, daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.socket.close()
+
+    def serve(self) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                with self.socket.accept()[0] as connection:
+                    self.talk(connection, Dimse(16_384))
+
+    def talk(self, connection: socket.socket, core: Dimse) -> None:
+        asked: Any = None
+        while received := connection.recv(65_536):
+            events, answer = core.receive(received)
+            for event in events:
+                if isinstance(event, Associate):
+                    explicit = [context for context in event.contexts if EXPLICIT in context.syntaxes]
+                    answer += core.accept([(one._replace(syntaxes=(EXPLICIT,)), 0) for one in explicit], {})
+                elif isinstance(event, Command):
+                    asked = event
+                elif isinstance(event, Fragment) and event.last:
+                    head = {
+                        "CommandField": asked.fields["CommandField"] | 0x8000,
+                        "MessageIDBeingRespondedTo": asked.fields["MessageID"],
+                    }
+                    for number in range(3):
+                        answer += core.message(asked.context, head | {"Status": 0xFF00}, self.written(number))
+                    answer += core.message(asked.context, head | {"Status": SUCCESS})
+            connection.sendall(answer)
+
+
+def asked_of(here: Site, address: str, **question: Any) -> tuple[int, str]:
+    with here.caller() as caller:
+        pushed = caller.push(f"dicom://{address}", json.dumps(question), contentType="application/json")
+    return pushed.status, pushed.text
+
+
+def test_a_match_that_cannot_be_read_is_not_left_out(here, archive):
+    """Two of three studies were the answer, with success."""
+    status, text = asked_of(here, archive.address, command="C-FIND")
+    assert status == 200 and len(json.loads(text)["datasets"]) == 3
+    archive.written = lambda number: (
+        b"\x08\0\x40\x11SQ\0\0\xff\xff\xff\xff" if number == 1 else element(0x0020000D, b"UI", b"1.2.3")
+    )
+    status, text = asked_of(here, archive.address, command="C-FIND")
+    assert (status, text) == (400, f"dicom://{archive.address}: a match cannot be read")
+
+
+@pytest.mark.parametrize(
+    "question",
+    [
+        {"command": "C-FIND", "level": "WORKLIST"},
+        {"command": "C-FIND", "model": "WORKLIST", "dataset": {}},
+        {"command": "C-MOVE", "level": "WORKLIST", "destination": "X", "dataset": {"00100020": {"vr": "LO"}}},
+    ],
+)
+def test_a_worklist_is_asked_for_something(here, archive, question):
+    """The archive waited for the keys, and the caller for the archive: `not done within 9 s`."""
+    status, text = asked_of(here, archive.address, **question)
+    assert status == 400 and text.endswith("a worklist is asked by C-FIND, with a dataset of the keys that are wanted")
+
+
+@pytest.mark.parametrize("question", [{"command": "C-FIND", "level": 7}, {"command": "C-MOVE", "destination": 7}])
+def test_a_number_where_a_text_belongs_is_no_internal_error(here, archive, question):
+    archive.written = lambda number: element(0x0020000D, b"UI", b"1.2.%d" % number)
+    assert "internal error" not in asked_of(here, archive.address, **question)[1]
