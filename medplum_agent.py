@@ -8404,7 +8404,7 @@ def parse_ping(host: object, body: object) -> tuple[str, int]:
 
 
 # =====================================================================================================================
-# DICOM (1960 lines, 16400 tokens)
+# DICOM (1960 lines, 16450 tokens)
 #
 # Imaging devices (DICOM PS3.4, PS3.7, PS3.8; channel contract 8). `Dimse` is a core like the others: bytes in, events
 # out. Its line runs requests as coroutines; what takes long (fsync, decoding, JSON) goes to a few threads. pydicom and
@@ -8987,21 +8987,22 @@ def dataset_of(elements: object) -> Dataset:
         raise ValueError("not a data set in DICOM JSON, which is an object")
     try:
         sent = {tag: element for tag, element in elements.items() if tag >= "0008"}  # PS3.4 C.4.1.1.3
+        text = dump_json(sent).decode()
+        if not text.isascii() and (text.count('"00080005"') > 1 or not _holds(sent.get("00080005", {}), text)):
+            _say_utf8(sent)  # in items, too
+            sent["00080005"] = {"vr": "CS", "Value": ["ISO_IR 192"]}
         dataset: Dataset = pydicom.Dataset.from_json(sent)
         dataset.walk(_fit_numbers)
-        text = dump_json(elements).decode()
-        if not text.isascii() and not _holds(dataset.get("SpecificCharacterSet"), text):
-            dataset.SpecificCharacterSet = "ISO_IR 192"
         return dataset
     except Exception as error:
         raise ValueError(f"not a data set in DICOM JSON ({type(error).__name__})") from None
 
 
-def _holds(charset: Any, text: str) -> bool:
-    """Whether the first of the character sets can write all of the text; what it cannot would leave as `?`."""
-    names = [charset] if isinstance(charset, str) else list(charset or ())
+def _holds(charset: Json, text: str) -> bool:
+    """Whether it is one character set that can write all of the text; what it cannot would leave as `?`."""
+    names = charset.get("Value") or [""]
     try:
-        return len(names) == 1 and bool(text.encode(pydicom.charset.convert_encodings(names)[0]))
+        return len(names) == 1 and bool(names[0] and text.encode(pydicom.charset.convert_encodings(names)[0]))
     except (UnicodeError, LookupError):
         return False
 

@@ -17,6 +17,7 @@ from tests.dicom_peers import (
     SECONDARY,
     STUDY_FIND,
     SUCCESS,
+    WORKLIST,
     Bot,
     Instance,
     announced,
@@ -121,6 +122,30 @@ def test_sequences_that_no_message_has_room_for_are_not_kept_in_memory(here):
     assert body["dataset"]["00400001"]["Value"] == ["LAST"]
     assert sorted(body["omitted"]) == [f"{0x00290000 + n:08X}" for n in range(0x1000, 0x1010)]
     assert memory_kb(here, "VmHWM") - before < 200_000
+
+
+# --- what devices hear of the Bot ---
+
+
+@pytest.mark.parametrize("charset", [None, "", "ISO_IR 100", "ISO_IR 144", "ISO_IR 192", "GB18030"])
+@pytest.mark.parametrize("inside", [None, "", "ISO_IR 144", "ISO_IR 192"])
+def test_text_is_written_as_its_character_set_says(here, charset, inside):
+    """Text of an item with a character set of its own left as `Gr??e`, and Latin-1 where it was said to be ASCII."""
+
+    def with_text(name: str | None, tag: str) -> dict[str, Any]:
+        said = {} if name is None else {"00080005": {"vr": "CS", "Value": [name]}}
+        return said | {tag: {"vr": "LO", "Value": ["Größe"]}}
+
+    here.sandbox.bot = bot = Bot()
+    step = {"00400100": {"vr": "SQ", "Value": [with_text(inside, "00400007")]}}
+    bot.replies["C-FIND"] = [with_text(charset, "00100020") | step]
+    with associated(here, WORKLIST) as scu:
+        (_, found), (last, _) = scu.send_c_find(data_set(PatientID=""), WORKLIST)
+    assert last.Status == SUCCESS and found is not None
+    (item,) = found.ScheduledProcedureStepSequence
+    assert [found.PatientID, item.ScheduledProcedureStepDescription] == ["Größe", "Größe"]
+    kept = charset in ("ISO_IR 100", "GB18030") and inside is None
+    assert found.SpecificCharacterSet == (charset if kept else "ISO_IR 192")
 
 
 # --- queries that the server answers ---
