@@ -9186,7 +9186,7 @@ class Sender:
     def send(self, file: SpoolFile, meta: Dataset, **options: Any) -> Dataset:
         """C-STORE a file, as it is where the peer takes that; the status data set. DeviceError, ValueError."""
         own, sop_class = meta.TransferSyntaxUID, meta.MediaStorageSOPClassUID
-        syntaxes = {own, IMPLICIT} if own in UNCOMPRESSED else {own}
+        syntaxes = {own, IMPLICIT, EXPLICIT} if own in UNCOMPRESSED else {own}
         association = self.association(*((sop_class, syntax) for syntax in syntaxes))
         # pynetdicom's time for the answer runs from when all is in its queue, and not on the line
         association.dimse_timeout = self._answer_secs + file.size / SLOW_LINE_BYTES
@@ -9194,6 +9194,8 @@ class Sender:
         try:
             return self._heard(association, partial(stored, read_object(file) if file.key else file.name))
         except ValueError:  # no presentation context for it as it is: in another uncompressed syntax
+            if own not in UNCOMPRESSED:
+                raise
             dataset = read_object(file)
             if own == BIG_ENDIAN:  # which pynetdicom does not turn
                 turn_words(dataset)

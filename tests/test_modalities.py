@@ -8,26 +8,36 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
+import pydicom
 import pytest
+from pydicom.filebase import DicomBytesIO
 
 from medplum_agent import MAX_OMITTED, Associate, Command, Dimse, Fragment, imaging
 from tests.dicom_peers import (
+    BIG_ENDIAN,
     EXPLICIT,
+    IMPLICIT,
+    JPEGS,
     QUIET,
     SECONDARY,
     STUDY_FIND,
+    STUDY_MOVE,
     SUCCESS,
     WORKLIST,
     Bot,
+    Destination,
     Instance,
     announced,
     associated,
+    counts,
     data_set,
     element,
     forget_strays,
     imaging_site,
+    made,
     memory_kb,
     new_uid,
+    part10,
     store,
 )
 from tests.support import Site
@@ -266,3 +276,32 @@ def test_a_worklist_is_asked_for_something(here, archive, question):
 def test_a_number_where_a_text_belongs_is_no_internal_error(here, archive, question):
     archive.written = lambda number: element(0x0020000D, b"UI", b"1.2.%d" % number)
     assert "internal error" not in asked_of(here, archive.address, **question)[1]
+
+
+@pytest.mark.parametrize("own", [IMPLICIT, BIG_ENDIAN])
+def test_an_object_goes_to_an_archive_that_takes_explicit_vr_only(here, own):
+    """As gateways to a cloud do: it was offered as it is and in Implicit VR, and was not sent."""
+    instance = made(syntax=own)
+    here.sandbox.sandbox.binaries["Binary/explicit"] = part10(instance)
+    with Destination(syntaxes=[EXPLICIT]) as dest:
+        asked = asked_of(here, dest.address, command="C-STORE", binary={"reference": "Binary/explicit"})
+        assert asked == (200, '{"command":"C-STORE","status":0}')
+    (arrival,) = dest.arrivals
+    read = pydicom.dcmread(DicomBytesIO(part10(instance._replace(syntax=EXPLICIT, content=arrival.content))))
+    assert (arrival.syntax, read.SOPInstanceUID, read.PatientID) == (EXPLICIT, instance.uid, "PAT-1")
+
+
+def test_a_compressed_object_that_an_archive_does_not_take_is_not_read(tmp_path):
+    """A tomosynthesis of 100 MB was in memory, to find that it cannot be sent in another syntax."""
+    binaries = {"Binary/1": part10(made()), "Binary/2": part10(made(100 * 2**20, JPEGS[0]))}
+    memory, study = [0], data_set(QueryRetrieveLevel="STUDY", StudyInstanceUID="1.2.3")
+    address = "dicom://127.0.0.1:{port}?moveDestinations="
+    with Destination(syntaxes=[EXPLICIT]) as dest, imaging_site(tmp_path, {"PACS": address + dest.address}) as here:
+        here.sandbox.sandbox.binaries |= binaries
+        here.sandbox.bot = bot = Bot()
+        for bot.replies["C-MOVE"], moved in ((["Binary/1"], (1, 0, 0)), ([*binaries], (1, 1, 0))):
+            with associated(here, STUDY_MOVE) as scu:
+                *_, (last, _) = scu.send_c_move(study, dest.title, STUDY_MOVE)
+            assert counts(last)[1:] == moved
+            memory.append(memory_kb(here, "VmHWM"))
+    assert memory[-1] - memory[-2] < 40_000
