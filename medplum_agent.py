@@ -4585,7 +4585,7 @@ def _trouble_of(error: Exception) -> tuple[str, str]:
 
 
 # =====================================================================================================================
-# FHIR (470 lines, 3850 tokens)
+# FHIR (480 lines, 3850 tokens)
 #
 # The HTTPS side of the server: OAuth2 client-credentials login and FHIR reads (uplink contract 1 and 2). urllib3 does
 # the work in worker threads: pools, proxies, TLS, retries. May touch: HTTPS.
@@ -4730,6 +4730,7 @@ class Fhir:
         self._patient_until = self._due_at = self._embargo_until = -math.inf
         self.rejected = False  # the token, by the server: the next use logs in again, but not once per message
         self.failing = False  # the last login did
+        self._renewed_in_vain = False  # the last token that was renewed for a 401 did not help
         # apart from each other: who hangs holds up its own kind
         self._logins, self._requests = ThreadPoolExecutor(1, "login"), ThreadPoolExecutor(REQUESTS, "request")
         self._uploads, self._downloads = (
@@ -4840,10 +4841,11 @@ class Fhir:
         loop, pool = asyncio.get_running_loop(), pool or self._requests
         response = await loop.run_in_executor(pool, send, self._headers(token := await self.fresh_token()))
         if response.status == 401:
-            if token == self.usable_token():
+            if self._renewed_in_vain and token == self.usable_token():
                 await asyncio.sleep(self._due_at - time.monotonic())
             token = await (self.renew() if token == self.usable_token() else self.fresh_token())
             response = await loop.run_in_executor(pool, send, self._headers(token))
+            self._renewed_in_vain = response.status == 401
         return response
 
     async def search(self, query: str) -> list[Json]:
