@@ -1215,17 +1215,16 @@ def read_config_file(given: str | None) -> tuple[str, Json]:
 
     ConfigError when it cannot be read or parsed.
     """
-    here = filter(Path.is_file, map(Path, ("agent.toml", "agent.properties")))
+    here = map(Path, filter(os.path.isfile, ("agent.toml", "agent.properties")))  # noqa: PTH113: where it may look
     installed = installed_config_file()
     path = Path(given) if given else next(here, installed)
     if path is installed and not os.access(path, os.R_OK):  # another user's agent is not our business
         return "", {}
-    found, ours = Path().stat(), {"0", str(os.geteuid()), os.environ.get("SUDO_UID")} if os.name == "posix" else ()
-    if not given and path is not installed and ours and (str(found.st_uid) not in ours or found.st_mode & 0o002):
-        text = (
-            f"{path} in {Path.cwd()} may be somebody else's, and can name commands: if it is yours, give it by --config"
-        )
-        raise ConfigError(text)
+    if not given and path is not installed and os.name == "posix":
+        found, ours = Path().stat(), {"0", str(os.geteuid()), os.environ.get("SUDO_UID")}
+        if str(found.st_uid) not in ours or found.st_mode & 0o002:
+            text = "may be somebody else's, and can name commands: if it is yours, give it by --config"
+            raise ConfigError(f"{path} in {Path.cwd()} {text}")
     try:
         text = named_file(str(path)).decode("utf-8-sig")
         return str(path), parse_properties(text) if path.suffix == ".properties" else _flatten(tomli.loads(text))

@@ -226,6 +226,24 @@ def test_settings_that_a_stranger_left_in_the_working_directory_are_not_taken(tm
     assert mark.exists(), "whoever's folder it is has it read"
 
 
+@pytest.mark.skipif(os.name != "posix", reason="asks for the rights of POSIX")
+def test_a_working_directory_that_a_user_may_not_enter_stops_nothing(tmp_path):
+    """As of `sudo -u medplum-agent` in root's home: with --config, too, it was `Permission denied: '.'`."""
+    code = """if 1:
+    import os, tempfile, medplum_agent as m
+    os.chmod(".", 0)
+    file = tempfile.NamedTemporaryFile(dir="/tmp")
+    os.chmod(file.name, 0o644)
+    if os.geteuid() == 0:
+        os.seteuid(65534)
+    print(m.read_config_file(file.name)[1], m.read_config_file(None))
+    """
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    (folder := tmp_path / "home").mkdir()
+    found = subprocess.run([sys.executable, "-c", code], cwd=folder, env=env, capture_output=True, text=True)
+    assert found.stdout == "{} ('', {})\n", found.stderr
+
+
 def test_neither_commands_nor_dumps_of_memory_get_a_secret(tmp_path):
     key, heard = tmp_path / "key", tmp_path / "heard"
     key.write_text("k" * 64)
