@@ -1702,7 +1702,7 @@ def _markdown(shown: Json) -> str:
 
 
 # =====================================================================================================================
-# Logs (230 lines, 1750 tokens)
+# Logs (230 lines, 1800 tokens)
 #
 # Two logs as JSON lines, each a rotating file: the main log says what the agent does and never holds patient data
 # (messages are named by their row number in the queue); the channel log holds the messages. On a terminal the main
@@ -1763,7 +1763,7 @@ class Log:
         self._left_out = 0
         self._lock = threading.Lock()
         self._file: io.BufferedWriter | None = None
-        self._day = self.trouble = ""
+        self._day = self.trouble = self._cut = ""
 
     def _write(self, level: str, text: str, **extra: Any) -> None:
         if level not in self._levels:
@@ -1786,10 +1786,12 @@ class Log:
                     shown = f"<{_PRIORITIES[level]}>{plain}{f' {json.dumps(extra, default=str)}' if extra else ''}"
                 elif console.isatty():
                     shown = f"{stamp[11:19]} {level:5} {plain}"
-                for at in range(0, len(shown) + 1, CONSOLE_CHARS):
+                shown = f"{self._cut}{shown}\n"
+                for at in range(0, len(shown), CONSOLE_CHARS):
                     if not _takes(console):  # its reader hangs: that is no reason for devices to wait
                         break
-                    print(f"{shown}\n"[at : at + CONSOLE_CHARS], end="", file=console, flush=True)
+                    print(part := shown[at : at + CONSOLE_CHARS], end="", file=console, flush=True)
+                    self._cut = "\n"[: part[-1] != "\n"]  # the line that it took in part ends before the next
         if sys.platform == "win32" and level == "ERROR" and self.name == "main":
             _tell_windows(_CONTROLS.sub(" ", text))
         if not self.lazy or self._bytes > LOG_HELD_BYTES:

@@ -3,6 +3,7 @@
 import array
 import contextlib
 import ctypes
+import json
 import os
 import select
 import shutil
@@ -253,3 +254,18 @@ def test_an_instrument_whose_network_forgot_the_line_is_called_again(tmp_path: P
                         assert b"O|1|T1\r" in second.accept(20)
                         second.session("H|\\^&", "R|1|^^^GLU|6", "L|1|N")
             here.sandbox.wait_for(lambda: len(here.sandbox.seen) == 2)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs a pipe of a known size")
+def test_a_line_that_its_console_took_in_part_is_not_joined_with_the_next() -> None:
+    """A collector of a container's log lost both: `{"level":"INFO","msg":"xx{"level":...`."""
+    reader, writer = os.pipe()
+    with open(reader, "rb", buffering=0) as reading, open(writer, "w") as console:
+        log = ma.Log("main", ma.LoggerSettings(), None, console)
+        for _ in range(60):
+            log.info("x" * 1500)
+        held = reading.read(2**20)
+        log.info("y" * 2000)
+        log.info("heard")
+        *_, cut, long, last = (held + reading.read(2**20)).splitlines()
+    assert b'"}' not in cut and len(json.loads(long)["msg"]) == 2000 and json.loads(last)["msg"] == "heard"
