@@ -1003,6 +1003,7 @@ class StreamSettings(ChannelSettings, BytesSettings):
     """Query parameters of a `tcp://` or `serial:` Endpoint address; repeated list parameters are joined by commas."""
 
     maxMessageBytes: int = again(ChannelSettings, "maxMessageBytes", 8 * MIB)
+    mode: str = again(BytesSettings, "mode", "raw", guard=False)  # as the reference takes another (contract 9)
     encoding: str = again(Hl7Settings, "encoding", "latin-1",
         description="ASTM: character encoding of the instrument; a raw body is written as bodyEncoding says")
     startChar: str = setting("", "Start: raw: byte or bytes that start a message", check=byte_sequence, guard=True)

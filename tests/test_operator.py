@@ -61,7 +61,7 @@ def test_a_ctrl_c_that_comes_with_an_analyzers_bytes_is_not_lost():
     [
         ("mllp://0.0.0.0:56000&enhanced=true", "needs a port from 1 to 65535, as in mllp://0.0.0.0:56000?name=value"),
         ("mllp://::1:56000", "needs a port"),
-        ("tcp://0.0.0.0:57000?mode=lis", "mode 'lis': must be one of raw, astm"),
+        ("tcp://0.0.0.0:57000?mode=lis", "give both, or mode=astm"),
         ("tcp://0.0.0.0:57000?startChar=0x02&endChar=%03", "startChar '0x02': would be these very characters"),
         ("tcp://0.0.0.0:57000?startChar=%02&endChar=%253", "endChar '%3': would be these very characters"),
         ("tcps://0.0.0.0:57000?mode=astm", "TLS needs certFile"),  # it listened in clear text
@@ -80,6 +80,10 @@ def test_an_address_that_cannot_be_meant_is_refused_with_the_reason(address, wor
         ("mllp://0.0.0.0:56000?enhanced=true&enhanced=aa", "several values: the first, 'true', counts"),
         ("mllp://0.0.0.0:56000?Enhanced=true", "unknown parameter 'Enhanced' is ignored (did you mean enhanced?)"),
         ("dicom://0.0.0.0:104?calledAETitle=X", "did you mean calledAeTitle?"),
+        (
+            "tcp://0.0.0.0:57000?mode=lis&startChar=%02&endChar=%03",
+            "mode 'lis' must be one of raw, astm; it is ignored",
+        ),
         ("mllp://0.0.0.0:56000?mode=astm", "(it belongs to Byte-stream and ASTM channels: parameters of a `tcp://`"),
         ("tcp://0.0.0.0:57000?mode=astm&autoRespond=0x05:0x06", "write %02 for the byte 0x02; it is ignored"),
     ],
