@@ -6110,7 +6110,7 @@ class Uplink:
 
 
 # =====================================================================================================================
-# Lines (1230 lines, 9050 tokens)
+# Lines (1240 lines, 9100 tokens)
 #
 # One open connection to a device, whoever dialled; each protocol has one class here, which owns its core. A line takes
 # bytes (`receive`), makes messages of them (`intake`), acknowledges when the store says durable (`stored`), writes down
@@ -6341,6 +6341,7 @@ class Line(asyncio.Protocol):
         self.first_id = owner.store.next_id if owner.store else 0  # messages below it came before this was opened
         self._begun_at = 0.0  # when the message under way began; 0: there is none
         self._unread_at = math.inf  # since when the device does not read
+        self._unread = 0  # bytes that waited for it at the last look, and what was written since
         self._unheard = False  # it has not for long: nothing more is written, and what it sends is taken
         self._outbox: list[bytes] = []
         self._delayed: deque[bytes | FrameError] = deque()  # frames that are read and held back (messagesPerMin)
@@ -6508,7 +6509,8 @@ class Line(asyncio.Protocol):
 
     def _flush(self) -> None:
         if self._outbox and not (self._unheard or self._transport.is_closing()):
-            self._transport.write(b"".join(self._outbox))
+            self._unread += len(content := b"".join(self._outbox))
+            self._transport.write(content)
         self._outbox.clear()
         if self.ended or self._closing:
             self._close_if_done()
@@ -6586,6 +6588,9 @@ class Line(asyncio.Protocol):
         silent = now - self.active_at
         if self.ended and silent > ENDED_SECS and not (self.pending or self._closing):
             return "its sender ended it, and the answer takes long: it is kept for a repetition"
+        if self._unread_at < math.inf:
+            before, self._unread = self._unread, self._transport.get_write_buffer_size()
+            self._unread_at = now if self._unread < before else self._unread_at  # it reads, slowly
         if now - self._unread_at > UNREAD_SECS:
             self._unread_at, self._unheard = math.inf, True
             self.resume("slow reader")
@@ -7156,6 +7161,8 @@ class StreamLine(Line):
         return True
 
     async def ask(self, push: Push) -> str:
+        if self._unheard:
+            raise DeviceError(f"{push.target.key}: the device does not read what it is sent", "device-silent")
         try:
             self.send(stream_answer(push.text, self.settings))
         except PeerError as error:

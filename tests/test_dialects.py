@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from medplum_agent import ASTM_TYPE, StreamSettings, channel_settings
+from medplum_agent import ASTM_TYPE, BYTES_TYPE, StreamSettings, channel_settings
 from tests.instruments import ACK, ENQ, EOT, NAK, Cable, Instrument, body_of, frames_of, of
 from tests.support import Receiver, bot, changed, control_id, eventually, message, site
 from tests.test_laboratory import came, listening, opened_since
@@ -136,6 +136,33 @@ def test_a_monitor_that_never_reads_goes_on(here):
             while select.select([monitor.socket], [], [], 0.1)[0]:
                 heard = heard[-200:] + monitor.socket.recv(1 << 20)
             monitor.send(message(f"READS-{time.monotonic_ns()}"))
+
+
+def test_a_device_that_reads_slowly_gets_all_its_answers(here):
+    """A large answer over a slow network: what came after it was dropped, as for one that does not read."""
+    here.sandbox.bot = bot("AA", "x" * 4_000_000)
+    with here.device("HL7") as device:
+        device.send(*(message(f"SLOW-{n}", f"W{n}") for n in range(8)))
+        here.sandbox.wait_ids(*(f"SLOW-{n}" for n in range(8)))
+        here.sandbox.bot = bot("AA")
+        heard, began, sent = bytearray(), time.monotonic(), False
+        while b"|AFTER" not in heard[-200:] and select.select([device.socket], [], [], 5)[0]:
+            heard += device.socket.recv(1 << 16)
+            if (took := time.monotonic() - began) < 3:
+                time.sleep(0.01)
+            if took > 2.3 and not sent:
+                sent = not device.send(message("AFTER"))
+        assert sent and heard.count(b"MSA|AA") == 9
+
+
+def test_a_device_that_does_not_read_has_not_taken_a_push(here):
+    """What is sent to it is dropped: to a raw one, which says nothing, the push had succeeded."""
+    here.sandbox.bot = lambda transmit: (200, "x" * 500_000)
+    with here.device("TWO", receive_buffer=4096) as device, here.caller() as caller:
+        device.send_raw(b"\x02one\x03\r" * 20)
+        here.agent.logged(f"{device.socket.getsockname()[1]} has not read its answers")
+        answer = caller.push("channel://TWO", "two", contentType=BYTES_TYPE)
+        assert answer.status == 400 and "does not read" in answer.text
 
 
 def test_a_sender_that_leaves_its_connections_open_is_no_end_of_the_feed(here):
