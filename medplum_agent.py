@@ -6110,7 +6110,7 @@ class Uplink:
 
 
 # =====================================================================================================================
-# Lines (1240 lines, 9100 tokens)
+# Lines (1250 lines, 9250 tokens)
 #
 # One open connection to a device, whoever dialled; each protocol has one class here, which owns its core. A line takes
 # bytes (`receive`), makes messages of them (`intake`), acknowledges when the store says durable (`stored`), writes down
@@ -6636,7 +6636,8 @@ class MllpLine(Line):
         self.quiet = True  # nothing has come since the last push
         self.words = ""  # what frames came instead of its acknowledgment
         self.code = ""  # MSA-1 of what ended the last push; behind a CA another may come
-        self._accepted: deque[str] = deque(maxlen=PUSHED_IDS)  # control ids of pushes that a CA ended
+        # control ids of pushes that a CA ended, or that were given up (""): more may come for them
+        self._before: dict[str, str] = {}
 
     def intake(self, frame: bytes | FrameError) -> None:
         """One frame, or why there is none."""
@@ -6696,28 +6697,40 @@ class MllpLine(Line):
             return await exchange.answer
         finally:
             self.owner.asked.remove(exchange)
+            if exchange.answer.cancelled():
+                self._ended(push, "")
+
+    def _ended(self, push: Push, code: str) -> None:
+        own = push.control_id.strip().upper()
+        self._before.pop(own, None)
+        if own and code in ("", "CA"):
+            self._before[own] = code
+        if len(self._before) > PUSHED_IDS:
+            del self._before[next(iter(self._before))]
 
     def acknowledges(self, ack: Acknowledgment, text: str) -> bool:
         """Whether this is the word that a push waits for.
 
         If one waits on this line, also without MSA-2, and as devices keep it that have room for 20 characters (HL7
-        v2.5.1 2.15.9.10) or one case.
+        v2.5.1 2.15.9.10) or one case; what may be the word on an earlier one is taken for that, once.
         """
         mine = [exchange for exchange in self.asking if not exchange.answer.done()]
         others = [e for e in self.owner.asked if not e.answer.done() and e.line.host == self.host]  # of this device
         found = [e for e in (*mine, *others) if e.push.control_id.strip() == ack.control_id]
+        shown = ack.control_id.upper()
+        earlier = [own for own, code in self._before.items() if code != ack.code and shown in (own, own[:20].strip())]
         if not found and len(mine) == 1:
             own = mine[0].push.control_id.strip().upper()
-            found = mine if ack.control_id.upper() in ("", own, own[:20].strip()) else []
+            found = mine if shown in ("", own, own[:20].strip()) and earlier in ([], [own]) else []
         if not found:
             self.words = "what came acknowledges another message (MSA-2)"
-            return ack.code == "AA" and ack.control_id in self._accepted  # nobody waits for that any more
+            ended = self._before.pop(earlier[0]) if earlier else ""
+            return ack.code == "AA" and ended == "CA"  # nobody waits for that any more
         if found[0].push.mode == "application" and ack.code == "CA":
             found[0].line.words = "only its accept acknowledgment (CA) came"
         else:
             found[0].line.code = ack.code
-            if ack.code == "CA":
-                self._accepted.append(ack.control_id)
+            self._ended(found[0].push, ack.code)
             found[0].answer.set_result(text)
         return True
 

@@ -12,7 +12,7 @@ import pytest
 
 from medplum_agent import ASTM_TYPE, BYTES_TYPE, StreamSettings, channel_settings
 from tests.instruments import ACK, ENQ, EOT, NAK, Cable, Instrument, body_of, frames_of, of
-from tests.support import Receiver, bot, changed, control_id, eventually, message, site
+from tests.support import Receiver, ack_text, bot, changed, control_id, eventually, message, site
 from tests.test_laboratory import came, listening, opened_since
 from tests.test_upgrade import Installed
 
@@ -68,6 +68,24 @@ def test_another_control_id_acknowledges_nothing(here):
     with Receiver(lambda link, text: link.ack("AA", control_id(text)[:9])) as device, here.caller() as caller:
         answer = caller.push(device.url("?ackTimeoutSecs=0.5"), message("0f8fad5b-d9cb-469f"))
         assert answer.status == 400 and "another message" in answer.text
+
+
+@pytest.mark.parametrize("word", ["", "CA"])
+def test_what_may_be_of_the_push_before_acknowledges_no_other(here, word):
+    """Its late acknowledgment, or the AA behind its CA, cut to what both control ids begin with."""
+    first, second = f"MEDPLUM-20261127-0001-{word}1", f"MEDPLUM-20261127-0001-{word}2"
+    with here.device("HL7") as device, here.caller() as caller, ThreadPoolExecutor(1) as pool:
+
+        def pushed(number: str, *said: str):
+            asked = pool.submit(caller.push, "channel://HL7?ackTimeoutSecs=1", message(number))
+            assert control_id(device.receive()) == number
+            device.send(*(ack_text(code, number[:20]) for code in said if code))
+            return asked.result()
+
+        assert pushed(first, word).status == (200 if word else 400)
+        assert pushed(second, "AA").status == 400
+        assert pushed(second, "AA").status == 200  # a word that does not come is not waited for again
+        assert pushed(first, word, "AA").status == 200
 
 
 def test_an_instrument_that_is_called_and_has_a_result_of_its_own_keeps_it(here):
