@@ -177,7 +177,7 @@ def test_a_device_that_does_not_read_has_not_taken_a_push(here):
     """What is sent to it is dropped: to a raw one, which says nothing, the push had succeeded."""
     here.sandbox.bot = lambda transmit: (200, "x" * 500_000)
     with here.device("TWO", receive_buffer=4096) as device, here.caller() as caller:
-        device.send_raw(b"\x02one\x03\r" * 20)
+        device.send_raw(b"\x02long\x03\r" * 20)
         here.agent.logged(f"{device.socket.getsockname()[1]} has not read its answers")
         answer = caller.push("channel://TWO", "two", contentType=BYTES_TYPE)
         assert answer.status == 400 and "does not read" in answer.text

@@ -4,6 +4,7 @@ import codecs
 import datetime
 import re
 import time
+import tracemalloc
 
 import hl7
 import pytest
@@ -193,6 +194,18 @@ def test_logical_keys_are_equal_only_for_equal_values(pair: list[tuple[str, str]
 
 
 # --- ordering_key ---
+
+
+def test_a_message_full_of_patients_is_not_in_memory_again() -> None:
+    """16 MiB of PID segments took 1.6 s of the event loop, and 420 MB."""
+    text, header = message(*["PID|1||7"] * 400_000)
+    tracemalloc.start()
+    try:
+        assert ma.ordering_key(text, header) is ma.BARRIER
+        assert tracemalloc.get_traced_memory()[1] < 1_000_000
+    finally:
+        tracemalloc.stop()
+    assert ma.ordering_key(*message(*["PID|1||7"] * ma.MOST_PATIENTS)) == "7^"
 
 
 def test_ordering_key_follows_the_channels_rule() -> None:
