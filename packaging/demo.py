@@ -24,6 +24,7 @@ import shlex
 import signal
 import socket
 import ssl
+import subprocess
 import sys
 import time
 import typing
@@ -852,6 +853,11 @@ class DemoAgent(Agent):
         super().stop()
 
 
+def typed(*words: str, windows: bool = os.name == "nt") -> str:
+    """A command as the shell of this system takes it."""
+    return subprocess.list2cmdline(words) if windows else shlex.join(words)
+
+
 class Demo:
     """The sandbox, an agent connected to it and example devices, in one process and without a network."""
 
@@ -1085,7 +1091,7 @@ class Demo:
             f"  npx @medplum/cli hl7 send --generate-example 127.0.0.1 {self.ports['ADT']}\n"
             f'  TOKEN=$({login} | sed \'s/.*access_token":"//;s/".*//\')\n'
             f"  curl -s -H \"Authorization: Bearer $TOKEN\" '{self.sandbox.url}fhir/R4/Agent/{DEMO_AGENT}/$stats'\n\n"
-            f"  {shlex.join([*own_command()[1:], 'status', '--state-dir', str(self._state_dir)])}\n\n"
+            f"  {typed(*own_command()[1:], 'status', '--state-dir', str(self._state_dir))}\n\n"
             f"The agent's page: http://127.0.0.1:{self.page_port}/#token={token}\n\n"
             "Ctrl-C ends the demo."
         )

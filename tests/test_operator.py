@@ -9,7 +9,7 @@ import unittest.mock
 from collections.abc import Sequence
 
 import pytest
-from demo import Demo, sandbox_resources
+from demo import Demo, sandbox_resources, typed
 
 import medplum_agent
 from tests.support import AGENT_ID, AgentProcess, Site, bot, message, setting, site
@@ -256,3 +256,9 @@ def test_a_demo_that_nobody_reads_ends(tmp_path, options):
         said = demo.stderr.read()
         assert demo.wait(20) == 0
     assert "The demo ends: Broken pipe." in said and "broke off" not in said and "Traceback" not in said
+
+
+def test_the_command_that_the_demo_names_is_one_for_this_shell():
+    """In single quotes, which cmd does not know, was every path of Windows."""
+    assert typed(r"C:\Program Files\x.exe", "status", r"C:\s", windows=True) == r'"C:\Program Files\x.exe" status C:\s'
+    assert typed("/opt/my agent/x", "status", windows=False) == "'/opt/my agent/x' status"
