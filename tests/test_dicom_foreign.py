@@ -262,6 +262,18 @@ def test_a_deflated_data_set_that_breaks_off_is_refused(here):
     assert hex(store(here.ports["PACS"], cut)[0]) == hex(NOT_UNDERSTOOD)
 
 
+def test_a_deflated_data_set_is_inflated_to_its_end(here):
+    """Behind the last of its input zlib may hold 258 bytes more: it "broke off". Where a byte of padding followed then,
+    the only thread that decodes never came back, and no object was answered any more."""
+    head = len(encoded(made_dataset(pixels=b"12"))) - 2
+    for more in range(190, 210, 2):
+        whole = made_dataset(pixels=bytes(2**20 - head + more))
+        deflating = zlib.compressobj(9, wbits=-zlib.MAX_WBITS)
+        content = deflating.compress(encoded(whole)) + deflating.flush()
+        instance = Instance(SECONDARY, whole.SOPInstanceUID, DEFLATED, content + b"\0" * (len(content) % 2))
+        assert store(here.ports["PACS"], instance) == [SUCCESS]
+
+
 # --- 6: what devices get ---
 
 
