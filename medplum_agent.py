@@ -285,7 +285,7 @@ PDU_BYTES = MIB + KIB  # a longer PDU is not read: more than maxPdu can be, and 
 INFLATED_BYTES = 256 * MIB  # of a deflated object: a few kilobytes of zeros may become as many, in a file
 INLINE_BYTES = 4096  # base64 of a binary value that may be part of the JSON
 DESCRIBED_BYTES = 64 * MIB  # of an object, read in memory for its JSON
-CHECKED_ELEMENTS = 500_000  # of an object, to see whether it is whole: two seconds; of zeros it has 30 million
+CHECKED_ELEMENTS = 500_000  # of a deflated object, to see whether it is whole: two seconds; of zeros it has 30 million
 ELEMENT_COST_BYTES = 2000  # counted for each of its elements: 700 in memory, and more than so many fit into no message
 MAX_OMITTED = 100  # tags that are named
 LARGE_VALUE_BYTES = 512 * KIB  # a value above this is not read for the JSON
@@ -9117,7 +9117,7 @@ def check_whole(file: BinaryIO, start: int, syntax: str) -> tuple[float, list[st
     Values are passed over, not read. Returns where the part ends that can be read in memory, for the JSON, and the tags
     of the attributes behind it.
     """
-    implicit, little, _ = syntax_of(syntax)
+    implicit, little, deflated = syntax_of(syntax)
     order, size = "<" if little else ">", file.seek(0, os.SEEK_END)
     file.seek(start)
     _check_begin(begin := file.read(132))
@@ -9125,7 +9125,8 @@ def check_whole(file: BinaryIO, start: int, syntax: str) -> tuple[float, list[st
     # is implicit VR in the data set (devices say so and mean explicit), and in each sequence or item of undefined
     # length that is not closed?
     inside = [implicit and begin[4:6] not in _VRS]
-    end, key, at, cost, behind, left = math.inf, "", 0, 0, list[str](), CHECKED_ELEMENTS
+    end, key, at, cost, behind = math.inf, "", 0, 0, list[str]()
+    left = CHECKED_ELEMENTS if deflated else math.inf  # the others have sent each of them
     while len(head := file.read(8)) == 8 and (head != bytes(8) or len(inside) > 1):
         if not (left := left - 1):
             return end, behind

@@ -710,6 +710,14 @@ def test_a_data_set_is_whole_at_the_end_of_an_element_only(syntax, order):
             assert cut not in ends and refusal.status == peers.NOT_UNDERSTOOD, cut
 
 
+def test_a_large_data_set_that_breaks_off_is_not_taken():
+    """Behind 500,000 elements nothing was looked at, and its device could delete its copy."""
+    many = ma.CHECKED_ELEMENTS * element(0x00080050, b"SH", b"", "<")
+    ma.check_whole(io.BytesIO(many), 0, EXPLICIT)
+    with pytest.raises(ma.Refusal, match="breaks off"):
+        ma.check_whole(io.BytesIO(many + element(0x00100010, b"PN", b"Doe^John", "<")[:-1]), 0, EXPLICIT)
+
+
 @given(st.binary(max_size=80), st.sampled_from([EXPLICIT, IMPLICIT, peers.BIG_ENDIAN]))
 @settings(max_examples=200, deadline=None)
 def test_any_bytes_are_whole_or_refused(content: bytes, syntax: str) -> None:
