@@ -4200,11 +4200,13 @@ class Store:
         seed = db.one("SELECT seed FROM identity")
         if not isinstance(seed, str):
             raise StorageError("database disk image is malformed: it has no name")
+        with suppress(apsw.ConstraintError):
+            if db.one("PRAGMA integrity_check(channel)") != "ok":  # a name fell over in the table, or in its index
+                db.execute("REINDEX channel")
+            for id_, name in db.rows("SELECT id, CAST(name AS BLOB) FROM channel NOT INDEXED"):
+                db.execute("UPDATE channel SET name = ?2 WHERE id = ?1 AND name <> ?2", (id_, _words(name)))
         for row in list(self._channels.values()):
             self._save_channel(db, row)
-        for id_, name in db.rows("SELECT id, CAST(name AS BLOB) FROM channel"):
-            with suppress(apsw.ConstraintError):
-                db.execute("UPDATE channel SET name = ?2 WHERE id = ?1 AND name <> ?2", (id_, _words(name)))
         for name, *others in db.execute("SELECT name, key_spec, id, epoch FROM channel"):
             self._channels.setdefault(name, ChannelRow(name, *others))
         last = db.one("SELECT max(last_deleted_id, (SELECT ifnull(max(id), 0) FROM message)) FROM identity")

@@ -476,6 +476,29 @@ def test_what_is_damaged_on_the_disk_stops_nothing_else(tmp_path, change):
             here.sandbox.wait_for(lambda: len(here.sandbox.answered) > len(sent), 10, "answers")
 
 
+@pytest.mark.parametrize(("where", "sent"), [(0, []), (1, OLD)], ids=["table", "index"])
+def test_a_bit_of_a_channels_name_stops_nothing(tmp_path, where, sent):
+    """The other place, table or index, had it still: the file was not opened any more, or the channel was renamed."""
+    with site(tmp_path, {"ZFEEDZ": "?enhanced=true"}) as here:
+        here.sandbox.stop()
+        with here.device("ZFEEDZ") as device:
+            for one in OLD:
+                assert device.ask(message(one, patient=one))[0] == "CA"
+        here.agent.terminate()
+        with contextlib.closing(sqlite3.connect(here.agent.queue_path)) as db:
+            db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+        content = bytearray(here.agent.queue_path.read_bytes())
+        content[[found.start() for found in re.finditer(b"ZFEEDZ", content)][where] + 2] ^= 0x80
+        here.agent.queue_path.write_bytes(content)
+        here.sandbox.start()
+        here.agent.start()
+        with here.device("ZFEEDZ") as device:
+            device.send(message("NEW"))
+            while (ack := device.ack()) != ("CA", "NEW"):
+                assert ack[0] == "AA", ack
+            here.sandbox.wait_ids(*sent, "NEW", timeout=20)
+
+
 def test_unwritable_place_for_the_queue_is_said(tmp_path):
     blocked = tmp_path / "file-not-folder"
     blocked.write_text("x")
