@@ -11800,7 +11800,7 @@ class Upgrades:
         self._agent = agent
         self._path = agent.state_dir / UPGRADE_FILE
         self.versions = Versions()
-        if self.versions.inside:
+        if self.versions.inside and sys.platform != "win32":
             with suppress(OSError):
                 hold_folder(self.versions.folder / self.versions.name)
         self._busy = False

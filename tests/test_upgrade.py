@@ -11,11 +11,13 @@ import time
 import tomllib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 from pynetdicom import AE
 
+import medplum_agent as ma
 from tests import releases
 from tests.instruments import ACK, ENQ, EOT, Instrument, frames_of
 from tests.support import Device, bot, eventually, message, site
@@ -841,6 +843,17 @@ def test_what_another_agent_runs_from_is_not_tidied_away(tmp_path):
         a.agent.terminate()
         assert one.command("upgrade", "5.2.0-0000000", "--allow-downgrade").returncode == 0
         assert not (one.folder / "versions/5.3.0").exists(), "nobody needs it now"
+
+
+def test_below_a_folder_of_versions_windows_starts_as_well(tmp_path, monkeypatch):
+    """As pyenv has: nothing is upgraded there, and no such lock is known."""
+    program = tmp_path / "versions" / "3.13.1" / "Scripts" / "medplum-agent"
+    program.parent.mkdir(parents=True)
+    program.touch()
+    monkeypatch.setattr(sys, "argv", [str(program)])
+    monkeypatch.setattr(sys, "platform", "win32")
+    monkeypatch.setitem(sys.modules, "fcntl", None)
+    assert ma.Upgrades(cast(Any, SimpleNamespace(state_dir=tmp_path))).versions.inside
 
 
 def test_without_an_agent_a_version_proves_itself_too(tmp_path):
