@@ -12033,7 +12033,7 @@ class Upgrades:
 
 
 # =====================================================================================================================
-# Agent (710 lines, 6100 tokens)
+# Agent (720 lines, 6150 tokens)
 #
 # Plans become running channels. A reload reads everything, lists every problem, and changes nothing if there is one;
 # otherwise only what differs changes, and untouched channels keep their connections. The life cycle: lock, logs,
@@ -12067,6 +12067,7 @@ class Agent:
         self._last_sweep = dict.fromkeys(_SWEPT, -1)
         self._problem = "it has not started yet"
         self._seeking: asyncio.Task[None] | None = None
+        self._unfound = 0  # messages whose channel the server did not find
         self.operations = Operations(self)
         self.upgrades = Upgrades(self)
         self.applied = False  # the server's configuration
@@ -12410,8 +12411,10 @@ class Agent:
         text = str(message.get("body"))
         if "access token" in text:
             self.fhir.rejected = True
-        if text == "Channel not found" and (self._seeking is None or self._seeking.done()):
-            self._seeking = spawn(self._refuse_unknown())
+        if text == "Channel not found":
+            self._unfound += 1
+            if self._seeking is None or self._seeking.done():
+                self._seeking = spawn(self._refuse_unknown())
         if text == "Not connected":  # the server has forgotten this connection
             self.uplink.reconnect("the server does not know this agent any more")
         if text in _SAFE_ERRORS:
@@ -12421,14 +12424,18 @@ class Agent:
             self.channel_log.error(f"[Server] {text}")
 
     async def _refuse_unknown(self) -> None:
-        """The server does not say which channel it does not find, or for which message: its Agent does."""
+        """The server does not say which channel it does not find: its Agent does. Nor for which messages: for the last
+        that were sent, as others may be with their Bot."""
         words = "the Agent on the server has no channel of this name: add it there, or call $reload-config"
         with suppress(ServerError, LookupError, AttributeError, TypeError):
             agent = await self.fhir.read(f"Agent/{self.config.settings.agentId}")
             known = [entry["name"] for entry in agent.get("channel") or []]
-            for queue in [one.queue for name, one in self.channels.items() if name not in known]:
-                for message in [message for message in queue.inflight.values() if message.deadline < math.inf]:
-                    queue.failed(message, "server-rejected", counts=False, words=words)
+            queues = [one.queue for name, one in self.channels.items() if name not in known]
+            sent = [(one.sent_at, one.id, queue, one) for queue in queues for one in queue.inflight.values()]
+            last = sorted(one for one in sent if one[3].deadline < math.inf)[-self._unfound :]
+            for *_, queue, message in last:
+                queue.failed(message, "server-rejected", counts=False, words=words)
+        self._unfound = 0
 
     async def _perform(self, message: Json) -> None:
         """Answer a request; whatever fails is an agent:error with the request's callback."""

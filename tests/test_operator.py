@@ -262,3 +262,25 @@ def test_the_command_that_the_demo_names_is_one_for_this_shell():
     """In single quotes, which cmd does not know, was every path of Windows."""
     assert typed(r"C:\Program Files\x.exe", "status", r"C:\s", windows=True) == r'"C:\Program Files\x.exe" status C:\s'
     assert typed("/opt/my agent/x", "status", windows=False) == "'/opt/my agent/x' status"
+
+
+@pytest.mark.parametrize("query", ["?maxWorkers=5", "?enhanced=aa&retryMode=normal&maxWorkers=5"])
+def test_what_is_with_its_bot_is_not_refused_for_a_channel_that_was_renamed_since(tmp_path, query):
+    """All that was in flight was: its device heard AE, or it was a dead letter, and the Bot had done its work."""
+    with (
+        site(tmp_path, {"ADT": query}) as here,
+        here.device("ADT") as device,
+        here.device("ADT") as other,
+        here.device("ADT") as third,
+    ):
+        delays = iter([True])
+        here.sandbox.faults.delay = lambda: 2.0 if next(delays, False) else 0.0
+        device.send(message("M1", "P1"))
+        here.sandbox.wait_ids("M1")
+        here.sandbox.resource(f"Agent/{AGENT_ID}")["channel"][0]["name"] = "renamed"
+        other.send(message("M2", "P2"))
+        third.send(message("M3", "P3"))
+        here.agent.wait_state("M2", "rejected")
+        here.agent.wait_state("M3", "rejected")
+        assert device.ack() == ("AA", "M1")
+        here.agent.wait_state("M1", "processed")
