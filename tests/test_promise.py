@@ -527,10 +527,10 @@ def test_stop_while_sending_loses_nothing(tmp_path):
 
 
 def test_memory_stays_flat_while_a_backlog_grows(tmp_path):
-    """The short form of a million: 50,000 messages of 1 KB while the server is away.
+    """The short form of a million: 80,000 messages of 1 KB while the server is away.
 
-    What the agent holds is asked, not what glibc keeps for it: that depends on when which thread frees what, and
-    differed by 32 MB from run to run.
+    What the agent holds is asked, not what glibc keeps for it, which depends on when which thread frees what. On a disk
+    that stands still for a moment it holds 8,192 messages more, 30 MB (UNCOMMITTED_MESSAGES).
     """
     lean = {"MALLOC_ARENA_MAX": "1", "MALLOC_TRIM_THRESHOLD_": "131072"}
     with site(tmp_path, {"FEED": "?enhanced=true"}, env=lean) as here:
@@ -538,13 +538,13 @@ def test_memory_stays_flat_while_a_backlog_grows(tmp_path):
         with here.device("FEED", timeout=30) as device:
             send_all(device, 20_000, 0)  # then buffers, caches and what is known in memory are as large as they get
             early = memory_mb(here.agent)
-            send_all(device, 30_000, 20_000)
+            send_all(device, 60_000, 20_000)
             late = memory_mb(here.agent)
-        print(f"\n{early:.0f} MB with 20,000 messages queued, {late:.0f} MB with 50,000")
-        assert late < early + 20 and late < 150
+        print(f"\n{early:.0f} MB with 20,000 messages queued, {late:.0f} MB with 80,000")
+        assert late < early + 45 and late < 150
         here.sandbox.start()
-        here.sandbox.wait_for(lambda: len(here.sandbox.answered) >= 50_000, 60, "all drained")
-        assert len(set(here.sandbox.ids())) == 50_000
+        here.sandbox.wait_for(lambda: len(here.sandbox.answered) >= 80_000, 90, "all drained")
+        assert len(set(here.sandbox.ids())) == 80_000
         assert_order(here.sandbox.seen)
 
 
