@@ -11615,9 +11615,10 @@ class Versions:
 
     def __init__(self) -> None:
         program = own_program()
-        inside = next((folder for folder in program.parents if folder.name == "versions"), None)
-        self.folder, self.inside = inside or program.parent / "versions", inside is not None
-        self.name = program.relative_to(self.folder).parts[0] if self.inside else VERSION
+        *above, name, inner = "", "", *program.parent.parts  # pyenv has such a folder, too, with versions of Python
+        self.inside = inner == "medplum-agent" and above[-1:] == ["versions"]
+        self.folder = Path(*above) if self.inside else program.parent / "versions"
+        self.name = name if self.inside else VERSION
         self.current = {"version": VERSION, "over": VERSION, "installed": str(program), "previous": ""}
         with suppress(OSError):
             found = _json_object(named_file(str(self.folder / CURRENT_FILE)))

@@ -845,15 +845,19 @@ def test_what_another_agent_runs_from_is_not_tidied_away(tmp_path):
         assert not (one.folder / "versions/5.3.0").exists(), "nobody needs it now"
 
 
-def test_below_a_folder_of_versions_windows_starts_as_well(tmp_path, monkeypatch):
-    """As pyenv has: nothing is upgraded there, and no such lock is known."""
-    program = tmp_path / "versions" / "3.13.1" / "Scripts" / "medplum-agent"
+@pytest.mark.parametrize(("folder", "ours"), [("medplum-agent", True), ("bin", False)])
+def test_below_a_folder_of_versions(tmp_path, monkeypatch, folder, ours):
+    """Windows, which has no such lock, starts there as well; pyenv has Pythons there, which must not go."""
+    program = tmp_path / "versions" / "3.13.1" / folder / "medplum-agent"
     program.parent.mkdir(parents=True)
     program.touch()
     monkeypatch.setattr(sys, "argv", [str(program)])
     monkeypatch.setattr(sys, "platform", "win32")
     monkeypatch.setitem(sys.modules, "fcntl", None)
-    assert ma.Upgrades(cast(Any, SimpleNamespace(state_dir=tmp_path))).versions.inside
+    versions = ma.Upgrades(cast(Any, SimpleNamespace(state_dir=tmp_path))).versions
+    monkeypatch.setattr(sys, "argv", ["/medplum-agent"])
+    assert ma.Versions().folder == Path("/versions"), "as in the image of a container"
+    assert (versions.inside, versions.folder) == (ours, tmp_path / "versions" if ours else program.parent / "versions")
 
 
 def test_without_an_agent_a_version_proves_itself_too(tmp_path):
