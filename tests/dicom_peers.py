@@ -4,7 +4,6 @@ import contextlib
 import http.client
 import json
 import os
-import re
 import shutil
 import socket
 import ssl
@@ -787,13 +786,6 @@ def spooled(here: Site) -> list[Path]:
     return sorted(folder.iterdir()) if folder.exists() else []
 
 
-def memory_kb(here: Site, name: str) -> int:
-    assert here.agent.process is not None
-    with open(f"/proc/{here.agent.process.pid}/status") as status:
-        (found,) = re.findall(rf"{name}:\s+(\d+)", status.read())
-    return int(found)
-
-
 _strays: set[Path] = set()
 
 
@@ -807,3 +799,10 @@ def assert_no_spool(here: Site) -> None:
         return [path.name for path in spooled(here) if path not in _strays]
 
     eventually(lambda: not found(), 5, f"no file in the spool: {found()[:5]}")
+
+
+def keep(here: Site, *instances: Instance) -> list[str]:
+    """Put objects on the server as Binaries; their references."""
+    references = [f"Binary/{new_uid()}" for _ in instances]
+    here.sandbox.sandbox.binaries |= zip(references, map(part10, instances), strict=True)
+    return references

@@ -356,6 +356,18 @@ class AgentProcess:
         found = [re.match(r"mllps?://([^:/]*):(\d+)", e["address"]) for e in endpoints if e["status"] != "off"]
         return [("127.0.0.1" if m[1] == "0.0.0.0" else m[1], int(m[2])) for m in found if m]
 
+    def memory_kb(self, figure: str = "VmHWM") -> int:
+        """Resident memory in KiB (proc(5), status): the most there ever was, or VmRSS, which is now."""
+        return int(re.findall(rf"{figure}:\s+(\d+)", self._proc("status").read_text())[0])
+
+    def forget_peak(self) -> None:
+        """The most there ever was is now (proc(5), clear_refs)."""
+        self._proc("clear_refs").write_text("5")
+
+    def _proc(self, name: str) -> Path:
+        assert self.process is not None
+        return Path(f"/proc/{self.process.pid}/{name}")
+
     def wait_listening(self, timeout: float = 20) -> None:
         eventually(
             lambda: self._alive() and all(map(accepts, self.ports())), timeout, f"ports open; {self.output()[-2000:]}"

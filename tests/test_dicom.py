@@ -55,7 +55,6 @@ from tests.dicom_peers import (
     imaging_site,
     made,
     made_dataset,
-    memory_kb,
     needs_dcmtk,
     new_uid,
     pydicom_files,
@@ -376,10 +375,10 @@ def test_an_object_that_inflates_without_end_is_refused_in_little_memory(here):
     begin = encoded(head) + struct.pack("<HH2s2xI", 0x7FE0, 0x0010, b"OW", 500 * 2**20)
     parts = [deflating.compress(begin), *(deflating.compress(bytes(2**20)) for _ in range(500)), deflating.flush()]
     content = b"".join(parts)
-    before, good = memory_kb(here, "VmHWM"), made(500)
+    before, good = here.agent.memory_kb("VmHWM"), made(500)
     bomb = Instance(SECONDARY, str(head.SOPInstanceUID), DEFLATED, content + b"\0" * (len(content) % 2))
     assert store(here.ports["PACS"], bomb, good) == [OUT_OF_RESOURCES, SUCCESS]
-    assert memory_kb(here, "VmHWM") < before + 50_000
+    assert here.agent.memory_kb("VmHWM") < before + 50_000
     assert_arrived(here, good)
 
 
@@ -644,12 +643,12 @@ def test_who_asks_for_no_association_is_closed(here, said):
     ids=["http", "hl7", "zeros", "ones", "p-data", "short request", "empty request", "4 GB request"],
 )
 def test_garbage_instead_of_an_association_request(here, garbage):
-    before = memory_kb(here, "VmHWM")
+    before = here.agent.memory_kb("VmHWM")
     sock = raw(here.ports["IMPATIENT"])
     sock.sendall(garbage)
     assert closes(sock)
     assert_works(here, "IMPATIENT")
-    assert memory_kb(here, "VmHWM") < before + 20_000
+    assert here.agent.memory_kb("VmHWM") < before + 20_000
 
 
 def test_a_device_that_stops_inside_a_pdu(here):
@@ -994,14 +993,14 @@ def test_a_big_object_is_never_in_memory(tmp_path):
         here.sandbox.sandbox.binary_dir = tmp_path
         for _ in range(3):
             assert_works(here)
-        rss = memory_kb(here, "VmRSS")
+        rss = here.agent.memory_kb("VmRSS")
         big = Instance(SECONDARY, head.SOPInstanceUID, EXPLICIT, b"")
         started = time.monotonic()
         with Scu.for_instances(here.ports["PACS"], big, timeout=120) as scu:
             assert scu.store(big, content()) == SUCCESS
             received = time.monotonic()
             body = announced(here, big.uid, 120)
-        delivered, peak = time.monotonic(), memory_kb(here, "VmHWM")
+        delivered, peak = time.monotonic(), here.agent.memory_kb("VmHWM")
         path = here.sandbox.sandbox.binaries[body["binary"]["reference"]]
         assert isinstance(path, Path)
         with open(path, "rb") as file:

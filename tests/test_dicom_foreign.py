@@ -39,7 +39,6 @@ from tests.dicom_peers import (
     imaging_site,
     made,
     made_dataset,
-    memory_kb,
     new_uid,
     part10,
     store,
@@ -94,13 +93,12 @@ STUDY = data_set(QueryRetrieveLevel="STUDY", StudyInstanceUID="1.2.3")
 
 def grown(here, instance: Instance, content=None) -> int:
     """MB by which the agent grows while it takes an object."""
-    before = memory_kb(here, "VmRSS")
-    with open(f"/proc/{here.agent.process.pid}/clear_refs", "w") as peak:
-        peak.write("5")
+    before = here.agent.memory_kb("VmRSS")
+    here.agent.forget_peak()
     with Scu.for_instances(here.ports["PACS"], instance, timeout=120) as scu:
         assert scu.store(instance, content) == SUCCESS
     announced(here, instance.uid, 60)
-    return (memory_kb(here, "VmHWM") - before) // 1024
+    return (here.agent.memory_kb("VmHWM") - before) // 1024
 
 
 @pytest.mark.parametrize(("tag", "vr"), [(0x00420011, b"OB"), (0x00091010, b"UN"), (0x00400031, b"UT")])

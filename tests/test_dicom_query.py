@@ -69,6 +69,7 @@ from tests.dicom_peers import (
     encoded,
     forget_strays,
     imaging_site,
+    keep,
     made,
     made_dataset,
     needs_dcmtk,
@@ -83,7 +84,7 @@ from tests.dicom_peers import (
     transmits,
     uids_of,
 )
-from tests.support import ROOT, Pushed, Site, changed, eventually, free_ports, site
+from tests.support import ROOT, Pushed, changed, eventually, free_ports, site
 
 pytestmark = QUIET
 
@@ -160,13 +161,6 @@ def bot(here):
 
 def ui(*uids: str) -> dict[str, Any]:
     return {"vr": "UI", "Value": list(uids)}
-
-
-def keep(here: Site, *instances: Instance) -> list[str]:
-    """Put objects on the server as Binaries; their references."""
-    references = [f"Binary/kept-{time.monotonic_ns()}-{number}" for number in range(len(instances))]
-    here.sandbox.sandbox.binaries |= zip(references, map(part10, instances), strict=True)
-    return references
 
 
 def statuses(answers: Any) -> list[tuple[int, Any]]:

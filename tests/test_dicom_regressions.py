@@ -47,10 +47,10 @@ from tests.dicom_peers import (
     encoded,
     forget_strays,
     imaging_site,
+    keep,
     made,
     made_dataset,
     new_uid,
-    part10,
     spooled,
     start,
     store,
@@ -175,13 +175,6 @@ class Workstation(Scu):
 
 
 STUDY = element(8, 0x52, b"STUDY ") + element(0x20, 0xD, b"1.2.3\0")
-
-
-def keep(here: Site, *instances: Instance) -> list[str]:
-    """Put objects on the server as Binaries; their references."""
-    references = [f"Binary/{new_uid()}" for _ in instances]
-    here.sandbox.sandbox.binaries |= zip(references, map(part10, instances), strict=True)
-    return references
 
 
 @contextlib.contextmanager

@@ -56,7 +56,6 @@ from tests.dicom_peers import (
     imaging_site,
     made,
     made_dataset,
-    memory_kb,
     needs_dcmtk,
     new_uid,
     part10,
@@ -436,15 +435,15 @@ def test_a_big_object_is_never_in_memory(tmp_path):
             assert store(here.ports["PACS"], instance) == [SUCCESS]
             assert_stowed(here, instance)
         assert here.agent.process is not None
-        Path(f"/proc/{here.agent.process.pid}/clear_refs").write_text("5")  # the peak is that of now
-        before = memory_kb(here, "VmHWM")
+        here.agent.forget_peak()
+        before = here.agent.memory_kb("VmHWM")
         big = Instance(SECONDARY, head.SOPInstanceUID, EXPLICIT, b"")
         started = time.monotonic()
         with Scu.for_instances(here.ports["PACS"], big, timeout=120) as scu:
             assert scu.store(big, itertools.chain((begin,), itertools.repeat(block, BIG_MB))) == SUCCESS
             received = time.monotonic()
             announced(here, big.uid, 120)
-        delivered, grown = time.monotonic(), memory_kb(here, "VmHWM") - before
+        delivered, grown = time.monotonic(), here.agent.memory_kb("VmHWM") - before
         (found,) = resources(here, "DicomInstance", big.uid)
         path = here.sandbox.sandbox.binaries[found["raw"]["reference"]]
         assert isinstance(path, Path)

@@ -6,7 +6,6 @@ import socket
 import sys
 import threading
 import time
-from pathlib import Path
 
 import pytest
 from pynetdicom import AE, evt
@@ -37,9 +36,9 @@ from tests.dicom_peers import (
     counts,
     data_set,
     encoded,
+    keep,
     made,
     new_uid,
-    part10,
     start,
 )
 from tests.support import changed, eventually, free_ports, site
@@ -47,13 +46,6 @@ from tests.support import changed, eventually, free_ports, site
 pytestmark = QUIET
 STUDY = data_set(QueryRetrieveLevel="STUDY", StudyInstanceUID="1.2.3.4")
 ECHO = json.dumps({"command": "C-ECHO"})
-
-
-def keep(here, *instances):
-    """Put objects on the server as Binaries; their references."""
-    references = [f"Binary/{new_uid()}" for _ in instances]
-    here.sandbox.sandbox.binaries |= zip(references, map(part10, instances), strict=True)
-    return references
 
 
 @contextlib.contextmanager
@@ -198,17 +190,11 @@ def test_an_object_is_never_whole_in_memory(tmp_path):
             scu.dimse_timeout = 60
             for reference in (small, large):
                 here.sandbox.bot.replies["C-MOVE"] = [reference]
-                Path(f"/proc/{here.agent.process.pid}/clear_refs").write_text("5")  # proc(5): the most so far is now
-                before = memory_mb(here)
+                here.agent.forget_peak()
+                before = here.agent.memory_kb()
                 (last, _) = list(scu.send_c_move(STUDY, "DEST", STUDY_MOVE))[-1]
                 assert last.Status == SUCCESS
-                assert memory_mb(here) < before + 60
-
-
-def memory_mb(here):
-    """The most that the agent has had."""
-    status = Path(f"/proc/{here.agent.process.pid}/status").read_text()
-    return next(int(line.split()[1]) // 1024 for line in status.splitlines() if line.startswith("VmHWM"))
+                assert here.agent.memory_kb() < before + 60_000
 
 
 def test_a_line_that_breaks_in_the_middle_of_an_object(tmp_path):

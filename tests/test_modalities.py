@@ -35,7 +35,6 @@ from tests.dicom_peers import (
     forget_strays,
     imaging_site,
     made,
-    memory_kb,
     new_uid,
     part10,
     store,
@@ -125,13 +124,13 @@ def test_tags_that_are_left_out_do_not_make_a_message_too_large(here, many):
 
 def test_sequences_that_no_message_has_room_for_are_not_kept_in_memory(here):
     """Each of a length that is read: 4.8 MB took 19 s, in which no other image was taken, and 500 MB."""
-    before, content = memory_kb(here, "VmHWM"), private(60_000)
+    before, content = here.agent.memory_kb("VmHWM"), private(60_000)
     item = struct.pack("<HHI", 0xFFFE, 0xE000, len(content)) + content
     sequences = [element(0x00290000 + n, b"SQ", item) for n in range(0x1000, 0x1010)]
     body = described(here, *sequences, element(0x00400001, b"AE", b"LAST"))
     assert body["dataset"]["00400001"]["Value"] == ["LAST"]
     assert sorted(body["omitted"]) == [f"{0x00290000 + n:08X}" for n in range(0x1000, 0x1010)]
-    assert memory_kb(here, "VmHWM") - before < 200_000
+    assert here.agent.memory_kb("VmHWM") - before < 200_000
 
 
 # --- what devices hear of the Bot ---
@@ -303,5 +302,5 @@ def test_a_compressed_object_that_an_archive_does_not_take_is_not_read(tmp_path)
             with associated(here, STUDY_MOVE) as scu:
                 *_, (last, _) = scu.send_c_move(study, dest.title, STUDY_MOVE)
             assert counts(last)[1:] == moved
-            memory.append(memory_kb(here, "VmHWM"))
+            memory.append(here.agent.memory_kb("VmHWM"))
     assert memory[-1] - memory[-2] < 40_000

@@ -335,10 +335,6 @@ def test_connections_that_say_nothing_count_before_the_handshake(tmp_path):
         eventually(lambda: still_open() <= 20, 5, "most of 60 silent connections are closed, of a channel that has 5")
 
 
-def _resident(pid):
-    return int(re.search(r"VmRSS:\s+(\d+)", Path(f"/proc/{pid}/status").read_text())[1]) / 1024  # type: ignore[index]
-
-
 @pytest.mark.skipif(sys.platform != "linux", reason="memory is read from /proc")
 def test_a_device_that_connects_for_each_message_takes_no_memory(tmp_path):
     """Many devices open a connection for each message. With TLS each takes 250 KiB, until Python's
@@ -358,14 +354,11 @@ def test_a_device_that_connects_for_each_message_takes_no_memory(tmp_path):
 
         for number in range(20):
             ask(number)
-        process = here.agent.process
-        assert process is not None
-        before = peak = _resident(process.pid)
+        here.agent.forget_peak()
+        before = here.agent.memory_kb()
         for number in range(20, 420):
             ask(number)
-            peak = max(peak, _resident(process.pid))
-        grown = peak - before
-        assert grown < 40, f"{grown:.0f} MB more after 400 connections, one after the other"
+        assert here.agent.memory_kb() - before < 40_000, "400 connections, one after the other"
 
 
 ON_A_TERMINAL = """

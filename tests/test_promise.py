@@ -15,7 +15,7 @@ from collections import defaultdict
 import pytest
 
 import medplum_agent
-from tests.support import INLINE, AgentProcess, bot, changed, control_id, eventually, message, site, tmpfs
+from tests.support import INLINE, bot, changed, control_id, eventually, message, site, tmpfs
 
 FAST = "autoRetryBaseDelayMs=20&autoRetryMaxDelayMs=200&autoRetryMaxAttempts=0&deadLetterAfterHours=0"
 SENDERS = 4
@@ -445,25 +445,27 @@ def test_corrupt_queue_file_is_said_and_mended(tmp_path, query, code):
 
 
 OLD = ["OLD-0", "OLD-1", "OLD-2"]
-DAMAGED = "CAST(x'50FF' AS TEXT)"
+
+
+def three_wait(here, channel):
+    """OLD are in the queue of an agent that was stopped."""
+    here.sandbox.stop()
+    with here.device(channel) as device:
+        for one in OLD:
+            assert device.ask(message(one, patient=one))[0] == "CA"
+    here.agent.terminate()
 
 
 @pytest.mark.parametrize(
-    "change",
-    [f"channel SET name = {DAMAGED}", *(f"message SET {name} = {DAMAGED}" for name in ("remote", "key", "type")),
-     f"message SET finalized = {DAMAGED}", "message SET encoding = 'utf-9'", "message SET original = x'0D0A'"],
+    "change", [*(f"{name} = CAST(x'50FF' AS TEXT)" for name in ("remote", "key", "type", "finalized")),
+        "encoding = 'utf-9'", "original = x'0D0A'"]
 )  # fmt: skip
 def test_what_is_damaged_on_the_disk_stops_nothing_else(tmp_path, change):
     """A bit that fell over, as no encrypted queue takes it for good: one row ended the reading of all behind it."""
     with site(tmp_path, {"FEED": "?enhanced=true"}) as here:
-        here.sandbox.stop()
-        with here.device("FEED") as device:
-            for one in OLD:
-                assert device.ask(message(one, patient=one))[0] == "CA"
-        here.agent.terminate()
-        ours = "channel" in change
+        three_wait(here, "FEED")
         with contextlib.closing(sqlite3.connect(here.agent.queue_path)) as db:
-            db.execute(f"UPDATE {change}" + ("" if ours else " WHERE control_id = 'OLD-1'"))
+            db.execute(f"UPDATE message SET {change} WHERE control_id = 'OLD-1'")
             db.commit()
         here.sandbox.start()
         here.agent.start()
@@ -471,7 +473,7 @@ def test_what_is_damaged_on_the_disk_stops_nothing_else(tmp_path, change):
             device.send(message("NEW"))
             while device.ack() != ("CA", "NEW"):  # answers to the others come as well
                 pass
-            sent = [] if ours else ["OLD-0", "OLD-2"] if "SET finalized" in change or "original" in change else OLD
+            sent = ["OLD-0", "OLD-2"] if change.startswith(("finalized", "original")) else OLD
             here.sandbox.wait_ids(*sent, "NEW", timeout=20)
             here.sandbox.wait_for(lambda: len(here.sandbox.answered) > len(sent), 10, "answers")
 
@@ -480,11 +482,7 @@ def test_what_is_damaged_on_the_disk_stops_nothing_else(tmp_path, change):
 def test_a_bit_of_a_channels_name_stops_nothing(tmp_path, where, sent):
     """The other place, table or index, had it still: the file was not opened any more, or the channel was renamed."""
     with site(tmp_path, {"ZFEEDZ": "?enhanced=true"}) as here:
-        here.sandbox.stop()
-        with here.device("ZFEEDZ") as device:
-            for one in OLD:
-                assert device.ask(message(one, patient=one))[0] == "CA"
-        here.agent.terminate()
+        three_wait(here, "ZFEEDZ")
         with contextlib.closing(sqlite3.connect(here.agent.queue_path)) as db:
             db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
         content = bytearray(here.agent.queue_path.read_bytes())
@@ -537,11 +535,11 @@ def test_memory_stays_flat_while_a_backlog_grows(tmp_path):
         here.sandbox.stop()
         with here.device("FEED", timeout=30) as device:
             send_all(device, 20_000, 0)  # then buffers, caches and what is known in memory are as large as they get
-            early = memory_mb(here.agent)
+            early = here.agent.memory_kb("VmRSS")
             send_all(device, 60_000, 20_000)
-            late = memory_mb(here.agent)
-        print(f"\n{early:.0f} MB with 20,000 messages queued, {late:.0f} MB with 80,000")
-        assert late < early + 45 and late < 150
+            late = here.agent.memory_kb("VmRSS")
+        print(f"\n{early} KiB with 20,000 messages queued, {late} KiB with 80,000")
+        assert late < early + 45_000 and late < 150_000
         here.sandbox.start()
         here.sandbox.wait_for(lambda: len(here.sandbox.answered) >= 80_000, 90, "all drained")
         assert len(set(here.sandbox.ids())) == 80_000
@@ -566,14 +564,6 @@ def send_all(device, count, start):
             assert b"MSA|CE|" not in tail
             tail = tail[-6:] if not tail.endswith(b"MSA|CA|") else b""
     device.socket.setblocking(True)
-
-
-def memory_mb(agent: AgentProcess) -> float:
-    """Resident memory of the agent's process."""
-    assert agent.process is not None
-    with open(f"/proc/{agent.process.pid}/status") as status:
-        (kilobytes,) = re.findall(r"VmRSS:\s+(\d+)", status.read())
-    return int(kilobytes) / 1024
 
 
 def test_the_file_of_reserved_numbers_is_never_synced_by_the_loop(tmp_path):

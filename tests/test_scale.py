@@ -38,12 +38,6 @@ def fill(agent, channel, count, *, state=0, outcome=0, days=0.0, size=0, kind="A
     return [f"F{n}" for n in range(first, first + count)]
 
 
-def memory_mb(agent, figure):
-    """A figure of the agent's memory: VmRSS is now, VmHWM the most there ever was."""
-    with open(f"/proc/{agent.process.pid}/status") as status:
-        return next(int(line.split()[1]) // 1024 for line in status if line.startswith(figure))
-
-
 # Each statement that has looked at many rows without an index, as SQLite itself counts them
 TRACE = """
 import apsw
@@ -97,12 +91,12 @@ def test_the_backlogs_of_many_channels_share_what_is_kept_in_memory(tmp_path):
         changed(here.agent, "m.KNOWN_MESSAGES, m.KNOWN_BYTES = 1000, 500_000")
         here.agent.start(ready=False)
         here.agent.wait_listening()
-        before = memory_mb(here.agent, "VmRSS")
+        before = here.agent.memory_kb("VmRSS")
         with here.device("C11") as device:
             assert device.ask(message("LIVE"))[0] == "CA"
         here.sandbox.start()
         here.sandbox.wait_for(lambda: len(here.sandbox.seen) > len(ids) + len(large), timeout=60)
-        assert memory_mb(here.agent, "VmHWM") - before < 45
+        assert here.agent.memory_kb("VmHWM") - before < 45_000
         arrived = here.sandbox.ids()
         assert sorted(arrived) == sorted([*ids, *large, "LIVE"])
         place = {one: number for number, one in enumerate(arrived)}

@@ -25,15 +25,7 @@ from tests.dicom_peers import (
     made_dataset,
     transmits,
 )
-from tests.support import ROOT, Link, Receiver, Site, changed, control_id, eventually, log_lines, message, setting, site
-
-
-def memory_mb(site: Site, figure: str = "VmHWM") -> int:
-    """The most that an agent has had, or another figure of its process."""
-    assert site.agent.process is not None
-    with open(f"/proc/{site.agent.process.pid}/status") as status:
-        return next(int(line.split()[1]) // 1024 for line in status if line.startswith(figure))
-
+from tests.support import ROOT, Link, Receiver, changed, control_id, eventually, log_lines, message, setting, site
 
 # --- the device network ---
 
@@ -43,7 +35,7 @@ def test_a_frame_of_fifty_thousand_messages_holds_up_nobody(tmp_path):
         site(tmp_path, {"A": "?enhanced=aa", "B": "?enhanced=aa"}) as here,
         here.device("A", timeout=60) as hostile, here.device("B", timeout=60) as device,
     ):  # fmt: skip
-        heard, before, asked = list[str](), memory_mb(here), 0
+        heard, before, asked = list[str](), here.agent.memory_kb(), 0
         hostile.send("FHS|^~\\&\r" + "MSH|\r" * 50_000 + message("LAST") + "FTS|1\r")
         listening = threading.Thread(target=lambda: heard.extend(hostile.receive() for _ in range(50_001)))
         listening.start()
@@ -53,18 +45,18 @@ def test_a_frame_of_fifty_thousand_messages_holds_up_nobody(tmp_path):
         assert heard[-1].endswith("MSA|AA|LAST|OK\r")
         last, *others = (here.agent.rows(name)[0]["id"] for name in ("LAST", *(f"B-{n}" for n in range(asked))))
         assert any(last - 50_000 < other < last for other in others), "one came between"
-        assert memory_mb(here) - before < 50
+        assert here.agent.memory_kb() - before < 50_000
 
 
 def test_names_that_a_device_makes_up_do_not_stay_in_memory(tmp_path):
     with site(tmp_path, {"A": "?enhanced=aa"}) as here, here.device("A", timeout=30) as hostile:
         here.sandbox.faults.silent, here.sandbox.faults.max_frame = True, None
-        before = memory_mb(here, "VmRSS")
+        before = here.agent.memory_kb("VmRSS")
         for number in range(80):
             name = f"{number}" + 300_000 * "X"
             head = f"MSH|^~\\&|{name}||||||ADT^{name}|{name}|P|2.5||||||{name}"
             assert len(hostile.ask(f"{head}\rPID|1||{name}^^^H|\r")[1]) > 300_000
-        assert memory_mb(here, "VmRSS") - before < 120
+        assert here.agent.memory_kb("VmRSS") - before < 120_000
 
 
 def test_character_sets_that_a_device_makes_up_do_not_stay_in_memory():
@@ -127,11 +119,11 @@ def test_what_an_object_takes_in_memory_has_a_limit(tmp_path):
     content = [large.content, SEQUENCE, ITEM, value, *[bytes(MIB)] * 70, END_OF_ITEM, END_OF_SEQUENCE]
     attributes = (struct.pack("<HHI", 0x1001 + 2 * (n >> 15), 0x1000 + (n & 0x7FFF), 0) for n in range(60_000))
     with imaging_site(tmp_path, {"CT": "dicom://127.0.0.1:{port}"}) as here:
-        before = memory_mb(here)
+        before = here.agent.memory_kb()
         with Scu.for_instances(here.ports["CT"], large, timeout=60) as scu:
             assert scu.store(large, content) == SUCCESS
             assert scu.store(many._replace(content=many.content + b"".join(attributes))) == SUCCESS
-        assert memory_mb(here) - before < 60
+        assert here.agent.memory_kb() - before < 60_000
         told = {one.uid: json.loads(here.agent.rows(one.uid)[0]["original"]) for one in (large, many)}
         assert told[large.uid]["omitted"] == ["0040A730"] and "00100010" in told[large.uid]["dataset"]
         assert len(told[many.uid]["omitted"]) == MAX_OMITTED
@@ -210,7 +202,7 @@ def test_an_answer_that_does_not_end(tmp_path):
     with Endless() as endless, site(tmp_path, {"A": ""}, start=False, url=endless.url) as here:
         here.agent.start(ready=False)
         assert "answers with more than 64 MiB" in here.agent.logged("The configuration cannot be read")
-        assert memory_mb(here) < 220
+        assert here.agent.memory_kb() < 220_000
 
 
 def test_an_alarm_is_one_line_whatever_a_name_says(tmp_path):
