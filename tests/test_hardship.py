@@ -172,7 +172,8 @@ def test_a_state_directory_that_was_cleared_serves_again(tmp_path: Path) -> None
                 eventually(lambda: ma.ask_agent(state, {"command": "status"}), what="asked again")
                 while device.ask(message(f"M-{n}"))[0] != "AA":
                     assert here.agent.process and here.agent.process.poll() is None
-        here.sandbox.wait_ids("M-0", "M-1")
+                # before it is removed again, also where a queue that was just missing is read again after 5 s
+                here.sandbox.wait_ids(f"M-{n}", timeout=20)
         eventually(lambda: (state / ma.CONFIG_FILE).exists())
         here.sandbox.stop()
         here.agent.kill()
