@@ -652,8 +652,8 @@ def may_be_secret(name: str) -> bool:
 
 def key_source(text: str) -> str:
     """Where a key is; ValueError."""
-    if text and not re.match("(file|systemd|keychain|command):.", text):
-        raise ValueError("needs the form file:PATH, systemd:CREDENTIAL, keychain:NAME or command:PROGRAM")
+    if text and not re.match("(file|systemd|dpapi|keychain|command):.", text):
+        raise ValueError("needs the form file:PATH, systemd:CREDENTIAL, dpapi:PATH, keychain:NAME or command:PROGRAM")
     return text
 
 
@@ -877,8 +877,8 @@ class ProcessSettings:
         check=alarm_target)
     storeKey: str = setting("",
         "Store key: where the key of the queue is, which is then encrypted: `file:PATH`, `systemd:CREDENTIAL`, "
-        "`keychain:NAME` (macOS) or `command:PROGRAM ...`; default: not encrypted", check=key_source,
-        env="MEDPLUM_STORE_KEY")
+        "`dpapi:PATH` (Windows), `keychain:NAME` (macOS) or `command:PROGRAM ...`; default: not encrypted",
+        check=key_source, env="MEDPLUM_STORE_KEY")
     storeCipher: str = setting("aegis", "Store cipher: how, AEGIS-256 or AES-256 as SQLCipher has it [aegis sqlcipher]")
     remotePayload: bool = setting(False, "Remote payload: a push to `agent://` may read patient data of the queue")
     upgradeUrl: str = setting("", "Upgrades: folder or https URL below which signed releases are; default: no upgrades",
@@ -3042,7 +3042,7 @@ def text_records(body: str, settings: StreamSettings) -> list[bytes]:
 
 
 # =====================================================================================================================
-# Store (1550 lines, 11250 tokens)
+# Store (1570 lines, 11450 tokens)
 #
 # Every message on disk before it is acknowledged: one SQLite file (WAL, synchronous=FULL), one writer thread with one
 # commit in flight. What arrives while it runs is the next batch: one executemany, one COMMIT, one call back into the
@@ -3219,6 +3219,26 @@ def for_others() -> dict[str, str]:
     return {name: text for name, text in os.environ.items() if name != "MEDPLUM_CLIENT_SECRET"}
 
 
+def _unprotected(sealed: bytes) -> bytes:
+    """What .NET's ProtectedData.Protect sealed for this machine or account (CryptUnprotectData); OSError."""
+    if sys.platform != "win32":
+        raise OSError(errno.EINVAL, "only Windows has it")
+    import ctypes
+
+    # a DATA_BLOB is a number of 32 bits, padded to the width of the address behind it
+    held, found = ctypes.create_string_buffer(sealed, len(sealed)), (ctypes.c_size_t * 2)()
+    given, crypt32 = (
+        (ctypes.c_size_t * 2)(len(sealed), ctypes.addressof(held)),
+        ctypes.WinDLL("crypt32", use_last_error=True),
+    )
+    if not crypt32.CryptUnprotectData(given, None, None, None, None, 1, found):  # CRYPTPROTECT_UI_FORBIDDEN
+        raise ctypes.WinError(ctypes.get_last_error())
+    try:
+        return ctypes.string_at(found[1], found[0])
+    finally:
+        ctypes.windll.kernel32.LocalFree(ctypes.c_void_p(found[1]))
+
+
 def store_secret(source: str) -> bytes:
     """What storeKey names, where the key comes from; empty when it names nothing. ConfigError."""
     try:
@@ -3235,8 +3255,9 @@ def store_secret(source: str) -> bytes:
     try:
         if kind == "systemd":  # systemd.exec(5), LoadCredentialEncrypted
             secret = named_file(os.path.join(os.environ.get("CREDENTIALS_DIRECTORY", ""), where))  # noqa: PTH118
-        elif kind == "file":
+        elif kind in ("file", "dpapi"):
             secret = named_file(where)
+            secret = _unprotected(secret) if kind == "dpapi" else secret
         else:
             import subprocess
 
@@ -3257,7 +3278,7 @@ def store_secret(source: str) -> bytes:
     if len(secret.strip()) < KEY_CHARS:
         failed = "fails, or " if kind in ("command", "keychain") else ""
         text = f"storeKey: {kind} {failed}gives fewer than {KEY_CHARS} characters; for a key: openssl rand -hex 32"
-        raise ConfigError(text, for_good=kind in ("file", "systemd"))
+        raise ConfigError(text, for_good=kind in ("file", "dpapi", "systemd"))
     return secret.strip()
 
 

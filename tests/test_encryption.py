@@ -362,6 +362,9 @@ def test_where_keys_come_from(tmp_path: Path, key_file: Path, monkeypatch: pytes
     ):
         with pytest.raises(ma.ConfigError, match="storeKey"):
             ma.store_key(source, "aegis")
+    with pytest.raises(ma.ConfigError, match="only Windows has it") as refused:  # test_windows.py reads one there
+        ma.store_key(f"dpapi:{key_file}", "aegis")
+    assert refused.value.exit_code == 78
     with pytest.raises(ValueError, match="needs the form"):
         ma.key_source("plain text")
 
