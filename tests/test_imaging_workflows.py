@@ -6,6 +6,7 @@ import socket
 import sys
 import threading
 import time
+from typing import Any
 
 import pytest
 from pynetdicom import AE, evt
@@ -31,6 +32,7 @@ from tests.dicom_peers import (
     Receiving,
     Rejected,
     Scu,
+    assert_no_spool,
     associated,
     commit,
     counts,
@@ -39,6 +41,7 @@ from tests.dicom_peers import (
     keep,
     made,
     new_uid,
+    spooled,
     start,
 )
 from tests.support import changed, eventually, free_ports, site
@@ -180,6 +183,37 @@ def test_a_move_over_a_slow_line(tmp_path):
                 scu.dimse_timeout = 60
                 (last, _) = list(scu.send_c_move(STUDY, "DEST", STUDY_MOVE))[-1]
             assert (last.Status, counts(last)[1:]) == (SUCCESS, (1, 0, 0))
+
+
+def test_the_next_objects_come_while_one_is_sent(tmp_path):
+    """One at a time, each waited for its round trip to the cloud: a study of 500 objects took minutes longer."""
+    with Destination() as dest, imaging(tmp_path, f"moveDestinations={dest.address}") as here:
+        objects = [made(100) for _ in range(9)]
+        here.sandbox.bot.replies["C-MOVE"] = [*keep(here, *objects[:4]), "Binary/missing", *keep(here, *objects[4:])]
+        answers: list[Any] = []
+        with associated(here, STUDY_MOVE) as scu:
+
+            def move():
+                answers.extend(status for status, _ in scu.send_c_move(STUDY, "DEST", STUDY_MOVE))
+
+            dest.gate.clear()
+            moving = threading.Thread(target=move)
+            moving.start()
+            eventually(lambda: len(spooled(here)) == 4)
+            dest.gate.set()
+            moving.join()
+            assert (answers[-1].Status, counts(answers[-1])[1:]) == (0xB000, (9, 1, 0))
+            assert [arrival.uid for arrival in dest.arrivals] == [one.uid for one in objects]
+            assert_no_spool(here)
+            dest.gate.clear()
+            moving = threading.Thread(target=move)
+            moving.start()
+            eventually(lambda: len(spooled(here)) == 4)
+            scu.abort()
+            dest.gate.set()
+            moving.join()
+        assert_no_spool(here)
+        assert "Internal error" not in here.agent.main_log().decode()
 
 
 def test_an_object_is_never_whole_in_memory(tmp_path):
