@@ -32,6 +32,9 @@ CORPUS = ROOT.parent / "shared/corpora/hl7"
 AGENT_ID = "agent-1"
 T = TypeVar("T")
 
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a run in the background, whose children would ignore Ctrl-C
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
 # Below the range that the system gives to clients; each of several test processes has a part of it.
 _WORKER, _WORKERS = (int(os.environ.get(name, default)[-1]) for name, default in (
     ("PYTEST_XDIST_WORKER", "0"), ("PYTEST_XDIST_WORKER_COUNT", "1")))  # fmt: skip

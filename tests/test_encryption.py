@@ -47,6 +47,12 @@ SECRETS = ("TESTPERSON", "PAULA", "PATIENT-4711", "CONTROL-", "POTASSIUM")
 ONCE = "?enhanced=true"
 
 
+@pytest.fixture(autouse=True)
+def limits_of_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They stay: tests that run in it later start agents that may write core files."""
+    monkeypatch.setattr("resource.setrlimit", lambda *_: None)
+
+
 @pytest.fixture
 def key_file(tmp_path: Path) -> Path:
     path = tmp_path / "store.key"

@@ -7,6 +7,7 @@ import itertools
 import json
 import math
 import os
+import resource
 import socket
 import struct
 import subprocess
@@ -249,7 +250,8 @@ def test_neither_commands_nor_dumps_of_memory_get_a_secret(tmp_path):
     config = f"""storeKey = "command:sh -c 'env > {heard}-key; cat {key}'"
 alarmTo = "sh -c 'env > {heard}-alarm'"
 """
-    secret, dumps = {"MEDPLUM_CLIENT_SECRET": "hush-hush"}, ["prlimit", "--core=unlimited"]
+    most = resource.getrlimit(resource.RLIMIT_CORE)[1]
+    secret, dumps = {"MEDPLUM_CLIENT_SECRET": "hush-hush"}, ["prlimit", f"--core={'unlimited' if most < 0 else most}"]
     with site(tmp_path, {"A": ""}, config=config, env=secret, wrapper=dumps, start=False) as here:
         changed(here.agent, "m.LOOK_SECS, m.LOW_DISK_BYTES = 0.1, 1 << 60")
         here.agent.start()
