@@ -268,7 +268,7 @@ NAMED_FILE_BYTES = MIB  # of a certificate, a key or a secret
 NAME_CHARS = 1024  # of a control id, a patient's number, a character set: more is none, and would stay in memory
 MOST_PATIENTS = 1000  # PID segments of a message that are looked at: one with more waits for all before it
 MOST_FIELDS = 200  # of an MSH segment: all that HL7 has, and those of a site
-KNOWN_IDS = 2000  # control ids of one connection that are remembered, for a warning
+KNOWN_IDS = 2000  # control ids of a channel that are remembered with what they named last
 LOCKED_BYTE = 1 << 30  # of a lock file, on Windows
 PUSHED_IDS = 256  # pushes whose late ACKs are still known, of a channel and of a connection
 DEVICE_IDLE_SECS = 10.0  # without keepAlive an unused device connection is closed after this time
@@ -1933,7 +1933,7 @@ def _lines_backwards(path: Path, end: int) -> Iterator[tuple[int, bytes]]:
 
 
 # =====================================================================================================================
-# HL7 (260 lines, 2100 tokens)
+# HL7 (270 lines, 2150 tokens)
 #
 # HL7 v2 by slicing: the MSH header, single fields by path, acknowledgments, the patient a message belongs to.
 # `hl7.parse` is forty times slower and serves where speed does not matter. Text in, text out; touches nothing.
@@ -2012,16 +2012,18 @@ def _named_codec(field: str) -> str:
     return ""
 
 
-def message_hash(content: bytes) -> int:
-    """Of a message, which has a control id, without its time (MSH-7): equal for a repetition. 62 bits, never 0 or 1."""
+def message_hash(content: bytes, *, timed: bool = False) -> int:
+    """Of a message, which has a control id: equal for a repetition. 62 bits, never 0 or 1. `timed`: MSH-7 counts."""
     content = content.lstrip(_BLANK_BYTES)
     fields = content.split(content[3:4] or b"|", 7)
-    del fields[6:7]
+    if not timed:
+        del fields[6:7]
     digest = hashlib.sha256(b"\0".join(fields)).digest()  # processors have it built in
     return int.from_bytes(digest[:8], "big") >> 2 | 2
 
 
 is_ack = re.compile(r"ACK(?![^\W_])").match  # MSH-9.1 is ACK: nothing answers it (HL7 v2.5.1 2.9.2)
+_is_query = re.compile(r"Q|[ERV]QQ|ERQ|SPQ|OSQ|SQM|NMQ|RQ[CIP]").match  # MSH-9.1 (table 0076)
 
 
 def undecodable(content: bytes, encoding: str) -> str:
@@ -2083,6 +2085,11 @@ def read_hl7(content: bytes, encoding: str, fixed: bool) -> Header:
 def _patients(separator: str) -> Callable[[str], Iterator[re.Match[str]]]:
     """Finds the segments PID and MRG in one pass: name, and the fields from the first on."""
     return re.compile(rf"\r(PID|MRG){re.escape(separator)}([^\r]*)").finditer
+
+
+def asks(header: Header) -> bool:
+    """A query, or what hematology analyzers ask for the orders of a tube with: ORM and ORC-1 RF."""
+    return bool(_is_query(header.message_type)) or f"\rORC{header.separator}RF" in header.text
 
 
 def ordering_key(text: str, header: Header, spec: str = "") -> str | None:
@@ -6781,7 +6788,6 @@ class Hl7Line(MllpLine):
     def __init__(self, owner: Channel):
         super().__init__(owner, owner.plan.settings.maxMessageBytes)
         self.replan()
-        self._ids: dict[int, int] = {}  # the last control ids, hashed, and what they named
         self._junk_at = -math.inf
         self._next_at = 0.0
 
@@ -6896,17 +6902,22 @@ class Hl7Line(MllpLine):
         owner.store.put(message)
 
     def _check_repetition(self, header: Header, message: Message, content: bytes) -> None:
-        """Sender and control id name a message; in a repetition of it all bytes are the same but for MSH-7."""
+        """Sender and control id name a message; in a repetition of it all bytes are the same but for MSH-7.
+
+        At another time a question is another. Nor does a message repeat what came before another of its control id:
+        a monitor that always says 204 has a pulse of 60, 61, and 60 again.
+        """
         name = f"{header.fields[2]}|{header.fields[3]}|{message.control_id}"
-        known = hash(name)
-        rejects = self.settings.duplicateBehavior == "reject"
-        whole = message_hash(name.encode() if rejects else content)
-        if not rejects and self._ids.setdefault(known, whole) != whole:
+        known, ids, message.window_ms = hash((self.host, name)), self.owner.ids, self._window_ms
+        if self.settings.duplicateBehavior == "reject":
+            message.checked = message_hash(name.encode())
+            return
+        message.checked = whole = message_hash(content, timed=asks(header))
+        if ids.setdefault(known, whole) != whole:
             self.warn_once("ids", "a control id came again with other content: it is taken as a new message")
-            self._ids[known] = whole
-        if len(self._ids) > KNOWN_IDS:
-            self._ids.clear()
-        message.checked, message.window_ms = whole, self._window_ms
+            ids[known], message.window_ms = whole, 0
+        if len(ids) > KNOWN_IDS:
+            ids.clear()
 
     def _answers_push(self, text: str) -> bool:
         """A message that acknowledges a push, also late or again, is no message for the server."""
@@ -7411,6 +7422,7 @@ class Channel:
         self.here: Callable[[str], None] = lambda host: None  # hears of a device that has connected, with what to say
         self.held: dict[int, tuple[float, Message, str]] = {}  # answers that wait for their instrument, and until when
         self.pushed: deque[str] = deque(maxlen=PUSHED_IDS)  # control ids of pushes to connected devices, the last ones
+        self.ids: dict[int, int] = {}  # the last control ids of its devices, hashed, and what they named last
         self.tls: ssl.SSLContext | None = None
         self.certificate = b""  # that devices are shown, in DER
         self.handshakes: list[Handshake] = []  # under way
@@ -7430,7 +7442,7 @@ class Channel:
         else:
             self.queue = old.queue
             if old.kind is self.kind:
-                self.pushed = old.pushed
+                self.pushed, self.ids = old.pushed, old.ids
         self.replan(plan)
 
     @property

@@ -1,0 +1,65 @@
+"""What recordings of real devices showed when they were played: messages of our own with the same traits."""
+
+import pytest
+from demo import accepting_bot
+
+from tests.support import control_id, site
+
+QUERIES = {
+    "a monitor": "QBP^ZV1^QBP_Q21|7|P|2.6\rQPD|IHE PDQ Query|QueryTag_8|@PID.3.1^10003\rRCP|I|50^RD\r",
+    "an analyzer": "QRY^Q02|7|P|2.3.1\rQRD||R|D|1|||RD|TUBE-1|OTH|||T\rQRF||||||RCT|COR|ALL\r",
+    "a hematology analyzer": "ORM^O01|7|P|2.3.1||||||UNICODE\rORC|RF||TUBE-1||IP\r",
+}
+
+
+@pytest.fixture(scope="module")
+def here(tmp_path_factory):
+    with site(tmp_path_factory.mktemp("recordings"), {"HL7": "", "STORED": "?enhanced=aa"}) as running:
+        yield running
+
+
+@pytest.fixture(autouse=True)
+def bot(here):
+    here.sandbox.bot = accepting_bot
+
+
+# --- control ids that say little ---
+
+
+@pytest.mark.parametrize("query", QUERIES.values(), ids=QUERIES)
+def test_a_query_that_is_asked_again_hears_what_is_known_now(here, query):
+    """It counts its messages from 1 at each start. For 24 hours it heard that there were no orders, as at first."""
+    known = ["NF", "OK"]
+    here.sandbox.bot = lambda transmit: (200, f"MSH|^~\\&|B\rMSA|AA|{control_id(transmit.body)}\rQAK||{known.pop(0)}\r")
+    first, later = (f"MSH|^~\\&|BC-780|WARD|||{when}||{query}" for when in ("20261001090000", "20261001101500"))
+    heard = []
+    for text in (first, later, later):  # the last is a repetition
+        with here.device("HL7") as device:
+            device.send(text)
+            heard.append(device.receive().split("QAK||")[1].strip())
+    assert heard == ["NF", "OK", "OK"]
+
+
+@pytest.mark.parametrize("connections", ["one", "one each"])
+def test_a_value_that_comes_back_is_no_repetition(here, connections):
+    """Monitors name the kind of a message in MSH-10 (204: values), and give no time: a pulse that was 60 before was
+    acknowledged, and never reached the server."""
+    app = f"MON-{connections}"
+    head = f"MSH|^~\\&|{app}||||||ORU^R01|204|P|2.3.1"
+    texts = [f"{head}\rOBX||NM|101^HR||{pulse}||||||F\r" for pulse in (60, 61, 60, 61)]
+
+    def arrived() -> list[str]:
+        return [transmit.body for _, transmit in list(here.sandbox.seen) if f"|{app}|" in transmit.body]
+
+    device = here.device("STORED")
+    for text in texts:
+        if connections == "one each":
+            device.close()
+            device = here.device("STORED")
+        assert device.ask(text) == ("AA", "204")
+    device.close()
+    with here.device("STORED") as again:  # it did not hear the last AA
+        assert again.ask(texts[-1]) == ("AA", "204")
+        here.agent.logged("came again from")
+    here.sandbox.wait_for(lambda: len(arrived()) == len(texts))
+    assert arrived() == texts
