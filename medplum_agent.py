@@ -1983,6 +1983,7 @@ def decode_hl7(content: bytes, encoding: str) -> str:
 
 # A line of a document in base64, or of prose, may begin with these letters, too
 _BEGUN = rb"(?=(?:MSH|FHS|BHS|BTS|FTS)(?![\w+/= ]))"
+_is_empty_batch = re.compile(rb"(?:(?:FHS|BHS|BTS|FTS)\W[^\r\n]*+[\r\n]*+)++").fullmatch
 _BEGINS = [re.compile(end + _BEGUN).finditer for end in (rb"\r\n?", rb"\n")]
 
 
@@ -6138,7 +6139,7 @@ class Uplink:
 
 
 # =====================================================================================================================
-# Lines (1250 lines, 9250 tokens)
+# Lines (1260 lines, 9350 tokens)
 #
 # One open connection to a device, whoever dialled; each protocol has one class here, which owns its core. A line takes
 # bytes (`receive`), makes messages of them (`intake`), acknowledges when the store says durable (`stored`), writes down
@@ -6932,6 +6933,11 @@ class Hl7Line(MllpLine):
         """A frame that is not a message: its sender is told, if it was to be one, and the connection goes on."""
         if content in (b"\x06", b"\x15"):  # the commit acknowledgments of MLLP release 2
             self.words = "its commit acknowledgment came (MLLP release 2)"
+            return
+        if _is_empty_batch(content.lstrip(_BLANK_BYTES)):  # nothing came since the last one (HL7 v2.5.1 2.10.3)
+            sender = LINE_ENDS.split(content.decode(self.encoding, "replace").lstrip(_BLANKS))[0]
+            head = sender[3:4].join(["MSH", *sender.split(sender[3:4])[1:6]])
+            self.write(build_ack(Header(head), "CA" if self.settings.enhanced == "true" else "AA"))
             return
         self.owner.note(f"[Refused]: {error}: {content[:200]!r}")
         head, now = content.decode(self.encoding, "replace").lstrip(_BLANKS), self._loop.time()

@@ -1,5 +1,6 @@
 """What recordings of real devices showed when they were played: messages of our own with the same traits."""
 
+import hl7
 import pytest
 from demo import accepting_bot
 
@@ -14,7 +15,9 @@ QUERIES = {
 
 @pytest.fixture(scope="module")
 def here(tmp_path_factory):
-    with site(tmp_path_factory.mktemp("recordings"), {"HL7": "", "STORED": "?enhanced=aa"}) as running:
+    with site(
+        tmp_path_factory.mktemp("recordings"), {"HL7": "", "STORED": "?enhanced=aa", "ENHANCED": "?enhanced=true"}
+    ) as running:
         yield running
 
 
@@ -63,3 +66,21 @@ def test_a_value_that_comes_back_is_no_repetition(here, connections):
         here.agent.logged("came again from")
     here.sandbox.wait_for(lambda: len(arrived()) == len(texts))
     assert arrived() == texts
+
+
+# --- batches ---
+
+
+@pytest.mark.parametrize("end", ["\r", "\r\n", "\n"])
+@pytest.mark.parametrize(("channel", "code"), [("HL7", "AA"), ("STORED", "AA"), ("ENHANCED", "CA")])
+def test_a_batch_without_messages_is_taken(here, channel, code, end):
+    """Of a night in which nothing happened: it was refused, as it does not start with MSH, and came again."""
+    before = here.agent.main_log().count(b"WARN")
+    with here.device(channel) as device:
+        device.send(end.join(["FHS|^~\\&|LAB|WARD|||2026", "BHS|^~\\&|LAB|WARD|||2026", "BTS|0", "FTS|1", ""]))
+        answer = device.receive()
+        device.send("BHS|^~\\&|LAB\rPID|1||P1\rBTS|1\r")  # not empty, and no message
+        assert device.ack()[0] == code[0] + "R"
+    assert hl7.parse(answer).segment("MSA")[1] == [code]
+    assert str(hl7.parse(answer)["MSH.F5"]) == "LAB"
+    assert here.agent.main_log().count(b"WARN") == before + 1
