@@ -6139,7 +6139,7 @@ class Uplink:
 
 
 # =====================================================================================================================
-# Lines (1260 lines, 9350 tokens)
+# Lines (1260 lines, 9400 tokens)
 #
 # One open connection to a device, whoever dialled; each protocol has one class here, which owns its core. A line takes
 # bytes (`receive`), makes messages of them (`intake`), acknowledges when the store says durable (`stored`), writes down
@@ -6915,8 +6915,10 @@ class Hl7Line(MllpLine):
             return
         message.checked = whole = message_hash(content, timed=asks(header))
         if ids.setdefault(known, whole) != whole:
-            self.warn_once("ids", "a control id came again with other content: it is taken as a new message")
             ids[known], message.window_ms = whole, 0
+            if hash(self.host) not in ids:  # once for each device, however often it connects
+                self.warn_once("ids", "a control id came again with other content: it is taken as a new message")
+            ids[hash(self.host)] = 0
         if len(ids) > KNOWN_IDS:
             ids.clear()
 
@@ -7428,7 +7430,7 @@ class Channel:
         self.here: Callable[[str], None] = lambda host: None  # hears of a device that has connected, with what to say
         self.held: dict[int, tuple[float, Message, str]] = {}  # answers that wait for their instrument, and until when
         self.pushed: deque[str] = deque(maxlen=PUSHED_IDS)  # control ids of pushes to connected devices, the last ones
-        self.ids: dict[int, int] = {}  # the last control ids of its devices, hashed, and what they named last
+        self.ids: dict[int, int] = {}  # control ids of its devices, hashed, and what they named last
         self.tls: ssl.SSLContext | None = None
         self.certificate = b""  # that devices are shown, in DER
         self.handshakes: list[Handshake] = []  # under way

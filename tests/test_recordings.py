@@ -66,6 +66,8 @@ def test_a_value_that_comes_back_is_no_repetition(here, connections):
         here.agent.logged("came again from")
     here.sandbox.wait_for(lambda: len(arrived()) == len(texts))
     assert arrived() == texts
+    said = [line for line in here.agent.main_log().splitlines() if b"with other content" in line]
+    assert sum(b"'STORED'" in line for line in said) == 1  # however often it connects
 
 
 # --- batches ---
