@@ -6139,7 +6139,7 @@ class Uplink:
 
 
 # =====================================================================================================================
-# Lines (1260 lines, 9400 tokens)
+# Lines (1270 lines, 9450 tokens)
 #
 # One open connection to a device, whoever dialled; each protocol has one class here, which owns its core. A line takes
 # bytes (`receive`), makes messages of them (`intake`), acknowledges when the store says durable (`stored`), writes down
@@ -6183,6 +6183,14 @@ def is_host(name: str) -> bool:
     return len(name) < 254 and re.fullmatch(labels, name) is not None
 
 
+def known_host(host: str) -> str:
+    """An address as it is compared, however it is written: in brackets, or IPv4 that an IPv6 socket took (RFC 4291)."""
+    with suppress(ValueError):
+        address = ipaddress.ip_address(host.strip("[]"))
+        return str(getattr(address, "ipv4_mapped", None) or address)
+    return host
+
+
 def parse_target(url: str, warn: Warn = str) -> Target:
     """The device behind a remote address; PeerError says what is wrong with it, `warn` hears what of it is ignored."""
     try:
@@ -6201,6 +6209,8 @@ def parse_target(url: str, warn: Warn = str) -> Target:
     elif not is_host(host):
         raise PeerError(f"'{url}': '{host}' is neither an IP address nor a host name")
     path = unquote(parts.username or "" if dicom else parts.path)
+    if scheme == "channel" and (path := path.strip("/")):
+        path = f"/{known_host(path)}"
     try:
         values = read_parameters(DeviceSettings, parts.query, url.partition("?")[0], warn)
         titles = ae_titles(path) if dicom else []
@@ -7414,7 +7424,7 @@ class Parts(NamedTuple):
 
 def _address(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address:
     """Of a peer, as the socket names it."""
-    return ipaddress.ip_address(host.removeprefix("::ffff:").split("%")[0])
+    return ipaddress.ip_address(known_host(host).split("%")[0])
 
 
 class Channel:
@@ -7636,7 +7646,7 @@ class Channel:
 
     def device(self, host: str) -> Line:
         """The line of the device at `host`, or of the only one for an empty `host`; DeviceError for none or several."""
-        found = [c for c in self.lines.values() if host in ("", c.host, c.host.removeprefix("::ffff:"))]
+        found = [c for c in self.lines.values() if host in ("", known_host(c.host))]
         found = [c for c in found if c.attached and not c.ended] or found
         if len(found) == 1:
             return found[0]
@@ -8331,7 +8341,7 @@ class Devices:
             queue.hurry()
 
     def _on_channel(self, channel: str, host: str) -> list[Device]:
-        keys = f"channel://{channel}", f"channel://{channel}/{host}"
+        keys = f"channel://{channel}", f"channel://{channel}/{known_host(host)}"
         return [self._devices[key] for key in keys if key in self._devices]
 
     async def resume(self) -> None:

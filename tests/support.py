@@ -104,7 +104,7 @@ class Device:
     """An HL7 device: a blocking socket that speaks MLLP."""
 
     def __init__(self, port: int, host: str = "127.0.0.1", timeout: float = 10, receive_buffer: int = 0):
-        self.socket = socket.socket()
+        self.socket = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
         if receive_buffer:
             self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
         self.socket.settimeout(timeout)
