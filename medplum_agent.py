@@ -6139,7 +6139,7 @@ class Uplink:
 
 
 # =====================================================================================================================
-# Lines (1270 lines, 9450 tokens)
+# Lines (1270 lines, 9500 tokens)
 #
 # One open connection to a device, whoever dialled; each protocol has one class here, which owns its core. A line takes
 # bytes (`receive`), makes messages of them (`intake`), acknowledges when the store says durable (`stored`), writes down
@@ -6249,6 +6249,11 @@ class Push(NamedTuple):
     content_type: str
 
 
+def media_type(request: Json) -> str:
+    """Without its parameters, and in lower case: neither makes another type (RFC 2045 5.1)."""
+    return str(request.get("contentType") or BYTES_TYPE).partition(";")[0].strip().lower()
+
+
 def parse_push(request: Json, warn: Warn = str) -> Push:
     """A server's agent:transmit:request; PeerError for what is answered as agent:error (uplink contract 4.8)."""
     remote, body = request.get("remote"), request.get("body")
@@ -6257,7 +6262,7 @@ def parse_push(request: Json, warn: Warn = str) -> Push:
     if not body or not isinstance(body, str):
         raise PeerError(f"WebSocket error on incoming message: there is no body for {remote}")
     target = parse_target(remote, warn)
-    content_type = str(request.get("contentType") or BYTES_TYPE)
+    content_type = media_type(request)
     if target.is_dicom:
         if content_type == DICOM_TYPE:
             body = dump_json({"command": "C-STORE", "binary": {"reference": body.strip()}}).decode()
@@ -7084,7 +7089,7 @@ class Hl7Line(MllpLine):
         """The device answers on its own connection, among its messages."""
         if not push.control_id:
             raise DeviceError(
-                f"channel '{self.owner.plan.name}' takes HL7 messages with MSH-10 only", "device-rejected"
+                f"channel '{self.owner.plan.name}' takes HL7 with MSH-10 only ({HL7_TYPE})", "device-rejected"
             )
         self.owner.pushed.append(push.control_id)
         self.resume("rate")
@@ -12547,7 +12552,7 @@ class Agent:
             raise PeerError("Agent.status is currently set to off")
         answer = {"remote": message.get("remote")} | ({"channel": message["channel"]} if "channel" in message else {})
         try:
-            if message.get("contentType") == PING_TYPE:
+            if media_type(message) == PING_TYPE:
                 asked = parse_ping(message.get("remote"), message.get("body"))
                 body = await ping(*asked, push_targets(self.devices.allowed))
                 return answer | {"contentType": PING_TYPE, "body": body}

@@ -1,10 +1,28 @@
 """The contract towards devices as a stranger reads it: what differed from it once, one test each."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 
-from tests.support import ack_text, control_id, eventually, message, setting, site
+from tests.support import Receiver, ack_text, control_id, eventually, message, setting, site
+
+HL7 = "x-application/hl7-v2+er7"
+
 
 # --- pushes ---
+
+
+@pytest.mark.parametrize("kind", [f"{HL7}; charset=utf-8", HL7.upper()])
+def test_a_content_type_is_read_as_mime_has_it(tmp_path, kind):
+    """RFC 2045 5.1: parameters and case do not make another type. An MLLP device got HL7 without frames, and the caller
+    heard that this was done; a device at a channel was refused it."""
+    with site(tmp_path, {"A": ""}) as here, here.device("A") as device, here.caller() as caller, Receiver() as receiver:
+        assert "MSA|AA|TCP" in caller.push(receiver.url(scheme="tcp"), message("TCP"), contentType=kind).text
+        with ThreadPoolExecutor(1) as pool:
+            push = pool.submit(caller.push, "channel://A", message("CHANNEL"), contentType=kind)
+            assert control_id(device.receive()) == "CHANNEL", push.result()
+            device.send(ack_text("AA", "CHANNEL"))
+            assert "MSA|AA|CHANNEL" in push.result().text
 
 
 # The default address listens for IPv4 and IPv6 with one socket, to which IPv4 devices are ::ffff:127.0.0.1
