@@ -4,9 +4,20 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from tests.support import Receiver, ack_text, control_id, eventually, message, setting, site
+from tests.support import Receiver, ack_text, acknowledgment, control_id, eventually, message, setting, site
 
 HL7 = "x-application/hl7-v2+er7"
+
+
+# --- acknowledgments ---
+
+
+@pytest.mark.parametrize("end", ["\r", "\n"])
+def test_a_refusal_of_msh_without_a_field_separator_has_one(tmp_path, end):
+    """The device heard fields that ended in carriage returns: MSH, ^~\\&, ... each a segment of its own."""
+    with site(tmp_path, {"A": ""}) as here, here.device("A") as device:
+        device.send(f"MSH{end}PID|1||PAT-1^^^HOSP^MR")
+        assert acknowledgment(device.receive()) == ("AR", "")
 
 
 # --- pushes ---
