@@ -8349,7 +8349,7 @@ class Devices:
             queue.hurry()
 
     def _on_channel(self, channel: str, host: str) -> list[Device]:
-        keys = f"channel://{channel}", f"channel://{channel}/{known_host(host)}"
+        keys = f"channel://{channel}", f"channel://{channel}/{known_host(host)}", f"serial://{host}"
         return [self._devices[key] for key in keys if key in self._devices]
 
     async def resume(self) -> None:

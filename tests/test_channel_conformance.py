@@ -1,9 +1,11 @@
 """The contract towards devices as a stranger reads it: what differed from it once, one test each."""
 
+import shutil
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
+from tests.instruments import Cable, rows
 from tests.support import Receiver, ack_text, acknowledgment, control_id, eventually, message, setting, site
 
 HL7 = "x-application/hl7-v2+er7"
@@ -51,3 +53,18 @@ def test_a_stored_push_to_a_device_by_its_address(tmp_path, host, name):
             eventually(lambda: here.agent.rows("STORED")[0]["error_code"] == "device-silent")
             device.send(ack_text("AA", "STORED"))
             here.agent.wait_state("STORED", "processed")
+
+
+@pytest.mark.skipif(not shutil.which("socat"), reason="socat is not installed")
+def test_a_stored_order_goes_when_its_serial_port_is_there(tmp_path):
+    """As one does that names the channel, and not up to a minute later."""
+    (cable := Cable(tmp_path)).unplug()
+    channels = {"LAB": cable.address("?mode=astm"), "A": ""}
+    with site(tmp_path, channels, [setting("channelAutoRetryBaseDelayMs", 60_000)]) as here, here.caller() as caller:
+        caller.store(f"serial://{cable.agent}", "H|\\^&\nL|1|N\n", contentType="x-application/astm-e1394")
+        eventually(lambda: any(row["error_code"] for row in rows(here, f"push serial://{cable.agent}")))
+        with cable:
+            cable.plug()
+            here.agent.logged(f"{cable.agent} is open")
+            with cable.open() as device:
+                assert device.accept(8) == [b"H|\\^&\r", b"L|1|N\r"]
