@@ -1071,7 +1071,8 @@ class DicomSettings(ChannelSettings):
 class DeviceSettings(BytesSettings, TlsSettings):
     """Query parameters of a Device.url that is pushed to."""
 
-    encoding: str = again(Hl7Settings, "encoding", "utf-8")
+    encoding: str = again(Hl7Settings, "encoding", "utf-8",
+        description="character encoding of the device; with `mode=astm` it is `latin-1`, if nothing is said")
     defaultReturnAck: str = setting("first", "ACK awaited: `first`: any; `application`: not a CA [first application]")
     connectTimeoutSecs: float = setting(5.0, "Connect time-out: seconds to connect", 0.1)
     ackTimeoutSecs: float = setting(0.0,
@@ -6142,7 +6143,7 @@ class Uplink:
 
 
 # =====================================================================================================================
-# Lines (1270 lines, 9450 tokens)
+# Lines (1280 lines, 9500 tokens)
 #
 # One open connection to a device, whoever dialled; each protocol has one class here, which owns its core. A line takes
 # bytes (`receive`), makes messages of them (`intake`), acknowledges when the store says durable (`stored`), writes down
@@ -6223,6 +6224,8 @@ def parse_target(url: str, warn: Warn = str) -> Target:
         raise PeerError(f"'{url}' needs the device's AE title, such as dicom://ARCHIVE@192.168.50.10:104")
     if scheme in ("mllps", "dicoms"):
         values["tls"] = True
+    if values.get("mode") == "astm":
+        values.setdefault("encoding", StreamSettings.encoding)
     return Target(url, scheme, host, port, path, DeviceSettings(**values))
 
 

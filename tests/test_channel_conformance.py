@@ -1,11 +1,12 @@
 """The contract towards devices as a stranger reads it: what differed from it once, one test each."""
 
 import shutil
+import socket
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from tests.instruments import Cable, rows
+from tests.instruments import Cable, Instrument, rows
 from tests.support import Receiver, ack_text, acknowledgment, control_id, eventually, message, setting, site
 
 HL7 = "x-application/hl7-v2+er7"
@@ -68,3 +69,14 @@ def test_a_stored_order_goes_when_its_serial_port_is_there(tmp_path):
             here.agent.logged(f"{cable.agent} is open")
             with cable.open() as device:
                 assert device.accept(8) == [b"H|\\^&\r", b"L|1|N\r"]
+
+
+@pytest.mark.parametrize(("query", "encoding"), [("", "latin-1"), ("&encoding=utf-8", "utf-8")])
+def test_records_for_an_instrument_that_listens_are_latin_1(tmp_path, query, encoding):
+    """As E1394 has it, and one at a channel gets them (contract 10): a name on a label had two letters for one."""
+    records = ["H|\\^&", "P|1||||Gr\u00fcnwald^J\u00f6rg", "L|1|N"]
+    with site(tmp_path, {"A": ""}) as here, here.caller() as caller, socket.create_server(("127.0.0.1", 0)) as listener:
+        url = f"tcp://127.0.0.1:{listener.getsockname()[1]}?mode=astm{query}"
+        caller.store(url, "\n".join(records), contentType="x-application/astm-e1394")
+        with Instrument(listener.accept()[0]) as device:
+            assert device.accept() == [f"{record}\r".encode(encoding) for record in records]
