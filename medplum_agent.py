@@ -5677,7 +5677,7 @@ def percentiles(samples: Iterable[int]) -> dict[str, float]:
 
 
 # =====================================================================================================================
-# Uplink (470 lines, 3600 tokens)
+# Uplink (510 lines, 4000 tokens)
 #
 # One WSS connection to the server (uplink contract 3 and 4): connect, heartbeats both ways, forced reconnect when it is
 # silent or never live, full-jitter back-off. websockets does TCP, proxy, TLS, handshake and frames; its receive queue
@@ -5749,6 +5749,15 @@ class _Socket(ClientConnection):
         self._uplink.pump()
 
 
+_UNFOUND = "the Agent on the server has no channel of this name: add it there, or call $reload-config"
+_UNREADABLE = "the server reports: {text}. See the channel's Bot there, and the access policy"
+# What the server may say in an agent:error without quoting a message (uplink contract 4 and 5): what that is of one
+SERVER_ERRORS = {
+    "Channel not found": _UNFOUND, **dict.fromkeys(("Not found", "Forbidden", "Unauthorized"), _UNREADABLE),
+    **dict.fromkeys(("Not connected", "Missing agent ID", "Missing channel"), "the server reports: {text}"),
+    **dict.fromkeys(("Invalid HL7 message", "Missing body"), "the server reports: {text}"),
+    **dict.fromkeys(("Invalid access token", "Missing access token"), "the server refused the access token"),
+}  # fmt: skip
 _OURS = re.compile(r"(.+)-([0-9a-f]{12})(?:#(\d{1,9})?.*)?").fullmatch  # a callback: whose, row number, try
 
 
@@ -5780,6 +5789,8 @@ class Uplink:
         self._refused = self._unrenewed = ""
         self._accepted_at = math.inf
         self._asked: dict[str, asyncio.Future[Json]] = {}  # questions that are not stored, by callback
+        self._errors: list[str] = []  # of the server, whose messages are among these, with the try
+        self._suspects: dict[int, tuple[Queue, Message, int]] = {}
         self._losses = 0  # connections in a row that were lost with messages in flight and none answered
         self._answered = False  # this connection has brought an answer
 
@@ -5952,10 +5963,38 @@ class Uplink:
                 return
             message_id, tried = int(ours[2], 16), int(ours[3] or 0)
             queue = self.store.known.get(message_id)
+            if self._suspects.pop(message_id, None):
+                self._blame()
             if queue and queue.way is self:
                 queue.answered(queue.window[message_id], tried, status, body)
             else:
                 spawn(self._late(message_id, tried, status, body))
+
+    def refused(self, text: str) -> None:
+        """The server does not say which message an error is about, but answers each once: as soon as no more wait for
+        an answer than errors have come, they are about these."""
+        if self._asked:  # or about a question
+            return
+        self._errors.append(text)
+        sent = [(q, message) for q in self.queues for message in q.inflight.values() if message.deadline < math.inf]
+        self._suspects |= {message.id: (queue, message, message.attempts) for queue, message in sent}
+        self._blame()
+
+    def _blame(self) -> None:
+        suspects, errors = [*self._suspects.values()], {*self._errors}
+        known = all(message.id in queue.inflight and message.attempts == tried for queue, message, tried in suspects)
+        if known and len(suspects) > len(self._errors):
+            return
+        self._errors.clear()
+        self._suspects.clear()
+        renewed, text = any("access token" in text for text in errors), errors.pop() if len(errors) == 1 else ""
+        advice = SERVER_ERRORS.get(text, "")
+        words, lasting = advice.format(text=text), advice in (_UNFOUND, _UNREADABLE)  # until somebody mends it there
+        for queue, message, _ in suspects if known else ():
+            if renewed:
+                queue.failed(message, "server-error", counts=False, mode="enhanced", words=words)
+            else:
+                queue.failed(message, "server-rejected", 400, counts=not lasting, words=words)
 
     async def _late(self, message_id: int, attempt: int, status: int, body: object) -> None:
         """An answer to a message that is not in memory: a dead letter, or one sent before a restart."""
@@ -6104,6 +6143,8 @@ class Uplink:
                 queue.failed(message, "connection-lost")
         self._losses += bool(sent)
         self._answered = False
+        self._errors.clear()
+        self._suspects.clear()
         for answer in self._asked.values():
             if not answer.done():
                 answer.set_exception(ServerError("the connection to the server was lost"))
@@ -12114,7 +12155,7 @@ class Upgrades:
 
 
 # =====================================================================================================================
-# Agent (720 lines, 6150 tokens)
+# Agent (690 lines, 5900 tokens)
 #
 # Plans become running channels. A reload reads everything, lists every problem, and changes nothing if there is one;
 # otherwise only what differs changes, and untouched channels keep their connections. The life cycle: lock, logs,
@@ -12124,11 +12165,6 @@ class Upgrades:
 _SWEPT = ("lastSweepAt", "lastSweepDeletedProcessed", "lastSweepDeletedErrored")  # of the stats
 _LINE_OF = attrgetter("baudRate", "dataBits", "parity", "stopBits", "flow", "tls")  # where this does, a dialled one
 _BASIS_OF = attrgetter("bind", "protocol", "is_astm", "dials", "active")  # where this changes, a channel begins anew
-# What the server may say in an agent:error without quoting a message (uplink contract 4 and 5)
-_SAFE_ERRORS = frozenset({
-    "Not connected", "Missing access token", "Missing agent ID", "Invalid access token", "Missing channel",
-    "Missing body", "Channel not found", "Invalid HL7 message", "Not found", "Forbidden", "Unauthorized",
-})  # fmt: skip
 
 
 class Agent:
@@ -12147,8 +12183,6 @@ class Agent:
         self._awaited: set[asyncio.Task[None]] = set()  # pushes and pings that somebody waits for
         self._last_sweep = dict.fromkeys(_SWEPT, -1)
         self._problem = "it has not started yet"
-        self._seeking: asyncio.Task[None] | None = None
-        self._unfound = 0  # messages whose channel the server did not find
         self.operations = Operations(self)
         self.upgrades = Upgrades(self)
         self.applied = False  # the server's configuration
@@ -12492,31 +12526,15 @@ class Agent:
         text = str(message.get("body"))
         if "access token" in text:
             self.fhir.rejected = True
-        if text == "Channel not found":
-            self._unfound += 1
-            if self._seeking is None or self._seeking.done():
-                self._seeking = spawn(self._refuse_unknown())
         if text == "Not connected":  # the server has forgotten this connection
             self.uplink.reconnect("the server does not know this agent any more")
-        if text in _SAFE_ERRORS:
+        if isinstance(message.get("body"), str):
+            self.uplink.refused(text)
+        if text in SERVER_ERRORS:
             self.log.error(f"The server reports: {text}.")
         else:
             self.log.error("The server reports an error; its text is in the channel log.")
             self.channel_log.error(f"[Server] {text}")
-
-    async def _refuse_unknown(self) -> None:
-        """The server does not say which channel it does not find: its Agent does. Nor for which messages: for the last
-        that were sent, as others may be with their Bot."""
-        words = "the Agent on the server has no channel of this name: add it there, or call $reload-config"
-        with suppress(ServerError, LookupError, AttributeError, TypeError):
-            agent = await self.fhir.read(f"Agent/{self.config.settings.agentId}")
-            known = [entry["name"] for entry in agent.get("channel") or []]
-            queues = [one.queue for name, one in self.channels.items() if name not in known]
-            sent = [(one.sent_at, one.id, queue, one) for queue in queues for one in queue.inflight.values()]
-            last = sorted(one for one in sent if one[3].deadline < math.inf)[-self._unfound :]
-            for *_, queue, message in last:
-                queue.failed(message, "server-rejected", counts=False, words=words)
-        self._unfound = 0
 
     async def _perform(self, message: Json) -> None:
         """Answer a request; whatever fails is an agent:error with the request's callback."""
