@@ -2,6 +2,7 @@
 
 import base64
 import contextlib
+import gzip
 import hashlib
 import itertools
 import json
@@ -165,7 +166,9 @@ class Cloud:
         self.grants: Iterator[Json] = (
             {"token_type": "Bearer", "expires_in": 3600, "access_token": f"opaque-{n}"} for n in itertools.count(1)
         )
-        self.http, self.upgrade, self.reply = self.serve, self.accept, self.converse
+        self.http: Callable[[Request], bytes | None] = self.serve
+        self.upgrade: Callable[[Request, str], bytes] = self.accept
+        self.reply: Callable[[Link, Json], None] = self.converse
         self._listener = socket.create_server(("127.0.0.1", self.port), backlog=128)
         threading.Thread(target=self._listen, daemon=True).start()
 
@@ -283,6 +286,46 @@ def place(
     finally:
         process.discard()
         cloud.stop()
+
+
+# --- HTTP (uplink contract 1 and 2) ---
+
+
+def chunks(body: bytes) -> bytes:
+    parts = [body[at : at + 9] for at in range(0, len(body), 9)]
+    return b"".join(b"%x;name=value\r\n%b\r\n" % (len(part), part) for part in [*parts, b""])
+
+
+CHUNKED = b"\r\nTransfer-Encoding: chunked\r\n\r\n"
+PASSED_ON: dict[str, Callable[[bytes, bytes], bytes]] = {  # head without a length, body
+    "early hints": lambda head, body: b"HTTP/1.1 103 Early Hints\r\nLink: </x>\r\n\r\n" + head + CHUNKED + chunks(body),
+    "processing": lambda head, body: b"HTTP/1.1 102 Processing\r\n\r\n" * 3 + head + CHUNKED + chunks(body),
+    "gzip": lambda head, body: head + b"\r\nContent-Encoding: gzip" + CHUNKED + chunks(gzip.compress(body)),
+    "gzip until it closes": lambda head, body: head.replace(b"HTTP/1.1", b"HTTP/1.0")
+    + b"\r\ncontent-encoding: GZIP\r\n\r\n" + gzip.compress(body),
+    "HTTP/1.0": lambda head, body: head.replace(b"HTTP/1.1", b"HTTP/1.0") + b"\r\n\r\n" + body,
+}  # fmt: skip
+
+
+def test_answers_as_gateways_pass_them_on(tmp_path: Path) -> None:
+    """An interim answer was taken for the last one, and a gateway that compresses all the same for a portal."""
+
+    def passing(cloud: Cloud, form: Callable[[bytes, bytes], bytes]) -> Callable[[Request], bytes]:
+        def http(request: Request) -> bytes:
+            head, _, body = (cloud.serve(request) or b"").partition(b"\r\n\r\n")
+            return form(b"\r\n".join(line for line in head.split(b"\r\n") if b"Content-Length" not in line), body)
+
+        return http
+
+    def before(cloud: Cloud) -> None:
+        cloud.http = passing(cloud, PASSED_ON["early hints"])
+
+    with place(tmp_path, before=before) as here:
+        for form in PASSED_ON.values():
+            here.cloud.http = passing(here.cloud, form)
+            for _ in range(2):
+                (reloaded,) = here.cloud.ask({"type": "agent:reloadconfig:request"}, timeout=20)
+                assert reloaded.items() >= {"type": "agent:reloadconfig:response", "statusCode": 200}.items()
 
 
 # --- errors that name no message (uplink contract 4.14 and 5) ---
