@@ -8538,7 +8538,7 @@ def parse_ping(host: object, body: object) -> tuple[str, int]:
 
 
 # =====================================================================================================================
-# DICOM (1980 lines, 16600 tokens)
+# DICOM (1990 lines, 16650 tokens)
 #
 # Imaging devices (DICOM PS3.4, PS3.7, PS3.8; channel contract 8). `Dimse` is a core like the others: bytes in, events
 # out. Its line runs requests as coroutines; what takes long (fsync, decoding, JSON) goes to a few threads. pydicom and
@@ -8559,10 +8559,12 @@ MPPS_CLASS = "1.2.840.10008.3.1.2.3.3"  # PS3.4 F.7
 WORKLIST_CLASS = "1.2.840.10008.5.1.4.31"  # PS3.4 K.6.1
 _QUERY_ROOTS = {"PATIENT": "1.2.840.10008.5.1.4.1.2.1", "STUDY": "1.2.840.10008.5.1.4.1.2.2"}  # PS3.4 C.6
 _QUERY_COMMANDS = {"C-FIND": 1, "C-MOVE": 2, "C-GET": 3}  # last part of the UID
-SERVICE_CLASSES = (
-    VERIFICATION_CLASS, COMMITMENT_CLASS, MPPS_CLASS, WORKLIST_CLASS,
-    *(f"{root}.{last}" for root in _QUERY_ROOTS.values() for last in _QUERY_COMMANDS.values()),
-)  # fmt: skip
+_OPERATIONS = {  # of which classes; C-STORE is of others, and C-ECHO answered for any
+    "N-CREATE": [MPPS_CLASS], "N-SET": [MPPS_CLASS], "N-ACTION": [COMMITMENT_CLASS],
+    **{name: [f"{root}.{last}" for root in _QUERY_ROOTS.values()] for name, last in _QUERY_COMMANDS.items()},
+}  # fmt: skip
+_OPERATIONS["C-FIND"].append(WORKLIST_CLASS)
+SERVICE_CLASSES = {VERIFICATION_CLASS, *itertools.chain(*_OPERATIONS.values())}
 IMPLICIT, EXPLICIT, BIG_ENDIAN = "1.2.840.10008.1.2", "1.2.840.10008.1.2.1", "1.2.840.10008.1.2.2"
 UNCOMPRESSED = (EXPLICIT, IMPLICIT, BIG_ENDIAN)
 IMPLEMENTATION = ("1.2.826.0.1.3680043.9.3811.3.0.4", f"MEDPLUM_{__version__}"[:16])  # class UID, version name
@@ -9717,8 +9719,12 @@ class DicomLine(Line):
     async def _serve_one(self, request: Request) -> None:
         """Each request ends in one answer, whatever happens."""
         try:
-            if (serve := getattr(self.owner, request.name.lower().replace("-", "_"), None)) is None:
+            name, abstract = request.name, request.context.abstract
+            if (serve := getattr(self.owner, name.lower().replace("-", "_"), None)) is None:
                 raise Refusal("an operation that is not supported", UNRECOGNIZED)
+            if not (is_storage(abstract) if name == "C-STORE" else abstract in _OPERATIONS.get(name, [abstract])):
+                status = UNRECOGNIZED if name.startswith("N-") else NO_SUCH_CLASS
+                raise Refusal(f"not a presentation context for {name}", status)
             answer: Answer = await serve(request)
             await request.respond(*(answer or ({},)))
             return
@@ -9815,8 +9821,6 @@ class DicomChannel(Channel):
         file, s = request.file, self.settings
         if file is None or not (request.uid and request.fields.get("AffectedSOPClassUID")):
             raise Refusal("the request names no class or no instance, or brings no data set", CANNOT_UNDERSTAND)
-        if not is_storage(request.context.abstract):
-            raise Refusal("not a presentation context for objects", NO_SUCH_CLASS)
         try:
             if file.error or (s.maxMessageBytes and file.size > s.maxMessageBytes):
                 text = file.error or f"larger than {s.maxMessageBytes} bytes (maxMessageBytes)"
@@ -10114,8 +10118,6 @@ class DicomChannel(Channel):
 
     async def n_create(self, request: Request) -> Answer:
         """MPPS N-CREATE and N-SET (PS3.4 F.7.2): stored; the Bot's answer goes back if it comes in time."""
-        if request.context.abstract != MPPS_CLASS:
-            raise Refusal("an operation that this SOP class has not", UNRECOGNIZED)
         if not request.uid and request.name == "N-SET":
             raise Refusal("it does not say of which procedure step", PROCESSING_FAILURE)
         uid = request.uid or str(pydicom.uid.generate_uid())
@@ -10140,8 +10142,7 @@ class DicomChannel(Channel):
 
     async def n_action(self, request: Request) -> None:
         """Storage commitment N-ACTION (PS3.4 J.3.2): answered when stored; the report follows the Bot's answer."""
-        classes = {request.context.abstract, request.fields.get("RequestedSOPClassUID")}
-        if classes != {COMMITMENT_CLASS} or request.fields.get("ActionTypeID") != 1:
+        if request.fields.get("RequestedSOPClassUID") != COMMITMENT_CLASS or request.fields.get("ActionTypeID") != 1:
             raise Refusal("an action that is not supported", NO_SUCH_ACTION)
         body = await self._read(request) | {"sopInstanceUid": request.uid, "actionTypeId": 1}
         try:

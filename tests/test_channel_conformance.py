@@ -6,6 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
+from tests.dicom_peers import IMPLICIT, MPPS, STUDY_FIND, VERIFICATION, WORKLIST, Scu
 from tests.instruments import Cable, Instrument, rows
 from tests.support import Receiver, ack_text, acknowledgment, control_id, eventually, message, setting, site
 
@@ -80,3 +81,19 @@ def test_records_for_an_instrument_that_listens_are_latin_1(tmp_path, query, enc
         caller.store(url, "\n".join(records), contentType="x-application/astm-e1394")
         with Instrument(listener.accept()[0]) as device:
             assert device.accept() == [f"{record}\r".encode(encoding) for record in records]
+
+
+# --- imaging ---
+
+
+def test_a_query_in_a_presentation_context_of_another_class_is_refused(tmp_path):
+    """PS3.7 9.1.2.1.6: SOP class not supported. The Bot was asked for patients of the verification class."""
+    with site(tmp_path, {"A": "", "DICOM": "dicom://127.0.0.1:{port}"}, start=False) as here:
+        here.agent.start()
+        here.agent.logged("started successfully")
+        with Scu(here.ports["DICOM"], [(uid, (IMPLICIT,)) for uid in (VERIFICATION, STUDY_FIND, MPPS)]) as scu:
+            for uid, command in (VERIFICATION, 0x20), (MPPS, 0x20), (STUDY_FIND, 0x10), (WORKLIST, 0x20):
+                context = scu.accepted.get((uid, IMPLICIT), 1)
+                scu.request(context, {2: uid, 0x0100: command}, b"")
+                assert scu.status() == 0x0122, uid
+        assert here.sandbox.seen == []
