@@ -16,11 +16,10 @@ HL7 = "x-application/hl7-v2+er7"
 # --- acknowledgments ---
 
 
-@pytest.mark.parametrize("end", ["\r", "\n"])
-def test_a_refusal_of_msh_without_a_field_separator_has_one(tmp_path, end):
+def test_a_refusal_of_msh_without_a_field_separator_has_one(tmp_path):
     """The device heard fields that ended in carriage returns: MSH, ^~\\&, ... each a segment of its own."""
     with site(tmp_path, {"A": ""}) as here, here.device("A") as device:
-        device.send(f"MSH{end}PID|1||PAT-1^^^HOSP^MR")
+        device.send("MSH\rPID|1||PAT-1^^^HOSP^MR")
         assert acknowledgment(device.receive()) == ("AR", "")
 
 
@@ -41,7 +40,7 @@ def test_a_content_type_is_read_as_mime_has_it(tmp_path, kind):
 
 
 # The default address listens for IPv4 and IPv6 with one socket, to which IPv4 devices are ::ffff:127.0.0.1
-@pytest.mark.parametrize(("host", "name"), [("127.0.0.1", "127.0.0.1"), ("::1", "[::1]"), ("::1", "0:0:0:0:0:0:0:1")])
+@pytest.mark.parametrize(("host", "name"), [("127.0.0.1", "127.0.0.1"), ("::1", "[0:0:0:0:0:0:0:1]")])
 def test_a_stored_push_to_a_device_by_its_address(tmp_path, host, name):
     """It goes when the device connects, and not up to a minute later; its late acknowledgment ends it, so that it does
     not go twice; and there is more than one way to write an address."""
