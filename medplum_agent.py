@@ -1895,7 +1895,7 @@ def read_log_page(directory: Path, name: str, limit: int, before: str | None) ->
     Raises ValueError for a cursor that is not one of ours. Source: uplink contract 4.12.
     """
     first, offset = ("~", 0), 0  # newer than every file
-    if before is not None:
+    if before:
         match = re.fullmatch(LOG_FILE.pattern + r":(\d{1,15})", str(before))
         if match is None:
             raise ValueError("Invalid cursor: use the nextBefore of an earlier answer")
@@ -4620,7 +4620,7 @@ def _trouble_of(error: Exception) -> tuple[str, str]:
 
 
 # =====================================================================================================================
-# FHIR (480 lines, 3900 tokens)
+# FHIR (470 lines, 3850 tokens)
 #
 # The HTTPS side of the server: OAuth2 client-credentials login and FHIR reads (uplink contract 1 and 2). urllib3 does
 # the work in worker threads: pools, proxies, TLS, retries. May touch: HTTPS.
@@ -4692,18 +4692,6 @@ def http_pool(url: str, context: ssl.SSLContext) -> urllib3.PoolManager:
         raise ConfigError(text) from None
     known = proxy_login(urlsplit(proxy))
     return urllib3.ProxyManager(proxy, proxy_headers=known, proxy_ssl_context=context, **common)
-
-
-class _HttpResponse(http.client.HTTPResponse):
-    """One that comes behind others that announce it (RFC 9110 15.2), of which http.client knows 100 alone."""
-
-    def _read_status(self) -> Any:
-        while 101 < (line := cast(Any, super())._read_status())[1] < 200:
-            http.client.parse_headers(self.fp)
-        return line
-
-
-urllib3.connection.HTTPConnection.response_class = _HttpResponse
 
 
 class _HttpsConnection(urllib3.connection.HTTPSConnection):
@@ -6253,7 +6241,9 @@ def parse_target(url: str, warn: Warn = str) -> Target:
     scheme, host, dicom = parts.scheme, parts.hostname or "", parts.scheme.startswith("dicom")
     schemes = ("mllp", "mllps", "tcp", "dicom", "dicoms", "channel", "serial")
     if scheme not in schemes:
-        raise PeerError(f"'{url}' is not a device address that this agent can send to: use {', '.join(schemes)}")
+        strange = "" if scheme else "WebSocket error on incoming message: "
+        text = f"{strange}'{url}' is not a device address that this agent can send to: use {', '.join(schemes)}"
+        raise PeerError(text)
     if scheme in ("channel", "serial"):  # a device on one of our own channels
         host = unquote(parts.netloc)
     elif not (host and port):
@@ -12163,7 +12153,7 @@ class Upgrades:
 
 
 # =====================================================================================================================
-# Agent (690 lines, 5900 tokens)
+# Agent (690 lines, 5950 tokens)
 #
 # Plans become running channels. A reload reads everything, lists every problem, and changes nothing if there is one;
 # otherwise only what differs changes, and untouched channels keep their connections. The life cycle: lock, logs,
@@ -12622,14 +12612,14 @@ class Agent:
         return {}
 
     async def _fetch_logs(self, message: Json) -> Json:
-        limit = message.get("limit", 20)
-        if type(limit) is not int or not 1 <= limit <= LOG_PAGE_MAX:
+        limit = 20 if message.get("limit") is None else message["limit"]
+        if isinstance(limit, bool) or limit not in range(1, LOG_PAGE_MAX + 1):  # 20.0 is
             raise PeerError(
                 f"Invalid limit: {limit} - must be a valid positive integer less than or equal to {LOG_PAGE_MAX}"
             )
         try:
             folder = cast(Path, self.log.directory)
-            page = await asyncio.to_thread(read_log_page, folder, "main", limit, message.get("before"))
+            page = await asyncio.to_thread(read_log_page, folder, "main", int(limit), message.get("before"))
         except (ValueError, OSError) as error:
             raise LocalError(str(error)) from None
         more = {"nextBefore": page.before} if page.before else {}

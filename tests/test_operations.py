@@ -294,13 +294,19 @@ def all_pages(here, limit):
         more = {"before": page["nextBefore"]}
 
 
+@pytest.mark.parametrize("asked", [{"limit": None}, {"limit": 20.0}, {"before": ""}, {"before": None}])
+def test_what_is_left_open_in_a_request_for_logs_has_its_default(ten_channels, asked):
+    answer = ten_channels.sandbox.ask("agent:logs:request", **asked)
+    assert answer["type"] == "agent:logs:response" and 0 < len(answer["logs"]) <= 20
+
+
 def test_bad_requests_for_logs(ten_channels):
     for limit in (0, -1, 1001, "20", 2.5, True, [1]):
         answer = ten_channels.sandbox.ask("agent:logs:request", limit=limit)
         assert answer["type"] == "agent:error"
         assert answer["body"].startswith("Invalid limit: ")
         assert answer["body"].endswith(" - must be a valid positive integer less than or equal to 1000")
-    for before in ("", "nonsense", "bWVkcGx1bQ==", "../../etc/passwd", 7, {"a": 1}):
+    for before in ("nonsense", "bWVkcGx1bQ==", "../../etc/passwd", 7, {"a": 1}):
         answer = ten_channels.sandbox.ask("agent:logs:request", before=before)
         assert answer["type"] == "agent:error" and "ursor" in answer["body"], (before, answer)
 
@@ -351,6 +357,8 @@ def test_upgrade_is_refused_with_the_callback(ten_channels):
 def test_push_is_answered(ten_channels):
     answer = ten_channels.sandbox.ask("agent:transmit:request", body="MSH|", contentType="x-application/hl7-v2+er7")
     assert answer["type"] == "agent:error" and answer["body"] == "Missing remote address"
+    answer = ten_channels.sandbox.ask("agent:transmit:request", remote="192.168.50.10", body="MSH|")
+    assert answer["type"] == "agent:error" and answer["body"].startswith("WebSocket error on incoming message: ")
 
 
 # --- start and stop ---

