@@ -12841,7 +12841,7 @@ def _stack(error: BaseException | None) -> list[str]:
 
 
 # =====================================================================================================================
-# Command line (810 lines, 6950 tokens)
+# Command line (810 lines, 6900 tokens)
 # =====================================================================================================================
 
 _USAGE = """\
@@ -13607,7 +13607,6 @@ def _run_agent(config: ProcessConfig) -> NoReturn:
                 raise
             reason = error if isinstance(error, AgentError) else type(error).__name__
             agent.upgrades.give_up(f"{VERSION} ended with {reason}")
-        sys.stdout.flush()
         if agent.upgrades.successor:
             agent.upgrades.execute()
         os._exit(0)  # everything is written; a thread that hangs in a dead HTTP connection must not hold the process
