@@ -9689,14 +9689,16 @@ class DicomLine(Line):
 
     async def _serve(self) -> None:
         while self._requests:
-            request = self._requests[0]
-            await self._receive(request)
-            stored = request.name in DICOM_STORED
-            self.pending += stored
+            request, stored = self._requests[0], False
             try:
+                await self._receive(request)
+                stored = request.name in DICOM_STORED
+                self.pending += stored
                 async with self.turn:
                     if self.core.established:
                         await self._serve_one(request)
+            except RuntimeError as error:  # the system gives us no thread: nobody would read what comes
+                self.close(f"aborted: {error}")
             finally:
                 self.pending -= stored
                 self.active_at = self._loop.time()
@@ -12706,7 +12708,8 @@ class Agent:
                     due[work.__name__] = loop.time() + seconds
                     spawn(work())
             await asyncio.sleep(LAZY_SECS)
-            await asyncio.to_thread(self.channel_log.flush)
+            with suppress(RuntimeError):  # the system gives us no thread now
+                await asyncio.to_thread(self.channel_log.flush)
             self.devices.tidy()
 
     @property

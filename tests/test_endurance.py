@@ -2,7 +2,10 @@
 
 from pathlib import Path
 
-from tests.support import message, site
+import pytest
+
+from tests.dicom_peers import Aborted, made, start, store
+from tests.support import AgentProcess, changed, eventually, message, site
 
 # --- what the host gives ---
 
@@ -14,3 +17,42 @@ def test_an_agent_without_a_console_stops_well(tmp_path: Path) -> None:
             assert device.ask(message("M-1"))[0] == "AA"
         here.sandbox.wait_ids("M-1")
         assert here.agent.terminate()[0] == 0
+
+
+def refuse_thread(agent: AgentProcess, where: str, call: str, work: str) -> Path:
+    """While there is the file that is returned, the system gives no thread for this work; the first time removes it."""
+    limit = agent.state_dir.with_name("limit")
+    changed(agent, f"""import asyncio, os
+given = {where}.{call}
+def refuse(*work):
+    if {work!r} in str(work) and os.path.exists({str(limit)!r}):
+        os.unlink({str(limit)!r})
+        raise RuntimeError("can't start new thread")
+    return given(*work)
+{where}.{call} = refuse""")  # fmt: skip
+    return limit
+
+
+def test_an_association_that_the_system_gives_no_thread_ends_at_once(tmp_path: Path) -> None:
+    """A limit of threads was reached (a container's, or of memory): the modality waited a minute for nothing, and each
+    object that it sent on this association was taken by nobody."""
+    with site(tmp_path, {"PACS": "dicom://127.0.0.1:{port}"}, start=False) as here:
+        limit = refuse_thread(here.agent, "asyncio.BaseEventLoop", "run_in_executor", "SpoolFile.write")
+        start(here)
+        limit.touch()
+        with pytest.raises((Aborted, EOFError, ConnectionError)):
+            store(here.ports["PACS"], made(3_000_000))
+        assert store(here.ports["PACS"], made()) == [0]
+        here.agent.logged("can't start new thread")
+
+
+def test_upkeep_goes_on_when_the_system_gave_no_thread_for_a_moment(tmp_path: Path) -> None:
+    """The channel log, retention and alarms stopped for good, and nothing but one line said so."""
+    with site(tmp_path, {"FEED": "?enhanced=aa"}, start=False) as here:
+        limit = refuse_thread(here.agent, "asyncio", "to_thread", "Log.flush")
+        start(here)
+        limit.touch()
+        eventually(lambda: not limit.exists())
+        with here.device("FEED") as device:
+            assert device.ask(message("M-1"))[0] == "AA"
+        eventually(lambda: any(b"M-1" in log.read_bytes() for log in here.agent.state_dir.glob("*-channels-*")))
