@@ -657,13 +657,18 @@ def key_source(text: str) -> str:
     return text
 
 
+def host_in(url: SplitResult) -> str:
+    """Empty where there is none. The zone of a link-local address begins with `%25` (RFC 6874 2), or with `%` alone."""
+    return re.sub("%25(?=.)", "%", url.hostname or "")
+
+
 @cache
 def web_address(text: str) -> tuple[str, int]:
     """`host:port`; ValueError."""
     with suppress(ValueError):
         url = urlsplit(f"//{text}")
         if url.hostname and url.port:
-            return url.hostname, url.port
+            return host_in(url), url.port
     raise ValueError("needs the form 127.0.0.1:8105")
 
 
@@ -1573,7 +1578,7 @@ def channel_plan(name: str, endpoint: Json, given: Mapping[str, Any], warnings: 
     serial = prefix == "serial"  # serial://COM3 or serial:///dev/ttyUSB0
     try:
         url = urlsplit(address)
-        host, port = (url.netloc or url.path, 0) if serial else (url.hostname or "", url.port or 0)
+        host, port = (url.netloc or url.path, 0) if serial else (host_in(url), url.port or 0)
         if not (host if serial else port):
             raise ValueError
     except ValueError:
@@ -6238,7 +6243,7 @@ def parse_target(url: str, warn: Warn = str) -> Target:
         port = parts.port or 0
     except ValueError as error:
         raise PeerError(f"'{url}' is not a device address: {error}") from None
-    scheme, host, dicom = parts.scheme, parts.hostname or "", parts.scheme.startswith("dicom")
+    scheme, host, dicom = parts.scheme, host_in(parts), parts.scheme.startswith("dicom")
     schemes = ("mllp", "mllps", "tcp", "dicom", "dicoms", "channel", "serial")
     if scheme not in schemes:
         strange = "" if scheme else "WebSocket error on incoming message: "

@@ -1,11 +1,12 @@
 """Hosts that give little, and addresses that few have."""
 
+import socket
 from pathlib import Path
 
 import pytest
 
 from tests.dicom_peers import Aborted, made, start, store
-from tests.support import AgentProcess, changed, eventually, message, site
+from tests.support import AgentProcess, Receiver, changed, eventually, message, site
 
 # --- what the host gives ---
 
@@ -56,3 +57,34 @@ def test_upkeep_goes_on_when_the_system_gave_no_thread_for_a_moment(tmp_path: Pa
         with here.device("FEED") as device:
             assert device.ask(message("M-1"))[0] == "AA"
         eventually(lambda: any(b"M-1" in log.read_bytes() for log in here.agent.state_dir.glob("*-channels-*")))
+
+
+# --- addresses ---
+
+
+def link_local() -> str:
+    """An address of this machine with its zone, as the system writes it."""
+    with open("/proc/net/if_inet6", encoding="ascii") as file:
+        for line in file:
+            address, _, _, scope, _, name = line.split()
+            if scope == "20":
+                return socket.inet_ntop(socket.AF_INET6, bytes.fromhex(address)) + f"%{name}"
+    pytest.skip("NO LINK-LOCAL ADDRESS: zones in addresses were not checked")
+
+
+@pytest.mark.parametrize("sign", ["%", "%25"])
+def test_a_zone_is_written_as_in_a_uri_or_as_people_do(tmp_path: Path, sign: str) -> None:
+    """`%25` before the zone (RFC 6874): the channel listened on all interfaces, and a push found no such name."""
+    address = link_local()
+    written = address.replace("%", sign)
+    channels = {"FEED": f"mllp://[{written}]:{{port}}?enhanced=aa"}
+    with Receiver(host="::") as receiver, site(tmp_path, channels, start=False) as here:
+        start(here)
+        with socket.create_connection((address, here.ports["FEED"]), 10) as device:
+            device.sendall(b"\x0b" + message("M-1").encode() + b"\x1c\r")
+            assert b"\rMSA|AA|M-1|" in device.recv(4096)
+        with pytest.raises(OSError):
+            here.device("FEED")
+        push = {"remote": f"mllp://[{written}]:{receiver.port}", "body": message("P-1")}
+        answer = here.sandbox.ask("push", contentType="x-application/hl7-v2+er7", **push)
+        assert answer["statusCode"] == 200, answer
