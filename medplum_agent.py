@@ -1900,7 +1900,7 @@ def read_log_page(directory: Path, name: str, limit: int, before: str | None) ->
     Raises ValueError for a cursor that is not one of ours. Source: uplink contract 4.12.
     """
     first, offset = ("~", 0), 0  # newer than every file
-    if before:
+    if before is not None:
         match = re.fullmatch(LOG_FILE.pattern + r":(\d{1,15})", str(before))
         if match is None:
             raise ValueError("Invalid cursor: use the nextBefore of an earlier answer")
@@ -12626,7 +12626,7 @@ class Agent:
             )
         try:
             folder = cast(Path, self.log.directory)
-            page = await asyncio.to_thread(read_log_page, folder, "main", int(limit), message.get("before"))
+            page = await asyncio.to_thread(read_log_page, folder, "main", int(limit), message.get("before") or None)
         except (ValueError, OSError) as error:
             raise LocalError(str(error)) from None
         more = {"nextBefore": page.before} if page.before else {}

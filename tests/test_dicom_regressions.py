@@ -206,29 +206,23 @@ class Longer(bytes):
 @contextlib.contextmanager
 def cut_downloads(here: Site, reference: str, *, at_once: bool) -> Iterator[None]:
     """Downloads of this Binary end before all is sent: at once, or with the block."""
-    server, gate, cut = here.sandbox.sandbox, asyncio.Event(), set[int]()
-    request, file = server._request, server._file
+    server, cut = here.sandbox.sandbox, list[asyncio.Task[Any]]()
+    file = server._file
 
     def cutting(path: str, *rest: Any) -> tuple[str, bytes] | None:
         found = file(path, *rest)
         if not path.endswith(reference) or found is None:
             return found
-        cut.add(id(asyncio.current_task()))
+        task = asyncio.current_task()
+        assert task is not None
+        (task.cancel if at_once else lambda: cut.append(task))()  # which closes the connection
         return found[0], Longer(found[1])
 
-    async def requested(*streams: Any) -> bool:
-        goes_on = await request(*streams)
-        if id(asyncio.current_task()) not in cut:
-            return goes_on
-        if not at_once:
-            await gate.wait()
-        return False  # which closes the connection
-
-    with mock.patch.object(server, "_file", cutting), mock.patch.object(server, "_request", requested):
+    with mock.patch.object(server, "_file", cutting):
         try:
             yield
         finally:
-            here.sandbox.loop.call_soon_threadsafe(gate.set)
+            here.sandbox.loop.call_soon_threadsafe(lambda: [task.cancel() for task in cut])
 
 
 def change_address(here: Site, channel: str, old: str, new: str) -> None:
