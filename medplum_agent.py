@@ -270,6 +270,7 @@ MOST_PATIENTS = 1000  # PID segments of a message that are looked at: one with m
 MOST_FIELDS = 200  # of an MSH segment: all that HL7 has, and those of a site
 KNOWN_IDS = 2000  # control ids of a channel that are remembered with what they named last
 LOCKED_BYTE = 1 << 30  # of a lock file, on Windows
+AS_ROOT = "use sudo" if os.name == "posix" else "use an administrator's prompt"
 PUSHED_IDS = 256  # pushes whose late ACKs are still known, of a channel and of a connection
 DEVICE_IDLE_SECS = 10.0  # without keepAlive an unused device connection is closed after this time
 DICOM_PUSH_SECS = 600.0  # one try of a stored push to an imaging device: large objects, slow archives
@@ -6184,7 +6185,7 @@ class Uplink:
 
 
 # =====================================================================================================================
-# Lines (1280 lines, 9500 tokens)
+# Lines (1280 lines, 9550 tokens)
 #
 # One open connection to a device, whoever dialled; each protocol has one class here, which owns its core. A line takes
 # bytes (`receive`), makes messages of them (`intake`), acknowledges when the store says durable (`stored`), writes down
@@ -6336,6 +6337,10 @@ def os_reason(error: OSError) -> str:
     """`Connection refused` rather than asyncio's own words for it; what is wrong with a certificate."""
     if isinstance(error, ssl.SSLError):
         return f"TLS failed: {getattr(error, 'verify_message', '') or error.reason or error}"
+    if sys.platform == "win32" and (error.winerror or (error.errno or 0) > 10_000):
+        import ctypes  # strerror knows no codes of its own: a refused connection was an invalid argument
+
+        return ctypes.FormatError(error.winerror or error.errno).rstrip(".")
     return os.strerror(error.errno) if error.errno and error.errno > 0 else str(error) or type(error).__name__
 
 
@@ -10595,7 +10600,7 @@ class Doctor:
                 text = f"what comes after '{self.checks[-1]['name']}' took too long"
                 self.say("time", WRONG, text, "See whether a firewall drops it, or a disk hangs.")
             except OSError as error:  # another user's files
-                self.say("files", WRONG, f"{error.filename}: {error.strerror}", "Ask as the agent's user, or use sudo.")
+                self.say("files", WRONG, f"{error.filename}: {error.strerror}", f"As the agent's user, or: {AS_ROOT}.")
         purpose = "HTTPS and secure WebSocket to the Medplum server"
         if self._proxy.hostname:
             purpose = f"the proxy, to {self._host}:{self._port}"
@@ -10855,8 +10860,10 @@ class Doctor:
                 text = f"{where}: {channel.port} is free{more if self.running else ''}"
                 self.say("port", DOUBTFUL if self.running else FINE, text, remedy)
             except OSError as error:
-                remedy = f"Find the program with: ss -ltnp 'sport = :{channel.port}'. Stop it, or use another port."
-                if isinstance(error, PermissionError):
+                windows = sys.platform == "win32"
+                find = f"netstat -ano | findstr :{channel.port}" if windows else f"ss -ltnp 'sport = :{channel.port}'"
+                remedy = f"Find the program with: {find}. Stop it, or use another port."
+                if isinstance(error, PermissionError) and not windows:
                     remedy = "Ports below 1024 take a right: CAP_NET_BIND_SERVICE, which the package's service has."
                 self.say("port", WRONG, f"{where}: {channel.port}: {os_reason(error)}", remedy)
         if channel.settings.tls:
@@ -11666,7 +11673,7 @@ def ask_agent(state_dir: Path, asked: Json, seconds: float = HTTP_TIMEOUT_SECS) 
             if response.status not in (200, 400):
                 raise OSError(f"status {response.status}")
     except PermissionError:
-        raise LocalError(f"the agent in {state_dir} cannot be asked by this user: use sudo") from None
+        raise LocalError(f"the agent in {state_dir} cannot be asked by this user: {AS_ROOT}") from None
     except ConnectionRefusedError:  # it was killed
         return None
     except (OSError, http.client.HTTPException) as error:
@@ -13013,7 +13020,7 @@ def _state_dir(options: argparse.Namespace) -> Path:
         return Path(options.state_dir).absolute()
     installed = installed_config_file()
     if not options.config and installed.exists() and not os.access(installed, os.R_OK):
-        raise StorageError(f"the settings in {installed} cannot be read by this user: use sudo")
+        raise StorageError(f"the settings in {installed} cannot be read by this user: {AS_ROOT}")
     try:
         return _process_config(options).state_dir
     except ConfigError as error:

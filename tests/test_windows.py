@@ -5,6 +5,7 @@ in a new folder, for Debian's wine and wine64, and says what to export.
 """
 
 import contextlib
+import json
 import os
 import socket
 import subprocess
@@ -17,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support import AGENT_ID, ROOT, Site, message, setting, site
+from support import AGENT_ID, ROOT, Site, free_ports, message, setting, site
 
 PYTHON = os.environ.get("MEDPLUM_WINDOWS_PYTHON", "")
 # wine's Python cannot write to a file that it inherits, and what wine starts by the way would hold a pipe of ours
@@ -106,6 +107,20 @@ def test_a_device_that_resets_before_it_is_taken_closes_no_port(here: Site) -> N
         assert device.ask(message("AFTER")) == ("AA", "AFTER")
     here.device("RAW").close()
     assert "socket" not in here.agent.main_log().decode() and "never retrieved" not in here.agent.main_log().decode()
+
+
+def test_what_is_wrong_with_a_network_is_said_in_windows_words(here: Site) -> None:
+    """A refused connection was `Invalid argument`, a port in use `Unknown error`."""
+    with here.caller() as caller:
+        found = caller.push(f"mllp://127.0.0.1:{free_ports(1)[0]}", message("REFUSED"))
+    assert found.status == 400 and "refused" in found.text.lower()
+
+
+def test_the_port_of_another_program_is_found_with_what_windows_has(here: Site) -> None:
+    """It said `ss -ltnp`, and of the port `Unknown error`."""
+    found = ask(here, "doctor", "--json")
+    port = next(one for one in json.loads(found)["checks"] if one["name"] == "port" and one["level"] == 2)
+    assert "netstat -ano" in port["remedy"] and "Unknown error" not in port["text"]
 
 
 if __name__ == "__main__":
