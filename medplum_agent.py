@@ -3060,7 +3060,7 @@ def text_records(body: str, settings: StreamSettings) -> list[bytes]:
 
 
 # =====================================================================================================================
-# Store (1570 lines, 11450 tokens)
+# Store (1580 lines, 11500 tokens)
 #
 # Every message on disk before it is acknowledged: one SQLite file (WAL, synchronous=FULL), one writer thread with one
 # commit in flight. What arrives while it runs is the next batch: one executemany, one COMMIT, one call back into the
@@ -3244,17 +3244,23 @@ def _unprotected(sealed: bytes) -> bytes:
     import ctypes
 
     # a DATA_BLOB is a number of 32 bits, padded to the width of the address behind it
-    held, found = ctypes.create_string_buffer(sealed, len(sealed)), (ctypes.c_size_t * 2)()
-    given, crypt32 = (
-        (ctypes.c_size_t * 2)(len(sealed), ctypes.addressof(held)),
-        ctypes.WinDLL("crypt32", use_last_error=True),
-    )
+    held, crypt32 = ctypes.create_string_buffer(sealed, len(sealed)), ctypes.WinDLL("crypt32", use_last_error=True)
+    given, found = (ctypes.c_size_t * 2)(len(sealed), ctypes.addressof(held)), (ctypes.c_size_t * 2)()
     if not crypt32.CryptUnprotectData(given, None, None, None, None, 1, found):  # CRYPTPROTECT_UI_FORBIDDEN
         raise ctypes.WinError(ctypes.get_last_error())
     try:
         return ctypes.string_at(found[1], found[0])
     finally:
         ctypes.windll.kernel32.LocalFree(ctypes.c_void_p(found[1]))
+
+
+def words_of(command: str) -> list[str]:
+    """As a shell reads them; ValueError. On Windows a backslash is a part of a path."""
+    words = shlex.shlex(command, posix=True, punctuation_chars=False)
+    words.whitespace_split, words.commenters = True, ""
+    if os.name != "posix":
+        words.escape, words.quotes = "", '"'
+    return list(words)
 
 
 def store_secret(source: str) -> bytes:
@@ -3281,7 +3287,7 @@ def store_secret(source: str) -> bytes:
 
             words = ["security", "find-generic-password", "-w", "-s", where]
             if kind == "command":
-                words = shlex.split(where, posix=os.name == "posix")
+                words = words_of(where)
             nothing = subprocess.DEVNULL
             with suppress(subprocess.SubprocessError):  # its text would quote the command
                 secret = subprocess.check_output(
@@ -11204,10 +11210,9 @@ class Operations:
             await writer.drain()
 
     async def _to_command(self, command: str, text: str) -> None:
-        words = shlex.split(command, posix=os.name == "posix")
         pipe, null = asyncio.subprocess.PIPE, asyncio.subprocess.DEVNULL
         options: Json = {"stdout": null, "start_new_session": True, "env": for_others()}
-        process = await asyncio.create_subprocess_exec(*words, stdin=pipe, **options)
+        process = await asyncio.create_subprocess_exec(*words_of(command), stdin=pipe, **options)
         try:
             await process.communicate(f"{text}\n".encode())
             if process.returncode:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support import AGENT_ID, ROOT, Site, free_ports, message, setting, site
+from support import AGENT_ID, ROOT, Site, eventually, free_ports, message, setting, site
 
 PYTHON = os.environ.get("MEDPLUM_WINDOWS_PYTHON", "")
 # wine's Python cannot write to a file that it inherits, and what wine starts by the way would hold a pipe of ours
@@ -121,6 +121,22 @@ def test_the_port_of_another_program_is_found_with_what_windows_has(here: Site) 
     found = ask(here, "doctor", "--json")
     port = next(one for one in json.loads(found)["checks"] if one["name"] == "port" and one["level"] == 2)
     assert "netstat -ano" in port["remedy"] and "Unknown error" not in port["text"]
+
+
+def test_a_command_has_paths_with_spaces_and_backslashes(tmp_path: Path) -> None:
+    """Its quotes were passed on: no program below `Program Files` could be named in storeKey or alarmTo."""
+    script = tmp_path / "my programs" / "told.py"
+    script.parent.mkdir()
+    script.write_text("import sys; open(sys.argv[1], 'a').write(sys.stdin.read()) if sys.argv[1:] else print('k' * 64)")
+    command = f'"{PYTHON}" "{script}"'.replace("/", "\\")
+    told = tmp_path / "told by us.txt"
+    config = f"storeKey = 'command:{command}'\nalarmTo = '{command} \"{told}\"'\n"
+    with windows(tmp_path, {"ADT": ""}, config=config) as running, running.device("ADT") as device:
+        assert device.ask(message("KEPT")) == ("AA", "KEPT")
+        assert not running.agent.queue_path.read_bytes().startswith(b"SQLite format 3")
+        running.sandbox.bot = lambda transmit: (400, "no")
+        assert device.ask(message("DEAD"))[0] == "AE"
+        eventually(lambda: told.exists() and "dead" in told.read_text(), 20)
 
 
 if __name__ == "__main__":
