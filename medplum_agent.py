@@ -68,7 +68,7 @@ import zlib
 from asyncio.sslproto import SSLProtocol
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack, asynccontextmanager, closing, contextmanager, suppress
 from dataclasses import dataclass
 from encodings.aliases import aliases
@@ -299,6 +299,7 @@ PING_MAX = 100  # echo requests of one ping
 MAX_STATS_SAMPLES = 1000  # round trips kept per channel
 LOG_HELD_BYTES = 4 * MIB  # channel log lines in memory; more than this means a slow disk, and the writer must wait
 CONSOLE_CHARS = 1000  # written in one go: a pipe that takes anything takes 4096 bytes
+CONSOLE_LINES = 100  # that may wait for a console of Windows; more are in the log file alone
 LOG_CHARS = 4000  # of a text in the main log, and so of an event of Windows
 LOG_PAGE_MAX = 1000  # entries of one $fetch-logs
 LOG_BLOCK_BYTES = 64 * KIB  # log files are read backwards in blocks of this size
@@ -1710,7 +1711,7 @@ def _markdown(shown: Json) -> str:
 
 
 # =====================================================================================================================
-# Logs (230 lines, 1800 tokens)
+# Logs (250 lines, 1900 tokens)
 #
 # Two logs as JSON lines, each a rotating file: the main log says what the agent does and never holds patient data
 # (messages are named by their row number in the queue); the channel log holds the messages. On a terminal the main
@@ -1730,6 +1731,11 @@ def _is_journal(console: TextIO | None) -> bool:
         found = os.fstat(cast(TextIO, console).fileno())
         return os.environ.get("JOURNAL_STREAM") == f"{found.st_dev}:{found.st_ino}"
     return False
+
+
+@cache
+def _typist() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(1)
 
 
 def _takes(console: TextIO) -> bool:
@@ -1771,6 +1777,7 @@ class Log:
         self._left_out = 0
         self._lock = threading.Lock()
         self._file: io.BufferedWriter | None = None
+        self._typed = deque[Future[None]]()  # lines for the console, on Windows
         self._day = self.trouble = self._cut = ""
 
     def _write(self, level: str, text: str, **extra: Any) -> None:
@@ -1794,16 +1801,25 @@ class Log:
                     shown = f"<{_PRIORITIES[level]}>{plain}{f' {json.dumps(extra, default=str)}' if extra else ''}"
                 elif console.isatty():
                     shown = f"{stamp[11:19]} {level:5} {plain}"
-                shown = f"{self._cut}{shown}\n"
-                for at in range(0, len(shown), CONSOLE_CHARS):
-                    if not _takes(console):  # its reader hangs: that is no reason for devices to wait
-                        break
-                    print(part := shown[at : at + CONSOLE_CHARS], end="", file=console, flush=True)
-                    self._cut = "\n"[: part[-1] != "\n"]  # the line that it took in part ends before the next
+                self._show(console, f"{self._cut}{shown}\n")
         if sys.platform == "win32" and level == "ERROR" and self.name == "main":
             _tell_windows(_CONTROLS.sub(" ", text))
         if not self.lazy or self._bytes > LOG_HELD_BYTES:
             self.flush()
+
+    def _show(self, console: TextIO, shown: str) -> None:
+        """A reader that hangs is no reason for devices to wait."""
+        if sys.platform == "win32":  # it tells of no console that it will: while a person marks text there, it does
+            while self._typed and self._typed[0].done():
+                self._typed.popleft()
+            if len(self._typed) < CONSOLE_LINES:
+                self._typed.append(_typist().submit(print, shown, end="", file=console, flush=True))
+            return
+        for at in range(0, len(shown), CONSOLE_CHARS):
+            if not _takes(console):
+                break
+            print(part := shown[at : at + CONSOLE_CHARS], end="", file=console, flush=True)
+            self._cut = "\n"[: part[-1] != "\n"]  # the line that it took in part ends before the next
 
     def flush(self) -> None:
         """Write what is gathered. A log that cannot be written (disk full) never stops the agent."""
@@ -1851,6 +1867,7 @@ class Log:
         return self._file
 
     def close_file(self) -> None:
+        wait(self._typed, LAZY_SECS)
         if self._file is not None:
             with suppress(OSError):  # what could not be written cannot be flushed either
                 self._file.close()

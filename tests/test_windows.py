@@ -5,6 +5,7 @@ in a new folder, for Debian's wine and wine64, and says what to export.
 """
 
 import contextlib
+import fcntl
 import json
 import os
 import socket
@@ -137,6 +138,23 @@ def test_a_command_has_paths_with_spaces_and_backslashes(tmp_path: Path) -> None
         running.sandbox.bot = lambda transmit: (400, "no")
         assert device.ask(message("DEAD"))[0] == "AE"
         eventually(lambda: told.exists() and "dead" in told.read_text(), 20)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="a console's window stands still only where a person marks text")
+def test_a_console_that_stands_still_holds_up_no_device(tmp_path: Path) -> None:
+    """As a window does while text is marked in it: print() in the event loop waited, and with it every device."""
+    os.mkfifo(fifo := tmp_path / "console")
+    held = os.open(fifo, os.O_RDWR)
+    fcntl.fcntl(held, fcntl.F_SETPIPE_SZ, 4096)
+    with site(tmp_path, {"ADT": ""}, start=False, env={"WINEDEBUG": "-all"}) as here:
+        straight = 'exec wine "$0" -c "$1" "${@:2}" < <(:) >$CONSOLE 2>&1'
+        here.agent.COMMAND = ["bash", "-c", straight.replace("$CONSOLE", str(fifo)), PYTHON, QUICK]
+        here.agent.start()
+        with here.device("ADT") as device:
+            for _ in range(45):
+                assert here.sandbox.reload()["statusCode"] == 200  # which is a line
+            assert device.ask(message("HEARD")) == ("AA", "HEARD")
+    os.close(held)
 
 
 if __name__ == "__main__":
