@@ -10623,7 +10623,8 @@ class Doctor:
                 text = f"what comes after '{self.checks[-1]['name']}' took too long"
                 self.say("time", WRONG, text, "See whether a firewall drops it, or a disk hangs.")
             except OSError as error:  # another user's files
-                self.say("files", WRONG, f"{error.filename}: {error.strerror}", f"As the agent's user, or: {AS_ROOT}.")
+                text = f"{error.filename}: {error.strerror}"
+                self.say("files", WRONG, text, f"Ask as the agent's user, or {AS_ROOT}.")
         purpose = "HTTPS and secure WebSocket to the Medplum server"
         if self._proxy.hostname:
             purpose = f"the proxy, to {self._host}:{self._port}"
