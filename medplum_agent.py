@@ -12975,6 +12975,8 @@ def _parse(argv: list[str], program: str) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code: 0 after a clean stop, 1 when it cannot start."""
+    with suppress(AttributeError):  # there is none: it was closed
+        sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr] # it need not know every name
     program, argv = Path(sys.argv[0]).name, sys.argv[1:] if argv is None else list(argv)
     unknown, handed = 3 if argv[:1] == ["status"] else 1, HANDOVER in os.environ  # to a monitor; from another version
     try:
@@ -13074,7 +13076,6 @@ def _show(*lines: str) -> None:
     """Print; nothing in a message may steer a terminal."""
     if sys.stdout is None:  # it was closed
         return
-    sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr] # a console need not know every name
     try:
         sys.stdout.writelines(f"{_CONTROLS.sub(' ', line)}\n" for line in lines)
         sys.stdout.flush()

@@ -94,7 +94,7 @@ def booted() -> None:
 def here(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
     with socket.create_server(("127.0.0.1", 0)) as busy:
         taken = f"mllp://127.0.0.1:{busy.getsockname()[1]}"
-        channels = {"ADT": "", "RAW": "tcp://127.0.0.1:{port}?mode=astm", "BUSY": taken}
+        channels = {"ADT": "", "RAW": "tcp://127.0.0.1:{port}?mode=astm", "Łąb": "", "BUSY": taken}
         with windows(tmp_path_factory.mktemp("windows"), channels) as running:
             yield running
 
@@ -138,6 +138,11 @@ def test_a_command_has_paths_with_spaces_and_backslashes(tmp_path: Path) -> None
         running.sandbox.bot = lambda transmit: (400, "no")
         assert device.ask(message("DEAD"))[0] == "AE"
         eventually(lambda: told.exists() and "dead" in told.read_text(), 20)
+
+
+def test_a_console_shows_what_its_code_page_lacks(here: Site) -> None:
+    """Lines with a letter that it lacks were in the main log alone: the service's own log had none of that channel."""
+    eventually(lambda: "Channel '\\u0141\\u0105b' listens" in here.agent.output())
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="reads the memory of a process as Linux shows it")
