@@ -133,7 +133,7 @@ def load_json(text: Any) -> Any:
 
 
 # =====================================================================================================================
-# Version, limits (370 lines, 1800 tokens)
+# Version, limits (390 lines, 1950 tokens)
 #
 # Every bound has a name, a unit and a reason. What a site could need to change is a setting instead (next section).
 # =====================================================================================================================
@@ -469,6 +469,32 @@ def spawn(work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
     _tasks.add(task)
     task.add_done_callback(_done)
     return task
+
+
+async def serve(sock: socket.socket, factory: Callable[[], asyncio.BaseProtocol]) -> Callable[[], None]:
+    """Serve what connects to a listening socket; what ends that."""
+    loop = asyncio.get_running_loop()
+    if sys.platform != "win32":
+        # asyncio accepts as many at a blow as wait: every descriptor
+        return (await loop.create_server(factory, sock=sock, backlog=1)).close
+
+    async def take() -> None:
+        while sock.fileno() >= 0:
+            try:
+                taken, _ = await loop.sock_accept(sock)
+                taken.getpeername()  # one that is gone already has none
+                await loop.connect_accepted_socket(factory, taken)
+            except OSError:  # which closes the port of asyncio's own server for good (cpython 93821)
+                await asyncio.sleep(GIVE_WAY_SECS)
+
+    sock.setblocking(False)
+    taking = spawn(take())
+
+    def end() -> None:
+        taking.cancel()
+        sock.close()
+
+    return end
 
 
 _sharers = 0
@@ -6565,6 +6591,8 @@ class Line(asyncio.Protocol):
         self.lost.set()
         UNFINISHED.count(self, 0)
         self.owner.closed(self)
+        if sys.platform == "win32":  # its transport, and 64 KiB, would be held in a circle
+            self._transport.set_protocol(asyncio.Protocol())
 
     def data_received(self, data: bytes) -> None:
         if self.active_at == self.opened_at and data.startswith(b"\x16\x03") and data[5:6] == b"\1":  # RFC 8446 4, 5.1
@@ -7856,7 +7884,7 @@ class Listener:
         self.bind = bind
         self.channel: Channel  # before it starts
         self._sockets = sockets
-        self._servers: list[asyncio.Server] = []
+        self._ends: list[Callable[[], None]] = []
 
     def leave(self) -> Json:
         """Descriptors of the port, which stays open for another version of this program."""
@@ -7887,10 +7915,9 @@ class Listener:
         return cls(bind, sockets)
 
     async def start(self) -> None:
-        loop = asyncio.get_running_loop()
         for sock in self._sockets:
-            loop.call_soon(sock.listen, SOCKET_BACKLOG)  # asyncio accepts as many at a blow: every descriptor
-            self._servers.append(await loop.create_server(self._connection, sock=sock, backlog=1))
+            asyncio.get_running_loop().call_soon(sock.listen, SOCKET_BACKLOG)
+            self._ends.append(await serve(sock, self._connection))
 
     def _connection(self) -> asyncio.BaseProtocol:
         try:
@@ -7901,8 +7928,8 @@ class Listener:
             return TurnAway()
 
     def close(self) -> None:
-        for opened in self._servers or self._sockets:
-            opened.close()
+        for end in self._ends or [sock.close for sock in self._sockets]:
+            end()
 
 
 class Handshake(SSLProtocol):
@@ -12881,7 +12908,7 @@ def _stack(error: BaseException | None) -> list[str]:
 
 
 # =====================================================================================================================
-# Command line (840 lines, 7150 tokens)
+# Command line (810 lines, 6950 tokens)
 # =====================================================================================================================
 
 _USAGE = """\
@@ -13633,34 +13660,6 @@ def _service(options: argparse.Namespace, verb: str = "", *values: str) -> int:
     return subprocess.run(["sh", script, verb, program], input=settings.encode(), check=False).returncode
 
 
-def _event_loop() -> asyncio.AbstractEventLoop:
-    """Windows' own closes a port for good when a connection ends before it is taken (cpython 93821), and a connection
-    that ended keeps its line, and 64 KiB, until Python's oldest generation is collected: 150 MB in all."""
-    loop = asyncio.new_event_loop()
-    if sys.platform == "win32":
-        from asyncio.proactor_events import _ProactorBasePipeTransport as Transport
-
-        ended = Transport._call_connection_lost
-
-        def call_connection_lost(transport: Any, error: Any) -> None:
-            ended(transport, error)
-            transport.set_protocol(asyncio.Protocol())
-
-        async def take(factory: Any, sock: socket.socket, server: Any) -> None:
-            while sock.fileno() >= 0:
-                try:
-                    taken, peer = await loop.sock_accept(sock)
-                    loop._make_socket_transport(taken, factory(), extra={"peername": peer}, server=server)
-                except OSError:
-                    await asyncio.sleep(GIVE_WAY_SECS)
-
-        def start_serving(factory: Any, sock: socket.socket, _tls: Any, server: Any, *_: Any) -> None:
-            loop._accept_futures[sock.fileno()] = loop.create_task(take(factory, sock, server))
-
-        loop._start_serving, Transport._call_connection_lost = start_serving, call_connection_lost
-    return loop
-
-
 def _run_agent(config: ProcessConfig) -> NoReturn:
     agent = Agent(config, sys.stdout)
 
@@ -13668,7 +13667,7 @@ def _run_agent(config: ProcessConfig) -> NoReturn:
         _stop_on_signals(agent)
         await agent.run()
 
-    with asyncio.Runner(loop_factory=_event_loop) as runner:
+    with asyncio.Runner() as runner:
         try:
             runner.run(serve())
         except BaseException as error:

@@ -178,5 +178,25 @@ def test_a_console_that_stands_still_holds_up_no_device(tmp_path: Path) -> None:
     os.close(held)
 
 
+SEAL = """import ctypes, sys, medplum_agent as m
+key, sealed = ctypes.create_string_buffer(b"k" * 64, 64), (ctypes.c_size_t * 2)()
+given = (ctypes.c_size_t * 2)(64, ctypes.addressof(key))
+assert ctypes.windll.crypt32.CryptProtectData(given, None, None, None, None, 5, sealed)
+open("sealed", "wb").write(ctypes.string_at(sealed[1], sealed[0]))
+open("broken", "wb").write(b"no such thing")
+assert m.store_secret("dpapi:sealed") == b"k" * 64
+try:
+    m.store_secret("dpapi:broken")
+except m.ConfigError as error:
+    print(error.exit_code, error)
+"""
+
+
+def test_the_key_of_the_queue_may_be_sealed_by_windows(tmp_path: Path) -> None:
+    env = {**os.environ, "WINEDEBUG": "-all", "PYTHONPATH": str(ROOT)}
+    run = subprocess.run([*COMMAND, "-c", SEAL], stdout=subprocess.PIPE, env=env, cwd=tmp_path, timeout=60)
+    assert run.stdout.startswith(b"78 storeKey: the key cannot be read from dpapi: "), run.stdout
+
+
 if __name__ == "__main__":
     prepare(Path(sys.argv[1]).absolute())
