@@ -5611,8 +5611,7 @@ class Queue:
         error, old = judge(self.policy.mode, status, body), attempt not in (0, message.attempts)
         if error and (old or message.state >= PROCESSED):
             return  # an old failure says nothing about the attempt that runs now
-        # success revives what was given up, and what a later attempt was refused
-        if message.state >= PROCESSED and not (message.state == FAILED or (message.state == REJECTED and old)):
+        if message.state in (PROCESSED, NACKED):  # success revives what was given up, or blamed for another's error
             return
         message.response = body if isinstance(body, str) else dump_json(body).decode()
         message.status_code = status
@@ -5727,7 +5726,7 @@ def percentiles(samples: Iterable[int]) -> dict[str, float]:
 
 
 # =====================================================================================================================
-# Uplink (510 lines, 4000 tokens)
+# Uplink (520 lines, 4150 tokens)
 #
 # One WSS connection to the server (uplink contract 3 and 4): connect, heartbeats both ways, forced reconnect when it is
 # silent or never live, full-jitter back-off. websockets does TCP, proxy, TLS, handshake and frames; its receive queue
@@ -5839,8 +5838,9 @@ class Uplink:
         self._refused = self._unrenewed = ""
         self._accepted_at = math.inf
         self._asked: dict[str, asyncio.Future[Json]] = {}  # questions that are not stored, by callback
-        self._errors: list[str] = []  # of the server, whose messages are among these, with the try
-        self._suspects: dict[int, tuple[Queue, Message, int]] = {}
+        self._unanswered: dict[tuple[Any, int], None] = {}  # what this connection has carried: row, try; callback
+        self._errors: list[str] = []  # of the server, which are about some of these
+        self._suspects: dict[tuple[Any, int], None] = {}
         self._losses = 0  # connections in a row that were lost with messages in flight and none answered
         self._answered = False  # this connection has brought an answer
 
@@ -5891,6 +5891,7 @@ class Uplink:
 
     def transmit(self, queue: Queue, message: Message) -> None:
         """A message of a device; its callback is the same for each try, but for the number of the try behind `#`."""
+        self._unanswered[message.id, message.attempts] = None
         self._write({
             "type": "agent:transmit:request", "accessToken": self._token, "channel": queue.row.name,
             "remote": message.remote, "contentType": content_type_of(message), "body": message.text,
@@ -6004,6 +6005,7 @@ class Uplink:
         if not callback:
             self._without_callback(answer, status, body)
         elif asked := self._asked.get(str(callback)):
+            self._heard(str(callback), 0)
             if not asked.done():
                 asked.set_result(answer)
         else:
@@ -6013,34 +6015,40 @@ class Uplink:
                 return
             message_id, tried = int(ours[2], 16), int(ours[3] or 0)
             queue = self.store.known.get(message_id)
-            if self._suspects.pop(message_id, None):
-                self._blame()
+            self._heard(message_id, tried)
             if queue and queue.way is self:
                 queue.answered(queue.window[message_id], tried, status, body)
             else:
                 spawn(self._late(message_id, tried, status, body))
 
+    def _heard(self, what: Any, tried: int) -> None:
+        self._unanswered.pop((what, tried), None)
+        if self._suspects:
+            self._suspects.pop((what, tried), None)
+            self._blame()
+
     def refused(self, text: str) -> None:
-        """The server does not say which message an error is about, but answers each once: as soon as no more wait for
-        an answer than errors have come, they are about these."""
-        if self._asked:  # or about a question
-            return
+        """The server does not say what an error is about, but answers all once, also what we wait for no more: as soon
+        as no more are without an answer than errors have come, they are about these."""
         self._errors.append(text)
-        sent = [(q, message) for q in self.queues for message in q.inflight.values() if message.deadline < math.inf]
-        self._suspects |= {message.id: (queue, message, message.attempts) for queue, message in sent}
+        self._suspects |= self._unanswered
         self._blame()
 
     def _blame(self) -> None:
-        suspects, errors = [*self._suspects.values()], {*self._errors}
-        known = all(message.id in queue.inflight and message.attempts == tried for queue, message, tried in suspects)
-        if known and len(suspects) > len(self._errors):
+        if len(self._suspects) > len(self._errors):
             return
+        suspects, errors = [*self._suspects], {*self._errors}
         self._errors.clear()
         self._suspects.clear()
         renewed, text = any("access token" in text for text in errors), errors.pop() if len(errors) == 1 else ""
         advice = SERVER_ERRORS.get(text, "")
         words, lasting = advice.format(text=text), advice in (_UNFOUND, _UNREADABLE)  # until somebody mends it there
-        for queue, message, _ in suspects if known else ():
+        for suspect in suspects:
+            self._unanswered.pop(suspect, None)
+            queue = self.store.known.get(suspect[0]) if self.store else None
+            message = queue.inflight.get(suspect[0]) if queue and queue.way is self else None
+            if queue is None or message is None or message.attempts != suspect[1]:
+                continue
             if renewed:
                 queue.failed(message, "server-error", counts=False, mode="enhanced", words=words)
             else:
@@ -6061,6 +6069,7 @@ class Uplink:
             sent = queue.inflight.values()
             matches = [m for m in sent if (m.control_id == ack.control_id if ack else m.remote == remote)]
             if matches:
+                self._heard(matches[0].id, matches[0].attempts)
                 queue.answered(matches[0], 0, status, body)
             elif ack and status < 400:
                 stray = Message(queue.row, str(remote), b"")
@@ -6077,6 +6086,7 @@ class Uplink:
         callback = f"{self._agent}{uuid.uuid4()}"
         answer: asyncio.Future[Json] = self._loop.create_future()
         self._asked[callback] = answer
+        self._unanswered[callback, 0] = None
         try:
             async with asyncio.timeout(seconds):
                 self._write({
@@ -6193,8 +6203,8 @@ class Uplink:
                 queue.failed(message, "connection-lost")
         self._losses += bool(sent)
         self._answered = False
-        self._errors.clear()
-        self._suspects.clear()
+        for track in self._unanswered, self._errors, self._suspects:
+            track.clear()
         for answer in self._asked.values():
             if not answer.done():
                 answer.set_exception(ServerError("the connection to the server was lost"))
@@ -6213,6 +6223,8 @@ class Uplink:
             if self.live:
                 self._renews()  # also when there are no messages
                 self.pump()  # what waited for the one suspect message of another queue
+                if len(self._unanswered) > KNOWN_MESSAGES:  # the server answers nothing
+                    self._unanswered.clear()
                 self.outstanding += 1
                 self._heartbeat_at = time.monotonic()
                 self._write({"type": "agent:heartbeat:request"})
@@ -12588,9 +12600,9 @@ class Agent:
         text = str(message.get("body"))
         if "access token" in text:
             self.fhir.rejected = True
-        if text == "Not connected":  # the server has forgotten this connection
+        if text == "Not connected":  # the server has forgotten this connection: what waits goes on the next one
             self.uplink.reconnect("the server does not know this agent any more")
-        if isinstance(message.get("body"), str):
+        elif isinstance(message.get("body"), str):
             self.uplink.refused(text)
         if text in SERVER_ERRORS:
             self.log.error(f"The server reports: {text}.")

@@ -385,3 +385,30 @@ def test_a_refusal_that_names_no_message_is_an_answer(tmp_path: Path, body: str)
             eventually(lambda: here.agent.rows("B-1")[0]["error_code"] == "server-rejected", 10, "the refusal")
             assert here.agent.rows("B-1")[0]["state"] == "queued"
         assert body == "Unexpected" or (body in here.agent.rows("B-1")[0]["last_error"]) or body.startswith("Channel")
+
+
+def test_what_a_forgotten_connection_refused_goes_on_the_next_one(tmp_path: Path) -> None:
+    """Its device heard AE, and it was a dead letter."""
+    with place(tmp_path) as here:
+        refusing(here.cloud, "Not connected", lambda heard: len(here.cloud.links) == 1)
+        here.works("A-1")
+
+
+def test_an_error_may_be_about_what_nobody_waits_for_any_more(tmp_path: Path) -> None:
+    """Another message was blamed, and the Bot's answer to it ignored: it was delivered, and a dead letter."""
+    with place(tmp_path, {"A": "?retryMode=none&responseTimeoutSecs=0.5", "B": ""}) as here:
+        held: list[Json] = []
+        reply = here.cloud.reply
+        here.cloud.reply = lambda link, heard: held.append(heard) if "body" in heard else reply(link, heard)
+        with here.device("A") as first, here.device("B") as second:
+            assert first.ask(text("A-1")) == ("AE", "A-1")
+            second.send(text("B-1"))
+            eventually(lambda: len(held) == 2, 10, "both messages")
+            here.cloud.link.say({"type": "agent:error", "body": "Unexpected"}, here.cloud.result(held[1]))
+            assert second.ack() == ("AA", "B-1")
+            second.send(text("B-2"))
+            eventually(lambda: len(held) == 3, 10, "the third")
+            here.cloud.link.say({"type": "agent:error", "body": "One too many"})
+            assert second.ack() == ("AE", "B-2")
+            here.cloud.link.say(here.cloud.result(held[2]))
+            here.agent.wait_state("B-2", "processed")
