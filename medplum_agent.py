@@ -3103,7 +3103,7 @@ def text_records(body: str, settings: StreamSettings) -> list[bytes]:
 
 
 # =====================================================================================================================
-# Store (1580 lines, 11500 tokens)
+# Store (1590 lines, 11550 tokens)
 #
 # Every message on disk before it is acknowledged: one SQLite file (WAL, synchronous=FULL), one writer thread with one
 # commit in flight. What arrives while it runs is the next batch: one executemany, one COMMIT, one call back into the
@@ -3407,7 +3407,8 @@ class SpoolFile(io.FileIO):
 
     def __init__(self, spool: Spool, name: str = ""):
         self.spool, self.size, self.start, self.error = spool, 0, 0, ""
-        self._kept = False
+        self._kept = self._unwanted = False
+        self._writing = threading.Lock()
         self.key = f"#{spool.cipher}.{os.urandom(32).hex()}" if spool.cipher else ""
         self._sealed: Database | None = None
         path = spool.folder / f"{name or spool.prefix + str(uuid.uuid4())[len(spool.prefix) :]}.part"
@@ -3425,18 +3426,24 @@ class SpoolFile(io.FileIO):
             self.name = str(path)  # whoever removes the file by its name must not remove the null device
 
     def write(self, content: Any) -> int:
-        try:
-            self.error = self.error or self.spool.refusal(len(content))
-            rest = memoryview(b"" if self.error else content)
-            if self._sealed is not None and rest:
-                self._sealed.execute("INSERT INTO part VALUES (?, ?)", (self.size, content))
-                rest = rest[:0]
-            while rest:
-                rest = rest[super().write(rest) :]
-        except (OSError, apsw.Error) as error:
-            self.error = _trouble_of(error)[0]
-        self.size += len(content)
-        self.spool.count(len(content))
+        """ValueError when it was discarded."""
+        with self._writing:
+            try:
+                if self.closed:
+                    raise ValueError("nobody wants this file any more")
+                self.error = self.error or self.spool.refusal(len(content))
+                rest = memoryview(b"" if self.error else content)
+                if self._sealed is not None and rest:
+                    self._sealed.execute("INSERT INTO part VALUES (?, ?)", (self.size, content))
+                    rest = rest[:0]
+                while rest:
+                    rest = rest[super().write(rest) :]
+            except (OSError, apsw.Error) as error:
+                self.error = _trouble_of(error)[0]
+            self.size += len(content)
+            self.spool.count(len(content))
+        if self._unwanted:
+            self.discard()
         return len(content)
 
     def open(self) -> BinaryIO:
@@ -3468,17 +3475,21 @@ class SpoolFile(io.FileIO):
         return name
 
     def discard(self) -> None:
-        """Close, and remove what was not kept; may be called again."""
+        """Close, and remove what was not kept; may be called again. A thread that writes does it when it has: under it
+        the descriptor would become that of another file."""
+        self._unwanted = True
+        if not self._writing.acquire(blocking=False):
+            return
         if self._sealed is not None:
             self._sealed.close(True)
             self._sealed = None
         self.close()
-        if self._kept:
-            return
-        self._kept = True
-        self.spool.count(-self.size)
-        with suppress(OSError):
-            Path(self.name).unlink()
+        if not self._kept:
+            self._kept = True
+            self.spool.count(-self.size)
+            with suppress(OSError):
+                Path(self.name).unlink()
+        self._writing.release()
 
 
 # An object that nobody may read is a file of SQLite's, too: pieces by where they begin. It is written once, without a
@@ -10141,9 +10152,7 @@ class DicomChannel(Channel):
             for file, fetching in coming:
                 fetching.cancel()
                 file.discard()
-            asyncio.gather(
-                *(fetching for _, fetching in coming), return_exceptions=True
-            )  # nobody asks what they raised
+            asyncio.gather(*(one[1] for one in coming), return_exceptions=True)  # nobody asks what they raised
         return answer(status), None if status == SUCCESS else dataset_of({"00080058": {"vr": "UI", "Value": failed}})
 
     async def _fetch(self, places: list[str], file: SpoolFile) -> Any:

@@ -9,6 +9,7 @@ import random
 import signal
 import subprocess
 import tempfile
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -524,3 +525,25 @@ def test_an_encrypted_file_reads_as_it_was_written(pieces: list[bytes], dice: st
                 assert reading.read(size) == whole[start : start + size]
         spool.remove(name)
         assert spool.size_bytes == 0 and not [*Path(folder).iterdir()]
+
+
+@pytest.mark.parametrize("cipher", ["", "aegis"])
+def test_a_file_that_nobody_wants_any_more_goes_while_it_is_written(tmp_path: Path, cipher: str) -> None:
+    """A C-MOVE that was cancelled while objects came: an encrypted file stayed until the next start, all of it counted
+    against the disk from then on, and a plain one was written to a descriptor that might be another file's by now."""
+    spool, ends = ma.Spool(tmp_path, lambda size: "", cipher), list[str]()
+
+    def write(file: ma.SpoolFile) -> None:
+        with pytest.raises(ValueError, match="nobody wants"):
+            for _ in range(300):
+                file.write(bytes(ma.TRANSFER_BLOCK_BYTES))
+        ends.append(file.error)
+
+    for _ in range(20):
+        file = ma.SpoolFile(spool)
+        writer = threading.Thread(target=write, args=[file])
+        writer.start()
+        eventually(lambda: file.size)  # noqa: B023
+        file.discard()
+        writer.join()
+    assert ends == [""] * 20 and spool.size_bytes == 0 and not [*tmp_path.iterdir()]
