@@ -268,7 +268,7 @@ NAMED_FILE_BYTES = MIB  # of a certificate, a key or a secret
 NAME_CHARS = 1024  # of a control id, a patient's number, a character set: more is none, and would stay in memory
 MOST_PATIENTS = 1000  # PID segments of a message that are looked at: one with more waits for all before it
 MOST_FIELDS = 200  # of an MSH segment: all that HL7 has, and those of a site
-KNOWN_IDS = 2000  # control ids of a channel that are remembered with what they named last
+KNOWN_IDS = 2000  # control ids of a channel that are remembered with what they named last, and times of messages
 LOCKED_BYTE = 1 << 30  # of a lock file, on Windows
 AS_ROOT = "use sudo" if os.name == "posix" else "use an administrator's prompt"
 PUSHED_IDS = 256  # pushes whose late ACKs are still known, of a channel and of a connection
@@ -6257,7 +6257,7 @@ class Uplink:
 
 
 # =====================================================================================================================
-# Lines (1280 lines, 9550 tokens)
+# Lines (1290 lines, 9600 tokens)
 #
 # One open connection to a device, whoever dialled; each protocol has one class here, which owns its core. A line takes
 # bytes (`receive`), makes messages of them (`intake`), acknowledges when the store says durable (`stored`), writes down
@@ -7048,8 +7048,8 @@ class Hl7Line(MllpLine):
     def _check_repetition(self, header: Header, message: Message, content: bytes) -> None:
         """Sender and control id name a message; in a repetition of it all bytes are the same but for MSH-7.
 
-        At another time a question is another. Nor does a message repeat what came before another of its control id:
-        a monitor that always says 204 has a pulse of 60, 61, and 60 again.
+        At another time a question is another. Nor does a message repeat what came before another of its control id,
+        unless it gives the same time: a monitor that always says 204 has a pulse of 60, 61, and 60 again.
         """
         name = f"{header.fields[2]}|{header.fields[3]}|{message.control_id}"
         known, ids, message.window_ms = hash((self.host, name)), self.owner.ids, self._window_ms
@@ -7057,13 +7057,16 @@ class Hl7Line(MllpLine):
             message.checked = message_hash(name.encode())
             return
         message.checked = whole = message_hash(content, timed=asks(header))
-        if ids.setdefault(known, whole) != whole:
-            ids[known], message.window_ms = whole, 0
+        last, sent = ids.pop(known, whole), hash((known, whole, header.fields[6]))
+        if last != whole and not (sent in ids and header.fields[6]):
+            message.window_ms = 0
             if hash(self.host) not in ids:  # once for each device, however often it connects
                 self.warn_once("ids", "a control id came again with other content: it is taken as a new message")
             ids[hash(self.host)] = 0
+        ids[known], ids[sent] = whole, 0
         if len(ids) > KNOWN_IDS:
-            ids.clear()
+            for old in [*itertools.islice(ids, KNOWN_IDS // 2)]:
+                del ids[old]
 
     def _answers_push(self, text: str) -> bool:
         """A message that acknowledges a push, also late or again, is no message for the server."""
@@ -7573,7 +7576,9 @@ class Channel:
         self.here: Callable[[str], None] = lambda host: None  # hears of a device that has connected, with what to say
         self.held: dict[int, tuple[float, Message, str]] = {}  # answers that wait for their instrument, and until when
         self.pushed: deque[str] = deque(maxlen=PUSHED_IDS)  # control ids of pushes to connected devices, the last ones
-        self.ids: dict[int, int] = {}  # control ids of its devices, hashed, and what they named last
+        self.ids: dict[
+            int, int
+        ] = {}  # control ids of its devices, hashed, and what they named last; messages with time
         self.tls: ssl.SSLContext | None = None
         self.certificate = b""  # that devices are shown, in DER
         self.handshakes: list[Handshake] = []  # under way

@@ -4,7 +4,7 @@ import hl7
 import pytest
 from demo import accepting_bot
 
-from tests.support import control_id, site
+from tests.support import control_id, message, site
 
 QUERIES = {
     "a monitor": "QBP^ZV1^QBP_Q21|7|P|2.6\rQPD|IHE PDQ Query|QueryTag_8|@PID.3.1^10003\rRCP|I|50^RD\r",
@@ -68,6 +68,30 @@ def test_a_value_that_comes_back_is_no_repetition(here, connections):
     assert arrived() == texts
     said = [line for line in here.agent.main_log().splitlines() if b"with other content" in line]
     assert sum(b"'STORED'" in line for line in said) == 1  # however often it connects
+
+
+def test_a_message_that_comes_again_with_its_time_is_a_repetition(here):
+    """Of two devices behind one address that count alike, each had lost an acknowledgment: all came twice and more."""
+    texts = [f"MSH|^~\\&|NAT||||{n}||ORU^R01|1|P|2.3.1\rOBX||NM|101^HR||{n}||||||F\r" for n in (2025, 2026)]
+    for text in texts + texts + texts:
+        with here.device("STORED") as device:
+            assert device.ask(text) == ("AA", "1")
+    with here.device("STORED") as device:
+        device.ask(message("NAT-END"))
+    here.sandbox.wait_ids("NAT-END")
+    assert [transmit.body for _, transmit in here.sandbox.seen if "|NAT|" in transmit.body] == texts
+
+
+def test_a_value_that_comes_back_among_many_messages(here):
+    """What control ids had named was forgotten all at once, and the next value taken for what it had been before."""
+    blocks, said = 24, "MSH|^~\\&|BUSY||||||ORU^R01|204|P|2.3.1\rOBX||NM|101^HR||{}||||||F\r"
+    with here.device("STORED") as device:
+        for n in range(blocks):
+            device.send(*(message(f"BUSY-{n}-{k}") for k in range(100)), said.format(60 + n % 2))
+            for _ in range(101):
+                device.ack()
+    arrived = lambda: [1 for _, transmit in list(here.sandbox.seen) if "|BUSY|" in transmit.body]  # noqa: E731
+    here.sandbox.wait_for(lambda: len(arrived()) == blocks)
 
 
 # --- batches ---
