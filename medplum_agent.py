@@ -239,7 +239,7 @@ HTTP_TIMEOUT_SECS = 30.0  # one HTTP request
 TRANSFER_TIMEOUT_SECS = 120.0  # of silence while a file is sent or fetched, however long it takes as a whole
 ANSWERS_HELD, ANSWER_HELD_SECS = 256, 60.0  # to the server, for a new connection
 REQUESTS = 32  # to the server at once: it waits 5 s for a reload, which reads each Endpoint
-TRANSFERS = 4  # files under way to or from the server at once
+TRANSFERS = 4  # files under way to the server at once, or from it for one who asks
 SEARCH_RESOURCES = 10_000  # of one FHIR search
 TRANSFER_BLOCK_BYTES = 256 * KIB  # read and written in one go
 MULTIPART_HEAD_BYTES = MIB  # of a multipart body: what comes before the content of its part
@@ -4834,10 +4834,8 @@ class Fhir:
         self._renewed_in_vain = False  # the last token that was renewed for a 401 did not help
         # apart from each other: who hangs holds up its own kind
         self._logins, self._requests = ThreadPoolExecutor(1, "login"), ThreadPoolExecutor(REQUESTS, "request")
-        self._uploads, self._downloads = (
-            ThreadPoolExecutor(TRANSFERS, "upload"),
-            ThreadPoolExecutor(TRANSFERS, "download"),
-        )
+        self._uploads = ThreadPoolExecutor(TRANSFERS, "upload")
+        self._downloads = ThreadPoolExecutor(4 * TRANSFERS, "download")  # a C-MOVE may keep as many as TRANSFERS
 
     @property
     def due(self) -> bool:

@@ -216,6 +216,23 @@ def test_the_next_objects_come_while_one_is_sent(tmp_path):
         assert "Internal error" not in here.agent.main_log().decode()
 
 
+def test_a_move_that_the_server_keeps_waiting_holds_up_no_other(tmp_path):
+    """One that fetched ahead took all there is for downloads: others, and pushes of objects, waited for its end."""
+    with Destination() as dest, imaging(tmp_path, f"moveDestinations={dest.address}") as here:
+        free, held = keep(here, made(100)), [f"Binary/held-{n}" for n in range(5)]
+        here.sandbox.sandbox.faults.hold = "/fhir/R4/Binary/held"
+        replies, seen = iter([held, free]), here.sandbox.bot.replies
+        seen["C-MOVE"] = lambda _: next(replies)
+        with associated(here, STUDY_MOVE) as first, associated(here, STUDY_MOVE) as second:
+            waiting = threading.Thread(target=lambda: list(first.send_c_move(STUDY, "DEST", STUDY_MOVE)))
+            waiting.start()
+            eventually(lambda: len(spooled(here)) == 4)
+            second.dimse_timeout = 10
+            assert list(second.send_c_move(STUDY, "DEST", STUDY_MOVE))[-1][0].Status == SUCCESS
+            here.sandbox.sandbox.faults.hold = ""
+            waiting.join()
+
+
 def test_an_object_is_never_whole_in_memory(tmp_path):
     """pynetdicom cut it into PDUs and queued them all: 200 MB more than its size, for each that was on its way."""
     with Destination() as dest, imaging(tmp_path, f"moveDestinations={dest.address}") as here:
