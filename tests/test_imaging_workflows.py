@@ -205,14 +205,15 @@ def test_the_next_objects_come_while_one_is_sent(tmp_path):
             assert (answers[-1].Status, counts(answers[-1])[1:]) == (0xB000, (9, 1, 0))
             assert [arrival.uid for arrival in dest.arrivals] == [one.uid for one in objects]
             assert_no_spool(here)
+            scu.dimse_timeout = 2  # it does not notice its own abort
             dest.gate.clear()
             moving = threading.Thread(target=move)
             moving.start()
             eventually(lambda: len(spooled(here)) == 4)
             scu.abort()
             dest.gate.set()
-            moving.join()
         assert_no_spool(here)
+        moving.join()
         assert "Internal error" not in here.agent.main_log().decode()
 
 
