@@ -70,6 +70,18 @@ def test_a_value_that_comes_back_is_no_repetition(here, connections):
     assert sum(b"'STORED'" in line for line in said) == 1  # however often it connects
 
 
+def test_a_refill_is_no_query(here):
+    """ORC-1 is RF there, too (table 0119): stamped anew for its repetition, the prescription came twice."""
+    for when in ("20261001090000", "20261001090007"):
+        with here.device("STORED") as device:
+            order = "RDE^O11|REFILL|P|2.5.1\rORC|RF|ORDER-1\rRXE||DRUG\r"
+            assert device.ask(f"MSH|^~\\&|PHARMACY|WARD|||{when}||{order}") == ("AA", "REFILL")
+    with here.device("STORED") as device:
+        device.ask(message("REFILL-END"))
+    here.sandbox.wait_ids("REFILL-END")
+    assert len([1 for _, transmit in here.sandbox.seen if "|REFILL|" in transmit.body]) == 1
+
+
 def test_a_message_that_comes_again_with_its_time_is_a_repetition(here):
     """Of two devices behind one address that count alike, each had lost an acknowledgment: all came twice and more."""
     texts = [f"MSH|^~\\&|NAT||||{n}||ORU^R01|1|P|2.3.1\rOBX||NM|101^HR||{n}||||||F\r" for n in (2025, 2026)]
