@@ -133,7 +133,7 @@ def load_json(text: Any) -> Any:
 
 
 # =====================================================================================================================
-# Version, limits (400 lines, 1950 tokens)
+# Version, limits (390 lines, 1950 tokens)
 #
 # Every bound has a name, a unit and a reason. What a site could need to change is a setting instead (next section).
 # =====================================================================================================================
@@ -291,7 +291,6 @@ ELEMENT_COST_BYTES = 2000  # counted for each of its elements: 700 in memory, an
 MAX_OMITTED = 100  # tags that are named
 LARGE_VALUE_BYTES = 512 * KIB  # a value above this is not read for the JSON
 BODY_BYTES = 900_000  # of a message's JSON inside its frame; the server closes the connection at 1 MiB by default
-STRAY_SECS = 7 * 86_400  # images beside a queue that does not know them stay: it may be an older copy, put back
 COMMITMENT_REPORT_DAYS = 3  # a report that no device took is tried again at each start for so long
 IDENTIFIER_BYTES = 8 * MIB  # of a data set that is no object: a query, a procedure step, a list to commit
 COMMITMENT_REPORT_SECS = (0.0, 5.0, 30.0, 120.0, 600.0)  # before each try to report a storage commitment
@@ -3106,7 +3105,7 @@ def text_records(body: str, settings: StreamSettings) -> list[bytes]:
 
 
 # =====================================================================================================================
-# Store (1600 lines, 11650 tokens)
+# Store (1590 lines, 11550 tokens)
 #
 # Every message on disk before it is acknowledged: one SQLite file (WAL, synchronous=FULL), one writer thread with one
 # commit in flight. What arrives while it runs is the next batch: one executemany, one COMMIT, one call back into the
@@ -3606,24 +3605,16 @@ class Spool:
             path.unlink()
             self.count(-size)
 
-    def tidy(self, prefix: str, known: Mapping[str, int]) -> int:
-        """At start: measure, and remove what this queue needs no more. `known`: whether it does, by name.
-
-        What it does not know is of a copy of it, and was acknowledged, or was cut off before that: such images stay for
-        STRAY_SECS, and their number is returned. What is encrypted nobody can read without its name in the queue.
-        """
-        needed, strays, self.size_bytes = {self.path(name).name: need for name, need in known.items()}, 0, 0
+    def tidy(self, prefix: str, known: set[str]) -> None:
+        """At start: measure, and remove what this queue has no message for (it was never acknowledged)."""
+        paths, self.size_bytes = set(map(self.path, known)), 0
         for path in self.folder.glob("*.*") if self.folder.is_dir() else ():
             with suppress(OSError):
-                ours, plain = path.stem.startswith(prefix), path.suffix == ".dcm" and not self.cipher
-                young = ours and plain and time.time() - path.stat().st_mtime < STRAY_SECS
-                if needed.get(path.name, young):
+                if path in paths:
                     self.count(path.stat().st_size)
-                    strays += path.name not in needed
-                elif path.suffix == ".part" or (path.suffix in (".dcm", ".sealed") and ours):
+                elif path.suffix == ".part" or (path.suffix in (".dcm", ".sealed") and path.stem.startswith(prefix)):
                     path.unlink()
         self.prefix = prefix
-        return strays
 
 
 class Store:
@@ -4328,13 +4319,11 @@ class Store:
         self.next_id = max(self.next_id, last + 1, reached)
         self._remember(self.next_id + RESERVED_IDS)
         if not self.spool.prefix:
-            spooled = f"SELECT spool, state <> {PROCESSED} AS needed FROM message WHERE spool IS NOT NULL"
-            for name, _ in db.rows(f"{spooled} AND needed AND spool NOT LIKE '%#%'") if self.spool.cipher else ():
+            spooled = f"SELECT spool FROM message WHERE spool IS NOT NULL AND state <> {PROCESSED}"
+            for (name,) in db.rows(f"{spooled} AND spool NOT LIKE '%#%'") if self.spool.cipher else ():
                 with suppress(FileNotFoundError):
                     db.execute("UPDATE message SET spool = ? WHERE spool = ?", (self.spool.seal(name), name))
-            if strays := self.spool.tidy(seed[:8], dict(db.execute(spooled))):
-                text = "Was an older copy of the queue put back? Then send these files again"
-                self._log.warn(f"{self.spool.folder} has {strays} images that the queue does not know. {text}.")
+            self.spool.tidy(seed[:8], {name for (name,) in db.execute(spooled)})
         self._measure(db)
         # a file that may not be written is known now; on a full disk what waits is sent all the same
         db.execute("UPDATE identity SET seed = seed")

@@ -881,7 +881,7 @@ def test_kills_while_four_storescu_send(tmp_path):
             here.sandbox.wait_for(functools.partial(transmits, here, uid), 30, f"{uid} of {len(accepted)}")
             for transmit in transmits(here, uid):
                 assert uploaded(here, json.loads(transmit.body))[1] == instance.content
-        eventually(lambda: not [path for path in spooled(here) if path.suffix == ".part"])
+        assert_no_spool(here)
         print(f"\n{len(accepted)} objects accepted, {len(here.sandbox.seen)} announcements, {KILLS} kills")
     assert len(accepted) > 3 * KILLS
 

@@ -1,14 +1,11 @@
 """Hosts that give little, and addresses that few have."""
 
-import os
-import shutil
 import socket
-import time
 from pathlib import Path
 
 import pytest
 
-from tests.dicom_peers import Aborted, imaging_site, made, spooled, start, store
+from tests.dicom_peers import Aborted, made, start, store
 from tests.support import AgentProcess, Receiver, changed, eventually, message, site
 
 # --- what the host gives ---
@@ -91,27 +88,3 @@ def test_a_zone_is_written_as_in_a_uri_or_as_people_do(tmp_path: Path, sign: str
         push = {"remote": f"mllp://[{written}]:{receiver.port}", "body": message("P-1")}
         answer = here.sandbox.ask("push", contentType="x-application/hl7-v2+er7", **push)
         assert answer["statusCode"] == 200, answer
-
-
-# --- what is put back ---
-
-
-def test_images_that_a_queue_put_back_does_not_know_stay_for_days(tmp_path: Path) -> None:
-    """They had been acknowledged behind the copy, and were deleted at the start: nobody had them any more."""
-    with imaging_site(tmp_path, {"PACS": "dicom://127.0.0.1:{port}"}) as here:
-        here.sandbox.stop()
-        copy, image = tmp_path / "copy", made(100_000)
-        here.agent.terminate()
-        shutil.copy(here.agent.queue_path, copy)
-        start(here)
-        assert store(here.ports["PACS"], image) == [0]
-        (file,) = spooled(here)
-        here.agent.terminate()
-        shutil.copy(copy, here.agent.queue_path)
-        start(here)
-        here.agent.logged("has 1 images that the queue does not know")
-        assert image.content in file.read_bytes()
-        here.agent.terminate()
-        os.utime(file, times=(time.time() - 8 * 86_400,) * 2)
-        start(here)
-        assert not spooled(here)
