@@ -11494,7 +11494,8 @@ class Operations:
         """The local socket; again, if somebody has cleared it away."""
         folder = self._agent.state_dir
         path, door = folder / SOCKET_FILE, folder / DOOR_FILE
-        if self._agent._stop.is_set() or (self._door and (path.exists() or door.exists())):
+        heard = self._door and all(sock.fileno() >= 0 for sock in self._door.sockets)  # Windows ends them (see serve)
+        if self._agent._stop.is_set() or (heard and (path.exists() or door.exists())):
             return
         if self._door:
             self._door.close()
