@@ -5737,7 +5737,7 @@ def percentiles(samples: Iterable[int]) -> dict[str, float]:
 
 
 # =====================================================================================================================
-# Uplink (520 lines, 4150 tokens)
+# Uplink (530 lines, 4150 tokens)
 #
 # One WSS connection to the server (uplink contract 3 and 4): connect, heartbeats both ways, forced reconnect when it is
 # silent or never live, full-jitter back-off. websockets does TCP, proxy, TLS, handshake and frames; its receive queue
@@ -5965,7 +5965,7 @@ class Uplink:
             elif kind in ("agent:connect:response", "connected"):
                 self._accepted()
             elif kind == "agent:heartbeat:request":
-                self._write({"type": "agent:heartbeat:response", "version": VERSION})
+                self.send({"type": "agent:heartbeat:response", "version": VERSION})
             elif kind == "agent:heartbeat:response":
                 self.ping_ms = round((time.monotonic() - self._heartbeat_at) * 1000)
             elif not self.live and kind == "agent:error":
@@ -6195,6 +6195,7 @@ class Uplink:
             beating.cancel()
             self._socket, close_code = None, sock.protocol.close_code or 1006
             sock.transport.abort()
+            sock.protocol.parser_exc = None  # it holds what could not be read, and that holds it
             if self.live:
                 self._lost(close_code)
         if close_code == 1009:
