@@ -68,7 +68,8 @@ def test_a_document_in_lines_holds_up_no_other_device():
     content = report(base64.encodebytes(random.Random(1).randbytes(3_000_000)).replace(b"\n", b"\r\n"))
     read = ma.decode_hl7(content, "utf-8").encode()
     assert read == content.replace(b"\r\n", b"\r")
-    assert seconds(lambda: ma.decode_hl7(content, "utf-8")) < 20 * seconds(lambda: ma.decode_hl7(read, "utf-8"))
+    at_once = seconds(lambda: content.replace(b"\r\n", b"\r").decode())  # memory is asked for as often
+    assert seconds(lambda: ma.decode_hl7(content, "utf-8")) < 8 * at_once
 
 
 # --- slow lines ---
