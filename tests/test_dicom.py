@@ -895,7 +895,9 @@ def small_disk(tmp_path):
 def test_a_full_disk_refuses_and_recovers(small_disk):
     with imaging_site(small_disk, {"PACS": f"{LOCAL}{FAST}"}) as here:
         huge, small = made(14 * 2**20), made(1000)
-        assert store(here.ports["PACS"], huge, small) == [OUT_OF_RESOURCES, SUCCESS]
+        refused, another = store(here.ports["PACS"], huge, made(10))  # the association goes on
+        assert refused == OUT_OF_RESOURCES and another in (OUT_OF_RESOURCES, SUCCESS)
+        eventually(lambda: store(here.ports["PACS"], small) == [SUCCESS])  # the disk is looked at ten times a second
         assert_arrived(here, small)
         assert_no_spool(here)
         here.sandbox.stop()
