@@ -1760,8 +1760,9 @@ def _is_journal(console: TextIO | None) -> bool:
 
 
 @cache
-def _typist() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(1)
+def _console_thread() -> ThreadPoolExecutor:
+    """Made when the first line goes to a console of Windows."""
+    return ThreadPoolExecutor(1, "console")
 
 
 def _takes(console: TextIO) -> bool:
@@ -1803,7 +1804,7 @@ class Log:
         self._left_out = 0
         self._lock = threading.Lock()
         self._file: io.BufferedWriter | None = None
-        self._typed = deque[Future[None]]()  # lines for the console, on Windows
+        self._printing = deque[Future[None]]()  # lines for the console, on Windows
         self._day = self.trouble = self._cut = ""
 
     def _write(self, level: str, text: str, **extra: Any) -> None:
@@ -1836,10 +1837,10 @@ class Log:
     def _show(self, console: TextIO, shown: str) -> None:
         """A reader that hangs is no reason for devices to wait."""
         if sys.platform == "win32":  # it tells of no console that it will: while a person marks text there, it does
-            while self._typed and self._typed[0].done():
-                self._typed.popleft()
-            if len(self._typed) < CONSOLE_LINES:
-                self._typed.append(_typist().submit(print, shown, end="", file=console, flush=True))
+            while self._printing and self._printing[0].done():
+                self._printing.popleft()
+            if len(self._printing) < CONSOLE_LINES:
+                self._printing.append(_console_thread().submit(print, shown, end="", file=console, flush=True))
             return
         for at in range(0, len(shown), CONSOLE_CHARS):
             if not _takes(console):
@@ -1893,7 +1894,7 @@ class Log:
         return self._file
 
     def close_file(self) -> None:
-        wait(self._typed, LAZY_SECS)
+        wait(self._printing, LAZY_SECS)
         if self._file is not None:
             with suppress(OSError):  # what could not be written cannot be flushed either
                 self._file.close()
@@ -6046,6 +6047,8 @@ class Uplink:
         self._blame()
 
     def _blame(self) -> None:
+        """When only those can be meant that have no answer: what was sent with an old token goes again, all else is
+        refused; the log has the server's words where these quote nothing of a message."""
         if len(self._suspects) > len(self._errors):
             return
         suspects, errors = [*self._suspects], {*self._errors}
