@@ -31,7 +31,7 @@ ALONE = (
 
 def start(folder: Path, *options: str, before: tuple[str, ...] = (), **env: str) -> subprocess.Popen[str]:
     command = [*before, *AgentProcess.COMMAND, "demo", *options]
-    env = os.environ | {"PYTHONIOENCODING": "utf-8", "TMPDIR": str(folder)} | env
+    env = os.environ | {"PYTHONIOENCODING": "utf-8", "TMPDIR": str(folder), "PYTHONFAULTHANDLER": "1"} | env
     out = subprocess.PIPE
     return subprocess.Popen(command, cwd=folder, env=env, encoding="utf-8", stdout=out, stderr=subprocess.STDOUT)
 
@@ -82,10 +82,14 @@ def test_shows_each_hop_and_ends(tmp_path):
 
 
 def interrupted(process: subprocess.Popen[str], number: int = signal.SIGINT) -> None:
-    """It ends at once, without a word of complaint."""
+    """It ends at once, without a word of complaint; else where each of its threads stands is what the test says."""
     process.send_signal(number)
-    code = process.wait(END_SECS)
     assert process.stdout is not None
+    try:
+        code = process.wait(END_SECS)
+    except subprocess.TimeoutExpired:
+        process.send_signal(signal.SIGABRT)
+        raise AssertionError(f"no end within {END_SECS} s: {process.stdout.read()}") from None
     rest = process.stdout.read()
     assert code in (0, 130), rest
     assert not re.search("Traceback|Exception|[Ee]rror", rest), rest

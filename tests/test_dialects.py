@@ -164,13 +164,13 @@ def test_a_device_that_reads_slowly_gets_all_its_answers(here):
         here.sandbox.wait_ids(*(f"SLOW-{n}" for n in range(8)))
         here.sandbox.bot = bot("AA")
         heard, began, sent = bytearray(), time.monotonic(), False
-        while b"|AFTER" not in heard[-200:] and select.select([device.socket], [], [], 5)[0]:
+        while b"|AFTER" not in heard[-200:] and select.select([device.socket], [], [], 30)[0]:
             heard += device.socket.recv(1 << 16)
             if (took := time.monotonic() - began) < 3:
                 time.sleep(0.01)
             if took > 2.3 and not sent:
                 sent = not device.send(message("AFTER"))
-        assert sent and heard.count(b"MSA|AA") == 9
+        assert (sent, heard.count(b"MSA|AA")) == (True, 9), here.agent.output()[-2000:]
 
 
 def test_a_device_that_does_not_read_has_not_taken_a_push(here):
