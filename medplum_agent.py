@@ -8619,7 +8619,7 @@ def parse_ping(host: object, body: object) -> tuple[str, int]:
 
 
 # =====================================================================================================================
-# DICOM (1990 lines, 16650 tokens)
+# DICOM (1990 lines, 16700 tokens)
 #
 # Imaging devices (DICOM PS3.4, PS3.7, PS3.8; channel contract 8). `Dimse` is a core like the others: bytes in, events
 # out. Its line runs requests as coroutines; what takes long (fsync, decoding, JSON) goes to a few threads. pydicom and
@@ -8942,6 +8942,10 @@ class Dimse:
         """AE-6 (PS3.8 9.3.2): unknown items and sub-items are passed over (9.3.1, PS3.7 D.3.3)."""
         if len(content) < 68:
             raise PeerError("an association request that breaks off")
+        if not content[1] & 1:
+            self._out += self.reject(1, 2, 2)
+            self._events.append(Ended("rejected: a version of the protocol that is not ours"))
+            return
         contexts: dict[int, Context] = {}
         roles: dict[str, tuple[int, int]] = {}
         for kind, item in _items(content[68:]):

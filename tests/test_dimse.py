@@ -384,6 +384,13 @@ def test_the_association_request_of_pynetdicom() -> None:
     assert core.peer_pdu == 4321
 
 
+def test_another_version_of_the_protocol_is_rejected() -> None:
+    """PS3.8 9.3.2: bit 0 of its versions is ours; 9.3.4: rejected for good, by the ACSE provider, protocol version."""
+    core, told = Dimse(16384), pdu(3, bytes((0, 1, 2, 2)))
+    assert core.receive(request(version=2)) == ([Ended("rejected: a version of the protocol that is not ours")], told)
+    assert core.receive(ECHO_PDU) == ([], b""), "nothing counts any more"
+
+
 def test_pynetdicom_reads_the_answer_to_an_association_request() -> None:
     """PS3.8 9.3.3, with both titles as they came."""
     core, accepted = Dimse(32768), A_ASSOCIATE_AC()
