@@ -597,7 +597,7 @@ class ServerError(PeerError):
 
 
 # =====================================================================================================================
-# Settings (1140 lines, 8050 tokens)
+# Settings (1140 lines, 8100 tokens)
 #
 # One setting, one row: a field of a frozen dataclass. The parser, the checks, `--settings-schema` and README's tables
 # come from the row. Names are the wire's own (camelCase). Precedence for a channel, field by field: Endpoint address,
@@ -703,7 +703,7 @@ def web_address(text: str) -> tuple[str, int]:
 def alarm_target(text: str) -> None:
     """ValueError for what alarms cannot be sent to."""
     url = urlsplit(text)
-    if text.startswith("syslog") and not (url.scheme == "syslog+tls" and url.hostname):
+    if text.lower().startswith("syslog") and not (url.scheme == "syslog+tls" and url.hostname):
         raise ValueError("must be syslog+tls://host:6514, or a command")
 
 
@@ -5836,8 +5836,9 @@ class Uplink:
         self._settings, self._fhir, self._log, self._on_message = settings, fhir, log, on_message
         self._held: deque[tuple[float, Json]] = deque(maxlen=ANSWERS_HELD)  # that came while it was away
         self._agent = f"Agent/{settings.agentId}-"  # begins a callback; a UUID follows, which ends in the row's number
-        scheme = "wss" if settings.baseUrl.startswith("https") else "ws"
-        self.url = f"{scheme}://{urlsplit(settings.baseUrl).netloc}/ws/agent"
+        url = urlsplit(settings.baseUrl)
+        scheme = "wss" if url.scheme == "https" else "ws"
+        self.url = f"{scheme}://{url.netloc}/ws/agent"
         self._context = fhir.context if scheme == "wss" else None
         self._socket: _Socket | None = None
         self._outgoing: list[bytes] = []
@@ -6173,7 +6174,9 @@ class Uplink:
         """One connection from start to end; returns why it ended."""
         try:
             token, proxy = await self._fhir.fresh_token(), proxy_for(self._settings.baseUrl)
-            more: Json = {"proxy_ssl": tls_context(self._settings.caFile)} if (proxy or "").startswith("https") else {}
+            more: Json = (
+                {"proxy_ssl": tls_context(self._settings.caFile)} if urlsplit(proxy or "").scheme == "https" else {}
+            )
             sock = await Connect(
                 self.url, create_connection=cast(Any, partial(_Socket, uplink=self)), proxy=proxy, ssl=self._context,
                 **more, compression="deflate" if self._settings.compression else None, ping_interval=None,
@@ -11254,7 +11257,7 @@ class Operations:
             text = _CONTROLS.sub(" ", text)  # one line, whatever the name of a channel or device
             try:
                 async with asyncio.timeout(ALARM_SECS):
-                    if target.startswith("syslog"):
+                    if target.lower().startswith("syslog"):
                         await self._to_syslog(urlsplit(target), text, severity, at)
                     else:
                         await self._to_command(target, text)
@@ -12660,13 +12663,14 @@ class Agent:
 
     async def _push(self, message: Json) -> Json | None:
         """A push or a ping (uplink contract 4.7 to 4.9), or a question to the agent itself; None when nobody waits."""
-        if str(message.get("remote")).startswith("agent:"):
+        remote = str(message.get("remote")).strip().lower()
+        if remote.startswith("agent:"):
             status, found = await self.operations.answer(str(message.get("body")), remote=True)
             answer = {"remote": message["remote"], "contentType": JSON_TYPE, "body": found.decode()}
             return answer | ({} if status == 200 else {"statusCode": status}) if message.get("callback") else None
         async with self._push_gate:  # fair: those that wait for the start stay before those that come later
             await self.started.wait()
-            if str(message.get("remote")).startswith("dicom"):
+            if remote.startswith("dicom"):
                 await load_imaging()
         if self.plan.status != "active":
             raise PeerError("Agent.status is currently set to off")

@@ -727,6 +727,19 @@ def test_tls_with_an_authority_of_the_site(tmp_path, authority):
         works(here)
 
 
+def test_a_server_that_is_named_in_capitals_is_asked_over_tls(tmp_path, authority):
+    """RFC 3986 3.1: a scheme has no case. HTTPS:// was taken for a server without TLS, and told the token in clear."""
+    path, context = authority
+    with site(tmp_path, {"A": ""}, start=False, context=context, config=f'caFile = "{path}"\n') as here:
+        changed(here.agent, "sys.argv[1] = sys.argv[1].replace('https', 'HTTPS')")
+        here.agent.start()
+        works(here)
+        answer = here.sandbox.ask(
+            "agent:transmit:request", remote=" Agent://", contentType="application/json", body='{"command": "status"}'
+        )
+        assert "channels" in answer["body"]
+
+
 def test_tls_is_refused_without_the_authority(tmp_path, authority):
     _, context = authority
     with site(tmp_path, {"A": ""}, start=False, context=context) as here:
