@@ -513,6 +513,21 @@ def test_large_bodies_stay_on_disk(path: Path) -> None:
 # --- repetitions (channel contract 5.3) ---
 
 
+def test_to_settle_a_large_message_writes_it_once(path: Path) -> None:
+    """SQLite writes the row anew; built as ours is, it wrote zeros over the pages of the old one as well."""
+
+    async def scenario() -> None:
+        async with opened(path) as store:
+            message = new(store.channel("ADT"), "BIG", os.urandom(1 << 20))
+            await put(store, message)
+            log = path.with_name(f"{path.name}-wal")
+            before = log.stat().st_size
+            await settled(store, message)
+            assert log.stat().st_size - before < 1.5 * message.size
+
+    run(scenario)
+
+
 def test_repetitions_within_one_batch(path: Path) -> None:
     async def scenario() -> None:
         async with opened(path) as store:
