@@ -1865,7 +1865,7 @@ class Log:
                 self._left_out = 0
             try:
                 file = self._todays(self.directory)
-                file.write(b"".join(lines))
+                file.writelines(lines)
                 file.flush()
                 self.trouble = ""
             except OSError as error:
