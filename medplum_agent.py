@@ -597,7 +597,7 @@ class ServerError(PeerError):
 
 
 # =====================================================================================================================
-# Settings (1140 lines, 8100 tokens)
+# Settings (1150 lines, 8100 tokens)
 #
 # One setting, one row: a field of a frozen dataclass. The parser, the checks, `--settings-schema` and README's tables
 # come from the row. Names are the wire's own (camelCase). Precedence for a channel, field by field: Endpoint address,
@@ -894,7 +894,8 @@ class ProcessSettings:
     logLevel: str = setting("", f"Log level: level of both logs [{' '.join(LEVELS)}]", env="MEDPLUM_LOG_LEVEL")
     clientSecretFile: str = setting("", "Secret file: file that holds the client secret, instead of clientSecret",
         env="MEDPLUM_CLIENT_SECRET_FILE")
-    caFile: str = setting("", "CA file: PEM file of further certificate authorities to trust", env="MEDPLUM_CA_FILE")
+    caFile: str = setting("", "CA file: PEM file of further certificate authorities to trust, also those added later",
+        env="MEDPLUM_CA_FILE")
     stateDir: str = setting("", "State directory: queue, logs and last configuration; default: see below",
         env="MEDPLUM_STATE_DIR")
     pushTargets: str = setting("",
@@ -4690,7 +4691,7 @@ def _trouble_of(error: Exception) -> tuple[str, str]:
 
 
 # =====================================================================================================================
-# FHIR (470 lines, 3850 tokens)
+# FHIR (480 lines, 3900 tokens)
 #
 # The HTTPS side of the server: OAuth2 client-credentials login and FHIR reads (uplink contract 1 and 2). urllib3 does
 # the work in worker threads: pools, proxies, TLS, retries. May touch: HTTPS.
@@ -4711,12 +4712,17 @@ def tls_context(ca_file: str) -> ssl.SSLContext:
     context.load_verify_locations(certifi.where())
     if ca_file:
         context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN  # it may be an intermediate authority
-        try:
-            context.load_verify_locations(cadata=named_file(ca_file).decode("ascii", "ignore"))
-        except (OSError, ssl.SSLError, ValueError) as error:
-            lasting = isinstance(error, ssl.SSLError | ValueError)
-            raise ConfigError(f"caFile {ca_file} holds no usable PEM certificate: {error}", for_good=lasting) from None
+        trust(context, ca_file)
     return context
+
+
+def trust(context: ssl.SSLContext, ca_file: str) -> None:
+    """Also what stands there now; ConfigError."""
+    try:
+        context.load_verify_locations(cadata=named_file(ca_file).decode("ascii", "ignore"))
+    except (OSError, ssl.SSLError, ValueError) as error:
+        lasting = isinstance(error, ssl.SSLError | ValueError)
+        raise ConfigError(f"caFile {ca_file} holds no usable PEM certificate: {error}", for_good=lasting) from None
 
 
 def proxy_for(url: str) -> str | None:
@@ -4860,6 +4866,12 @@ class Fhir:
         """A usable token, after a login if needed; raises ServerError."""
         return ("" if self.due else self.usable_token()) or await self.renew()
 
+    def trust(self) -> None:
+        """Also an authority that came into caFile since the start."""
+        if self._settings.caFile:
+            with suppress(ConfigError):  # it is just being written
+                trust(self.context, self._settings.caFile)
+
     async def renew(self) -> str:
         """A new token by a login, one at a time; raises ServerError."""
         if self._login_under_way is None and time.monotonic() < self._embargo_until:
@@ -4880,6 +4892,7 @@ class Fhir:
 
     def _login(self) -> Token:
         """POST oauth2/token (RFC 6749 4.4) with the checks of uplink contract 1."""
+        self.trust()
         fields = {
             "grant_type": "client_credentials", "client_id": self._settings.clientId,
             "client_secret": self._settings.clientSecret,
@@ -6173,6 +6186,7 @@ class Uplink:
 
     async def _session(self) -> str:
         """One connection from start to end; returns why it ended."""
+        self._fhir.trust()
         try:
             token, proxy = await self._fhir.fresh_token(), proxy_for(self._settings.baseUrl)
             more: Json = (
