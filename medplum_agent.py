@@ -6217,11 +6217,12 @@ class Uplink:
             self._socket, close_code = None, sock.protocol.close_code or 1006
             sock.transport.abort()
             sock.protocol.parser_exc = None  # it holds what could not be read, and that holds it
+            words = "" if self._unanswered else sock.protocol.close_reason  # which may quote a message
             if self.live:
                 self._lost(close_code)
         if close_code == 1009:
             return "the server closed it because a message was larger than it accepts (1009)"
-        return f"the connection was closed ({close_code})"
+        return f"the connection was closed ({close_code}{words and f': {words}'})"
 
     def _lost(self, close_code: int) -> None:
         """Close code 1009 (message too big) does not say which: it is the largest text of the connection."""

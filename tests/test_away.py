@@ -3,9 +3,11 @@
 import ssl
 from pathlib import Path
 
+import pytest
 import trustme
+from websockets.frames import Close, Frame, Opcode
 
-from tests.support import message, site
+from tests.support import AGENT_ID, Site, message, site
 from tests.test_uplink import works
 
 
@@ -32,3 +34,31 @@ def test_a_new_authority_in_ca_file_is_trusted_without_a_restart(tmp_path: Path)
         new.cert_pem.write_to_path(str(path))
         here.sandbox.wait_ids("MEANWHILE", timeout=20)
         assert here.sandbox.reload()["statusCode"] == 200  # which goes by HTTPS
+
+
+def close(here: Site, code: int, reason: str) -> None:
+    """The server closes the agent's WebSocket."""
+    socket = here.sandbox.sandbox.agents[AGENT_ID]
+    frame = Frame(Opcode.CLOSE, Close(code, reason).serialize())
+    here.sandbox.loop.call_soon_threadsafe(socket._writer.write, frame.serialize(mask=False))
+
+
+@pytest.mark.parametrize("code", [1008, 4000])
+def test_why_the_server_closed_is_in_the_log(tmp_path: Path, code: int) -> None:
+    with site(tmp_path, {"A": "?enhanced=aa"}) as here:
+        close(here, code, "another took its place")
+        assert f"({code}: " in here.agent.logged("another took its place")
+        works(here)
+
+
+def test_a_reason_to_close_that_may_quote_a_message_is_not_in_the_log(tmp_path: Path) -> None:
+    with site(tmp_path, {"A": "?enhanced=aa"}) as here:
+        here.sandbox.faults.silent = True
+        with here.device("A") as device:
+            device.ask(message("QUOTED", patient="SECRET-1"))
+        here.sandbox.wait_ids("QUOTED")
+        close(here, 1011, "cannot read PID|1||SECRET-1")
+        here.agent.logged("the connection was closed (1011)")
+        here.sandbox.faults.silent = False
+        here.sandbox.wait_for(lambda: here.sandbox.answered, 15)
+        assert b"SECRET" not in here.agent.main_log()
