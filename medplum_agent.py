@@ -4691,7 +4691,7 @@ def _trouble_of(error: Exception) -> tuple[str, str]:
 
 
 # =====================================================================================================================
-# FHIR (480 lines, 3900 tokens)
+# FHIR (490 lines, 3950 tokens)
 #
 # The HTTPS side of the server: OAuth2 client-credentials login and FHIR reads (uplink contract 1 and 2). urllib3 does
 # the work in worker threads: pools, proxies, TLS, retries. May touch: HTTPS.
@@ -4906,7 +4906,11 @@ class Fhir:
             if response.status == 429:
                 waits = " ".join(response.headers.get(name, "") for name in ("Retry-After", "RateLimit"))
                 secs = re.search(r"^(\d{1,6})\b|\bt=(\d{1,6})", waits)
-                self._embargo_until = time.monotonic() + min(int(secs[1] or secs[2]) if secs else 0, EMBARGO_SECS)
+                patience = float(secs[1] or secs[2]) if secs else 0.0
+                with suppress(ValueError, TypeError, KeyError):  # or a date, by the server's clock
+                    until = email.utils.parsedate_to_datetime(response.headers["Retry-After"]).timestamp()
+                    patience = until - time.time() + (self.clock_off or 0)
+                self._embargo_until = time.monotonic() + min(patience, EMBARGO_SECS)
             reason = answer.get("error_description") or answer.get("error") or f"HTTP status {response.status}"
             path = ", and baseUrl: it ends before fhir/R4" if "/fhir" in self.base else ""
             check = f"Check clientId and clientSecret{path}"

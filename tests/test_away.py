@@ -1,6 +1,9 @@
 """The server and the way to it while they change: authorities, reasons to close, dates to wait for, clocks."""
 
+import asyncio
+import email.utils
 import ssl
+import time
 from pathlib import Path
 
 import pytest
@@ -8,7 +11,7 @@ import trustme
 from websockets.frames import Close, Frame, Opcode
 
 from tests.support import AGENT_ID, Site, message, site
-from tests.test_uplink import works
+from tests.test_uplink import log_in, refusing, works
 
 
 def server_side(authority: trustme.CA) -> ssl.SSLContext:
@@ -62,3 +65,12 @@ def test_a_reason_to_close_that_may_quote_a_message_is_not_in_the_log(tmp_path: 
         here.sandbox.faults.silent = False
         here.sandbox.wait_for(lambda: here.sandbox.answered, 15)
         assert b"SECRET" not in here.agent.main_log()
+
+
+@pytest.mark.parametrize("ahead", [0, -7200, 7200])
+def test_a_login_that_is_to_wait_until_a_date_waits(ahead: int) -> None:
+    """The other form of Retry-After (RFC 9110 10.2.3), by the server's own clock."""
+    dates = [email.utils.formatdate(time.time() + ahead + wait, usegmt=True) for wait in (0, 30)]
+    with refusing(429, Date=dates[0], Retry_After=dates[1]) as (port, asked_for):
+        asyncio.run(log_in(port, 429, times=3))
+    assert len(asked_for) == 1

@@ -136,7 +136,7 @@ def refusing(status, **headers):
     class Refusing(http.server.BaseHTTPRequestHandler):
         def do_POST(self):
             asked.append(self.path)
-            self.send_response(status)
+            self.send_response_only(status)
             for name, value in headers.items():
                 self.send_header(name.replace("_", "-"), value)
             self.send_header("Content-Length", "0")
