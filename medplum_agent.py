@@ -11094,14 +11094,14 @@ class Alarm(NamedTuple):
 
 def expected_secs(s: ChannelSettings, silent: float) -> float | None:
     """For how many of these seconds a channel was expected not to be silent; None outside its hours."""
-    now = opened = datetime.datetime.now().astimezone()
+    now = opened = datetime.datetime.now()  # noqa: DTZ005 - the offset changes with the clocks
     if not (hours := opening_hours(s.expectHours)):
         return silent
     while now - opened < datetime.timedelta(days=7):  # back through parts that adjoin, also past midnight
         if not (starts := open_since(hours, opened)):
             break
         start = datetime.time.fromisoformat(min(starts))
-        opened = datetime.datetime.combine(opened, start, opened.tzinfo) - datetime.timedelta(minutes=1)
+        opened = datetime.datetime.combine(opened, start) - datetime.timedelta(minutes=1)
     if opened == now:
         return None
     return min(silent, now.timestamp() - opened.timestamp() - 60)

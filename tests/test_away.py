@@ -1,6 +1,7 @@
 """The server and the way to it while they change: authorities, reasons to close, dates to wait for, clocks."""
 
 import asyncio
+import datetime
 import email.utils
 import ssl
 import time
@@ -10,6 +11,7 @@ import pytest
 import trustme
 from websockets.frames import Close, Frame, Opcode
 
+import medplum_agent as ma
 from tests.support import AGENT_ID, Site, message, site
 from tests.test_uplink import log_in, refusing, works
 
@@ -74,3 +76,23 @@ def test_a_login_that_is_to_wait_until_a_date_waits(ahead: int) -> None:
     with refusing(429, Date=dates[0], Retry_After=dates[1]) as (port, asked_for):
         asyncio.run(log_in(port, 429, times=3))
     assert len(asked_for) == 1
+
+
+@pytest.mark.parametrize("begins", [True, False])
+def test_hours_on_a_day_that_is_shorter_or_longer(monkeypatch: pytest.MonkeyPatch, begins: bool) -> None:
+    """Noon; the clocks were set at three, two hours after the channel opened: it was open for 10 hours, or for 12."""
+    now = datetime.datetime.now(datetime.UTC)
+    west = now.hour * 60 + now.minute - 12 * 60  # where it is noon now, as TZ counts (POSIX 8.3)
+    winter, summer = (west + 60, west) if begins else (west, west - 60)
+    today = (now - datetime.timedelta(minutes=west)).timetuple().tm_yday - 1
+    days = f"{today}/3,{(today + 100) % 365}/3" if begins else f"{(today + 200) % 365}/3,{today}/3"
+    shown = [f"{'-' * (minutes < 0)}{abs(minutes) // 60}:{abs(minutes) % 60:02}" for minutes in (winter, summer)]
+    monkeypatch.setenv("TZ", f"AAA{shown[0]}BBB{shown[1]},{days}")
+    time.tzset()
+    try:
+        settings = ma.Hl7Settings(expectHours="01:00-24:00")
+        open_secs = ma.expected_secs(settings, 1e6)
+        assert open_secs is not None and round(open_secs / 3600, 1) == (10 if begins else 12)
+    finally:
+        monkeypatch.undo()
+        time.tzset()
