@@ -1,10 +1,14 @@
 """The server and the way to it while they change: authorities, reasons to close, dates to wait for, clocks."""
 
 import asyncio
+import contextlib
 import datetime
 import email.utils
+import socket
 import ssl
+import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -12,8 +16,56 @@ import trustme
 from websockets.frames import Close, Frame, Opcode
 
 import medplum_agent as ma
-from tests.support import AGENT_ID, Site, message, site
+from tests.support import AGENT_ID, AgentProcess, Site, message, site
 from tests.test_uplink import log_in, refusing, works
+
+
+class Relay:
+    """A firewall between the agent and its server: `freeze` makes it forget all its connections without a word."""
+
+    def __init__(self, port: int):
+        self._to, self._lines, self._threads = port, list[tuple[socket.socket, ...]](), list[threading.Thread]()
+        self._ends = list[socket.socket]()
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.port: int = self._listener.getsockname()[1]
+        self._thread(self._listen)
+
+    def _thread(self, work: Callable[..., None], *arguments: object) -> None:
+        self._threads.append(threading.Thread(target=work, args=arguments, daemon=True))
+        self._threads[-1].start()
+
+    def __enter__(self) -> "Relay":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for one in (self._listener, *self._ends):
+            with contextlib.suppress(OSError):
+                one.shutdown(socket.SHUT_RDWR)
+        for thread in self._threads:
+            thread.join(5)
+        for one in (self._listener, *self._ends):
+            one.close()
+
+    def _listen(self) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                line = self._listener.accept()[0], socket.create_connection(("127.0.0.1", self._to))
+                self._lines.append(line)
+                self._ends += line
+                for ends in (line, line[::-1]):
+                    self._thread(self._pass_on, line, *ends)
+
+    def _pass_on(self, line: object, source: socket.socket, to: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            while (chunk := source.recv(65536)) and line in self._lines:
+                to.sendall(chunk)
+        if line in self._lines:
+            for end in (source, to):
+                with contextlib.suppress(OSError):
+                    end.shutdown(socket.SHUT_RDWR)
+
+    def freeze(self) -> None:
+        self._lines = []
 
 
 def server_side(authority: trustme.CA) -> ssl.SSLContext:
@@ -96,3 +148,21 @@ def test_hours_on_a_day_that_is_shorter_or_longer(monkeypatch: pytest.MonkeyPatc
     finally:
         monkeypatch.undo()
         time.tzset()
+
+
+def test_what_a_firewall_has_forgotten_is_not_used_again(tmp_path: Path) -> None:
+    """One that was replaced by its twin: the WebSocket's end shows that connections which lie idle have none, too."""
+    with site(tmp_path, {"A": "?enhanced=aa"}, start=False) as here, Relay(here.sandbox.sandbox.port) as relay:
+        here.agent = AgentProcess(
+            here.sandbox, tmp_path / "state", config="heartbeatSecs = 0.5\n", url=f"http://127.0.0.1:{relay.port}/"
+        )
+        try:
+            here.agent.start()
+            here.sandbox.reload()
+            before = here.sandbox.sandbox.agents[AGENT_ID]
+            relay.freeze()
+            here.sandbox.wait_for(lambda: here.sandbox.sandbox.agents.get(AGENT_ID) not in (before, None), 20)
+            assert here.sandbox.reload()["statusCode"] == 200  # the server waits five seconds for it
+            works(here)
+        finally:
+            here.agent.discard()
