@@ -1290,13 +1290,10 @@ def resolve_process(
             if name in found or secret_file:  # which counts as the secret itself
                 sources[name] = source
                 try:
-                    if secret_file:
-                        if not (text := named_file(str(secret_file)).decode("utf-8-sig").strip()):
-                            raise ValueError("it is empty")
-                        values[name] = text
-                    else:
-                        text = found[name]
-                        values[name] = parse_setting(row, text.strip() if isinstance(text, str) else text)
+                    text = named_file(str(secret_file)).decode("utf-8-sig") if secret_file else found[name]
+                    values[name] = parse_setting(row, text.strip() if isinstance(text, str) else text)
+                    if secret_file and not values[name]:
+                        raise ValueError("it is empty")
                 except (OSError, ValueError) as error:
                     shown = "" if may_be_secret(name) or "@" in str(found.get(name)) else f" '{found[name]}'"
                     file_shown = f"File {secret_file}" if secret_file else ""
@@ -12784,24 +12781,21 @@ class Agent:
         def connections(kind: type[ChannelSettings]) -> int:
             return sum(one.connections for one in self.channels.values() if isinstance(one.plan.settings, kind))
 
-        found = {
+        started = self.started.is_set()
+        queue = await self._queue_stats() if started else {"channelDepth": Json()}
+        return {
             "hl7ConnectionsOpen": connections(Hl7Settings),
-            "ping": self.uplink.ping_ms, "webSocketQueueDepth": 0,
+            "ping": self.uplink.ping_ms,
+            "webSocketQueueDepth": sum(depth["queued"] for depth in queue["channelDepth"].values()),
             "dicomAssociationsOpen": connections(DicomSettings),
-            "hl7QueueDepth": 0, "hl7ClientCount": 0, "live": self.uplink.live,
-            "outstandingHeartbeats": self.uplink.outstanding,
+            "hl7QueueDepth": 0, "hl7ClientCount": self.devices.client_count if started else 0,
+            "live": self.uplink.live, "outstandingHeartbeats": self.uplink.outstanding,
             "channelStats": {
                 name: {"rtt": percentiles(one.queue.round_trips) | {"pendingCount": len(one.queue.inflight)}}
                 for name, one in self.channels.items()
             },
-            "clientStats": {},
-        }  # fmt: skip
-        if self.started.is_set():
-            queue = await self._queue_stats()
-            found["webSocketQueueDepth"] = sum(depth["queued"] for depth in queue["channelDepth"].values())
-            found["hl7ClientCount"], found["clientStats"] = self.devices.client_count, self.devices.stats()
-            found["durableQueue"], found["alarms"] = queue, self.operations.shown_alarms()
-        return found
+            "clientStats": self.devices.stats() if started else {},
+        } | ({"durableQueue": queue, "alarms": self.operations.shown_alarms()} if started else {})  # fmt: skip
 
     async def _queue_stats(self) -> Json:
         """What each channel has, waiting and with the server, and what there is in all."""
@@ -13266,18 +13260,20 @@ def _send(options: argparse.Namespace, address: str = "", *files: str) -> int:
     """HL7 messages of files to a device or channel, one after the other; 1 when one was not accepted."""
     import hl7
 
-    url = urlsplit(address if "://" in address else f"mllp://{address}")
-    port = 0
-    with suppress(ValueError):  # it is none
-        port = url.port or 0
-    if not (url.hostname and port and files):
-        raise ConfigError("send needs HOST:PORT, or mllps://HOST:PORT, and one or more files")
     failed = False
     try:
-        with socket.create_connection((url.hostname, port), CONNECT_TIMEOUT_SECS) as plain:
-            plain.settimeout(HTTP_TIMEOUT_SECS)
-            context = tls_context(os.environ.get("MEDPLUM_CA_FILE", "")) if url.scheme == "mllps" else None
-            sock = context.wrap_socket(plain, server_hostname=url.hostname) if context else plain
+        url = urlsplit(address if "://" in address else f"mllp://{address}")
+        host, port = web_address(url.netloc)
+        if not files:
+            raise ValueError
+    except ValueError:
+        raise ConfigError("send needs HOST:PORT, or mllps://HOST:PORT, and one or more files") from None
+    try:
+        with socket.create_connection((host, port), CONNECT_TIMEOUT_SECS) as sock:
+            sock.settimeout(HTTP_TIMEOUT_SECS)
+            if url.scheme == "mllps":
+                context = tls_context(os.environ.get("MEDPLUM_CA_FILE", ""))
+                sock = context.wrap_socket(sock, server_hostname=host)
             acks = _acks(sock)
             for name in files:
                 # bytes go as they are, whatever their encoding, but for those of frames and line ends
