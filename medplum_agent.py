@@ -11044,7 +11044,7 @@ def issuer_of(der: bytes) -> str:
 
 
 # =====================================================================================================================
-# Operations (760 lines, 7400 tokens)
+# Operations (760 lines, 7350 tokens)
 #
 # What a person asks of a running agent: status, the queue, alarms, the page and its figures. One `ask` serves the
 # command line (over a socket in the state directory that only the agent's user can open), the page, and the cloud (a
@@ -11379,16 +11379,16 @@ class Operations:
             else:
                 channels.append(_GONE | {"name": name} | self._depth(name))
         trouble = agent.store.wrong if started else "it is not open yet"
-        store = {"healthy": not trouble, "trouble": trouble, "bytes": agent.store.total_bytes if started else 0,
-            "freeBytes": self._free_bytes() if started else 0}  # fmt: skip
-        wrong = agent.problems or not store["healthy"] or any(alarm.critical for alarm in self.alarms.values())
+        wrong = agent.problems or trouble or any(alarm.critical for alarm in self.alarms.values())
         return {
             "version": VERSION, "agentId": self._settings.agentId, "startedAt": self._started_at,
             "now": now_ms(), "state": 2 if wrong else int(bool(self.alarms)),
             "problems": agent.problems, "pageTrouble": self.page_trouble,
             "server": {"url": agent.fhir.base, "live": agent.uplink.live, "awaySecs": round(self._away_secs()),
                 "roundTripMs": max(0, agent.uplink.ping_ms)},
-            "store": store, "channels": channels, "alarms": self.shown_alarms(),
+            "store": {"healthy": not trouble, "trouble": trouble, "bytes": agent.store.total_bytes if started else 0,
+                "freeBytes": self._free_bytes() if started else 0},
+            "channels": channels, "alarms": self.shown_alarms(),
             "upgrade": {name: agent.upgrades.record.get(name, "") for name in ("from", "to", "step", "reason")},
             "devices": [{"address": key, "connections": lines} | self._depth(PUSH_PREFIX + key)
                 for key, lines in devices.items()]}  # fmt: skip
@@ -11438,11 +11438,10 @@ class Operations:
         if payload:
             audit(self._agent.state_dir, f"payload of message {wanted.id}, for the cloud")
         found = await store.look(wanted.found)
-        rows = list[Json]()
-        for name, message in found[:limit]:
-            rows.append(row_shown(name, message))
-            if payload:
-                rows[-1]["payload"] = message.received
+        rows = [
+            row_shown(name, message) | ({"payload": message.received} if payload else {})
+            for name, message in found[:limit]
+        ]
         return {"messages": rows, "more": len(found) > limit}
 
     async def _decide(self, fate: str, ids: list[int]) -> int:
@@ -11715,8 +11714,9 @@ def figures(status: Json) -> str:
             kind, unit = "counter" if name.endswith("_total") else "gauge", 0.001 if where.endswith(("At", "Ms")) else 1
             lines += [f"# HELP medplum_agent_{name} {text}", f"# TYPE medplum_agent_{name} {kind}"]
             for labels, group in groups[label]:
-                plain = ((key, _CONTROLS.sub(" ", text)) for key, text in labels.items())
-                escaped = [f"{key}={json.dumps(text, ensure_ascii=False)}" for key, text in plain]
+                escaped = [
+                    f"{key}={json.dumps(_CONTROLS.sub(' ', text), ensure_ascii=False)}" for key, text in labels.items()
+                ]
                 found: Any = reduce(getitem, where.split("."), group)
                 shown_labels = f"{{{','.join(escaped)}}}" if escaped else ""
                 lines.append(f"medplum_agent_{name}{shown_labels} {float(found) * unit:.15g}")
@@ -11744,7 +11744,7 @@ def audit(state_dir: Path, look: str) -> None:
     who = os.getlogin() if sys.platform == "win32" else f"uid {os.getuid()}"
     if who == "uid 0" and (caller := os.environ.get("SUDO_USER")):
         who = f"{caller} (sudo)"
-    entry = {"timestamp": utc_text("%Y-%m-%dT%H:%M:%S", now_ms()) + "Z", "user": who, "look": look}
+    entry = {"timestamp": f"{utc_text('%Y-%m-%dT%H:%M:%S', now_ms())}Z", "user": who, "look": look}
     try:
         with open(state_dir / AUDIT_FILE, "ab", opener=private) as file:
             hand_over(file.fileno(), state_dir)
@@ -12724,9 +12724,10 @@ class Agent:
                 raise DeviceError(f"{push.target.key}: its answer of {size} bytes is too large", "device-error")
             return answer | {"contentType": push.content_type, "body": body}
         except (DeviceError, PingError) as error:
-            return answer | {"contentType": "text/plain", "statusCode": 400, "body": str(error)}
+            reason = str(error)
         except asyncio.CancelledError:
-            return answer | {"contentType": "text/plain", "statusCode": 400, "body": "the agent is stopping"}
+            reason = "the agent is stopping"
+        return answer | {"contentType": "text/plain", "statusCode": 400, "body": reason}
 
     async def _reload_config(self, message: Json) -> Json:
         try:
