@@ -136,7 +136,7 @@ def load_json(text: Any) -> Any:
 
 
 # =====================================================================================================================
-# Version, limits (390 lines, 1950 tokens)
+# Version, limits (400 lines, 2000 tokens)
 #
 # Every bound has a name, a unit and a reason. What a site could need to change is a setting instead (next section).
 # =====================================================================================================================
@@ -144,6 +144,7 @@ def load_json(text: Any) -> Any:
 __version__ = "5.2.0"
 BUILD = "0000000"  # the commit; stamped by `build.py binary`
 VERSION: Final = f"{__version__}-{BUILD}"
+PACKAGING = Path(__file__).with_name("packaging")  # also of the binaries
 
 KIB, MIB = 1024, 1024 * 1024
 # Of one connection in a turn of the event loop. asyncio's own 256 KiB cost a memory map per read, a factor of three in
@@ -1265,7 +1266,7 @@ def read_config_file(given: str | None) -> tuple[str, Json]:
             text = "may be somebody else's, and can name commands: if it is yours, give it by --config"
             raise ConfigError(f"{path} in {Path.cwd()} {text}")
     try:
-        text = named_file(str(path)).decode("utf-8-sig")
+        text = named_file(path).decode("utf-8-sig")
         return str(path), parse_properties(text) if path.suffix == ".properties" else _flatten(tomli.loads(text))
     except (OSError, ValueError) as error:  # tomli's and Unicode's errors are ValueErrors
         problem = f"cannot read the configuration file {path}: {error}"
@@ -1533,7 +1534,7 @@ def _problem(s: ChannelSettings, where: str) -> str:
     return ""
 
 
-def named_file(path: str) -> bytes:
+def named_file(path: str | Path) -> bytes:
     """A file that configuration or cloud names: regular and small, whatever it turns out to be; OSError."""
     flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_NOCTTY", 0)
     descriptor = os.open(path, flags)  # a pipe or terminal must not hold us up
@@ -3335,7 +3336,7 @@ def store_secret(source: str) -> bytes:
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     try:
         if kind == "systemd":  # systemd.exec(5), LoadCredentialEncrypted
-            secret = named_file(os.path.join(os.environ.get("CREDENTIALS_DIRECTORY", ""), where))  # noqa: PTH118
+            secret = named_file(Path(os.environ.get("CREDENTIALS_DIRECTORY", ""), where))
         elif kind in ("file", "dpapi"):
             secret = named_file(where)
             secret = _unprotected(secret) if kind == "dpapi" else secret
@@ -10863,16 +10864,16 @@ class Doctor:
         return self.say("login", WRONG, str(problem), remedy)
 
     async def _resources(self) -> None:
-        settings = self.config.settings
+        own = f"Agent/{self.config.settings.agentId}"
         policy = "Check {}, and that the access policy of the ClientApplication allows to read it."
         try:
-            agent = await self._ask(self._fhir.read(f"Agent/{settings.agentId}"))
+            agent = await self._ask(self._fhir.read(own))
         except ServerError as error:
-            self.say("agent", WRONG, f"Agent/{settings.agentId}: {error}", policy.format("agentId"))
+            self.say("agent", WRONG, f"{own}: {error}", policy.format("agentId"))
             return
-        self.say("agent", FINE, f"Agent/{settings.agentId} can be read: {agent.get('name') or 'without a name'}")
+        self.say("agent", FINE, f"{own} can be read: {agent.get('name') or 'without a name'}")
         if problem := shape_problem(agent):
-            self.say("agent", WRONG, f"Agent/{settings.agentId}: {problem}", "Mend the Agent.")
+            self.say("agent", WRONG, f"{own}: {problem}", "Mend the Agent.")
             return
         bots = [(entry.get("targetReference") or {}).get("reference") or "" for entry in agent.get("channel") or []]
         read = [*endpoint_references(agent), *dict.fromkeys(bot for bot in bots if bot.startswith("Bot/"))]
@@ -10890,19 +10891,20 @@ class Doctor:
                 self.say("channels", WRONG, text, "Mend the Endpoint or its files, then call $reload-config.")
         for text in (*self._plan.warnings, *silent_parts(self._plan)):
             self.say("channels", DOUBTFUL, text, "Mend the Agent or Endpoint, then call $reload-config.")
-        await self._rights(self._plan)
+        await self._rights()
         await self._connection()
 
-    async def _rights(self, plan: Plan) -> None:
+    async def _rights(self) -> None:
         """What imaging channels need; whether a Binary may be made shows only when one is."""
-        if any(one.storage == "dicomweb" or one.answer == "server" for one in plan.imaging):
+        imaging = self._plan.imaging
+        if any(one.storage == "dicomweb" or one.answer == "server" for one in imaging):
             remedy = "Allow DicomStudy, DicomSeries and DicomInstance in the access policy; the server must be 5.1.28."
             try:
                 await self._ask(self._fhir.search("DicomStudy?study-instance-uid=0"))  # none, not page after page
                 self.say("rights", FINE, "DicomStudy can be searched")
             except ServerError as error:
                 self.say("rights", WRONG, f"DicomStudy: {error}", remedy)
-        if any(one.storage == "binary" for one in plan.imaging):
+        if any(one.storage == "binary" for one in imaging):
             self.say("rights", FINE, "images need create and read on Binary; that shows when the first one comes")
 
     async def _connection(self) -> None:
@@ -11056,7 +11058,7 @@ ALARM_FILE = "medplum-agent-alarms.json"
 AUDIT_FILE = "medplum-agent-audit.log"
 SOCKET_FILE, DOOR_FILE = "agent.sock", "agent.door"  # the door: a port, where there are no such sockets
 TOKEN_FILE = "agent.token"
-PAGE = Path(__file__).with_name("packaging") / "status.html"
+PAGE = PACKAGING / "status.html"
 MONITOR_STATES = ("OK", "WARNING", "CRITICAL", "UNKNOWN")  # of a monitor's plug-in, and its exit codes
 # What of a message's type is shown: a device that shifts its fields must not bring a name here
 _KIND = re.compile(r"[A-Z0-9]{3}(\^[A-Z0-9]{3})?(?![A-Za-z0-9])|C-STORE|N-[A-Z]+|[a-z.-]+/[a-z0-9.+-]+")
@@ -11529,8 +11531,8 @@ class Operations:
         with suppress(OSError):  # the token cannot be kept: it lasts until the next start
             self._load()
         await self._open_door()
-        if self._settings.statusAddress:
-            spawn(self._open_page(self._settings.statusAddress))
+        if address := self._settings.statusAddress:
+            spawn(self._open_page(address))
 
     async def _open_door(self) -> None:
         """The local socket; again, if somebody has cleared it away."""
@@ -11810,7 +11812,7 @@ def ask_agent(state_dir: Path, asked: Json, seconds: float = HTTP_TIMEOUT_SECS) 
 # `current`; else it hands all back. May touch: the program's files, processes, HTTP.
 # =====================================================================================================================
 
-ROOT_FILE = Path(__file__).with_name("packaging") / "upgrade-root.json"  # whose signatures count
+ROOT_FILE = PACKAGING / "upgrade-root.json"  # whose signatures count
 HANDOVER = "MEDPLUM_AGENT_HANDOVER"  # in the environment: the descriptor of what was left for the program
 CURRENT_FILE, UPGRADE_FILE = "current", "medplum-agent-upgrade.json"
 REQUEST_FILE, ANSWER_FILE = "upgrade", "answer"  # what root shall do for a service, in its run-time directory; done
@@ -11871,7 +11873,7 @@ class Versions:
         self.name = name if self.inside else VERSION
         self.current = {"version": VERSION, "over": VERSION, "installed": str(program), "previous": ""}
         with suppress(OSError):
-            found = _json_object(named_file(str(self.folder / CURRENT_FILE)))
+            found = _json_object(named_file(self.folder / CURRENT_FILE))
             known = self.inside or found.get("over") == VERSION  # else another program was installed since
             if known and is_ours(self.folder, self.folder / CURRENT_FILE):
                 self.current |= {name: value for name, value in found.items() if isinstance(value, str)}
@@ -12157,12 +12159,13 @@ class Upgrades:
             raise LocalError(str(found["error"]))
         return str(found["version"])
 
-    def leave_ports(self, listeners: Iterable[Listener]) -> None:
-        self.left = {"ports": [listener.leave() for listener in listeners], "lines": [], "pushed": Json()}
+    def leave_ports(self) -> None:
+        ports = [listener.leave() for listener in self._agent.listeners.values()]
+        self.left = {"ports": ports, "lines": [], "pushed": Json()}
 
-    def leave_lines(self, channels: Mapping[str, Channel]) -> None:
+    def leave_lines(self) -> None:
         """Those that another program can go on with."""
-        for name, channel in channels.items():
+        for name, channel in self._agent.channels.items():
             self.left["pushed"][name] = list(channel.pushed)
             for line in channel.lines.values() if not channel.plan.dials else ():
                 if left := line.leave():
@@ -12282,7 +12285,7 @@ class Upgrades:
 
 
 # =====================================================================================================================
-# Agent (690 lines, 5950 tokens)
+# Agent (690 lines, 5900 tokens)
 #
 # Plans become running channels. A reload reads everything, lists every problem, and changes nothing if there is one;
 # otherwise only what differs changes, and untouched channels keep their connections. The life cycle: lock, logs,
@@ -12884,7 +12887,7 @@ class Agent:
         try:
             async with asyncio.timeout(STOP_SECS), self._applying:
                 if upgrade:
-                    self.upgrades.leave_ports(self.listeners.values())
+                    self.upgrades.leave_ports()
                 for listener in self.listeners.values():
                     listener.close()
                 for channel in self.channels.values():
@@ -12898,7 +12901,7 @@ class Agent:
                     await asyncio.wait_for(self.uplink.goodbye(), LAZY_SECS if upgrade else STOP_SECS)
                 await asyncio.sleep(0)  # the last answers are written
                 if upgrade:
-                    self.upgrades.leave_lines(self.channels)
+                    self.upgrades.leave_lines()
                 for channel in list(self.channels.values()):
                     channel.stop()
                 for task in _tasks:
@@ -13676,13 +13679,13 @@ def _upgrade(options: argparse.Namespace, what: str = "") -> int:
             versions.choose(wanted)
             _show(f"No agent runs with the state in {state_dir}. {wanted} runs from its next start.")
             return 0
-        return _watched(config, versions, state_dir, answer["version"])
+        return _watched(config, versions, answer["version"])
     except KeyboardInterrupt:
         _show("The upgrade goes on; `status` says how it ends.")
         return 130
 
 
-def _watched(config: ProcessConfig, versions: Versions, state_dir: Path, wanted: str) -> int:
+def _watched(config: ProcessConfig, versions: Versions, wanted: str) -> int:
     """How the upgrade of a running agent ends."""
     heard_at, found, version = time.monotonic(), Json(), ""
     while found.get("step") not in ("done", "given up") or found["to"] != wanted:
@@ -13692,7 +13695,7 @@ def _watched(config: ProcessConfig, versions: Versions, state_dir: Path, wanted:
         if versions.writable:
             _requested(config, versions, UNIT_SECS)
         with suppress(StorageError):
-            if status := ask_agent(state_dir, {"command": "status"}):
+            if status := ask_agent(config.state_dir, {"command": "status"}):
                 heard_at, found, version = time.monotonic(), status.get("upgrade", {}), status["version"]
     _show(f"{version} runs{'. ' + found['reason'] if found['reason'] else '.'}")
     return int(found["step"] != "done")
@@ -13717,7 +13720,7 @@ def _service(options: argparse.Namespace, verb: str = "", *values: str) -> int:
             settings = "".join(f"{name} = {json.dumps(value, ensure_ascii=False)}\n" for name, value in named)
         elif not installed_config_file().exists():
             raise ConfigError("service install needs base_url client_id client_secret agent_id")
-    script = Path(__file__).parent / "packaging" / sys.platform.replace("darwin", "macos") / "service.sh"
+    script = PACKAGING / sys.platform.replace("darwin", "macos") / "service.sh"
     return subprocess.run(["sh", script, verb, program], input=settings.encode(), check=False).returncode
 
 
@@ -13744,7 +13747,7 @@ def _run_agent(config: ProcessConfig) -> NoReturn:
 def _run_demo(options: argparse.Namespace) -> int:
     """packaging/demo.py, which builds on this very module under its importable name."""
     sys.modules.setdefault("medplum_agent", sys.modules[__name__])
-    sys.path.append(str(Path(__file__).with_name("packaging")))
+    sys.path.append(str(PACKAGING))
     try:
         import demo
     except ModuleNotFoundError:

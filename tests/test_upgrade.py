@@ -790,7 +790,7 @@ def test_a_service_is_made_of_this_program_and_its_secret_is_no_argument(tmp_pat
     folder = tmp_path / "packaging" / ("macos" if sys.platform == "darwin" else "linux")
     folder.mkdir(parents=True)
     (folder / "service.sh").write_text('echo "$@"; cat; exit 3\n')
-    tool = program(tmp_path, "5.2.0", f"m.__file__ = {str(tmp_path / 'x.py')!r}")
+    tool = program(tmp_path, "5.2.0", f"m.PACKAGING = pathlib.Path({str(tmp_path / 'packaging')!r})")
     values = ["https://api.example.org/", "an-id", '-se"cr\u00e9t', "agent-1"]
     done = subprocess.run([tool, "service", "install", *values], capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 3, done.stderr
