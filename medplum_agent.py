@@ -5805,7 +5805,7 @@ class _Socket(ClientConnection):
     def __init__(self, *args: Any, uplink: Uplink, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self._uplink = uplink
-        self._parts: list[bytes] = []
+        self._parts = bytearray()  # of a text in fragments: a server may make them as small as it likes
         self._early: list[bytes] | None = []  # texts that came with the handshake, until `begin`
 
     def data_received(self, data: bytes) -> None:
@@ -5821,10 +5821,10 @@ class _Socket(ClientConnection):
             return
         text: bytes | bytearray | memoryview = event.data
         if self._parts or not event.fin:
-            self._parts.append(bytes(text))
+            self._parts += text
             if not event.fin:
                 return
-            text, self._parts = b"".join(self._parts), []
+            text, self._parts = self._parts, bytearray()
         if self._early is None:
             self._uplink.receive(text)
         else:

@@ -16,7 +16,7 @@ import trustme
 from websockets.frames import Close, Frame, Opcode
 
 import medplum_agent as ma
-from tests.support import AGENT_ID, AgentProcess, Site, message, site
+from tests.support import AGENT_ID, AgentProcess, Site, eventually, message, site
 from tests.test_uplink import log_in, refusing, works
 
 
@@ -166,3 +166,18 @@ def test_what_a_firewall_has_forgotten_is_not_used_again(tmp_path: Path) -> None
             works(here)
         finally:
             here.agent.discard()
+
+
+def test_a_text_in_many_fragments_takes_no_more_than_its_size(tmp_path: Path) -> None:
+    """Also with control frames in between (RFC 6455 5.4): one that came byte by byte took 138 times as much."""
+    text, pieces = b'{"type": "agent:dance:request", "callback": "C", "more": "%b"}' % (b"x" * 2**19), list[bytes]()
+    for at in range(len(text)):
+        kind = Opcode.CONT if at else Opcode.TEXT
+        pieces.append(Frame(kind, text[at : at + 1], fin=at == len(text) - 1).serialize(mask=False))
+    pieces[2**18] += Frame(Opcode.PING, b"p" * 125).serialize(mask=False)
+    with site(tmp_path, {"A": "?enhanced=aa"}) as here:
+        works(here)
+        before, socket = here.agent.memory_kb(), here.sandbox.sandbox.agents[AGENT_ID]
+        here.sandbox.loop.call_soon_threadsafe(socket._writer.write, b"".join(pieces))
+        eventually(lambda: "agent:dance:request" in str(here.sandbox.sandbox.errors), 20)
+        assert here.agent.memory_kb() - before < 25_000
