@@ -16,7 +16,7 @@ import trustme
 from websockets.frames import Close, Frame, Opcode
 
 import medplum_agent as ma
-from tests.support import AGENT_ID, AgentProcess, Site, eventually, message, site
+from tests.support import AGENT_ID, AgentProcess, Site, changed, eventually, message, site
 from tests.test_uplink import log_in, refusing, works
 
 
@@ -181,3 +181,41 @@ def test_a_text_in_many_fragments_takes_no_more_than_its_size(tmp_path: Path) ->
         here.sandbox.loop.call_soon_threadsafe(socket._writer.write, b"".join(pieces))
         eventually(lambda: "agent:dance:request" in str(here.sandbox.sandbox.errors), 20)
         assert here.agent.memory_kb() - before < 25_000
+
+
+def test_a_server_whose_first_address_is_dead_is_asked_at_the_next(tmp_path: Path) -> None:
+    """Such as IPv6 where a router drops it: HTTPS waited 8 s for it on each new connection, the server 5 s for us."""
+    authority, path = trustme.CA(), tmp_path / "ca.pem"
+    authority.cert_pem.write_to_path(str(path))
+    with (
+        site(tmp_path, {"A": "?enhanced=aa"}, context=server_side(authority), start=False) as here,
+        contextlib.ExitStack() as stack,
+    ):
+        port = here.sandbox.sandbox.port
+        hole = stack.enter_context(socket.socket())  # a listener whose backlog is full answers no SYN
+        hole.bind(("127.0.0.2", port))
+        hole.listen(0)
+        for _ in range(4):
+            filling = stack.enter_context(socket.socket())
+            filling.setblocking(False)
+            filling.connect_ex(hole.getsockname())
+        here.agent = AgentProcess(
+            here.sandbox, tmp_path / "state", config=f'caFile = "{path}"\n', url=f"https://localhost:{port}/"
+        )
+        stack.callback(here.agent.discard)
+        changed(
+            here.agent,
+            "import socket\nlook_up = socket.getaddrinfo\n"
+            "def both(host, port, *rest, **more):\n"
+            "    if host != 'localhost': return look_up(host, port, *rest, **more)\n"
+            "    return [look_up(one, port, *rest, **more)[0] for one in ('127.0.0.2', '127.0.0.1')]\n"
+            "socket.getaddrinfo = both",
+        )
+        started = time.monotonic()
+        here.agent.start()
+        works(here)
+        here.sandbox.cut()
+        here.sandbox.wait_for(lambda: not here.sandbox.connected)
+        here.agent.wait_connected()
+        assert here.sandbox.reload()["statusCode"] == 200  # the server waits five seconds for it
+        assert time.monotonic() - started < 16
