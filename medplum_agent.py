@@ -2520,7 +2520,7 @@ def stream_answer(body: str, settings: StreamSettings) -> bytes:
 
 
 # =====================================================================================================================
-# ASTM (600 lines, 4250 tokens)
+# ASTM (610 lines, 4350 tokens)
 #
 # The link layer of laboratory instruments (ASTM E1381, CLSI LIS01-A2), both roles, and the little of the records
 # (E1394, LIS02-A2) that it needs. Bytes and times in, events out. The caller commits a frame to disk between
@@ -2965,7 +2965,8 @@ class Astm:
 
     def _answer(self, byte: int) -> None:
         """ACK or NAK of a frame."""
-        self._refused, self._acked = byte == NAK, self._now
+        self._refused = byte == NAK and (self._refused or not self._terminated())  # behind an L record it is another
+        self._acked = self._now
         self.state = Link.NOISE if self._refused else self._between
         self._write(byte)
 
@@ -3094,6 +3095,16 @@ def half_session(records: Sequence[bytes]) -> str:
     """Why a session is no message, or an empty string: it begins with its H record (LIS02-A2 6)."""
     first = b"".join(records[:1]).lstrip(b"\r\n\0 \xef\xbb\xbf")
     return "" if first[:1] in b"Hh" else "its first record is no H record: the beginning is missing"
+
+
+def whole_messages(records: Sequence[bytes]) -> tuple[list[bytes], list[bytes]]:
+    """The records up to the last L record that an H record follows, and the rest: the instrument sends only that again.
+
+    It has forgotten what an L record ended and we acknowledged (LIS02-A2 14).
+    """
+    lines = [line for line in re.split(rb"[\r\n\0]+", b"\r".join(records)) if line]
+    kinds = b"".join(line[:1] for line in lines).upper()
+    return lines[: kinds.rfind(b"LH") + 1], lines[kinds.rfind(b"LH") + 1 :]
 
 
 def _records_of(text: str) -> list[str]:
@@ -7530,6 +7541,10 @@ class AstmLine(StreamLine):
         """The records of a session are a message, unless they are blank; a dead letter, where there is a reason."""
         self.messages += 1
         session, self.session = self.session, ""
+        if reason and not half_session(records):
+            whole, records = whole_messages(records)
+            if whole:
+                self._take(whole, "")
         codec = codec_of(self.settings.encoding)
         text = records_text(records, codec)
         original, encoding = text.encode(), "utf-8"
