@@ -456,6 +456,11 @@ def test_repetitions_of_msh_18_switch_by_iso_2022(field):
         ("ISO_IR 6", ""),
         ("US-ASCII", ""),  # as .NET calls it: no other bytes are lost that follow all the same
         ("ISO IR999", ""),
+        ("ASCII~8859/1", "latin-1"),  # without escapes, as in the field
+        ("ISO IR6~ISO IR100", "latin-1"),
+        ("~8859/2", "iso8859-2"),
+        ("ASCII~UNICODE UTF-8", "utf-8"),
+        ("UNICODE UTF-16", ""),  # MLLP cannot frame it
         ("8859/11", "cp874"),  # Thai
     ],
 )
