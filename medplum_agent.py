@@ -9639,6 +9639,8 @@ class Request:
 
     @cached_property
     def dataset(self) -> Dataset:
+        """Of a query or a procedure step; Refusal for one that breaks off."""
+        check_whole(io.BytesIO(self.data), 0, self.syntax)
         return cast("Dataset", pynetdicom.dsutils.decode(io.BytesIO(self.data), *syntax_of(self.syntax)))
 
     async def respond(self, fields: Json, dataset: Dataset | None = None) -> None:

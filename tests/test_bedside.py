@@ -3,6 +3,7 @@
 import pytest
 
 from medplum_agent import astm_frame
+from tests.dicom_peers import FAST, IMPLICIT, MPPS, QUIET, Scu, new_uid
 from tests.instruments import ACK, ENQ, EOT, ETB, ETX, NAK, Instrument, bad, body_of, frames_of, of
 from tests.support import Site, accepts, eventually, site
 from tests.test_laboratory import ASTM, came, dead, partials, silent_bot
@@ -55,3 +56,22 @@ def test_a_message_is_whole_though_the_first_frame_of_the_next_one_was_refused_s
             assert [device.ask(bad(astm_frame(6, b"H|\\^&\r", ETX[0]))) for _ in range(6)] == [NAK] * 6
             device.write(EOT)
             came(here, "LAB", body_of(*FIRST))
+
+
+# --- modalities ---
+
+
+@QUIET
+@pytest.mark.parametrize("rest", [b"CT_1", b""])
+def test_a_procedure_step_whose_data_set_breaks_off_is_not_answered_with_success(tmp_path, rest):
+    """Like an object: the modality heard 0x0000, and the Bot got the half of the value that was there, and no more."""
+    whole = b"\x40\0\x52\2\x0a\0\0\0COMPLETED "
+    with site(tmp_path, {"CT": f"dicom://127.0.0.1:{{port}}?{FAST}"}) as here:
+        here.sandbox.bot = silent_bot
+        eventually(lambda: accepts(("127.0.0.1", here.ports["CT"])), 20)
+        with Scu(here.ports["CT"], [(MPPS, (IMPLICIT,))]) as scu:
+            for content in (whole + b"\x40\0\x53\2\x10\0\0\0" + rest, whole):
+                scu.request(1, {3: MPPS, 0x1001: new_uid(), 0x0100: 0x0120}, content)
+            assert [scu.status(), scu.status()] == [0x0110, 0]
+        here.sandbox.wait_for(lambda: of(here, "CT"))
+        assert len(of(here, "CT")) == 1
