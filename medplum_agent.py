@@ -1991,7 +1991,7 @@ def _lines_backwards(path: Path, end: int) -> Iterator[tuple[int, bytes]]:
 
 
 # =====================================================================================================================
-# HL7 (270 lines, 2100 tokens)
+# HL7 (280 lines, 2150 tokens)
 #
 # HL7 v2 by slicing: the MSH header, single fields by path, acknowledgments, the patient a message belongs to.
 # `hl7.parse` is forty times slower and serves where speed does not matter. Text in, text out; touches nothing.
@@ -2196,16 +2196,15 @@ def field_at(text: str, header: Header, path: FieldPath) -> str:
     if not component:
         return value
     value = nth(value.split(header.repetition)[0].split(header.component), component)
-    return nth(value.split(header.field(2)[3:4] or "&"), subcomponent) if subcomponent else value
+    return nth(value.split(header.fields[1][3:4] or "&"), subcomponent) if subcomponent else value
 
 
 def build_ack(header: Header, code: str, text: str = "") -> str:
     """MSH and MSA answering `header` (HL7 v2.5.1 2.9.2, channel contract 4.4); `text` goes to MSA-3."""
     s, c, fields = header.separator, header.component, header.fields
-    kind = header.message_type.split(c, 2)
-    ack_type, now = "ACK", utc_text("%Y%m%d%H%M%S", now_ms())  # YYYYMMDDHHMMSS.mmm (2.A.75, DTM)
-    if len(kind) > 1 and kind[1]:
-        ack_type = f"ACK{c}{kind[1]}{c}ACK" if len(kind) > 2 and kind[2] else f"ACK{c}{kind[1]}"
+    kind, now = header.message_type.split(c, 2), utc_text("%Y%m%d%H%M%S", now_ms())  # YYYYMMDDHHMMSS.mmm (2.A.75, DTM)
+    event = nth(kind, 2)
+    ack_type = "ACK" if not event else f"ACK{c}{event}{c}ACK" if nth(kind, 3) else f"ACK{c}{event}"
     return (
         f"MSH{s}{fields[1] or _MARKS}{s}{fields[4]}{s}{fields[5]}{s}{fields[2]}{s}{fields[3]}{s}{now}{s}{s}"
         f"{ack_type}{s}{next(_control_ids)}{s}{fields[10] or 'P'}{s}{fields[11] or '2.5.1'}\r"
@@ -2257,6 +2256,11 @@ def held_back(settings: Hl7Settings) -> set[str]:
     """MSA-1 of the answers that do not go to the device; those with other codes than AA, AE and AR always do."""
     level = settings.appLevelAck if settings.enhanced == "true" else "NE"
     return {*_HELD_BACK[level].split()} if settings.enhanced else set()
+
+
+def owes_answer(settings: Hl7Settings) -> bool:
+    """Whether the device waits for the Bot's."""
+    return not held_back(settings) >= {"AA", "AE"}
 
 
 # =====================================================================================================================
@@ -6332,7 +6336,7 @@ class Uplink:
 
 
 # =====================================================================================================================
-# Lines (1290 lines, 9650 tokens)
+# Lines (1290 lines, 9550 tokens)
 #
 # One open connection to a device, whoever dialled; each protocol has one class here, which owns its core. A line takes
 # bytes (`receive`), makes messages of them (`intake`), acknowledges when the store says durable (`stored`), writes down
@@ -7014,10 +7018,6 @@ class Hl7Line(MllpLine):
     def replan(self) -> None:
         self.settings = cast(Hl7Settings, self.owner.plan.settings)
         self.core.limit, self.encoding = self.settings.maxMessageBytes, codec_of(self.settings.encoding)
-        self._held_back = held_back(self.settings)
-        self._owes_answer = not self._held_back.issuperset(("AA", "AE"))  # the Bot's
-        self._fixed = "encoding" in self.owner.plan.given
-        self._window_ms = round(self.settings.duplicateWindowHours * 3_600_000)
         if self._delayed:
             self._next_delayed()
 
@@ -7100,7 +7100,7 @@ class Hl7Line(MllpLine):
         self.messages += 1
         owner, settings = self.owner, self.settings
         try:
-            header = read_hl7(content, self.encoding, self._fixed)
+            header = read_hl7(content, self.encoding, "encoding" in owner.plan.given)
         except PeerError as error:
             self._refuse(error, content)
             return
@@ -7110,14 +7110,13 @@ class Hl7Line(MllpLine):
         owner.note(f"[Received -- ID: {header.control_id}]: {text}")
         if (owner.asked or owner.pushed) and self._answers_push(text):
             return
-        message = Message(owner.queue.row, self.remote, content, header.encoding)
-        message.text, message.type = text, header.message_type
-        message.control_id = header.raw_id or header.control_id
-        message.key = ordering_key(text, header, owner.plan.key_spec)
+        message = Message(
+            owner.queue.row, self.remote, content, header.encoding, text=text, type=header.message_type,
+            control_id=header.raw_id or header.control_id, key=ordering_key(text, header, owner.plan.key_spec),
+            assign=settings.assignSeqNo, source=partial(self.stored, header),
+        )  # fmt: skip
         if message.control_id and settings.duplicateBehavior != "accept":
             self._check_repetition(header, message, content)
-        message.assign = settings.assignSeqNo
-        message.source = partial(self.stored, header)
         self.pending += 1
         owner.store.put(message)
 
@@ -7128,7 +7127,8 @@ class Hl7Line(MllpLine):
         unless it gives the same time: a monitor that always says 204 has a pulse of 60, 61, and 60 again.
         """
         name = f"{header.fields[2]}|{header.fields[3]}|{message.control_id}"
-        known, ids, message.window_ms = hash((self.host, name)), self.owner.ids, self._window_ms
+        known, ids = hash((self.host, name)), self.owner.ids
+        message.window_ms = round(self.settings.duplicateWindowHours * 3_600_000)
         if self.settings.duplicateBehavior == "reject":
             message.checked = message_hash(name.encode())
             return
@@ -7158,13 +7158,14 @@ class Hl7Line(MllpLine):
         if content in (b"\x06", b"\x15"):  # the commit acknowledgments of MLLP release 2
             self.words = "its commit acknowledgment came (MLLP release 2)"
             return
+        head = content.decode(self.encoding, "replace").lstrip(_BLANKS)
         if _is_empty_batch(content.lstrip(_BLANK_BYTES)):  # nothing came since the last one (HL7 v2.5.1 2.10.3)
-            sender = LINE_ENDS.split(content.decode(self.encoding, "replace").lstrip(_BLANKS))[0]
+            sender = LINE_ENDS.split(head)[0]
             head = sender[3:4].join(["MSH", *sender.split(sender[3:4])[1:6]])
             self.write(build_ack(Header(head), "CA" if self.settings.enhanced == "true" else "AA"))
             return
         self.owner.note(f"[Refused]: {error}: {content[:200]!r}")
-        head, now = content.decode(self.encoding, "replace").lstrip(_BLANKS), self._loop.time()
+        now = self._loop.time()
         if not (begins_message(head) and len(head) > 8):
             if isinstance(error, FrameError) or now - self._junk_at < JUNK_SECS:
                 return
@@ -7193,7 +7194,7 @@ class Hl7Line(MllpLine):
             self._acknowledge(header, "E", message.refusal)
         else:
             self._acknowledge(header, "A")
-            if self._owes_answer and not is_ack(message.type):
+            if owes_answer(self.settings) and not is_ack(message.type):
                 self.awaiting[message.id] = self.settings
             self.owner.queue.stored(message)
 
@@ -7231,14 +7232,16 @@ class Hl7Line(MllpLine):
         self.owner.warn(f"message from {self.remote} rejected: {reason}; duplicateBehavior=accept takes it as new")
         self._acknowledge(header, "R", reason)
         original = (message.text or "").encode(message.encoding, "replace")
-        audit = Message(self.owner.queue.row, message.remote, original, message.encoding)
-        audit.control_id, audit.type = message.control_id, message.type
+        audit = Message(
+            self.owner.queue.row, message.remote, original, message.encoding, control_id=message.control_id,
+            type=message.type,
+        )  # fmt: skip
         audit.end(NACKED, NOT_OWED, "duplicate-rejected", reason)
         self.owner.store.put(audit)
 
     def _claim(self, row: Message) -> None:
         """The answer goes to the connection that asked last."""
-        if self._owes_answer:
+        if owes_answer(self.settings):
             self.awaiting[row.id] = self.settings
         row.mode = self.settings
         if row.remote != self.remote or row.outcome != PENDING:
@@ -7251,7 +7254,7 @@ class Hl7Line(MllpLine):
     def _replay(self, row: Message) -> bool:
         """Give the Bot's earlier answer again, if there is one for the device."""
         text, ack = read_answer(row.response)
-        if not text or (ack and ack.code in self._held_back):
+        if not text or (ack and ack.code in held_back(self.settings)):
             return False
         self.write(text, row.encoding, row.control_id)
         return True
@@ -7263,7 +7266,6 @@ class Hl7Line(MllpLine):
         if is_ack(message.type):
             return True
         settings = self.awaiting.get(message.id) or message.mode or self.owner.settings_at(message.id)
-        held = self._held_back if settings is self.settings else held_back(settings)
         self.not_owed(message)
         if message.outcome == DELIVERED and not settings.enhanced:
             return True  # it heard that this has failed; another answer would be taken for that of its next message
@@ -7271,8 +7273,8 @@ class Hl7Line(MllpLine):
         if not text:
             if body and not error and not str(body).startswith(BOT_LOG):
                 self.warn_once("body", "the Bot returned something that is no HL7: the device gets botEmptyAck for it")
-            return self._own_answer(message, error, settings, not held.issuperset(("AA", "AE")))
-        if ack and ack.code in held:
+            return self._own_answer(message, error, settings)
+        if ack and ack.code in held_back(settings):
             return True
         if not self.attached:
             gone = "the device is not connected any more; its answer is kept for a repetition"
@@ -7282,9 +7284,9 @@ class Hl7Line(MllpLine):
         self.write(text, message.encoding, message.control_id)
         return True
 
-    def _own_answer(self, message: Message, error: str, settings: Hl7Settings, owes_answer: bool) -> bool:
+    def _own_answer(self, message: Message, error: str, settings: Hl7Settings) -> bool:
         if settings.enhanced:
-            return not (error or owes_answer)
+            return not (error or owes_answer(settings))
         code = settings.botErrorAck if error else settings.botEmptyAck
         if code == "none" or not self.attached or message.text is None:
             return False
