@@ -2523,7 +2523,7 @@ def stream_answer(body: str, settings: StreamSettings) -> bytes:
 
 
 # =====================================================================================================================
-# ASTM (610 lines, 4350 tokens)
+# ASTM (610 lines, 4300 tokens)
 #
 # The link layer of laboratory instruments (ASTM E1381, CLSI LIS01-A2), both roles, and the little of the records
 # (E1394, LIS02-A2) that it needs. Bytes and times in, events out. The caller commits a frame to disk between
@@ -2766,10 +2766,8 @@ class Astm:
         """The connection is gone, and with it the session and everything that waits to be sent."""
         self._waiting.clear()
         self._break("the connection was closed before EOT")
-        reached = (self._reached and n == 0 for n in range(len(self._queue)))
-        self._events += [SendFailed("the connection was closed", one) for one in reached]
-        self._queue.clear()
-        self._asked = 0
+        while self._queue:
+            self._settle(SendFailed("the connection was closed", self._reached))
         self.state = Link.IDLE
         return self._run()
 
@@ -2842,6 +2840,7 @@ class Astm:
 
     def _anew(self, byte: int) -> None:
         self._break("the instrument began a new session before EOT")
+        self._open(byte)
 
     def _end(self, byte: int) -> None:
         """EOT."""
@@ -3045,6 +3044,7 @@ def _padding(link: Link) -> _Row:
 
 # fmt: off
 _SESSION: _Row = {STX: (Link.NUMBER, Astm._begin), EOT: (Link.IDLE, Astm._end), _TIME: (Link.IDLE, Astm._silent)}
+_TEXT_ENDS: _Row = dict.fromkeys((ETB, ETX), (Link.SUM, Astm._take_sum))
 _BETWEEN: _Row = {**_SESSION, **_padding(Link.OPEN), _OTHER: (Link.NOISE, Astm._skip)}
 _NOISY: _Row = {**_BETWEEN, **_padding(Link.NOISE), ENQ: (Link.NOISE_ENQ,), EOT: (Link.NOISE_EOT,)}
 _LINK: dict[Link, _Row] = {
@@ -3055,20 +3055,20 @@ _LINK: dict[Link, _Row] = {
     },
     # receiver
     Link.FRESH: {**_BETWEEN, **_padding(Link.FRESH), ENQ: (Link.NOISE_ENQ,)},
-    Link.OPEN: {**_BETWEEN, ENQ: (Link.FRESH, Astm._anew, Astm._open)},
+    Link.OPEN: {**_BETWEEN, ENQ: (Link.FRESH, Astm._anew)},
     Link.AFTER: {**_BETWEEN, ENQ: (Link.NOISE_ENQ,)},  # a flipped CR, or no CR LF and a new session
     Link.NOISE: _NOISY,
-    Link.NOISE_ENQ: {**_NOISY, _TIME: (Link.FRESH, Astm._anew, Astm._open)},
+    Link.NOISE_ENQ: {**_NOISY, _TIME: (Link.FRESH, Astm._anew)},
     Link.NOISE_EOT: {
         **_NOISY, **_padding(Link.NOISE_EOT), ENQ: (Link.FRESH, Astm._end, Astm._open), _TIME: (Link.IDLE, Astm._end),
     },
     Link.NUMBER: {
-        **_SESSION, ENQ: (Link.FRESH, Astm._anew, Astm._open), ETB: (Link.SUM, Astm._take_sum),
-        ETX: (Link.SUM, Astm._take_sum), _OTHER: (Link.TEXT, Astm._take_number),
+        **_SESSION, ENQ: (Link.FRESH, Astm._anew), **_TEXT_ENDS,
+        _OTHER: (Link.TEXT, Astm._take_number),
     },
     Link.TEXT: {  # all other bytes: _take_text
         **_SESSION, STX: (Link.NUMBER, Astm._inside, Astm._begin), EOT: (Link.TEXT_EOT,),
-        ETB: (Link.SUM, Astm._take_sum), ETX: (Link.SUM, Astm._take_sum),
+        **_TEXT_ENDS,
     },
     Link.TEXT_EOT: {
         STX: (Link.NUMBER, Astm._inside, Astm._begin), ENQ: (Link.FRESH, Astm._give_up, Astm._end, Astm._open),
