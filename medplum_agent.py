@@ -6336,7 +6336,7 @@ class Uplink:
 
 
 # =====================================================================================================================
-# Lines (1290 lines, 9550 tokens)
+# Lines (1300 lines, 9600 tokens)
 #
 # One open connection to a device, whoever dialled; each protocol has one class here, which owns its core. A line takes
 # bytes (`receive`), makes messages of them (`intake`), acknowledges when the store says durable (`stored`), writes down
@@ -6527,6 +6527,11 @@ async def within(name: str, seconds: float, *, patient: bool = False) -> AsyncIt
         raise DeviceError(f"{name}: {os_reason(error)}", attempt.kind) from None
     except (LocalError, UnicodeError) as error:
         raise DeviceError(f"{name}: {error}", attempt.kind) from None
+
+
+def is_silence(body: object) -> bool:
+    """Nothing, or only the Bot's log, which is not for the device."""
+    return body in (None, "") or (isinstance(body, str) and body.startswith(BOT_LOG))
 
 
 def set_device_options(sock: socket.socket) -> None:
@@ -7418,7 +7423,7 @@ class StreamLine(Line):
     def answer(self, message: Message, body: object, error: str) -> bool:
         """The Bot's words; the log text of a Bot that returned nothing is not for the device."""
         self.not_owed(message)
-        if error or not isinstance(body, str) or not body or body.startswith(BOT_LOG):
+        if error or not isinstance(body, str) or is_silence(body):
             return not error
         if self.settings.ignoreResponse:
             return True
@@ -8490,6 +8495,12 @@ def _zoned(host: str, port: int, flow: int = 0, zone: int = 0) -> tuple[str, int
     return f"{host}%{zone}" if zone and "%" not in host else host, port
 
 
+def look_up(target: Target) -> list[tuple[str, int]]:
+    """Where a device is; OSError. It may take long."""
+    found = socket.getaddrinfo(target.host, target.port, type=socket.SOCK_STREAM)
+    return list(dict.fromkeys(_zoned(*address) for *_, address in found))
+
+
 class Devices:
     """All devices that were pushed to."""
 
@@ -8519,14 +8530,12 @@ class Devices:
 
     async def addresses(self, target: Target) -> list[tuple[str, int]]:
         """Where a device is; DeviceError where we may not go. Lookups have threads of their own: some take long."""
-        look_up = partial(socket.getaddrinfo, target.host, target.port, type=socket.SOCK_STREAM)
         try:
             ipaddress.ip_address(target.host.split("%")[0])
-            found = look_up()
+            addresses = look_up(target)
         except ValueError:
-            found = await asyncio.get_running_loop().run_in_executor(self._lookups, look_up)
+            addresses = await asyncio.get_running_loop().run_in_executor(self._lookups, look_up, target)
         allowed = push_targets(self.allowed)
-        addresses = list(dict.fromkeys(_zoned(*address) for *_, address in found))
         if allowed and not all(any(one.holds(target.scheme, *address) for one in allowed) for address in addresses):
             raise DeviceError(f"{target.key} is not among pushTargets of agent.toml", "device-rejected")
         return addresses
@@ -8696,7 +8705,7 @@ def parse_ping(host: object, body: object) -> tuple[str, int]:
 
 
 # =====================================================================================================================
-# DICOM (1990 lines, 16700 tokens)
+# DICOM (1980 lines, 16600 tokens)
 #
 # Imaging devices (DICOM PS3.4, PS3.7, PS3.8; channel contract 8). `Dimse` is a core like the others: bytes in, events
 # out. Its line runs requests as coroutines; what takes long (fsync, decoding, JSON) goes to a few threads. pydicom and
@@ -9237,7 +9246,7 @@ def _clean(vr: str, value: Any) -> Any:
 
 def _plain(element: Json, swap: bool, standard: bool) -> Json | None:
     """An element of DICOM JSON without values too large to be inline; None when nothing is left of it."""
-    vr, values = element["vr"], element.get("Value")
+    vr = element["vr"]
     if "BulkDataURI" in element:
         return None
     if inline := element.get("InlineBinary"):
@@ -9245,7 +9254,7 @@ def _plain(element: Json, swap: bool, standard: bool) -> Json | None:
             turned = other_order(vr, base64.b64decode(inline))
             return element | {"InlineBinary": base64.b64encode(turned).decode()}
         return element
-    values = [_clean(vr, value) for value in values or ()]
+    values = [_clean(vr, value) for value in element.get("Value") or ()]
     if values in ([], [""], [None]):
         return {"vr": vr} if standard else {"vr": vr, "Value": [] if vr == "PN" else [""]}
     return {"vr": vr, "Value": [None if value == "" else value for value in values]}
@@ -9319,11 +9328,6 @@ def bot_words(text: object) -> Any:
     if isinstance(words, dict) and (status := dimse_status(words.get("status", 0))):
         raise Refusal(str(words.get("comment") or "the Bot refused the request"), status)
     return words
-
-
-def is_silence(text: object) -> bool:
-    """Nothing, or only the Bot's log."""
-    return text in (None, "") or (isinstance(text, str) and text.startswith(BOT_LOG))
 
 
 def dimse_status(value: Any) -> int:
@@ -9472,11 +9476,8 @@ class Sender:
         """`addresses` are those of the target, where they are known; DeviceError: its TLS cannot be set up."""
         self._tls = (device_tls(target, log), target.host) if target.settings.tls else None
         self._entity, self._target, self._addresses = entity, target, addresses
-        self._connect_secs, self._answer_secs = (
-            cast(float, entity.connection_timeout),
-            cast(float, entity.dimse_timeout),
-        )
-        self._options: Json = {"ae_title": target.path, "tls_args": self._tls}
+        self._connect_secs = cast(float, entity.connection_timeout)
+        self._answer_secs = cast(float, entity.dimse_timeout)
         self._file: SpoolFile | None = None  # whose object is sent
         self._closed = threading.Event()  # the connection
         self._association: Association | None = None
@@ -9559,8 +9560,7 @@ class Sender:
     def _associate(self, **options: Any) -> Association:
         """With the first of its addresses that takes it; they share the time to connect."""
         try:
-            find = partial(socket.getaddrinfo, self._target.host, self._target.port, type=socket.SOCK_STREAM)
-            self._addresses = self._addresses or [_zoned(*address) for *_, address in find()]
+            self._addresses = self._addresses or look_up(self._target)
         except OSError as error:
             self.problem = DeviceError(f"it cannot be reached: {os_reason(error)}", "device-unreachable")
             raise self.problem from None
@@ -9573,7 +9573,9 @@ class Sender:
                 (events.EVT_CONN_OPEN, _in_time), (events.EVT_DIMSE_SENT, self._pace),
                 (events.EVT_CONN_CLOSE, lambda _, closed=closed: closed.set()),
             ]  # fmt: skip
-            made = self._entity.associate(host, port, evt_handlers=handlers, **self._options, **options)
+            made = self._entity.associate(
+                host, port, ae_title=self._target.path, tls_args=self._tls, evt_handlers=handlers, **options
+            )
             if cast(Any, made.acceptor.primitive) is not None:
                 break
         return cast("Association", made)
@@ -10033,11 +10035,10 @@ class DicomChannel(Channel):
 
     def _new_message(self, request: Request, uid: str, key: str, body: Json) -> Message:
         text = fitted(body)
-        message = Message(self.queue.row, request.line.calling, text.encode())
-        message.type, message.control_id = request.name, uid
-        message.key = "" if self.plan.key_spec == "*" else key
-        message.text = text
-        return message
+        return Message(
+            self.queue.row, request.line.calling, text.encode(), text=text, type=request.name, control_id=uid,
+            key="" if self.plan.key_spec == "*" else key,
+        )  # fmt: skip
 
     async def _keep(self, message: Message) -> None:
         """Store a message; Refusal where that is not possible."""
@@ -10201,10 +10202,8 @@ class DicomChannel(Channel):
             raise ValueError("no presentation context for it")
         data: Iterable[tuple[bytes, bool]] = file_blocks(file)
         if usable[0] != own:
-            content, size = (
-                await self._decode(lambda: write_dataset(read_object(file), usable[0], own)),
-                TRANSFER_BLOCK_BYTES,
-            )
+            content = await self._decode(lambda: write_dataset(read_object(file), usable[0], own))
+            size = TRANSFER_BLOCK_BYTES
             data = [(content[at : at + size], at + size >= len(content)) for at in range(0, len(content), size)]
         fields = {"CommandField": 0x0001, "AffectedSOPClassUID": sop_class, "Priority": 0,
                   "AffectedSOPInstanceUID": meta.MediaStorageSOPInstanceUID}  # fmt: skip
@@ -10515,9 +10514,11 @@ def meta_of(file: SpoolFile) -> Dataset:
     reader = pydicom.filereader
     with file.open() as reading:
         reader.read_preamble(reading, force=False)
-        meta = reader.read_dataset(reading, False, True, stop_when=lambda tag, *_: tag.group != 2, defer_size=MIB)
+        meta: Dataset = reader.read_dataset(
+            reading, False, True, stop_when=lambda tag, *_: tag.group != 2, defer_size=MIB
+        )
         file.start = reading.tell()
-        return cast("Dataset", meta)
+        return meta
 
 
 def file_blocks(file: SpoolFile) -> Iterator[tuple[bytes, bool]]:
@@ -10564,7 +10565,7 @@ class ImagingCaller:
     def check(cls, push: Push) -> Json:
         """The request of a push; DeviceError says what is wrong with it."""
         try:
-            request = load_json(push.text)
+            request: Json = load_json(push.text)
             if (command := request["command"]) not in cls.COMMANDS:
                 raise ValueError(f"command '{command}' is unknown: use one of {', '.join(cls.COMMANDS)}")
             if command == "C-STORE":
@@ -10574,7 +10575,7 @@ class ImagingCaller:
                 dataset_of(request.get("dataset", {}))
             if command == "C-MOVE" and not ae_titles(str(request.get("destination") or "")):
                 raise ValueError("C-MOVE needs a destination, the AE title that the objects shall go to")
-            return cast(Json, request)
+            return request
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             text = str(error) if isinstance(error, ValueError) else 'it needs the form {"command": "C-ECHO"}'
             where = f"the body of a push to {push.target.key}"
