@@ -6753,7 +6753,7 @@ class Line(asyncio.Protocol):
             self._transport.pause_reading()
 
     def resume(self, reason: str) -> None:
-        if reason in self._paused and self._paused == {reason} and self.attached:
+        if self._paused == {reason} and self.attached:
             self._transport.resume_reading()
             self._begun_at = self._begun_at and self._loop.time()  # it could not go on
         self._paused.discard(reason)
@@ -6769,8 +6769,7 @@ class Line(asyncio.Protocol):
             self._unread += len(content := b"".join(self._outbox))
             self._transport.write(content)
         self._outbox.clear()
-        if self.ended or self._closing:
-            self._close_if_done()
+        self._close_if_done()
 
     def _close_if_done(self) -> None:
         busy = self.pending or self._delayed or self._outbox or (self.awaiting and not self._closing)
@@ -6811,12 +6810,16 @@ class Line(asyncio.Protocol):
                 transport.write_eof()
             else:
                 transport.close()
-        with suppress(TimeoutError):
-            async with asyncio.timeout(seconds):
-                await self.lost.wait()
-        in_time = self.lost.is_set()
+        in_time = await self.is_lost(seconds)
         self.abort()
         return in_time
+
+    async def is_lost(self, seconds: float) -> bool:
+        """Whether it is, or will be in so many seconds."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(seconds):  # wait_for, in 3.11, may lose that its caller is cancelled
+                await self.lost.wait()
+        return self.lost.is_set()
 
     def leave(self) -> Json | None:
         """A descriptor of the connection, which stays open, and what it was about; None where that cannot pass on."""
@@ -7408,15 +7411,16 @@ class StreamLine(Line):
         """It is on disk; or refused: then its automatic answer is not given, and the device sends again."""
         self.settled()
         if message.refusal:
+            self._replies.clear()
             self.owner.warn(f"{self.remote}: {message.refusal}; {self.unstored}")
         elif message.state == QUEUED:
             if not (self.ended or self.settings.ignoreResponse):
                 self.awaiting[message.id] = None
             self.owner.queue.stored(message)
-        if message.refusal or not self.pending:
-            replies, self._replies = self._replies, []
-            for reply in replies if not message.refusal else ():
+        if not self.pending:
+            for reply in self._replies:
                 self.send(reply)
+            self._replies.clear()
 
     unstored = "the message is not acknowledged"
 
@@ -7627,7 +7631,7 @@ class AstmLine(StreamLine):
 
 
 # =====================================================================================================================
-# Channels (510 lines, 4050 tokens)
+# Channels (500 lines, 4000 tokens)
 #
 # A channel is a configured name: its plan, its queue, its lines, and the door by which they come, a listener or a
 # dialler. A listener owns a bound port and may change its channel, so that a reload can swap ports without ever
@@ -7824,8 +7828,7 @@ class Channel:
 
     def _offer_held(self, ids: Iterable[int]) -> None:
         """To their instruments, where these are there."""
-        for held in [self.held[id_] for id_ in ids if id_ in self.held]:
-            _, message, body = held
+        for _, message, body in [self.held[id_] for id_ in ids if id_ in self.held]:
             line = self._same_device(message) or self.lines.get(message.remote)
             if line is not None and line.attached:
                 del self.held[message.id]
@@ -7857,7 +7860,7 @@ class Channel:
             if reason := line.check_time(now, settings.idleTimeoutSecs, settings.frameTimeoutSecs):
                 self.warn(f"{line.remote} was disconnected: {reason}")
                 line.close()
-        for id_, _ in [(id_, until) for id_, (until, _, _) in self.held.items() if until < now]:
+        for id_ in [id_ for id_, (until, _, _) in self.held.items() if until < now]:
             del self.held[id_]
             text = "its device did not come back, or takes nothing; the answer is in the queue as undelivered"
             self.warn(f"message {id_}: {text}")
@@ -7934,9 +7937,7 @@ class Channel:
                 line = await self._open()
                 reason = "the line was closed"
                 if reason == last_reason:  # it may hang up at once again
-                    with suppress(TimeoutError):
-                        async with asyncio.timeout(STABLE_SECS):  # wait_for, in 3.11, may lose the end of the channel
-                            await line.lost.wait()
+                    await line.is_lost(STABLE_SECS)
                 if not line.lost.is_set():
                     self._log.info(f"{where} is open.")
                 await line.lost.wait()
@@ -8102,14 +8103,12 @@ def bind_sockets(host: str, port: int, addresses: set[tuple[int, Any]], log: Log
     A host that is not an address of this machine (a public name, a translated address) means all interfaces, as with
     the reference agent, and a warning.
     """
-    if addresses:
-        try:
-            found = [_bind_address(family, address, len(addresses)) for family, address in addresses]
-            if any(found):
-                return [one for one in found if one]
-        except OSError as error:
-            if error.errno != errno.EADDRNOTAVAIL:
-                raise
+    try:
+        if found := [one for one in itertools.starmap(_bind_address, addresses) if one]:
+            return found
+    except OSError as error:
+        if error.errno != errno.EADDRNOTAVAIL:
+            raise
     if host not in ANY_HOST:
         log.warn(f"'{host}' is not an address of this machine; port {port} listens on all interfaces.")
     if socket.has_dualstack_ipv6():
@@ -8117,12 +8116,12 @@ def bind_sockets(host: str, port: int, addresses: set[tuple[int, Any]], log: Log
     return [socket.create_server(("", port))]
 
 
-def _bind_address(family: int, address: Any, count: int) -> socket.socket | None:
+def _bind_address(family: int, address: Any) -> socket.socket | None:
     """One address of a host; of several (localhost is 127.0.0.1 and ::1) some may not exist here."""
     try:
         return socket.create_server(address, family=family)  # with the zone of a link-local one
     except OSError as error:
-        if count > 1 and error.errno == errno.EADDRNOTAVAIL and family == socket.AF_INET6:
+        if error.errno == errno.EADDRNOTAVAIL and family == socket.AF_INET6:
             return None
         raise
 
@@ -8220,8 +8219,7 @@ class BytesCall(Line):
             self._flush()
             if self.attached and self._transport.can_write_eof():
                 self._transport.write_eof()
-            with suppress(TimeoutError):
-                await asyncio.wait_for(self.lost.wait(), HANG_UP_SECS)
+            await self.is_lost(HANG_UP_SECS)
             if isinstance(self._error, OSError):
                 kind = "device-unreachable" if isinstance(self._error, ssl.SSLError) else "device-silent"
                 raise DeviceError(f"{self.owner.name}: {os_reason(self._error)}", kind)
@@ -8563,8 +8561,9 @@ class Devices:
 
     def here(self, channel: str, host: str) -> None:
         """A device has connected to a channel, perhaps not for long."""
-        for queue in [queue for device in self._on_channel(channel, host) for queue in device.queues]:
-            queue.hurry()
+        for device in self._on_channel(channel, host):
+            for queue in device.queues:
+                queue.hurry()
 
     def _on_channel(self, channel: str, host: str) -> list[Device]:
         keys = f"channel://{channel}", f"channel://{channel}/{known_host(host)}", f"serial://{host}"
