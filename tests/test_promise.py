@@ -7,6 +7,7 @@ import re
 import select
 import shutil
 import signal
+import socket
 import sqlite3
 import threading
 import time
@@ -581,3 +582,31 @@ def test_the_file_of_reserved_numbers_is_never_synced_by_the_loop(tmp_path):
                     pass
         found = told.read_text().split()
         assert len(found) >= 10 and set(found) == {"store-writer"}
+
+
+READ_BEFORE_TOLD = """import threading, time
+committed, tell, queued = threading.Event(), m.Store._tell, m.Store.queued
+def late(self, *then):
+    if threading.current_thread() is self._writer and any(one.args[:1] and one.args[0] for one in then if isinstance(
+            one, m.partial) and one.func == self._committed):
+        committed.set()
+        time.sleep(1)
+    tell(self, *then)
+async def after(self, *asked):
+    await m.asyncio.to_thread(committed.wait)
+    return await queued(self, *asked)
+m.Store._tell, m.Store.queued = late, after
+"""
+
+
+def test_the_bots_answer_does_not_overtake_ours(tmp_path):
+    """At the start a row was read, sent and answered before its device had heard CA, which then waited for ever."""
+    with site(tmp_path, {"A": "?enhanced=true"}, start=False) as here:
+        changed(here.agent, READ_BEFORE_TOLD)
+        here.agent.start()
+        with here.device("A") as device:
+            assert device.ask(message("FIRST")) == ("CA", "FIRST")
+            assert device.ack() == ("AA", "FIRST")
+            device.socket.shutdown(socket.SHUT_WR)
+            with pytest.raises(EOFError):  # nothing is owed any more
+                device.receive_bytes()
