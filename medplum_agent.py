@@ -8711,7 +8711,7 @@ def parse_ping(host: object, body: object) -> tuple[str, int]:
 
 
 # =====================================================================================================================
-# DICOM (1980 lines, 16600 tokens)
+# DICOM (1990 lines, 16650 tokens)
 #
 # Imaging devices (DICOM PS3.4, PS3.7, PS3.8; channel contract 8). `Dimse` is a core like the others: bytes in, events
 # out. Its line runs requests as coroutines; what takes long (fsync, decoding, JSON) goes to a few threads. pydicom and
@@ -9518,6 +9518,8 @@ class Sender:
                 self._unanswered = 0
                 return answer
         silent = time.monotonic() >= until
+        if not silent:
+            self._association = None  # for a moment it still calls itself established: the next object waited in vain
         self._unanswered += 3 if silent else 1
         problem = DeviceError("no answer came" if silent else "it ended the association", "device-silent")
         if self._unanswered >= 3:

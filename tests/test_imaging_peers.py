@@ -160,12 +160,24 @@ def test_an_object_is_uploaded_once_while_the_disk_is_full(small_disk, storage, 
 # --- destinations ---
 
 
-def test_the_objects_behind_one_that_the_destination_aborts_at_are_moved(tmp_path):
+SLOW_TO_SEE_AN_ABORT = """m.imaging()
+from pynetdicom import AE, evt
+from time import sleep
+associate, heard = AE.associate, lambda event: "Abort" in type(event.primitive).__name__.title() and sleep(1)
+AE.associate = lambda self, *args, evt_handlers, **options: associate(
+    self, *args, evt_handlers=[*evt_handlers, (evt.EVT_ACSE_RECV, heard)], **options)"""
+
+
+@pytest.mark.parametrize("slowed", ["", SLOW_TO_SEE_AN_ABORT], ids=["at once", "late"])
+def test_the_objects_behind_one_that_the_destination_aborts_at_are_moved(tmp_path, slowed):
     """An archive that aborts at an object that it does not like: the rest of the study was not sent, and counted as
-    failed."""
+    failed; nor where the association is slow to see that it ended, as it is on a busy machine."""
     with Destination() as dest:
         address = f"dicom://127.0.0.1:{{port}}?moveDestinations={dest.address}"
-        with imaging_site(tmp_path, {"PACS": address}) as here:
+        with site(tmp_path, {"PACS": address}, start=False) as here:
+            if slowed:
+                changed(here.agent, slowed)
+            start(here)
             objects = [made(100) for _ in range(5)]
 
             def choosy(event: evt.Event) -> int:
