@@ -422,6 +422,8 @@ class Clock:
 class Rows:
     """A store with one row; `failing` is what was written of its time of failing."""
 
+    released = 1 << 62
+
     def __init__(self, *messages: Message) -> None:
         self.messages = list(messages)
         self.failing: list[int] = []

@@ -325,6 +325,8 @@ def test_two_answers_are_one_for_the_device(tmp_path, how):
 class Rows:
     """A store that has these rows on disk; `recovered` are the states that rows sent before a restart got."""
 
+    released = 1 << 62
+
     def __init__(self, *rows):
         self.rows = rows
         self.recovered = []
