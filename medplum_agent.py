@@ -1355,6 +1355,7 @@ class Policy(NamedTuple):
     workers: int  # messages in flight at once
     timeout_secs: float  # to wait for an answer
     written: bool = False  # somebody wrote the figures of settings: they count as they are
+    excuses: bool = False  # while all fail, no message uses up its tries
 
     @property
     def once(self) -> bool:
@@ -1431,7 +1432,8 @@ class ChannelPlan:
         if mode == "normal" and "autoRetryMaxAttempts" not in self.given:
             s = dataclasses.replace(s, autoRetryMaxAttempts=10)
         written = any(name.startswith("autoRetry") for name in self.given)
-        return Policy(f"Channel '{self.name}'", s, mode, self.workers, s.responseTimeoutSecs, written)
+        excuses = mode != "normal" and "autoRetryMaxAttempts" not in self.given
+        return Policy(f"Channel '{self.name}'", s, mode, self.workers, s.responseTimeoutSecs, written, excuses)
 
 
 @dataclass(frozen=True)
@@ -5228,7 +5230,7 @@ def _json_object(text: bytes) -> Json:
 
 
 # =====================================================================================================================
-# Delivery (590 lines, 4400 tokens)
+# Delivery (590 lines, 4450 tokens)
 #
 # What is on its way, the same for every protocol and in both directions. `Order` decides what may be in flight, `judge`
 # what an answer means; `Queue` keeps a window of the stored messages of one destination, which is the server or one
@@ -5420,7 +5422,7 @@ class Queue:
         self.ahead_at = 0.0  # after an upload failed, the next is tried ahead of its turn then
         self._inflight_bytes = 0
         self._timer: asyncio.TimerHandle | None = None
-        self._refused: set[int] = set()  # messages that were refused since the last success
+        self._failing: set[int] = set()  # messages that have failed since the last success
         self._passed_at = -math.inf
         self._complain, self._mourn = Complaints(log.warn, policy.name, 1), Complaints(log.error, policy.name)
         self._loop = asyncio.get_running_loop()
@@ -5706,7 +5708,7 @@ class Queue:
         if error:
             self.failed(message, error, status, relay=bool(read_answer(body)[0]))
             return
-        self._refused.clear()
+        self._failing.clear()
         self._passed_at = time.monotonic()
         message.outcome = DELIVERED if self.owner.answer(message, body, "") else UNDELIVERED
         self.settle(message, PROCESSED)
@@ -5727,7 +5729,10 @@ class Queue:
         now, tries = self._loop.time(), message.attempts or message.uploads
         message.failing_ms += round((now - (message.failing_since or now)) * 1000)  # not by the wall clock: it jumps
         message.failing_since = now
-        poison = error in _POISON and not mode and not self.policy.written and self._is_poison(message)
+        own = not counts or self._is_own_fault(message)
+        if self.policy.excuses and not own:
+            message.failures = min(message.failures, self.policy.settings.autoRetryMaxAttempts // 2)
+        poison = own and error in _POISON and not mode and not self.policy.written
         spent = self.policy.spent(message.failures, message.failing_ms, tries)
         if spent or error not in _RETRIED[mode or self.policy.mode] or (poison and message.failures >= POISON_TRIES):
             self.bury(message, error, status, relay=relay, words=words)
@@ -5740,11 +5745,11 @@ class Queue:
         self._complain(f"message {message.id}, try {tries} failed: {message.last_error}")
         self.pump()
 
-    def _is_poison(self, message: Message) -> bool:
-        """A refusal is about this message where others pass: few were refused since a recent success, or it alone."""
-        others = self._refused - {message.id}
-        if len(self._refused) <= POISONS:  # more make no difference
-            self._refused.add(message.id)
+    def _is_own_fault(self, message: Message) -> bool:
+        """A failure is about this message where others pass: few have failed since a recent success, or it alone."""
+        others = self._failing - {message.id}
+        if len(self._failing) <= POISONS:  # more make no difference
+            self._failing.add(message.id)
         lately = time.monotonic() - self._passed_at < POISON_LATELY_SECS
         return len(others) < (POISONS if lately else 1)
 

@@ -14,6 +14,7 @@ import sys
 import threading
 import time
 import types
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -858,6 +859,29 @@ def test_a9_poison_gives_way_within_ten_seconds(tmp_path):
             for name in ("ENHANCED", "AA", "SINGLE", "ASTM", "RAW"):
                 told = [*said(here, f"'{name}'", level="WARN"), *said(here, f"'{name}'", level="ERROR")]
                 assert 1 <= len(told) <= 3, told
+
+
+def test_a9_while_all_fail_no_message_uses_up_its_tries(tmp_path):
+    """What fails alone has twenty; where somebody wrote how many, they count as they are."""
+    fast = "enhanced=aa&autoRetryBaseDelayMs=2&autoRetryMaxDelayMs=4"
+    with site(tmp_path, {"A": f"?{fast}", "WRITTEN": f"?{fast}&autoRetryMaxAttempts=20"}) as here:
+        tries: Counter[str] = Counter()
+
+        def out_of_order(transmit):
+            control = transmit.body.split("|")[9]
+            tries[control] += 1
+            return (503, "") if tries[control] < 60 or control == "ALONE" else bot("AA")(transmit)
+
+        here.sandbox.bot = out_of_order
+        for name in ("A", "WRITTEN"):
+            with here.device(name) as device:
+                assert [device.ask(message(f"{name}-{n}", str(n)))[0] for n in range(4)] == ["AA"] * 4
+        for n in range(4):
+            assert here.agent.wait_state(f"A-{n}", "processed")["attempts"] == 60
+            assert here.agent.wait_state(f"WRITTEN-{n}", "failed")["attempts"] == 20
+        with here.device("A") as device:
+            assert device.ask(message("ALONE", "A"))[0] == "AA"
+        assert here.agent.wait_state("ALONE", "failed")["attempts"] == 20
 
 
 def test_a9_two_poisons_before_a_barrier_hold_up_nobody_either(tmp_path):
