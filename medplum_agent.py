@@ -209,6 +209,7 @@ KNOWN_MESSAGES, KNOWN_BYTES = 65_536, 32 * MIB  # the same of all channels, whos
 INFLIGHT_BYTES = 16 * MIB  # of one channel with the server at once
 REFILL_MESSAGES = 256  # rows read from disk in one go: a ms or two of the interpreter
 PAGE_BYTES = 8192  # SQLite page: large messages want large pages, random control ids small ones
+PADDED_BYTES, CHANGES_BYTES = 16_384, 1024  # rows of larger messages keep their length: so many for all that changes
 CHECKPOINT_PAGES = 2000  # 16 MiB of WAL: more gives stalls of 30-100 ms
 WAL_BYTES = 128 * MIB  # of its file; more, after another program's long read, is given back
 MUST_SECS = 1.0  # what was acknowledged in pieces and cannot be stored is tried again
@@ -3129,7 +3130,7 @@ def text_records(body: str, settings: StreamSettings) -> list[bytes]:
 
 
 # =====================================================================================================================
-# Store (1600 lines, 11600 tokens)
+# Store (1610 lines, 11800 tokens)
 #
 # Every message on disk before it is acknowledged: one SQLite file (WAL, synchronous=FULL), one writer thread with one
 # commit in flight. What arrives while it runs is the next batch: one executemany, one COMMIT, one call back into the
@@ -3164,12 +3165,11 @@ CREATE TABLE channel (id INTEGER PRIMARY KEY, name TEXT NOT NULL UNIQUE, next_se
 CREATE TABLE message (
   id INTEGER PRIMARY KEY, channel INTEGER NOT NULL, epoch INTEGER NOT NULL, state INTEGER NOT NULL,
   remote TEXT NOT NULL, control_id TEXT NOT NULL, checked INTEGER, type TEXT NOT NULL, key TEXT,
-  original BLOB NOT NULL, encoding TEXT NOT NULL, finalized TEXT, seq_no INTEGER, return_ack TEXT,
-  received_at INTEGER NOT NULL,
+  encoding TEXT NOT NULL, finalized TEXT, seq_no INTEGER, return_ack TEXT, received_at INTEGER NOT NULL,
   attempts INTEGER NOT NULL DEFAULT 0, failures INTEGER NOT NULL DEFAULT 0,
   next_attempt_at INTEGER NOT NULL DEFAULT 0, failing_ms INTEGER NOT NULL DEFAULT 0,
   sent_at INTEGER NOT NULL DEFAULT 0, settled_at INTEGER NOT NULL DEFAULT 0, response TEXT, status_code INTEGER,
-  outcome INTEGER NOT NULL DEFAULT 0, error_code TEXT, last_error TEXT, spool TEXT);
+  outcome INTEGER NOT NULL DEFAULT 0, error_code TEXT, last_error TEXT, spool TEXT, pad BLOB, original BLOB NOT NULL);
 CREATE TABLE partial (session TEXT, number INTEGER, channel INTEGER NOT NULL, remote TEXT NOT NULL,
   frame BLOB NOT NULL, PRIMARY KEY (session, number)) WITHOUT ROWID;
 CREATE UNIQUE INDEX duplicate ON message (channel, control_id, checked) WHERE checked;
@@ -3192,10 +3192,10 @@ _MIGRATIONS = {  # from each older version of the schema to the next
 }
 # Columns are members of Message: those of a new row, those that change later, and those that are read back.
 _NEW = """id channel epoch state remote control_id checked type key original encoding finalized seq_no return_ack
-  received_at settled_at outcome error_code last_error spool""".split()
+  received_at settled_at outcome error_code last_error spool pad""".split()
 _CHANGED = """id state remote attempts failures next_attempt_at failing_ms sent_at settled_at response status_code
-  outcome error_code last_error""".split()
-_READ = [*_CHANGED, *"channel epoch control_id type key encoding received_at return_ack spool".split()]
+  outcome error_code last_error pad""".split()
+_READ = [*_CHANGED[:-1], *"channel epoch control_id type key encoding received_at return_ack spool".split()]
 _INSERT = f"""INSERT INTO message ({", ".join(_NEW)}) VALUES {{rows}}
   ON CONFLICT (channel, control_id, checked) WHERE checked DO NOTHING"""
 _UPDATE = f"""UPDATE message SET {", ".join(f"{name} = column{n}" for n, name in enumerate(_CHANGED, 1) if n > 1)}
@@ -3207,7 +3207,7 @@ _BACKLOG = f"""SELECT name, waiting, (SELECT received_at FROM message WHERE id =
   (SELECT channel, count(*) AS waiting, min(id) AS first FROM message WHERE state < {PROCESSED} GROUP BY channel)
   ON id = channel"""
 _PROBE = f"PRAGMA user_version = {SCHEMA_VERSION}"  # writes a page, also where nothing changes; an UPDATE would not
-_new_row, _changes = attrgetter(*_NEW), attrgetter(*_CHANGED)
+_new_row, _changes, _progress = attrgetter(*_NEW), attrgetter(*_CHANGED), attrgetter(*_CHANGED[1:-1])
 
 
 @dataclass(slots=True, eq=False)
@@ -3218,6 +3218,15 @@ class ChannelRow:
     key_spec: str
     id: int = 0
     epoch: int = 0
+
+
+def _stored_bytes(value: str | int | None) -> int:
+    """What a value takes in a row, with its type (SQLite file format 2.1)."""
+    if isinstance(value, str):
+        size = len(value.encode("utf-8", "surrogatepass"))
+        return size + 1 + (size > 57) + (size > 8185)
+    bits = 0 if value in (None, 0, 1) else int(value).bit_length() + 1
+    return 1 + next(size for size in (0, 1, 2, 3, 4, 6, 8, 99) if bits <= 8 * size)
 
 
 def _words(value: Any) -> Any:
@@ -3288,6 +3297,13 @@ class Message:
         except LookupError:
             message.encoding = "utf-8"
         return message
+
+    @property
+    def pad(self) -> bytes | None:
+        """Keeps the row of a large message at one length: SQLite then writes what changes, and not its body again."""
+        if self.size < PADDED_BYTES:
+            return None
+        return bytes(max(58, CHANGES_BYTES - sum(map(_stored_bytes, _progress(self)))))
 
     @property
     def received(self) -> str:
@@ -4317,9 +4333,12 @@ class Store:
         if not version:
             seed = uuid.uuid4().hex[:19]
             db.execute(f"BEGIN; {_SCHEMA} INSERT INTO identity (seed) VALUES ('{seed}'); COMMIT;")
-        elif any(row[1] == "first_failed_at" for row in db.execute("PRAGMA table_info(message)")):
+        columns = {name for _, name, *_ in db.execute("PRAGMA table_info(message)")}
+        if "first_failed_at" in columns:
             db.execute("ALTER TABLE message RENAME COLUMN first_failed_at TO failing_ms")
             db.execute("UPDATE message SET failing_ms = 0")  # it was an epoch time
+        if "pad" not in columns:
+            db.execute("ALTER TABLE message ADD COLUMN pad BLOB")
         for older in range(version or SCHEMA_VERSION, SCHEMA_VERSION):
             db.execute(f"BEGIN; {_MIGRATIONS[older]}; PRAGMA user_version = {older + 1}; COMMIT;")
         db.execute(f"{_LATER_INDEXES} DROP INDEX IF EXISTS dead")
