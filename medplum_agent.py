@@ -602,7 +602,7 @@ class ServerError(PeerError):
 
 
 # =====================================================================================================================
-# Settings (1150 lines, 8100 tokens)
+# Settings (1150 lines, 8200 tokens)
 #
 # One setting, one row: a field of a frozen dataclass. The parser, the checks, `--settings-schema` and README's tables
 # come from the row. Names are the wire's own (camelCase). Precedence for a channel, field by field: Endpoint address,
@@ -1506,15 +1506,17 @@ _seven_bits = re.compile("ascii|iso2022").match  # codecs
 
 def read_parameters(cls: type[Any], query: str, where: str, warn: Warn) -> Json:
     """The values that the query of an address sets; bad ones are warned about and left out."""
-    pairs = parse_qsl(query, keep_blank_values=True)
+    pairs, rows = parse_qsl(query, keep_blank_values=True), rows_of(cls)
     given = dict(reversed(pairs))  # the first of a name counts
     for name in dict.fromkeys(name for name, text in pairs if text != given[name] and name not in LIST_PARAMETERS):
         warn(f"{where}: {name} stands there with several values: the first, '{given[name]}', counts")
-    for name in LIST_PARAMETERS & given.keys():
-        given[name] = ",".join(text for other, text in pairs if other == name)
     if rate := given.get("messagesPerMin"):  # the reference reads the integer that it begins with
         given["messagesPerMin"] = re.sub(r"(?s)^(\s*[+-]?\d+).*", r"\1", rate)
-    return read_settings(rows_of(cls), given.items(), f"{where}: ", "it is ignored", warn)
+    read = partial(read_settings, rows, where=f"{where}: ", fate="it is ignored", warn=warn)
+    for name in LIST_PARAMETERS & given.keys() & rows.keys():  # of a list what is right counts
+        parts = ",".join(text for other, text in pairs if other == name).split(",")
+        given[name] = ",".join(filter(None, (read([(name, part)]).get(name) for part in parts)))
+    return read(given.items())
 
 
 def _problem(s: ChannelSettings, where: str) -> str:

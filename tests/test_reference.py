@@ -1,0 +1,27 @@
+"""What the reference agent's own tests and guides promise, and this one once did not keep, one test each."""
+
+from tests.instruments import ACK, ENQ, Instrument
+from tests.support import SandboxThread, Site, site
+
+RAW = "tcp://0.0.0.0:{port}?startChar=%02&endChar=%03"
+
+
+def bodies(sandbox: SandboxThread, count: int) -> list[str]:
+    sandbox.wait_for(lambda: len(sandbox.seen) >= count, what=f"{count} messages")
+    return [transmit.body for _, transmit in sandbox.seen]
+
+
+def instrument(here: Site, channel: str) -> Instrument:
+    here.agent.logged("Medplum service started successfully.")
+    return Instrument.at(here.ports[channel])
+
+
+def test_one_bad_entry_of_a_list_is_left_out_and_the_others_count(tmp_path):
+    """Its parsers drop each entry that is wrong, with a warning; an instrument waits for the ACK of its ENQ."""
+    query = "&autoRespond=%05:%06,%03,%04:%E9&stripSequence=%0D,%E9&bodyEncoding=utf-8"
+    with site(tmp_path, {"A": RAW + query}) as here, instrument(here, "A") as line:
+        assert line.ask(ENQ) == ACK
+        line.write(b"\x02a\rb\x03")
+        assert bodies(here.sandbox, 1) == ["\x02ab\x03"]
+        for wrong in ("autoRespond '\\u0003' needs the form", "autoRespond '\\u0004:", "stripSequence '\ufffd'"):
+            assert here.agent.logged(wrong)
