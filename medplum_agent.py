@@ -602,7 +602,7 @@ class ServerError(PeerError):
 
 
 # =====================================================================================================================
-# Settings (1150 lines, 8200 tokens)
+# Settings (1160 lines, 8200 tokens)
 #
 # One setting, one row: a field of a frozen dataclass. The parser, the checks, `--settings-schema` and README's tables
 # come from the row. Names are the wire's own (camelCase). Precedence for a channel, field by field: Endpoint address,
@@ -1028,7 +1028,8 @@ class BytesSettings:
     mode: str = setting("raw", "Mode: what the device speaks: framed bytes, or ASTM sessions of records [raw astm]",
         guard=True)
     bodyEncoding: str = setting("hex",
-        "Body: raw: how body and answer are written; ASTM bodies are always text [hex utf-8 utf8]")
+        "Body: how body and answer are written; ASTM: as text, unless the address of a channel says `hex` "
+        "[hex utf-8 utf8]")
     checksum: str = setting("on", "Checksum: ASTM: `off` for instruments without one [on off]")
     maxFrame: int = setting(240, "Frame size: ASTM: most characters of text in a frame that we send", 1, 64_000)
     replyTimeoutSecs: float = setting(15.0, "Reply time-out: ASTM: seconds to wait for ACK or NAK", 0.1)
@@ -1401,6 +1402,11 @@ class ChannelPlan:
     @cached_property
     def is_astm(self) -> bool:
         return isinstance(self.settings, StreamSettings) and self.settings.mode == "astm"
+
+    @cached_property
+    def hex_records(self) -> bool:
+        """Its bodies are not the text that they are if nothing is said."""
+        return self.is_astm and "bodyEncoding" in self.given and cast(Any, self.settings).bodyEncoding == "hex"
 
     @cached_property
     def content_type(self) -> str:
@@ -6369,7 +6375,7 @@ class Uplink:
 
 
 # =====================================================================================================================
-# Lines (1300 lines, 9600 tokens)
+# Lines (1300 lines, 9650 tokens)
 #
 # One open connection to a device, whoever dialled; each protocol has one class here, which owns its core. A line takes
 # bytes (`receive`), makes messages of them (`intake`), acknowledges when the store says durable (`stored`), writes down
@@ -7432,6 +7438,8 @@ class StreamLine(Line):
             control_id=session, session=session or None, key="" if plan.key_spec == "*" else self.host, must=must,
             source=self.stored,
         )  # fmt: skip
+        if plan.hex_records:
+            message.text = self.owner.text_of(message, original)
         self.owner.note(f"[Received]: {text}")
         if interrupted:
             message.end(FAILED, NOT_OWED, "interrupted-session", interrupted)
@@ -7624,15 +7632,16 @@ class AstmLine(StreamLine):
     # --- records down ---
 
     def reply(self, body: str, message: Message) -> bool:
-        spawn(self._offer(body, message))
+        text = stream_answer(body, self.settings).decode("utf-8", "replace") if self.owner.plan.hex_records else body
+        spawn(self._offer(body, text, message))
         return False  # not before the instrument has taken it
 
-    async def _offer(self, body: str, message: Message) -> None:
+    async def _offer(self, body: str, text: str, message: Message) -> None:
         """One that does not even take an ENQ may be gone, or be off: its answer waits."""
         self.offering.add(message.id)
         try:
-            self.encode(body, codec_of(self.settings.encoding))  # for its warning: records are encoded one by one
-            await self._send_records(body)
+            self.encode(text, codec_of(self.settings.encoding))  # for its warning: records are encoded one by one
+            await self._send_records(text)
             message.outcome = DELIVERED
             self.owner.store.update(message)
         except DeviceError as error:
@@ -7664,7 +7673,7 @@ class AstmLine(StreamLine):
 
 
 # =====================================================================================================================
-# Channels (500 lines, 4000 tokens)
+# Channels (500 lines, 4050 tokens)
 #
 # A channel is a configured name: its plan, its queue, its lines, and the door by which they come, a listener or a
 # dialler. A listener owns a bound port and may change its channel, so that a reload can swap ports without ever
@@ -7956,7 +7965,8 @@ class Channel:
             settings = self.plan.settings
             return stream_body(original, settings if isinstance(settings, StreamSettings) else StreamSettings())
         if message.type in (ASTM_TYPE, *DICOM_STORED):
-            return original.decode(message.encoding, "replace")
+            text = original.decode(message.encoding, "replace")
+            return text.encode().hex() if self.plan.hex_records and message.type == ASTM_TYPE else text
         return decode_hl7(original, message.encoding)
 
     # --- a line that we open: an instrument that listens, or a serial port ---

@@ -25,3 +25,14 @@ def test_one_bad_entry_of_a_list_is_left_out_and_the_others_count(tmp_path):
         assert bodies(here.sandbox, 1) == ["\x02ab\x03"]
         for wrong in ("autoRespond '\\u0003' needs the form", "autoRespond '\\u0004:", "stripSequence '\ufffd'"):
             assert here.agent.logged(wrong)
+
+
+def test_an_astm_channel_may_say_that_its_bodies_are_hex(tmp_path):
+    """Text is only the default of `mode=astm`: a Bot that was written for hex decodes what it gets, and answers so."""
+    with site(tmp_path, {"A": "tcp://0.0.0.0:{port}?mode=astm&bodyEncoding=hex"}, start=False) as here:
+        here.sandbox.bot = lambda transmit: (200, bytes.fromhex(transmit.body).replace(b"GLU", b"Gl\xc3\xbc").hex())
+        here.agent.start()
+        with instrument(here, "A") as line:
+            line.session("H|\\^&", "R|1|GLU|95", "L|1|N")
+            assert line.accept() == [b"H|\\^&\r", b"R|1|Gl\xfc|95\r", b"L|1|N\r"]
+        assert bodies(here.sandbox, 1) == [b"H|\\^&\nR|1|GLU|95\nL|1|N\n".hex()]
