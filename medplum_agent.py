@@ -12372,7 +12372,7 @@ class Upgrades:
 
 
 # =====================================================================================================================
-# Agent (690 lines, 5900 tokens)
+# Agent (690 lines, 5950 tokens)
 #
 # Plans become running channels. A reload reads everything, lists every problem, and changes nothing if there is one;
 # otherwise only what differs changes, and untouched channels keep their connections. The life cycle: lock, logs,
@@ -12905,7 +12905,7 @@ class Agent:
         counts["queued"], counts["inflight"] = max(0, counts["queued"] + counts["inflight"] - total), total
         return {
             "enabled": True, "isLeader": True, "healthy": self.store.healthy, "dbSizeBytes": self.store.size_bytes,
-            "countsByState": counts, "channelDepth": depths,
+            "countsByState": {"delayed": 0, "claimed": 0} | counts, "channelDepth": depths,
         } | self._last_sweep  # fmt: skip
 
     # --- upkeep ---

@@ -36,3 +36,11 @@ def test_an_astm_channel_may_say_that_its_bodies_are_hex(tmp_path):
             line.session("H|\\^&", "R|1|GLU|95", "L|1|N")
             assert line.accept() == [b"H|\\^&\r", b"R|1|Gl\xfc|95\r", b"L|1|N\r"]
         assert bodies(here.sandbox, 1) == [b"H|\\^&\nR|1|GLU|95\nL|1|N\n".hex()]
+
+
+def test_stats_count_every_state_of_the_reference(tmp_path):
+    """A dashboard adds them up: one that is not there makes the sum no number."""
+    with site(tmp_path, {"A": ""}) as here:
+        here.agent.wait_connected()
+        counts = here.sandbox.stats()["durableQueue"]["countsByState"]
+        assert counts == dict.fromkeys("queued delayed claimed inflight processed rejected failed nacked".split(), 0)
