@@ -12745,7 +12745,7 @@ class Agent:
             self.fhir.rejected = True
         if text == "Not connected":  # the server has forgotten this connection: what waits goes on the next one
             self.uplink.reconnect("the server does not know this agent any more")
-        elif isinstance(message.get("body"), str):
+        elif isinstance(message.get("body"), str) and not text.startswith("Unknown message type"):
             self.uplink.refused(text)
         if text in SERVER_ERRORS:
             self.log.error(f"The server reports: {text}.")

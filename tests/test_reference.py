@@ -1,7 +1,9 @@
 """What the reference agent's own tests and guides promise, and this one once did not keep, one test each."""
 
+import json
+
 from tests.instruments import ACK, ENQ, Instrument
-from tests.support import SandboxThread, Site, site
+from tests.support import SandboxThread, Site, message, site
 
 RAW = "tcp://0.0.0.0:{port}?startChar=%02&endChar=%03"
 
@@ -44,3 +46,17 @@ def test_stats_count_every_state_of_the_reference(tmp_path):
         here.agent.wait_connected()
         counts = here.sandbox.stats()["durableQueue"]["countsByState"]
         assert counts == dict.fromkeys("queued delayed claimed inflight processed rejected failed nacked".split(), 0)
+
+
+def test_a_server_that_does_not_know_a_type_says_nothing_of_a_message(tmp_path):
+    """While servers are renewed one by one, the one we are connected to may not know what another has asked for."""
+    with site(tmp_path, {"A": ""}) as here:
+        here.agent.wait_connected()
+        here.sandbox.faults.delay = lambda: 0.5
+        error = {"type": "agent:error", "body": "Unknown message type: agent:stats:response"}
+        with here.device("A") as device:
+            device.send(message("M1"))
+            here.sandbox.wait_ids("M1")
+            here.sandbox.tell(json.dumps(error).encode())
+            assert device.ack() == ("AA", "M1")
+        assert here.sandbox.ids() == ["M1"]
