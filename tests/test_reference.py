@@ -38,6 +38,13 @@ def test_an_astm_channel_may_say_that_its_bodies_are_hex(tmp_path):
             line.session("H|\\^&", "R|1|GLU|95", "L|1|N")
             assert line.accept() == [b"H|\\^&\r", b"R|1|Gl\xfc|95\r", b"L|1|N\r"]
         assert bodies(here.sandbox, 1) == [b"H|\\^&\nR|1|GLU|95\nL|1|N\n".hex()]
+        here.sandbox.stop()
+        with instrument(here, "A") as line:
+            line.session("H|\\^&", "R|1|NA|140", "L|1|N")
+        here.agent.kill()
+        here.sandbox.start()
+        here.agent.start()
+        assert bodies(here.sandbox, 2)[1] == b"H|\\^&\nR|1|NA|140\nL|1|N\n".hex()
 
 
 def test_stats_count_every_state_of_the_reference(tmp_path):
