@@ -136,7 +136,7 @@ def load_json(text: Any) -> Any:
 
 
 # =====================================================================================================================
-# Version, limits (400 lines, 2000 tokens)
+# Version, limits (400 lines, 2050 tokens)
 #
 # Every bound has a name, a unit and a reason. What a site could need to change is a setting instead (next section).
 # =====================================================================================================================
@@ -157,7 +157,7 @@ WORKERS = 64  # threads at most of the event loop's own pool: a name that is loo
 SOCKET_BACKLOG = 512  # connections waiting for accept(): a whole site reconnecting at once
 BIND_RETRY_SECS = 0.25  # a port held by the agent that we replace is free within moments
 GRACEFUL_CLOSE_SECS = 5.0  # a device connection that is closed by us may finish what is being stored
-UNTAKEN_SECS = 120.0  # an instrument that we call: its network may have lost the line; Linux would try for 15 min
+UNTAKEN_SECS = 120.0  # an instrument that we call: its network may have lost the line
 UNREAD_SECS = 60.0  # a device that does not read its answers for so long wants none
 LEFT_SECS = 60.0  # so long silent, one of several connections of a device makes way where there are too many
 UNFINISHED_BYTES = 128 * MIB  # of messages that are not complete, over all connections
@@ -474,6 +474,13 @@ def spawn(work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
     _tasks.add(task)
     task.add_done_callback(_done)
     return task
+
+
+def give_up(transport: asyncio.BaseTransport, secs: float) -> None:
+    """A connection ends when what it sent has not arrived for so long; Linux would try for 15 min, others for less."""
+    if hasattr(socket, "TCP_USER_TIMEOUT"):
+        option = socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, round(secs * 1000)
+        transport.get_extra_info("socket").setsockopt(*option)
 
 
 async def serve(sock: socket.socket, factory: Callable[[], asyncio.BaseProtocol]) -> Callable[[], None]:
@@ -5846,7 +5853,7 @@ def percentiles(samples: Iterable[int]) -> dict[str, float]:
 
 
 # =====================================================================================================================
-# Uplink (530 lines, 4150 tokens)
+# Uplink (540 lines, 4200 tokens)
 #
 # One WSS connection to the server (uplink contract 3 and 4): connect, heartbeats both ways, forced reconnect when it is
 # silent or never live, full-jitter back-off. websockets does TCP, proxy, TLS, handshake and frames; its receive queue
@@ -6299,6 +6306,7 @@ class Uplink:
             return f"the connection failed with {type(error).__name__}"
         assert isinstance(sock, _Socket)
         self._socket = sock
+        give_up(sock.transport, 3 * self._settings.heartbeatSecs)  # also where the server is still heard
         self._outgoing.clear()
         self._largest = self._largest_id = self.outstanding = 0
         self._write({"type": "agent:connect:request", "accessToken": token, "agentId": self._settings.agentId})
@@ -6312,7 +6320,10 @@ class Uplink:
             self._socket, close_code = None, sock.protocol.close_code or 1006
             sock.transport.abort()
             sock.protocol.parser_exc = None  # it holds what could not be read, and that holds it
-            words = "" if self._unanswered else sock.protocol.close_reason  # which may quote a message
+            lost, reason = sock.connection_exc, sock.protocol.close_reason
+            words = (
+                str(lost) if isinstance(lost, OSError) else "" if self._unanswered else reason
+            )  # may quote a message
             if self.live:
                 self._lost(close_code)
         if close_code == 1009:
@@ -7673,7 +7684,7 @@ class AstmLine(StreamLine):
 
 
 # =====================================================================================================================
-# Channels (500 lines, 4050 tokens)
+# Channels (500 lines, 4000 tokens)
 #
 # A channel is a configured name: its plan, its queue, its lines, and the door by which they come, a listener or a
 # dialler. A listener owns a bound port and may change its channel, so that a reload can swap ports without ever
@@ -8007,9 +8018,7 @@ class Channel:
             async with asyncio.timeout(CONNECT_TIMEOUT_SECS):
                 where = self.plan.host, self.plan.port
                 transport, _ = await self.loop.create_connection(lambda: line, *where, happy_eyeballs_delay=HAPPY_SECS)
-            if hasattr(socket, "TCP_USER_TIMEOUT"):  # Linux; others give up by themselves after a while
-                option = socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, round(UNTAKEN_SECS * 1000)
-                transport.get_extra_info("socket").setsockopt(*option)
+            give_up(transport, UNTAKEN_SECS)
             return line
         import serialx  # only where a serial port is used
 
