@@ -136,7 +136,7 @@ def load_json(text: Any) -> Any:
 
 
 # =====================================================================================================================
-# Version, limits (400 lines, 2050 tokens)
+# Version, limits (410 lines, 2050 tokens)
 #
 # Every bound has a name, a unit and a reason. What a site could need to change is a setting instead (next section).
 # =====================================================================================================================
@@ -260,6 +260,7 @@ SUSPECT_LOSSES = 3  # connections lost in a row with messages in flight: one of 
 STABLE_SECS = 5.0  # a connection that lived this long resets the back-off
 SERVER_FIRST_SECS = 5.0  # at start the server is asked for the configuration before the saved one is used
 UPLINK_FRAME_BYTES = 64 * MIB  # the largest frame we accept from the server
+UNSENT_BYTES = 128 * KIB  # that the system holds for a line that takes no more
 UPLINK_BUFFER_BYTES = MIB  # unsent bytes in the socket above which no further message is handed to it
 PUSH_WAIT_SECS = 9.0  # a push that a caller waits for: below the server's default of 10 s, so that it hears why
 ANSWER_BYTES = 1_000_000  # a device's to a push, a page of the log; the server closes the connection at 1 MiB
@@ -476,11 +477,14 @@ def spawn(work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
     return task
 
 
-def give_up(transport: asyncio.BaseTransport, secs: float) -> None:
-    """A connection ends when what it sent has not arrived for so long; Linux would try for 15 min, others for less."""
-    if hasattr(socket, "TCP_USER_TIMEOUT"):
-        option = socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, round(secs * 1000)
-        transport.get_extra_info("socket").setsockopt(*option)
+def hold_to_account(transport: asyncio.BaseTransport, secs: float) -> None:
+    """A connection ends when what it sent has not arrived for so long; Linux would try for 15 min, others for less.
+
+    What a slow line does not take stays with us, so that we know of it.
+    """
+    for name, value in (("TCP_USER_TIMEOUT", round(secs * 1000)), ("TCP_NOTSENT_LOWAT", UNSENT_BYTES)):
+        if hasattr(socket, name):
+            transport.get_extra_info("socket").setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
 
 
 async def serve(sock: socket.socket, factory: Callable[[], asyncio.BaseProtocol]) -> Callable[[], None]:
@@ -5264,7 +5268,7 @@ def _json_object(text: bytes) -> Json:
 
 
 # =====================================================================================================================
-# Delivery (590 lines, 4450 tokens)
+# Delivery (600 lines, 4500 tokens)
 #
 # What is on its way, the same for every protocol and in both directions. `Order` decides what may be in flight, `judge`
 # what an answer means; `Queue` keeps a window of the stored messages of one destination, which is the server or one
@@ -5414,6 +5418,9 @@ class Way(Protocol):
 
     @property
     def is_open(self) -> bool: ...  # also one that was taken up already
+
+    @property
+    def leaving(self) -> bool: ...  # what was transmitted waits for a slow line
 
     def transmit(self, queue: Queue, message: Message) -> None: ...  # its answer ends in `answered` or `failed`
 
@@ -5643,7 +5650,7 @@ class Queue:
         message.sent_at = now_ms()
         message.deadline = self._loop.time() + self.policy.timeout_secs
         if self._timer is None:
-            self._timer = self._loop.call_at(message.deadline, self._expire)
+            self._timer = self._loop.call_later(min(1, self.policy.timeout_secs), self._expire)
         self.way.transmit(self, message)
 
     def _leave(self, message: Message) -> bool:
@@ -5688,13 +5695,16 @@ class Queue:
         self.pump()
 
     def _expire(self) -> None:
-        """Time-outs. A message whose file is being uploaded has none until it is sent."""
+        """Time-outs. A message whose file is being uploaded has none until it is sent, nor while a line is slow."""
         timer, self._timer, now = cast(asyncio.TimerHandle, self._timer), None, self._loop.time()
         if now - timer.when() > STOOD_STILL_SECS:  # what has come meanwhile is read first
             self._timer = self._loop.call_later(LAZY_SECS, self._expire)
             return
-        for message in [message for message in self.inflight.values() if message.deadline <= now]:
-            self.failed(message, "response-timeout")
+        for message in [*self.inflight.values()]:
+            if self.way.leaving and message.deadline < math.inf:
+                message.deadline = now + self.policy.timeout_secs
+            elif message.deadline <= now:
+                self.failed(message, "response-timeout")
         if self.inflight and self._timer is None:
             first = min(message.deadline for message in self.inflight.values())
             self._timer = self._loop.call_at(min(first, now + 1), self._expire)
@@ -5984,6 +5994,10 @@ class Uplink:
             return False
         self._token = token
         return True
+
+    @property
+    def leaving(self) -> bool:
+        return self._socket is not None and self._socket.transport.get_write_buffer_size() > 0
 
     def ready(self) -> bool:
         """The same; after several losses of the connection one of the messages may be their cause: one at a time."""
@@ -6306,7 +6320,7 @@ class Uplink:
             return f"the connection failed with {type(error).__name__}"
         assert isinstance(sock, _Socket)
         self._socket = sock
-        give_up(sock.transport, 3 * self._settings.heartbeatSecs)  # also where the server is still heard
+        hold_to_account(sock.transport, 3 * self._settings.heartbeatSecs)  # also where the server is still heard
         self._outgoing.clear()
         self._largest = self._largest_id = self.outstanding = 0
         self._write({"type": "agent:connect:request", "accessToken": token, "agentId": self._settings.agentId})
@@ -8018,7 +8032,7 @@ class Channel:
             async with asyncio.timeout(CONNECT_TIMEOUT_SECS):
                 where = self.plan.host, self.plan.port
                 transport, _ = await self.loop.create_connection(lambda: line, *where, happy_eyeballs_delay=HAPPY_SECS)
-            give_up(transport, UNTAKEN_SECS)
+            hold_to_account(transport, UNTAKEN_SECS)
             return line
         import serialx  # only where a serial port is used
 
@@ -8304,6 +8318,7 @@ class Device:
     """One device: its lines and the queue of its stored pushes, whose way it is."""
 
     store: Store | None = None  # what comes here is not stored, and read however long the store takes
+    leaving = False  # its tries have an end of their own
 
     def __init__(self, key: str, devices: Devices):
         self.name = key

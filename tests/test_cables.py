@@ -79,6 +79,13 @@ class Network:
         ip(f"link set cable mtu {size}", self.spaces[place])
         ip(f"route change default advmss 1460 via 10.98.{self.PLACES.index(place) + 1}.1", self.spaces[place])
 
+    def slow(self, kbit: int) -> None:
+        """What the agent sends takes its time: nothing is lost."""
+        limit = f"tbf rate {kbit}kbit burst 4kb latency 400ms"
+        command = ["tc", "-n", self.spaces["agent"], "qdisc", "add", "dev", "cable", "root", *limit.split()]
+        if not shutil.which("tc") or subprocess.run(command, capture_output=True).returncode:
+            pytest.skip("NO SLOW LINES: messages that take longer than their time-out were not tried: no `tc` with tbf")
+
 
 class Server(SandboxThread):
     """The stand-in server in its namespace."""
@@ -170,3 +177,19 @@ def test_what_the_network_swallows_for_its_size_stops_no_other(network, tmp_path
         here.sandbox.wait_ids("LARGE", timeout=30)
         assert large.ask(message("NEXT", "PAT-1")) == ("CA", "NEXT")
         here.sandbox.wait_ids("NEXT", timeout=20)
+
+
+def test_a_large_message_over_a_slow_line_goes_once(network, tmp_path):
+    """The time-out of an answer counted from when a message was handed to the socket: at 128 kbit/s 2 MB take longer.
+
+    It went twice, the Bot had it twice, and what waited behind it waited twice as long and was sent twice, too.
+    """
+    query = "?enhanced=true&responseTimeoutSecs=3&autoRetryBaseDelayMs=100"
+    with cabled(network, tmp_path, {"ADT": query, "LAB": query}) as here:
+        network.slow(640)
+        with inside(network.spaces["agent"]), here.device("ADT") as large, here.device("LAB") as small:
+            assert large.ask(message("LARGE", "PAT-1", size=560_000)) == ("CA", "LARGE")
+            assert small.ask(message("SMALL", "PAT-2")) == ("CA", "SMALL")
+        here.sandbox.wait_ids("LARGE", "SMALL", timeout=30)
+        for control in "LARGE", "SMALL":
+            assert here.agent.wait_state(control, "processed")["attempts"] == 1, here.agent.main_log().decode()[-500:]

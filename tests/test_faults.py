@@ -446,6 +446,7 @@ class Way:
     """A way and owner that takes everything and answers nothing."""
 
     is_open = True
+    leaving = False
 
     def ready(self) -> bool:
         return True

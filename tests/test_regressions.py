@@ -348,6 +348,7 @@ class Way:
     """A way that is always ready, and its owner; `sent` are the numbers of the messages."""
 
     is_open = True
+    leaving = False
 
     def __init__(self):
         self.sent: list[int] = []
