@@ -477,7 +477,7 @@ def spawn(work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
     return task
 
 
-def hold_to_account(transport: asyncio.BaseTransport, secs: float) -> None:
+def give_up_after(transport: asyncio.BaseTransport, secs: float) -> None:
     """A connection ends when what it sent has not arrived for so long; Linux would try for 15 min, others for less.
 
     What a slow line does not take stays with us, so that we know of it.
@@ -5419,8 +5419,7 @@ class Way(Protocol):
     @property
     def is_open(self) -> bool: ...  # also one that was taken up already
 
-    @property
-    def leaving(self) -> bool: ...  # what was transmitted waits for a slow line
+    def is_leaving(self, message: Message) -> bool: ...  # it was transmitted, and waits for a slow line
 
     def transmit(self, queue: Queue, message: Message) -> None: ...  # its answer ends in `answered` or `failed`
 
@@ -5701,7 +5700,7 @@ class Queue:
             self._timer = self._loop.call_later(LAZY_SECS, self._expire)
             return
         for message in [*self.inflight.values()]:
-            if self.way.leaving and message.deadline < math.inf:
+            if message.deadline < math.inf and self.way.is_leaving(message):
                 message.deadline = now + self.policy.timeout_secs
             elif message.deadline <= now:
                 self.failed(message, "response-timeout")
@@ -5863,7 +5862,7 @@ def percentiles(samples: Iterable[int]) -> dict[str, float]:
 
 
 # =====================================================================================================================
-# Uplink (540 lines, 4200 tokens)
+# Uplink (540 lines, 4250 tokens)
 #
 # One WSS connection to the server (uplink contract 3 and 4): connect, heartbeats both ways, forced reconnect when it is
 # silent or never live, full-jitter back-off. websockets does TCP, proxy, TLS, handshake and frames; its receive queue
@@ -5976,9 +5975,11 @@ class Uplink:
         self._refused = self._unrenewed = ""
         self._accepted_at = math.inf
         self._asked: dict[str, asyncio.Future[Json]] = {}  # questions that are not stored, by callback
-        self._unanswered: dict[tuple[Any, int], None] = {}  # what this connection has carried: row, try; callback
+        # what this connection has carried (row, try; callback), and how many bytes were written by then
+        self._unanswered: dict[tuple[Any, int], int] = {}
+        self._written = 0
         self._errors: list[str] = []  # of the server, which are about some of these
-        self._suspects: dict[tuple[Any, int], None] = {}
+        self._suspects: dict[tuple[Any, int], int] = {}
         self._losses = 0  # connections in a row that were lost with messages in flight and none answered
         self._answered = False  # this connection has brought an answer
 
@@ -5995,9 +5996,9 @@ class Uplink:
         self._token = token
         return True
 
-    @property
-    def leaving(self) -> bool:
-        return self._socket is not None and self._socket.transport.get_write_buffer_size() > 0
+    def is_leaving(self, message: Message) -> bool:
+        unsent = self._socket.transport.get_write_buffer_size() if self._socket else 0
+        return self._unanswered.get((message.id, message.attempts), 0) > self._written - unsent
 
     def ready(self) -> bool:
         """The same; after several losses of the connection one of the messages may be their cause: one at a time."""
@@ -6033,12 +6034,12 @@ class Uplink:
 
     def transmit(self, queue: Queue, message: Message) -> None:
         """A message of a device; its callback is the same for each try, but for the number of the try behind `#`."""
-        self._unanswered[message.id, message.attempts] = None
         self._write({
             "type": "agent:transmit:request", "accessToken": self._token, "channel": queue.row.name,
             "remote": message.remote, "contentType": content_type_of(message), "body": message.text,
             "callback": f"{self._agent}{queue.store.uuid}-{message.id:012x}#{message.attempts}",
         }, message.id)  # fmt: skip
+        self._unanswered[message.id, message.attempts] = self._written
 
     def send(self, message: Json) -> None:
         """Send an answer or a control message; where there is no live connection, on the next one if it comes soon."""
@@ -6052,6 +6053,7 @@ class Uplink:
         if self._socket.protocol.state is not SocketState.OPEN:
             return
         text = dump_json(message)
+        self._written += len(text)
         if len(text) > self._largest:
             self._largest, self._largest_id = len(text), id_
         if self._settings.compression:
@@ -6230,7 +6232,7 @@ class Uplink:
         callback = f"{self._agent}{uuid.uuid4()}"
         answer: asyncio.Future[Json] = self._loop.create_future()
         self._asked[callback] = answer
-        self._unanswered[callback, 0] = None
+        self._unanswered[callback, 0] = 0
         try:
             async with asyncio.timeout(seconds):
                 self._write({
@@ -6320,7 +6322,7 @@ class Uplink:
             return f"the connection failed with {type(error).__name__}"
         assert isinstance(sock, _Socket)
         self._socket = sock
-        hold_to_account(sock.transport, 3 * self._settings.heartbeatSecs)  # also where the server is still heard
+        give_up_after(sock.transport, 3 * self._settings.heartbeatSecs)  # also where the server is still heard
         self._outgoing.clear()
         self._largest = self._largest_id = self.outstanding = 0
         self._write({"type": "agent:connect:request", "accessToken": token, "agentId": self._settings.agentId})
@@ -6334,10 +6336,9 @@ class Uplink:
             self._socket, close_code = None, sock.protocol.close_code or 1006
             sock.transport.abort()
             sock.protocol.parser_exc = None  # it holds what could not be read, and that holds it
-            lost, reason = sock.connection_exc, sock.protocol.close_reason
-            words = (
-                str(lost) if isinstance(lost, OSError) else "" if self._unanswered else reason
-            )  # may quote a message
+            words = "" if self._unanswered else sock.protocol.close_reason  # which may quote a message
+            if isinstance(sock.connection_exc, OSError):
+                words = str(sock.connection_exc)
             if self.live:
                 self._lost(close_code)
         if close_code == 1009:
@@ -8032,7 +8033,7 @@ class Channel:
             async with asyncio.timeout(CONNECT_TIMEOUT_SECS):
                 where = self.plan.host, self.plan.port
                 transport, _ = await self.loop.create_connection(lambda: line, *where, happy_eyeballs_delay=HAPPY_SECS)
-            hold_to_account(transport, UNTAKEN_SECS)
+            give_up_after(transport, UNTAKEN_SECS)
             return line
         import serialx  # only where a serial port is used
 
@@ -8193,7 +8194,7 @@ def _bind_address(family: int, address: Any) -> socket.socket | None:
 
 
 # =====================================================================================================================
-# Devices (580 lines, 4550 tokens)
+# Devices (590 lines, 4550 tokens)
 #
 # From the cloud to the device. A push that somebody waits for is tried once and answered within the caller's window.
 # One that nobody waits for is stored first, and then tried in order until the device accepts it or it becomes a dead
@@ -8318,7 +8319,6 @@ class Device:
     """One device: its lines and the queue of its stored pushes, whose way it is."""
 
     store: Store | None = None  # what comes here is not stored, and read however long the store takes
-    leaving = False  # its tries have an end of their own
 
     def __init__(self, key: str, devices: Devices):
         self.name = key
@@ -8504,6 +8504,10 @@ class Device:
 
     def ready(self) -> bool:
         return self.is_open
+
+    def is_leaving(self, message: Message) -> bool:
+        """Its tries have an end of their own."""
+        return False
 
     async def prepare(self, queue: Queue, message: Message) -> None:
         """A push is always prepared."""

@@ -446,13 +446,15 @@ class Way:
     """A way and owner that takes everything and answers nothing."""
 
     is_open = True
-    leaving = False
 
     def ready(self) -> bool:
         return True
 
     def transmit(self, queue: Queue, message: Message) -> None:
         pass
+
+    def is_leaving(self, message: Message) -> bool:
+        return False
 
     async def prepare(self, queue: Queue, message: Message) -> None:
         raise AssertionError("nothing has to be prepared")

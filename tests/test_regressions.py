@@ -348,10 +348,10 @@ class Way:
     """A way that is always ready, and its owner; `sent` are the numbers of the messages."""
 
     is_open = True
-    leaving = False
 
     def __init__(self):
         self.sent: list[int] = []
+        self.leaving: set[int] = set()
         self.news = asyncio.Event()
 
     def ready(self):
@@ -361,6 +361,9 @@ class Way:
         assert message.text == f"text of {message.id}"
         self.sent.append(message.id)
         self.news.set()
+
+    def is_leaving(self, message: Message) -> bool:
+        return message.id in self.leaving
 
     async def prepare(self, queue, message):
         raise AssertionError("nothing has to be prepared")
@@ -443,6 +446,28 @@ def test_a_retry_is_not_late_when_the_clock_was_set_back():
         await way.wait_sent(1)
 
     asyncio.run(run())
+
+
+def test_while_a_line_is_slow_what_has_left_is_not_waited_for_longer():
+    async def run():
+        way = Way()
+        gone, going = stored_message(1), stored_message(2)
+        going.key = "another patient"
+        queue = queue_of(Rows(gone, going), way, responseTimeoutSecs=0.1, autoRetryBaseDelayMs=1, autoRetryMaxDelayMs=1)
+        way.leaving = {2}
+        queue.pump()
+        await way.wait_sent(1, 2)
+        while way.sent.count(1) < 3:
+            way.news.clear()
+            await way.news.wait()
+        assert (way.sent.count(2), going.failures) == (1, 0)
+        way.leaving = set()
+        while way.sent.count(2) < 2:
+            way.news.clear()
+            await way.news.wait()
+        assert going.error_code == "response-timeout"
+
+    asyncio.run(asyncio.wait_for(run(), 10))
 
 
 def test_a_stored_push_to_a_host_that_cannot_be_resolved_is_tried_again(tmp_path):
