@@ -6401,7 +6401,7 @@ class Uplink:
 
 
 # =====================================================================================================================
-# Lines (1300 lines, 9650 tokens)
+# Lines (1310 lines, 9700 tokens)
 #
 # One open connection to a device, whoever dialled; each protocol has one class here, which owns its core. A line takes
 # bytes (`receive`), makes messages of them (`intake`), acknowledges when the store says durable (`stored`), writes down
@@ -6947,6 +6947,12 @@ class Exchange:
             self.answer.set_exception(DeviceError(text, kind))
 
 
+_COMMITS = {  # frames of MLLP release 2
+    b"\x06": "only its commit acknowledgment came (MLLP release 2)",
+    b"\x15": "it did not commit the message (0x15 of MLLP release 2)",
+}  # fmt: skip
+
+
 class MllpLine(Line):
     """A line that carries HL7 in MLLP frames: what both sides of a call have in common."""
 
@@ -6974,7 +6980,10 @@ class MllpLine(Line):
             self.warn_once("bare", "a message came without 0x0B before it: is its sender set to MLLP?")
         self.quiet = False
         for frame in self.core.receive(received):
-            self.intake(frame)
+            if frame in _COMMITS:
+                self._committed(frame)
+            else:
+                self.intake(frame)
         self._lone = received.endswith(END[:1])
         if self._lone and self.core.inside:
             self._loop.call_later(LONE_END_SECS, self._lone_end, self.active_at)
@@ -6988,6 +6997,12 @@ class MllpLine(Line):
         """Nothing came for a while: the 0x1C has ended the frame."""
         if self.active_at == since and not self._closing and "stopping" not in self._paused:
             self.data_received(END[1:])
+
+    def _committed(self, commit: bytes) -> None:
+        """The device's own word comes behind a positive one; to a negative one nothing is added."""
+        self.words = _COMMITS[commit]
+        for exchange in self.asking[:1] if commit == b"\x15" else ():
+            exchange.fail(f"{self.owner.name}: {self.words}", "device-error")
 
     @property
     def rest(self) -> bytes | None:
@@ -7228,9 +7243,6 @@ class Hl7Line(MllpLine):
 
     def _refuse(self, error: PeerError, content: bytes) -> None:
         """A frame that is not a message: its sender is told, if it was to be one, and the connection goes on."""
-        if content in (b"\x06", b"\x15"):  # the commit acknowledgments of MLLP release 2
-            self.words = "its commit acknowledgment came (MLLP release 2)"
-            return
         head = content.decode(self.encoding, "replace").lstrip(_BLANKS)
         if _is_empty_batch(content.lstrip(_BLANK_BYTES)):  # nothing came since the last one (HL7 v2.5.1 2.10.3)
             sender = LINE_ENDS.split(head)[0]

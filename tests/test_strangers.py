@@ -1,0 +1,50 @@
+"""Programs and recordings of others that came to this project late: what they showed, in messages of our own."""
+
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+from demo import accepting_bot
+
+from tests.support import Receiver, message, setting, site
+
+
+@pytest.fixture(scope="module")
+def here(tmp_path_factory):
+    channels = {"HL7": "", "LAB": "tcp://127.0.0.1:{port}?mode=astm"}
+    with site(tmp_path_factory.mktemp("strangers"), channels, [setting("retryBaseDelayMs", 50)]) as running:
+        yield running
+
+
+@pytest.fixture(autouse=True)
+def bot(here):
+    here.sandbox.bot = accepting_bot
+
+
+# --- MLLP release 2 ---
+
+
+def test_a_negative_commit_acknowledgment_ends_a_push_at_once(here):
+    """It was waited for until the time was over, and the log said that a message came that is no acknowledgment."""
+    said = [b"\x15", b"\x06", b"\x15", b"\x06"]
+
+    def behave(link, text):
+        link.send_raw(b"\x0b" + (commit := said.pop(0)) + b"\x1c\r")
+        if commit == b"\x06":
+            link.ack("AA", text.split("|")[9])
+
+    with here.caller() as caller, Receiver(behave) as device:
+        answer = caller.push(device.url("?ackTimeoutSecs=9"), message("COMMIT-1"))
+        assert answer.status == 400 and "did not commit the message" in answer.text and answer.seconds < 6, answer
+        assert caller.push(device.url(), message("COMMIT-1")).status == 200
+        caller.store(device.url("?ackTimeoutSecs=60"), message("COMMIT-2"))
+        assert here.agent.wait_state("COMMIT-2", "processed")["attempts"] == 2
+    assert b"that is no acknowledgment" not in here.agent.main_log()
+
+
+def test_a_negative_commit_acknowledgment_of_a_connected_device(here):
+    with here.caller() as caller, here.device("HL7") as device, ThreadPoolExecutor(1) as pool:
+        device.ask(message("COMMIT-3"))
+        push = pool.submit(caller.push, "channel://HL7?ackTimeoutSecs=9", message("COMMIT-4"))
+        device.receive()
+        device.send(b"\x15")
+        assert "did not commit the message" in push.result().text and push.result().seconds < 6
