@@ -2563,7 +2563,7 @@ def stream_answer(body: str, settings: StreamSettings) -> bytes:
 #   its ACK is not given: the sender would take it for the answer to that.
 # - 6.4 EOT ends the session and is not answered (ackEot). After ETB or after a frame that was refused, the sender gave
 #   up: interrupted. So does a sender that ends without EOT (30 s of silence, 6.5.2; ENQ; disconnect) before its L
-#   record: only with L is a message complete (LIS02-A2 14), and then a lost EOT does no harm.
+#   record: only with L is a message complete (LIS02-A2 14), and then a lost EOT, or ETB for ETX, does no harm.
 # - A line flips bits: `D` becomes EOT, `E` and CR become ENQ. So EOT inside a text, and EOT and ENQ where noise was
 #   just received, count only if nothing follows for DOUBT_SECS. A wrong ACK would acknowledge the frame after it.
 #   EOT and ENQ are one bit apart: of two ENQs in a row the second is answered only if nothing follows.
@@ -2869,7 +2869,7 @@ class Astm:
         reason = ""
         if self._refused:
             reason = "the instrument gave up after a frame that was not accepted"
-        elif self._last.end == ETB:
+        elif self._last.end == ETB and not self._terminated():
             reason = "EOT came in the middle of a record"
         elif self.settings.requireTerminator and not self._terminated():
             reason = "EOT came before the L record (requireTerminator)"
@@ -2896,7 +2896,7 @@ class Astm:
         self._finish("" if self._terminated() else reason)
 
     def _terminated(self) -> bool:
-        return self._last.end != ETB and is_terminated(self._records)
+        return is_terminated(self._records)
 
     def _finish(self, reason: str) -> None:
         if self._records:

@@ -5,6 +5,8 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from demo import accepting_bot
 
+from medplum_agent import astm_frame
+from tests.instruments import ACK, ENQ, EOT, ETB, Instrument
 from tests.support import Receiver, message, setting, site
 
 
@@ -48,3 +50,18 @@ def test_a_negative_commit_acknowledgment_of_a_connected_device(here):
         device.receive()
         device.send(b"\x15")
         assert "did not commit the message" in push.result().text and push.result().seconds < 6
+
+
+# --- instruments ---
+
+
+def test_an_instrument_that_ends_each_record_with_etb(here):
+    """Its L record says that nothing follows, whatever ends the frame: each of its results was a dead letter."""
+    records = [b"H|\\^&|||ETB^1\r", b"P|1\r", b"R|1|^^^GLU|5.4\r", b"L|1|N\r"]
+    with Instrument.at(here.ports["LAB"]) as device:
+        assert device.ask(ENQ) == ACK
+        for number, record in enumerate(records, 1):
+            assert device.ask(astm_frame(number, record, ETB[0])) == ACK
+        device.write(EOT)
+        text = b"".join(records).decode().replace("\r", "\n")
+        here.sandbox.wait_for(lambda: [t for _, t in here.sandbox.seen if t.body == text])
