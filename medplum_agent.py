@@ -2051,7 +2051,8 @@ def decode_hl7(content: bytes, encoding: str) -> str:
     """
     text = content.decode(encoding, "replace").lstrip(_BLANKS)
     if not begins_message(text):
-        raise PeerError("Invalid HL7 message: it does not start with MSH and a field separator")
+        wide = "it is UTF-16, which MLLP cannot frame; send UTF-8" if b"M\0S\0H" in content[:9] else ""
+        raise PeerError(f"Invalid HL7 message: {wide or 'it does not start with MSH and a field separator'}")
     if "\n" not in text:
         return LINE_ENDS.sub("\r", text) if text.rfind("\r\r") >= 0 else text
     first = LINE_ENDS.search(text)

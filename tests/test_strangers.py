@@ -52,6 +52,17 @@ def test_a_negative_commit_acknowledgment_of_a_connected_device(here):
         assert "did not commit the message" in push.result().text and push.result().seconds < 6
 
 
+# --- encodings ---
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be"])
+def test_a_message_in_utf_16_is_named(here, encoding):
+    """Its sender heard that it does not start with MSH, which on its screen it did."""
+    with here.device("HL7") as device:
+        device.send(message("WIDE").encode(encoding))
+        assert "it is UTF-16, which MLLP cannot frame" in device.receive()
+
+
 # --- instruments ---
 
 
