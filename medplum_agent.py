@@ -2013,7 +2013,7 @@ def _lines_backwards(path: Path, end: int) -> Iterator[tuple[int, bytes]]:
 
 
 # =====================================================================================================================
-# HL7 (280 lines, 2150 tokens)
+# HL7 (280 lines, 2200 tokens)
 #
 # HL7 v2 by slicing: the MSH header, single fields by path, acknowledgments, the patient a message belongs to.
 # `hl7.parse` is forty times slower and serves where speed does not matter. Text in, text out; touches nothing.
@@ -2155,10 +2155,14 @@ def read_hl7(content: bytes, encoding: str, fixed: bool) -> Header:
     are not.
     """
     header = Header(decode_hl7(content, encoding), encoding)
-    if not fixed and (name := header.fields[17][:NAME_CHARS]) and (codec := _named_codec(name) or encoding) != encoding:
-        is_utf8 = encoding == "utf-8" and "\ufffd" not in header.text and not header.text.isascii()
-        if not (is_utf8 and codec in ("latin-1", "cp1252", "iso8859-15")):
-            header = Header(decode_hl7(content, codec), codec)
+    # the second byte of a character may look like a separator: then the field is further on, until it is read rightly
+    for name in () if fixed else header.fields[17 : 30 if "\ufffd" in header.text else 18]:
+        if (codec := (name and _named_codec(name[:NAME_CHARS])) or encoding) != encoding:
+            is_utf8 = encoding == "utf-8" and "\ufffd" not in header.text and not header.text.isascii()
+            named = Header(decode_hl7(content, codec), codec)
+            if named.fields[17] == name and not (is_utf8 and codec in ("latin-1", "cp1252", "iso8859-15")):
+                header = named
+                break
     if "\ufffd" in header.control_id:
         head = re.split(rb"[\r\n]", content.lstrip(_BLANK_BYTES), maxsplit=1)[0]
         header.raw_id = b"".join(head.split(head[3:4])[9:10]).decode("latin-1")

@@ -13,7 +13,7 @@ from tests.support import Receiver, message, setting, site
 @pytest.fixture(scope="module")
 def here(tmp_path_factory):
     channels = {"HL7": "", "LAB": "tcp://127.0.0.1:{port}?mode=astm"}
-    with site(tmp_path_factory.mktemp("strangers"), channels, [setting("retryBaseDelayMs", 50)]) as running:
+    with site(tmp_path_factory.mktemp("strangers"), channels, [setting("channelAutoRetryBaseDelayMs", 100)]) as running:
         yield running
 
 
@@ -61,6 +61,26 @@ def test_a_message_in_utf_16_is_named(here, encoding):
     with here.device("HL7") as device:
         device.send(message("WIDE").encode(encoding))
         assert "it is UTF-16, which MLLP cannot frame" in device.receive()
+
+
+@pytest.mark.parametrize(
+    ("encoding", "named", "facility"),
+    [
+        ("big5", "BIG-5", "臺大醫院"), ("big5", "BIG5", "院院院"), ("cp932", "SHIFT_JIS", "ポート"),
+        ("gb18030", "GB 18030-2000", b"\xc0\x7c\xb0\xa2".decode("gb18030")),
+    ],
+)  # fmt: skip
+def test_a_character_that_ends_like_a_separator_does_not_hide_msh_18(here, encoding, named, facility):
+    """In Big5 the last byte of "hospital" is 0x7C: the Bot got it as U+FFFD, and the answer named no message."""
+    text = (
+        f"MSH|^~\\&|HIS|{facility}|LAB|{facility}|20260101||ORU^R01|B5-{named}|P|2.5||||||{named}\rPID|1||{facility}\r"
+    )
+    assert b"|" in facility.encode(encoding)
+    with here.device("HL7") as device:
+        device.send(text.encode(encoding))
+        answer = device.receive_bytes().decode(encoding)
+    assert answer.split("\rMSA|")[1].startswith(f"AA|B5-{named}|")
+    assert here.sandbox.of(f"B5-{named}")[0].body == text
 
 
 # --- instruments ---
