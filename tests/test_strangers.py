@@ -83,6 +83,15 @@ def test_a_character_that_ends_like_a_separator_does_not_hide_msh_18(here, encod
     assert here.sandbox.of(f"B5-{named}")[0].body == text
 
 
+def test_a_repetition_from_a_hospital_whose_name_ends_like_a_separator(here):
+    """With another MSH-7 it was taken as a new message, and the Bot got it twice."""
+    for when in ("20260101", "20260102"):
+        with here.device("HL7") as device:
+            device.send(f"MSH|^~\\&|HIS|醫院|LAB|X|{when}||ORU^R01|B5-AGAIN|P|2.5||||||BIG5\rPID|1||7\r".encode("big5"))
+            device.receive_bytes()
+    assert len(here.sandbox.of("B5-AGAIN")) == 1
+
+
 # --- instruments ---
 
 
