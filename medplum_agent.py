@@ -6989,7 +6989,7 @@ class MllpLine(Line):
             self.warn_once("bare", "a message came without 0x0B before it: is its sender set to MLLP?")
         self.quiet = False
         for frame in self.core.receive(received):
-            if frame in _COMMITS:
+            if frame in (b"\x06", b"\x15"):
                 self._committed(frame)
             else:
                 self.intake(frame)
@@ -7229,7 +7229,7 @@ class Hl7Line(MllpLine):
         if self.settings.duplicateBehavior == "reject":
             message.checked = message_hash(name.encode())
             return
-        sender = "".join(header.fields[2:6]).encode(header.encoding, "replace")
+        sender = b"" if header.text.isascii() else "".join(header.fields[2:6]).encode(header.encoding, "replace")
         message.checked = whole = message_hash(content, timed=asks(header), sender=sender)
         last, sent = ids.pop(known, whole), hash((known, whole, header.fields[6]))
         if last != whole and not (sent in ids and header.fields[6]):
