@@ -9599,10 +9599,12 @@ class Sender:
     def _heard(self, association: Association, ask: Callable[[], Dataset]) -> Dataset:
         """What a peer answered. One that says nothing is not asked again, nor one that three requests in a row end."""
         until = time.monotonic() + cast(float, association.dimse_timeout)
-        with suppress(BrokenPipeError):
+        try:
             if "Status" in (answer := ask()):
                 self._unanswered = 0
                 return answer
+        except BrokenPipeError:  # left its thread waiting, with the connection
+            association.abort()
         silent = time.monotonic() >= until
         if not silent:
             self._association = None  # for a moment it still calls itself established: the next object waited in vain

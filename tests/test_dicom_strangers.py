@@ -1,0 +1,133 @@
+"""DICOM peers that the project had not met: destinations that end associations as they like, and answer oddly."""
+
+import contextlib
+import socket
+import struct
+import threading
+from collections.abc import Callable, Iterator
+
+from tests.dicom_peers import (
+    ABORT,
+    FAST,
+    P_DATA,
+    QUIET,
+    RELEASE_RQ,
+    STUDY_MOVE,
+    SUCCESS,
+    Bot,
+    Instance,
+    _item,
+    _items,
+    associated,
+    command_set,
+    counts,
+    data_set,
+    imaging_site,
+    keep,
+    made,
+)
+from tests.support import Site, eventually
+
+pytestmark = QUIET
+
+
+class Stranger:
+    """A destination of C-STORE in raw bytes, which takes the last syntax of each context; `stored` holds how many bytes
+    of each data set came.
+
+    `after` is called with the connection behind each answer. `limit`: where it hangs up, in bytes. `user`: its user
+    information items.
+    """
+
+    def __init__(self, after: Callable[[socket.socket], object] = id, limit: int = 0, user: bytes | None = None):
+        self.after, self.limit = after, limit
+        self.user = _item(0x51, struct.pack(">I", 16_384)) if user is None else user
+        self.associations, self.stored = 0, list[int]()
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.address = f"STRANGER@127.0.0.1:{self._listener.getsockname()[1]}"
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def __enter__(self) -> "Stranger":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._listener.close()
+
+    def _accept(self) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                connection, _ = self._listener.accept()
+                threading.Thread(target=self._serve, args=(connection,), daemon=True).start()
+
+    def _serve(self, connection: socket.socket) -> None:
+        size, last = 0, b""
+        with contextlib.suppress(OSError), connection, connection.makefile("rb") as reading:
+            while head := reading.read(6):
+                kind, length = struct.unpack(">BxI", head)
+                content = reading.read(length)
+                if kind == 1:
+                    self.associations += 1
+                    self._send(connection, 2, content[:68] + self._accepting(content[68:]))
+                elif kind == RELEASE_RQ:
+                    self._send(connection, 6, bytes(4))
+                elif kind == ABORT:
+                    return
+                while kind == P_DATA and content:
+                    length, context, flags = struct.unpack_from(">IBB", content)
+                    size, last = (0, last) if flags & 1 else (size + length - 2, last)
+                    if self.limit and size > self.limit:
+                        return
+                    if flags == 2:
+                        self.stored.append(size)
+                        self._answer(connection, context, len(self.stored))
+                    content = content[4 + length :]
+
+    def _accepting(self, items: bytes) -> bytes:
+        answer = _item(0x10, b"1.2.840.10008.3.1.1.1")
+        for kind, item in _items(items):
+            if kind == 0x20:
+                *_, (_, syntax) = _items(item[4:])
+                answer += _item(0x21, bytes((item[0], 0, 0, 0)) + _item(0x40, syntax))
+        return answer + _item(0x50, self.user)
+
+    def _answer(self, connection: socket.socket, context: int, number: int) -> None:
+        command = command_set({0x0100: 0x8001, 0x0120: 1, 0x0800: 0x0101, 0x0900: SUCCESS})
+        self._send(connection, P_DATA, struct.pack(">IBB", len(command) + 2, context, 3) + command)
+        self.after(connection)
+
+    @staticmethod
+    def _send(connection: socket.socket, kind: int, content: bytes) -> None:
+        connection.sendall(struct.pack(">BxI", kind, len(content)) + content)
+
+
+@contextlib.contextmanager
+def moving(folder, stranger: Stranger) -> Iterator[tuple[Site, Bot]]:
+    address = f"dicom://127.0.0.1:{{port}}?{FAST}&moveDestinations={stranger.address}"
+    with imaging_site(folder, {"PACS": address}) as here:
+        here.agent.wait_connected()
+        here.sandbox.bot = bot = Bot()
+        yield here, bot
+
+
+def moved(here: Site, bot: Bot, *objects: Instance) -> tuple[int | None, ...]:
+    """Completed, failed and warned about."""
+    bot.replies["C-MOVE"] = keep(here, *objects)
+    study = data_set(QueryRetrieveLevel="STUDY", StudyInstanceUID="1.2.3")
+    with associated(here, STUDY_MOVE) as scu:
+        (last, _) = list(scu.send_c_move(study, "STRANGER", STUDY_MOVE))[-1]
+    return counts(last)[1:]
+
+
+def test_a_destination_that_hangs_up_in_an_object_keeps_no_thread(tmp_path):
+    """Each object that broke off left a thread behind that waited for ever, and with it the connection."""
+    with Stranger(limit=1_000_000) as stranger, moving(tmp_path, stranger) as (here, bot):
+
+        def threads() -> int:
+            return len(list(here.agent._proc("task").iterdir()))
+
+        large = made(20_000_000)
+        assert moved(here, bot, large, large, large) == (0, 3, 0)
+        before = threads()
+        for _ in range(3):
+            assert moved(here, bot, large, large, large) == (0, 3, 0)
+        eventually(lambda: threads() < before + 6, 5, f"{before} threads, not {threads()}")
