@@ -6,6 +6,8 @@ import struct
 import threading
 from collections.abc import Callable, Iterator
 
+import pytest
+
 from tests.dicom_peers import (
     ABORT,
     FAST,
@@ -131,3 +133,22 @@ def test_a_destination_that_hangs_up_in_an_object_keeps_no_thread(tmp_path):
         for _ in range(3):
             assert moved(here, bot, large, large, large) == (0, 3, 0)
         eventually(lambda: threads() < before + 6, 5, f"{before} threads, not {threads()}")
+
+
+def aborting(connection: socket.socket) -> None:
+    Stranger._send(connection, ABORT, bytes(4))
+    connection.shutdown(socket.SHUT_RDWR)
+
+
+def closing(connection: socket.socket) -> None:
+    connection.shutdown(socket.SHUT_WR)
+
+
+@pytest.mark.parametrize("after", [aborting, closing])
+def test_a_destination_that_ends_the_association_behind_each_object(tmp_path, after):
+    """The next object was already on its way: it failed, or was waited for 30 s and the rest of the study given up."""
+    with Stranger(after) as stranger, moving(tmp_path, stranger) as (here, bot):
+        for _ in range(3):
+            stranger.stored.clear()
+            assert moved(here, bot, *(made(100) for _ in range(5))) == (5, 0, 0)
+            assert len(stranger.stored) >= 5
