@@ -6410,7 +6410,7 @@ class Uplink:
 
 
 # =====================================================================================================================
-# Lines (1320 lines, 9750 tokens)
+# Lines (1320 lines, 9800 tokens)
 #
 # One open connection to a device, whoever dialled; each protocol has one class here, which owns its core. A line takes
 # bytes (`receive`), makes messages of them (`intake`), acknowledges when the store says durable (`stored`), writes down
@@ -6820,6 +6820,14 @@ class Line(asyncio.Protocol):
     @property
     def attached(self) -> bool:
         return self._transport is not None and not self._transport.is_closing()
+
+    @property
+    def deaf(self) -> bool:
+        """What it was sent is sent again and again: the way to it is gone, and nobody has said so (Linux)."""
+        sock = self._transport.get_extra_info("socket")
+        if sock is None or not hasattr(socket, "TCP_INFO"):
+            return False
+        return bytes(sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 3))[2] > 2  # tcpi_retransmits
 
     def pause(self, reason: str) -> None:
         self._paused.add(reason)
@@ -7963,7 +7971,7 @@ class Channel:
     def device(self, host: str) -> Line:
         """The line of the device at `host`, or of the only one for an empty `host`; DeviceError for none or several."""
         found = [c for c in self.lines.values() if host in ("", known_host(c.host))]
-        found = [c for c in found if c.attached and not c.ended] or found
+        found = [c for c in found if c.attached and not (c.ended or c.deaf)] or found
         if len(found) == 1:
             return found[0]
         which = f"from {host} " if host else ""

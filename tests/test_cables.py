@@ -15,7 +15,18 @@ import pytest
 from demo import sandbox_resources
 
 import medplum_agent
-from tests.support import AGENT_ID, AgentProcess, Device, SandboxThread, Site, accepts, changed, eventually, message
+from tests.support import (
+    AGENT_ID,
+    AgentProcess,
+    Device,
+    SandboxThread,
+    Site,
+    accepts,
+    ack_text,
+    changed,
+    eventually,
+    message,
+)
 
 CLONE_NEWNET = 0x40000000
 
@@ -85,6 +96,14 @@ class Network:
         command = ["tc", "-n", self.spaces["agent"], "qdisc", "add", "dev", "cable", "root", *limit.split()]
         if not shutil.which("tc") or subprocess.run(command, capture_output=True).returncode:
             pytest.skip("NO SLOW LINES: messages that take longer than their time-out were not tried: no `tc` with tbf")
+
+    def forget(self, port: int) -> None:
+        """A firewall on the way no longer knows the connections of this port, and says nothing."""
+        for end in "--sport", "--dport":
+            rule = f"iptables -A FORWARD -p tcp {end} {port} -j DROP"
+            command = ["ip", "netns", "exec", self.spaces["router"], *rule.split()]
+            if not shutil.which("iptables") or subprocess.run(command, capture_output=True).returncode:
+                pytest.skip("NO FIREWALL: connections that it forgets were not tried: no `iptables`")
 
 
 class Server(SandboxThread):
@@ -193,3 +212,21 @@ def test_a_large_message_over_a_slow_line_goes_once(network, tmp_path):
         here.sandbox.wait_ids("LARGE", "SMALL", timeout=30)
         for control in "LARGE", "SMALL":
             assert here.agent.wait_state(control, "processed")["attempts"] == 1, here.agent.main_log().decode()[-500:]
+
+
+def test_a_push_finds_the_connection_that_a_device_opened_since(network, tmp_path):
+    """The old one leads nowhere: Linux sends its last answer for a quarter of an hour."""
+    place = network.spaces["server"]
+    with (
+        cabled(network, tmp_path, {"ADT": ""}) as here, inside(place), here.caller() as caller,
+        device(network, here, "ADT") as old, device(network, here, "ADT") as new,
+    ):  # fmt: skip
+        host, port = old.socket.getsockname()[:2]
+        here.sandbox.faults.delay = lambda: 1.0
+        old.send(message("OLD"))
+        here.sandbox.wait_ids("OLD")
+        network.forget(port)
+        caller.store(f"channel://ADT/{host}", message("PUSHED"))
+        assert new.receive() == message("PUSHED")
+        new.send(ack_text("AA", "PUSHED"))
+        here.agent.wait_state("PUSHED", "processed")
