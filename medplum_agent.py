@@ -261,7 +261,7 @@ STABLE_SECS = 5.0  # a connection that lived this long resets the back-off
 SERVER_FIRST_SECS = 5.0  # at start the server is asked for the configuration before the saved one is used
 UPLINK_FRAME_BYTES = 64 * MIB  # the largest frame we accept from the server
 UNSENT_BYTES = 128 * KIB  # that the system holds for a line that takes no more
-UPLINK_BUFFER_BYTES = MIB  # unsent bytes in the socket above which no further message is handed to it
+UPLINK_BUFFER_BYTES = 256 * KIB  # unsent bytes above which no further message is handed over; TLS hides as many again
 PUSH_WAIT_SECS = 9.0  # a push that a caller waits for: below the server's default of 10 s, so that it hears why
 ANSWER_BYTES = 1_000_000  # a device's to a push, a page of the log; the server closes the connection at 1 MiB
 PUSH_STORED_SECS = 30.0  # one try of a stored push
@@ -5871,7 +5871,7 @@ def percentiles(samples: Iterable[int]) -> dict[str, float]:
 
 
 # =====================================================================================================================
-# Uplink (540 lines, 4250 tokens)
+# Uplink (550 lines, 4300 tokens)
 #
 # One WSS connection to the server (uplink contract 3 and 4): connect, heartbeats both ways, forced reconnect when it is
 # silent or never live, full-jitter back-off. websockets does TCP, proxy, TLS, handshake and frames; its receive queue
@@ -5986,7 +5986,7 @@ class Uplink:
         self._asked: dict[str, asyncio.Future[Json]] = {}  # questions that are not stored, by callback
         # what this connection has carried (row, try; callback), and how many bytes were written by then
         self._unanswered: dict[tuple[Any, int], int] = {}
-        self._written = 0
+        self._written = self._flushed = 0
         self._errors: list[str] = []  # of the server, which are about some of these
         self._suspects: dict[tuple[Any, int], int] = {}
         self._losses = 0  # connections in a row that were lost with messages in flight and none answered
@@ -5999,6 +5999,8 @@ class Uplink:
         """Live, with room in the socket and a token that the server will accept."""
         sock = self._socket
         if not self.live or sock is None or sock.paused or sock.protocol.state is not SocketState.OPEN:
+            return False
+        if self._written - self._flushed > UPLINK_BUFFER_BYTES:
             return False
         if self._renews() or (token := self._fhir.usable_token()) is None:
             return False
@@ -6038,6 +6040,8 @@ class Uplink:
         self.pump()
 
     def pump(self) -> None:
+        """Each time another queue is the first: one fills what room there is."""
+        self.queues[:] = self.queues[1:] + self.queues[:1]
         for queue in self.queues:
             queue.pump()
 
@@ -6082,12 +6086,14 @@ class Uplink:
             self._loop.call_soon(self._flush)
 
     def _flush(self) -> None:
-        self._flushing = False
+        full, self._flushing, self._flushed = self._written - self._flushed > UPLINK_BUFFER_BYTES, False, self._written
         outgoing, self._outgoing = self._outgoing, []
         if self._socket is not None and self._socket.protocol.state is SocketState.OPEN:
             outgoing += [part for part in self._socket.protocol.data_to_send() if part]
             if outgoing:
                 self._socket.transport.write(b"".join(outgoing))
+            if full:
+                self.pump()
 
     # --- receiving ---
 
