@@ -7735,7 +7735,7 @@ class AstmLine(StreamLine):
 
 
 # =====================================================================================================================
-# Channels (500 lines, 4000 tokens)
+# Channels (500 lines, 4050 tokens)
 #
 # A channel is a configured name: its plan, its queue, its lines, and the door by which they come, a listener or a
 # dialler. A listener owns a bound port and may change its channel, so that a reload can swap ports without ever
@@ -8095,11 +8095,12 @@ ANY_HOST = ("", "*", "0.0.0.0", "::", "[::]")
 
 
 class Listener:
-    """A bound port and the channel that it serves. Raises OSError when the port cannot be bound."""
+    """A bound port and the channel that it serves, or what else makes protocols. Raises OSError when it cannot bind."""
 
     def __init__(self, bind: tuple[str, int], sockets: list[socket.socket]):
         self.bind = bind
         self.channel: Channel  # before it starts
+        self.incoming: Callable[[], asyncio.BaseProtocol] = lambda: self.channel.incoming()
         self._sockets = sockets
         self._ends: list[Callable[[], None]] = []
 
@@ -8114,8 +8115,8 @@ class Listener:
         return f"{'*' if host in ANY_HOST else host}:{port}"
 
     @classmethod
-    async def open(cls, bind: tuple[str, int], log: Log) -> Listener:
-        """Resolve and bind; the name of a host may take its time without holding up the devices."""
+    async def open(cls, bind: tuple[str, int], log: Log | None = None) -> Listener:
+        """Resolve and bind (see bind_sockets); the name of a host may take its time without holding up the devices."""
         addresses: set[tuple[int, Any]] = set()
         if bind[0] not in ANY_HOST:
             with suppress(OSError, ValueError):  # Unicode's errors: no name at all
@@ -8138,7 +8139,7 @@ class Listener:
 
     def _connection(self) -> asyncio.BaseProtocol:
         try:
-            return self.channel.incoming()
+            return self.incoming()
         except Exception as error:  # asyncio says nothing of it
             context = {"message": f"Internal error: {type(error).__name__} for a connection", "exception": error}
             asyncio.get_running_loop().call_exception_handler(context)
@@ -8200,11 +8201,11 @@ class TurnAway(asyncio.Protocol):
         cast(asyncio.Transport, transport).abort()
 
 
-def bind_sockets(host: str, port: int, addresses: set[tuple[int, Any]], log: Log) -> list[socket.socket]:
+def bind_sockets(host: str, port: int, addresses: set[tuple[int, Any]], log: Log | None) -> list[socket.socket]:
     """Listening sockets for an Endpoint's host and port: dual stack for any address, else the addresses of the host.
 
     A host that is not an address of this machine (a public name, a translated address) means all interfaces, as with
-    the reference agent, and a warning.
+    the reference agent, and a warning; without a log it is an error.
     """
     try:
         if found := [one for one in itertools.starmap(_bind_address, addresses) if one]:
@@ -8213,6 +8214,8 @@ def bind_sockets(host: str, port: int, addresses: set[tuple[int, Any]], log: Log
         if error.errno != errno.EADDRNOTAVAIL:
             raise
     if host not in ANY_HOST:
+        if log is None:
+            raise OSError(errno.EADDRNOTAVAIL, os.strerror(errno.EADDRNOTAVAIL))
         log.warn(f"'{host}' is not an address of this machine; port {port} listens on all interfaces.")
     if socket.has_dualstack_ipv6():
         return [socket.create_server(("", port), family=socket.AF_INET6, dualstack_ipv6=True)]
@@ -11124,7 +11127,7 @@ class Doctor:
             trouble = self.running.get("pageTrouble", "")
             try:
                 if not self.running:
-                    (await Listener.open(web_address(address), self._log)).close()
+                    (await Listener.open(web_address(address))).close()
             except OSError as error:
                 trouble = os_reason(error)
             text = f"statusAddress {address}: {trouble or 'free, or ours'}"
@@ -11212,7 +11215,7 @@ def issuer_of(der: bytes) -> str:
 
 
 # =====================================================================================================================
-# Operations (760 lines, 7350 tokens)
+# Operations (770 lines, 7350 tokens)
 #
 # What a person asks of a running agent: status, the queue, alarms, the page and its figures. One `ask` serves the
 # command line (over a socket in the state directory that only the agent's user can open), the page, and the cloud (a
@@ -11299,8 +11302,8 @@ class Operations:
         self._dead: dict[str, int] = {}
         self._samples: dict[str, deque[int]] = {}  # messages of a channel in all, every LOOK_SECS, for an hour
         self._last: dict[str, int] = {}  # when a channel's last message came, also before the start
-        self._door: asyncio.Server | None = None
-        self._page: asyncio.Server | None = None
+        self._door: asyncio.Server | Listener | None = None
+        self._page: Listener | None = None
         self._door_trouble = ""
         self._guests = collections.defaultdict[str, dict[asyncio.StreamWriter, bool]](dict)
         self._looking = asyncio.Lock()
@@ -11704,8 +11707,7 @@ class Operations:
         """The local socket; again, if somebody has cleared it away."""
         folder = self._agent.state_dir
         path, door = folder / SOCKET_FILE, folder / DOOR_FILE
-        heard = self._door and all(sock.fileno() >= 0 for sock in self._door.sockets)  # Windows ends them (see serve)
-        if self._agent._stop.is_set() or (heard and (path.exists() or door.exists())):
+        if self._agent._stop.is_set() or (self._door and (path.exists() or door.exists())):
             return
         if self._door:
             self._door.close()
@@ -11716,20 +11718,27 @@ class Operations:
                 self._door = await asyncio.start_unix_server(partial(self._guest, "socket"), path)
                 path.chmod(0o600)
             else:
-                self._door = await asyncio.start_server(partial(self._guest, "door"), "127.0.0.1", 0)
-                replace_file(door, str(self._door.sockets[0].getsockname()[1]).encode())
+                self._door = found = await self._listen("door", ("127.0.0.1", 0))
+                replace_file(door, found.shown.rpartition(":")[2].encode())
             self._door_trouble = ""
         except OSError as error:
             if self._door_trouble != (trouble := str(error)):
                 self._door_trouble = trouble
                 self._agent.log.error(f"The local socket cannot be opened: {trouble}.")
 
+    async def _listen(self, door: str, bind: tuple[str, int]) -> Listener:
+        """Not by asyncio's own server (see serve)."""
+        listener, guest = await Listener.open(bind), partial(self._guest, door)
+        listener.incoming = lambda: asyncio.StreamReaderProtocol(asyncio.StreamReader(), guest)
+        await listener.start()
+        return listener
+
     async def _open_page(self, address: str) -> None:
         """As long as its port is another program's it is tried again."""
         host, port = web_address(address)
         while True:
             try:
-                self._page = await asyncio.start_server(partial(self._guest, "page"), host, port, backlog=8)
+                self._page = await self._listen("page", (host, port))
                 break
             except OSError as error:
                 if not self.page_trouble:
@@ -11745,8 +11754,9 @@ class Operations:
 
     def close(self) -> None:
         self._save()
-        for server in filter(None, (self._door, self._page)):
-            server.close()
+        for server in (self._door, self._page):
+            if server:
+                server.close()
         with suppress(OSError):
             for name in (SOCKET_FILE, DOOR_FILE):
                 (self._agent.state_dir / name).unlink(missing_ok=True)

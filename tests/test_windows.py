@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support import AGENT_ID, ROOT, Site, eventually, free_ports, message, setting, site
+from support import AGENT_ID, ROOT, Device, Site, eventually, free_ports, message, setting, site
 
 PYTHON = os.environ.get("MEDPLUM_WINDOWS_PYTHON", "")
 # wine's Python cannot write to a file that it inherits, and what wine starts by the way would hold a pipe of ours
@@ -95,7 +95,8 @@ def here(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
     with socket.create_server(("127.0.0.1", 0)) as busy:
         taken = f"mllp://127.0.0.1:{busy.getsockname()[1]}"
         channels = {"ADT": "", "RAW": "tcp://127.0.0.1:{port}?mode=astm", "Łąb": "", "BUSY": taken}
-        with windows(tmp_path_factory.mktemp("windows"), channels) as running:
+        config = f'statusAddress = "127.0.0.1:{free_ports(1)[0]}"'
+        with windows(tmp_path_factory.mktemp("windows"), channels, config=config) as running:
             yield running
 
 
@@ -108,6 +109,18 @@ def test_a_device_that_resets_before_it_is_taken_closes_no_port(here: Site) -> N
         assert device.ask(message("AFTER")) == ("AA", "AFTER")
     here.device("RAW").close()
     assert "socket" not in here.agent.main_log().decode() and "never retrieved" not in here.agent.main_log().decode()
+
+
+def test_a_reset_closes_neither_the_status_page_nor_the_door(here: Site) -> None:
+    """A port scan, or a browser that hurries: the page was gone until the next start, and `status` for 10 s."""
+    page = int(here.agent.logged("The status page is on").partition("127.0.0.1:")[2].partition("/")[0])
+    for port in (page, int((here.agent.state_dir / "agent.door").read_text())):
+        for _ in range(3):
+            Device(port).reset()
+        for _ in range(2):  # what is accepted after it
+            with Device(port) as browser:
+                browser.send_raw(b"GET / HTTP/1.0\r\nHost: 127.0.0.1\r\n\r\n")
+                assert browser.socket.recv(9).startswith(b"HTTP/1.1 ")
 
 
 def test_what_is_wrong_with_a_network_is_said_in_windows_words(here: Site) -> None:
