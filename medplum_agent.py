@@ -10810,7 +10810,7 @@ def _checked_status(answer: Dataset) -> int:
 
 
 # =====================================================================================================================
-# Doctor (410 lines, 3600 tokens)
+# Doctor (420 lines, 3650 tokens)
 #
 # `doctor`: one line a check, in the order in which things can fail, each with what the person who can act has to do.
 # It works beside a running agent, without one, and within one for the cloud. May touch: network, files, serial ports.
@@ -11136,10 +11136,12 @@ class Doctor:
     async def _channel(self, channel: ChannelPlan) -> None:
         where = f"channel '{channel.name}'"
         is_open = any(one["name"] == channel.name and one["open"] for one in self.running.get("channels", ()))
+        windows = sys.platform == "win32"
         if channel.dials and not channel.port:
-            usable = sys.platform == "win32" or os.access(channel.host, os.R_OK | os.W_OK)
+            usable = _is_serial_port(channel.host)
             text = f"{where}: {channel.host} {'is there' if usable else 'is missing, or this user may not use it'}"
-            remedy = "Plug it in; add the agent's user to the group dialout."
+            how = "see its number in the Device Manager" if windows else "add the agent's user to the group dialout"
+            remedy = f"Plug it in; {how}."
             self.say("serial port", FINE if usable else WRONG, text, remedy)
         elif not channel.dials and is_open:
             self.say("port", FINE, f"{where}: {channel.port} is open")
@@ -11150,10 +11152,11 @@ class Doctor:
                 text = f"{where}: {channel.port} is free{more if self.running else ''}"
                 self.say("port", DOUBTFUL if self.running else FINE, text, remedy)
             except OSError as error:
-                windows = sys.platform == "win32"
                 find = f"netstat -ano | findstr :{channel.port}" if windows else f"ss -ltnp 'sport = :{channel.port}'"
                 remedy = f"Find the program with: {find}. Stop it, or use another port."
-                if isinstance(error, PermissionError) and not windows:
+                if windows:
+                    remedy += " Windows keeps some: netsh int ipv4 show excludedportrange tcp."
+                elif isinstance(error, PermissionError):
                     remedy = "Ports below 1024 take a right: CAP_NET_BIND_SERVICE, which the package's service has."
                 self.say("port", WRONG, f"{where}: {channel.port}: {os_reason(error)}", remedy)
         if channel.settings.tls:
@@ -11191,6 +11194,15 @@ class Doctor:
         level = WRONG if free < DISK_RESERVE_BYTES else DOUBTFUL if free < LOW_DISK_BYTES else FINE
         text = f"{folder}: {free // MIB} MiB free, fsync {sorted(took)[2]:.1f} ms"
         self.say(name, level, text, "Free space on that disk.")
+
+
+def _is_serial_port(name: str) -> bool:
+    if sys.platform != "win32":
+        return os.access(name, os.R_OK | os.W_OK)
+    import ctypes  # to open it would fail while the agent has it, and tell the instrument by DTR
+
+    found = ctypes.create_unicode_buffer(KIB)
+    return bool(ctypes.windll.kernel32.QueryDosDeviceW(name.removeprefix("\\\\.\\"), found, KIB))
 
 
 # Of a certificate, from and to (RFC 5280 4.1.2.5); its issuer stands before that

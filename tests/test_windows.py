@@ -63,7 +63,7 @@ RUN = "import sys, medplum_agent as m; m.LOOK_SECS = {}; sys.exit(m.main())"  # 
 
 
 @contextlib.contextmanager
-def windows(folder: Path, channels: dict[str, str], look: float = 1000, **options: Any) -> Iterator[Site]:
+def windows(folder: Path, channels: dict[str, str], look: float = 60, **options: Any) -> Iterator[Site]:
     """A Site whose agent is Windows' own."""
     env = {"WINEDEBUG": "-all", **options.pop("env", {})}
     with site(folder, channels, [setting("channelAutoRetryMaxAttempts", 1)], start=False, env=env, **options) as here:
@@ -131,10 +131,20 @@ def test_what_is_wrong_with_a_network_is_said_in_windows_words(here: Site) -> No
 
 
 def test_the_port_of_another_program_is_found_with_what_windows_has(here: Site) -> None:
-    """It said `ss -ltnp`, and of the port `Unknown error`."""
+    """It said `ss -ltnp`, and of the port `Unknown error`; of one that Windows keeps for Hyper-V nothing found it."""
     found = ask(here, "doctor", "--json")
     port = next(one for one in json.loads(found)["checks"] if one["name"] == "port" and one["level"] == 2)
-    assert "netstat -ano" in port["remedy"] and "Unknown error" not in port["text"]
+    assert "netstat -ano" in port["remedy"] and "excludedportrange" in port["remedy"]
+    assert "Unknown error" not in port["text"]
+
+
+def test_a_serial_port_that_is_not_there_is_missing(here: Site, tmp_path: Path) -> None:
+    """Each was `there`."""
+    endpoint = here.sandbox.resource(here.endpoints["BUSY"])
+    for name, words in ((r"\\.\COM44", "missing"), ("nul", "is there")):
+        endpoint["address"] = f"serial://{name}?mode=astm"
+        checks = json.loads(ask(here, "doctor", "--json"))["checks"]
+        assert words in next(one["text"] for one in checks if one["name"] == "serial port")
 
 
 def test_a_command_has_paths_with_spaces_and_backslashes(tmp_path: Path) -> None:
