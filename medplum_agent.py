@@ -7270,7 +7270,8 @@ class Hl7Line(MllpLine):
         head = content.decode(self.encoding, "replace").lstrip(_BLANKS)
         if _is_empty_batch(content.lstrip(_BLANK_BYTES)):  # nothing came since the last one (HL7 v2.5.1 2.10.3)
             sender = LINE_ENDS.split(head)[0]
-            head = sender[3:4].join(["MSH", *sender.split(sender[3:4])[1:6]])
+            names = sender.split(sender[3:4])[1:6] if sender[1] == "H" else [""]  # BTS and FTS begin with a count
+            head = sender[3:4].join(["MSH", *names])
             self.write(build_ack(Header(head), "CA" if self.settings.enhanced == "true" else "AA"))
             return
         self.owner.note(f"[Refused]: {error}: {content[:200]!r}")

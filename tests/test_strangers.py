@@ -52,6 +52,19 @@ def test_a_negative_commit_acknowledgment_of_a_connected_device(here):
         assert "did not commit the message" in push.result().text and push.result().seconds < 6
 
 
+# --- batches ---
+
+
+@pytest.mark.parametrize("trailer", ["BTS|3\rFTS|1\r", "FTS|1", "FTS|1|end of the night\r\n"])
+def test_a_batch_whose_segments_have_frames_of_their_own(here, trailer):
+    """The count that a trailer begins with was MSH-2 of the answer, which no parser then took."""
+    with here.device("HL7") as device:
+        device.send("FHS|^~\\&|LAB|WARD\rBHS|^~\\&|LAB|WARD\r", message(f"FRAMED-{trailer[:9]}"), trailer)
+        answers = [device.receive() for _ in range(3)]
+    assert [answer[:9] for answer in answers] == ["MSH|^~\\&|"] * 3
+    assert [answer.split("\rMSA|")[1][:2] for answer in answers] == ["AA"] * 3
+
+
 # --- encodings ---
 
 
