@@ -613,7 +613,7 @@ class ServerError(PeerError):
 
 
 # =====================================================================================================================
-# Settings (1160 lines, 8200 tokens)
+# Settings (1160 lines, 8250 tokens)
 #
 # One setting, one row: a field of a frozen dataclass. The parser, the checks, `--settings-schema` and README's tables
 # come from the row. Names are the wire's own (camelCase). Precedence for a channel, field by field: Endpoint address,
@@ -1280,9 +1280,15 @@ def read_config_file(given: str | None) -> tuple[str, Json]:
             raise ConfigError(f"{path} in {Path.cwd()} {text}")
     try:
         text = named_file(path).decode("utf-8-sig")
-        return str(path), parse_properties(text) if path.suffix == ".properties" else _flatten(tomli.loads(text))
+        if path.suffix == ".properties":
+            return str(path), parse_properties(text)
+        # in double quotes TOML reads the \n of C:\new as a line end
+        if wrong := re.search(r'(?m)^[ \t]*([\w.]+)[ \t]*=[ \t]*"[^"\n]*?\b[A-Za-z]:\\[^\\]', text):
+            raise ValueError(f"the path of {wrong[1]} needs single quotes, as in 'C:\\folder'")
+        return str(path), _flatten(tomli.loads(text))
     except (OSError, ValueError) as error:  # tomli's and Unicode's errors are ValueErrors
-        problem = f"cannot read the configuration file {path}: {error}"
+        reason = "it is not UTF-8: save it so" if isinstance(error, UnicodeError) else error
+        problem = f"cannot read the configuration file {path}: {reason}"
         raise ConfigError(problem, for_good=path.suffix == ".toml") from None
 
 

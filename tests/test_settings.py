@@ -878,3 +878,27 @@ def test_no_clock_shows_24_30() -> None:
     with pytest.raises(ValueError, match="needs the form"):
         ma.opening_hours("22:00-24:30")
     assert ma.opening_hours("22:00-24:00")
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (rb'stateDir = "C:\new\temp"', "the path of stateDir needs single quotes"),  # was C:, a line end, ew ...
+        (rb'stateDir = "C:\Users\agent"', "the path of stateDir needs single quotes"),  # Invalid hex value
+        (rb'storeKey = "command:D:\tools\key.exe"', "the path of storeKey needs single quotes"),
+        ("stateDir = 'C:\\Müller'\r\n".encode("cp1252"), "it is not UTF-8"),  # 'utf-8' codec can't decode byte 0xfc
+        ("stateDir = 'C:\\x'\r\n".encode("utf-16"), "it is not UTF-8"),  # as > of PowerShell writes
+    ],
+)
+def test_a_path_of_windows_is_read_as_it_is_meant_or_refused(tmp_path, content, words):
+    (path := tmp_path / "agent.toml").write_bytes(content)
+    with pytest.raises(ma.ConfigError, match=words):
+        ma.read_config_file(str(path))
+
+
+@pytest.mark.parametrize("written", ["'C:\\new'", '"C:\\\\new"', '\'"C:\\new" x\' # "C:\\new"'])
+def test_a_path_of_windows_that_is_well_written_is_read(tmp_path, written):
+    (path := tmp_path / "agent.toml").write_bytes(
+        b"\xef\xbb\xbfagentId = 'a'\r\nalarmTo = " + written.encode() + b"\r\n"
+    )
+    assert "C:\\new" in ma.read_config_file(str(path))[1]["alarmTo"]
