@@ -482,7 +482,7 @@ def give_up_after(transport: asyncio.BaseTransport, secs: float) -> None:
 
     What a slow line does not take stays with us, so that we know of it.
     """
-    for name, value in (("TCP_USER_TIMEOUT", round(secs * 1000)), ("TCP_NOTSENT_LOWAT", UNSENT_BYTES)):
+    for name, value in (("TCP_USER_TIMEOUT", round(min(secs, 86_400) * 1000)), ("TCP_NOTSENT_LOWAT", UNSENT_BYTES)):
         if hasattr(socket, name):
             transport.get_extra_info("socket").setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
 
@@ -1537,8 +1537,9 @@ def read_parameters(cls: type[Any], query: str, where: str, warn: Warn) -> Json:
         given["messagesPerMin"] = re.sub(r"(?s)^(\s*[+-]?\d+).*", r"\1", rate)
     read = partial(read_settings, rows, where=f"{where}: ", fate="it is ignored", warn=warn)
     for name in LIST_PARAMETERS & given.keys() & rows.keys():  # of a list what is right counts
-        parts = ",".join(text for other, text in pairs if other == name).split(",")
-        given[name] = ",".join(filter(None, (read([(name, part)]).get(name) for part in parts)))
+        given[name] = whole = ",".join(text for other, text in pairs if other == name)
+        if "," in whole:
+            given[name] = ",".join(filter(None, (read([(name, part)]).get(name) for part in whole.split(",")))) or whole
     return read(given.items())
 
 
@@ -5283,7 +5284,7 @@ def _json_object(text: bytes) -> Json:
 
 
 # =====================================================================================================================
-# Delivery (600 lines, 4500 tokens)
+# Delivery (600 lines, 4550 tokens)
 #
 # What is on its way, the same for every protocol and in both directions. `Order` decides what may be in flight, `judge`
 # what an answer means; `Queue` keeps a window of the stored messages of one destination, which is the server or one
@@ -5310,6 +5311,11 @@ class Order(typing.Generic[K]):
         self._held: deque[K] = deque()  # a barrier and all behind it
         self._open = 0  # unsettled items that are not held
         self._barrier = False  # the one open item is a barrier
+
+    @property
+    def holds(self) -> bool:
+        """Some wait for all that are open, or for a barrier."""
+        return bool(self._held)
 
     def add(self, item: K) -> None:
         """Put an item behind all others."""
@@ -5787,8 +5793,9 @@ class Queue:
         now, tries = self._loop.time(), message.attempts or message.uploads
         message.failing_ms += round((now - (message.failing_since or now)) * 1000)  # not by the wall clock: it jumps
         message.failing_since = now
-        own = not counts or self._is_own_fault(message)
-        if self.policy.excuses and not own:
+        own = counts and self._is_own_fault(message)
+        stuck = len(self.inflight) + len(self._parked) < 2 or (self._order.holds and error in _POISON)
+        if self.policy.excuses and not (own or stuck):
             message.failures = min(message.failures, self.policy.settings.autoRetryMaxAttempts // 2)
         poison = own and error in _POISON and not mode and not self.policy.written
         spent = self.policy.spent(message.failures, message.failing_ms, tries)
@@ -6337,13 +6344,13 @@ class Uplink:
                 happy_eyeballs_delay=HAPPY_SECS,
                 write_limit=UPLINK_BUFFER_BYTES, user_agent_header=f"medplum-agent/{VERSION}",
             )  # fmt: skip
+            give_up_after(sock.transport, 3 * self._settings.heartbeatSecs)  # also where the server is still heard
         except (ServerError, OSError, EOFError, WebSocketException) as error:
             return with_cause(error) or type(error).__name__
         except Exception as error:  # whatever a proxy or server makes of the handshake: the uplink tries again
             return f"the connection failed with {type(error).__name__}"
         assert isinstance(sock, _Socket)
         self._socket = sock
-        give_up_after(sock.transport, 3 * self._settings.heartbeatSecs)  # also where the server is still heard
         self._outgoing.clear()
         self._largest = self._largest_id = self.outstanding = 0
         self._write({"type": "agent:connect:request", "accessToken": token, "agentId": self._settings.agentId})

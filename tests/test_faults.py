@@ -865,9 +865,10 @@ def test_a9_poison_gives_way_within_ten_seconds(tmp_path):
 
 
 def test_a9_while_all_fail_no_message_uses_up_its_tries(tmp_path):
-    """What fails alone has twenty; where somebody wrote how many, they count as they are."""
+    """What is tried alone has twenty; where somebody wrote how many, they count as they are."""
     fast = "enhanced=aa&autoRetryBaseDelayMs=2&autoRetryMaxDelayMs=4"
-    with site(tmp_path, {"A": f"?{fast}", "WRITTEN": f"?{fast}&autoRetryMaxAttempts=20"}) as here:
+    written, single = f"?{fast}&autoRetryMaxAttempts=20", f"?{fast}&maxWorkers=1"
+    with site(tmp_path, {"A": f"?{fast}", "WRITTEN": written, "SINGLE": single}) as here:
         tries: Counter[str] = Counter()
 
         def out_of_order(transmit):
@@ -876,15 +877,26 @@ def test_a9_while_all_fail_no_message_uses_up_its_tries(tmp_path):
             return (503, "") if tries[control] < 60 or control == "ALONE" else bot("AA")(transmit)
 
         here.sandbox.bot = out_of_order
-        for name in ("A", "WRITTEN"):
+        for name in ("A", "WRITTEN", "SINGLE"):
             with here.device(name) as device:
                 assert [device.ask(message(f"{name}-{n}", str(n)))[0] for n in range(4)] == ["AA"] * 4
         for n in range(4):
             assert here.agent.wait_state(f"A-{n}", "processed")["attempts"] == 60
-            assert here.agent.wait_state(f"WRITTEN-{n}", "failed")["attempts"] == 20
+            for name in ("WRITTEN", "SINGLE"):
+                assert here.agent.wait_state(f"{name}-{n}", "failed")["attempts"] == 20
         with here.device("A") as device:
             assert device.ask(message("ALONE", "A"))[0] == "AA"
         assert here.agent.wait_state("ALONE", "failed")["attempts"] == 20
+
+
+def test_a9_many_refused_before_a_barrier_hold_it_up_no_longer_than_their_tries(tmp_path):
+    with site(tmp_path, {"A": "?enhanced=aa&autoRetryBaseDelayMs=2&autoRetryMaxDelayMs=4"}) as here:
+        here.sandbox.bot = refuses_poison
+        with here.device("A") as device:
+            for n in range(4):
+                assert device.ask(message(f"{POISON}-{n}", str(n)))[0] == "AA"
+            assert [device.ask(message(control, patient))[0] for control, patient in (("BEAT", ""), ("GOOD", "G"))]
+        here.sandbox.wait_ids("BEAT", "GOOD")
 
 
 def test_a9_two_poisons_before_a_barrier_hold_up_nobody_either(tmp_path):
