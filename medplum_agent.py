@@ -5284,7 +5284,7 @@ def _json_object(text: bytes) -> Json:
 
 
 # =====================================================================================================================
-# Delivery (600 lines, 4550 tokens)
+# Delivery (610 lines, 4550 tokens)
 #
 # What is on its way, the same for every protocol and in both directions. `Order` decides what may be in flight, `judge`
 # what an answer means; `Queue` keeps a window of the stored messages of one destination, which is the server or one
@@ -5794,6 +5794,7 @@ class Queue:
         message.failing_ms += round((now - (message.failing_since or now)) * 1000)  # not by the wall clock: it jumps
         message.failing_since = now
         own = counts and self._is_own_fault(message)
+        # where no other is tried, or refusals hold up a barrier, an outage cannot be told from messages that are bad
         stuck = len(self.inflight) + len(self._parked) < 2 or (self._order.holds and error in _POISON)
         if self.policy.excuses and not (own or stuck):
             message.failures = min(message.failures, self.policy.settings.autoRetryMaxAttempts // 2)
