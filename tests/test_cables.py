@@ -65,8 +65,8 @@ class Network:
                 ip("link set lo up", space)
             for number, place in enumerate(self.PLACES, 1):
                 self._plug(number, self.spaces[place])
-            with inside(self.spaces["router"]):  # /proc/sys/net is that of who opens it
-                Path("/proc/thread-self/root/proc/sys/net/ipv4/ip_forward").write_text("1")
+            forward = "ip netns exec", self.spaces["router"], "cp /dev/stdin /proc/sys/net/ipv4/ip_forward"
+            subprocess.run(" ".join(forward).split(), input=b"1", check=True, capture_output=True)
         except (OSError, subprocess.CalledProcessError) as error:
             self.__exit__()
             words = getattr(error, "stderr", b"").decode().strip() or error
