@@ -8829,7 +8829,7 @@ def parse_ping(host: object, body: object) -> tuple[str, int]:
 
 
 # =====================================================================================================================
-# DICOM (2010 lines, 16750 tokens)
+# DICOM (1990 lines, 16700 tokens)
 #
 # Imaging devices (DICOM PS3.4, PS3.7, PS3.8; channel contract 8). `Dimse` is a core like the others: bytes in, events
 # out. Its line runs requests as coroutines; what takes long (fsync, decoding, JSON) goes to a few threads. pydicom and
@@ -9201,7 +9201,6 @@ class Dimse:
     def aborting(self, source: int = 0, reason: int = 0) -> bytes:
         """A-ABORT (PS3.8 9.3.8), by us as the service user or as the provider: nothing that still comes counts."""
         self.state, self.inside = "Sta1", False
-        self._held.clear()
         return self._pdu(ABORT, bytes((0, 0, source, reason)))
 
     @staticmethod
@@ -9296,13 +9295,12 @@ def dicom_json(
         unread = length == 0xFFFFFFFF and getattr(raw, "value", "") is None
         if not unread and length not in range(large, 0xFFFFFFFF):
             try:
-                if element := _numbers(tag, raw):
-                    element = _plain(element, swap, standard)
-                elif (read := dataset[tag]).VR == "SQ":
+                element = _numbers(tag, raw)
+                if not element and (read := dataset[tag]).VR == "SQ":
                     items = [dicom_json(item, omitted, large, standard=standard, nested=True) for item in read.value]
                     element = {"vr": "SQ", "Value": items} if items or not standard else {"vr": "SQ"}
                 else:
-                    element = _plain(_json_of(read), swap, standard)
+                    element = _plain(element or _json_of(read), swap, standard)
                 if element and not (nested and element["vr"] == "SQ"):
                     size += (own := len(dump_json(element)))
                     if size > 2 * BODY_BYTES:  # no message has room for it, nor time for others like it
@@ -9769,26 +9767,21 @@ def _in_time(event: Any) -> None:
 class Request:
     """One DIMSE request of a device. An object goes to a file of the spool, what else it brings stays in memory."""
 
-    def __init__(self, line: DicomLine, name: str, context: Context, fields: Json):
-        self.line, self.name, self.context, self.fields = line, name, context, fields
+    def __init__(self, line: DicomLine, name: str, context: Context, fields: Json, file: SpoolFile | None):
+        self.line, self.name, self.context, self.fields, self.file = line, name, context, fields, file
         self.syntax = context.syntaxes[0]
-        self.file: SpoolFile | None = None
+        self.uid, self.sop_class = (  # of the instance that it is about
+            fields.get(f"Affected{of}") or fields.get(f"Requested{of}", "") for of in ("SOPInstanceUID", "SOPClassUID")
+        )
         self.data = bytearray()  # of an object: what is not in the file yet
         self.arrived = asyncio.Event()  # a block of it, its end, or that of the association
         self.wanted = asyncio.get_running_loop().create_future()  # cancelled by the device, or with the association
-
-    @property
-    def uid(self) -> str:
-        """The instance that it is about."""
-        return self.fields.get("AffectedSOPInstanceUID") or self.fields.get("RequestedSOPInstanceUID") or ""
-
-    @property
-    def head(self) -> bytes:
-        """Preamble and file meta information of its object (PS3.10 7.1)."""
-        meta = pynetdicom.dsutils.create_file_meta(
-            sop_class_uid=self.fields.get("AffectedSOPClassUID") or self.context.abstract,
-            sop_instance_uid=self.uid or "0", transfer_syntax=self.syntax)  # fmt: skip
-        return bytes(128) + b"DICM" + cast(bytes, pynetdicom.dsutils.encode_file_meta(meta))
+        if file is not None:  # it begins with a preamble and file meta information (PS3.10 7.1)
+            meta = pynetdicom.dsutils.create_file_meta(
+                sop_class_uid=self.sop_class or context.abstract, sop_instance_uid=self.uid or "0",
+                transfer_syntax=self.syntax)  # fmt: skip
+            self.data += bytes(128) + b"DICM" + pynetdicom.dsutils.encode_file_meta(meta)
+            file.start = len(self.data)
 
     @cached_property
     def dataset(self) -> Dataset:
@@ -9800,7 +9793,7 @@ class Request:
         """An answer, of success unless its status says other; Refusal for a data set that cannot be written."""
         if not self.line.core.established:
             return
-        data, asked = None, self.fields
+        data = None
         if dataset is not None:
             try:
                 data = write_dataset(dataset, self.syntax)
@@ -9809,11 +9802,10 @@ class Request:
                 bad = (f"{one.tag:08X}" for one in dataset if not encode(pydicom.Dataset({one.tag: one}), True, True))
                 status = PROCESSING_FAILURE if self.name.startswith("N-") else UNABLE_TO_PROCESS
                 raise Refusal(f"the Bot's data set cannot be written: {next(bad, 'as a whole')}", status) from None
-        answer = {"CommandField": asked["CommandField"] | 0x8000, "Status": SUCCESS,
-                  "MessageIDBeingRespondedTo": asked.get("MessageID", 0)}  # fmt: skip
-        for name in ("SOPClassUID", "SOPInstanceUID"):
-            if uid := asked.get(f"Requested{name}") or asked.get(f"Affected{name}"):
-                answer[f"Affected{name}"] = uid
+        about = {"AffectedSOPClassUID": self.sop_class, "AffectedSOPInstanceUID": self.uid}
+        answer = {"CommandField": self.fields["CommandField"] | 0x8000, "Status": SUCCESS,
+                  "MessageIDBeingRespondedTo": self.fields.get("MessageID", 0)}  # fmt: skip
+        answer |= {name: uid for name, uid in about.items() if uid}
         await self.line.write(self.line.core.message(self.context.id, answer | fields, data))
 
 
@@ -9974,13 +9966,10 @@ class DicomLine(Line):
                 if request.fields.get("MessageID") == about:
                     request.wanted.cancel()
             return
-        request = Request(self, name, self.core.contexts[context], fields)
+        file = SpoolFile(self.owner.store.spool) if has_data and name == "C-STORE" else None
+        request = Request(self, name, self.core.contexts[context], fields, file)
         if has_data:
             self._coming = request
-            if name == "C-STORE":
-                request.file = SpoolFile(self.owner.store.spool)
-                request.data += request.head
-                request.file.start = len(request.data)
         self.messages += 1
         self._requests.append(request)
         if len(self._requests) == 1:
@@ -10014,18 +10003,17 @@ class DicomLine(Line):
 
     async def _serve(self) -> None:
         while self._requests:
-            request, stored = self._requests[0], False
+            request = self._requests[0]
             try:
                 await self._receive(request)
-                stored = request.name in DICOM_STORED
-                self.pending += stored
+                self.pending = request.name in DICOM_STORED
                 async with self.turn:
                     if self.core.established:
                         await self._serve_one(request)
             except RuntimeError as error:  # the system gives us no thread: nobody would read what comes
                 self.close(f"aborted: {error}")
             finally:
-                self.pending -= stored
+                self.pending = 0
                 self.active_at = self._loop.time()
                 self._requests.popleft()
                 if len(self._requests) == WAITING_REQUESTS:
@@ -10136,7 +10124,7 @@ class DicomChannel(Channel):
     async def c_store(self, request: Request) -> None:
         """C-STORE (PS3.4 B.2.3)."""
         file, s = request.file, self.settings
-        if file is None or not (request.uid and request.fields.get("AffectedSOPClassUID")):
+        if file is None or not (request.uid and request.sop_class):
             raise Refusal("the request names no class or no instance, or brings no data set", CANNOT_UNDERSTAND)
         try:
             if file.error or (s.maxMessageBytes and file.size > s.maxMessageBytes):
@@ -10154,12 +10142,10 @@ class DicomChannel(Channel):
 
     def _describe(self, file: SpoolFile, request: Request) -> tuple[Json, str]:
         """In a thread: what an object is, for the body of a message, and its Study Instance UID."""
-        omitted: list[str] = []
         standard = self.settings.dicomJson == "standard"
         implicit, little, deflated = syntax_of(request.syntax)
         with data_set(file, deflated) as (reading, start):
-            end, behind = check_whole(reading, start, request.syntax)
-            omitted += behind
+            end, omitted = check_whole(reading, start, request.syntax)
             reading.seek(start)
             try:
                 dataset = pydicom.filereader.read_dataset(
@@ -10170,12 +10156,12 @@ class DicomChannel(Channel):
                 uids = [
                     str(dataset.get(uid, "") or "") for uid in ("SOPClassUID", "SOPInstanceUID", "StudyInstanceUID")
                 ]
-                if not {key for key in described if key > "0003"} - set(omitted):
+                if not any(key > "0003" for key in described):
                     raise ValueError("nothing in it")
             except Exception:
                 raise Refusal("the data set cannot be read", CANNOT_UNDERSTAND) from None
-        commanded = request.fields["AffectedSOPClassUID"], request.uid
-        for what, found, command in zip(("class", "instance"), uids, commanded, strict=False):
+        commanded = {"class": request.sop_class, "instance": request.uid}
+        for (what, command), found in zip(commanded.items(), uids, strict=False):
             if found and found != command:
                 raise Refusal(f"the SOP {what} UID of the data set is not that of the request", SOP_MISMATCH)
         _say_utf8(described)
@@ -10454,7 +10440,7 @@ class DicomChannel(Channel):
 
     async def n_action(self, request: Request) -> None:
         """Storage commitment N-ACTION (PS3.4 J.3.2): answered when stored; the report follows the Bot's answer."""
-        if request.fields.get("RequestedSOPClassUID") != COMMITMENT_CLASS or request.fields.get("ActionTypeID") != 1:
+        if request.sop_class != COMMITMENT_CLASS or request.fields.get("ActionTypeID") != 1:
             raise Refusal("an action that is not supported", NO_SUCH_ACTION)
         body = await self._read(request) | {"sopInstanceUid": request.uid, "actionTypeId": 1}
         try:
