@@ -97,7 +97,6 @@ from websockets.protocol import State as SocketState
 if typing.TYPE_CHECKING:
     import icmplib
     from pydicom import Dataset
-    from pynetdicom.ae import ApplicationEntity as AE
     from pynetdicom.association import Association
 
 try:
@@ -8829,7 +8828,7 @@ def parse_ping(host: object, body: object) -> tuple[str, int]:
 
 
 # =====================================================================================================================
-# DICOM (1990 lines, 16700 tokens)
+# DICOM (1980 lines, 16550 tokens)
 #
 # Imaging devices (DICOM PS3.4, PS3.7, PS3.8; channel contract 8). `Dimse` is a core like the others: bytes in, events
 # out. Its line runs requests as coroutines; what takes long (fsync, decoding, JSON) goes to a few threads. pydicom and
@@ -9593,13 +9592,16 @@ class Sender:
     """Requests to one application entity, over associations made as they need them; used in a thread."""
 
     def __init__(
-        self, entity: AE, target: Target, log: Log, addresses: Sequence[tuple[str, int]] = (),
+        self, title: str, target: Target, log: Log, times: tuple[float, float, float],
+        addresses: Sequence[tuple[str, int]] = (),
     ):  # fmt: skip
-        """`addresses` are those of the target, where they are known; DeviceError: its TLS cannot be set up."""
+        """`title` is ours, `times` are to connect, to associate, and for each answer; `addresses` those of the target,
+        where they are known. DeviceError: its TLS cannot be set up.
+        """
         self._tls = (device_tls(target, log), target.host) if target.settings.tls else None
-        self._entity, self._target, self._addresses = entity, target, addresses
-        self._connect_secs = cast(float, entity.connection_timeout)
-        self._answer_secs = cast(float, entity.dimse_timeout)
+        self._target, self._addresses, self._entity = target, addresses, pynetdicom.AE(title)
+        self._connect_secs, self._entity.acse_timeout, self._answer_secs = times
+        self._entity.dimse_timeout = self._entity.network_timeout = self._answer_secs
         self._file: SpoolFile | None = None  # whose object is sent
         self._closed = threading.Event()  # the connection
         self._association: Association | None = None
@@ -9679,7 +9681,8 @@ class Sender:
         for sop_class, *syntaxes in contexts:
             self._contexts[sop_class, *syntaxes] = pynetdicom.build_context(sop_class, syntaxes or None)
         began = time.monotonic()
-        self._association = made = self._associate(contexts=list(self._contexts.values()), **options)
+        made: Association = self._associate(contexts=list(self._contexts.values()), **options)
+        self._association = made
         if made.is_established:
             return made
         answer, kind = cast(Any, made.acceptor.primitive), "device-error"  # whoever answers may be mended by a person
@@ -9698,7 +9701,7 @@ class Sender:
             self.problem = problem
         raise problem
 
-    def _associate(self, **options: Any) -> Association:
+    def _associate(self, **options: Any) -> Any:
         """With the first of its addresses that takes it; they share the time to connect."""
         try:
             self._addresses = self._addresses or look_up(self._target)
@@ -9706,8 +9709,7 @@ class Sender:
             self.problem = DeviceError(f"it cannot be reached: {os_reason(error)}", "device-unreachable")
             raise self.problem from None
         self._entity.connection_timeout = self._connect_secs / len(self._addresses)
-        made: Association | None = None
-        events = pynetdicom.evt
+        made, events = None, pynetdicom.evt
         for host, port in self._addresses:
             self._closed = threading.Event()
             handlers: list[Any] = [
@@ -9717,9 +9719,9 @@ class Sender:
             made = self._entity.associate(
                 host, port, ae_title=self._target.path, tls_args=self._tls, evt_handlers=handlers, **options
             )
-            if cast(Any, made.acceptor.primitive) is not None:
+            if made.acceptor.primitive is not None:
                 break
-        return cast("Association", made)
+        return made
 
     def _pace(self, event: Any) -> None:
         message, file = event.message, self._file
@@ -10085,6 +10087,7 @@ class DicomChannel(Channel):
     _sending = ThreadPoolExecutor(DICOM_PUSHES, "dicom-move")
     _reporting = ThreadPoolExecutor(2, "dicom-report")
     reporting: typing.ClassVar[set[int]] = set()  # commitments whose report is on its way
+    kind = DicomLine
 
     def __init__(self, plan: ChannelPlan, parts: Parts, old: Channel | None = None):
         self._fhir = parts.fhir
@@ -10094,10 +10097,6 @@ class DicomChannel(Channel):
     @property
     def settings(self) -> DicomSettings:
         return cast(DicomSettings, self.plan.settings)
-
-    @property
-    def kind(self) -> type[Line]:
-        return DicomLine
 
     @property
     def connections(self) -> int:
@@ -10319,10 +10318,9 @@ class DicomChannel(Channel):
         """To one of moveDestinations."""
         if (target := destinations(self.settings.moveDestinations).get(title)) is None:
             return None
-        entity = pynetdicom.AE(own or self.settings.calledAeTitle or "MEDPLUM")
-        entity.connection_timeout = entity.acse_timeout = self.settings.associationTimeoutSecs
-        entity.dimse_timeout = DIMSE_SECS
-        return Sender(entity, target, self._log)
+        seconds = self.settings.associationTimeoutSecs
+        title = own or self.settings.calledAeTitle or "MEDPLUM"
+        return Sender(title, target, self._log, (seconds, seconds, DIMSE_SECS))
 
     async def c_get(self, request: Request) -> Answer:
         """C-GET (PS3.4 C.4.3): the objects come as C-STORE on the same association."""
@@ -10401,13 +10399,9 @@ class DicomChannel(Channel):
         try:
             meta = await fetching
             uid = meta.MediaStorageSOPInstanceUID
-            status = int((await send(file, meta)).get("Status", PROCESSING_FAILURE))
-            if status == SUCCESS or status >> 12 == 0xB:
-                return "Warning" if status else "Completed", uid
-            raise DeviceError(f"the device answered with status 0x{status:04X}", "device-rejected")
+            return "Warning" if checked_status(await send(file, meta)) else "Completed", uid
         except Exception as error:  # no DICOM file, or nobody who takes it: the next one may go
-            said = str(error) if isinstance(error, AgentError | ValueError) else type(error).__name__
-            self.warn(f"{places[-1]} cannot be {'sent' if uid else 'fetched'}: {said}")
+            self.warn(f"{places[-1]} cannot be {'sent' if uid else 'fetched'}: {_logged(error)}")
             return "Failed", uid
         finally:
             file.discard()
@@ -10493,11 +10487,13 @@ class DicomChannel(Channel):
         for seconds in COMMITMENT_REPORT_SECS:
             await asyncio.sleep(seconds)
             now = self.queue.owner if isinstance(self.queue.owner, DicomChannel) else self  # since a reload another
-            if not (problem := await now._send_report(message, request["association"], *report)):
+            try:
+                checked_status(await now._send_report(message, request["association"], *report))
                 message.outcome = DELIVERED
                 self.store.update(message)
                 return
-            self.warn(f"message {message.id}: the storage commitment report was not taken: {problem}")
+            except (DeviceError, ValueError, RuntimeError, OSError) as error:
+                self.warn(f"message {message.id}: the storage commitment report was not taken: {_logged(error)}")
         self.warn(f"message {message.id}: its report is given up; a restart of the agent tries it again")
 
     async def _known_to_server(self, request: Json) -> set[str] | None:
@@ -10522,26 +10518,20 @@ class DicomChannel(Channel):
         for message in await self.store.undelivered(self.queue.row, COMMITMENT, since):
             spawn(self._report(message, message.response or ""))
 
-    async def _send_report(self, message: Message, titles: Json, report: Dataset, kind: int) -> str:
-        """N-EVENT-REPORT, on an association of our own where the device's address is known; why not, if not."""
+    async def _send_report(self, message: Message, titles: Json, report: Dataset, kind: int) -> Any:
+        """N-EVENT-REPORT, on an association of our own where the device's address is known; the device's answer."""
         calling = titles["callingAeTitle"]
-        try:
-            if sender := self._sender(calling, titles["calledAeTitle"]):
-                status = (await self.loop.run_in_executor(self._reporting, sender.report, report, kind)).get("Status")
-            elif (line := next((one for one in self.associations if message.id in one.commitments), None)) is None:
-                return f"'{calling}' is not connected; name its address in moveDestinations"
-            else:
-                context = next(c for c in line.core.contexts.values() if c.abstract == COMMITMENT_CLASS)
-                fields = {"CommandField": 0x0100, "AffectedSOPClassUID": COMMITMENT_CLASS,
-                          "AffectedSOPInstanceUID": COMMITMENT_INSTANCE, "EventTypeID": kind}  # fmt: skip
-                async with line.turn:
-                    content = await self._decode(write_dataset, report, context.syntaxes[0])
-                    status = (await line.request(context.id, fields, [(content, True)])).get("Status")
-        except DeviceError as error:
-            return str(error)
-        except (ValueError, RuntimeError, OSError) as error:
-            return type(error).__name__
-        return "" if status == SUCCESS else f"status 0x{status or 0:04X}"
+        if sender := self._sender(calling, titles["calledAeTitle"]):
+            return await self.loop.run_in_executor(self._reporting, sender.report, report, kind)
+        if (line := next((one for one in self.associations if message.id in one.commitments), None)) is None:
+            missing = f"'{calling}' is not connected; name its address in moveDestinations"
+            raise DeviceError(missing, "device-unreachable")
+        context = next(c for c in line.core.contexts.values() if c.abstract == COMMITMENT_CLASS)
+        fields = {"CommandField": 0x0100, "AffectedSOPClassUID": COMMITMENT_CLASS,
+                  "AffectedSOPInstanceUID": COMMITMENT_INSTANCE, "EventTypeID": kind}  # fmt: skip
+        async with line.turn:
+            content = await self._decode(write_dataset, report, context.syntaxes[0])
+            return await line.request(context.id, fields, [(content, True)])
 
 
 # --- queries that the server's own resources answer ------------------------------------------------------------------
@@ -10668,19 +10658,32 @@ def file_blocks(file: SpoolFile) -> Iterator[tuple[bytes, bool]]:
 def commitment_report(request: Json, committed: set[str] | None) -> tuple[Dataset, int]:
     """Data set and event type of an N-EVENT-REPORT: 1 when all UIDs are `committed`, else 2; None: nobody could say."""
     reason = PROCESSING_FAILURE if committed is None else NO_SUCH_INSTANCE
-    safe: list[Json] = []
-    failed: list[Json] = []
+    report: Json = {"00081195": request["dataset"].get("00081195", {"vr": "UI"})}  # the transaction
     for uid, sop_class in referenced_objects(request):
         item: Json = {"00081150": {"vr": "UI", "Value": [sop_class]}, "00081155": {"vr": "UI", "Value": [uid]}}
-        if uid in (committed or ()):
-            safe.append(item)
-        else:
-            failed.append(item | {"00081197": {"vr": "US", "Value": [reason]}})
-    sequences = {
-        tag: {"vr": "SQ", "Value": items} for tag, items in (("00081199", safe), ("00081198", failed)) if items
-    }
-    transaction = request["dataset"].get("00081195", {"vr": "UI"})
-    return dataset_of(sequences | {"00081195": transaction}), 2 if failed else 1  # PS3.4 J.3.3
+        sequence = "00081199"
+        if uid not in (committed or ()):
+            sequence, item["00081197"] = "00081198", {"vr": "US", "Value": [reason]}
+        report.setdefault(sequence, {"vr": "SQ", "Value": []})["Value"].append(item)
+    return dataset_of(report), 2 if "00081198" in report else 1  # PS3.4 J.3.3
+
+
+def checked_status(answer: Any) -> int:
+    """The status of an answer (a data set, or fields) if it is success or a warning; DeviceError for the others."""
+    if (status := answer.get("Status")) is None:
+        raise DeviceError("no answer came", "device-silent")
+    if status == SUCCESS or status >> 12 == 0xB or status in (0x0001, 0x0107, 0x0116):  # PS3.7 C.3 and C.4
+        return int(status)
+    comment = f" ({words})" if (words := answer.get("ErrorComment")) else ""
+    kind, text = "device-error" if status >> 8 == 0xA7 else "device-rejected", f"status 0x{status:04X}"
+    raise DeviceError(text + comment, kind, text)
+
+
+def _logged(error: Exception) -> str:
+    """What the main log may say of it: no words of a device, which may quote a patient."""
+    if isinstance(error, DeviceError):
+        return error.log
+    return str(error) if isinstance(error, AgentError | ValueError) else type(error).__name__
 
 
 # --- requests of the cloud to application entities -------------------------------------------------------------------
@@ -10745,35 +10748,25 @@ class ImagingCaller:
                         raise DeviceError(f"{failed}: {error}", kind, failed) from None
                     if file.error:
                         raise DeviceError(f"{reference}: {file.error}", "device-error")
-                loop = asyncio.get_running_loop()
-                begun: list[Sender] = []
-                work = partial(self._perform, push.target, addresses, request, file, seconds, begun)
+                run, s = asyncio.get_running_loop().run_in_executor, push.target.settings
+                times = s.connectTimeoutSecs, min(seconds, DIMSE_SECS), seconds
+                sender = await run(threads, Sender, s.callingAeTitle, push.target, self._log, times, addresses)
                 try:
-                    answer = await loop.run_in_executor(threads, work)
+                    answer = await run(threads, self._perform, sender, key, request, file)
                 except asyncio.CancelledError:  # its time is over, and so is the association
-                    for sender in begun:
-                        loop.run_in_executor(None, sender.abort)
+                    run(None, sender.abort)
                     raise
             return dump_json({"command": request["command"], **answer}).decode()
         finally:
             if file is not None:
                 file.discard()
 
-    def _perform(
-        self, target: Target, addresses: Sequence[tuple[str, int]], request: Json, file: SpoolFile | None,
-        seconds: float, begun: list[Sender],
-    ) -> Json:  # fmt: skip
+    def _perform(self, sender: Sender, key: str, request: Json, file: SpoolFile | None) -> Json:
         """In a thread: the association and the request."""
-        s, key = target.settings, target.key
-        entity = pynetdicom.AE(s.callingAeTitle)
-        entity.connection_timeout, entity.acse_timeout = s.connectTimeoutSecs, min(seconds, DIMSE_SECS)
-        entity.dimse_timeout = entity.network_timeout = seconds
-        sender = Sender(entity, target, self._log, addresses)
-        begun.append(sender)
         try:
             if file is None:
                 return self._query(sender, request)
-            return {"status": _checked_status(sender.send(file, meta_of(file)))}
+            return {"status": checked_status(sender.send(file, meta_of(file)))}
         except DeviceError as error:
             raise DeviceError(f"{key}: {error}", error.kind, error.log) from None
         except Exception as error:  # no DICOM file, or no presentation context that takes it
@@ -10789,33 +10782,22 @@ class ImagingCaller:
         sop_class = VERIFICATION_CLASS if command == "C-ECHO" else self._model(request)
         association = sender.association((sop_class, *UNCOMPRESSED))
         if command == "C-ECHO":
-            return {"status": _checked_status(association.send_c_echo())}
+            return {"status": checked_status(association.send_c_echo())}
         identifier = dataset_of(request.get("dataset", {}))
         if sop_class != WORKLIST_CLASS:
             level = request.get("level") or identifier.get("QueryRetrieveLevel") or "STUDY"
             identifier.QueryRetrieveLevel = str(level)
         if command == "C-FIND":
             *matches, (last, _) = association.send_c_find(identifier, sop_class)
-            status = _checked_status(last)
+            status = checked_status(last)
             found = [dicom_json(dataset, []) for _, dataset in matches if dataset is not None]
             if len(found) < len(matches):
                 raise DeviceError("a match cannot be read", "device-error")
             return {"status": status, "datasets": found}
         *_, (last, _) = association.send_c_move(identifier, str(request["destination"]), sop_class)
-        status, counted = _checked_status(last), ("Completed", "Failed", "Warning")
+        status, counted = checked_status(last), ("Completed", "Failed", "Warning")
         counts = {name.lower(): int(last.get(f"NumberOf{name}Suboperations") or 0) for name in counted}
         return {"status": status} | counts
-
-
-def _checked_status(answer: Dataset) -> int:
-    """The status of an answer if it is success or a warning; DeviceError for failures and silence."""
-    if (status := answer.get("Status")) is None:
-        raise DeviceError("no answer came", "device-silent")
-    if status == SUCCESS or status >> 12 == 0xB or status in (0x0001, 0x0107, 0x0116):  # PS3.7 C.3 and C.4
-        return int(status)
-    comment = f" ({answer.ErrorComment})" if answer.get("ErrorComment") else ""
-    kind, words = "device-error" if status >> 8 == 0xA7 else "device-rejected", f"status 0x{status:04X}"
-    raise DeviceError(words + comment, kind, words)
 
 
 # =====================================================================================================================
