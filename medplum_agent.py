@@ -8828,7 +8828,7 @@ def parse_ping(host: object, body: object) -> tuple[str, int]:
 
 
 # =====================================================================================================================
-# DICOM (1980 lines, 16550 tokens)
+# DICOM (1970 lines, 16500 tokens)
 #
 # Imaging devices (DICOM PS3.4, PS3.7, PS3.8; channel contract 8). `Dimse` is a core like the others: bytes in, events
 # out. Its line runs requests as coroutines; what takes long (fsync, decoding, JSON) goes to a few threads. pydicom and
@@ -10135,9 +10135,7 @@ class DicomChannel(Channel):
             body |= {} if mark else {"binary": {"reference": spool_reference(spool)}}
         except OSError as error:
             raise Refusal(_trouble_of(error)[0], OUT_OF_RESOURCES) from None
-        message = self._new_message(request, request.uid, study or request.uid, body)
-        message.spool, message.prepared = spool, False
-        await self._keep(message)
+        await self._keep(request, request.uid, study or request.uid, fitted(body), spool)
 
     def _describe(self, file: SpoolFile, request: Request) -> tuple[Json, str]:
         """In a thread: what an object is, for the body of a message, and its Study Instance UID."""
@@ -10167,29 +10165,27 @@ class DicomChannel(Channel):
         body = {"association": request.line.titles, "dataset": meta | described}
         return body | ({"omitted": omitted} if omitted else {}), uids[2]
 
-    def _new_message(self, request: Request, uid: str, key: str, body: Json) -> Message:
-        text = fitted(body)
-        return Message(
-            self.queue.row, request.line.calling, text.encode(), text=text, type=request.name, control_id=uid,
-            key="" if self.plan.key_spec == "*" else key,
-        )  # fmt: skip
-
-    async def _keep(self, message: Message) -> None:
-        """Store a message; Refusal where that is not possible."""
-        done = asyncio.Event()
+    async def _keep(self, request: Request, uid: str, key: str, text: str, spool: str | None = None) -> Message:
+        """Store what a device asks for as a message; Refusal where that is not possible."""
+        calling, done = request.line.calling, asyncio.Event()
 
         def stored(message: Message) -> None:
             if not message.refusal:
                 self.queue.stored(message)
             done.set()
 
-        message.source = stored
+        message = Message(
+            self.queue.row, calling, text.encode(), text=text, type=request.name, control_id=uid, spool=spool,
+            key="" if self.plan.key_spec == "*" else key, source=stored,
+            prepared=not spool and request.name != COMMITMENT,
+        )  # fmt: skip
         self.store.put(message)
         await done.wait()
         if message.refusal:
-            self.store.spool.remove(message.spool or "")
-            raise Refusal(message.refusal, OUT_OF_RESOURCES if message.type == "C-STORE" else RESOURCE_LIMITATION)
-        self.note(f"[Received {message.type}]: {message.control_id} from {message.remote}")
+            self.store.spool.remove(spool or "")
+            raise Refusal(message.refusal, OUT_OF_RESOURCES if request.name == "C-STORE" else RESOURCE_LIMITATION)
+        self.note(f"[Received {request.name}]: {uid} from {calling}")
+        return message
 
     # --- questions ---
 
@@ -10333,11 +10329,10 @@ class DicomChannel(Channel):
         usable = [own] if own in accepted else [one for one in accepted if {one, own} <= set(UNCOMPRESSED)]
         if not usable:
             raise ValueError("no presentation context for it")
-        data: Iterable[tuple[bytes, bool]] = file_blocks(file)
+        data = file_blocks(file.open, file.start)
         if usable[0] != own:
             content = await self._decode(lambda: write_dataset(read_object(file), usable[0], own))
-            size = TRANSFER_BLOCK_BYTES
-            data = [(content[at : at + size], at + size >= len(content)) for at in range(0, len(content), size)]
+            data = file_blocks(partial(io.BytesIO, content))
         fields = {"CommandField": 0x0001, "AffectedSOPClassUID": sop_class, "Priority": 0,
                   "AffectedSOPInstanceUID": meta.MediaStorageSOPInstanceUID}  # fmt: skip
         return await line.request(accepted[usable[0]], fields, data)
@@ -10414,10 +10409,9 @@ class DicomChannel(Channel):
             raise Refusal("it does not say of which procedure step", PROCESSING_FAILURE)
         uid = request.uid or str(pydicom.uid.generate_uid())
         body = await self._read(request) | {"sopInstanceUid": uid}
-        message, heard = self._new_message(request, uid, uid, body), self.loop.create_future()
+        message = await self._keep(request, uid, uid, fitted(body))
+        self._waiting[message.id] = heard = self.loop.create_future()
         try:
-            await self._keep(message)
-            self._waiting[message.id] = heard
             async with asyncio.timeout(self.settings.answerWaitSecs if self.uplink.live else 0):
                 words = bot_words(await heard)
             elements = words.get("dataset", {}) if isinstance(words, dict) else {}
@@ -10442,12 +10436,10 @@ class DicomChannel(Channel):
             key = f"commitment {request.dataset.TransactionUID}"
         except Exception:  # no transaction, no objects, or unreadable ones
             raise Refusal("the request cannot be read", PROCESSING_FAILURE) from None
-        message = self._new_message(request, request.uid, key, body)
+        text = fitted(body)
         if not wanted or [uid for uid, _ in referenced_objects(body)] != wanted:
             raise Refusal("more objects than fit into one message; ask for fewer at a time", RESOURCE_LIMITATION)
-        message.prepared = False
-        await self._keep(message)
-        request.line.commitments.add(message.id)
+        request.line.commitments.add((await self._keep(request, request.uid, key, text)).id)
 
     # --- answers of the Bot ---
 
@@ -10646,11 +10638,11 @@ def meta_of(file: SpoolFile) -> Dataset:
         return meta
 
 
-def file_blocks(file: SpoolFile) -> Iterator[tuple[bytes, bool]]:
+def file_blocks(opened: Callable[[], BinaryIO], start: int = 0) -> Iterator[tuple[bytes, bool]]:
     """The data set in a file, a block at a time, with whether it is the last."""
-    with file.open() as reading:
+    with opened() as reading:
         size = length_of(reading)
-        reading.seek(file.start)
+        reading.seek(start)
         while block := reading.read(TRANSFER_BLOCK_BYTES):
             yield block, reading.tell() == size
 
