@@ -8828,7 +8828,7 @@ def parse_ping(host: object, body: object) -> tuple[str, int]:
 
 
 # =====================================================================================================================
-# DICOM (1970 lines, 16500 tokens)
+# DICOM (1960 lines, 16450 tokens)
 #
 # Imaging devices (DICOM PS3.4, PS3.7, PS3.8; channel contract 8). `Dimse` is a core like the others: bytes in, events
 # out. Its line runs requests as coroutines; what takes long (fsync, decoding, JSON) goes to a few threads. pydicom and
@@ -9294,13 +9294,13 @@ def dicom_json(
         unread = length == 0xFFFFFFFF and getattr(raw, "value", "") is None
         if not unread and length not in range(large, 0xFFFFFFFF):
             try:
-                element = _numbers(tag, raw)
-                if not element and (read := dataset[tag]).VR == "SQ":
-                    items = [dicom_json(item, omitted, large, standard=standard, nested=True) for item in read.value]
+                vr, values = _values(dataset, tag, raw)
+                if vr == "SQ":
+                    items = [dicom_json(item, omitted, large, standard=standard, nested=True) for item in values]
                     element = {"vr": "SQ", "Value": items} if items or not standard else {"vr": "SQ"}
                 else:
-                    element = _plain(element or _json_of(read), swap, standard)
-                if element and not (nested and element["vr"] == "SQ"):
+                    element = _plain(vr, values, swap, standard)
+                if element and not (nested and vr == "SQ"):
                     size += (own := len(dump_json(element)))
                     if size > 2 * BODY_BYTES:  # no message has room for it, nor time for others like it
                         size, large, element, dataset[tag] = size - own, large // 2, None, raw
@@ -9323,22 +9323,17 @@ def _say_utf8(elements: Json) -> None:
             element["Value"] = ["ISO_IR 192"]
 
 
-def _json_of(read: Any) -> Json:
-    """pydicom's JSON of an element; of names ours: its fails on an empty one among others."""
-    if read.VR == "PN" and read.VM:
-        return {"vr": "PN", "Value": read.value if read.VM > 1 else [read.value]}
-    return cast(Json, read.to_json_dict(lambda bulk: "", INLINE_BYTES))
-
-
-def _numbers(tag: int, raw: Any) -> Json | None:
-    """IS and DS, which pydicom would cut to whole numbers or round; None for anything else."""
+def _values(dataset: Dataset, tag: int, raw: Any) -> tuple[str, Sequence[Any]]:
+    """VR and values of an element. IS and DS as they were sent: pydicom would cut to whole numbers, or round."""
     vr, value = getattr(raw, "VR", None), getattr(raw, "value", None)
     with suppress(KeyError):
         vr = pydicom.datadict.dictionary_VR(tag) if vr in (None, "UN") else vr
-        if vr in ("IS", "DS") and isinstance(value, bytes):
-            parts = value.decode("latin-1").rstrip(" \0").split("\\")
-            return {"vr": vr, "Value": [_number(part.strip(" \0")) for part in parts]}
-    return None
+    if vr in ("IS", "DS") and isinstance(value, bytes):
+        return vr, [_number(part.strip(" \0")) for part in value.decode("latin-1").rstrip(" \0").split("\\")]
+    read = dataset[tag]
+    if read.VR == "SQ" or read.VM > 1:
+        return read.VR, read.value
+    return read.VR, [] if read.is_empty else [read.value]
 
 
 def _number(text: str) -> Any:
@@ -9356,6 +9351,8 @@ def _clean(vr: str, value: Any) -> Any:
     if vr == "PN":
         groups = zip(("Alphabetic", "Ideographic", "Phonetic"), _ESCAPES.sub("", str(value)).split("="), strict=False)
         return {group: part for group, part in groups if part} or None
+    if vr == "AT":
+        return f"{value:08X}"
     if isinstance(value, float) and not math.isfinite(value):  # JSON has no such numbers
         return json.dumps(value)
     if vr in ("SV", "UV") and abs(value) > 2**53:  # which JavaScript would round (PS3.18 F.2.3 allows both)
@@ -9365,17 +9362,14 @@ def _clean(vr: str, value: Any) -> Any:
     return value.strip(" ") if vr in ("AE", "CS", "LO", "SH") else value  # PS3.5 6.2
 
 
-def _plain(element: Json, swap: bool, standard: bool) -> Json | None:
-    """An element of DICOM JSON without values too large to be inline; None when nothing is left of it."""
-    vr = element["vr"]
-    if "BulkDataURI" in element:
-        return None
-    if inline := element.get("InlineBinary"):
-        if swap and vr in _WORDS:  # little endian, whatever it was (F.2.7)
-            turned = other_order(vr, base64.b64decode(inline))
-            return element | {"InlineBinary": base64.b64encode(turned).decode()}
-        return element
-    values = [_clean(vr, value) for value in element.get("Value") or ()]
+def _plain(vr: str, values: Sequence[Any], swap: bool, standard: bool) -> Json | None:
+    """An element of DICOM JSON; None for a binary value too large to be inline."""
+    if values and isinstance(content := values[0], bytes) and vr != "US or SS":
+        if len(content) > INLINE_BYTES // 4 * 3:  # as text it is longer
+            return None
+        words = other_order(vr, content) if swap and vr in _WORDS else content  # little endian, whatever it was (F.2.7)
+        return {"vr": vr, "InlineBinary": base64.b64encode(words).decode()}
+    values = [_clean(vr, value) for value in values]
     if values in ([], [""], [None]):
         return {"vr": vr} if standard else {"vr": vr, "Value": [] if vr == "PN" else [""]}
     return {"vr": vr, "Value": [None if value == "" else value for value in values]}
@@ -10150,20 +10144,17 @@ class DicomChannel(Channel):
                 )
                 described = dicom_json(dataset, omitted, standard=standard)
                 meta = dicom_json(meta_of(file), [], standard=standard)
-                uids = [
-                    str(dataset.get(uid, "") or "") for uid in ("SOPClassUID", "SOPInstanceUID", "StudyInstanceUID")
-                ]
                 if not any(key > "0003" for key in described):
                     raise ValueError("nothing in it")
             except Exception:
                 raise Refusal("the data set cannot be read", CANNOT_UNDERSTAND) from None
-        commanded = {"class": request.sop_class, "instance": request.uid}
-        for (what, command), found in zip(commanded.items(), uids, strict=False):
-            if found and found != command:
+        sop_class, instance, study = (_texts(described, tag)[0] for tag in ("00080016", "00080018", "0020000D"))
+        for what, found, commanded in ("class", sop_class, request.sop_class), ("instance", instance, request.uid):
+            if found and found != commanded:
                 raise Refusal(f"the SOP {what} UID of the data set is not that of the request", SOP_MISMATCH)
         _say_utf8(described)
         body = {"association": request.line.titles, "dataset": meta | described}
-        return body | ({"omitted": omitted} if omitted else {}), uids[2]
+        return body | ({"omitted": omitted} if omitted else {}), study
 
     async def _keep(self, request: Request, uid: str, key: str, text: str, spool: str | None = None) -> Message:
         """Store what a device asks for as a message; Refusal where that is not possible."""

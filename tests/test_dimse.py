@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pydicom.filereader import read_dataset
 from pydicom.uid import UID
 from pynetdicom import build_context, build_role, dimse_messages, dimse_primitives, pdu_primitives
 from pynetdicom.dsutils import encode
@@ -931,3 +932,11 @@ def test_code_extensions_become_clean_text(here, charset, vr, content, expected)
     key, inner = json_of(here, element(0x00080005, b"CS", charset), one, nested).values()
     assert key == ([expected] if expected else ["小东", "张"])
     assert [e["Value"] for e in inner[0].values()] == [key]
+
+
+def test_a_number_that_cannot_be_read_is_no_other_number() -> None:
+    """`US or SS` in implicit VR of which pydicom cannot say what it is: the two bytes of 12849, "12", became 12."""
+    ma.imaging()
+    omitted: list[str] = []
+    perimeter = read_dataset(io.BytesIO(struct.pack("<HHIH", 0x0028, 0x0071, 2, 12849)), True, True)
+    assert (ma.dicom_json(perimeter, omitted), omitted) == ({}, ["00280071"])
