@@ -8928,12 +8928,9 @@ def other_order(vr: str, content: bytes) -> bytes:
 
 def turn_words(dataset: Dataset) -> None:
     """For the other byte order: pydicom leaves binary values to us."""
-
-    def turn(_: Dataset, element: Any) -> None:
+    for element in dataset.iterall():
         if isinstance(element.value, bytes):
             element.value = other_order(element.VR, element.value)
-
-    dataset.walk(turn)
 
 
 def write_dataset(dataset: Dataset, syntax: str, own: str = "") -> bytes:
@@ -9893,7 +9890,7 @@ class DicomLine(Line):
         """Accept or reject (PS3.8 9.3.4); AE titles are what they are, and compared where a setting names some."""
         s, core = self.owner.settings, self.core
         self.calling, self.titles = calling, {"callingAeTitle": calling, "calledAeTitle": called}
-        established = len(self.owner.associations)
+        established = self.owner.connections
         if core.state != "Sta3":
             return
         if s.calledAeTitle and called != s.calledAeTitle.strip():
