@@ -612,7 +612,7 @@ class ServerError(PeerError):
 
 
 # =====================================================================================================================
-# Settings (1160 lines, 8250 tokens)
+# Settings (1170 lines, 8250 tokens)
 #
 # One setting, one row: a field of a frozen dataclass. The parser, the checks, `--settings-schema` and README's tables
 # come from the row. Names are the wire's own (camelCase). Precedence for a channel, field by field: Endpoint address,
@@ -813,6 +813,18 @@ def release_source(text: str) -> None:
         server_url(text)
 
 
+def resource_id(text: str) -> None:
+    """ValueError for what cannot stand behind Agent/."""
+    if not re.fullmatch(r"(?!\.+$)[A-Za-z0-9\-.]{1,64}", text):
+        raise ValueError("is not the id of a FHIR resource (letters, digits, - and .), as it stands behind Agent/")
+
+
+def existing_file(path: str) -> None:
+    """ValueError for what is none."""
+    if not Path(path).is_file():
+        raise ValueError("does not exist")
+
+
 def _letters(name: str) -> str:
     """iconv's names differ in the rest."""
     return re.sub("[^a-z0-9]", "", name)
@@ -905,12 +917,12 @@ class ProcessSettings:
     baseUrl: str = setting("", "Server: base URL of the Medplum server", check=server_url, env="MEDPLUM_BASE_URL")
     clientId: str = setting("", "Client id: id of the ClientApplication", env="MEDPLUM_CLIENT_ID")
     clientSecret: str = setting("", "Client secret: secret of the ClientApplication", env="MEDPLUM_CLIENT_SECRET")
-    agentId: str = setting("", "Agent id: id of the Agent resource", env="MEDPLUM_AGENT_ID")
+    agentId: str = setting("", "Agent id: id of the Agent resource", check=resource_id, env="MEDPLUM_AGENT_ID")
     logLevel: str = setting("", f"Log level: level of both logs [{' '.join(LEVELS)}]", env="MEDPLUM_LOG_LEVEL")
     clientSecretFile: str = setting("", "Secret file: file that holds the client secret, instead of clientSecret",
         env="MEDPLUM_CLIENT_SECRET_FILE")
     caFile: str = setting("", "CA file: PEM file of further certificate authorities to trust, also those added later",
-        env="MEDPLUM_CA_FILE")
+        check=existing_file, env="MEDPLUM_CA_FILE")
     stateDir: str = setting("", "State directory: queue, logs and last configuration; default: see below",
         env="MEDPLUM_STATE_DIR")
     pushTargets: str = setting("",
@@ -1314,20 +1326,15 @@ def resolve_process(
                     if secret_file and not values[name]:
                         raise ValueError("it is empty")
                 except (OSError, ValueError) as error:
-                    shown = "" if may_be_secret(name) or "@" in str(found.get(name)) else f" '{found[name]}'"
-                    file_shown = f"File {secret_file}" if secret_file else ""
-                    reason = f"cannot be read: {error}" if secret_file else error
-                    problems[name] = f"{name}{file_shown}{shown} (from {source}) {reason}"
+                    if secret_file:
+                        problems[name] = f"clientSecretFile {secret_file} (from {source}) cannot be read: {error}"
+                    else:
+                        shown = "" if may_be_secret(name) or "@" in str(found[name]) else f" '{found[name]}'"
+                        problems[name] = f"{name}{shown} (from {source}) {error}"
                 break
         if position <= 4 and not values.get(name):
             how = f"argument {position}, as {row.metadata['env']}, or as {name} in agent.toml"
             problems.setdefault(name, f"{name} is missing: give it as {how}")
-    agent_id, ca = values.get("agentId"), values.get("caFile")
-    if agent_id and not re.fullmatch(r"(?!\.+$)[A-Za-z0-9\-.]{1,64}", agent_id):
-        wanted = "is not the id of a FHIR resource (letters, digits, - and .), as it stands behind Agent/"
-        problems["agentId"] = f"agentId '{agent_id}' {wanted}"
-    if ca and not Path(ca).is_file():
-        problems["caFile"] = f"caFile {ca} does not exist"
     if problems:
         raise ConfigError(*problems.values(), for_good=file.endswith(".toml"))
     settings, rows = ProcessSettings(**values), rows_of(LoggerSettings)
