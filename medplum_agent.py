@@ -135,7 +135,7 @@ def load_json(text: Any) -> Any:
 
 
 # =====================================================================================================================
-# Version, limits (410 lines, 2050 tokens)
+# Version, limits (400 lines, 2050 tokens)
 #
 # Every bound has a name, a unit and a reason. What a site could need to change is a setting instead (next section).
 # =====================================================================================================================
@@ -325,14 +325,9 @@ def now_ms() -> int:
 
 
 @lru_cache(maxsize=4)
-def _utc_second(form: str, second: int) -> str:
-    return time.strftime(form, time.gmtime(second))
-
-
-@lru_cache(maxsize=4)
 def utc_text(form: str, milliseconds: int) -> str:
     """An epoch millisecond in `form`, of strftime, and its fraction of the second."""
-    return f"{_utc_second(form, milliseconds // 1000)}.{milliseconds % 1000:03d}"
+    return f"{time.strftime(form, time.gmtime(milliseconds // 1000))}.{milliseconds % 1000:03d}"
 
 
 @cache
@@ -1509,8 +1504,8 @@ def channel_settings(
     cls: type[ChannelSettings], query: str, where: str, given: Mapping[str, Any], warnings: list[str]
 ) -> tuple[ChannelSettings, frozenset[str]]:
     """The parameters of one address over the Agent's settings, as a `cls`; ConfigError for what cannot run."""
-    fallbacks = ((name, row.metadata["agentSetting"]) for name, row in rows_of(cls).items())
-    values = {name: given[agent] for name, agent in fallbacks if agent in given}
+    rows = rows_of(cls).items()
+    values = {name: given[agent] for name, row in rows if (agent := row.metadata["agentSetting"]) in given}
     values |= read_parameters(cls, query, where, warnings.append)
     written = frozenset(values)
     if values.get("mode") == "astm":  # it knows its own frames
@@ -1779,7 +1774,7 @@ def _markdown(shown: Json) -> str:
 
 
 # =====================================================================================================================
-# Logs (250 lines, 1900 tokens)
+# Logs (240 lines, 1850 tokens)
 #
 # Two logs as JSON lines, each a rotating file: the main log says what the agent does and never holds patient data
 # (messages are named by their row number in the queue); the channel log holds the messages. On a terminal the main
@@ -1793,25 +1788,10 @@ _CONTROLS = re.compile(r"[\x00-\x1f\x7f-\x9f\u200b-\u200f\u2028-\u202e\u2060-\u2
 _PRIORITIES = {"ERROR": 3, "WARN": 4, "INFO": 6, "DEBUG": 7}  # of syslog (RFC 5424 6.2.1)
 
 
-def _is_journal(console: TextIO | None) -> bool:
-    """Whether systemd's journal reads it (systemd.exec(5), JOURNAL_STREAM)."""
-    with suppress(OSError, ValueError, AttributeError):
-        found = os.fstat(cast(TextIO, console).fileno())
-        return os.environ.get("JOURNAL_STREAM") == f"{found.st_dev}:{found.st_ino}"
-    return False
-
-
 @cache
 def _console_thread() -> ThreadPoolExecutor:
     """Made when the first line goes to a console of Windows."""
     return ThreadPoolExecutor(1, "console")
-
-
-def _takes(console: TextIO) -> bool:
-    """Whether so little can be written without waiting for who reads it."""
-    with suppress(OSError, ValueError):  # no file, or one that this system does not wait for
-        return bool(select.select([], [console], [], 0)[1])
-    return True
 
 
 def _tell_windows(text: str) -> None:
@@ -1839,7 +1819,10 @@ class Log:
         self.name, self.directory, self.lazy = name, directory, lazy
         self.error, self.warn, self.info, self.debug = (partial(self._write, level) for level in LEVELS[1:])
         self._settings, self._console = settings, console
-        self._to_journal = _is_journal(console)
+        self._to_journal = False
+        with suppress(OSError, ValueError, AttributeError):  # systemd.exec(5); no console, or none with a descriptor
+            found = os.fstat(cast(TextIO, console).fileno())
+            self._to_journal = os.environ.get("JOURNAL_STREAM") == f"{found.st_dev}:{found.st_ino}"
         self._levels = LEVELS[1 : LEVELS.index(settings.logLevel) + 1]
         self._lines: deque[bytes] = deque()
         self._bytes = 0  # about so many in _lines: threads count without a lock
@@ -1885,8 +1868,9 @@ class Log:
                 self._printing.append(_console_thread().submit(print, shown, end="", file=console, flush=True))
             return
         for at in range(0, len(shown), CONSOLE_CHARS):
-            if not _takes(console):
-                break
+            with suppress(OSError, ValueError):  # no file, or one that this system does not wait for
+                if not select.select([], [console], [], 0)[1]:
+                    break
             print(part := shown[at : at + CONSOLE_CHARS], end="", file=console, flush=True)
             self._cut = "\n"[: part[-1] != "\n"]  # the line that it took in part ends before the next
 
@@ -12451,7 +12435,7 @@ class Upgrades:
 
 
 # =====================================================================================================================
-# Agent (690 lines, 5950 tokens)
+# Agent (690 lines, 5900 tokens)
 #
 # Plans become running channels. A reload reads everything, lists every problem, and changes nothing if there is one;
 # otherwise only what differs changes, and untouched channels keep their connections. The life cycle: lock, logs,
@@ -12511,7 +12495,10 @@ class Agent:
             starting.cancel()
             await self._shut_down()
         finally:
-            self._close_files()
+            for log in (self.log, self.channel_log):
+                log.flush()
+                log.close_file()
+            self._lock_file.close()
 
     # --- files ---
 
@@ -12548,12 +12535,6 @@ class Agent:
         if name == "channels" and self.key:  # it would hold in clear what the queue does not
             settings = dataclasses.replace(settings, logLevel="NONE")
         return Log(name, settings, directory, console, lazy=name == "channels")
-
-    def _close_files(self) -> None:
-        for log in (self.log, self.channel_log):
-            log.flush()
-            log.close_file()
-        self._lock_file.close()
 
     # --- start ---
 
@@ -12788,9 +12769,7 @@ class Agent:
                 old.replan(plan)
                 return
             old.stop()  # its devices reconnect, what they sent is kept
-        kind = Channel
-        if isinstance(plan.settings, DicomSettings):
-            kind = DicomChannel
+        kind = DicomChannel if isinstance(plan.settings, DicomSettings) else Channel
         self.channels[plan.name] = channel = kind(plan, self._parts, old)
         channel.late = partial(self.devices.late, plan.name)
         channel.here = partial(self.devices.here, plan.name)
