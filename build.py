@@ -21,7 +21,7 @@ import sys
 import tokenize
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import NamedTuple, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 if sys.version_info < (3, 11):  # noqa: UP036 (whoever starts this with an older Python shall read why)
     sys.exit("build.py needs Python 3.11 or newer; this is Python {}.{}.".format(*sys.version_info[:2]))
@@ -35,6 +35,7 @@ WINDOWS = os.name == "nt"
 
 VENV = ROOT / ".venv"
 PYTHON = VENV / ("Scripts/python.exe" if WINDOWS else "bin/python")
+PIP_INSTALL = ("-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-input")
 STAMPS = VENV / "build-stamps"  # one file per installed group of dependencies, holding its fingerprint
 
 PACKAGING = ROOT / "packaging"
@@ -44,7 +45,6 @@ KEYS = "MEDPLUM_AGENT_KEYS"  # names the folder of the keys that sign them
 WORK = ROOT / "build"  # between source and result; its caches make the second build quick
 DIST = ROOT / "dist"
 COMPILING = WORK / "venv"  # holds what the lock names and nothing else
-COMPILING_PYTHON = COMPILING / PYTHON.relative_to(VENV)
 SIGNING = WORK / "signing"  # as little as possible beside the keys
 BINARY = DIST / ("medplum-agent-" + {"linux": "linux", "darwin": "macos"}.get(sys.platform, "windows.exe"))
 STANDALONE = DIST / "medplum-agent" / ("medplum-agent.exe" if WINDOWS else "medplum-agent")
@@ -137,10 +137,14 @@ def become(*command: str | Path) -> NoReturn:
 # --- The virtual environment -----------------------------------------------------------------------------------------
 
 
+def pyproject() -> dict[str, Any]:
+    return tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))
+
+
 def pins(group: str) -> list[str]:
     """The requirements of a dependency group of pyproject.toml; "runtime" stands for the project's own."""
-    pyproject = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))
-    groups: dict[str, list[str]] = {"runtime": pyproject["project"]["dependencies"], **pyproject["dependency-groups"]}
+    found = pyproject()
+    groups: dict[str, list[str]] = {"runtime": found["project"]["dependencies"], **found["dependency-groups"]}
     return groups.get(group, [])
 
 
@@ -155,18 +159,18 @@ def ensure(*groups: str) -> None:
     stamps = {stamp.name: stamp.read_text("utf-8") for stamp in STAMPS.glob("*")}
     current = PYTHON.exists() and stamps and all(text == fingerprint(name) for name, text in stamps.items())
     if not current:
-        make_venv()
+        say("making .venv")
+        make_venv(VENV)
         stamps = {}
     missing = [group for group in groups if group not in stamps]
     if missing:
         install(missing, beside=list(stamps))
 
 
-def make_venv() -> None:
+def make_venv(venv: Path) -> None:
     if importlib.util.find_spec("ensurepip") is None:
         install_ensurepip()
-    say("making .venv")
-    quiet(sys.executable, "-m", "venv", "--clear", VENV)
+    quiet(sys.executable, "-m", "venv", "--clear", venv)
 
 
 def install_ensurepip() -> None:
@@ -185,7 +189,7 @@ def install(groups: list[str], beside: list[str]) -> None:
     """Add groups to .venv; `beside` are those it has, named again so that pip keeps their pins."""
     say(f"installing the {' and '.join(groups)} dependencies")
     wanted = [pin for group in (*beside, *groups) for pin in pins(group)]
-    quiet(PYTHON, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-input", *wanted)
+    quiet(PYTHON, *PIP_INSTALL, *wanted)
     STAMPS.mkdir(exist_ok=True)
     for group in groups:
         (STAMPS / group).write_text(fingerprint(group), "utf-8")
@@ -276,9 +280,8 @@ def with_settings(readme: str) -> str:
 
 
 def readme_is_current() -> bool:
-    """True as well for a README.md that shows no settings."""
-    text = README.read_text("utf-8") if README.exists() else ""
-    if SETTINGS_BEGIN not in text or with_settings(text) == text:
+    text = README.read_text("utf-8")
+    if with_settings(text) == text:
         return True
     say("README.md does not show the settings of medplum_agent.py; run: python3 build.py readme")
     return False
@@ -383,8 +386,7 @@ def size_table(found: list[Count]) -> str:
 
 def module_is_within_budget() -> bool:
     """Print how large the module is, and what is above its budget."""
-    pyproject = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))
-    found = counts(AGENT.read_text("utf-8"), pyproject["tool"]["medplum-agent"]["budget"])
+    found = counts(AGENT.read_text("utf-8"), pyproject()["tool"]["medplum-agent"]["budget"])
     print(size_table(found), flush=True)
     above = [count for count in found if count.budget is not None and count.found > count.budget]
     for name, unit, size, budget, place in above:
@@ -396,10 +398,6 @@ def module_is_within_budget() -> bool:
 # --- The binary ------------------------------------------------------------------------------------------------------
 
 
-def ensure_compiling() -> None:
-    ensure_locked(COMPILING, LOCK)
-
-
 def ensure_locked(venv: Path, lock: Path) -> Path:
     """Bring a virtual environment to a lock; nothing is installed whose hash it does not name. Returns its Python."""
     python, stamp = venv / PYTHON.relative_to(VENV), venv / "build-stamp"
@@ -408,10 +406,8 @@ def ensure_locked(venv: Path, lock: Path) -> Path:
     if report.exists() and stamp.exists() and stamp.read_text("utf-8") == wanted:
         return python
     say(f"making build/{venv.name} from packaging/{lock.name}")
-    if importlib.util.find_spec("ensurepip") is None:
-        install_ensurepip()
-    quiet(sys.executable, "-m", "venv", "--clear", venv)
-    pip = (python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-input", "--require-hashes")
+    make_venv(venv)
+    pip = (python, *PIP_INSTALL, "--require-hashes")
     if lock == LOCK:
         first = WORK / "setuptools.lock"  # builds Nuitka, which comes as source, without fetching what no hash protects
         first.write_text(locked("setuptools"), "utf-8")
@@ -446,8 +442,7 @@ def ensure_binary() -> None:
 def build_binary() -> None:
     if not LOCK.exists():
         raise BuildError("packaging/binary.lock is missing; run: python3 build.py lock")
-    ensure_compiling()
-    if not succeeds(COMPILING_PYTHON, PACKAGING / "binary.py", WORK, DIST):
+    if not succeeds(ensure_locked(COMPILING, LOCK), PACKAGING / "binary.py", WORK, DIST):
         raise BuildError("the binary was not made; the reason is above")
     (WORK / "binary-sources").write_text(binary_sources())
 
@@ -498,8 +493,9 @@ def binary() -> None:
 def package() -> None:
     """make the packages of this system from dist/medplum-agent, compiled anew where it is not current"""
     ensure_binary()
-    ensure_compiling()  # has what the agent imports: its parser knows the manual page and the completions
-    if not succeeds(COMPILING_PYTHON, PACKAGING / "packages.py", STANDALONE.parent, DIST):
+    # this Python has what the agent imports: its parser knows the manual page and the completions
+    python = ensure_locked(COMPILING, LOCK)
+    if not succeeds(python, PACKAGING / "packages.py", STANDALONE.parent, DIST):
         raise BuildError("the packages were not made; the reason is above")
 
 
