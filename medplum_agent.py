@@ -135,7 +135,7 @@ def load_json(text: Any) -> Any:
 
 
 # =====================================================================================================================
-# Version, limits (400 lines, 2050 tokens)
+# Version, limits (400 lines, 1950 tokens)
 #
 # Every bound has a name, a unit and a reason. What a site could need to change is a setting instead (next section).
 # =====================================================================================================================
@@ -369,15 +369,9 @@ def give_memory_back() -> None:
 
 def _unwritten() -> set[tuple[int, int]]:
     """Where programs and libraries are mapped and nothing was written: start and size (proc(5), smaps)."""
-    found, place = set[tuple[int, int]](), None
-    with open("/proc/self/smaps", encoding="utf-8", errors="replace") as file:
-        for line in file:
-            if match := re.match(r"(\w+)-(\w+) (r-[x-]p \w+ \S+ \d+ +/)?", line):
-                start, end = int(match[1], 16), int(match[2], 16)
-                place = (start, end - start) if match[3] else None
-            elif place and line.split() == ["Anonymous:", "0", "kB"]:
-                found.add(place)
-    return found
+    maps = Path("/proc/self/smaps").read_text("utf-8", "replace")
+    unwritten = r"(?m)^(\w+)-(\w+) r-[x-]p \w+ \S+ \d+ +/.*\n(?:\w+:.*\n)*?Anonymous: +0 kB$"
+    return {(int(start, 16), int(end, 16) - int(start, 16)) for start, end in re.findall(unwritten, maps)}
 
 
 async def forget_start() -> None:
@@ -12545,7 +12539,7 @@ class Agent:
         saved = found is last
         if problems and last and not saved:
             self._report_problems(problems, "the last good configuration is used")
-            plan, problems = build_plan(*last)
+            plan, _ = build_plan(*last)
         elif problems:
             self._report_problems(problems, "the other channels start")
         elif saved:
@@ -12927,24 +12921,26 @@ class Agent:
     async def stats(self) -> Json:
         """The stats object of operations contract 8."""
 
-        def connections(kind: type[ChannelSettings]) -> int:
-            return sum(one.connections for one in self.channels.values() if isinstance(one.plan.settings, kind))
-
-        started = self.started.is_set()
-        queue = await self._queue_stats() if started else {"channelDepth": Json()}
-        return {
-            "hl7ConnectionsOpen": connections(Hl7Settings),
-            "ping": self.uplink.ping_ms,
-            "webSocketQueueDepth": sum(depth["queued"] for depth in queue["channelDepth"].values()),
-            "dicomAssociationsOpen": connections(DicomSettings),
-            "hl7QueueDepth": 0, "hl7ClientCount": self.devices.client_count if started else 0,
-            "live": self.uplink.live, "outstandingHeartbeats": self.uplink.outstanding,
+        lines, channels = collections.Counter[str](), self.channels.items()
+        for _, channel in channels:
+            lines[channel.plan.protocol] += channel.connections
+        stats: Json = {
+            "hl7ConnectionsOpen": lines["HL7"], "dicomAssociationsOpen": lines["DICOM"],
+            "ping": self.uplink.ping_ms, "live": self.uplink.live, "outstandingHeartbeats": self.uplink.outstanding,
+            "webSocketQueueDepth": 0, "hl7QueueDepth": 0, "hl7ClientCount": 0, "clientStats": {},
             "channelStats": {
                 name: {"rtt": percentiles(one.queue.round_trips) | {"pendingCount": len(one.queue.inflight)}}
-                for name, one in self.channels.items()
+                for name, one in channels
             },
-            "clientStats": self.devices.stats() if started else {},
-        } | ({"durableQueue": queue, "alarms": self.operations.shown_alarms()} if started else {})  # fmt: skip
+        }  # fmt: skip
+        if not self.started.is_set():
+            return stats
+        queue = await self._queue_stats()
+        return stats | {
+            "webSocketQueueDepth": sum(depth["queued"] for depth in queue["channelDepth"].values()),
+            "hl7ClientCount": self.devices.client_count, "clientStats": self.devices.stats(),
+            "durableQueue": queue, "alarms": self.operations.shown_alarms(),
+        }  # fmt: skip
 
     async def _queue_stats(self) -> Json:
         """What each channel has, waiting and with the server, and what there is in all."""
@@ -13063,13 +13059,14 @@ class Agent:
 
     async def _settle(self, seconds: float) -> None:
         """Until nothing is on its way to the disk, and a little for the answers that devices wait for."""
-        until, wait = time.monotonic() + seconds, True
-        while wait:
+        until = time.monotonic() + seconds
+        while True:
             for line in self._lines:
                 line.pause("stopping")
             await asyncio.sleep(0.02)  # callers whose push ended just now are answered, too
             answers = self.uplink.live and time.monotonic() < until
-            wait = any(line.pending or (answers and line.awaiting) for line in self._lines)
+            if not any(line.pending or (answers and line.awaiting) for line in self._lines):
+                return
 
     async def _await_answers(self) -> None:
         """Before another program takes over: sessions and associations end, then answers come; devices go on."""
