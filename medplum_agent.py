@@ -1807,10 +1807,9 @@ class Log:
     error(text, **extra), warn, info and debug write one line; `extra` are further members of it.
     """
 
-    def __init__(
-        self, name: str, settings: LoggerSettings, directory: Path | None, console: TextIO | None, lazy: bool = False
-    ):
-        self.name, self.directory, self.lazy = name, directory, lazy
+    def __init__(self, name: str, settings: LoggerSettings, directory: Path | None, console: TextIO | None):
+        self.name, self.directory = name, directory
+        self.lazy = name == "channels"  # its lines are written off the hot path
         self.error, self.warn, self.info, self.debug = (partial(self._write, level) for level in LEVELS[1:])
         self._settings, self._console = settings, console
         self._to_journal = False
@@ -12460,8 +12459,7 @@ class Agent:
         self.operations = Operations(self)
         self.upgrades = Upgrades(self)
         self.applied = False  # the server's configuration
-        self._last_good: Plan | None = None  # which the file of the last configuration should hold
-        self._saved = False
+        self._last_good = b""  # what the file of the last configuration should hold
         self.key = store_key(config.settings.storeKey, config.settings.storeCipher)
 
     def stop(self) -> None:
@@ -12528,7 +12526,7 @@ class Agent:
             raise ConfigError(f"the log directory {directory} cannot be used: {error.strerror}") from None
         if name == "channels" and self.key:  # it would hold in clear what the queue does not
             settings = dataclasses.replace(settings, logLevel="NONE")
-        return Log(name, settings, directory, console, lazy=name == "channels")
+        return Log(name, settings, directory, console)
 
     # --- start ---
 
@@ -12543,7 +12541,8 @@ class Agent:
         elif problems:
             self._report_problems(problems, "the other channels start")
         elif saved:
-            self._last_good, self._saved = plan, True
+            with suppress(OSError):
+                self._last_good = (self.state_dir / CONFIG_FILE).read_bytes()
         else:
             self.save_config(plan)
         path = Path(plan.settings.queueDbPath or self.state_dir / QUEUE_FILE)
@@ -12597,20 +12596,18 @@ class Agent:
         return agent, dict(zip(references, cast("list[Json | AgentError]", found), strict=True))
 
     def save_config(self, plan: Plan | None = None) -> None:
-        """For a start without the server. A file that is not there, or could not be written, is written later."""
-        path, again = self.state_dir / CONFIG_FILE, plan is None
-        if (plan := plan or self._last_good) is None or (again and self._saved and path.exists()):
-            return
-        saved = {
-            "appliedAt": datetime.datetime.now(datetime.UTC).isoformat(), "agentVersion": VERSION,
-            "agent": plan.agent | {"id": self.config.settings.agentId}, "endpoints": plan.endpoints,
-        }  # fmt: skip
-        self._last_good, self._saved = plan, False
+        """For a start without the server. A file that does not hold it, or could not be written, is written later."""
+        path = self.state_dir / CONFIG_FILE
+        if plan is not None:
+            self._last_good = dump_json({
+                "appliedAt": datetime.datetime.now(datetime.UTC).isoformat(), "agentVersion": VERSION,
+                "agent": plan.agent | {"id": self.config.settings.agentId}, "endpoints": plan.endpoints,
+            })  # fmt: skip
         try:
-            replace_file(path, dump_json(saved))
-            self._saved = True
+            if self._last_good and not (path.exists() and path.read_bytes() == self._last_good):
+                replace_file(path, self._last_good)
         except OSError as error:
-            if not again:
+            if plan is not None:
                 self.log.error(
                     f"The configuration cannot be saved in {path}: {error.strerror}; it is tried again. Until then a "
                     "restart while the server is away would start with the one before, or without any channel."

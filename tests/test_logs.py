@@ -49,10 +49,8 @@ def _fixed_day_and_small_files(monkeypatch: pytest.MonkeyPatch) -> Iterator[None
         OPEN.pop().close_file()
 
 
-def log(
-    directory: Path | None, name: str = "main", console: typing.TextIO | None = None, lazy: bool = False, **rows: Any
-) -> ma.Log:
-    OPEN.append(ma.Log(name, ma.LoggerSettings(**{"maxFileSizeMb": 1, **rows}), directory, console, lazy))
+def log(directory: Path | None, name: str = "main", console: typing.TextIO | None = None, **rows: Any) -> ma.Log:
+    OPEN.append(ma.Log(name, ma.LoggerSettings(**{"maxFileSizeMb": 1, **rows}), directory, console))
     return OPEN[-1]
 
 
@@ -152,7 +150,7 @@ def test_errors_of_the_main_log_are_events_of_windows(tmp_path: Path, monkeypatc
 
 
 def test_a_lazy_log_writes_when_flushed_or_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    lazy = log(tmp_path, "channels", lazy=True)
+    lazy = log(tmp_path, "channels")
     lazy.info("one")
     assert names(tmp_path) == []
     lazy.flush()
@@ -234,6 +232,7 @@ def test_the_two_logs_and_strangers_are_left_alone(tmp_path: Path) -> None:
     (tmp_path / "medplum-agent-main-notes.log").write_text("mine")
     main, channels = log(tmp_path, filesToKeep=1), log(tmp_path, "channels", filesToKeep=1)
     channels.info("kept")
+    channels.flush()
     for n in range(40):
         main.info("x" * 100 + str(n))
     assert "medplum-agent-main-notes.log" in names(tmp_path)
@@ -496,7 +495,7 @@ def test_messages_are_not_logged_where_the_queue_needs_the_space(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     usage = shutil.disk_usage(tmp_path)
-    messages, main = log(tmp_path, "channels", lazy=True), log(tmp_path, "main")
+    messages, main = log(tmp_path, "channels"), log(tmp_path, "main")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(total=10**12, free=ma.MIB))
     for n in range(3):
         messages.info(f"[Received]: {n}")
