@@ -12618,7 +12618,7 @@ class Agent:
         while True:
             try:
                 plan, _ = build_plan(*await self._read_config())
-                if (plan.agent, plan.endpoints) != (self.plan.agent, self.plan.endpoints):
+                if plan != self.plan:
                     await self.reload()
                 self.applied = True
                 return
