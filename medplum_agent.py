@@ -2544,7 +2544,7 @@ def stream_answer(body: str, settings: StreamSettings) -> bytes:
 
 
 # =====================================================================================================================
-# ASTM (610 lines, 4300 tokens)
+# ASTM (600 lines, 4250 tokens)
 #
 # The link layer of laboratory instruments (ASTM E1381, CLSI LIS01-A2), both roles, and the little of the records
 # (E1394, LIS02-A2) that it needs. Bytes and times in, events out. The caller commits a frame to disk between
@@ -2604,28 +2604,20 @@ class FrameAccepted(NamedTuple):
 
 
 class Session(NamedTuple):
-    """A complete session: its texts, each joined from frames up to an ETX, as sent (normally one record and CR)."""
+    """The texts of a session, each joined from frames up to an ETX, as sent (normally one record and CR).
+
+    With a `reason` it must not be taken as a result: it was interrupted, and the last text may be the beginning of one.
+    """
 
     records: tuple[bytes, ...]
+    reason: str = ""
 
 
-class Interrupted(NamedTuple):
-    """A session that must not be taken as a result; the last text may be the beginning of one."""
+class Sent(NamedTuple):
+    """What became of the oldest message given to send(); `reached`: the instrument took an ENQ for it."""
 
-    records: tuple[bytes, ...]
-    reason: str
-
-
-@dataclass(frozen=True)
-class Sent:
-    """The instrument accepted the oldest message given to send()."""
-
-
-class SendFailed(NamedTuple):
-    """The oldest message given to send() was not accepted; `reached`: the instrument took an ENQ for it."""
-
-    reason: str
-    reached: bool
+    failure: str = ""  # why it was not accepted
+    reached: bool = True
 
 
 class LineWarning(NamedTuple):
@@ -2634,7 +2626,7 @@ class LineWarning(NamedTuple):
     text: str
 
 
-AstmEvent = Write | FrameAccepted | Session | Interrupted | Sent | SendFailed | LineWarning
+AstmEvent = Write | FrameAccepted | Session | Sent | LineWarning
 
 
 def astm_frame(number: int, text: bytes, end: int) -> bytes:
@@ -2748,7 +2740,7 @@ class Astm:
         return self._run()
 
     def send(self, records: Sequence[bytes], now: float) -> list[AstmEvent]:
-        """Queue a message (records each ending in CR); every call ends in one Sent or SendFailed, in order."""
+        """Queue a message (records each ending in CR); every call ends in one Sent, in order."""
         self._queue.append(astm_frames(records, self.settings.maxFrame))
         return self.expired(now) if self.state is Link.IDLE else []
 
@@ -2788,7 +2780,7 @@ class Astm:
         self._waiting.clear()
         self._break("the connection was closed before EOT")
         while self._queue:
-            self._settle(SendFailed("the connection was closed", self._reached))
+            self._settle("the connection was closed")
         self.state = Link.IDLE
         return self._run()
 
@@ -2899,8 +2891,7 @@ class Astm:
 
     def _finish(self, reason: str) -> None:
         if self._records:
-            records = tuple(map(bytes, self._records))
-            self._events.append(Interrupted(records, reason) if reason else Session(records))
+            self._events.append(Session(tuple(map(bytes, self._records)), reason))
         elif self._unsummed:
             self._warn("not one frame of a session had the right checksum: does it send any? If not: checksum=off")
         self._records, self._size, self._last, self._refused, self._unsummed = [], 0, _NO_FRAME, False, False
@@ -2998,7 +2989,8 @@ class Astm:
     def _enquire(self, byte: int) -> None:
         """Ask for the line, if something is to be sent."""
         if not self._queue[0]:
-            self._settle(SendFailed("there is no record to send", True))
+            self._reached = True  # it would have been of no use
+            self._settle("there is no record to send")
             return
         self._asked, self._index = self._asked + 1, -1
         self.state, self._due = Link.ENQUIRE, self._now + self.settings.replyTimeoutSecs
@@ -3016,14 +3008,14 @@ class Astm:
             self._transmit()
         else:
             self._write(EOT)
-            self._settle(Sent())
+            self._settle()
 
     def _again(self, byte: int) -> None:
         if self._tries < SEND_TRIES:
             self._transmit()
         else:
             self._write(EOT)
-            self._settle(SendFailed(f"frame {self._index + 1} was not accepted in {SEND_TRIES} tries", True))
+            self._settle(f"frame {self._index + 1} was not accepted in {SEND_TRIES} tries")
 
     def _interrupt(self, byte: int) -> None:
         """EOT for ACK. After the last frame the instrument has everything."""
@@ -3046,13 +3038,13 @@ class Astm:
     def _put_off(self, seconds: float, reason: str) -> None:
         self.state, self._rest = Link.IDLE, self._now + seconds
         if self._asked >= SEND_TRIES:
-            self._settle(SendFailed(f"{reason}; gave up after {SEND_TRIES} tries", self._reached))
+            self._settle(f"{reason}; gave up after {SEND_TRIES} tries")
 
-    def _settle(self, outcome: Sent | SendFailed) -> None:
+    def _settle(self, failure: str = "") -> None:
         self._queue.popleft()
+        self._events.append(Sent(failure, self._reached))
         self._asked, self._reached = 0, False
         self.state, self._rest = Link.IDLE, max(self._rest, self._now + TURN_SECS)
-        self._events.append(outcome)
 
 
 _TIME, _OTHER = -1, -2  # keys of the table beside bytes: the state's time is over; whatever is not named
@@ -7607,19 +7599,16 @@ class AstmLine(StreamLine):
                     self.send(content)
                 case FrameAccepted():
                     spawn(self.keep(event))
-                case Session(records):
-                    self._take(records, half_session(records))
-                case Interrupted(records, reason):
+                case Session(records, reason):
                     self._take(records, reason)
                 case LineWarning(text):
                     self.owner.warn(f"{self.remote}: {text}")
-                case Sent() | SendFailed() if not (sent := self._sends.popleft()).done():
-                    if isinstance(event, Sent):
-                        sent.set_result(PUSH_WRITTEN)
+                case Sent(failure, reached) if not (sent := self._sends.popleft()).done():
+                    if failure:
+                        text = f"{self.owner.name}: the instrument did not take it: {failure}"
+                        sent.set_exception(DeviceError(text, "device-silent" if reached else "device-unreachable"))
                     else:
-                        text = f"{self.owner.name}: the instrument did not take it: {event.reason}"
-                        kind = "device-silent" if event.reached else "device-unreachable"
-                        sent.set_exception(DeviceError(text, kind))
+                        sent.set_result(PUSH_WRITTEN)
         if self._timer is not None:
             self._timer.cancel()
         deadline = self.core.deadline()
@@ -7648,14 +7637,15 @@ class AstmLine(StreamLine):
         self.resume("frame")
         self._do(answer)
 
-    def _take(self, records: Sequence[bytes], reason: str) -> None:
+    def _take(self, records: Sequence[bytes], reason: str = "") -> None:
         """The records of a session are a message, unless they are blank; a dead letter, where there is a reason."""
         self.messages += 1
         session, self.session = self.session, ""
-        if reason and not half_session(records):
+        half = half_session(records)
+        if reason and not half:
             whole, records = whole_messages(records)
             if whole:
-                self._take(whole, "")
+                self._take(whole)
         codec = codec_of(self.settings.encoding)
         text = records_text(records, codec)
         original, encoding = text.encode(), "utf-8"
@@ -7665,7 +7655,7 @@ class AstmLine(StreamLine):
                 original = records_text(records, codec, "surrogateescape").encode(codec, "surrogateescape")
                 encoding = codec
         if text:
-            self.intake(original, text, encoding, session, reason, must=True)
+            self.intake(original, text, encoding, session, reason or half, must=True)
         else:  # its frames shall not become a message at the next start
             self.owner.store.drop_frames(session)
             self.sessions.discard(session)
@@ -7686,8 +7676,7 @@ class AstmLine(StreamLine):
             cls.sessions.add(session)
             line = cls(channel)
             line.remote, line.host, line.session = remote, channel.host_of(remote), session
-            whole = is_terminated([frames]) and not half_session([frames])
-            line._take([frames], "" if whole else "the agent stopped before the session ended")
+            line._take([frames], "" if is_terminated([frames]) else "the agent stopped before the session ended")
 
     # --- records down ---
 

@@ -966,9 +966,9 @@ class Demo:
                     writer.write(event.content)
                 elif isinstance(event, FrameAccepted):
                     perform(core.committed(loop.time()))
-                elif isinstance(event, Sent):
+                elif event == Sent():
                     self.say("analyzer", "every frame was acknowledged")
-                elif isinstance(event, Session):
+                elif isinstance(event, Session) and not event.reason:
                     orders.append(event)
 
         for what, records in DEMO_SESSIONS.items():

@@ -138,7 +138,7 @@ def _astm_events(kind: int, pieces: list[list[bytes]], late: bool) -> list[str]:
     heard.extend(core.closed())
     for event in heard:
         assert isinstance(event, ma.AstmEvent), event
-        if isinstance(event, ma.Session | ma.Interrupted):
+        if isinstance(event, ma.Session):
             ma.text_records(ma.records_text(event.records, ma.codec_of(settings.encoding)), settings)
     return [*map(repr, heard), str(core.skipped)]
 

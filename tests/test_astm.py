@@ -20,10 +20,8 @@ from medplum_agent import (
     Astm,
     AstmEvent,
     FrameAccepted,
-    Interrupted,
     LineWarning,
     Link,
-    SendFailed,
     Sent,
     Session,
     StreamSettings,
@@ -104,7 +102,7 @@ TABLE = {
     ),
     "EOT after ETB": (
         ENQ + A + frame(2, b"R|", 0x17) + EOT,
-        [ACKED] * 3 + [Interrupted((b"H|a\r", b"R|"), "EOT came in the middle of a record")],
+        [ACKED] * 3 + [Session((b"H|a\r", b"R|"), "EOT came in the middle of a record")],
     ),
     "bad checksum": (ENQ + A[:-4] + b"00\r\n" + A + EOT, [ACKED, NAKED, ACKED, Session((b"H|a\r",))]),
     "lower-case checksum": (ENQ + frame(1, b"\xaa").lower() + EOT, [ACKED, ACKED, Session((b"\xaa",))]),
@@ -118,15 +116,13 @@ TABLE = {
     "ENQ after L": (ENQ + A + L + ENQ + EOT, [ACKED] * 3 + [Session((b"H|a\r", b"L|1\r")), ACKED]),
     "ENQ before L": (
         ENQ + A + ENQ + EOT,
-        [ACKED] * 2 + [Interrupted((b"H|a\r",), "the instrument began a new session before EOT"), ACKED],
+        [ACKED] * 2 + [Session((b"H|a\r",), "the instrument began a new session before EOT"), ACKED],
     ),
     "a flipped CR is no ENQ": (ENQ + A[:-2] + ENQ + b"\n" + B + EOT, [ACKED] * 3 + [Session((b"H|a\r", b"R|b\r"))]),
     "EOT in a text is judged by the checksum": (ENQ + frame(1, b"a\4b") + EOT, [ACKED] * 2 + [Session((b"a\4b",))]),
     "EOT and ENQ in a frame": (
         ENQ + A + B[:4] + EOT + ENQ + EOT,
-        [ACKED] * 2
-        + [Interrupted((b"H|a\r",), "the instrument gave up after a frame that was not accepted")]
-        + [ACKED],
+        [ACKED] * 2 + [Session((b"H|a\r",), "the instrument gave up after a frame that was not accepted")] + [ACKED],
     ),
     "noise between frames": (
         ENQ + b"garbage" + A + b"x\4y\5z" + B + EOT,
@@ -193,7 +189,7 @@ def test_a_frame_that_cannot_be_stored_is_refused() -> None:
 @pytest.mark.parametrize(
     ("meanwhile", "said"),
     [
-        (EOT + ENQ, [Interrupted((b"H|a\r",), "the instrument gave up after a frame that was not accepted"), ACKED]),
+        (EOT + ENQ, [Session((b"H|a\r",), "the instrument gave up after a frame that was not accepted"), ACKED]),
         (A, [ACKED]),
         (b"", [ACKED]),
     ],
@@ -212,20 +208,21 @@ def test_a_sender_that_gives_up_is_interrupted() -> None:
     assert line.hear(ENQ + A + bad * 6 + EOT) == [ACKED, ACKED, *[NAKED] * 6]
     [event] = line.wait(DOUBT_SECS)  # an EOT right after a bad frame must be believable
     gave_up = "the instrument gave up after a frame that was not accepted (a checksum was wrong)"
-    assert event == Interrupted((b"H|a\r",), gave_up)
+    assert event == Session((b"H|a\r",), gave_up)
 
 
 def test_eot_in_a_frame_ends_the_session_when_nothing_follows() -> None:
     line = Line()
     assert line.hear(ENQ + A + B[:4] + EOT) == [ACKED, ACKED]
-    assert isinstance(line.wait(DOUBT_SECS)[0], Interrupted)
+    assert line.wait(DOUBT_SECS)[0].reason
     assert line.core.state is Link.IDLE
 
 
 def test_a_new_session_directly_after_a_frame_without_trailer() -> None:
     line = Line()
     assert line.hear(ENQ + A[:-2] + ENQ) == [ACKED, ACKED]
-    assert [type(event) for event in line.wait(DOUBT_SECS)] == [Interrupted, Write]
+    session, answer = line.wait(DOUBT_SECS)
+    assert session.reason and isinstance(answer, Write)
 
 
 def test_an_eot_that_became_enq_is_answered_once_with_the_enq_behind_it() -> None:
@@ -254,7 +251,7 @@ def test_surprising_numbers(strict: bool) -> None:
     assert len(warnings(events)) == 2
     if strict:
         gave_up = "the instrument gave up after a frame that was not accepted"
-        assert without_warnings(events) == [ACKED, ACKED, NAKED, NAKED, Interrupted((b"H|a\r",), gave_up)]
+        assert without_warnings(events) == [ACKED, ACKED, NAKED, NAKED, Session((b"H|a\r",), gave_up)]
     else:
         assert without_warnings(events) == [ACKED] * 4 + [Session((b"H|a\r", b"other\r", b"R|5\r"))]
 
@@ -332,7 +329,8 @@ def test_a_session_over_the_limit() -> None:
     assert line.hear(ENQ + frame(1, b"H" * 900)) == [ACKED, ACKED]
     events = line.hear(frame(2, b"R" * 100) + EOT) + line.wait(DOUBT_SECS)
     assert "maxMessageBytes" in warnings(events)[0]
-    assert [type(event) for event in without_warnings(events)] == [Write, Interrupted]
+    answer, session = without_warnings(events)
+    assert isinstance(answer, Write) and session.reason
     for number in range(1, 100):
         line.hear(frame(number, b""))
     assert sum(map(len, line.core._records)) + 64 * len(line.core._records) <= 1024
@@ -354,7 +352,7 @@ def test_ack_of_eot() -> None:
 
 def test_require_terminator() -> None:
     line = Line(requireTerminator=True)
-    assert isinstance(line.hear(ENQ + A + EOT)[-1], Interrupted)
+    assert line.hear(ENQ + A + EOT)[-1].reason
     assert line.hear(session(*RECORDS))[-1] == Session(RECORDS)
     lower = (b"h|a\r", b"l|1|n\r")
     assert line.hear(session(*lower))[-1] == Session(lower)
@@ -365,7 +363,7 @@ def test_receive_timeout(begun: bytes) -> None:
     line = Line()
     line.hear(ENQ + begun)
     assert line.wait(29.9) == []
-    assert line.wait(0.2) == [Interrupted((b"H|a\r",), "the instrument was silent for 30 s before EOT")]
+    assert line.wait(0.2) == [Session((b"H|a\r",), "the instrument was silent for 30 s before EOT")]
     assert line.core.state is Link.IDLE and line.core.deadline() is None
 
 
@@ -399,11 +397,11 @@ def test_checksums_are_blamed_for_nothing_else(other: bytes) -> None:
 def test_disconnect() -> None:
     line = Line()
     line.hear(ENQ + A)
-    assert line.core.closed() == [Interrupted((b"H|a\r",), "the connection was closed before EOT")]
+    assert line.core.closed() == [Session((b"H|a\r",), "the connection was closed before EOT")]
     assert line.core.closed() == []
     line.say(b"H\r")
     line.say(b"H\r")
-    assert line.core.closed() == [SendFailed("the connection was closed", False)] * 2
+    assert line.core.closed() == [Sent("the connection was closed", False)] * 2
 
 
 @pytest.mark.parametrize(
@@ -505,14 +503,14 @@ def test_restricted_characters_never_enter_a_frame() -> None:
 
 
 def test_no_records() -> None:
-    assert Line().core.send([], 0) == [SendFailed("there is no record to send", True)]
+    assert Line().core.send([], 0) == [Sent("there is no record to send", True)]
 
 
 def test_six_naks() -> None:
     line = sending()
     first = line.hear(ACK)
     assert [line.hear(NAK) for _ in range(5)] == [first] * 5
-    assert line.hear(NAK) == [ENDED, SendFailed("frame 1 was not accepted in 6 tries", True)]
+    assert line.hear(NAK) == [ENDED, Sent("frame 1 was not accepted in 6 tries", True)]
 
 
 def test_five_naks_and_an_ack_for_every_frame() -> None:
@@ -535,7 +533,7 @@ def test_a_frame_that_is_never_answered() -> None:
         assert line.wait(9.9) == []
         assert line.wait(0.1) == [ASKED]
     line.hear(ACK)
-    assert line.wait(15) == [ENDED, SendFailed("the instrument does not answer; gave up after 6 tries", True)]
+    assert line.wait(15) == [ENDED, Sent("the instrument does not answer; gave up after 6 tries", True)]
 
 
 def test_any_other_character_is_a_nak_and_padding_is_nothing() -> None:
@@ -551,7 +549,7 @@ def test_a_busy_instrument() -> None:
         assert line.hear(NAK) == []
         assert line.wait(9.9) == []
         assert line.wait(0.1) == [ASKED]
-    assert line.hear(NAK) == [SendFailed("the instrument is busy (NAK); gave up after 6 tries", False)]
+    assert line.hear(NAK) == [Sent("the instrument is busy (NAK); gave up after 6 tries", False)]
 
 
 def test_enq_that_is_never_answered() -> None:
@@ -561,7 +559,7 @@ def test_enq_that_is_never_answered() -> None:
         assert line.wait(0.1) == [ENDED]
         assert line.wait(9.9) == []
         assert line.wait(0.1) == [ASKED]
-    assert line.wait(15) == [ENDED, SendFailed("the instrument does not answer; gave up after 6 tries", False)]
+    assert line.wait(15) == [ENDED, Sent("the instrument does not answer; gave up after 6 tries", False)]
 
 
 def test_contention_when_we_asked_first() -> None:
@@ -592,7 +590,7 @@ def test_contention_for_ever_is_given_up() -> None:
     for _ in range(5):
         assert line.hear(ENQ) == []
         assert line.wait(20) == [ASKED]
-    assert isinstance(line.hear(ENQ)[0], SendFailed)
+    assert line.hear(ENQ)[0].failure
 
 
 def test_interrupt_by_eot() -> None:
@@ -683,7 +681,7 @@ def exchanged(messages: list[tuple[bytes, ...]], noise: Noise, options: StreamSe
     host, instrument = Astm(dataclasses.replace(options, maxFrame=40)), Astm(options)
     ticket = itertools.count()
     flying: list[tuple[float, int, Astm, bytes]] = []
-    delivered: list[Session | Interrupted] = []
+    delivered: list[Session] = []
     todo, now, latency = list(messages), 0.0, random.Random(seed)
 
     def put(core: Astm, events: list) -> None:
@@ -694,11 +692,11 @@ def exchanged(messages: list[tuple[bytes, ...]], noise: Noise, options: StreamSe
                 heapq.heappush(flying, (arrival, next(ticket), other, noise.carry(event.content)))
             elif isinstance(event, FrameAccepted):
                 put(core, core.committed(now))
-            elif isinstance(event, Session | Interrupted):
+            elif isinstance(event, Session):
                 delivered.append(event)
-            elif isinstance(event, Sent):
+            elif event == Sent():
                 todo.pop(0)
-        if core is host and any(isinstance(e, Sent | SendFailed) for e in events) and todo:
+        if core is host and any(isinstance(e, Sent) for e in events) and todo:
             put(host, host.send(todo[0], now))
 
     put(host, host.send(todo[0], now))
@@ -738,7 +736,7 @@ def test_a_lossy_line_delivers_every_session_exactly_as_sent(seed: int, strict: 
     options = StreamSettings(requireTerminator=True, strictFrameNumbers=strict)
     events = exchanged(messages, noise, options, seed)
     assert noise.hits > 5
-    delivered = [event.records for event in events if isinstance(event, Session)]
+    delivered = [event.records for event in events if isinstance(event, Session) and not event.reason]
     # the same message may come twice (its sender cannot know), never damaged, never missing, never out of order
     assert [records for records, _ in itertools.groupby(delivered)] == messages
 
@@ -851,8 +849,8 @@ def test_what_reached_the_instrument_is_said_of_its_own_message_only() -> None:
     core.withdraw(0, 0.2)
     core.send([b"H|2\r"], 1.0)
     core.send([b"H|3\r"], 1.0)
-    assert core.closed() == [SendFailed("the connection was closed", False)] * 2
+    assert core.closed() == [Sent("the connection was closed", False)] * 2
     core.send([b"H|4\r"], 2.0)
     core.send([b"H|5\r"], 2.0)
     core.receive(ACK, 2.1)
-    assert [event.reached for event in core.closed() if isinstance(event, SendFailed)] == [True, False]
+    assert [event.reached for event in core.closed() if isinstance(event, Sent)] == [True, False]
