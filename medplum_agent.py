@@ -2535,7 +2535,7 @@ def stream_answer(body: str, settings: StreamSettings) -> bytes:
 
 
 # =====================================================================================================================
-# ASTM (600 lines, 4250 tokens)
+# ASTM (600 lines, 4200 tokens)
 #
 # The link layer of laboratory instruments (ASTM E1381, CLSI LIS01-A2), both roles, and the little of the records
 # (E1394, LIS02-A2) that it needs. Bytes and times in, events out. The caller commits a frame to disk between
@@ -2851,11 +2851,13 @@ class Astm:
         reason = ""
         if self._refused:
             reason = "the instrument gave up after a frame that was not accepted"
-        elif self._last.end == ETB and not self._terminated():
+        elif is_terminated(self._records):
+            pass
+        elif self._last.end == ETB:
             reason = "EOT came in the middle of a record"
-        elif self.settings.requireTerminator and not self._terminated():
+        elif self.settings.requireTerminator:
             reason = "EOT came before the L record (requireTerminator)"
-        elif self._now - self._acked > SENDER_SECS and not self._terminated():
+        elif self._now - self._acked > SENDER_SECS:
             reason = "the instrument waited in vain for our ACK: EOT came 15 s after it, before the L record"
         if reason and self._unsummed:
             reason += " (a checksum was wrong)"
@@ -2875,10 +2877,7 @@ class Astm:
 
     def _break(self, reason: str) -> None:
         """A session without EOT: only its L record can tell that it is complete."""
-        self._finish("" if self._terminated() else reason)
-
-    def _terminated(self) -> bool:
-        return is_terminated(self._records)
+        self._finish("" if is_terminated(self._records) else reason)
 
     def _finish(self, reason: str) -> None:
         if self._records:
@@ -2970,7 +2969,8 @@ class Astm:
 
     def _answer(self, byte: int) -> None:
         """ACK or NAK of a frame."""
-        self._refused = byte == NAK and (self._refused or not self._terminated())  # behind an L record it is another
+        # one that is refused behind an L record is another message's
+        self._refused = byte == NAK and (self._refused or not is_terminated(self._records))
         self._acked = self._now
         self.state = Link.NOISE if self._refused else self._between
         self._write(byte)
@@ -6396,7 +6396,7 @@ class Uplink:
 
 
 # =====================================================================================================================
-# Lines (1320 lines, 9750 tokens)
+# Lines (1310 lines, 9750 tokens)
 #
 # One open connection to a device, whoever dialled; each protocol has one class here, which owns its core. A line takes
 # bytes (`receive`), makes messages of them (`intake`), acknowledges when the store says durable (`stored`), writes down
@@ -6594,12 +6594,6 @@ def is_silence(body: object) -> bool:
     return body in (None, "") or (isinstance(body, str) and body.startswith(BOT_LOG))
 
 
-def set_device_options(sock: socket.socket) -> None:
-    """No Nagle (CA followed by AA would wait 40 ms for a delayed TCP ACK)."""
-    for option in ((socket.IPPROTO_TCP, socket.TCP_NODELAY, 1), *KEEP_ALIVE):
-        sock.setsockopt(*option)
-
-
 class Unfinished:
     """Bytes of messages that are not complete, of all lines together: above the limit the largest goes."""
 
@@ -6740,7 +6734,9 @@ class Line(asyncio.Protocol):
         if hasattr(transport, "max_size"):
             transport.max_size = READ_BYTES
         if (sock := transport.get_extra_info("socket")) is not None:
-            set_device_options(sock)
+            # no Nagle: CA followed by AA would wait 40 ms for a delayed TCP ACK
+            for option in ((socket.IPPROTO_TCP, socket.TCP_NODELAY, 1), *KEEP_ALIVE):
+                sock.setsockopt(*option)
             self.descriptor = sock.fileno()
         if isinstance(tls := transport.get_extra_info("ssl_object"), HalfClosable):
             end = weakref.WeakMethod(self.tls_ended)  # without a circle, which would hold the buffers
@@ -6750,9 +6746,9 @@ class Line(asyncio.Protocol):
         else:  # a serial port
             self.host = self.remote = cast("Channel", self.owner).plan.host
         self.owner.opened(self)
-        inherited, self.inherited = self.inherited, b""
-        if inherited and self.attached:
-            self.data_received(inherited)
+        if self.inherited and self.attached:
+            self.data_received(self.inherited)
+            self.inherited = b""
 
     def connection_lost(self, error: Exception | None) -> None:
         self._closing = True
@@ -6983,8 +6979,10 @@ class MllpLine(Line):
             self.warn_once("bare", "a message came without 0x0B before it: is its sender set to MLLP?")
         self.quiet = False
         for frame in self.core.receive(received):
-            if frame in (b"\x06", b"\x15"):
-                self._committed(frame)
+            if frame in (b"\x06", b"\x15"):  # the device's own word comes behind the positive one only
+                self.words = _COMMITS[frame]
+                for exchange in self.asking[:1] if frame == b"\x15" else ():
+                    exchange.fail(f"{self.owner.name}: {self.words}", "device-error")
             else:
                 self.intake(frame)
         self._lone = received.endswith(END[:1])
@@ -7000,12 +6998,6 @@ class MllpLine(Line):
         """Nothing came for a while: the 0x1C has ended the frame."""
         if self.active_at == since and not self._closing and "stopping" not in self._paused:
             self.data_received(END[1:])
-
-    def _committed(self, commit: bytes) -> None:
-        """The device's own word comes behind a positive one; to a negative one nothing is added."""
-        self.words = _COMMITS[commit]
-        for exchange in self.asking[:1] if commit == b"\x15" else ():
-            exchange.fail(f"{self.owner.name}: {self.words}", "device-error")
 
     @property
     def rest(self) -> bytes | None:
@@ -7687,8 +7679,8 @@ class AstmLine(StreamLine):
         except DeviceError as error:
             self.owner.warn(f"{self.remote}: the Bot's answer was not taken: {error}")
             if error.kind == "device-unreachable" or not self.attached:
-                others = [line for line in self.owner.lines.values() if line.host == self.host]
-                if any(line.opened_at > self.active_at for line in others):
+                lines = self.owner.lines.values()
+                if any(line.host == self.host and line.opened_at > self.active_at for line in lines):
                     self.abort()  # this one is half open
                 self.owner.hold(message, body)
         finally:
