@@ -6396,7 +6396,7 @@ class Uplink:
 
 
 # =====================================================================================================================
-# Lines (1310 lines, 9750 tokens)
+# Lines (1310 lines, 9700 tokens)
 #
 # One open connection to a device, whoever dialled; each protocol has one class here, which owns its core. A line takes
 # bytes (`receive`), makes messages of them (`intake`), acknowledges when the store says durable (`stored`), writes down
@@ -6563,22 +6563,18 @@ class Try:
     phase: str = "no connection"
     kind: str = "device-unreachable"
     came: Callable[[], str] = str  # what came instead of an answer
-    limit: asyncio.Timeout | None = None  # which a line that has time-outs of its own need not keep
 
     async def ask(self, line: Line, push: Push) -> str:
-        if self.limit and line.timed:
-            self.limit.reschedule(asyncio.get_running_loop().time() + SESSION_PUSH_SECS)
         self.phase, self.kind, self.came = line.unanswered, "device-silent", line.came
         return await line.ask(push)
 
 
 @asynccontextmanager
-async def within(name: str, seconds: float, *, patient: bool = False) -> AsyncIterator[Try]:
+async def within(name: str, seconds: float) -> AsyncIterator[Try]:
     """A try at the device `name`: time-outs and errors of the system become DeviceError."""
     attempt = Try()
     try:
-        async with asyncio.timeout(seconds) as limit:
-            attempt.limit = limit if patient else None
+        async with asyncio.timeout(seconds):
             yield attempt
     except TimeoutError:
         came = f": {words}" if (words := attempt.came()) else ""
@@ -6685,7 +6681,7 @@ class Line(asyncio.Protocol):
     # its protocol: bytes in, events out; `inside` a message, so that the device owes us bytes; `held` so many in memory
     core: Any = types.SimpleNamespace(inside=False, held=0)
     unanswered = "not taken"  # said when the time of a push is over
-    timed = False  # its protocol has time-outs of its own
+    push_secs = PUSH_STORED_SECS  # a push is given up after so many, where nobody waits for it
     gives_way = False  # what it brings may wait a moment for what others bring
     heard_at = -math.inf  # when one of those others last brought something
 
@@ -7542,7 +7538,7 @@ class AstmLine(StreamLine):
     """
 
     core_type = Astm
-    timed = True
+    push_secs = SESSION_PUSH_SECS
     sessions: typing.ClassVar[set[str]] = set()  # of all lines: those whose frames on disk somebody cares for
     offering: typing.ClassVar[set[int]] = set()  # messages whose answers are being sent
 
@@ -8420,23 +8416,23 @@ class Device:
         0 seconds: nobody waits, and a session of records takes its time.
         """
         target = push.target
-        patient = not (seconds or target.settings.ackTimeoutSecs)
-        seconds = target.settings.ackTimeoutSecs or seconds or PUSH_STORED_SECS
+        seconds = target.settings.ackTimeoutSecs or seconds
         self.note(f"[Sending -- ID: {push.control_id}]: {push.text}")
         self.encoding = target.settings.encoding
         if target.is_dicom:
-            async with within(self.name, seconds):
+            async with within(self.name, seconds or PUSH_STORED_SECS):
                 addresses = await self._devices.addresses(target)
-            return await self._devices.imaging(push, addresses, DICOM_PUSH_SECS if patient else seconds)
+            return await self._devices.imaging(push, addresses, seconds or DICOM_PUSH_SECS)
+        here = self._devices.connected(target) if target.on_channel else None
+        kind = CallLine if push.mode else RecordsCall if target.settings.mode == "astm" else BytesCall
         started = now_ms()
         self.users += 1
         try:
-            async with within(self.name, seconds, patient=patient) as attempt:
-                if target.on_channel:
-                    return await attempt.ask(self._devices.connected(target), push)
-                if target.scheme == "tcp" and not push.mode:  # bytes, or records, on a connection of their own
-                    call = await self._dial(target, RecordsCall if target.settings.mode == "astm" else BytesCall)
-                    with closing(call):
+            async with within(self.name, seconds or (here or kind).push_secs) as attempt:
+                if here:
+                    return await attempt.ask(here, push)
+                if not push.mode:  # bytes, or records, on a connection of their own
+                    with closing(await self._dial(target, kind)) as call:
                         return await attempt.ask(call, push)
                 answer = await self._exchange(push, attempt)
         finally:
