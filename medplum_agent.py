@@ -2428,19 +2428,19 @@ class Mllp:
 # | inside  | more than maxMessageBytes | PeerError                               | too big |
 # | too big | ... end sequence          | - (dropped; nothing of it is answered)  | outside |
 # | too big | ... start sequence        | -                                       | inside  |
-# | any     | a pattern of autoRespond  | Reply, after a message that ends there  | same    |
+# | any     | a pattern of autoRespond  | Write, after a message that ends there  | same    |
 #
 # When start and end are equal, the end wins inside. A byte of one mark is never part of the next.
 # =====================================================================================================================
 
 
-class Reply(NamedTuple):
-    """An automatic answer; one that comes after a message may leave once that message is on disk."""
+class Write(NamedTuple):
+    """Bytes for the device; an automatic answer that comes after a message may leave once that is on disk."""
 
     content: bytes
 
 
-StreamEvent = bytes | Reply | PeerError
+StreamEvent = bytes | Write | PeerError
 
 
 class ByteStream:
@@ -2505,7 +2505,7 @@ class ByteStream:
             self._from = self._window = begin
         if not dropped:
             found = (r for pattern, r in self._rules.items() if self._kept.endswith(pattern, self._window, stop))
-            events.extend(Reply(response) for response in found if response)
+            events.extend(Write(response) for response in found if response)
 
     def _check_size(self, stop: int, events: list[StreamEvent]) -> None:
         if self.inside and not self._oversize and stop - self._from > self.limit:
@@ -2535,7 +2535,7 @@ def stream_answer(body: str, settings: StreamSettings) -> bytes:
 
 
 # =====================================================================================================================
-# ASTM (600 lines, 4200 tokens)
+# ASTM (590 lines, 4200 tokens)
 #
 # The link layer of laboratory instruments (ASTM E1381, CLSI LIS01-A2), both roles, and the little of the records
 # (E1394, LIS02-A2) that it needs. Bytes and times in, events out. The caller commits a frame to disk between
@@ -2578,12 +2578,6 @@ INTERRUPT_SECS = 15.0  # E1381 6.3.5: no ENQ for so long after an interrupt
 SEND_TRIES = 6  # E1381 6.5.1: of one frame; we ask as often with ENQ
 _TEXT_END = re.compile(rb"[\x02\x03\x04\x17]")
 _RESTRICTED = bytes((0, 1, STX, ETX, EOT, ENQ, ACK, LF, *range(0x10, 0x18)))  # NUL, and what no text may hold (6.6)
-
-
-class Write(NamedTuple):
-    """Bytes for the instrument."""
-
-    content: bytes
 
 
 class FrameAccepted(NamedTuple):
@@ -2926,11 +2920,10 @@ class Astm:
         """What may follow ETX and what of the checksum is verified."""
         return byte in b"\r\n\0" or (self.settings.checksum == "off" and byte in b"0123456789ABCDEFabcdef")
 
-    def _leave_tail(self, byte: int) -> None:
-        self._tailed = False
-
     def _judge(self, byte: int) -> None:
         """The frame is complete."""
+        if byte == _TIME:
+            self._tailed = False
         self._between = Link.OPEN if byte == LF else Link.AFTER
         frame = FrameAccepted(chr(self._number) if self._number else "", bytes(self._text), self._sum[0])
         wanted = b"%02X" % ((self._number + sum(self._text) + frame.end) % 256)
@@ -3080,7 +3073,7 @@ _LINK: dict[Link, _Row] = {
     },
     Link.SUM: {_OTHER: (Link.SUM, Astm._take_sum), _TIME: (Link.IDLE, Astm._silent)},
     Link.TAIL: {
-        LF: (Link.TAIL, Astm._judge), _TIME: (Link.TAIL, Astm._leave_tail, Astm._judge), _OTHER: (Link.TAIL,),
+        LF: (Link.TAIL, Astm._judge), _TIME: (Link.TAIL, Astm._judge), _OTHER: (Link.TAIL,),
     },
     # sender
     Link.ENQUIRE: {ACK: (Link.SENDING, Astm._advance), **_padding(Link.ENQUIRE), _OTHER: (Link.IDLE, Astm._denied)},
@@ -6396,7 +6389,7 @@ class Uplink:
 
 
 # =====================================================================================================================
-# Lines (1310 lines, 9700 tokens)
+# Lines (1310 lines, 9650 tokens)
 #
 # One open connection to a device, whoever dialled; each protocol has one class here, which owns its core. A line takes
 # bytes (`receive`), makes messages of them (`intake`), acknowledges when the store says durable (`stored`), writes down
@@ -7008,8 +7001,7 @@ class MllpLine(Line):
         `control_id`: in MSA-2, as latin-1, where what came as MSH-10 could not be decoded.
         """
         encoding = encoding or self.encoding
-        if "\x1c" in text or "\x0b" in text:
-            text = text.replace("\x1c\r", "\\X1C\\\\X0D\\").replace("\x1c", "\\X1C\\").replace("\x0b", "\\X0B\\")
+        text = text.replace("\x1c\r", "\\X1C\\\\X0D\\").replace("\x1c", "\\X1C\\").replace("\x0b", "\\X0B\\")
         content = self.encode(text if text.endswith("\r") else text + "\r", encoding)
         if control_id and "\ufffd" in text and (ack := read_ack(text)) and "\ufffd" in ack.control_id:
             at = content.find(b"\rMSA")
@@ -7045,9 +7037,9 @@ class MllpLine(Line):
         If one waits on this line, also without MSA-2, and as devices keep it that have room for 20 characters (HL7
         v2.5.1 2.15.9.10) or one case; what may be the word on an earlier one is taken for that, once.
         """
-        mine = [exchange for exchange in self.asking if not exchange.answer.done()]
-        others = [e for e in self.owner.asked if not e.answer.done() and e.line.host == self.host]  # of this device
-        found = [e for e in (*mine, *others) if e.push.control_id.strip() == ack.control_id]
+        waiting = [e for e in self.owner.asked if not e.answer.done() and e.line.host == self.host]  # for this device
+        mine = [e for e in waiting if e.line is self]
+        found = [e for e in (*mine, *waiting) if e.push.control_id.strip() == ack.control_id]
         shown = ack.control_id.upper()
         earlier = [own for own, code in self._before.items() if code != ack.code and shown in (own, own[:20].strip())]
         if not found and len(mine) == 1:
@@ -7394,13 +7386,13 @@ class StreamLine(Line):
 
     owner: Channel
     core_type: type[Any] = ByteStream
+    _in_pieces = False  # a part of the message under way was acknowledged
 
     def __init__(self, owner: Channel, settings: StreamSettings | None = None):
         super().__init__(owner)
         self.settings = settings or cast(StreamSettings, owner.plan.settings)
         self.core = self.core_type(self.settings)
         self._replies: list[bytes] = []  # automatic answers that wait until what they acknowledge is on disk
-        self._in_pieces = False  # a part of the message under way was acknowledged
         self._known = 0, 0  # messages, and bytes that were skipped until the last one
 
     def replan(self) -> None:
@@ -7433,11 +7425,11 @@ class StreamLine(Line):
         for event in self.core.receive(received):
             if isinstance(event, bytes):
                 self.messages += 1
-                must, self._in_pieces = self._in_pieces, False
                 if text := stream_body(event, self.settings):  # else nothing is left of it
                     if "\ufffd" in text:
                         self.warn_of_bytes(event, "utf-8", "bodyEncoding=hex sends bytes as they are")
-                    self.intake(event, text, "latin-1", must=must)
+                    self.intake(event, text, "latin-1")
+                self._in_pieces = False
             elif isinstance(event, PeerError):
                 self.owner.warn(f"{self.remote}: {event}")
             elif self.pending:
@@ -7459,15 +7451,13 @@ class StreamLine(Line):
             advice = f"is it set to {framed}, and are speed and parity right?"
             self.warn_once("skipped", f"{skipped} bytes came and no message: {advice}")
 
-    def intake(
-        self, original: bytes, text: str, encoding: str, session: str = "", interrupted: str = "", must: bool = False
-    ) -> None:
+    def intake(self, original: bytes, text: str, encoding: str, session: str = "", interrupted: str = "") -> None:
         """A message for the store; `interrupted`: why it becomes a dead letter at once."""
         plan = self.owner.plan
         message = Message(
             self.owner.queue.row, self.remote, original, encoding, text=text, type=plan.content_type,
-            control_id=session, session=session or None, key="" if plan.key_spec == "*" else self.host, must=must,
-            source=self.stored,
+            control_id=session, session=session or None, key="" if plan.key_spec == "*" else self.host,
+            must=self._in_pieces, source=self.stored,
         )  # fmt: skip
         if plan.hex_records:
             message.text = self.owner.text_of(message, original)
@@ -7538,6 +7528,7 @@ class AstmLine(StreamLine):
     """
 
     core_type = Astm
+    _in_pieces = True  # as each frame is
     push_secs = SESSION_PUSH_SECS
     sessions: typing.ClassVar[set[str]] = set()  # of all lines: those whose frames on disk somebody cares for
     offering: typing.ClassVar[set[int]] = set()  # messages whose answers are being sent
@@ -7634,7 +7625,7 @@ class AstmLine(StreamLine):
                 original = records_text(records, codec, "surrogateescape").encode(codec, "surrogateescape")
                 encoding = codec
         if text:
-            self.intake(original, text, encoding, session, reason or half, must=True)
+            self.intake(original, text, encoding, session, reason or half)
         else:  # its frames shall not become a message at the next start
             self.owner.store.drop_frames(session)
             self.sessions.discard(session)

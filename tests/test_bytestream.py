@@ -10,8 +10,8 @@ from medplum_agent import (
     ByteStream,
     ConfigError,
     PeerError,
-    Reply,
     StreamSettings,
+    Write,
     auto_responses,
     stream_answer,
     stream_body,
@@ -67,15 +67,15 @@ TABLE = {
     "answers everywhere, in order": (
         ASTM_GUIDE,
         b"\x05\x02x\x17\x02y\x03\x04\x03",
-        [*[Reply(b"\x06")] * 3, message(b"\x05\x02x\x17\x02y\x03\x04"), Reply(b"\x06")],
+        [*[Write(b"\x06")] * 3, message(b"\x05\x02x\x17\x02y\x03\x04"), Write(b"\x06")],
     ),
     "the answer comes after the message that ends there": (
         RULES,
         b"x\x02ab\x03",
-        [Reply(b"S"), message(b"\x02ab\x03"), Reply(b"A"), Reply(b"B")],
+        [Write(b"S"), message(b"\x02ab\x03"), Write(b"A"), Write(b"B")],
     ),
-    "a pattern does not reach over a start": (RULES, b"xx\x02", [Reply(b"S")]),
-    "what is dropped is not answered": (RULES, b"\x02" + BIG + b"b\x03\x03", [Reply(b"S"), TOO_LARGE, Reply(b"A")]),
+    "a pattern does not reach over a start": (RULES, b"xx\x02", [Write(b"S")]),
+    "what is dropped is not answered": (RULES, b"\x02" + BIG + b"b\x03\x03", [Write(b"S"), TOO_LARGE, Write(b"A")]),
 }
 
 
