@@ -2535,7 +2535,7 @@ def stream_answer(body: str, settings: StreamSettings) -> bytes:
 
 
 # =====================================================================================================================
-# ASTM (590 lines, 4200 tokens)
+# ASTM (590 lines, 4150 tokens)
 #
 # The link layer of laboratory instruments (ASTM E1381, CLSI LIS01-A2), both roles, and the little of the records
 # (E1394, LIS02-A2) that it needs. Bytes and times in, events out. The caller commits a frame to disk between
@@ -2652,6 +2652,14 @@ class Link(enum.Enum):
     COMMIT = "a frame is on its way to disk"
     ENQUIRE = "our ENQ waits for its answer"
     SENDING = "our frame waits for its answer"
+
+
+_TIME, _OTHER = -1, -2  # keys of the table beside bytes: the state's time is over; whatever is not named
+_Row = dict[int, tuple[Link, *tuple[Callable[["Astm", int], None], ...]]]  # the next state, and what is done
+
+
+def _padding(link: Link) -> _Row:
+    return dict.fromkeys((CR, LF, 0), (link,))
 
 
 class Astm:
@@ -2791,7 +2799,7 @@ class Astm:
 
     def _step(self, byte: int) -> None:
         """One row of the table; an action may move on to another state than the row's."""
-        row = _LINK[self.state]
+        row = self._LINK[self.state]
         self.state, *actions = row.get(byte) or row[_OTHER]
         for action in actions:
             action(self, byte)
@@ -3030,59 +3038,52 @@ class Astm:
         self._asked, self._reached = 0, False
         self.state, self._rest = Link.IDLE, max(self._rest, self._now + TURN_SECS)
 
+    # --- the table ---
 
-_TIME, _OTHER = -1, -2  # keys of the table beside bytes: the state's time is over; whatever is not named
-_Row = dict[int, tuple[Link, *tuple[Callable[[Astm, int], None], ...]]]  # the next state, and what is done
-
-
-def _padding(link: Link) -> _Row:
-    return dict.fromkeys((CR, LF, 0), (link,))
-
-
-# fmt: off
-_SESSION: _Row = {STX: (Link.NUMBER, Astm._begin), EOT: (Link.IDLE, Astm._end), _TIME: (Link.IDLE, Astm._silent)}
-_TEXT_ENDS: _Row = dict.fromkeys((ETB, ETX), (Link.SUM, Astm._take_sum))
-_BETWEEN: _Row = {**_SESSION, **_padding(Link.OPEN), _OTHER: (Link.NOISE, Astm._skip)}
-_NOISY: _Row = {**_BETWEEN, **_padding(Link.NOISE), ENQ: (Link.NOISE_ENQ,), EOT: (Link.NOISE_EOT,)}
-_LINK: dict[Link, _Row] = {
-    Link.IDLE: {
-        ENQ: (Link.FRESH, Astm._open), STX: (Link.NUMBER, Astm._bare, Astm._begin),
-        EOT: (Link.IDLE, Astm._ack_eot), **_padding(Link.IDLE), _OTHER: (Link.IDLE, Astm._skip),
-        _TIME: (Link.IDLE, Astm._enquire),
-    },
-    # receiver
-    Link.FRESH: {**_BETWEEN, **_padding(Link.FRESH), ENQ: (Link.NOISE_ENQ,)},
-    Link.OPEN: {**_BETWEEN, ENQ: (Link.FRESH, Astm._anew)},
-    Link.AFTER: {**_BETWEEN, ENQ: (Link.NOISE_ENQ,)},  # a flipped CR, or no CR LF and a new session
-    Link.NOISE: _NOISY,
-    Link.NOISE_ENQ: {**_NOISY, _TIME: (Link.FRESH, Astm._anew)},
-    Link.NOISE_EOT: {
-        **_NOISY, **_padding(Link.NOISE_EOT), ENQ: (Link.FRESH, Astm._end, Astm._open), _TIME: (Link.IDLE, Astm._end),
-    },
-    Link.NUMBER: {
-        **_SESSION, ENQ: (Link.FRESH, Astm._anew), **_TEXT_ENDS,
-        _OTHER: (Link.TEXT, Astm._take_number),
-    },
-    Link.TEXT: {  # all other bytes: _take_text
-        **_SESSION, STX: (Link.NUMBER, Astm._inside, Astm._begin), EOT: (Link.TEXT_EOT,),
-        **_TEXT_ENDS,
-    },
-    Link.TEXT_EOT: {
-        STX: (Link.NUMBER, Astm._inside, Astm._begin), ENQ: (Link.FRESH, Astm._give_up, Astm._end, Astm._open),
-        _OTHER: (Link.TEXT, Astm._go_on), _TIME: (Link.IDLE, Astm._give_up, Astm._end),
-    },
-    Link.SUM: {_OTHER: (Link.SUM, Astm._take_sum), _TIME: (Link.IDLE, Astm._silent)},
-    Link.TAIL: {
-        LF: (Link.TAIL, Astm._judge), _TIME: (Link.TAIL, Astm._judge), _OTHER: (Link.TAIL,),
-    },
-    # sender
-    Link.ENQUIRE: {ACK: (Link.SENDING, Astm._advance), **_padding(Link.ENQUIRE), _OTHER: (Link.IDLE, Astm._denied)},
-    Link.SENDING: {
-        ACK: (Link.SENDING, Astm._advance), EOT: (Link.SENDING, Astm._interrupt), **_padding(Link.SENDING),
-        _OTHER: (Link.SENDING, Astm._again), _TIME: (Link.IDLE, Astm._denied),
-    },
-}
-# fmt: on
+    # fmt: off
+    _SESSION: Final[_Row] = {STX: (Link.NUMBER, _begin), EOT: (Link.IDLE, _end), _TIME: (Link.IDLE, _silent)}
+    _TEXT_ENDS: Final[_Row] = dict.fromkeys((ETB, ETX), (Link.SUM, _take_sum))
+    _BETWEEN: Final[_Row] = {**_SESSION, **_padding(Link.OPEN), _OTHER: (Link.NOISE, _skip)}
+    _NOISY: Final[_Row] = {**_BETWEEN, **_padding(Link.NOISE), ENQ: (Link.NOISE_ENQ,), EOT: (Link.NOISE_EOT,)}
+    _LINK: Final[dict[Link, _Row]] = {
+        Link.IDLE: {
+            ENQ: (Link.FRESH, _open), STX: (Link.NUMBER, _bare, _begin),
+            EOT: (Link.IDLE, _ack_eot), **_padding(Link.IDLE), _OTHER: (Link.IDLE, _skip),
+            _TIME: (Link.IDLE, _enquire),
+        },
+        # receiver
+        Link.FRESH: {**_BETWEEN, **_padding(Link.FRESH), ENQ: (Link.NOISE_ENQ,)},
+        Link.OPEN: {**_BETWEEN, ENQ: (Link.FRESH, _anew)},
+        Link.AFTER: {**_BETWEEN, ENQ: (Link.NOISE_ENQ,)},  # a flipped CR, or no CR LF and a new session
+        Link.NOISE: _NOISY,
+        Link.NOISE_ENQ: {**_NOISY, _TIME: (Link.FRESH, _anew)},
+        Link.NOISE_EOT: {
+            **_NOISY, **_padding(Link.NOISE_EOT), ENQ: (Link.FRESH, _end, _open), _TIME: (Link.IDLE, _end),
+        },
+        Link.NUMBER: {
+            **_SESSION, ENQ: (Link.FRESH, _anew), **_TEXT_ENDS,
+            _OTHER: (Link.TEXT, _take_number),
+        },
+        Link.TEXT: {  # all other bytes: _take_text
+            **_SESSION, STX: (Link.NUMBER, _inside, _begin), EOT: (Link.TEXT_EOT,),
+            **_TEXT_ENDS,
+        },
+        Link.TEXT_EOT: {
+            STX: (Link.NUMBER, _inside, _begin), ENQ: (Link.FRESH, _give_up, _end, _open),
+            _OTHER: (Link.TEXT, _go_on), _TIME: (Link.IDLE, _give_up, _end),
+        },
+        Link.SUM: {_OTHER: (Link.SUM, _take_sum), _TIME: (Link.IDLE, _silent)},
+        Link.TAIL: {
+            LF: (Link.TAIL, _judge), _TIME: (Link.TAIL, _judge), _OTHER: (Link.TAIL,),
+        },
+        # sender
+        Link.ENQUIRE: {ACK: (Link.SENDING, _advance), **_padding(Link.ENQUIRE), _OTHER: (Link.IDLE, _denied)},
+        Link.SENDING: {
+            ACK: (Link.SENDING, _advance), EOT: (Link.SENDING, _interrupt), **_padding(Link.SENDING),
+            _OTHER: (Link.SENDING, _again), _TIME: (Link.IDLE, _denied),
+        },
+    }
+    # fmt: on
 
 
 def is_terminated(records: Sequence[bytes | bytearray]) -> bool:
