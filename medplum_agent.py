@@ -6390,7 +6390,7 @@ class Uplink:
 
 
 # =====================================================================================================================
-# Lines (1310 lines, 9650 tokens)
+# Lines (1300 lines, 9600 tokens)
 #
 # One open connection to a device, whoever dialled; each protocol has one class here, which owns its core. A line takes
 # bytes (`receive`), makes messages of them (`intake`), acknowledges when the store says durable (`stored`), writes down
@@ -7180,8 +7180,12 @@ class Hl7Line(MllpLine):
         if "\ufffd" in text:
             self.warn_of_bytes(content, header.encoding, "name the device's encoding with encoding= in the address")
         owner.note(f"[Received -- ID: {header.control_id}]: {text}")
-        if (owner.asked or owner.pushed) and self._answers_push(text):
-            return
+        if (owner.asked or owner.pushed) and (ack := read_ack(text)):  # of a push, also late or again, it is no message
+            if self.acknowledges(ack, text):
+                return
+            if ack.control_id in owner.pushed:
+                owner.late(self.host, ack, text)
+                return
         message = Message(
             owner.queue.row, self.remote, content, header.encoding, text=text, type=header.message_type,
             control_id=header.raw_id or header.control_id, key=ordering_key(header, owner.plan.key_spec),
@@ -7216,15 +7220,6 @@ class Hl7Line(MllpLine):
         if len(ids) > KNOWN_IDS:
             for old in [*itertools.islice(ids, KNOWN_IDS // 2)]:
                 del ids[old]
-
-    def _answers_push(self, text: str) -> bool:
-        """A message that acknowledges a push, also late or again, is no message for the server."""
-        ack = read_ack(text)
-        if ack is None or self.acknowledges(ack, text):
-            return ack is not None
-        if late := ack.control_id in self.owner.pushed:
-            self.owner.late(self.host, ack, text)
-        return late
 
     def _refuse(self, error: PeerError, content: bytes) -> None:
         """A frame that is not a message: its sender is told, if it was to be one, and the connection goes on."""
@@ -7285,7 +7280,9 @@ class Hl7Line(MllpLine):
                 row = await store.message(row.id) or row
             row = queue.window.get(row.id, row)
         self.owner.say(f"message {row.id} came again from {self.remote}, and is answered from the queue")
-        if row.state >= PROCESSED and self._replay(row):
+        text, ack = read_answer(row.response if row.state >= PROCESSED else "")
+        if text and not (ack and ack.code in held_back(self.settings)):  # the Bot's earlier answer is given again
+            self.write(text, row.encoding, row.control_id)
             row.outcome = DELIVERED
             store.update(row)
             return
@@ -7322,14 +7319,6 @@ class Hl7Line(MllpLine):
             row.remote, row.outcome = self.remote, PENDING
             self.owner.store.update(row)
 
-    def _replay(self, row: Message) -> bool:
-        """Give the Bot's earlier answer again, if there is one for the device."""
-        text, ack = read_answer(row.response)
-        if not text or (ack and ack.code in held_back(self.settings)):
-            return False
-        self.write(text, row.encoding, row.control_id)
-        return True
-
     # --- answers ---
 
     def answer(self, message: Message, body: object, error: str) -> bool:
@@ -7342,7 +7331,7 @@ class Hl7Line(MllpLine):
             return True  # it heard that this has failed; another answer would be taken for that of its next message
         text, ack = read_answer(body)
         if not text:
-            if body and not error and not str(body).startswith(BOT_LOG):
+            if not (error or is_silence(body)):
                 self.warn_once("body", "the Bot returned something that is no HL7: the device gets botEmptyAck for it")
             return self._own_answer(message, error, settings)
         if ack and ack.code in held_back(settings):
