@@ -4764,7 +4764,7 @@ def trust(context: ssl.SSLContext, ca_file: str) -> None:
     """Also what stands there now; ConfigError."""
     try:
         context.load_verify_locations(cadata=named_file(ca_file).decode("ascii", "ignore"))
-    except (OSError, ssl.SSLError, ValueError) as error:
+    except (OSError, ValueError) as error:
         lasting = isinstance(error, ssl.SSLError | ValueError)
         raise ConfigError(f"caFile {ca_file} holds no usable PEM certificate: {error}", for_good=lasting) from None
 
@@ -4946,9 +4946,9 @@ class Fhir:
 
     async def renew(self) -> str:
         """A new token by a login, one at a time; raises ServerError."""
-        if self._login_under_way is None and time.monotonic() < self._embargo_until:
-            raise ServerError("login refused: the server asks for patience (status 429)", 429)
         if self._login_under_way is None:
+            if time.monotonic() < self._embargo_until:
+                raise ServerError("login refused: the server asks for patience (status 429)", 429)
             self._patient_until = time.monotonic() + TOKEN_REFRESH_SPACING_SECS
             self._login_under_way = asyncio.get_running_loop().run_in_executor(self._logins, self._login)
             self._login_under_way.add_done_callback(self._renewed)
@@ -4958,7 +4958,7 @@ class Fhir:
         self._login_under_way, self._patient_until = None, -math.inf
         if self.token is not None:  # the first login may be followed by a refresh at once
             self._due_at = time.monotonic() + TOKEN_REFRESH_SPACING_SECS
-        self.failing = future.cancelled() or future.exception() is not None
+        self.failing = future.exception() is not None
         if not self.failing:
             self.token, self.rejected = future.result(), False
 
@@ -4985,13 +4985,14 @@ class Fhir:
                 self._embargo_until = time.monotonic() + min(patience, EMBARGO_SECS)
             reason = answer.get("error_description") or answer.get("error") or f"HTTP status {response.status}"
             path = ", and baseUrl: it ends before fhir/R4" if "/fhir" in self.base else ""
-            check = f"Check clientId and clientSecret{path}"
             elsewhere = f"The server is at {response.headers.get('Location')}: baseUrl must say that"
-            portal = "That is no token: is it a Medplum server, or does a portal or proxy answer for it?"
-            advice = {400: check, 401: check, 407: "Give the proxy's user and password with its address", 200: portal}
-            advice |= dict.fromkeys((301, 302, 303, 307, 308), elsewhere)
-            more = f". {advice[response.status]}" if response.status in advice else ""
-            raise ServerError(f"login refused: {reason}{more}", response.status)
+            advice = {
+                200: "That is no token: is it a Medplum server, or does a portal or proxy answer for it?",
+                407: "Give the proxy's user and password with its address",
+                **dict.fromkeys((400, 401), f"Check clientId and clientSecret{path}"),
+                **dict.fromkeys((301, 302, 303, 307, 308), elsewhere),
+            }.get(response.status, "")
+            raise ServerError(f"login refused: {reason}. {advice}".removesuffix(". "), response.status)
         token = self._checked_token(answer)
         if isinstance(jwt_claims(token.text).get("login_id"), str):
             self._checked(self._http("GET", self.base + "auth/me", self._headers(token.text)), "auth/me")
@@ -5015,7 +5016,7 @@ class Fhir:
         audience = claims.get("cid") or claims.get("client_id")
         if audience is not None and audience != self._settings.clientId:
             raise ServerError("login failed: the token is for another client. Check clientId")
-        return Token(text, float(expires), expires - (TOKEN_MARGIN_SECS if left > TOKEN_MARGIN_SECS else left / 2))
+        return Token(text, expires, expires - (TOKEN_MARGIN_SECS if left > TOKEN_MARGIN_SECS else left / 2))
 
     async def read(self, reference: str) -> Json:
         """GET fhir/R4/<reference>."""
