@@ -4735,7 +4735,7 @@ def _trouble_of(error: Exception) -> tuple[str, str]:
 
 
 # =====================================================================================================================
-# FHIR (510 lines, 4150 tokens)
+# FHIR (520 lines, 4150 tokens)
 #
 # The HTTPS side of the server: OAuth2 client-credentials login and FHIR reads (uplink contract 1 and 2). urllib3 does
 # the work in worker threads: pools, proxies, TLS, retries. May touch: HTTPS.
@@ -4906,7 +4906,7 @@ class Fhir:
         self._pool = http_pool(self.base, self.context)
         self._pool.pool_classes_by_scheme = self._pool.pool_classes_by_scheme | {"https": _HttpsPool}
         self._login_under_way: asyncio.Future[Token] | None = None
-        self._patient_until = self._due_at = self._embargo_until = -math.inf
+        self._due_at = self._embargo_until = -math.inf
         self.rejected = False  # the token, by the server: the next use logs in again, but not once per message
         self.failing = False  # the last login did
         self._renewed_in_vain = False  # the last token that was renewed for a 401 did not help
@@ -4926,9 +4926,11 @@ class Fhir:
     def usable_token(self) -> str | None:
         """A token that can be sent now, or None; a new one that is under way is waited for, for a moment."""
         token = self.token
-        if token is None or time.time() >= token.expires_at or time.monotonic() < self._patient_until:
+        if token is None or time.time() >= token.expires_at:
             return None
-        return None if self.rejected and (self.failing or self._login_under_way) else token.text
+        if self._login_under_way and (self.rejected or time.monotonic() < self._due_at):
+            return None
+        return None if self.rejected and self.failing else token.text
 
     async def fresh_token(self) -> str:
         """A usable token, after a login if needed; raises ServerError."""
@@ -4949,15 +4951,15 @@ class Fhir:
         if self._login_under_way is None:
             if time.monotonic() < self._embargo_until:
                 raise ServerError("login refused: the server asks for patience (status 429)", 429)
-            self._patient_until = time.monotonic() + TOKEN_REFRESH_SPACING_SECS
+            self._due_at = time.monotonic() + TOKEN_REFRESH_SPACING_SECS
             self._login_under_way = asyncio.get_running_loop().run_in_executor(self._logins, self._login)
             self._login_under_way.add_done_callback(self._renewed)
         return (await asyncio.shield(self._login_under_way)).text
 
     def _renewed(self, future: asyncio.Future[Token]) -> None:
-        self._login_under_way, self._patient_until = None, -math.inf
-        if self.token is not None:  # the first login may be followed by a refresh at once
-            self._due_at = time.monotonic() + TOKEN_REFRESH_SPACING_SECS
+        self._login_under_way = None
+        # the first login may be followed by a refresh at once
+        self._due_at = time.monotonic() + TOKEN_REFRESH_SPACING_SECS if self.token else -math.inf
         self.failing = future.exception() is not None
         if not self.failing:
             self.token, self.rejected = future.result(), False
