@@ -5957,7 +5957,7 @@ class Uplink:
         self.warn = Complaints(log.warn, "Server", 1)
         self._largest = self._largest_id = 0  # bytes of the connection's largest text, and the message it carried
         self._masks = b""
-        self._flushing = self._refreshing = self._stopping = False
+        self._refreshing = self._stopping = False
         self._token = ""
         self._heartbeat_at = 0.0
         self._refused = self._unrenewed = ""
@@ -6045,6 +6045,8 @@ class Uplink:
         if self._socket.protocol.state is not SocketState.OPEN:
             return
         text = dump_json(message)
+        if self._written == self._flushed:
+            self._loop.call_soon(self._flush)
         self._written += len(text)
         if len(text) > self._largest:
             self._largest, self._largest_id = len(text), id_
@@ -6060,17 +6062,13 @@ class Uplink:
             else:
                 head = struct.pack("!BBH", 0x81, 0xFE, size) if size < 65536 else struct.pack("!BBQ", 0x81, 0xFF, size)
             self._outgoing += (head, mask, apply_mask(text, mask))
-        if not self._flushing:
-            self._flushing = True
-            self._loop.call_soon(self._flush)
 
     def _flush(self) -> None:
-        full, self._flushing, self._flushed = self._written - self._flushed > UPLINK_BUFFER_BYTES, False, self._written
+        full, self._flushed = self._written - self._flushed > UPLINK_BUFFER_BYTES, self._written
         outgoing, self._outgoing = self._outgoing, []
         if self._socket is not None and self._socket.protocol.state is SocketState.OPEN:
-            outgoing += [part for part in self._socket.protocol.data_to_send() if part]
-            if outgoing:
-                self._socket.transport.write(b"".join(outgoing))
+            outgoing += self._socket.protocol.data_to_send()
+            self._socket.transport.write(b"".join(outgoing))
             if full:
                 self.pump()
 
@@ -6317,7 +6315,6 @@ class Uplink:
             return f"the connection failed with {type(error).__name__}"
         assert isinstance(sock, _Socket)
         self._socket = sock
-        self._outgoing.clear()
         self._largest = self._largest_id = self.outstanding = 0
         self._write({"type": "agent:connect:request", "accessToken": token, "agentId": self._settings.agentId})
         sock.begin()
