@@ -5850,7 +5850,7 @@ def percentiles(samples: Iterable[int]) -> dict[str, float]:
 
 
 # =====================================================================================================================
-# Uplink (550 lines, 4300 tokens)
+# Uplink (550 lines, 4250 tokens)
 #
 # One WSS connection to the server (uplink contract 3 and 4): connect, heartbeats both ways, forced reconnect when it is
 # silent or never live, full-jitter back-off. websockets does TCP, proxy, TLS, handshake and frames; its receive queue
@@ -5927,8 +5927,10 @@ _UNREADABLE = "the server reports: {text}. See the channel's Bot there, and the 
 # What the server may say in an agent:error without quoting a message (uplink contract 4 and 5): what that is of one
 SERVER_ERRORS = {
     "Channel not found": _UNFOUND, **dict.fromkeys(("Not found", "Forbidden", "Unauthorized"), _UNREADABLE),
-    **dict.fromkeys(("Not connected", "Missing agent ID", "Missing channel"), "the server reports: {text}"),
-    **dict.fromkeys(("Invalid HL7 message", "Missing body"), "the server reports: {text}"),
+    **dict.fromkeys(
+        ("Not connected", "Missing agent ID", "Missing channel", "Invalid HL7 message", "Missing body"),
+        "the server reports: {text}",
+    ),
     **dict.fromkeys(("Invalid access token", "Missing access token"), "the server refused the access token"),
 }  # fmt: skip
 _OURS = re.compile(r"(.+)-([0-9a-f]{12})(?:#(\d{1,9})?.*)?").fullmatch  # a callback: whose, row number, try
@@ -5949,9 +5951,7 @@ class Uplink:
         self._held: deque[tuple[float, Json]] = deque(maxlen=ANSWERS_HELD)  # that came while it was away
         self._agent = f"Agent/{settings.agentId}-"  # begins a callback; a UUID follows, which ends in the row's number
         url = urlsplit(settings.baseUrl)
-        scheme = "wss" if url.scheme == "https" else "ws"
-        self.url = f"{scheme}://{url.netloc}/ws/agent"
-        self._context = fhir.context if scheme == "wss" else None
+        self.url = f"{'wss' if url.scheme == 'https' else 'ws'}://{url.netloc}/ws/agent"
         self._socket: _Socket | None = None
         self._outgoing: list[bytes] = []
         self.warn = Complaints(log.warn, "Server", 1)
@@ -6175,22 +6175,22 @@ class Uplink:
         refused; the log has the server's words where these quote nothing of a message."""
         if len(self._suspects) > len(self._errors):
             return
-        suspects, errors = [*self._suspects], {*self._errors}
+        suspects, errors, self._suspects = self._suspects, {*self._errors}, {}
         self._errors.clear()
-        self._suspects.clear()
         renewed, text = any("access token" in text for text in errors), errors.pop() if len(errors) == 1 else ""
         advice = SERVER_ERRORS.get(text, "")
         words, lasting = advice.format(text=text), advice in (_UNFOUND, _UNREADABLE)  # until somebody mends it there
         for suspect in suspects:
             self._unanswered.pop(suspect, None)
-            queue = self.store.known.get(suspect[0]) if self.store else None
-            message = queue.inflight.get(suspect[0]) if queue and queue.way is self else None
-            if queue is None or message is None or message.attempts != suspect[1]:
-                continue
+        for queue, message in [pair for pair in self._sent() if (pair[1].id, pair[1].attempts) in suspects]:
             if renewed:
                 queue.failed(message, "server-error", counts=False, mode="enhanced", words=words)
             else:
                 queue.failed(message, "server-rejected", 400, counts=not lasting, words=words)
+
+    def _sent(self) -> list[tuple[Queue, Message]]:
+        """What the server has to answer."""
+        return [(q, message) for q in self.queues for message in q.inflight.values() if message.deadline < math.inf]
 
     async def _late(self, message_id: int, attempt: int, status: int, body: object) -> None:
         """An answer to a message that is not in memory: a dead letter, or one sent before a restart."""
@@ -6298,12 +6298,12 @@ class Uplink:
         self._fhir.trust()
         try:
             token, proxy = await self._fhir.fresh_token(), proxy_for(self._settings.baseUrl)
-            more: Json = (
-                {"proxy_ssl": tls_context(self._settings.caFile)} if urlsplit(proxy or "").scheme == "https" else {}
-            )
+            tls: Json = {"ssl": self._fhir.context} if self.url.startswith("wss") else {}
+            if urlsplit(proxy or "").scheme == "https":
+                tls["proxy_ssl"] = tls_context(self._settings.caFile)
             sock = await Connect(
-                self.url, create_connection=cast(Any, partial(_Socket, uplink=self)), proxy=proxy, ssl=self._context,
-                **more, compression="deflate" if self._settings.compression else None, ping_interval=None,
+                self.url, create_connection=cast(Any, partial(_Socket, uplink=self)), proxy=proxy, **tls,
+                compression="deflate" if self._settings.compression else None, ping_interval=None,
                 close_timeout=1, open_timeout=CONNECT_TIMEOUT_SECS, max_size=UPLINK_FRAME_BYTES,
                 happy_eyeballs_delay=HAPPY_SECS,
                 write_limit=UPLINK_BUFFER_BYTES, user_agent_header=f"medplum-agent/{VERSION}",
@@ -6339,7 +6339,7 @@ class Uplink:
     def _lost(self, close_code: int) -> None:
         """Close code 1009 (message too big) does not say which: it is the largest text of the connection."""
         self.live, self.away_since = False, self._loop.time()
-        sent = [(q, message) for q in self.queues for message in q.inflight.values() if message.deadline < math.inf]
+        sent = self._sent()
         for queue, message in sent:
             message.losses += self._answered
             suspect = message.losses >= SUSPECT_LOSSES or (len(sent) == 1 and self._losses >= SUSPECT_LOSSES)
