@@ -7482,7 +7482,7 @@ class StreamLine(Line):
         if self.settings.ignoreResponse:
             return True
         if not self.attached:
-            self.owner.hold(message, body)
+            self.owner.hold(message)
             return False
         self.owner.note(f"[Sending]: {body}")
         try:
@@ -7640,10 +7640,10 @@ class AstmLine(StreamLine):
 
     def reply(self, body: str, message: Message) -> bool:
         text = stream_answer(body, self.settings).decode("utf-8", "replace") if self.owner.plan.hex_records else body
-        spawn(self._offer(body, text, message))
+        spawn(self._offer(text, message))
         return False  # not before the instrument has taken it
 
-    async def _offer(self, body: str, text: str, message: Message) -> None:
+    async def _offer(self, text: str, message: Message) -> None:
         """One that does not even take an ENQ may be gone, or be off: its answer waits."""
         self.offering.add(message.id)
         try:
@@ -7657,7 +7657,7 @@ class AstmLine(StreamLine):
                 lines = self.owner.lines.values()
                 if any(line.host == self.host and line.opened_at > self.active_at for line in lines):
                     self.abort()  # this one is half open
-                self.owner.hold(message, body)
+                self.owner.hold(message)
         finally:
             self.offering.discard(message.id)
 
@@ -7714,7 +7714,7 @@ class Channel:
         # hears of an acknowledgment whose push was given up: the address it is from, and its text
         self.late: Callable[[str, Acknowledgment, str], None] = lambda host, ack, text: None
         self.here: Callable[[str], None] = lambda host: None  # hears of a device that has connected, with what to say
-        self.held: dict[int, tuple[float, Message, str]] = {}  # answers that wait for their instrument, and until when
+        self.held: dict[int, tuple[float, Message]] = {}  # answers that wait for their instrument, and until when
         self.pushed: deque[str] = deque(maxlen=PUSHED_IDS)  # control ids of pushes to connected devices, the last ones
         self.ids: dict[int, int] = {}  # control ids of its devices, hashed, with what they named last; and times
         self.tls: ssl.SSLContext | None = None
@@ -7805,7 +7805,7 @@ class Channel:
             since = now_ms() - round(self.plan.settings.answerWaitMins * 60_000)
             for message in await self.store.undelivered(self.queue.row, self.plan.content_type, since):
                 if message.id not in AstmLine.offering:
-                    self.hold(message, message.response or "")
+                    self.hold(message)
 
     def stop(self) -> None:
         """Close the door and the lines; the queue goes on."""
@@ -7861,10 +7861,10 @@ class Channel:
         self._log.debug(f"Channel '{self.plan.name}': {line.remote} connected.")
         self.loop.call_later(TURN_SECS, self.here, line.host)
         if self.held:
-            ids = [id_ for id_, (_, message, _) in self.held.items() if self.host_of(message.remote) == line.host]
+            ids = [id_ for id_, (_, message) in self.held.items() if self.host_of(message.remote) == line.host]
             self.loop.call_soon(self._offer_held, ids)
 
-    def hold(self, message: Message, body: str) -> None:
+    def hold(self, message: Message) -> None:
         """An answer that its instrument did not take waits for it a while, from when it came."""
         now = cast("Channel", self.queue.owner)  # a reload may have put another in the place of this one
         if now.foreign(message):
@@ -7872,16 +7872,16 @@ class Channel:
         minutes = cast(StreamSettings, self.plan.settings).answerWaitMins
         self.warn(f"message {message.id}: the device is not there; its answer waits {minutes:g} minutes")
         age = (now_ms() - message.settled_at) / 1000 if message.settled_at else 0
-        now.held[message.id] = self.loop.time() + 60 * minutes - age, message, body
+        now.held[message.id] = self.loop.time() + 60 * minutes - age, message
         self.loop.call_soon(now._offer_held, [message.id])  # it may be back already
 
     def _offer_held(self, ids: Iterable[int]) -> None:
         """To their instruments, where these are there."""
-        for _, message, body in [self.held[id_] for id_ in ids if id_ in self.held]:
+        for _, message in [self.held[id_] for id_ in ids if id_ in self.held]:
             line = self._same_device(message) or self.lines.get(message.remote)
             if line is not None and line.attached:
                 del self.held[message.id]
-                if line.answer(message, body, ""):
+                if line.answer(message, message.response, ""):
                     message.outcome = DELIVERED
                     self.store.update(message)
 
@@ -7909,11 +7909,11 @@ class Channel:
             if reason := line.check_time(now, settings.idleTimeoutSecs, settings.frameTimeoutSecs):
                 self.warn(f"{line.remote} was disconnected: {reason}")
                 line.close()
-        for id_ in [id_ for id_, (until, _, _) in self.held.items() if until < now]:
+        for id_ in [id_ for id_, (until, _) in self.held.items() if until < now]:
             del self.held[id_]
             text = "its device did not come back, or takes nothing; the answer is in the queue as undelivered"
             self.warn(f"message {id_}: {text}")
-        self._offer_held([id_ for id_, (_, message, _) in self.held.items() if message.remote in self.lines])
+        self._offer_held([id_ for id_, (_, message) in self.held.items() if message.remote in self.lines])
         self._watcher = self.loop.call_later(1, self._watch)
 
     def note(self, text: str) -> None:
