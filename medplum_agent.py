@@ -7680,7 +7680,7 @@ class AstmLine(StreamLine):
 
 
 # =====================================================================================================================
-# Channels (500 lines, 4050 tokens)
+# Channels (500 lines, 4000 tokens)
 #
 # A channel is a configured name: its plan, its queue, its lines, and the door by which they come, a listener or a
 # dialler. A listener owns a bound port and may change its channel, so that a reload can swap ports without ever
@@ -7708,12 +7708,14 @@ class Channel:
 
     def __init__(self, plan: ChannelPlan, parts: Parts, old: Channel | None = None):
         self.plan, self.store, self.uplink = plan, parts.store, parts.uplink
+        self.name = f"channel '{plan.name}'"
         self.loop = asyncio.get_running_loop()
         self.lines: dict[str, Line] = {}
         self.asked: list[Exchange] = []
-        # hears of an acknowledgment whose push was given up: the address it is from, and its text
-        self.late: Callable[[str, Acknowledgment, str], None] = lambda host, ack, text: None
-        self.here: Callable[[str], None] = lambda host: None  # hears of a device that has connected, with what to say
+        # the agent gives these: what hears of an acknowledgment whose push was given up, the address it is from, and
+        # its text; and of a device that has connected
+        self.late: Callable[[str, Acknowledgment, str], None]
+        self.here: Callable[[str], None]
         self.held: dict[int, tuple[float, Message]] = {}  # answers that wait for their instrument, and until when
         self.pushed: deque[str] = deque(maxlen=PUSHED_IDS)  # control ids of pushes to connected devices, the last ones
         self.ids: dict[int, int] = {}  # control ids of its devices, hashed, with what they named last; and times
@@ -7740,10 +7742,6 @@ class Channel:
         self.replan(plan)
 
     @property
-    def name(self) -> str:
-        return f"channel '{self.plan.name}'"
-
-    @property
     def kind(self) -> type[Line]:
         """The class of its lines."""
         return AstmLine if self.plan.is_astm else Hl7Line if isinstance(self.plan.settings, Hl7Settings) else StreamLine
@@ -7759,10 +7757,9 @@ class Channel:
         self.store.channel(plan.name, plan.key_spec)
         self.queue.owner, self.queue.policy, self.queue.paused = self, plan.policy, False
         self.renew_identity()
-        narrowed = before.tls != plan.settings.tls or before.peers != plan.settings.peers
         for line in list(self.lines.values()):
             line.replan()
-            if narrowed and not plan.dials and self._shuts_out(line):
+            if not plan.dials and self._shuts_out(line):
                 line.close()
         self.queue.pump()
 
