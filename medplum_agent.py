@@ -7680,7 +7680,7 @@ class AstmLine(StreamLine):
 
 
 # =====================================================================================================================
-# Channels (500 lines, 4000 tokens)
+# Channels (500 lines, 3950 tokens)
 #
 # A channel is a configured name: its plan, its queue, its lines, and the door by which they come, a listener or a
 # dialler. A listener owns a bound port and may change its channel, so that a reload can swap ports without ever
@@ -8058,16 +8058,27 @@ class Listener:
 
     @classmethod
     async def open(cls, bind: tuple[str, int], log: Log | None = None) -> Listener:
-        """Resolve and bind (see bind_sockets); the name of a host may take its time without holding up the devices."""
-        addresses: set[tuple[int, Any]] = set()
-        if bind[0] not in ANY_HOST:
+        """Dual stack for any address, else the addresses of the host, whose name may take its time to be looked up.
+
+        A host that is not an address of this machine (a public name, a translated address) means all interfaces, as
+        with the reference agent, and a warning; without a log it is an error.
+        """
+        (host, port), sockets, found = bind, list[socket.socket](), list[Any]()
+        if host not in ANY_HOST:
             with suppress(OSError, ValueError):  # Unicode's errors: no name at all
                 async with asyncio.timeout(RESOLVE_SECS):
                     found = await asyncio.get_running_loop().getaddrinfo(
-                        *bind, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+                        host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
                     )
-                    addresses = {(family, address) for family, _, _, _, address in found}
-        sockets = bind_sockets(*bind, addresses, log)
+            sockets = _bound({(family, address) for family, *_, address in found})
+            if not sockets:
+                if log is None:
+                    raise OSError(errno.EADDRNOTAVAIL, os.strerror(errno.EADDRNOTAVAIL))
+                log.warn(f"'{host}' is not an address of this machine; port {port} listens on all interfaces.")
+        if not sockets:
+            both = socket.has_dualstack_ipv6()
+            family = socket.AF_INET6 if both else socket.AF_INET
+            sockets = [socket.create_server(("", port), family=family, dualstack_ipv6=both)]
         if max(sock.fileno() for sock in sockets) >= (descriptors() - RESERVED_DESCRIPTORS) // 2:  # a device for each
             for sock in sockets:
                 sock.close()
@@ -8143,35 +8154,22 @@ class TurnAway(asyncio.Protocol):
         cast(asyncio.Transport, transport).abort()
 
 
-def bind_sockets(host: str, port: int, addresses: set[tuple[int, Any]], log: Log | None) -> list[socket.socket]:
-    """Listening sockets for an Endpoint's host and port: dual stack for any address, else the addresses of the host.
-
-    A host that is not an address of this machine (a public name, a translated address) means all interfaces, as with
-    the reference agent, and a warning; without a log it is an error.
-    """
-    try:
-        if found := [one for one in itertools.starmap(_bind_address, addresses) if one]:
-            return found
-    except OSError as error:
-        if error.errno != errno.EADDRNOTAVAIL:
-            raise
-    if host not in ANY_HOST:
-        if log is None:
-            raise OSError(errno.EADDRNOTAVAIL, os.strerror(errno.EADDRNOTAVAIL))
-        log.warn(f"'{host}' is not an address of this machine; port {port} listens on all interfaces.")
-    if socket.has_dualstack_ipv6():
-        return [socket.create_server(("", port), family=socket.AF_INET6, dualstack_ipv6=True)]
-    return [socket.create_server(("", port))]
-
-
-def _bind_address(family: int, address: Any) -> socket.socket | None:
-    """One address of a host; of several (localhost is 127.0.0.1 and ::1) some may not exist here."""
-    try:
-        return socket.create_server(address, family=family)  # with the zone of a link-local one
-    except OSError as error:
-        if error.errno == errno.EADDRNOTAVAIL and family == socket.AF_INET6:
-            return None
-        raise
+def _bound(addresses: set[tuple[int, Any]]) -> list[socket.socket]:
+    """Sockets at the addresses of a host, or none: it is another machine. Of several (localhost is 127.0.0.1 and ::1)
+    those of IPv6 may not exist here."""
+    sockets = list[socket.socket]()
+    for family, address in addresses:
+        try:
+            sockets.append(socket.create_server(address, family=family))  # with the zone of a link-local one
+        except OSError as error:
+            if error.errno == errno.EADDRNOTAVAIL and family == socket.AF_INET6:
+                continue
+            for sock in sockets:
+                sock.close()
+            if error.errno != errno.EADDRNOTAVAIL:
+                raise
+            return []
+    return sockets
 
 
 # =====================================================================================================================
