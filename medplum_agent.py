@@ -5400,16 +5400,22 @@ def referenced_objects(request: Json) -> list[tuple[str, str]]:
 class Way(Protocol):
     """Where a queue's messages go: the uplink, or a device that is pushed to."""
 
-    def ready(self) -> bool: ...  # a message may be sent now
-
     @property
-    def is_open(self) -> bool: ...  # also one that was taken up already
+    def is_open(self) -> bool: ...  # a message that was taken up may be sent now
 
-    def is_leaving(self, message: Message) -> bool: ...  # it was transmitted, and waits for a slow line
+    def ready(self) -> bool:
+        """Also one that was not."""
+        return self.is_open
+
+    def is_leaving(self, message: Message) -> bool:
+        """It was transmitted, and waits for a slow line; not where tries have an end of their own."""
+        return False
 
     def transmit(self, queue: Queue, message: Message) -> None: ...  # its answer ends in `answered` or `failed`
 
-    def prepare(self, queue: Queue, message: Message) -> Coroutine[Any, Any, None]: ...  # for what is not `prepared`
+    async def prepare(self, queue: Queue, message: Message) -> None:
+        """For what is not `prepared`, as a push always is."""
+        return None
 
 
 class Owner(Protocol):
@@ -8173,7 +8179,7 @@ def _bound(addresses: set[tuple[int, Any]]) -> list[socket.socket]:
 
 
 # =====================================================================================================================
-# Devices (590 lines, 4550 tokens)
+# Devices (580 lines, 4500 tokens)
 #
 # From the cloud to the device. A push that somebody waits for is tried once and answered within the caller's window.
 # One that nobody waits for is stored first, and then tried in order until the device accepts it or it becomes a dead
@@ -8294,7 +8300,7 @@ class RecordsCall(AstmLine):
 C = TypeVar("C", bound=Line)
 
 
-class Device:
+class Device(Way):
     """One device: its lines and the queue of its stored pushes, whose way it is."""
 
     store: Store | None = None  # what comes here is not stored, and read however long the store takes
@@ -8399,7 +8405,6 @@ class Device:
             return await self._devices.imaging(push, addresses, seconds or DICOM_PUSH_SECS)
         here = self._devices.connected(target) if target.on_channel else None
         kind = CallLine if push.mode else RecordsCall if target.settings.mode == "astm" else BytesCall
-        started = now_ms()
         self.users += 1
         try:
             async with within(self.name, seconds or (here or kind).push_secs) as attempt:
@@ -8408,11 +8413,12 @@ class Device:
                 if not push.mode:  # bytes, or records, on a connection of their own
                     with closing(await self._dial(target, kind)) as call:
                         return await attempt.ask(call, push)
+                started = now_ms()
                 answer = await self._exchange(push, attempt)
+                self.round_trips.append(now_ms() - started)
+                return answer
         finally:
             self.users -= 1
-        self.round_trips.append(now_ms() - started)
-        return answer
 
     async def _exchange(self, push: Push, attempt: Try) -> str:
         """HL7. A line that is used again and turns out to be closed is replaced by a fresh one, once."""
@@ -8480,16 +8486,6 @@ class Device:
     @property
     def is_open(self) -> bool:
         return self._devices.open and self._devices.plan.status == "active"
-
-    def ready(self) -> bool:
-        return self.is_open
-
-    def is_leaving(self, message: Message) -> bool:
-        """Its tries have an end of their own."""
-        return False
-
-    async def prepare(self, queue: Queue, message: Message) -> None:
-        """A push is always prepared."""
 
     def transmit(self, queue: Queue, message: Message) -> None:
         spawn(self._deliver(message))
