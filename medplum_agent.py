@@ -5965,7 +5965,6 @@ class Uplink:
         self._token = ""
         self._heartbeat_at = 0.0
         self._refused = self._unrenewed = ""
-        self._accepted_at = math.inf
         self._asked: dict[str, asyncio.Future[Json]] = {}  # questions that are not stored, by callback
         # what this connection has carried (row, try; callback), and how many bytes were written by then
         self._unanswered: dict[tuple[Any, int], int] = {}
@@ -6328,10 +6327,10 @@ class Uplink:
         finally:
             beating.cancel()
             self._fhir.forget()
-            self._socket, close_code = None, sock.protocol.close_code or 1006
+            self._socket, close_code = None, sock.close_code or 1006
             sock.transport.abort()
             sock.protocol.parser_exc = None  # it holds what could not be read, and that holds it
-            words = "" if self._unanswered else sock.protocol.close_reason  # which may quote a message
+            words = "" if self._unanswered else sock.close_reason  # which may quote a message
             if isinstance(sock.connection_exc, OSError):
                 words = str(sock.connection_exc)
             if self.live:
@@ -7787,8 +7786,9 @@ class Channel:
         try:
             self.tls = listening_tls(self.plan.settings) if self.plan.settings.tls else None
             self.certificate = b""
-            with suppress(ValueError):  # of a kind that has no end for us
-                self.certificate = der_of(self.plan.settings.certFile) if self.tls else b""
+            if self.tls:
+                with suppress(ValueError):  # of a kind that has no end for us
+                    self.certificate = der_of(self.plan.settings.certFile)
         except OSError as error:
             self._log.error(f"Channel '{self.plan.name}': its certificate cannot be read: {error}.")
 
