@@ -7762,16 +7762,16 @@ class Channel:
         self.renew_identity()
         for line in list(self.lines.values()):
             line.replan()
-            if not plan.dials and self._shuts_out(line):
-                line.close()
+            if not plan.dials:
+                self._shut_out(line)
         self.queue.pump()
 
-    def _shuts_out(self, line: Line) -> bool:
-        """A reload no longer lets it in as it is."""
+    def _shut_out(self, line: Line) -> None:
+        """Where a reload no longer lets it in as it is."""
         plain = self.plan.settings.tls and not line.encrypted
         if reason := "tls is on now" if plain else "" if self._is_peer(line.host) else "it is not among peers any more":
             self.warn(f"{line.remote} is disconnected: {reason}")
-        return bool(reason)
+            line.close()
 
     def _is_peer(self, host: str) -> bool:
         allowed = networks(self.plan.settings.peers)
@@ -8547,7 +8547,7 @@ class Devices:
     """All devices that were pushed to."""
 
     def __init__(self, parts: Parts, channels: Mapping[str, Channel], allowed: str = ""):
-        self.allowed = allowed  # pushTargets
+        self.allowed = push_targets(allowed)
         self._lookups = ThreadPoolExecutor(8, "lookup")
         self.open = True
         self.plan: Plan
@@ -8577,7 +8577,7 @@ class Devices:
             addresses = look_up(target)
         except ValueError:
             addresses = await asyncio.get_running_loop().run_in_executor(self._lookups, look_up, target)
-        allowed = push_targets(self.allowed)
+        allowed = self.allowed
         if allowed and not all(any(one.holds(target.scheme, *address) for one in allowed) for address in addresses):
             raise DeviceError(f"{target.key} is not among pushTargets of agent.toml", "device-rejected")
         return addresses
@@ -12781,7 +12781,7 @@ class Agent:
         try:
             if media_type(message) == PING_TYPE:
                 asked = parse_ping(message.get("remote"), message.get("body"))
-                body = await ping(*asked, push_targets(self.devices.allowed))
+                body = await ping(*asked, self.devices.allowed)
                 return answer | {"contentType": PING_TYPE, "body": body}
             push = parse_push(message, self.devices.warn)
             if push.target.is_dicom:
