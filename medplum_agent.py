@@ -5854,7 +5854,7 @@ def percentiles(samples: Iterable[int]) -> dict[str, float]:
 
 
 # =====================================================================================================================
-# Uplink (550 lines, 4250 tokens)
+# Uplink (540 lines, 4250 tokens)
 #
 # One WSS connection to the server (uplink contract 3 and 4): connect, heartbeats both ways, forced reconnect when it is
 # silent or never live, full-jitter back-off. websockets does TCP, proxy, TLS, handshake and frames; its receive queue
@@ -5891,7 +5891,8 @@ class _Socket(ClientConnection):
         super().__init__(*args, **kwargs)
         self._uplink = uplink
         self._parts = bytearray()  # of a text in fragments: a server may make them as small as it likes
-        self._early: list[bytes] | None = []  # texts that came with the handshake, until `begin`
+        self._early: list[Any] = []  # texts that came with the handshake
+        self._take: Callable[[Any], None] = self._early.append  # until `begin`
 
     def data_received(self, data: bytes) -> None:
         self._uplink.outstanding = 0  # any byte is a sign of life: a large text may take its time
@@ -5910,16 +5911,13 @@ class _Socket(ClientConnection):
             if not event.fin:
                 return
             text, self._parts = self._parts, bytearray()
-        if self._early is None:
-            self._uplink.receive(text)
-        else:
-            self._early.append(bytes(text))
+        self._take(text)
 
     def begin(self) -> None:
         """The uplink is ready for what has come, and for what comes."""
-        early, self._early = self._early or [], None
-        for text in early:
-            self._uplink.receive(text)
+        self._take = self._uplink.receive
+        for text in self._early:
+            self._take(text)
 
     def resume_writing(self) -> None:
         super().resume_writing()
