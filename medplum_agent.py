@@ -4809,8 +4809,7 @@ def http_pool(url: str, context: ssl.SSLContext) -> urllib3.PoolManager:
         shown = re.sub(r"//.*@", "//", proxy)  # without its password
         text = f"the proxy '{shown}' of HTTP_PROXY or HTTPS_PROXY cannot be used: give http://host:port"
         raise ConfigError(text) from None
-    known = proxy_login(urlsplit(proxy))
-    return urllib3.ProxyManager(proxy, proxy_headers=known, proxy_ssl_context=context, **common)
+    return urllib3.ProxyManager(proxy, proxy_headers=proxy_login(urlsplit(proxy)), proxy_ssl_context=context, **common)
 
 
 def answering(host: str, port: int) -> str:
@@ -7982,6 +7981,7 @@ class Channel:
         plan, failures, last_reason = self.plan, 0, ""
         where = f"Channel '{plan.name}': {plan.address.split('?')[0]}"
         while True:
+            failures += 1
             try:
                 line = await self._open()
                 reason = "the line was closed"
@@ -7992,10 +7992,8 @@ class Channel:
                 await line.lost.wait()
                 if line.stable:
                     failures, last_reason, self.away_since = 0, "", self.loop.time()
-                else:
-                    failures += 1
             except (OSError, ValueError) as error:
-                failures, reason = failures + 1, str(error) or type(error).__name__
+                reason = str(error) or type(error).__name__
             if reason != last_reason:
                 last_reason = reason
                 self._log.warn(f"{where}: {reason}; trying again.")
@@ -8175,7 +8173,7 @@ def _bound(addresses: set[tuple[int, Any]]) -> list[socket.socket]:
 
 
 # =====================================================================================================================
-# Devices (580 lines, 4500 tokens)
+# Devices (570 lines, 4500 tokens)
 #
 # From the cloud to the device. A push that somebody waits for is tried once and answered within the caller's window.
 # One that nobody waits for is stored first, and then tried in order until the device accepts it or it becomes a dead
@@ -8487,12 +8485,11 @@ class Device(Way):
         spawn(self._deliver(message))
 
     async def _deliver(self, message: Message) -> None:
-        given = {
-            "remote": message.remote, "body": message.text, "contentType": message.type,
-            "returnAck": message.return_ack,
-        }  # fmt: skip
         try:
-            answer = await self.ask(parse_push(given))
+            answer = await self.ask(parse_push({
+                "remote": message.remote, "body": message.text, "contentType": message.type,
+                "returnAck": message.return_ack,
+            }))  # fmt: skip
         except DeviceError as error:
             words = error.log.removeprefix(f"{self.name}: ")
             self.queue.failed(message, error.kind, counts=error.kind != "device-unreachable", words=words)
