@@ -8646,10 +8646,6 @@ class Devices:
         """The devices that are pushed to now, and how many connections to each are open."""
         return {key: len(device.lines) for key, device in self._devices.items()}
 
-    @property
-    def client_count(self) -> int:
-        return sum(self.shown().values())
-
     def stats(self) -> Json:
         """Round trips per device (operations contract 8)."""
         return {
@@ -12866,7 +12862,7 @@ class Agent:
         queue = await self._queue_stats()
         return stats | {
             "webSocketQueueDepth": sum(depth["queued"] for depth in queue["channelDepth"].values()),
-            "hl7ClientCount": self.devices.client_count, "clientStats": self.devices.stats(),
+            "hl7ClientCount": sum(self.devices.shown().values()), "clientStats": self.devices.stats(),
             "durableQueue": queue, "alarms": self.operations.shown_alarms(),
         }  # fmt: skip
 

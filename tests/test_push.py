@@ -989,7 +989,7 @@ def test_only_with_keep_alive_a_connection_is_used_again(monkeypatch, keep):
                 await asyncio.to_thread(receiver.wait_for, lambda: len(receiver.open) == keep)
         assert len(receiver.links) == (1 if keep else 3)
         devices.close()
-        await asyncio.to_thread(eventually, lambda: not devices.client_count)
+        await asyncio.to_thread(eventually, lambda: not any(devices.shown().values()))
 
     with Receiver() as receiver:
         asyncio.run(main(receiver))
@@ -1009,7 +1009,7 @@ def test_after_a_push_without_its_acknowledgment_the_connection_is_closed(monkey
         assert acknowledgment(await asking(devices, receiver.url(), "LOST-2")) == ("AA", "LOST-2")
         assert [link.frames for link in receiver.links] == [1, 1, 1]
         devices.close()
-        await asyncio.to_thread(eventually, lambda: not devices.client_count)
+        await asyncio.to_thread(eventually, lambda: not any(devices.shown().values()))
 
     with Receiver(no_answer) as receiver:
         asyncio.run(main(receiver))
@@ -1046,7 +1046,7 @@ def test_a_used_connection_that_ends_before_an_answer_is_replaced_at_once_and_on
             await asking(devices, receiver.url(), "AGAIN-5")
         assert receiver.ids().count("AGAIN-5") == 1, "an answer had begun: the device has the message"
         devices.close()
-        await asyncio.to_thread(eventually, lambda: not devices.client_count)
+        await asyncio.to_thread(eventually, lambda: not any(devices.shown().values()))
 
     with Receiver(closes_when_asked_again(1)) as receiver:
         asyncio.run(main(receiver))
@@ -1070,7 +1070,7 @@ def test_a_turn_that_is_given_up_goes_to_the_next():
         device = devices.device(receiver.url())
         assert device.users == 0 and not device.asked
         devices.close()
-        await asyncio.to_thread(eventually, lambda: not devices.client_count)
+        await asyncio.to_thread(eventually, lambda: not any(devices.shown().values()))
 
     with Receiver(no_answer) as receiver:
         asyncio.run(main(receiver))
