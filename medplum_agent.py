@@ -5853,7 +5853,7 @@ def percentiles(samples: Iterable[int]) -> dict[str, float]:
 
 
 # =====================================================================================================================
-# Uplink (540 lines, 4250 tokens)
+# Uplink (550 lines, 4250 tokens)
 #
 # One WSS connection to the server (uplink contract 3 and 4): connect, heartbeats both ways, forced reconnect when it is
 # silent or never live, full-jitter back-off. websockets does TCP, proxy, TLS, handshake and frames; its receive queue
@@ -5970,6 +5970,11 @@ class Uplink:
         self._suspects: dict[tuple[Any, int], int] = {}
         self._losses = 0  # connections in a row that were lost with messages in flight and none answered
         self._answered = False  # this connection has brought an answer
+
+    @property
+    def away_secs(self) -> float:
+        """For how long the server has not been there."""
+        return 0 if self.live else self._loop.time() - self.away_since
 
     # --- sending ---
 
@@ -11109,7 +11114,7 @@ def issuer_of(der: bytes) -> str:
 
 
 # =====================================================================================================================
-# Operations (770 lines, 7300 tokens)
+# Operations (760 lines, 7300 tokens)
 #
 # What a person asks of a running agent: status, the queue, alarms, the page and its figures. One `ask` serves the
 # command line (over a socket in the state directory that only the agent's user can open), the page, and the cloud (a
@@ -11279,7 +11284,7 @@ class Operations:
 
     def _conditions(self) -> Iterator[Alarm]:
         agent, uplink = self._agent, self._agent.uplink
-        away = self._away_secs()
+        away = uplink.away_secs
         text = f"the server has not been reached for {duration(away)}; messages are kept on disk"
         yield Alarm("server", "", False if uplink.live else True if away > SERVER_AWAY_SECS else None, text, True)
         token, off = agent.fhir.token, agent.fhir.clock_off
@@ -11336,10 +11341,6 @@ class Operations:
 
     def _owner(self, name: str) -> str:
         return f"device {name.removeprefix(PUSH_PREFIX)}" if name.startswith(PUSH_PREFIX) else f"channel '{name}'"
-
-    def _away_secs(self) -> float:
-        uplink = self._agent.uplink
-        return 0 if uplink.live else asyncio.get_running_loop().time() - uplink.away_since
 
     def _free_bytes(self) -> int:
         with suppress(OSError):
@@ -11449,7 +11450,7 @@ class Operations:
             "version": VERSION, "agentId": self._settings.agentId, "startedAt": self._started_at,
             "now": now_ms(), "state": 2 if wrong else int(bool(self.alarms)),
             "problems": agent.problems, "pageTrouble": self.page_trouble,
-            "server": {"url": agent.fhir.base, "live": agent.uplink.live, "awaySecs": round(self._away_secs()),
+            "server": {"url": agent.fhir.base, "live": agent.uplink.live, "awaySecs": round(agent.uplink.away_secs),
                 "roundTripMs": max(0, agent.uplink.ping_ms)},
             "store": {"healthy": not trouble, "trouble": trouble, "bytes": agent.store.total_bytes if started else 0,
                 "freeBytes": self._free_bytes() if started else 0},
