@@ -10697,7 +10697,7 @@ class ImagingCaller:
 
 
 # =====================================================================================================================
-# Doctor (420 lines, 3650 tokens)
+# Doctor (420 lines, 3600 tokens)
 #
 # `doctor`: one line a check, in the order in which things can fail, each with what the person who can act has to do.
 # It works beside a running agent, without one, and within one for the cloud. May touch: network, files, serial ports.
@@ -10859,36 +10859,37 @@ class Doctor:
             return True
         anyone = ssl.create_default_context()
         anyone.check_hostname, anyone.verify_mode = False, ssl.CERT_NONE
+        distrust = ""
         try:
             der = await self._certificate(anyone)
             left, issuer = seconds_left(der), issuer_of(der)
             try:
                 await self._certificate(self._fhir.context)
             except ssl.SSLCertVerificationError as error:
-                return self._distrust(error.verify_message or str(error), left, issuer)
+                distrust = error.verify_message or str(error)
         except (OSError, ValueError, http.client.HTTPException) as error:
             remedy = "Is this an HTTPS port?"
             if "Tunnel" in str(error):  # what http.client says when a proxy refuses
                 remedy = "Give user and password in HTTPS_PROXY, or have the proxy allow this server."
             return self.say("tls", WRONG, f"the handshake failed: {str(error) or 'no answer in time'}", remedy)
-        level = DOUBTFUL if left < EXPIRY_DAYS * 86_400 else FINE
-        text = f"trusted, issued by {issuer}; ends in {duration(left)}"
-        return self.say("tls", level, text, "Have the server's certificate renewed.")
-
-    def _distrust(self, reason: str, left: float, issuer: str) -> bool:
-        if left < 0:
+        level = WRONG if distrust else DOUBTFUL if left < EXPIRY_DAYS * 86_400 else FINE
+        if not distrust:
+            text = f"trusted, issued by {issuer}; ends in {duration(left)}"
+            remedy = "Have the server's certificate renewed."
+        elif left < 0:
             text = f"the certificate of {self._host} ended {duration(-left)} ago"
-            return self.say("tls", WRONG, text, "Have it renewed; if it is valid, the clock of this machine is wrong.")
-        if "not yet valid" in reason:
-            return self.say("tls", WRONG, "the certificate is not yet valid", "Set the clock of this machine.")
-        if "mismatch" in reason or "not valid for" in reason:
-            return self.say("tls", WRONG, reason, "Write the host in baseUrl as the certificate names it.")
-        text = f"the certificate of {self._host} is issued by {issuer}, not a public one"
-        remedy = (
-            "Your site inspects TLS, or has an authority of its own: give its CA with caFile. If the authority is "
-            "public, the server does not send its intermediate certificate: mend that there."
-        )
-        return self.say("tls", WRONG, text, remedy)
+            remedy = "Have it renewed; if it is valid, the clock of this machine is wrong."
+        elif "not yet valid" in distrust:
+            text, remedy = "the certificate is not yet valid", "Set the clock of this machine."
+        elif "mismatch" in distrust or "not valid for" in distrust:
+            text, remedy = distrust, "Write the host in baseUrl as the certificate names it."
+        else:
+            text = f"the certificate of {self._host} is issued by {issuer}, not a public one"
+            remedy = (
+                "Your site inspects TLS, or has an authority of its own: give its CA with caFile. If the authority is "
+                "public, the server does not send its intermediate certificate: mend that there."
+            )
+        return self.say("tls", level, text, remedy)
 
     async def _ask(self, work: Awaitable[T]) -> T:
         """What the server answers, within a time that leaves some for other checks; ServerError."""
