@@ -10741,13 +10741,13 @@ def silent_parts(plan: Plan) -> Iterator[str]:
 
 
 class Doctor:
-    """Examines a configuration that can be parsed. `running` is the status of the agent that has it, if one runs.
+    """Examines a configuration that can be parsed. `running` is the status of the agent that has it; empty: none runs.
 
     `remote`: the cloud asks, which hears nothing of the files that its Endpoints name.
     """
 
-    def __init__(self, config: ProcessConfig, running: Json | None, remote: bool = False):
-        self.config, self.running, self.remote = config, running or {}, remote
+    def __init__(self, config: ProcessConfig, running: Json, remote: bool = False):
+        self.config, self.running, self.remote = config, running, remote
         self.checks: list[Json] = []
         self._log = Log("doctor", LoggerSettings(logLevel="NONE"), None, None)
         self._base = urlsplit(config.settings.baseUrl)
@@ -13039,7 +13039,7 @@ def _stack(error: BaseException | None) -> list[str]:
 
 
 # =====================================================================================================================
-# Command line (810 lines, 6850 tokens)
+# Command line (810 lines, 6800 tokens)
 # =====================================================================================================================
 
 _USAGE = """\
@@ -13292,21 +13292,18 @@ def _screen(status: Json) -> Iterator[str]:
 
 def _doctor(options: argparse.Namespace, *arguments: str) -> NoReturn:
     """Also what cannot even be parsed, and an agent that hangs, is a finding; 0, 1 with warnings, 2."""
-    first = list[Json]()
-    found: Json = {"checks": [], "outbound": [], "inbound": []}
     try:
-        config, running = _process_config(options, *arguments), None
+        doctor = Doctor(_process_config(options, *arguments), {})
         try:
-            running = ask_agent(config.state_dir, {"command": "status"}, 2)
+            doctor.running = ask_agent(doctor.config.state_dir, {"command": "status"}, 2) or {}
         except (LocalError, OSError) as error:
-            first.append(looked_at("running agent", WRONG, str(error), "Ask as its user; if it hangs, restart it."))
-        found = _run(Doctor(config, running).examine(DOCTOR_SECS))
+            doctor.say("running agent", WRONG, str(error), "Ask as its user; if it hangs, restart it.")
+        found = _run(doctor.examine(DOCTOR_SECS))
     except ConfigError as error:
-        first += [looked_at("settings", WRONG, problem, "Mend it; see --help.") for problem in error.problems]
-    found["checks"] = first + found["checks"]
-    code = max(check["level"] for check in found["checks"])
+        checks = [looked_at("settings", WRONG, problem, "Mend it; see --help.") for problem in error.problems]
+        found = {"level": WRONG, "checks": checks, "outbound": [], "inbound": []}
     if options.json:
-        _show(json.dumps(found | {"level": code}))
+        _show(json.dumps(found))
     else:
         marks = ("ok", "WARN", "FAIL")
         for check in found["checks"]:
@@ -13314,7 +13311,7 @@ def _doctor(options: argparse.Namespace, *arguments: str) -> NoReturn:
             _show(f"{marks[check['level']]:5} {check['name']}: {check['text']}", *remedy)
         for title, rows in (("Outbound: to host, for", found["outbound"]), ("Inbound: at port, for", found["inbound"])):
             _show("", title, *(f"  {where:40} {purpose}" for where, purpose in rows))
-    os._exit(code)
+    os._exit(found["level"])
 
 
 def _validate(options: argparse.Namespace) -> int:
