@@ -13171,13 +13171,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         return unknown if unknown == 3 or handed else error.exit_code  # 78 would keep the old one from coming back
     except (LocalError, ServerError, OSError) as error:
         sudo = ": use sudo" if isinstance(error, PermissionError) and os.name == "posix" else ""
-        print(f"{program}: {error}{sudo}", file=sys.stderr)
-        return unknown
+        reason = f"{error}{sudo}"
     except UnicodeEncodeError as error:  # what was typed cannot be passed on
-        print(f"{program}: {error.object!a} is no text in the encoding of this terminal: see LANG", file=sys.stderr)
-        return unknown
+        reason = f"{error.object!a} is no text in the encoding of this terminal: see LANG"
     except KeyboardInterrupt:  # before the agent listens for signals; threads may wait for the network
         os._exit(130)
+    print(f"{program}: {reason}", file=sys.stderr)
+    return unknown
 
 
 def _run(work: Coroutine[Any, Any, T]) -> T:
@@ -13527,8 +13527,8 @@ def _replay(options: argparse.Namespace, wanted: Wanted) -> int:
     config = _process_config(options)
     audit(state_dir, f"replay of {wanted._replace(payload=False)} to {options.to}")
 
-    async def run() -> None:
-        fhir = Fhir(config.settings)
+    async def run() -> bool:
+        fhir, failed = Fhir(config.settings), False
         for _, message in _each(path, key, wanted):
             if message.spool:
                 statuses["left out: images"] += 1
@@ -13541,10 +13541,12 @@ def _replay(options: argparse.Namespace, wanted: Wanted) -> int:
                 done = f"{statuses.total()} messages are done; go on with --since {since.isoformat()}"
                 raise ServerError(f"{error}. {done}") from None
             statuses[f"status {status}" if status else "would be sent"] += 1
+            failed |= status >= 300
+        return failed
 
-    _run(run())
+    failed = _run(run())
     _show(*([f"{count} messages: {status}" for status, count in statuses.items()] or ["There are no such messages."]))
-    return int(not statuses or any(status >= "status 3" for status in statuses if status.startswith("status ")))
+    return int(failed or not statuses)
 
 
 def _export_key(options: argparse.Namespace, file: Path) -> int:
