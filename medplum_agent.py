@@ -10723,8 +10723,9 @@ def saved_config(state_dir: Path) -> Resources:
     return {}, {}
 
 
-def silent_parts(plan: Plan) -> Iterator[str]:
+def warnings_of(plan: Plan) -> Iterator[str]:
     """What is allowed, and still not what somebody wants who looks for his messages."""
+    yield from plan.warnings
     if plan.status == "off":
         yield "Agent.status is off: no channel listens. Set it to active and call $reload-config"
     elif not plan.agent.get("channel"):
@@ -10946,7 +10947,7 @@ class Doctor:
             if not any(f"({reference})" in problem for reference in failed):
                 text = problem if self.remote else getattr(problem, "log", problem)
                 self.say("channels", WRONG, text, "Mend the Endpoint or its files, then call $reload-config.")
-        for text in (*self._plan.warnings, *silent_parts(self._plan)):
+        for text in warnings_of(self._plan):
             self.say("channels", DOUBTFUL, text, "Mend the Agent or Endpoint, then call $reload-config.")
         await self._rights()
         await self._connection()
@@ -12600,7 +12601,7 @@ class Agent:
             changes.append(f"channel '{name}' {what}{closed}")
         if plan.settings != self.plan.settings or plan.status != self.plan.status:
             changes.append("the Agent's own settings change")
-        return {"problems": problems, "warnings": [*plan.warnings, *silent_parts(plan)], "changes": changes}
+        return {"problems": problems, "warnings": [*warnings_of(plan)], "changes": changes}
 
     async def _apply(self, plan: Plan) -> None:
         """Make the running channels those of the plan. New ports are bound before anything changes."""
@@ -12608,7 +12609,7 @@ class Agent:
         if plan.imaging:
             await load_imaging()  # with the ports open: devices wait for it and are not refused
         wanted = {channel.bind: channel.name for channel in _listening(plan)}
-        for warning in (*plan.warnings, *silent_parts(plan)):
+        for warning in warnings_of(plan):
             self.log.warn(f"Configuration: {warning}.")
         self.plan = plan
         self.store.max_bytes = plan.settings.queueMaxMb * MIB
