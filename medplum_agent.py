@@ -11116,7 +11116,7 @@ def issuer_of(der: bytes) -> str:
 
 
 # =====================================================================================================================
-# Operations (760 lines, 7300 tokens)
+# Operations (760 lines, 7250 tokens)
 #
 # What a person asks of a running agent: status, the queue, alarms, the page and its figures. One `ask` serves the
 # command line (over a socket in the state directory that only the agent's user can open), the page, and the cloud (a
@@ -11234,15 +11234,14 @@ class Operations:
                 await asyncio.to_thread(give_memory_back)
 
     async def _count(self) -> None:
-        if self._agent.started.is_set():
+        agent = self._agent
+        if agent.started.is_set():
             with suppress(StorageError, TimeoutError):  # the store itself reports a file that cannot be read
-                async with asyncio.timeout(COUNT_SECS if self._agent.store.healthy else 0):
-                    self._waiting = {one.name: one for one in await self._agent.store.backlog()}
-                    self._dead = await self._agent.store.dead()
+                async with asyncio.timeout(COUNT_SECS if agent.store.healthy else 0):
+                    self._waiting = {one.name: one for one in await agent.store.backlog()}
+                    self._dead = await agent.store.dead()
                     self._counted = True
-            for name, channel in self._agent.channels.items():
-                if channel.queue.last_at:
-                    self._last[name] = channel.queue.last_at
+        self._last |= {name: one.queue.last_at for name, one in agent.channels.items() if one.queue.last_at}
 
     def _judge(self) -> None:
         """Each incident begins once and ends once, also over restarts: what was raised is kept in a file."""
@@ -11471,15 +11470,14 @@ class Operations:
         return {"waiting": waiting, "oldestSecs": max(0, now_ms() - oldest) // 1000, "dead": self._dead.get(name, 0)}
 
     def _channel(self, name: str, channel: Channel) -> Json:
-        plan, queue = channel.plan, channel.queue
-        lines = channel.connections
-        counted = [*self._samples.get(name, (0,)), queue.count]
-        minutes = counted[::-1][:: round(60 / LOOK_SECS)][::-1]
+        plan, queue, lines = channel.plan, channel.queue, channel.connections
+        counted, minute = [*self._samples.get(name, (0,)), queue.count], round(60 / LOOK_SECS)
+        minutes = counted[::-1][::minute][::-1]
         return {
             "name": name, "protocol": plan.protocol, "address": plan.address.split("?")[0], "tls": plan.settings.tls,
             "open": lines > 0 if plan.dials else plan.bind in self._agent.listeners, "connections": lines,
-            "count": queue.count, "lastMinute": queue.count - counted[-min(len(counted), 1 + round(60 / LOOK_SECS))],
-            "lastHour": queue.count - counted[0], "lastMessageAt": queue.last_at or self._last.get(name, 0),
+            "count": queue.count, "lastMinute": queue.count - counted[-1 - minute :][0],
+            "lastHour": queue.count - counted[0], "lastMessageAt": self._last.get(name, 0),
             "withServer": len(queue.inflight),
             "rates": [after - before for before, after in itertools.pairwise(minutes)]} | self._depth(name)  # fmt: skip
 
