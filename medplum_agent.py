@@ -11872,7 +11872,7 @@ def ask_agent(state_dir: Path, asked: Json, seconds: float = HTTP_TIMEOUT_SECS) 
 
 
 # =====================================================================================================================
-# Upgrade (490 lines, 4050 tokens)
+# Upgrade (490 lines, 4000 tokens)
 #
 # Another version of this program in the place of the running one. What is signed (The Update Framework) is unpacked
 # into versions/<version> beside the installed program, and proves itself beside the running one (--selftest). Then the
@@ -11990,12 +11990,12 @@ class Versions:
     @property
     def instead(self) -> Path | None:
         """What runs in the place of the installed program; None: that itself."""
-        chosen = self.program(self.current["version"])
-        itself = self.inside or self.current["version"] == VERSION or not os.access(chosen, os.X_OK)
-        if itself or sys.platform == "win32" or not re.fullmatch(_VERSION, self.current["version"]):
+        version = self.current["version"]
+        itself = self.inside or version == VERSION or sys.platform == "win32"
+        if itself or not re.fullmatch(_VERSION, version) or not os.access(self.program(version), os.X_OK):
             return None
         with suppress(LocalError):
-            return self.trusted(self.current["version"])
+            return self.trusted(version)
         return None
 
     def choose(self, version: str) -> None:
@@ -12070,7 +12070,6 @@ class Versions:
         from tuf.ngclient import FetcherInterface, Updater, UpdaterConfig
 
         pool = http_pool(source, tls_context(settings.caFile)) if "://" in source else None
-        as_sent = {"decode_content": False} if pool else {}  # some servers call a .tar.gz an encoding
         until = time.monotonic() + FETCH_SECS
 
         def in_time(url: str, blocks: Iterator[bytes]) -> Iterator[bytes]:
@@ -12081,12 +12080,17 @@ class Versions:
 
         class Fetcher(FetcherInterface):
             def _fetch(self, url: str) -> Iterator[bytes]:
-                if pool is None and not Path(url).exists():
+                if pool:
+                    answer = pool.request("GET", url, preload_content=False)
+                    if answer.status != 200:
+                        raise DownloadHTTPError(f"status {answer.status} for {url}", answer.status)
+                    # some servers call a .tar.gz an encoding
+                    read = partial(answer.read1, TRANSFER_BLOCK_BYTES, decode_content=False)
+                elif Path(url).exists():
+                    read = partial(open(url, "rb").read1, TRANSFER_BLOCK_BYTES)  # noqa: SIM115
+                else:
                     raise DownloadHTTPError(f"there is no {url}", 404)
-                file: Any = pool.request("GET", url, preload_content=False) if pool else open(url, "rb")  # noqa: SIM115
-                if pool and file.status != 200:
-                    raise DownloadHTTPError(f"status {file.status} for {url}", file.status)
-                return in_time(url, iter(partial(file.read1, TRANSFER_BLOCK_BYTES, **as_sent), b""))
+                return in_time(url, iter(read, b""))
 
         metadata, machine = self.folder / "metadata", platform.machine().lower()
         metadata.mkdir(mode=0o700, exist_ok=True)
@@ -12300,12 +12304,12 @@ class Upgrades:
             reason = "" if done else "the agent ended before it had proved itself"
             self._write(step="done" if done else "given up", reason=reason)
         self.drop_ports()
-        answer: Json = {"type": "agent:upgrade:response", "statusCode": 200}
-        if reason := str(self.record.get("reason") or ""):
-            answer = {"type": "agent:error", "body": f"Failed to upgrade to version {self.record['to']}: {reason}"}
         if "callback" in self.record:
-            if reason:
-                self._agent.log.error(f"{answer['body']}. {VERSION} goes on.")
+            answer: Json = {"type": "agent:upgrade:response", "statusCode": 200}
+            if reason := self.record.get("reason", ""):
+                text = f"Failed to upgrade to version {self.record['to']}: {reason}"
+                answer = {"type": "agent:error", "body": text}
+                self._agent.log.error(f"{text}. {VERSION} goes on.")
             while self.record["callback"] and not self._agent.uplink.live:  # noqa: ASYNC110 - it comes when it comes
                 await asyncio.sleep(LAZY_SECS)
             self._agent.uplink.send(answer | {"callback": self.record.pop("callback")})
@@ -13713,8 +13717,7 @@ def _upgrade(options: argparse.Namespace, what: str = "") -> int:
     """A running agent goes to another version, without its devices noticing."""
     config, versions = _process_config(options), Versions()
     state_dir = config.state_dir
-    bundle = what if what.endswith(".bundle") else ""
-    wanted = "" if bundle else what
+    wanted, bundle = ("", what) if what.endswith(".bundle") else (what, "")
     os.umask(0o022)  # others may execute what we unpack
     if options.requested:
         return _requested(config, versions)
