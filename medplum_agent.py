@@ -13420,26 +13420,29 @@ def _queue(options: argparse.Namespace, verb: str = "", *what: str) -> int:
     """What lies in the queue, without patient data unless that is asked for; 1 when what is looked for is not there."""
     if not re.fullmatch(_QUEUE_FORMS, asked := " ".join((verb, *what))):
         raise ConfigError(f"'queue {asked}' is not understood: " + _QUEUE_VERBS)
-    since, until, named = _when(options.since), _when(options.until), " ".join(what)
+    verb, _, named = asked.partition(" ")
+    since, until = _when(options.since), _when(options.until)
     wanted = Wanted("", 0, "", options.channel, options.reason, since, until)
-    if verb == "rekey":
-        return _rekey(options)
-    if verb == "export-key":
-        return _export_key(options, Path(named))
-    if verb in FATES:
-        dead = wanted._replace(kind="dead", whole=verb == "retry" and not what)
-        return _decide(options, verb, dead, [int(id_) for id_ in what])
-    if verb == "import":
-        return _import(options, Path(named), wanted)
-    if verb in ("export", "replay"):
-        wanted = wanted._replace(kind=options.kind or ("open" if what else "all"), payload=True, whole=verb == "replay")
-        return _export(options, Path(named), wanted) if what else _replay(options, wanted)
-    if verb == "list":
-        wanted = wanted._replace(kind=what[0] if what else "waiting", limit=options.limit)
-    elif verb == "find":
-        wanted = wanted._replace(control_id=named)
-    else:
-        wanted = wanted._replace(id=int(what[0]), payload=options.payload)
+    match verb:
+        case "rekey":
+            return _rekey(options)
+        case "export-key":
+            return _export_key(options, Path(named))
+        case "import":
+            return _import(options, Path(named), wanted)
+        case "export":
+            return _export(options, Path(named), wanted._replace(kind=options.kind or "open", payload=True))
+        case "replay":
+            return _replay(options, wanted._replace(kind=options.kind or "all", payload=True, whole=True))
+        case "retry" | "discard":
+            dead = wanted._replace(kind="dead", whole=verb == "retry" and not named)
+            return _decide(options, verb, dead, [int(id_) for id_ in named.split()])
+        case "list":
+            wanted = wanted._replace(kind=named or "waiting", limit=options.limit)
+        case "find":
+            wanted = wanted._replace(control_id=named)
+        case "show":
+            wanted = wanted._replace(id=int(named), payload=options.payload)
     return _look(options, wanted, verb)
 
 

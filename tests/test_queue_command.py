@@ -48,6 +48,7 @@ def test_each_kind_is_listed_with_its_reason(here):
         here.sandbox.stop()
         assert device.ask(message("WAIT-1"))[0] == "CA" and lab.ask(message("WAIT-2"))[0] == "CA"
         (dead,) = shown(here, "list", "dead")
+        assert queue(here, "list dead") == queue(here, "list", "dead"), "as one word: it ended with an IndexError"
         assert (dead["channel"], dead["state"], dead["statusCode"]) == ("ENH", "rejected", 400)
         assert "refused" in dead["reason"] and dead["attempts"] == 1
         assert [row["channel"] for row in shown(here, "list")] == ["ENH", "LAB"]
