@@ -11116,7 +11116,7 @@ def issuer_of(der: bytes) -> str:
 
 
 # =====================================================================================================================
-# Operations (760 lines, 7250 tokens)
+# Operations (760 lines, 7200 tokens)
 #
 # What a person asks of a running agent: status, the queue, alarms, the page and its figures. One `ask` serves the
 # command line (over a socket in the state directory that only the agent's user can open), the page, and the cloud (a
@@ -11602,13 +11602,11 @@ class Operations:
         path, door = folder / SOCKET_FILE, folder / DOOR_FILE
         if self._agent._stop.is_set() or (self._door and (path.exists() or door.exists())):
             return
-        if self._door:
-            self._door.close()
         try:
-            for old in (path, door):
-                old.unlink(missing_ok=True)
+            self._close_door()
             if hasattr(socket, "AF_UNIX") and len(os.fsencode(path)) < 100:  # sun_path holds 104 to 108 bytes
-                self._door = await asyncio.start_unix_server(partial(self._guest, "socket"), path)
+                loop = asyncio.get_running_loop()
+                self._door = await loop.create_unix_server(partial(self._guest, "socket"), path)
                 path.chmod(0o600)
             else:
                 self._door = found = await self._listen("door", ("127.0.0.1", 0))
@@ -11621,17 +11619,17 @@ class Operations:
 
     async def _listen(self, door: str, bind: tuple[str, int]) -> Listener:
         """Not by asyncio's own server (see serve)."""
-        listener, guest = await Listener.open(bind), partial(self._guest, door)
-        listener.incoming = lambda: asyncio.StreamReaderProtocol(asyncio.StreamReader(), guest)
+        listener = await Listener.open(bind)
+        listener.incoming = partial(self._guest, door)
         await listener.start()
         return listener
 
     async def _open_page(self, address: str) -> None:
         """As long as its port is another program's it is tried again."""
-        host, port = web_address(address)
+        bind = web_address(address)
         while True:
             try:
-                self._page = await self._listen("page", (host, port))
+                self._page = await self._listen("page", bind)
                 break
             except OSError as error:
                 if not self.page_trouble:
@@ -11642,22 +11640,30 @@ class Operations:
         with suppress(OSError, ValueError):  # nobody may be there to read it
             print(f"The status page: http://{address}/#token={self._token}", file=self._agent.console, flush=True)
         self._agent.log.info(f"The status page is on http://{address}/ (token: see the console).")
-        if not _is_loopback(host):
+        if not _is_loopback(bind[0]):
             self._agent.log.warn(f"statusAddress {address} is open to the network, in clear text.")
 
     def close(self) -> None:
         self._save()
-        for server in (self._door, self._page):
-            if server:
-                server.close()
+        if self._page:
+            self._page.close()
         with suppress(OSError):
-            for name in (SOCKET_FILE, DOOR_FILE):
-                (self._agent.state_dir / name).unlink(missing_ok=True)
+            self._close_door()
 
-    def _guest(self, door: str, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        spawn(self._welcome(door, reader, writer))  # asyncio would hold a task that no stop of ours ends
+    def _close_door(self) -> None:
+        if self._door:
+            self._door.close()
+        for name in (SOCKET_FILE, DOOR_FILE):
+            (self._agent.state_dir / name).unlink(missing_ok=True)
 
-    async def _welcome(self, door: str, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    def _guest(self, door: str) -> asyncio.BaseProtocol:
+        return asyncio.StreamReaderProtocol(
+            asyncio.StreamReader(),
+            # asyncio would hold a task that no stop of ours ends
+            lambda reader, writer: spawn(self._serve(door, reader, writer)),
+        )
+
+    async def _serve(self, door: str, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """One connection, one request (RFC 9112). Only the agent's user can open the socket; others need the token. Of
         too many strangers the oldest goes: who says nothing must not keep a monitor out."""
         guests = self._guests[door]
@@ -11665,35 +11671,30 @@ class Operations:
             (oldest := next(iter(guests))).transport.abort()
             del guests[oldest]
         guests[writer] = True
-        with closing(writer), suppress(OSError, TimeoutError, h11.ProtocolError):
-            try:
-                await self._serve(door, reader, writer)
-            finally:
-                guests.pop(writer, None)
-
-    async def _serve(self, door: str, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         connection, body = h11.Connection(h11.SERVER), bytearray()
-        async with asyncio.timeout(WEB_SECS):
-            if not isinstance(request := await _event(connection, reader), h11.Request):
-                return
-            given = dict(request.headers).get(b"authorization", b"")
-            known = door == "socket" or hmac.compare_digest(given, f"Bearer {self._token}".encode())
-            while isinstance(part := await _event(connection, reader), h11.Data):
-                body += part.data
-                if len(body) > (WEB_BYTES if known else STRANGER_BYTES):
-                    return
-        if known:
-            self._guests[door].pop(writer, None)
-        answer = await self._respond(door, known, request, bytes(body))
-        writer.writelines([connection.send(event) or b"" for event in answer])
-        while True:
+        with closing(writer), suppress(OSError, TimeoutError, h11.ProtocolError), ExitStack() as leaving:
+            leaving.callback(guests.pop, writer, None)
             async with asyncio.timeout(WEB_SECS):
-                await writer.drain()
-            if isinstance(answer[-1], h11.EndOfMessage):
-                return
-            event = await self.status() | {"log": await asyncio.to_thread(self._log_tail, 30)}
-            writer.write(connection.send(h11.Data(data=b"data: %b\n\n" % dump_json(event))) or b"")
-            await asyncio.sleep(EVENT_SECS)
+                if not isinstance(request := await _event(connection, reader), h11.Request):
+                    return
+                given = dict(request.headers).get(b"authorization", b"")
+                known = door == "socket" or hmac.compare_digest(given, f"Bearer {self._token}".encode())
+                while isinstance(part := await _event(connection, reader), h11.Data):
+                    body += part.data
+                    if len(body) > (WEB_BYTES if known else STRANGER_BYTES):
+                        return
+            if known:
+                guests.pop(writer, None)
+            answer = await self._respond(door, known, request, bytes(body))
+            writer.writelines([connection.send(event) or b"" for event in answer])
+            while True:
+                async with asyncio.timeout(WEB_SECS):
+                    await writer.drain()
+                if isinstance(answer[-1], h11.EndOfMessage):
+                    return
+                event = await self.status() | {"log": await asyncio.to_thread(self._log_tail, 30)}
+                writer.write(connection.send(h11.Data(data=b"data: %b\n\n" % dump_json(event))) or b"")
+                await asyncio.sleep(EVENT_SECS)
 
     async def _respond(self, door: str, known: bool, request: h11.Request, body: bytes) -> list[h11.Event]:
         """A whole answer; without its end it goes on with server-sent events, until the page goes away."""
@@ -11727,7 +11728,7 @@ class Operations:
         rest: list[h11.Event] = []
         if kind != "text/event-stream":
             fields["content-length"] = str(len(content))
-            rest = [*([h11.Data(data=content)] if method != "HEAD" else ()), h11.EndOfMessage()]
+            rest = [h11.Data(data=b"" if method == "HEAD" else content), h11.EndOfMessage()]
         return [h11.Response(status_code=status, headers=[*fields.items()]), *rest]
 
 
