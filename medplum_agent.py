@@ -10989,8 +10989,9 @@ class Doctor:
     # --- this machine ---
 
     async def _local(self) -> None:
-        for channel in [channel for channel in self._plan.channels if channel.active]:
-            await self._channel(channel)
+        for channel in self._plan.channels:
+            if channel.active:
+                await self._channel(channel)
         await self._page()
         folder = self.config.state_dir
         queue = Path(self._plan.settings.queueDbPath or folder / QUEUE_FILE)
@@ -13802,16 +13803,17 @@ def _run_agent(config: ProcessConfig) -> NoReturn:
         _stop_on_signals(agent)
         await agent.run()
 
+    upgrades = agent.upgrades
     with asyncio.Runner() as runner:
         try:
             runner.run(serve())
         except BaseException as error:
-            if not (agent.upgrades.on_trial or agent.upgrades.successor):
+            if not (upgrades.on_trial or upgrades.successor):
                 raise
             reason = error if isinstance(error, AgentError) else type(error).__name__
-            agent.upgrades.give_up(f"{VERSION} ended with {reason}")
-        if agent.upgrades.successor:
-            agent.upgrades.execute()
+            upgrades.give_up(f"{VERSION} ended with {reason}")
+        if upgrades.successor:
+            upgrades.execute()
         os._exit(0)  # everything is written; a thread that hangs in a dead HTTP connection must not hold the process
 
 
