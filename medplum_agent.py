@@ -11246,18 +11246,19 @@ class Operations:
 
     def _judge(self) -> None:
         """Each incident begins once and ends once, also over restarts: what was raised is kept in a file."""
-        before, found = self.alarms, {alarm[:2]: alarm for alarm in self._conditions()}
+        log, now, before = self._agent.log, now_ms(), self.alarms
+        found = {alarm[:2]: alarm for alarm in self._conditions()}
         kept = {key: alarm for key, alarm in before.items() if key not in found and not self._counted}
         self.alarms = kept | {
-            key: alarm._replace(since=before[key].since if key in before else now_ms()) if alarm.holds else before[key]
+            key: alarm._replace(since=before[key].since if key in before else now) if alarm.holds else before[key]
             for key, alarm in found.items() if alarm.holds or (alarm.holds is None and key in before)}  # fmt: skip
         for key in before.keys() - self.alarms.keys():
-            text = f"over after {duration((now_ms() - before[key].since) / 1000)}: {before[key].text}"
-            self._agent.log.info(f"Alarm {text}.")
-            self._unsent.append((f"OVER: {text}", 5, now_ms()))
+            text = f"over after {duration((now - before[key].since) / 1000)}: {before[key].text}"
+            log.info(f"Alarm {text}.")
+            self._unsent.append((f"OVER: {text}", 5, now))
         for key in self.alarms.keys() - before.keys():
             alarm = self.alarms[key]
-            (self._agent.log.error if alarm.critical else self._agent.log.warn)(f"Alarm: {alarm.text}.")
+            (log.error if alarm.critical else log.warn)(f"Alarm: {alarm.text}.")
             self._unsent.append((f"ALARM: {alarm.text}", 2 if alarm.critical else 4, alarm.since))
         if not self._settings.alarmTo:
             self._unsent.clear()
@@ -11576,8 +11577,7 @@ class Operations:
 
     async def _bundle(self) -> Json:
         """What support asks for; the configuration without anything that could be a secret."""
-        rows = vars(self._settings).items()
-        settings = {name: value for name, value in rows if not may_be_secret(name)}
+        settings = {name: value for name, value in vars(self._settings).items() if not may_be_secret(name)}
         return {"doctor": await self._doctor(), "status": await self.status(), "settings": settings,
             "channels": [{"name": one.name, "address": one.address} for one in self._agent.plan.channels],
             "log": await asyncio.to_thread(self._log_tail, 500)}  # fmt: skip
