@@ -13397,15 +13397,16 @@ def _queue_file(options: argparse.Namespace) -> tuple[Path, Path, str]:
     state_dir = _state_dir(options)
     settings = agent_settings(saved_config(state_dir)[0], [])
     path = Path(settings.get("queueDbPath") or state_dir / QUEUE_FILE)
-    if not path.exists() or is_plain(path):
-        return state_dir, path, ""
-    try:
-        process = _process_config(options).settings
-    except ConfigError:
-        if beside(path, ".key").exists():
-            raise
-        return state_dir, path, ""  # damaged, as it seems
-    return state_dir, path, store_key(process.storeKey, process.storeCipher)
+    key = ""
+    if path.exists() and not is_plain(path):
+        try:
+            process = _process_config(options).settings
+        except ConfigError:
+            if beside(path, ".key").exists():  # else it is damaged, as it seems
+                raise
+        else:
+            key = store_key(process.storeKey, process.storeCipher)
+    return state_dir, path, key
 
 
 _QUEUE_FORMS = (
