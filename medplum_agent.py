@@ -97,7 +97,6 @@ from websockets.protocol import State as SocketState
 if typing.TYPE_CHECKING:
     import icmplib
     from pydicom import Dataset
-    from pynetdicom.association import Association
 
 try:
     from websockets.speedups import apply_mask
@@ -135,7 +134,7 @@ def load_json(text: Any) -> Any:
 
 
 # =====================================================================================================================
-# Version, limits (400 lines, 2000 tokens)
+# Version, limits (390 lines, 1950 tokens)
 #
 # Every bound has a name, a unit and a reason. What a site could need to change is a setting instead (next section).
 # =====================================================================================================================
@@ -281,8 +280,6 @@ DEVICE_IDLE_SECS = 10.0  # without keepAlive an unused device connection is clos
 DICOM_PUSH_SECS = 600.0  # one try of a stored push to an imaging device: large objects, slow archives
 DICOM_PUSHES = 8  # pushes to imaging devices under way at once
 DIMSE_SECS = 60.0  # to wait for the peer's answer to a DIMSE request of ours
-QUEUED_PDUS = 32  # of an object that is sent: with fewer the threads take turns too often
-SLOW_LINE_BYTES = MIB  # a second, of a line over which an object is sent
 SENT_PDU_BYTES = 128 * KIB  # largest PDU that we send, where the device takes any
 COMMAND_BYTES = 64 * KIB  # a DIMSE command
 WAITING_REQUESTS = 64  # of one association: a device waits for each answer, unless both said otherwise (PS3.7 D.3.3.3)
@@ -6615,7 +6612,7 @@ UNFINISHED = Unfinished()
 
 # Whose a line is: it is told by `opened`, `closed`, `warn` (main log) and `note` (channel log), and has a `name` (for
 # people), `asked` (pushes without their ACK) and the `store` that what the line brings goes to, if any
-LineOwner: typing.TypeAlias = "Channel | Device"
+LineOwner: typing.TypeAlias = "Channel | Device | Sender"
 
 
 def encoded(text: str, encoding: str, name: str) -> bytes:
@@ -8178,7 +8175,7 @@ def _bound(addresses: set[tuple[int, Any]]) -> list[socket.socket]:
 
 
 # =====================================================================================================================
-# Devices (570 lines, 4500 tokens)
+# Devices (580 lines, 4550 tokens)
 #
 # From the cloud to the device. A push that somebody waits for is tried once and answered within the caller's window.
 # One that nobody waits for is stored first, and then tried in order until the device accepts it or it becomes a dead
@@ -8299,6 +8296,22 @@ class RecordsCall(AstmLine):
 C = TypeVar("C", bound=Line)
 
 
+async def reach(
+    line: Callable[[], C], target: Target, addresses: Sequence[tuple[str, int]], seconds: float,
+    context: ssl.SSLContext | None,
+) -> C:  # fmt: skip
+    """A line to the first of a device's addresses that takes it: they share the time. OSError."""
+    failure, name = OSError("the name has no address"), target.host if context else None
+    for left, address in zip(range(len(addresses), 0, -1), addresses, strict=True):
+        try:  # the last one has what is left of the time
+            async with asyncio.timeout(seconds / len(addresses) if left > 1 else None):
+                made = asyncio.get_running_loop().create_connection(line, *address, ssl=context, server_hostname=name)
+                return (await made)[1]
+        except OSError as error:
+            failure = error
+    raise failure
+
+
 class Device(Way):
     """One device: its lines and the queue of its stored pushes, whose way it is."""
 
@@ -8343,22 +8356,13 @@ class Device(Way):
         self._devices.channel_log.info(f"[Device:{self.name}] {text}")
 
     async def _dial(self, target: Target, kind: Callable[[Device, DeviceSettings], C]) -> C:
-        settings, failure = target.settings, OSError("the name has no address")
-        line = partial(kind, self, settings)
+        settings = target.settings
         self._opening += 1
         try:
             async with within(self.name, settings.connectTimeoutSecs):
                 context = await asyncio.to_thread(device_tls, target, self._devices.log) if settings.tls else None
-                name = target.host if context else None
                 found = await self._devices.addresses(target)
-                for left, address in zip(range(len(found), 0, -1), found, strict=True):
-                    try:  # the last one has what is left of the time
-                        async with asyncio.timeout(settings.connectTimeoutSecs / len(found) if left > 1 else None):
-                            made = self._loop.create_connection(line, *address, ssl=context, server_hostname=name)
-                            return (await made)[1]
-                    except OSError as error:
-                        failure = error
-                raise failure
+                return await reach(partial(kind, self, settings), target, found, settings.connectTimeoutSecs, context)
         finally:
             self._opening -= 1
 
@@ -8744,17 +8748,17 @@ def parse_ping(host: object, body: object) -> tuple[str, int]:
 
 
 # =====================================================================================================================
-# DICOM (1960 lines, 16450 tokens)
+# DICOM (2040 lines, 17100 tokens)
 #
 # Imaging devices (DICOM PS3.4, PS3.7, PS3.8; channel contract 8). `Dimse` is a core like the others: bytes in, events
-# out. Its line runs requests as coroutines; what takes long (fsync, decoding, JSON) goes to a few threads. pydicom and
-# pynetdicom are codec and dictionary here, and pynetdicom makes the associations that we open ourselves; they are
-# loaded only where a channel or a push needs them. An object is on disk, file and row, before it is answered 0x0000.
-# What a device asks (C-FIND, C-MOVE, C-GET) the Bot answers while it waits. May touch: sockets, threads, spool.
+# out, whoever opened the association. Its line runs requests as coroutines; what takes long (fsync, decoding, JSON)
+# goes to a few threads. pydicom and pynetdicom are codec and dictionary here, loaded only where a channel or a push
+# needs them. An object is on disk, file and row, before it is answered 0x0000. What a device asks (C-FIND, C-MOVE,
+# C-GET) the Bot answers while it waits. May touch: sockets, threads, spool.
 # =====================================================================================================================
 
 # PS3.4 B.2.3, C.4.1 to C.4.3 and PS3.7 annex C
-SUCCESS, PENDING_MATCH, CANCELLED, SOME_FAILED = 0x0000, 0xFF00, 0xFE00, 0xB000
+SUCCESS, PENDING_MATCH, PENDING_WARNING, CANCELLED, SOME_FAILED = 0x0000, 0xFF00, 0xFF01, 0xFE00, 0xB000
 PROCESSING_FAILURE, NO_SUCH_INSTANCE, NO_SUCH_ACTION, RESOURCE_LIMITATION = 0x0110, 0x0112, 0x0123, 0x0213
 OUT_OF_RESOURCES, SOP_MISMATCH, CANNOT_UNDERSTAND, UNABLE_TO_PROCESS = 0xA700, 0xA900, 0xC000, 0xC001
 NO_SUCH_CLASS, UNRECOGNIZED, ALL_FAILED, UNKNOWN_DESTINATION = 0x0122, 0x0211, 0xA702, 0xA801
@@ -8799,22 +8803,27 @@ def imaging() -> None:
     import pydicom.charset
     import pydicom.config
     import pynetdicom.dsutils
-    from pynetdicom import _config
 
     for name in ("pydicom", "pynetdicom"):  # their words may quote a patient; what matters we log ourselves
         logging.getLogger(name).setLevel(logging.CRITICAL + 1)
         warnings.filterwarnings("ignore", module=name)
     pydicom.config.settings.reading_validation_mode = pydicom.config.IGNORE  # devices deviate: it goes up as it is
     pydicom.config.settings.writing_validation_mode = pydicom.config.IGNORE
-    _config.LOG_HANDLER_LEVEL, _config.CODECS = "none", ("ascii", "latin-1")
-    _config.LOG_REQUEST_IDENTIFIERS = _config.LOG_RESPONSE_IDENTIFIERS = False
-    _config.STORE_SEND_CHUNKED_DATASET = True
 
 
 async def load_imaging() -> None:
     """Load it in a thread: it takes longer than a device should wait for an ACK."""
     if not imaging.cache_info().currsize:
         await asyncio.to_thread(imaging)
+
+
+_decoding = ThreadPoolExecutor(1, "decoding")  # one at a time: messages share the interpreter with it
+
+
+async def decode(work: Callable[..., T], *given: Any) -> T:
+    """What takes long over a data set, in a thread."""
+    with sharing():
+        return await asyncio.get_running_loop().run_in_executor(_decoding, work, *given)
 
 
 def is_storage(uid: str) -> bool:
@@ -8860,26 +8869,37 @@ def write_dataset(dataset: Dataset, syntax: str, own: str = "") -> bytes:
 
 # --- the core: PDUs and DIMSE messages -------------------------------------------------------------------------------
 #
-# The states of an association that a device opens (PS3.8 9.2.3; names as there) and what a PDU does in them. Whatever
-# is not in the table, and whatever cannot be read, ends in A-ABORT by the provider (AA-1, AA-8). We abort, and never
-# ask for a release: Sta7 to Sta12 do not occur.
+# The states of an association (PS3.8 9.2.3; names as there) and what a PDU does in them. Whatever is not in the table,
+# and whatever cannot be read, ends in A-ABORT by the provider (AA-1, AA-8). One that a device opened we abort, and
+# never ask for its release.
 #
-# | state                       | A-ASSOCIATE-RQ | P-DATA-TF | A-RELEASE-RQ  | A-RELEASE-RP | A-ABORT     |
-# | Sta2 waiting for the request| AE-6 -> Sta3   |           |               |              | AA-2 closed |
-# | Sta6 established            |                | DT-2      | AR-2, AR-4 -> Sta13 |        | AA-3 closed |
-# | Sta13 waiting for the close | AA-7           | AA-6      | AA-6          | AA-6         | AA-2 closed |
+# | state                        | A-ASSOCIATE-...            | P-DATA-TF | A-RELEASE-RQ        | -RP        | A-ABORT |
+# | Sta2 waiting for the request | RQ: AE-6 -> Sta3           |           |                     |            | AA-2    |
+# | Sta5 waiting for the answer  | AC: AE-3 -> Sta6, RJ: AE-4 |           |                     |            | AA-3    |
+# | Sta6 established             |                            | DT-2      | AR-2, AR-4 -> Sta13 |            | AA-3    |
+# | Sta7 we asked for release    |                            | AR-6      | AR-8, AR-9 -> Sta11 | AR-3 -> Sta1 | AA-3  |
+# | Sta11 both did               |                            |           |                     | AR-3 -> Sta1 | AA-3  |
+# | Sta13 waiting for the close  | AA-7, AA-6                 | AA-6      | AA-6                | AA-6       | AA-2    |
 
 ASSOCIATE_RQ, ASSOCIATE_AC, ASSOCIATE_RJ, P_DATA, RELEASE_RQ, RELEASE_RP, ABORT = range(1, 8)
 _STATES = {  # the state behind a PDU
     "Sta2": {ASSOCIATE_RQ: "Sta3", ABORT: "Sta1"},
     "Sta3": {ABORT: "Sta1"},
+    "Sta5": {ASSOCIATE_AC: "Sta6", ASSOCIATE_RJ: "Sta1", ABORT: "Sta1"},
     "Sta6": {P_DATA: "Sta6", RELEASE_RQ: "Sta13", ABORT: "Sta1"},
+    "Sta7": {P_DATA: "Sta7", RELEASE_RQ: "Sta11", RELEASE_RP: "Sta1", ABORT: "Sta1"},
+    "Sta11": {RELEASE_RP: "Sta1", ABORT: "Sta1"},
     "Sta13": dict.fromkeys(range(ASSOCIATE_AC, ABORT), "Sta13") | {ABORT: "Sta1"},
 }
 _ABORTS = (  # PS3.8 9.3.8
     "reason not specified|unrecognized PDU|unexpected PDU||unrecognized parameter|unexpected parameter|"
     "invalid parameter"
 ).split("|")
+_REJECTIONS: Mapping[tuple[int, ...], str] = {  # by source and reason (PS3.8 9.3.4)
+    (1, 2): "application context name not supported", (1, 3): "calling AE title not recognized",
+    (1, 7): "called AE title not recognized", (2, 2): "protocol version not supported", (3, 1): "temporary congestion",
+    (3, 2): "local limit exceeded",
+}  # fmt: skip
 ITEM_BYTES = 65_000  # of an item, whose length has two bytes
 _NO_DATA = 0x0101  # Command Data Set Type (PS3.7 E.1)
 DIMSE_NAMES = {
@@ -8900,12 +8920,16 @@ Roles = Mapping[str, tuple[int, int]]  # (SCU, SCP) by SOP class
 
 
 class Associate(NamedTuple):
-    """A device asks for an association. Titles without blanks and NULs."""
+    """An association is asked for. Titles without blanks and NULs."""
 
     calling: str
     called: str
     contexts: tuple[Context, ...]
     roles: Roles
+
+
+class Accepted(NamedTuple):
+    """The association that we asked for is there, with the contexts that the device takes."""
 
 
 class Command(NamedTuple):
@@ -8929,7 +8953,7 @@ class Ended(NamedTuple):
     reason: str
 
 
-DimseEvent = Associate | Command | Fragment | Ended
+DimseEvent = Associate | Accepted | Command | Fragment | Ended
 
 
 def command_set(fields: Json) -> bytes:
@@ -8981,13 +9005,16 @@ def _item(kind: int, content: bytes) -> bytes:
     return struct.pack(">BxH", kind, len(content)) + content
 
 
+_APPLICATION = _item(0x10, b"1.2.840.10008.3.1.1.1")  # context name (PS3.7 A.2.1)
+
+
 def _text(content: bytes) -> str:
     """A UID or a title, which may be padded."""
     return content.decode("latin-1").strip(" \0")
 
 
 class Dimse:
-    """One association that a device opened. `max_pdu`: largest P-DATA-TF that we ask for, in bytes."""
+    """One association, which a device opens, or we do. `max_pdu`: largest P-DATA-TF that we ask for, in bytes."""
 
     def __init__(self, max_pdu: int):
         self.max_pdu = max_pdu
@@ -8999,6 +9026,7 @@ class Dimse:
         self._out = b""
         self._events: list[DimseEvent] = []
         self._request = b""
+        self._proposed: dict[int, Context] = {}  # by us
         self._command = bytearray()
         self._data_of = 0  # the context whose data set is due
         self._held = bytearray()  # the beginning of what is wanted whole
@@ -9050,13 +9078,20 @@ class Dimse:
         was, self.state = self.state, _STATES[self.state][kind]
         if kind == ASSOCIATE_RQ:
             self._requested(content)
-        elif kind == ABORT and was != "Sta13":
+        elif was == "Sta13":
+            return
+        elif kind == ASSOCIATE_AC:
+            self._accepted(content)
+        elif kind == ASSOCIATE_RJ:
+            why = _REJECTIONS.get(tuple(content[2:4]), "no reason given")
+            self._events.append(Ended(f"rejected: {why}"))
+        elif kind == ABORT:
             source, reason = content.ljust(4)[2:4]
             words = "".join(_ABORTS[reason : reason + 1]) if source == 2 else ""
             self._events.append(Ended(f"the device aborted it{f' ({words})' if words else ''}"))
-        elif was == "Sta6" and kind == RELEASE_RQ:  # AR-2 and AR-4
-            self._out += self._pdu(RELEASE_RP, bytes(4))
-            self._events.append(Ended(""))
+        else:  # AR-2 and AR-4; AR-8 and AR-9; AR-3
+            self._out += self._pdu(RELEASE_RP, bytes(4)) if kind == RELEASE_RQ else b""
+            self._events += [] if self.state == "Sta11" else [Ended("")]
 
     # --- the association ---
 
@@ -9069,7 +9104,6 @@ class Dimse:
             self._events.append(Ended("rejected: a version of the protocol that is not ours"))
             return
         contexts: dict[int, Context] = {}
-        roles: dict[str, tuple[int, int]] = {}
         for kind, item in _items(content[68:]):
             if kind == 0x20 and len(item) >= 4:
                 number, parts = item[0], list(_items(item[4:]))
@@ -9077,38 +9111,74 @@ class Dimse:
                 if not number % 2 or number in contexts:
                     raise PeerError("presentation contexts whose numbers are not odd and unique")
                 contexts[number] = Context(number, abstract, tuple(_text(part) for sub, part in parts if sub == 0x40))
+        roles = self._user_roles(content)
+        self._request = content[:68]
+        calling, called = (_text(title.strip(b" \0").split(b"\0")[0]) for title in (content[20:36], content[4:20]))
+        self._events.append(Associate(calling, called, tuple(contexts.values()), roles))
+
+    def _user_roles(self, content: bytes) -> Roles:
+        """The user information of an association PDU (PS3.8 D.1, PS3.7 D.3.3.4)."""
+        roles: dict[str, tuple[int, int]] = {}
+        for kind, item in _items(content[68:]):
             for sub, part in _items(item) if kind == 0x50 else ():
                 size = int.from_bytes(part[:2])
                 if sub == 0x51 and len(part) == 4:
                     self.peer_pdu = int.from_bytes(part)
                 elif sub == 0x54 and len(part) >= size + 4:
                     roles[_text(part[2 : 2 + size])] = part[size + 2], part[size + 3]
-        self._request = content[:68]
-        calling, called = (_text(title.strip(b" \0").split(b"\0")[0]) for title in (content[20:36], content[4:20]))
-        self._events.append(Associate(calling, called, tuple(contexts.values()), roles))
+        return roles
 
-    def accept(self, contexts: Sequence[tuple[Context, int]], roles: Roles) -> bytes:
-        """A-ASSOCIATE-AC (PS3.8 9.3.3): each context with its result (0 accepted, 3 and 4 refused) and its syntax."""
-        items = _item(0x10, b"1.2.840.10008.3.1.1.1")
-        for context, result in contexts:
-            if not result:
-                self.contexts[context.id] = context
-            syntax = (context.syntaxes or (IMPLICIT,))[0].encode("latin-1")
-            items += _item(0x21, bytes((context.id, 0, result, 0)) + _item(0x40, syntax))
+    def _accepted(self, content: bytes) -> None:
+        """AE-3 (PS3.8 9.3.3); a context without its syntax has the first that was proposed."""
+        if len(content) < 68:
+            raise PeerError("an answer to the association request that breaks off")
+        for kind, item in _items(content[68:]):
+            if kind == 0x21 and len(item) >= 4 and not item[2] and (context := self._proposed.get(item[0])):
+                syntax = next((_text(part) for sub, part in _items(item[4:]) if sub == 0x40), context.syntaxes[0])
+                if syntax in context.syntaxes:
+                    self.contexts[context.id] = context._replace(syntaxes=(syntax,))
+        self._user_roles(content)
+        self._events.append(Accepted())
+
+    def request(self, calling: str, called: str, contexts: Sequence[Context], roles: Roles) -> bytes:
+        """A-ASSOCIATE-RQ (PS3.8 9.3.2)."""
+        self.state, self._proposed = "Sta5", {context.id: context for context in contexts}
+        items = _APPLICATION
+        for number, abstract, syntaxes in contexts:
+            parts = b"".join(_item(0x40, syntax.encode()) for syntax in syntaxes)
+            items += _item(0x20, bytes((number, 0, 0, 0)) + _item(0x30, abstract.encode()) + parts)
+        titles = b"".join(title.encode("ascii", "replace").ljust(16) for title in (called, calling))
+        return self._pdu(ASSOCIATE_RQ, b"\0\1\0\0" + titles + bytes(32) + items + self._user_information(roles))
+
+    def _user_information(self, roles: Roles) -> bytes:
         user = _item(0x51, struct.pack(">I", self.max_pdu)) + _item(0x52, IMPLEMENTATION[0].encode())
         for uid, role in roles.items():
             name = uid.encode("latin-1")
             if len(user) + len(name) > ITEM_BYTES:
                 break  # no device means so many
             user += _item(0x54, struct.pack(">H", len(name)) + name + bytes(role))
-        items += _item(0x50, user + _item(0x55, IMPLEMENTATION[1].encode()))
+        return _item(0x50, user + _item(0x55, IMPLEMENTATION[1].encode()))
+
+    def accept(self, contexts: Sequence[tuple[Context, int]], roles: Roles) -> bytes:
+        """A-ASSOCIATE-AC (PS3.8 9.3.3): each context with its result (0 accepted, 3 and 4 refused) and its syntax."""
+        items = _APPLICATION
+        for context, result in contexts:
+            if not result:
+                self.contexts[context.id] = context
+            syntax = (context.syntaxes or (IMPLICIT,))[0].encode("latin-1")
+            items += _item(0x21, bytes((context.id, 0, result, 0)) + _item(0x40, syntax))
         self.state = "Sta6"
-        return self._pdu(ASSOCIATE_AC, b"\0\1" + self._request[2:] + items)
+        return self._pdu(ASSOCIATE_AC, b"\0\1" + self._request[2:] + items + self._user_information(roles))
 
     def reject(self, result: int, source: int, reason: int) -> bytes:
         """A-ASSOCIATE-RJ (PS3.8 9.3.4): result 1 permanent or 2 transient."""
         self.state = "Sta13"
         return self._pdu(ASSOCIATE_RJ, bytes((0, result, source, reason)))
+
+    def release(self) -> bytes:
+        """A-RELEASE-RQ (PS3.8 9.3.6) of one that we opened."""
+        self.state = "Sta7"
+        return self._pdu(RELEASE_RQ, bytes(4))
 
     def aborting(self, source: int = 0, reason: int = 0) -> bytes:
         """A-ABORT (PS3.8 9.3.8), by us as the service user or as the provider: nothing that still comes counts."""
@@ -9466,211 +9536,132 @@ def check_whole(file: BinaryIO, start: int, syntax: str) -> tuple[float, list[st
     return end, behind
 
 
-# --- requests to application entities --------------------------------------------------------------------------------
-
-
-class _Paced:
-    """A data set on its way, of which pynetdicom slices and queues no more than the line takes; BrokenPipeError."""
-
-    def __init__(self, reading: BinaryIO, start: int, association: Association, closed: threading.Event):
-        self._reading, self._start, self._association, self._closed = reading, start, association, closed
-
-    def getvalue(self) -> _Paced:
-        return self
-
-    def __len__(self) -> int:
-        return length_of(self._reading) - self._start
-
-    def __getitem__(self, part: slice) -> bytes:
-        dul = self._association.dul
-        most = QUEUED_PDUS
-        while self._closed.is_set() or dul.to_provider_queue.qsize() > most:
-            most = QUEUED_PDUS // 4  # the threads take turns less often
-            if self._closed.wait(0.001) or not dul.is_alive():
-                raise BrokenPipeError
-        self._reading.seek(self._start + part.start)
-        return self._reading.read(part.stop - part.start)
-
-    def __radd__(self, head: bytes) -> bytes:  # to a peer whose PDUs have no limit
-        return head + self[0 : len(self)]
-
-
-class Sender:
-    """Requests to one application entity, over associations made as they need them; used in a thread."""
-
-    def __init__(
-        self, title: str, target: Target, log: Log, times: tuple[float, float, float],
-        addresses: Sequence[tuple[str, int]] = (),
-    ):  # fmt: skip
-        """`title` is ours, `times` are to connect, to associate, and for each answer; `addresses` those of the target,
-        where they are known. DeviceError: its TLS cannot be set up.
-        """
-        self._tls = (device_tls(target, log), target.host) if target.settings.tls else None
-        self._target, self._addresses, self._entity = target, addresses, pynetdicom.AE(title)
-        self._connect_secs, self._entity.acse_timeout, self._answer_secs = times
-        self._entity.dimse_timeout = self._entity.network_timeout = self._answer_secs
-        self._file: SpoolFile | None = None  # whose object is sent
-        self._closed = threading.Event()  # the connection
-        self._association: Association | None = None
-        self._contexts: dict[tuple[str, ...], Any] = {}  # SOP class, syntaxes
-        self.problem: DeviceError | None = None  # the peer cannot be associated with: nothing more is tried
-        self._unanswered = 0  # requests, one after the other
-
-    def send(self, file: SpoolFile, meta: Dataset, **options: Any) -> Dataset:
-        """C-STORE a file, as it is where the peer takes that; the status data set. DeviceError, ValueError.
-
-        A peer may end an association behind each object: one that it did not answer then goes once more on a new one.
-        """
-        used = self._association is not None
-        try:
-            return self._store(file, meta, **options)
-        except DeviceError:
-            if not used or self._association or self.problem:
-                raise
-        self._unanswered -= 1
-        return self._store(file, meta, **options)
-
-    def _store(self, file: SpoolFile, meta: Dataset, **options: Any) -> Dataset:
-        own, sop_class = meta.TransferSyntaxUID, meta.MediaStorageSOPClassUID
-        syntaxes = {own, IMPLICIT, EXPLICIT} if own in UNCOMPRESSED else {own}
-        association = self.association(*((sop_class, syntax) for syntax in syntaxes))
-        # pynetdicom's time for the answer runs from when all is in its queue, and not on the line
-        association.dimse_timeout = self._answer_secs + file.size / SLOW_LINE_BYTES
-        stored, self._file = partial(association.send_c_store, **options), file
-        try:
-            return self._heard(association, partial(stored, read_object(file) if file.key else file.name))
-        except ValueError:  # no presentation context for it as it is: in another uncompressed syntax
-            if own not in UNCOMPRESSED:
-                raise
-            dataset = read_object(file)
-            if own == BIG_ENDIAN:  # which pynetdicom does not turn
-                turn_words(dataset)
-                dataset.set_original_encoding(True, True)
-            return self._heard(association, partial(stored, dataset))
-
-    def _heard(self, association: Association, ask: Callable[[], Dataset]) -> Dataset:
-        """What a peer answered. One that says nothing is not asked again, nor one that three requests in a row end."""
-        until = time.monotonic() + cast(float, association.dimse_timeout)
-        try:
-            if "Status" in (answer := ask()):
-                self._unanswered = 0
-                return answer
-        except BrokenPipeError:  # left its thread waiting, with the connection
-            association.abort()
-        except RuntimeError:  # it has ended a moment ago
-            pass
-        silent = time.monotonic() >= until
-        if not silent:
-            self._association = None  # for a moment it still calls itself established: the next object waited in vain
-        self._unanswered += 3 if silent else 1
-        problem = DeviceError("no answer came" if silent else "it ended the association", "device-silent")
-        if self._unanswered >= 3:
-            self.problem = problem
-        raise problem
-
-    def report(self, report: Dataset, kind: int) -> Dataset:
-        """N-EVENT-REPORT of a storage commitment, whose SCP we are (PS3.4 J.3.3); the status data set."""
-        try:
-            role = pynetdicom.build_role(COMMITMENT_CLASS, scp_role=True)
-            association = self.association((COMMITMENT_CLASS,), ext_neg=[role])
-            sent = partial(association.send_n_event_report, report, kind, COMMITMENT_CLASS, COMMITMENT_INSTANCE)
-            return self._heard(association, lambda: sent()[0])
-        finally:
-            self.release()
-
-    def association(self, *contexts: tuple[str, ...], **options: Any) -> Association:
-        """One with these contexts, besides those needed so far (at most 128); DeviceError."""
-        if self._association and self._association.is_established and self._contexts.keys() >= set(contexts):
-            return self._association
-        self.release()
-        if len(self._contexts) > 120:
-            self._contexts.clear()
-        for sop_class, *syntaxes in contexts:
-            self._contexts[sop_class, *syntaxes] = pynetdicom.build_context(sop_class, syntaxes or None)
-        began = time.monotonic()
-        made: Association = self._associate(contexts=list(self._contexts.values()), **options)
-        self._association = made
-        if made.is_established:
-            return made
-        answer, kind = cast(Any, made.acceptor.primitive), "device-error"  # whoever answers may be mended by a person
-        if answer is None:
-            why = self._unreachable() if time.monotonic() - began < self._connect_secs / 2 else "it does not answer"
-            reason, kind = f"it cannot be reached: {why}", "device-unreachable"
-        elif made.is_rejected:
-            reason = f"the association was rejected: {answer.reason_str}"
-        elif made.rejected_contexts and not made.accepted_contexts:
-            names = {cast(Any, context.abstract_syntax).name for context in made.rejected_contexts}
-            reason = f"it does not accept what is needed: {', '.join(sorted(names))}"
-        else:
-            reason = "the association was aborted"
-        problem = DeviceError(reason, kind)
-        if answer is None or made.is_rejected:
-            self.problem = problem
-        raise problem
-
-    def _associate(self, **options: Any) -> Any:
-        """With the first of its addresses that takes it; they share the time to connect."""
-        try:
-            self._addresses = self._addresses or look_up(self._target)
-        except OSError as error:
-            self.problem = DeviceError(f"it cannot be reached: {os_reason(error)}", "device-unreachable")
-            raise self.problem from None
-        self._entity.connection_timeout = self._connect_secs / len(self._addresses)
-        made, events = None, pynetdicom.evt
-        for host, port in self._addresses:
-            self._closed = threading.Event()
-            handlers: list[Any] = [
-                (events.EVT_CONN_OPEN, _in_time), (events.EVT_DIMSE_SENT, self._pace),
-                (events.EVT_CONN_CLOSE, _wake, [self._closed]),
-            ]  # fmt: skip
-            made = self._entity.associate(
-                host, port, ae_title=self._target.path, tls_args=self._tls, evt_handlers=handlers, **options
-            )
-            if made.acceptor.primitive is not None:
-                break
-        return made
-
-    def _pace(self, event: Any) -> None:
-        message, file = event.message, self._file
-        if message.data_set:
-            message.data_set = _Paced(message.data_set, 0, event.assoc, self._closed)
-        elif file is not None:
-            message.data_set = _Paced(file.open(), file.start, event.assoc, self._closed)
-
-    def _unreachable(self) -> str:
-        """Why there is no connection, which pynetdicom keeps to itself."""
-        try:
-            with socket.create_connection(self._addresses[-1], self._connect_secs) as sock, ExitStack() as stack:
-                if self._tls:
-                    stack.enter_context(self._tls[0].wrap_socket(sock, server_hostname=self._tls[1]))
-            return "it hangs up"
-        except OSError as error:
-            return os_reason(error)
-
-    def release(self) -> None:
-        """What was asked is answered: nobody waits long for a peer that does not answer this."""
-        if self._association is not None:
-            self._association.acse_timeout = HANG_UP_SECS
-            self._association.release()
-
-    def abort(self) -> None:
-        """From another thread: whatever waits for the peer ends."""
-        if self._association is not None:
-            self._association.abort()
-
-
-def _wake(event: Any, closed: threading.Event) -> None:
-    """Nothing more comes: pynetdicom's reactor may have taken the word of it that was meant for who waits."""
-    closed.set()
-    event.assoc.dimse.msg_queue.put((None, None))
-
-
-def _in_time(event: Any) -> None:
-    """A peer that stops in the middle of a PDU, or of reading one, must not hold its thread for ever."""
-    event.assoc.dul.socket.socket.settimeout(event.assoc.network_timeout)
-
-
 # --- the line --------------------------------------------------------------------------------------------------------
+
+
+class DimseLine(Line):
+    """One association, and requests of ours on it: one at a time."""
+
+    gives_way = True
+
+    def __init__(self, owner: LineOwner, max_pdu: int):
+        super().__init__(owner)
+        self.core = Dimse(max_pdu)
+        self.patience = DIMSE_SECS  # until it answers, or reads on
+        self.silent = False  # it did neither
+        self._message_id = 0  # of our last request
+        self._answer: asyncio.Future[Json] | None = None  # to it
+        self._limit: asyncio.Timeout
+        self._drained = asyncio.Event()
+        self._drained.set()
+
+    def receive(self, received: bytes) -> None:
+        events, answer = self.core.receive(received)
+        if events:  # a large PDU over a slow line is no device that stopped
+            self._begun_at = 0.0
+        if answer:
+            self.send(answer)
+        for event in events:
+            self.steps[type(event)](self, *event)
+
+    steps: typing.ClassVar[dict[type[DimseEvent], Callable[..., None]]] = {}
+
+    def pause_writing(self) -> None:
+        self._drained.clear()
+
+    def resume_writing(self) -> None:
+        self._drained.set()
+
+    async def write(self, content: bytes) -> None:
+        """Bytes that wait while the device does not read."""
+        self.send(content)
+        self._flush()
+        while not self._drained.is_set():
+            left = self._transport.get_write_buffer_size()
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._drained.wait(), self.patience)
+            if not self._drained.is_set() and self._transport.get_write_buffer_size() >= left:
+                self.owner.warn(f"{self.remote} was disconnected: it has read nothing for {self.patience:g} s")
+                self.silent = True
+                self.abort()
+                return
+
+    def eof_received(self) -> bool:
+        return False
+
+    def give_up(self) -> None:
+        """Nothing more is answered."""
+        self._drained.set()
+        if self._answer and not self._answer.done():
+            self._answer.set_exception(DeviceError("it ended the association", "device-silent"))
+            self._answer.exception()  # the object under way may still be written, and not wait for it
+
+    def end(self, reason: str) -> None:
+        """The association is over, released or for a reason; the device closes first (PS3.8 9.2, ARTIM)."""
+        self.give_up()
+        self._loop.call_later(HANG_UP_SECS, self.abort)
+
+    def close(self, reason: str = "") -> None:
+        if self.core.state in ("Sta5", "Sta6"):
+            self.send(self.core.aborting())
+        self.end(reason)
+
+    def answered(self, fields: Json) -> bool:
+        """An answer to our request; whether it is a pending one, which another follows."""
+        pending = fields.get("Status") in (PENDING_MATCH, PENDING_WARNING)
+        if self._answer is None or self._answer.done():
+            return False
+        if pending:
+            self._limit.reschedule(self._loop.time() + self.patience)
+        else:
+            self._answer.set_result(fields)
+        return pending
+
+    async def request(self, context: int, fields: Json, data: Iterable[tuple[bytes, bool]] = ()) -> Json:
+        """A request to the device, its data set in blocks with whether it is the last; the answer's fields."""
+        self._message_id = self._message_id % 0xFFFF + 1
+        self._answer = self._loop.create_future()
+        described = fields | {"MessageID": self._message_id, "CommandDataSetType": 1 if data else _NO_DATA}
+        blocks = itertools.chain([(command_set(described), False)], data)
+        try:
+            async with asyncio.timeout(self.patience) as self._limit:
+                for number, (block, last) in enumerate(blocks):
+                    if not self.core.established:
+                        raise DeviceError("it ended the association", "device-silent")
+                    await self.write(self.core.fragments(context, block, last or not number, command=not number))
+                    self._limit.reschedule(self._loop.time() + self.patience)
+                return await self._answer
+        except TimeoutError:
+            self.silent = True
+            if not self._drained.is_set():  # it does not read: no answer would reach it either
+                self.abort()
+            raise DeviceError(f"no answer came within {self.patience:g} s", "device-silent") from None
+
+    async def operate(self, number: int, sop_class: str, dataset: Dataset | None = None, **more: Any) -> Json:
+        """A request about a class, with a data set in the syntax that was negotiated for it."""
+        context = next(c for c in self.core.contexts.values() if c.abstract == sop_class)
+        data = [] if dataset is None else [(await decode(write_dataset, dataset, context.syntaxes[0]), True)]
+        return await self.request(context.id, {"CommandField": number, "AffectedSOPClassUID": sop_class} | more, data)
+
+    async def store(self, file: SpoolFile, meta: Dataset, **more: Any) -> Json:
+        """C-STORE of a file in a context that takes it, or in another uncompressed syntax; ValueError."""
+        sop_class, own = meta.MediaStorageSOPClassUID, meta.TransferSyntaxUID
+        accepted = {c.syntaxes[0]: c.id for c in self.core.contexts.values() if c.abstract == sop_class}
+        usable = [own] if own in accepted else [one for one in accepted if {one, own} <= set(UNCOMPRESSED)]
+        if not usable:
+            raise ValueError("no presentation context for it")
+        data = file_blocks(file.open, file.start)
+        if usable[0] != own:
+            content = await decode(lambda: write_dataset(read_object(file), usable[0], own))
+            data = file_blocks(partial(io.BytesIO, content))
+        fields = {"CommandField": 0x0001, "AffectedSOPClassUID": sop_class, "Priority": 0,
+                  "AffectedSOPInstanceUID": meta.MediaStorageSOPInstanceUID}  # fmt: skip
+        return await self.request(accepted[usable[0]], fields | more, data)
+
+    async def report(self, report: Dataset, kind: int) -> Json:
+        """N-EVENT-REPORT of a storage commitment, whose SCP we are (PS3.4 J.3.3)."""
+        about = {"AffectedSOPInstanceUID": COMMITMENT_INSTANCE, "EventTypeID": kind}
+        return await self.operate(0x0100, COMMITMENT_CLASS, report, **about)
 
 
 class Request:
@@ -9718,7 +9709,7 @@ class Request:
         await self.line.write(self.line.core.message(self.context.id, answer | fields, data))
 
 
-class DicomLine(Line):
+class DicomLine(DimseLine):
     """One association of an imaging device; its requests are served one after the other.
 
     It reads little at a time, and nothing for a moment when another device has sent something: an HL7 message meets few
@@ -9726,20 +9717,14 @@ class DicomLine(Line):
     """
 
     owner: DicomChannel
-    gives_way = True
 
     def __init__(self, owner: DicomChannel):
-        super().__init__(owner)
-        self.core = Dimse(owner.settings.maxPdu)
+        super().__init__(owner, owner.settings.maxPdu)
         self.calling = ""
         self.titles: Json = {}
         self.commitments: set[int] = set()  # messages that asked for one
         self._coming: Request | None = None  # its data set is being received
         self._requests: deque[Request] = deque()  # the first is being received or served
-        self._message_id = 0  # of our last request
-        self._answer: asyncio.Future[Json] | None = None  # to it
-        self._drained = asyncio.Event()
-        self._drained.set()
         self.turn = asyncio.Lock()  # a report of ours comes after the answer to what is being served
 
     # --- bytes ---
@@ -9748,37 +9733,7 @@ class DicomLine(Line):
         if (until := Line.heard_at + GIVE_WAY_SECS) > self.active_at:
             self.pause("others")
             self._loop.call_at(until, self.resume, "others")
-        events, answer = self.core.receive(received)
-        if events:  # a large PDU over a slow line is no device that stopped
-            self._begun_at = 0.0
-        if answer:
-            self.send(answer)
-        steps: dict[type[DimseEvent], Callable[..., None]] = {
-            Fragment: self._take, Command: self._begin, Associate: self._associate, Ended: self._end}  # fmt: skip
-        for event in events:
-            steps[type(event)](*event)
-
-    def pause_writing(self) -> None:
-        self._drained.clear()
-
-    def resume_writing(self) -> None:
-        self._drained.set()
-
-    async def write(self, content: bytes) -> None:
-        """Bytes that wait while the device does not read."""
-        self.send(content)
-        self._flush()
-        while not self._drained.is_set():
-            left = self._transport.get_write_buffer_size()
-            with suppress(TimeoutError):
-                await asyncio.wait_for(self._drained.wait(), DIMSE_SECS)
-            if not self._drained.is_set() and self._transport.get_write_buffer_size() >= left:
-                self.owner.warn(f"{self.remote} was disconnected: it has read nothing for {DIMSE_SECS:g} s")
-                self.abort()
-                return
-
-    def eof_received(self) -> bool:
-        return False
+        super().receive(received)
 
     def connection_lost(self, error: Exception | None) -> None:
         super().connection_lost(error)
@@ -9787,18 +9742,15 @@ class DicomLine(Line):
         elif self.core.established:
             self.owner.warn(f"{self.remote}: the association of '{self.calling}' ended without release")
         self.core.state = "Sta1"
-        self._give_up()
+        self.give_up()
 
-    def _give_up(self) -> None:
-        """Nothing more is answered, and what was not received whole is forgotten."""
-        self._drained.set()
+    def give_up(self) -> None:
+        """What was not received whole is forgotten."""
+        super().give_up()
         self._coming = None
         for request in self._requests:
             request.wanted.cancel()
             request.arrived.set()
-        if self._answer and not self._answer.done():
-            self._answer.set_exception(DeviceError("the association ended", "device-silent"))
-            self._answer.exception()  # the object under way may still be written, and not wait for it
 
     # --- the association ---
 
@@ -9829,7 +9781,7 @@ class DicomLine(Line):
             return
         self.owner.warn(f"the association of '{calling}' at {self.remote} was rejected: {reason}")
         self.send(core.reject(*answer))
-        self._end("")
+        self.end("")
 
     @staticmethod
     def _negotiated(context: Context) -> tuple[Context, int]:
@@ -9840,16 +9792,10 @@ class DicomLine(Line):
         chosen = usable[:1] or context.syntaxes[:1]
         return context._replace(syntaxes=tuple(chosen)), 0 if known and usable else 4 if known else 3
 
-    def _end(self, reason: str) -> None:
+    def end(self, reason: str) -> None:
         if reason := reason or "with a request that was not answered" * bool(self._requests):
             self.owner.warn(f"{self.remote}: the association of '{self.calling}' ended: {reason}")
-        self._give_up()
-        self._loop.call_later(HANG_UP_SECS, self.abort)  # the device closes first (PS3.8 9.2, ARTIM)
-
-    def close(self, reason: str = "") -> None:
-        if self.core.established:
-            self.send(self.core.aborting())
-        self._end(reason)
+        super().end(reason)
 
     def check_time(self, now: float, idle: float, inside: float) -> str:
         if not self.core.established:
@@ -9867,8 +9813,8 @@ class DicomLine(Line):
         number, about = fields["CommandField"], fields.get("MessageIDBeingRespondedTo", 0)
         name = DIMSE_NAMES.get(number, "")
         if number & 0x8000:
-            if self._answer and about == self._message_id and not self._answer.done():
-                self._answer.set_result(fields)
+            if about == self._message_id:  # others came too late
+                self.answered(fields)
             return
         if name == "C-CANCEL":
             for request in self._requests:
@@ -9956,27 +9902,186 @@ class DicomLine(Line):
             fields["ErrorComment"] = re.sub(r"[\x00-\x1f\\]", " ", str(refusal))[:64]  # LO (PS3.5 6.2)
         await request.respond(fields)
 
-    async def request(self, context: int, fields: Json, data: Iterable[tuple[bytes, bool]]) -> Json:
-        """A request of ours to the device, its data set in blocks with whether it is the last; the answer's fields.
+    steps: typing.ClassVar = {Fragment: _take, Command: _begin, Associate: _associate, Ended: end}
 
-        One at a time: whoever asks has `turn`.
-        """
-        self._message_id = self._message_id % 0xFFFF + 1
+
+# --- requests to application entities --------------------------------------------------------------------------------
+
+
+class DicomCall(DimseLine):
+    """An association that we opened."""
+
+    owner: Sender
+
+    def __init__(self, owner: Sender):
+        super().__init__(owner, SENT_PDU_BYTES)
+        self.patience = owner.answer_secs
+        self.failure = DeviceError("it cannot be reached: it does not answer", "device-unreachable")
+        self.found: list[bytearray] = []  # the data sets of pending answers
+        self._coming = bytearray()
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        super().connection_made(transport)
+        give_up_after(transport, self.patience)
+
+    def connection_lost(self, error: Exception | None) -> None:
+        super().connection_lost(error)
+        if self.core.state == "Sta5":
+            why = os_reason(error) if isinstance(error, OSError) else "it hangs up"
+            self.failure = DeviceError(f"it cannot be reached: {why}", "device-unreachable")
+        self.core.state = "Sta1"
+        self.give_up()
+
+    async def associate(self, calling: str, called: str, contexts: Sequence[Context], roles: Roles) -> None:
+        """Ask for it; what came of that the core says. TimeoutError."""
         self._answer = self._loop.create_future()
+        self.send(self.core.request(calling, called, contexts, roles))
+        with suppress(DeviceError):
+            await self._answer
+
+    def _accepted(self) -> None:
+        self.answered({})
+
+    def end(self, reason: str) -> None:
+        self.failure = DeviceError(f"there is no association: {reason}", "device-error")
+        super().end(reason)
+        self._flush()
+        if self.core.state == "Sta1":
+            self._transport.close()
+
+    def _begin(self, context: int, fields: Json, has_data: bool) -> None:
+        """An answer, whose data set counts while others follow; nothing is served here."""
+        self._coming, number = bytearray(), fields["CommandField"]
+        if number & 0x8000:  # whatever it calls our request: there is no other
+            if self.answered(fields) and has_data:
+                self.found.append(self._coming)
+        elif DIMSE_NAMES.get(number) != "C-CANCEL":
+            about = {"MessageIDBeingRespondedTo": fields.get("MessageID", 0)}
+            self.send(self.core.message(context, {"CommandField": number | 0x8000, "Status": UNRECOGNIZED} | about))
+
+    def _take(self, content: bytes, last: bool) -> None:
+        self._coming += content
+        if len(self._coming) > IDENTIFIER_BYTES:
+            self.close("aborted: a data set that is too large")
+
+    steps: typing.ClassVar = {Fragment: _take, Command: _begin, Accepted: _accepted, Ended: end}
+
+
+class Sender:
+    """Requests to one application entity, over associations made as they need them."""
+
+    store: Store | None = None
+
+    def __init__(
+        self, title: str, target: Target, log: Log, times: tuple[float, float, float],
+        addresses: Sequence[tuple[str, int]] = (),
+    ):  # fmt: skip
+        """`title` is ours, `times` are to connect, to associate, and for each answer; `addresses` those of the target,
+        where they are known. DeviceError: its TLS cannot be set up.
+        """
+        self.name, self.asked, self.warn = target.key, list[Exchange](), Complaints(log.warn, f"Device {target.key}")
+        self._tls = device_tls(target, log) if target.settings.tls else None
+        self._title, self._target, self._addresses = title, target, addresses
+        self._connect_secs, self._associate_secs, self.answer_secs = times
+        self._line: DicomCall | None = None
+        self._contexts: dict[tuple[str, ...], None] = {}  # SOP class, syntaxes
+        self.problem: DeviceError | None = None  # the peer cannot be associated with: nothing more is tried
+        self._unanswered = 0  # requests, one after the other
+
+    def opened(self, line: Line) -> None:
+        """Its lines tell their owner."""
+
+    closed = opened
+
+    async def send(self, file: SpoolFile, meta: Dataset, **more: Any) -> Json:
+        """C-STORE a file, as it is where the peer takes that; the fields of the answer. DeviceError, ValueError.
+
+        A peer may end an association behind each object: one that it did not answer then goes once more on a new one.
+        """
+        before = self._line
         try:
-            command = command_set(fields | {"MessageID": self._message_id, "CommandDataSetType": 1})
-            async with asyncio.timeout(DIMSE_SECS) as limit:
-                await self.write(self.core.fragments(context, command, command=True))
-                for block, last in data:
-                    if not self.core.established:
-                        raise DeviceError("the association ended", "device-silent")
-                    await self.write(self.core.fragments(context, block, last))
-                    limit.reschedule(self._loop.time() + DIMSE_SECS)
-                return await self._answer
-        except TimeoutError:
-            if not self._drained.is_set():  # it does not read: no answer would reach it either
-                self.abort()
-            raise DeviceError(f"no answer within {DIMSE_SECS:g} s", "device-silent") from None
+            return await self._store(file, meta, more)
+        except DeviceError:
+            if before is None or self._line is not before or self.problem:
+                raise
+        self._unanswered -= 1
+        return await self._store(file, meta, more)
+
+    async def _store(self, file: SpoolFile, meta: Dataset, more: Json) -> Json:
+        own = meta.TransferSyntaxUID
+        syntaxes = dict.fromkeys((own, IMPLICIT, EXPLICIT)) if own in UNCOMPRESSED else (own,)
+        line = await self.association(*((meta.MediaStorageSOPClassUID, syntax) for syntax in syntaxes))
+        return await self._heard(line, line.store(file, meta, **more))
+
+    async def _heard(self, line: DicomCall, asking: Awaitable[Json]) -> Json:
+        """What a peer answered. One that says nothing is not asked again, nor one that three requests in a row end."""
+        try:
+            answer = await asking
+        except DeviceError as error:
+            self._unanswered += 3 if line.silent else 1
+            if line.silent:
+                line.close()
+            if self._unanswered >= 3:
+                self.problem = error
+            raise
+        self._unanswered = 0
+        return answer
+
+    async def report(self, report: Dataset, kind: int) -> Json:
+        """As the line does; the fields of the answer."""
+        try:
+            line = await self.association((COMMITMENT_CLASS, *UNCOMPRESSED), roles={COMMITMENT_CLASS: (0, 1)})
+            return await self._heard(line, line.report(report, kind))
+        finally:
+            await self.release()
+
+    async def association(self, *contexts: tuple[str, ...], roles: Roles = types.MappingProxyType({})) -> DicomCall:
+        """One with these contexts, besides those needed so far (at most 128); DeviceError."""
+        if self._line and self._line.core.established and self._contexts.keys() >= set(contexts):
+            return self._line
+        await self.release()
+        if len(self._contexts) > 120:
+            self._contexts.clear()
+        self._contexts |= dict.fromkeys(contexts)
+        proposed = [Context(2 * n + 1, uid, tuple(syntaxes)) for n, (uid, *syntaxes) in enumerate(self._contexts)]
+        target = self._target
+        try:
+            async with asyncio.timeout(self._connect_secs):
+                addresses = self._addresses or await asyncio.to_thread(look_up, target)
+                line = await reach(partial(DicomCall, self), target, addresses, self._connect_secs, self._tls)
+        except OSError as error:
+            why = "it does not answer" if isinstance(error, TimeoutError) else os_reason(error)
+            self.problem = DeviceError(f"it cannot be reached: {why}", "device-unreachable")
+            raise self.problem from None
+        self._line = line
+        with suppress(TimeoutError):
+            async with asyncio.timeout(self._associate_secs):
+                await line.associate(self._title, target.path, proposed, roles)
+        if line.core.contexts:
+            return line
+        if line.core.established:
+            await self.release()
+            names = sorted({pydicom.uid.UID(uid).name for uid, *_ in contexts})
+            raise DeviceError(f"it does not accept what is needed: {', '.join(names)}", "device-error")
+        self.problem = line.failure
+        self.abort()
+        raise self.problem
+
+    async def release(self) -> None:
+        """What was asked is answered: nobody waits long for a peer that does not answer this."""
+        line, self._line = self._line, None
+        if line is not None and line.core.established:
+            line.send(line.core.release())
+            try:
+                await line.is_lost(HANG_UP_SECS)
+            finally:
+                line.abort()
+
+    def abort(self) -> None:
+        """Nobody waits for the peer any more."""
+        line, self._line = self._line, None
+        if line is not None:
+            line.close()
 
 
 # --- the channel -----------------------------------------------------------------------------------------------------
@@ -9990,9 +10095,6 @@ class DicomChannel(Channel):
     """Objects, queries, procedure steps and commitment requests of devices: each served by the method of its name."""
 
     threads = ThreadPoolExecutor(4, "imaging")  # for the disk
-    _decoding = ThreadPoolExecutor(1, "decoding")  # one at a time: messages share the interpreter with it
-    _sending = ThreadPoolExecutor(DICOM_PUSHES, "dicom-move")
-    _reporting = ThreadPoolExecutor(2, "dicom-report")
     reporting: typing.ClassVar[set[int]] = set()  # commitments whose report is on its way
     kind = DicomLine
 
@@ -10018,10 +10120,6 @@ class DicomChannel(Channel):
         """Associations are limited when they are asked for; those that have not asked yet are limited here."""
         return 2 * self.settings.maxConnections + 10
 
-    async def _decode(self, work: Callable[..., T], *given: Any) -> T:
-        with sharing():
-            return await self.loop.run_in_executor(self._decoding, work, *given)
-
     async def c_echo(self, request: Request) -> None:
         """C-ECHO (PS3.4 A.4)."""
 
@@ -10036,7 +10134,7 @@ class DicomChannel(Channel):
             if file.error or (s.maxMessageBytes and file.size > s.maxMessageBytes):
                 text = file.error or f"larger than {s.maxMessageBytes} bytes (maxMessageBytes)"
                 raise Refusal(text, OUT_OF_RESOURCES)
-            body, study = await self._decode(self._describe, file, request)
+            body, study = await decode(self._describe, file, request)
             mark = STOWED if s.storage == "dicomweb" else ""
             spool = await self.loop.run_in_executor(self.threads, file.keep, mark)
             body |= {} if mark else {"binary": {"reference": spool_reference(spool)}}
@@ -10097,7 +10195,7 @@ class DicomChannel(Channel):
         """What a request is, with its data set, for the body of a message; Refusal when that cannot be read."""
         omitted: list[str] = []
         try:
-            elements = await self._decode(lambda: dicom_json(request.dataset, omitted, UPLINK_FRAME_BYTES))
+            elements = await decode(lambda: dicom_json(request.dataset, omitted, UPLINK_FRAME_BYTES))
         except Exception:
             status = PROCESSING_FAILURE if request.name.startswith("N-") else CANNOT_UNDERSTAND
             raise Refusal("the data set cannot be read", status) from None
@@ -10138,7 +10236,7 @@ class DicomChannel(Channel):
             if request.wanted.cancelled():
                 raise Refusal("cancelled by the device", CANCELLED)
             try:
-                dataset = await self._decode(dataset_of, elements)
+                dataset = await decode(dataset_of, elements)
             except ValueError as error:
                 raise Refusal(f"the Bot's answer is {error}") from None
             if "QueryRetrieveLevel" in request.dataset and "QueryRetrieveLevel" not in dataset:
@@ -10180,7 +10278,7 @@ class DicomChannel(Channel):
                 query |= {parent: f"{it.get('resourceType')}/{it.get('id')}"} if parent else {}
                 for resource in await self._fhir.search(f"{kind}?{urlencode(query)}"):
                     described = dataset | resource_json(resource, keywords)
-                    if described[uid].get("Value") and await self._decode(matches_query, wanted, described):
+                    if described[uid].get("Value") and await decode(matches_query, wanted, described):
                         found.append((described, resource))
         return list({described[uid]["Value"][0]: (described, resource) for described, resource in found}.values())
 
@@ -10205,14 +10303,14 @@ class DicomChannel(Channel):
             self.warn(f"'{calling}' asked to move to '{title}': not among moveDestinations")
             raise Refusal("the destination is not among moveDestinations", UNKNOWN_DESTINATION)
         references = await self._references(request, destination=title)
-        send = partial(sender.send, originator_aet=calling, originator_id=request.fields.get("MessageID", 0))
+        originator = {"MoveOriginatorApplicationEntityTitle": calling,
+                      "MoveOriginatorMessageID": request.fields.get("MessageID", 0)}  # fmt: skip
         try:
-            sending = partial(self.loop.run_in_executor, self._sending, send)
-            return await self._retrieve(request, references, sending, sender)
+            return await self._retrieve(request, references, partial(sender.send, **originator), sender)
         finally:
             if sender.problem is not None:
                 self.warn(f"objects could not be moved to '{title}': {sender.problem}")
-            await self.loop.run_in_executor(self._sending, sender.release)
+            await sender.release()
 
     def _sender(self, title: str, own: str = "") -> Sender | None:
         """To one of moveDestinations."""
@@ -10224,22 +10322,7 @@ class DicomChannel(Channel):
 
     async def c_get(self, request: Request) -> Answer:
         """C-GET (PS3.4 C.4.3): the objects come as C-STORE on the same association."""
-        return await self._retrieve(request, await self._references(request), partial(self._send_back, request.line))
-
-    async def _send_back(self, line: DicomLine, file: SpoolFile, meta: Dataset) -> Json:
-        """C-STORE of a file in a context that takes it, or in another uncompressed syntax; ValueError."""
-        sop_class, own = meta.MediaStorageSOPClassUID, meta.TransferSyntaxUID
-        accepted = {c.syntaxes[0]: c.id for c in line.core.contexts.values() if c.abstract == sop_class}
-        usable = [own] if own in accepted else [one for one in accepted if {one, own} <= set(UNCOMPRESSED)]
-        if not usable:
-            raise ValueError("no presentation context for it")
-        data = file_blocks(file.open, file.start)
-        if usable[0] != own:
-            content = await self._decode(lambda: write_dataset(read_object(file), usable[0], own))
-            data = file_blocks(partial(io.BytesIO, content))
-        fields = {"CommandField": 0x0001, "AffectedSOPClassUID": sop_class, "Priority": 0,
-                  "AffectedSOPInstanceUID": meta.MediaStorageSOPInstanceUID}  # fmt: skip
-        return await line.request(accepted[usable[0]], fields, data)
+        return await self._retrieve(request, await self._references(request), request.line.store)
 
     async def _retrieve(
         self, request: Request, all_places: Sequence[Places], send: Send, sender: Sender | None = None
@@ -10288,7 +10371,7 @@ class DicomChannel(Channel):
                     raise
         if file.error:
             raise ServerError(file.error)
-        return await self._decode(meta_of, file)
+        return await decode(meta_of, file)
 
     async def _send_one(
         self, places: list[str], file: SpoolFile, fetching: asyncio.Task[Any], send: Send
@@ -10319,7 +10402,7 @@ class DicomChannel(Channel):
             async with asyncio.timeout(self.settings.answerWaitSecs if self.uplink.live else 0):
                 words = bot_words(await heard)
             elements = words.get("dataset", {}) if isinstance(words, dict) else {}
-            answer = await self._decode(dataset_of, elements) if elements else None
+            answer = await decode(dataset_of, elements) if elements else None
         except TimeoutError:  # the request is kept
             answer = None
         except ValueError:
@@ -10379,7 +10462,7 @@ class DicomChannel(Channel):
                 committed = await self._known_to_server(request)
         if committed is None:
             self.warn(f"message {message.id}: the Bot confirmed nothing; the device hears that the commitment failed")
-        report = await self._decode(commitment_report, request, committed)
+        report = await decode(commitment_report, request, committed)
         for seconds in COMMITMENT_REPORT_SECS:
             await asyncio.sleep(seconds)
             now = self.queue.owner if isinstance(self.queue.owner, DicomChannel) else self  # since a reload another
@@ -10418,16 +10501,12 @@ class DicomChannel(Channel):
         """N-EVENT-REPORT, on an association of our own where the device's address is known; the device's answer."""
         calling = titles["callingAeTitle"]
         if sender := self._sender(calling, titles["calledAeTitle"]):
-            return await self.loop.run_in_executor(self._reporting, sender.report, report, kind)
+            return await sender.report(report, kind)
         if (line := next((one for one in self.associations if message.id in one.commitments), None)) is None:
             missing = f"'{calling}' is not connected; name its address in moveDestinations"
             raise DeviceError(missing, "device-unreachable")
-        context = next(c for c in line.core.contexts.values() if c.abstract == COMMITMENT_CLASS)
-        fields = {"CommandField": 0x0100, "AffectedSOPClassUID": COMMITMENT_CLASS,
-                  "AffectedSOPInstanceUID": COMMITMENT_INSTANCE, "EventTypeID": kind}  # fmt: skip
         async with line.turn:
-            content = await self._decode(write_dataset, report, context.syntaxes[0])
-            return await line.request(context.id, fields, [(content, True)])
+            return await line.report(report, kind)
 
 
 # --- queries that the server's own resources answer ------------------------------------------------------------------
@@ -10564,8 +10643,12 @@ def commitment_report(request: Json, committed: set[str] | None) -> tuple[Datase
     return dataset_of(report), 2 if "00081198" in report else 1  # PS3.4 J.3.3
 
 
-def checked_status(answer: Any) -> int:
-    """The status of an answer (a data set, or fields) if it is success or a warning; DeviceError for the others."""
+def _match(content: bytes, syntax: str) -> Json:
+    return dicom_json(pynetdicom.dsutils.decode(io.BytesIO(content), *syntax_of(syntax)), [])
+
+
+def checked_status(answer: Json) -> int:
+    """The status in the fields of an answer if it is success or a warning; DeviceError for the others."""
     if (status := answer.get("Status")) is None:
         raise DeviceError("no answer came", "device-silent")
     if status == SUCCESS or status >> 12 == 0xB or status in (0x0001, 0x0107, 0x0116):  # PS3.7 C.3 and C.4
@@ -10593,7 +10676,7 @@ class ImagingCaller:
     def __init__(self, spool: Spool, fhir: Fhir, log: Log):
         self._spool, self._fhir, self._log = spool, fhir, log
         # those that somebody waits for do not stand behind those that are tried again and again
-        self._awaited, self._stored = (ThreadPoolExecutor(DICOM_PUSHES, name) for name in ("dicom-push", "dicom-queue"))
+        self._awaited, self._stored = asyncio.Semaphore(DICOM_PUSHES), asyncio.Semaphore(DICOM_PUSHES)
 
     @classmethod
     def check(cls, push: Push) -> Json:
@@ -10630,9 +10713,9 @@ class ImagingCaller:
         """Perform the request at one of these addresses; its answer as JSON, or DeviceError, within `seconds`."""
         await load_imaging()
         request, key, file = self.check(push), push.target.key, None
-        threads = self._stored if seconds >= DICOM_PUSH_SECS else self._awaited
+        places = self._stored if seconds >= DICOM_PUSH_SECS else self._awaited
         try:
-            async with within(key, seconds) as attempt:
+            async with within(key, seconds) as attempt, places:
                 attempt.phase, attempt.kind = "not done", "device-silent"
                 if request["command"] == "C-STORE":
                     file, reference = SpoolFile(self._spool), reference_of(request["binary"])
@@ -10644,25 +10727,27 @@ class ImagingCaller:
                         raise DeviceError(f"{failed}: {error}", kind, failed) from None
                     if file.error:
                         raise DeviceError(f"{reference}: {file.error}", "device-error")
-                run, s = asyncio.get_running_loop().run_in_executor, push.target.settings
+                s = push.target.settings
                 times = s.connectTimeoutSecs, min(seconds, DIMSE_SECS), seconds
-                sender = await run(threads, Sender, s.callingAeTitle, push.target, self._log, times, addresses)
+                sender = await asyncio.to_thread(Sender, s.callingAeTitle, push.target, self._log, times, addresses)
                 try:
-                    answer = await run(threads, self._perform, sender, key, request, file)
+                    answer = await self._perform(sender, key, request, file)
                 except asyncio.CancelledError:  # its time is over, and so is the association
-                    run(None, sender.abort)
+                    sender.abort()
                     raise
+                finally:
+                    await sender.release()
             return dump_json({"command": request["command"], **answer}).decode()
         finally:
             if file is not None:
                 file.discard()
 
-    def _perform(self, sender: Sender, key: str, request: Json, file: SpoolFile | None) -> Json:
-        """In a thread: the association and the request."""
+    async def _perform(self, sender: Sender, key: str, request: Json, file: SpoolFile | None) -> Json:
+        """The association and the request."""
         try:
             if file is None:
-                return self._query(sender, request)
-            return {"status": checked_status(sender.send(file, meta_of(file)))}
+                return await self._query(sender, request)
+            return {"status": checked_status(await sender.send(file, await decode(meta_of, file)))}
         except DeviceError as error:
             raise DeviceError(f"{key}: {error}", error.kind, error.log) from None
         except Exception as error:  # no DICOM file, or no presentation context that takes it
@@ -10670,27 +10755,28 @@ class ImagingCaller:
                 raise
             failed = "the object cannot be sent"
             raise DeviceError(f"{key}: {failed}: {error}", "device-rejected", failed) from None
-        finally:
-            sender.release()
 
-    def _query(self, sender: Sender, request: Json) -> Json:
+    async def _query(self, sender: Sender, request: Json) -> Json:
         command = request["command"]
         sop_class = VERIFICATION_CLASS if command == "C-ECHO" else self._model(request)
-        association = sender.association((sop_class, *UNCOMPRESSED))
+        line = await sender.association((sop_class, *UNCOMPRESSED))
         if command == "C-ECHO":
-            return {"status": checked_status(association.send_c_echo())}
+            return {"status": checked_status(await line.operate(0x0030, sop_class))}
         identifier = dataset_of(request.get("dataset", {}))
         if sop_class != WORKLIST_CLASS:
             level = request.get("level") or identifier.get("QueryRetrieveLevel") or "STUDY"
             identifier.QueryRetrieveLevel = str(level)
         if command == "C-FIND":
-            *matches, (last, _) = association.send_c_find(identifier, sop_class)
-            status = checked_status(last)
-            found = [dicom_json(dataset, []) for _, dataset in matches if dataset is not None]
-            if len(found) < len(matches):
-                raise DeviceError("a match cannot be read", "device-error")
+            status = checked_status(await line.operate(0x0020, sop_class, identifier, Priority=0))
+            (context,) = line.core.contexts.values()
+            try:
+                found = [await decode(_match, content, context.syntaxes[0]) for content in line.found]
+            except Exception:
+                raise DeviceError("a match cannot be read", "device-error") from None
             return {"status": status, "datasets": found}
-        *_, (last, _) = association.send_c_move(identifier, str(request["destination"]), sop_class)
+        last = await line.operate(
+            0x0021, sop_class, identifier, Priority=0, MoveDestination=str(request["destination"])
+        )
         status, counted = checked_status(last), ("Completed", "Failed", "Warning")
         counts = {name.lower(): int(last.get(f"NumberOf{name}Suboperations") or 0) for name in counted}
         return {"status": status} | counts

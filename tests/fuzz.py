@@ -144,7 +144,7 @@ def _astm_events(kind: int, pieces: list[list[bytes]], late: bool) -> list[str]:
 
 
 ma.imaging()  # commands need its dictionary
-DIMSE_STATES = ("Sta2", "Sta3", "Sta6", "Sta13")
+DIMSE_STATES = "Sta2 Sta3 Sta5 Sta6 Sta7 Sta11 Sta13".split()
 DIMSE_ENDS = [[], [ma.RELEASE_RP], [ma.ASSOCIATE_RJ]]  # what may be said, and behind it an A-ABORT
 
 
@@ -172,6 +172,16 @@ def dimse(content: bytes) -> None:
 def _dimse_in(state: str) -> ma.Dimse:
     core = ma.Dimse(16384)
     if state == "Sta2":
+        return core
+    if state in ("Sta5", "Sta7", "Sta11"):
+        other, contexts = ma.Dimse(16384), [ma.Context(number, "1.2", (ma.IMPLICIT,)) for number in (1, 3)]
+        other.receive(core.request("ME", "ARCHIVE", contexts, {}))
+        if state != "Sta5":
+            core.receive(other.accept([(context, 0) for context in contexts], {}))
+            core.release()
+        if state == "Sta11":
+            core.receive(_pdu(ma.RELEASE_RQ, bytes(4)))
+        assert core.state == state
         return core
     core.receive(ASSOCIATE)
     if state != "Sta3":

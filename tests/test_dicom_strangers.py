@@ -144,9 +144,22 @@ def closing(connection: socket.socket) -> None:
     connection.shutdown(socket.SHUT_WR)
 
 
-@pytest.mark.parametrize("after", [aborting, closing])
+def releasing(connection: socket.socket) -> None:
+    Stranger._send(connection, RELEASE_RQ, bytes(4))
+
+
+@pytest.mark.parametrize("after", [aborting, closing, releasing])
 def test_a_destination_that_ends_the_association_behind_each_object(tmp_path, after):
     """The next object was already on its way: it failed, or was waited for 30 s and the rest of the study given up."""
     with Stranger(after) as stranger, moving(tmp_path, stranger) as (here, bot):
         assert moved(here, bot, *(made(100) for _ in range(5))) == (5, 0, 0)
         assert len(stranger.stored) >= 5
+
+
+@pytest.mark.parametrize("user", [b"", _item(0x51, b"\0\1"), _item(0x99, b"new") + _item(0x53, b"")])
+def test_a_destination_that_says_little_or_odd_things_of_itself(tmp_path, user):
+    """Without a maximum length it was an internal error, with unknown items it `cannot be reached`. It answers each
+    object as message 1, whatever the number of the request; one association is enough for all."""
+    with Stranger(user=user) as stranger, moving(tmp_path, stranger) as (here, bot):
+        assert moved(here, bot, *(made(300_000) for _ in range(3))) == (3, 0, 0)
+        assert (stranger.associations, len(stranger.stored)) == (1, 3)

@@ -25,7 +25,7 @@ from pynetdicom.fsm import TRANSITION_TABLE
 from pynetdicom.pdu import A_ASSOCIATE_AC, A_ASSOCIATE_RQ, P_DATA_TF
 
 import medplum_agent as ma
-from medplum_agent import Associate, Command, Context, Dimse, Ended, Fragment, command_set, read_command
+from medplum_agent import Accepted, Associate, Command, Context, Dimse, Ended, Fragment, command_set, read_command
 from tests import dicom_peers as peers
 from tests.dicom_peers import CT, EXPLICIT, IMPLICIT, SECONDARY, SUCCESS, VERIFICATION, Instance, Scu, element
 from tests.support import Site, log_lines
@@ -101,9 +101,38 @@ NOISE = ECHO_PDU + pdu(RELEASE_RQ) + request() + pdu(UNKNOWN) + b"GET / HTTP/1.1
 # --- how the core is driven ---
 
 
+PROPOSED = [
+    Context(1, VERIFICATION, (IMPLICIT,)),
+    Context(3, CT, (EXPLICIT, IMPLICIT)),
+    Context(5, WORKLIST, (EXPLICIT,)),
+]
+
+
+def accepting(*contexts: bytes, user: bytes = item(0x51, struct.pack(">I", 16384)), more: bytes = b"") -> bytes:
+    """A-ASSOCIATE-AC, with the items in `more` before the known ones."""
+    items = more + item(0x10, b"1.2.840.10008.3.1.1.1") + b"".join(contexts) + (item(0x50, user) if user else b"")
+    return pdu(AC, struct.pack(">H", 1) + bytes(66) + items)
+
+
+def result(number: int, syntax: str, code: int = 0) -> bytes:
+    return item(0x21, bytes((number, 0, code, 0)) + (item(0x40, syntax.encode()) if syntax else b""))
+
+
+ACCEPTANCE = accepting(result(1, IMPLICIT), result(3, EXPLICIT), result(5, "", 3))
+
+
 def core_in(state: str) -> Dimse:
     core = Dimse(16384)
     if state == "Sta2":
+        return core
+    if state in ("Sta5", "Sta7", "Sta11"):
+        core.request("ME", "ARCHIVE", PROPOSED, {})
+        if state != "Sta5":
+            assert core.receive(ACCEPTANCE) == ([Accepted()], b"")
+            assert core.release() == pdu(RELEASE_RQ)
+        if state == "Sta11":
+            assert core.receive(pdu(RELEASE_RQ)) == ([], pdu(RELEASE_RP))
+        assert core.state == state and not core.established
         return core
     (asked,), _ = core.receive(request())
     assert isinstance(asked, Associate)
@@ -153,7 +182,10 @@ ACTIONS = """
           RQ    AC    RJ    DATA  RQ    RP     ABORT unknown
     Sta2  AE-6  AA-1  AA-1  AA-1  AA-1  AA-1   AA-2  AA-1
     Sta3  AA-8  AA-8  AA-8  AA-8  AA-8  AA-8   AA-3  AA-8
+    Sta5  AA-8  AE-3  AE-4  AA-8  AA-8  AA-8   AA-3  AA-8
     Sta6  AA-8  AA-8  AA-8  DT-2  AR-2  AA-8   AA-3  AA-8
+    Sta7  AA-8  AA-8  AA-8  AR-6  AR-8  AR-3   AA-3  AA-8
+    Sta11 AA-8  AA-8  AA-8  AA-8  AA-8  AR-3   AA-3  AA-8
     Sta13 AA-7  AA-6  AA-6  AA-6  AA-6  AA-6   AA-2  AA-7
 """
 EVENTS = (6, 3, 4, 10, 12, 13, 16, 19)
@@ -166,20 +198,25 @@ CELLS = [
 
 @pytest.mark.parametrize(("state", "kind", "event", "action"), CELLS)
 def test_table_of_states(state: str, kind: int, event: int, action: str) -> None:
-    """AR-2 goes on to AR-4 at once. After an A-ABORT of ours it is the same whether that is Sta1 or Sta13.
+    """AR-2 goes on to AR-4 at once, AR-8 to AR-9. After an A-ABORT of ours Sta1 and Sta13 are the same.
 
     The A-ABORT of AA-1 is the provider's (source 2), so that its reason counts (9.3.8).
     """
     assert TRANSITION_TABLE[f"Evt{event}", state] == action, "pynetdicom reads the standard in another way"
     core = core_in(state)
-    events, answer = heard(core, {RQ: request(), DATA: ECHO_PDU}.get(kind, pdu(kind)))
+    events, answer = heard(core, {RQ: request(), AC: ACCEPTANCE, DATA: ECHO_PDU}.get(kind, pdu(kind)))
     abort, released = aborted(1 if kind == UNKNOWN else 2), pdu(RELEASE_RP)
     words = f"aborted: an {'unknown' if kind == UNKNOWN else 'unexpected'} PDU of type {kind}"
     by_us, by_device = ([Ended(words)], abort, "Sta1 Sta13"), ([Ended("the device aborted it")], b"", "Sta1")
     expected: dict[str, tuple[Any, bytes, str]] = {
         "AE-6": ([USUAL], b"", "Sta3"),
+        "AE-3": ([Accepted()], b"", "Sta6"),
+        "AE-4": ([Ended("rejected: no reason given")], b"", "Sta1"),
         "DT-2": ([Command(1, ECHO, False)], b"", "Sta6"),
         "AR-2": ([Ended("")], released, "Sta13"),
+        "AR-3": ([Ended("")], b"", "Sta1"),
+        "AR-6": ([Command(1, ECHO, False)], b"", "Sta7"),
+        "AR-8": ([], released, "Sta11"),
         "AA-1": by_us,
         "AA-2": by_device if state == "Sta2" else ([], b"", "Sta1"),
         "AA-3": by_device,
@@ -299,7 +336,7 @@ def test_what_cannot_be_read_is_aborted(state: str, stream: bytes, reason: int, 
 
 PIECES = st.one_of(
     st.sampled_from([ECHO_PDU, STORE_PDU, data(value(3, 2, b"last")), data(value(3, 0, b"piece")), data(), request()]),
-    st.sampled_from([pdu(kind) for kind in PDUS]),
+    st.sampled_from([ACCEPTANCE, *(pdu(kind) for kind in PDUS)]),
     st.builds(value, st.sampled_from([1, 3, 5]), st.integers(0, 3), st.binary(max_size=9)).map(data),
     st.lists(st.builds(value, st.just(3), st.sampled_from([0, 0, 2]), st.binary(max_size=4)), max_size=4).map(
         lambda values: STORE_PDU + data(*values)
@@ -309,7 +346,7 @@ PIECES = st.one_of(
 )
 
 
-@given(st.sampled_from(["Sta2", "Sta3", "Sta6", "Sta13"]), st.lists(PIECES, max_size=6).map(b"".join))
+@given(st.sampled_from("Sta2 Sta3 Sta5 Sta6 Sta7 Sta11 Sta13".split()), st.lists(PIECES, max_size=6).map(b"".join))
 @settings(max_examples=200, deadline=None)
 def test_every_cut_gives_the_same_events(state: str, stream: bytes) -> None:
     events, answer = heard_at_every_cut(state, stream)
@@ -383,6 +420,81 @@ def test_the_association_request_of_pynetdicom() -> None:
     core = Dimse(16384)
     assert core.receive(A_ASSOCIATE_RQ(primitive).encode()) == ([USUAL._replace(roles={CT: (1, 1)})], b"")
     assert core.peer_pdu == 4321
+
+
+ROLES = {CT: (0, 1), VERIFICATION: (1, 1)}
+
+
+def test_pynetdicom_reads_our_association_request() -> None:
+    asked = A_ASSOCIATE_RQ()
+    asked.decode(Dimse(32768).request("ME", "ARCHIVE", PROPOSED, ROLES))
+    assert (asked.calling_ae_title.strip(), asked.called_ae_title.strip()) == ("ME", "ARCHIVE")
+    assert asked.application_context_name == "1.2.840.10008.3.1.1.1" and asked.protocol_version == 1
+    found = [(one.context_id, one.abstract_syntax, (*one.transfer_syntax,)) for one in asked.presentation_context]
+    assert found == PROPOSED
+    user = asked.user_information
+    assert user is not None and user.maximum_length == 32768 and user.role_selection is not None
+    assert (user.implementation_class_uid, user.implementation_version_name) == ma.IMPLEMENTATION
+    assert {uid: (one.scu_role, one.scp_role) for uid, one in user.role_selection.items()} == ROLES
+
+
+def test_our_request_is_understood_by_the_other_side() -> None:
+    ours, theirs = Dimse(16384), Dimse(4321)
+    ((asked,), _) = theirs.receive(ours.request("ME", "ARCHIVE", PROPOSED, ROLES))
+    assert asked == Associate("ME", "ARCHIVE", tuple(PROPOSED), ROLES)
+    chosen = [(c._replace(syntaxes=c.syntaxes[-1:]), 0 if c.id < 5 else 3) for c in asked.contexts]
+    assert ours.receive(theirs.accept(chosen, ROLES)) == ([Accepted()], b"")
+    assert ours.contexts == {1: PROPOSED[0], 3: PROPOSED[1]._replace(syntaxes=(IMPLICIT,))}
+    assert ours.peer_pdu == 4321 and theirs.peer_pdu == 16384 and ours.established and theirs.established
+
+
+POOR = {
+    "no user information": (accepting(result(1, IMPLICIT), user=b""), {1: IMPLICIT}),
+    "no maximum length": (accepting(result(1, IMPLICIT), user=item(0x52, b"1.2")), {1: IMPLICIT}),
+    "no syntax": (accepting(result(3, "")), {3: EXPLICIT}),
+    "a syntax that was not proposed": (accepting(result(1, EXPLICIT), result(3, IMPLICIT)), {3: IMPLICIT}),
+    "contexts that were not proposed": (accepting(result(9, IMPLICIT), result(1, IMPLICIT)), {1: IMPLICIT}),
+    "nothing accepted": (accepting(*(result(number, IMPLICIT, number) for number in (1, 3))), {}),
+    "nothing": (accepting(), {}),
+    "unknown items": (
+        accepting(item(0x77, b"new"), result(1, IMPLICIT), user=item(0x99, b"x"), more=item(0, b"")),
+        {1: IMPLICIT},
+    ),
+}
+
+
+@pytest.mark.parametrize(("stream", "accepted"), POOR.values(), ids=POOR)
+def test_what_an_answer_to_our_request_may_hold(stream: bytes, accepted: dict[int, str]) -> None:
+    """PS3.8 9.3.1: unknown items are passed over; what was not proposed is not there."""
+    assert heard_at_every_cut("Sta5", stream) == ([Accepted()], b"")
+    core = core_in("Sta5")
+    core.receive(stream)
+    assert {number: context.syntaxes for number, context in core.contexts.items()} == {
+        number: (syntax,) for number, syntax in accepted.items()
+    }
+
+
+@pytest.mark.parametrize(
+    "stream", [pdu(AC, bytes(67)), pdu(AC, bytes(68) + b"\x21\0\0\x09abc"), pdu(AC, bytes(68) + b"\x50")]
+)
+def test_an_answer_that_breaks_off_is_aborted(stream: bytes) -> None:
+    (end,), answer = heard_at_every_cut("Sta5", stream)
+    assert end.reason.startswith("aborted: ") and answer == aborted(6)
+
+
+REJECTIONS = {
+    (1, 1): "no reason given", (1, 2): "application context name not supported",
+    (1, 3): "calling AE title not recognized", (1, 7): "called AE title not recognized",
+    (2, 2): "protocol version not supported", (3, 1): "temporary congestion", (3, 2): "local limit exceeded",
+    (0, 255): "no reason given",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("codes", "words"), REJECTIONS.items())
+def test_a_rejection_of_our_request_says_why(codes: tuple[int, int], words: str) -> None:
+    """PS3.8 9.3.4."""
+    assert heard_at_every_cut("Sta5", pdu(RJ, bytes((0, 1, *codes)))) == ([Ended(f"rejected: {words}")], b"")
+    assert heard_at_every_cut("Sta5", pdu(RJ, b"")) == ([Ended("rejected: no reason given")], b"")
 
 
 def test_another_version_of_the_protocol_is_rejected() -> None:
