@@ -110,8 +110,8 @@ def _half_an_answer(listener):
 def test_an_archive_that_hangs_holds_up_no_other(tmp_path):
     """A try ends within its time (README: 9 s), also inside: that time-outs are ours is PS3.8 9.1.5's practice, too.
 
-    Eight pushes to an archive that stops in the middle of a PDU (or stops reading, in the middle of a C-STORE) keep all
-    eight threads of ImagingCaller for ever: no archive can be pushed to until the agent is started anew.
+    Eight pushes to an archive that stops in the middle of a PDU (or stops reading, in the middle of a C-STORE) kept all
+    places for pushes to archives for ever: none could be pushed to until the agent was started anew.
     """
     with socket.create_server(("127.0.0.1", 0)) as hanging, Destination() as well, site(tmp_path, {"A": ""}) as here:
         threading.Thread(target=_half_an_answer, args=(hanging,), daemon=True).start()
