@@ -9542,6 +9542,7 @@ def check_whole(file: BinaryIO, start: int, syntax: str) -> tuple[float, list[st
 class DimseLine(Line):
     """One association, and requests of ours on it: one at a time."""
 
+    steps: typing.ClassVar[dict[type[DimseEvent], Callable[..., None]]]  # what a line does about each event
     gives_way = True
 
     def __init__(self, owner: LineOwner, max_pdu: int):
@@ -9563,8 +9564,6 @@ class DimseLine(Line):
             self.send(answer)
         for event in events:
             self.steps[type(event)](self, *event)
-
-    steps: typing.ClassVar[dict[type[DimseEvent], Callable[..., None]]] = {}
 
     def pause_writing(self) -> None:
         self._drained.clear()
