@@ -13129,7 +13129,7 @@ def _stack(error: BaseException | None) -> list[str]:
 
 
 # =====================================================================================================================
-# Command line (810 lines, 6800 tokens)
+# Command line (820 lines, 6850 tokens)
 # =====================================================================================================================
 
 _USAGE = """\
@@ -13156,11 +13156,19 @@ _USAGE = """\
 
 
 class _Parser(argparse.ArgumentParser):
+    def __init__(self, **given: Any):
+        self.actions: list[argparse.Action] = []
+        super().__init__(**given)
+
+    def add_argument(self, *flags: Any, **given: Any) -> argparse.Action:
+        self.actions.append(action := super().add_argument(*flags, **given))
+        return action
+
     def error(self, message: str) -> NoReturn:
         raise ConfigError(message)
 
 
-def command_parser(program: str) -> argparse.ArgumentParser:
+def command_parser(program: str) -> _Parser:
     """Every option; packaging/docs.py makes the manual page and the completions of shells from it."""
     description = "Carries messages between hospital devices and a Medplum server."
     named = ", ".join(row.metadata["env"] for row in rows_of(ProcessSettings).values() if row.metadata["env"])
@@ -13213,7 +13221,7 @@ def _parse(argv: list[str], program: str) -> argparse.Namespace:
     options = parser.parse_intermixed_args(argv[len(values) :])
     options.arguments = values + options.arguments
     words = options.arguments[: 2 if options.arguments[:1] == ["queue"] else 1] or [""]
-    for action in parser._actions:  # one that the command does not know might be what matters to its user
+    for action in parser.actions:  # one that the command does not know might be what matters to its user
         known = re.match("([a-z, ]+): ", action.help or "") if action.option_strings else None
         strange = known and {*words[: 1 if known[1] == "queue" else 2]} - {*re.findall("[a-z]+", known[1])}
         if known and strange and getattr(options, action.dest) != action.default:

@@ -43,7 +43,7 @@ def usage() -> list[tuple[str, str, str]]:
 def options() -> Iterator[Option]:
     """Their help begins with the verbs that know them, as in `queue retry, discard: only count`."""
     first = {words.split()[0] for words, _, _ in usage() if words}
-    for action in PARSER._actions:  # argparse has no public way to them
+    for action in PARSER.actions:
         if not action.option_strings:
             continue
         text, choices, verbs = action.help or "", tuple(action.choices or ()), [""]
