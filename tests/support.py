@@ -356,7 +356,9 @@ class AgentProcess:
     def ports(self) -> list[tuple[str, int]]:
         """Host and port of the active Endpoints of the sandbox."""
         endpoints = [r for name, r in self.sandbox.sandbox.resources.items() if name.startswith("Endpoint/")]
-        found = [re.match(r"mllps?://([^:/]*):(\d+)", e["address"]) for e in endpoints if e["status"] != "off"]
+        found = [
+            re.match(r"(?:mllp|dicom)s?://([^:/]*):(\d+)", e["address"]) for e in endpoints if e["status"] != "off"
+        ]
         return [("127.0.0.1" if m[1] == "0.0.0.0" else m[1], int(m[2])) for m in found if m]
 
     def memory_kb(self, figure: str = "VmHWM") -> int:
