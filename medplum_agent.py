@@ -4732,7 +4732,7 @@ def _trouble_of(error: Exception) -> tuple[str, str]:
 
 
 # =====================================================================================================================
-# FHIR (520 lines, 4050 tokens)
+# FHIR (520 lines, 4100 tokens)
 #
 # The HTTPS side of the server: OAuth2 client-credentials login and FHIR reads (uplink contract 1 and 2). urllib3 does
 # the work in worker threads: pools, proxies, TLS, retries. May touch: HTTPS.
@@ -5089,8 +5089,8 @@ class Fhir:
         """POST an image as a Binary, streamed from disk, and return its reference; OSError when it cannot be read."""
         url = f"{self.base}fhir/R4/Binary?_filename=dicom.dcm"
         response = await self._post_file(spooled, url, {"Content-Type": DICOM_TYPE})
-        created = self._checked(response, "Binary", "Binary")
-        if not isinstance(created.get("id"), str) or not created["id"]:
+        created = self._checked(response, "Binary")
+        if created.get("resourceType") != "Binary" or not isinstance(created.get("id"), str) or not created["id"]:
             raise ServerError("the server took a file and named no Binary for it", response.status)
         return f"Binary/{created['id']}"
 

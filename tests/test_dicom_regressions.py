@@ -415,13 +415,14 @@ def test_a_report_that_nobody_took_is_sent_after_a_restart(here, bot, late_port)
 @pytest.mark.parametrize("status", [200, 201])
 def test_an_upload_that_made_no_binary_is_tried_again(here, status):
     create = here.sandbox.sandbox._create
-    answers = iter([(status, {"message": "hello from a proxy"}), (status, {"resourceType": "Binary"})])
+    others = {"message": "hello from a proxy"}, {"message": "maintenance", "id": "6f1d"}, {"resourceType": "Binary"}
+    answers = iter([(status, other) for other in others])
     with mock.patch.object(here.sandbox.sandbox, "_create", lambda *what: next(answers, None) or create(*what)):
         instance = made(1000)
         assert store(here.ports["PACS"], instance) == [SUCCESS]
         assert_arrived(here, instance)
     assert not list(answers)
-    assert not transmits(here, "Binary/None")
+    assert not transmits(here, "Binary/None") and not transmits(here, "Binary/6f1d")
 
 
 @pytest.mark.parametrize("channel", ["NORMAL", "NONE"])
