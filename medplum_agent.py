@@ -8748,7 +8748,7 @@ def parse_ping(host: object, body: object) -> tuple[str, int]:
 
 
 # =====================================================================================================================
-# DICOM (2050 lines, 17150 tokens)
+# DICOM (2050 lines, 17200 tokens)
 #
 # Imaging devices (DICOM PS3.4, PS3.7, PS3.8; channel contract 8). `Dimse` is a core like the others: bytes in, events
 # out, whoever opened the association. Its line runs requests as coroutines; what takes long (fsync, decoding, JSON)
@@ -9639,6 +9639,7 @@ class DimseLine(Line):
         try:
             async with asyncio.timeout(self.patience) as self._limit:
                 for number, (block, last) in enumerate(blocks):
+                    await asyncio.sleep(Line.heard_at + GIVE_WAY_SECS - self._loop.time())
                     if not self.core.established:
                         raise DeviceError("it ended the association", "device-silent")
                     await self.write(self.core.fragments(context, block, last or not number, command=not number))

@@ -1,13 +1,16 @@
 """DICOM peers that the project had not met: destinations that end associations as they like, and answer oddly."""
 
+import asyncio
 import contextlib
 import socket
 import struct
 import threading
 from collections.abc import Callable, Iterator
+from typing import cast
 
 import pytest
 
+import medplum_agent as ma
 from tests.dicom_peers import (
     ABORT,
     FAST,
@@ -27,6 +30,7 @@ from tests.dicom_peers import (
     imaging_site,
     keep,
     made,
+    part10,
 )
 from tests.support import Site, eventually
 
@@ -163,3 +167,36 @@ def test_a_destination_that_says_little_or_odd_things_of_itself(tmp_path, user):
     with Stranger(user=user) as stranger, moving(tmp_path, stranger) as (here, bot):
         assert moved(here, bot, *(made(300_000) for _ in range(3))) == (3, 0, 0)
         assert (stranger.associations, len(stranger.stored)) == (1, 3)
+
+
+class Words:
+    """A main log that nobody reads."""
+
+    def warn(self, text: str) -> None:
+        """Nothing."""
+
+
+async def sent(stranger: Stranger, folder, instance: Instance) -> ma.Json:
+    """The answer to an object that is in the spool."""
+    ma.imaging()
+    sender = ma.Sender("ME", ma.parse_target(f"dicom://{stranger.address}", str), cast(ma.Log, Words()), (5, 5, 20))
+    with ma.SpoolFile(ma.Spool(folder, lambda size: "")) as file:
+        file.write(part10(instance))
+        try:
+            return await sender.send(file, ma.meta_of(file))
+        finally:
+            await sender.release()
+
+
+def test_an_object_that_is_sent_gives_way_to_messages(tmp_path, monkeypatch):
+    """Beside one C-MOVE at full speed a message waited 32 ms at the median for its acknowledgment, and 1 ms without."""
+    monkeypatch.setattr(ma, "GIVE_WAY_SECS", 1.0)
+
+    async def run() -> float:
+        monkeypatch.setattr(ma.Line, "heard_at", begun := asyncio.get_running_loop().time())
+        await sent(stranger, tmp_path, made(1_000_000))
+        return asyncio.get_running_loop().time() - begun
+
+    with Stranger() as stranger:
+        assert asyncio.run(run()) >= 1
+        assert stranger.stored[0] > 1_000_000
