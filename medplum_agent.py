@@ -9592,7 +9592,8 @@ class DimseLine(Line):
         while not self._drained.is_set():
             left = self._transport.get_write_buffer_size()
             with suppress(TimeoutError):
-                await asyncio.wait_for(self._drained.wait(), self.patience)
+                async with asyncio.timeout(self.patience):  # wait_for, in 3.11, may lose that its caller is cancelled
+                    await self._drained.wait()
             if not self._drained.is_set() and self._transport.get_write_buffer_size() >= left:
                 self.owner.warn(f"{self.remote} was disconnected: it has read nothing for {self.patience:g} s")
                 self.silent = True

@@ -6,6 +6,7 @@ import socket
 import struct
 import threading
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import cast
 
 import pytest
@@ -200,3 +201,23 @@ def test_an_object_that_is_sent_gives_way_to_messages(tmp_path, monkeypatch):
     with Stranger() as stranger:
         assert asyncio.run(run()) >= 1
         assert stranger.stored[0] > 1_000_000
+
+
+@pytest.mark.parametrize("turns", range(4))
+def test_a_send_that_is_cancelled_while_the_line_takes_more_again_ends(turns):
+    """In Python 3.11 it went on, without any limit of time, where both came in one turn of the event loop or two."""
+
+    async def run() -> bool:
+        line = ma.DicomCall(cast(ma.Sender, SimpleNamespace(answer_secs=9.0, store=None)))
+        line._transport = cast(asyncio.Transport, SimpleNamespace(is_closing=lambda: True, get_write_buffer_size=int))
+        line.pause_writing()
+        writing = asyncio.create_task(line.write(b"x"))
+        await asyncio.sleep(0.01)
+        line.resume_writing()
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        asked = writing.cancel()
+        await asyncio.wait([writing])
+        return writing.cancelled() or not asked
+
+    assert asyncio.run(run())
