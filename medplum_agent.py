@@ -9667,11 +9667,12 @@ class DimseLine(Line):
             raise ValueError("no presentation context for it")
         data = file_blocks(file.open, file.start)
         if usable[0] != own:
-            content = await decode(lambda: write_dataset(read_object(file), usable[0], own))
-            data = file_blocks(partial(io.BytesIO, content))
+            converted = decode(lambda: write_dataset(read_object(file), usable[0], own))
+            data = file_blocks(partial(io.BytesIO, await converted))
         fields = {"CommandField": 0x0001, "AffectedSOPClassUID": sop_class, "Priority": 0,
                   "AffectedSOPInstanceUID": meta.MediaStorageSOPInstanceUID}  # fmt: skip
-        return await self.request(accepted[usable[0]], fields | more, data)
+        with closing(data):  # whoever remembers the error would hold it open
+            return await self.request(accepted[usable[0]], fields | more, data)
 
     async def report(self, report: Dataset, kind: int) -> Json:
         """N-EVENT-REPORT of a storage commitment, whose SCP we are (PS3.4 J.3.3)."""
@@ -10637,7 +10638,7 @@ def meta_of(file: SpoolFile) -> Dataset:
         return meta
 
 
-def file_blocks(opened: Callable[[], BinaryIO], start: int = 0) -> Iterator[tuple[bytes, bool]]:
+def file_blocks(opened: Callable[[], BinaryIO], start: int = 0) -> typing.Generator[tuple[bytes, bool], None, None]:
     """The data set in a file, a block at a time, with whether it is the last."""
     with opened() as reading:
         size = length_of(reading)

@@ -221,3 +221,12 @@ def test_a_send_that_is_cancelled_while_the_line_takes_more_again_ends(turns):
         return writing.cancelled() or not asked
 
     assert asyncio.run(run())
+
+
+def test_a_file_of_which_an_object_broke_off_is_closed(tmp_path):
+    """It stayed open with the error that was remembered: its room on the disk (Windows: itself) until a collection."""
+    with Stranger(limit=1_000_000) as stranger, moving(tmp_path, stranger) as (here, bot):
+        large = made(20_000_000)
+        assert moved(here, bot, large, large, large) == (0, 3, 0)
+        files = [one.readlink() for one in here.agent._proc("fd").iterdir()]
+        assert not [one for one in files if ".part" in str(one)]
