@@ -230,3 +230,11 @@ def test_a_file_of_which_an_object_broke_off_is_closed(tmp_path):
         assert moved(here, bot, large, large, large) == (0, 3, 0)
         files = [one.readlink() for one in here.agent._proc("fd").iterdir()]
         assert not [one for one in files if ".part" in str(one)]
+
+
+def test_a_file_without_a_data_set_is_not_sent(tmp_path):
+    """A data set was announced and none came: the destination was waited for, and the rest of the study given up."""
+    with Stranger() as stranger, moving(tmp_path, stranger) as (here, bot):
+        assert moved(here, bot, made(100), made(100)._replace(content=b""), made(100)) == (2, 1, 0)
+        here.agent.logged("it has no data set")
+        assert len(stranger.stored) == 2
