@@ -8748,7 +8748,7 @@ def parse_ping(host: object, body: object) -> tuple[str, int]:
 
 
 # =====================================================================================================================
-# DICOM (2060 lines, 17200 tokens)
+# DICOM (2060 lines, 17250 tokens)
 #
 # Imaging devices (DICOM PS3.4, PS3.7, PS3.8; channel contract 8). `Dimse` is a core like the others: bytes in, events
 # out, whoever opened the association. Its line runs requests as coroutines; what takes long (fsync, decoding, JSON)
@@ -10113,6 +10113,7 @@ class DicomChannel(Channel):
 
     threads = ThreadPoolExecutor(4, "imaging")  # for the disk
     reporting: typing.ClassVar[set[int]] = set()  # commitments whose report is on its way
+    reports = asyncio.Semaphore(2)  # associations for them at once: after a start there may be hundreds
     kind = DicomLine
 
     def __init__(self, plan: ChannelPlan, parts: Parts, old: Channel | None = None):
@@ -10518,7 +10519,8 @@ class DicomChannel(Channel):
         """N-EVENT-REPORT, on an association of our own where the device's address is known; the device's answer."""
         calling = titles["callingAeTitle"]
         if sender := self._sender(calling, titles["calledAeTitle"]):
-            return await sender.report(report, kind)
+            async with self.reports:
+                return await sender.report(report, kind)
         if (line := next((one for one in self.associations if message.id in one.commitments), None)) is None:
             missing = f"'{calling}' is not connected; name its address in moveDestinations"
             raise DeviceError(missing, "device-unreachable")

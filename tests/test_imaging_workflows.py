@@ -307,6 +307,30 @@ def test_commitment_reports_are_not_behind_moves_to_a_destination_that_says_noth
             eventually(lambda: modality.reports, 10, "the report to a device that is well")
 
 
+def test_commitment_reports_do_not_come_all_at_once(tmp_path):
+    """A modality that was off for a day got hundreds of associations at once when the agent started.
+
+    Clause: PS3.8 9.3.4: a device has few associations, and rejects the others (local limit exceeded).
+    """
+    taken = []
+    with socket.create_server(("127.0.0.1", 0), backlog=50) as silent:
+        address = f"CT1@127.0.0.1:{silent.getsockname()[1]}"
+        with imaging(tmp_path, f"moveDestinations={address}") as here:
+            bot = here.sandbox.bot
+            bot.replies["N-ACTION"] = lambda question: {"committed": ["1.2.3"]}
+            with associated(here, COMMITMENT, calling="CT1") as scu:
+                for _ in range(12):
+                    assert commit(scu, new_uid(), Instance(SECONDARY, "1.2.3", EXPLICIT, b"")) == SUCCESS
+            here.sandbox.wait_for(lambda: len(bot.questions("N-ACTION")) == 12)
+            silent.settimeout(2)
+            with contextlib.suppress(TimeoutError):
+                while True:
+                    taken.append(silent.accept()[0])
+            for one in taken:
+                one.close()
+    assert 1 <= len(taken) <= 4
+
+
 def test_a_channel_that_moves_reports_a_commitment_once(tmp_path):
     """A reload that puts a new channel in the place of the old one makes a second N-EVENT-REPORT of the same
     transaction.
