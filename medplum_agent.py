@@ -9161,7 +9161,7 @@ class Dimse:
         for number, abstract, syntaxes in contexts:
             parts = b"".join(_item(0x40, syntax.encode()) for syntax in syntaxes)
             items += _item(0x20, bytes((number, 0, 0, 0)) + _item(0x30, abstract.encode()) + parts)
-        titles = b"".join(title.encode("ascii", "replace").ljust(16) for title in (called, calling))
+        titles = b"".join(title.encode("latin-1", "replace").ljust(16) for title in (called, calling))
         return self._pdu(ASSOCIATE_RQ, b"\0\1\0\0" + titles + bytes(32) + items + self._user_information(roles))
 
     def _user_information(self, roles: Roles) -> bytes:

@@ -497,6 +497,12 @@ def test_a_rejection_of_our_request_says_why(codes: tuple[int, int], words: str)
     assert heard_at_every_cut("Sta5", pdu(RJ, b"")) == ([Ended("rejected: no reason given")], b"")
 
 
+def test_a_title_goes_back_as_it_came() -> None:
+    """A report calls the device by its own title, umlauts and all: as `R?NTGEN` it is rejected."""
+    (asked, *_), _ = Dimse(16384).receive(Dimse(16384).request("RÖNTGEN", "MÜNCHEN", PROPOSED, {}))
+    assert isinstance(asked, Associate) and (asked.calling, asked.called) == ("RÖNTGEN", "MÜNCHEN")
+
+
 def test_another_version_of_the_protocol_is_rejected() -> None:
     """PS3.8 9.3.2: bit 0 of its versions is ours; 9.3.4: rejected for good, by the ACSE provider, protocol version."""
     core, told = Dimse(16384), pdu(3, bytes((0, 1, 2, 2)))
