@@ -6853,10 +6853,11 @@ class Line(asyncio.Protocol):
             self._closing = True
             self._delayed = deque(itertools.islice(self._delayed, self._begun))  # of others it was not told anything
             self._close_if_done()
-            self._loop.call_later(GRACEFUL_CLOSE_SECS, self._transport.abort)
+            self._loop.call_later(GRACEFUL_CLOSE_SECS, self.abort)
 
     def abort(self) -> None:
-        self._transport.abort()
+        if not self.lost.is_set():  # asyncio's transport fails where it was closed with bytes left, and is gone
+            self._transport.abort()
 
     async def hang_up(self, seconds: float) -> bool:
         """Close our side first, and go on when the device has closed its own, as it does in time: it may have room for

@@ -185,6 +185,9 @@ async def sent(stranger: Stranger, folder, instance: Instance) -> ma.Json:
         file.write(part10(instance))
         try:
             return await sender.send(file, ma.meta_of(file))
+        except asyncio.CancelledError:
+            sender.abort()
+            raise
         finally:
             await sender.release()
 
@@ -238,3 +241,32 @@ def test_a_file_without_a_data_set_is_not_sent(tmp_path):
         assert moved(here, bot, made(100), made(100)._replace(content=b""), made(100)) == (2, 1, 0)
         here.agent.logged("it has no data set")
         assert len(stranger.stored) == 2
+
+
+def test_a_line_that_is_given_up_while_it_empties_ends_in_silence(tmp_path):
+    """`Exception in callback Line.abort() (AttributeError)` in the main log, a second after: it had closed itself."""
+    failures: list[object] = []
+
+    async def run() -> None:
+        loop = asyncio.get_running_loop()
+        loop.set_exception_handler(lambda _, context: failures.append(context))
+        sending = asyncio.create_task(sent(stranger, tmp_path, made(20_000_000)))
+        assert await asyncio.to_thread(busy.wait, 10)
+        await asyncio.sleep(0.2)  # what the system and the transport hold is full
+        sending.cancel()
+        await asyncio.wait([sending])
+        free.set()
+        await asyncio.sleep(ma.HANG_UP_SECS + 0.5)
+
+    busy, free = threading.Event(), threading.Event()
+
+    class Slow(Stranger):
+        @staticmethod
+        def _send(connection: socket.socket, kind: int, content: bytes) -> None:
+            Stranger._send(connection, kind, content)
+            busy.set()
+            free.wait(10)
+
+    with Slow() as stranger:
+        asyncio.run(run())
+    assert failures == []
