@@ -20,6 +20,7 @@ time.time_ns = lambda: wall() + hours() * 3_600_000_000_000
 time.time = lambda: time.time_ns() / 1e9
 time.monotonic = lambda: steady() + hours() * 3600
 import medplum_agent
+medplum_agent.STOOD_STILL_SECS = float("inf")  # hours that the agent runs, not that it is suspended
 sys.exit(medplum_agent.main())
 """
 CHANNELS = {
