@@ -3122,7 +3122,7 @@ def text_records(body: str, settings: StreamSettings) -> list[bytes]:
 
 
 # =====================================================================================================================
-# Store (1610 lines, 11800 tokens)
+# Store (1620 lines, 11750 tokens)
 #
 # Every message on disk before it is acknowledged: one SQLite file (WAL, synchronous=FULL), one writer thread with one
 # commit in flight. What arrives while it runs is the next batch: one executemany, one COMMIT, one call back into the
@@ -3674,7 +3674,6 @@ class Store:
         self.known_bytes = 0  # of their bodies
         self._log = log
         self._loop = asyncio.get_running_loop()
-        self._started_ms = now_ms() - round(self._loop.time() * 1000)
         self._inbox: deque[_Item] = deque()
         self._outbox: deque[Callable[[], None]] = deque()
         self._bell: SimpleQueue[None] = SimpleQueue()  # wakes the writer in a third of an Event's time
@@ -4398,9 +4397,12 @@ class Store:
 
     # --- retention ---
 
-    async def sweep(self, settings: AgentSettings) -> tuple[int, int]:
-        """Delete what is finished and old, or oldest when the file is too large; (processed, dead letters) deleted."""
-        day, now = 86_400_000, min(now_ms(), self._started_ms + round(self._loop.time() * 1000))  # clocks jump ahead
+    async def sweep(self, settings: AgentSettings, latest_ms: float = math.inf) -> tuple[int, int]:
+        """Delete what is finished and old, or oldest when the file is too large; (processed, dead letters) deleted.
+
+        This machine's clock may jump ahead: it is `latest_ms` at most.
+        """
+        day, now = 86_400_000, min(now_ms(), latest_ms)
         old, floor = now - settings.queueRetentionDays * day, now - settings.queueErroredRetentionDays * day
         limit = settings.queueRetentionMaxMb * MIB
         answered = f"((state = {PROCESSED} AND outcome <> {UNDELIVERED}) OR state = {NACKED})"
@@ -4732,7 +4734,7 @@ def _trouble_of(error: Exception) -> tuple[str, str]:
 
 
 # =====================================================================================================================
-# FHIR (520 lines, 4050 tokens)
+# FHIR (520 lines, 4150 tokens)
 #
 # The HTTPS side of the server: OAuth2 client-credentials login and FHIR reads (uplink contract 1 and 2). urllib3 does
 # the work in worker threads: pools, proxies, TLS, retries. May touch: HTTPS.
@@ -4894,6 +4896,9 @@ class Fhir:
         self.said = ""  # why the server cannot be used, as the main log has it: each cause once
         self.token: Token | None = None
         self.clock_off: float | None = None  # seconds that this machine's clock is ahead of the server's
+        self._began = (
+            time.time() - time.monotonic()
+        )  # when the steady clock did, by the server's as soon as it is known
         self.context = tls_context(settings.caFile)
         self._settings = settings
         self._pool = http_pool(self.base, self.context)
@@ -4915,6 +4920,11 @@ class Fhir:
         if token and not self.rejected and time.time() < token.renew_at:
             return False
         return self._login_under_way is None and time.monotonic() >= max(self._due_at, self._embargo_until)
+
+    @property
+    def server_ms(self) -> float:
+        """The time by the server's clock."""
+        return 1000 * (self._began + time.monotonic())
 
     def usable_token(self) -> str | None:
         """A token that can be sent now, or None; a new one that is under way is waited for, for a moment."""
@@ -5159,6 +5169,7 @@ class Fhir:
                 with suppress(ValueError, TypeError, KeyError):  # a server without a Date, or without a right one
                     date = email.utils.parsedate_to_datetime(response.headers["Date"])
                     self.clock_off = time.time() - date.timestamp()
+                    self._began = date.timestamp() - time.monotonic()
                 yield response
         except urllib3.exceptions.HTTPError as error:
             host = urlsplit(url).netloc
@@ -12985,7 +12996,7 @@ class Agent:
             total += sent
             depths[name] = {
                 "queued": max(0, waiting.waiting - sent) if waiting else 0, "claimed": 0, "inflight": sent,
-                "oldestQueuedAgeMs": now_ms() - waiting.oldest if waiting else -1,
+                "oldestQueuedAgeMs": max(0, now_ms() - waiting.oldest) if waiting else -1,
             }  # fmt: skip
         counts["queued"], counts["inflight"] = max(0, counts["queued"] + counts["inflight"] - total), total
         return {
@@ -13029,7 +13040,7 @@ class Agent:
 
     async def _sweep(self) -> None:
         try:
-            deleted = await self.store.sweep(self.plan.settings)
+            deleted = await self.store.sweep(self.plan.settings, self.fhir.server_ms)
             self._last_sweep = dict(zip(_SWEPT, (now_ms(), *deleted), strict=True))
             await asyncio.to_thread(self.upgrades.versions.tidy)
         except StorageError as error:

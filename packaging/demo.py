@@ -90,6 +90,7 @@ class Faults:
     token_status: int = 500
     token_lifetime: float = 3600  # seconds
     jwt: bool = False  # tokens are JWTs; else opaque
+    date: str = ""  # a line of the head of each answer, with its end: `Date: ...`
     login_id: bool = False  # with a login_id claim: the client must ask auth/me
     # "Endpoint/x", "Binary", "DicomStudy" or "dicomweb/studies" -> HTTP status
     read_failures: dict[str, int] = dataclasses.field(default_factory=dict)
@@ -223,7 +224,7 @@ class Sandbox:
             kind, text = "text/plain", answer.encode()
         elif answer.get("type") == "agent:transmit:response":  # of a $push: the device's own words
             kind, text = f"{answer['contentType']}; charset=utf-8", str(answer["body"]).encode()
-        head = f"HTTP/1.1 {status} X\r\nContent-Type: {kind}\r\nContent-Length: {len(text)}\r\n\r\n"
+        head = f"HTTP/1.1 {status} X\r\nContent-Type: {kind}\r\nContent-Length: {len(text)}\r\n{self.faults.date}\r\n"
         writer.write(head.encode() + text)
         await writer.drain()
         return True

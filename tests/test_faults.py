@@ -579,9 +579,10 @@ def test_a6_a_clock_that_jumps_lets_the_sweep_drop_no_dead_letter(tmp_path, monk
         await done.wait()
         settings = AgentSettings(queueRetentionMaxMb=1)
         assert (await store.sweep(settings))[1] == 0
-        later = medplum_agent.now_ms() + 366 * 86_400_000
+        now = medplum_agent.now_ms()
+        later = now + 366 * 86_400_000
         monkeypatch.setattr(medplum_agent, "now_ms", lambda: later)
-        assert (await store.sweep(settings))[1] == 0
+        assert (await store.sweep(settings, now))[1] == 0
         await store.close()
 
     asyncio.run(run())

@@ -1,6 +1,7 @@
 """Machines that are suspended, and clocks that jump: what came meanwhile counts as if it had come in time."""
 
 import contextlib
+import email.utils
 import signal
 import sys
 import threading
@@ -127,6 +128,7 @@ def clocked(
     environment = {"PYTHONPATH": str(ROOT), "HOURS": str(file)}
     with site(folder, {"A": ""}, settings, env=environment) as here:
         here.sandbox.sandbox.faults.token_lifetime = 1e9
+        here.sandbox.faults.date = f"Date: {email.utils.formatdate(usegmt=True)}\r\n"
         yield here, jump
 
 
@@ -147,3 +149,21 @@ def test_a_weekend_of_suspension_is_no_time_of_failed_tries(tmp_path: Path, monk
         assert here.agent.rows("ORDER")[0]["state"] == "queued"
         pump.start()
         here.agent.wait_state("ORDER", "processed")
+
+
+def test_messages_go_in_their_time_after_a_start_with_a_wrong_clock(tmp_path: Path, monkeypatch: Any) -> None:
+    """What began in 1970 lived there until the next start: nothing was ever old enough to be deleted."""
+    settings, days = [setting("queueSweepIntervalSecs", 1), setting("queueRetentionDays", 1)], 24
+    with clocked(tmp_path, monkeypatch, settings, start=-10 * days) as (here, jump):
+        with here.device("A") as device:
+            device.ask(message("OLD"))
+            here.agent.wait_state("OLD", "processed")
+            assert here.sandbox.reload()["statusCode"] == 200  # which brings the server's date
+            jump(0)
+            eventually(lambda: not here.agent.rows("OLD"))
+            device.ask(message("NEW"))
+            here.agent.wait_state("NEW", "processed")
+        jump(10 * days)
+        future = (time.time() + 86_400) * 1000
+        eventually(lambda: here.sandbox.stats()["durableQueue"]["lastSweepAt"] > future)
+        assert here.agent.rows("NEW")
