@@ -134,7 +134,7 @@ def load_json(text: Any) -> Any:
 
 
 # =====================================================================================================================
-# Version, limits (390 lines, 1950 tokens)
+# Version, limits (420 lines, 2100 tokens)
 #
 # Every bound has a name, a unit and a reason. What a site could need to change is a setting instead (next section).
 # =====================================================================================================================
@@ -354,6 +354,36 @@ def sync(descriptor: int) -> None:
         fcntl.fcntl(descriptor, fcntl.F_FULLFSYNC)
     else:
         os.fsync(descriptor)
+
+
+if sys.platform == "win32":
+    _PlainLoop = asyncio.ProactorEventLoop
+else:
+    _PlainLoop = asyncio.SelectorEventLoop
+
+
+class Loop(_PlainLoop):
+    """Its clock stands while the process does (a suspended machine, SIGSTOP): what has come is read before time-outs
+    end."""
+
+    seen, shown = time.monotonic(), 0.0
+    woke_at = -math.inf  # when it went on after so long that nobody waits for what was asked before
+
+    def time(self) -> float:
+        """Seconds that the process has run."""
+        before, self.seen = self.seen, super().time()
+        self.shown += min(self.seen - before, STOOD_STILL_SECS)
+        if self.seen - before > PUSH_WAIT_SECS:
+            self.woke_at = self.shown
+        return self.shown
+
+    def run_forever(self) -> None:
+        """The clock is looked at often."""
+        self._tick()
+        super().run_forever()
+
+    def _tick(self) -> None:
+        self.call_later(STOOD_STILL_SECS / 2, self._tick)
 
 
 def give_memory_back() -> None:
@@ -4896,9 +4926,7 @@ class Fhir:
         self.said = ""  # why the server cannot be used, as the main log has it: each cause once
         self.token: Token | None = None
         self.clock_off: float | None = None  # seconds that this machine's clock is ahead of the server's
-        self._began = (
-            time.time() - time.monotonic()
-        )  # when the steady clock did, by the server's as soon as it is known
+        self._began = time.time() - time.monotonic()  # when the steady clock did: by the server's, once it is known
         self.context = tls_context(settings.caFile)
         self._settings = settings
         self._pool = http_pool(self.base, self.context)
@@ -8407,6 +8435,8 @@ class Device(Way):
 
         0 seconds: nobody waits, and a session of records takes its time.
         """
+        if seconds and isinstance(self._loop, Loop) and self._loop.time() - self._loop.woke_at < STOOD_STILL_SECS:
+            raise DeviceError("the agent stood still, and whoever asked may wait no more", "device-unreachable")
         target = push.target
         seconds = target.settings.ackTimeoutSecs or seconds
         self.note(f"[Sending -- ID: {push.control_id}]: {push.text}")
@@ -13157,7 +13187,7 @@ def _stack(error: BaseException | None) -> list[str]:
 
 
 # =====================================================================================================================
-# Command line (850 lines, 6950 tokens)
+# Command line (820 lines, 6850 tokens)
 # =====================================================================================================================
 
 _USAGE = """\
@@ -13916,33 +13946,6 @@ def _service(options: argparse.Namespace, verb: str = "", *values: str) -> int:
             raise ConfigError("service install needs base_url client_id client_secret agent_id")
     script = PACKAGING / sys.platform.replace("darwin", "macos") / "service.sh"
     return subprocess.run(["sh", script, verb, program], input=settings.encode(), check=False).returncode
-
-
-if sys.platform == "win32":
-    _PlainLoop = asyncio.ProactorEventLoop
-else:
-    _PlainLoop = asyncio.SelectorEventLoop
-
-
-class Loop(_PlainLoop):
-    """Its clock stands while the process does (a suspended machine, SIGSTOP): what has come is read before time-outs
-    end."""
-
-    seen = shown = 0.0
-
-    def time(self) -> float:
-        """Seconds that the process has run."""
-        before, self.seen = self.seen, super().time()
-        self.shown += min(self.seen - before, STOOD_STILL_SECS)
-        return self.shown
-
-    def run_forever(self) -> None:
-        """The clock is looked at often."""
-        self._tick()
-        super().run_forever()
-
-    def _tick(self) -> None:
-        self.call_later(STOOD_STILL_SECS / 2, self._tick)
 
 
 def _run_agent(config: ProcessConfig) -> NoReturn:

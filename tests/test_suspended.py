@@ -1,5 +1,6 @@
 """Machines that are suspended, and clocks that jump: what came meanwhile counts as if it had come in time."""
 
+import asyncio
 import contextlib
 import email.utils
 import signal
@@ -14,7 +15,19 @@ import medplum_agent as ma
 from medplum_agent import ASTM_TYPE, DICOM_TYPE
 from tests.dicom_peers import Destination, imaging_site, keep, made
 from tests.instruments import ACK, ENQ, EOT, Instrument, body_of, frames_of, of
-from tests.support import ROOT, AgentProcess, Receiver, Site, accepts, eventually, message, setting, site
+from tests.support import (
+    AGENT_ID,
+    ROOT,
+    AgentProcess,
+    Receiver,
+    Site,
+    accepts,
+    changed,
+    eventually,
+    message,
+    setting,
+    site,
+)
 
 SECS = 1.5  # every time-out of these tests
 STOPPED_SECS = 2.0
@@ -78,6 +91,19 @@ def test_what_devices_took_meanwhile_is_not_sent_again(tmp_path: Path) -> None:
         here.agent.wait_state("ORDER", "processed")
         eventually(lambda: states(here) == ["processed"] * 3, what="all are processed")
         assert pump.ids() == ["ORDER"] and len(archive.arrivals) == 1
+
+
+def test_what_nobody_waits_for_any_more_is_not_pushed(tmp_path: Path) -> None:
+    """The caller had heard of a time-out long before the order went to the pump."""
+    with site(tmp_path, {"A": ""}, start=False) as here, Receiver() as pump, here.caller() as caller:
+        changed(here.agent, f"m.PUSH_WAIT_SECS = {SECS}")
+        here.agent.start()
+        push = {"type": "push", "remote": pump.url(), "contentType": ma.HL7_TYPE, "body": message("LATE")}
+        with suspended(here):
+            answer = asyncio.run_coroutine_threadsafe(here.sandbox.sandbox.ask(AGENT_ID, push), here.sandbox.loop)
+        assert "the agent stood still" in answer.result(10)["body"]
+        eventually(lambda: caller.push(pump.url(), message("NEXT")).status == 200)
+        assert pump.ids() == ["NEXT"]
 
 
 def test_a_session_goes_on(tmp_path: Path) -> None:
