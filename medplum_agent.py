@@ -5768,7 +5768,7 @@ class Queue:
             return  # an old failure says nothing about the attempt that runs now
         if message.state in (PROCESSED, NACKED):  # success revives what was given up, or blamed for another's error
             return
-        message.response = body if isinstance(body, str) else dump_json(body).decode()
+        message.response = body if isinstance(body, str) else json.dumps(body, ensure_ascii=False)  # of any depth
         message.status_code = status
         if error:
             self.failed(message, error, status, relay=bool(read_answer(body)[0]))
