@@ -6430,7 +6430,7 @@ class Uplink:
 
 
 # =====================================================================================================================
-# Lines (1290 lines, 9550 tokens)
+# Lines (1300 lines, 9550 tokens)
 #
 # One open connection to a device, whoever dialled; each protocol has one class here, which owns its core. A line takes
 # bytes (`receive`), makes messages of them (`intake`), acknowledges when the store says durable (`stored`), writes down
@@ -6551,7 +6551,8 @@ def media_type(request: Json) -> str:
 
 
 def parse_push(request: Json, warn: Warn = str) -> Push:
-    """A server's agent:transmit:request; PeerError for what is answered as agent:error (uplink contract 4.8)."""
+    """A server's agent:transmit:request; DeviceError for what is answered by status 400, other PeerErrors for what is
+    answered as agent:error (uplink contract 4.8)."""
     remote, body = request.get("remote"), request.get("body")
     if not remote or not isinstance(remote, str):
         raise PeerError("Missing remote address")
@@ -6573,7 +6574,11 @@ def parse_push(request: Json, warn: Warn = str) -> Push:
     except PeerError as error:
         raise PeerError(f"WebSocket error on incoming message: {error}") from None
     mode = str(request.get("returnAck") or s.defaultReturnAck).lower()
-    return Push(target, text, Header(text).control_id, mode, HL7_TYPE)
+    if mode not in ("first", "application"):
+        raise DeviceError(f"returnAck '{mode}' is unknown: use first or application", "device-rejected")
+    if not (control_id := Header(text).control_id):
+        raise DeviceError("MSH.10 is missing but required", "device-rejected")
+    return Push(target, text, control_id, mode, HL7_TYPE)
 
 
 PUSH_WRITTEN = "OK"  # the answer to a push whose device has no words of its own
@@ -8595,7 +8600,7 @@ class Devices:
         self.open = True
         self.plan: Plan
         self.store, self.log, self.channel_log = parts.store, parts.log, parts.channel_log
-        self.warn = Complaints(parts.log.warn, "Device.url")
+        self.warn = Complaints(parts.log.warn, "Pushes")
         self._channels = channels
         self._devices: dict[str, Device] = {}
         self.imaging: Callable[[Push, Sequence[tuple[str, int]], float], Awaitable[str]]  # sends to dicom:// addresses
@@ -12894,6 +12899,8 @@ class Agent:
                 answer = {"type": kind.replace("request", "response"), "statusCode": 200} | found
         except AgentError as error:
             answer = {"type": "agent:error", "body": str(error)}
+            if not message.get("callback"):  # who sent it has heard that all is well
+                self.devices.warn(f"one that nobody waits for was dropped: {getattr(error, 'log', error)}")
         except Exception as error:
             text = f"The agent failed with an internal error ({type(error).__name__})"
             answer = {"type": "agent:error", "body": text}
@@ -12925,10 +12932,6 @@ class Agent:
             push = parse_push(message, self.devices.warn)
             if push.target.is_dicom:
                 ImagingCaller.check(push)
-            if push.mode not in ("", "first", "application"):
-                raise DeviceError(f"returnAck '{push.mode}' is unknown: use first or application", "device-rejected")
-            if push.mode and not push.control_id:
-                raise DeviceError("MSH.10 is missing but required", "device-rejected")
             device = self.devices.device(push.target.key)
             if not message.get("callback"):
                 await device.keep(push)
@@ -12938,6 +12941,8 @@ class Agent:
                 raise DeviceError(f"{push.target.key}: its answer of {size} bytes is too large", "device-error")
             return answer | {"contentType": push.content_type, "body": body}
         except (DeviceError, PingError) as error:
+            if not message.get("callback"):
+                raise
             reason = str(error)
         except asyncio.CancelledError:
             reason = "the agent is stopping"

@@ -6,7 +6,7 @@ import pytest
 from demo import Transmit
 
 from medplum_agent import Json
-from tests.support import Site, message, site
+from tests.support import Receiver, Site, message, site
 
 
 @pytest.fixture(scope="module")
@@ -38,3 +38,21 @@ def test_json_that_is_nested_deeply_is_an_answer(here):
         here.sandbox.wait_ids("DEEP-1")
         says(here, here.sandbox.of("DEEP-1")[0], body)
         assert device.ack() == ("AA", "DEEP-1")
+
+
+DROPPED = {
+    "a batch": ("", f"BHS|^~\\&|A\r{message('DROP-1')}BTS|1", {}, "does not start with MSH"),
+    "no MSH-10": ("", "MSH|^~\\&|A|B|C|D|2026||ADT^A01||P|2.5.1\r", {}, "MSH.10 is missing"),
+    "returnAck": ("", message("DROP-2"), {"returnAck": "later"}, "returnAck 'later' is unknown"),
+    "address": ("?encoding=klingon", message("DROP-3"), {}, "encoding 'klingon' is unknown"),
+}
+
+
+@pytest.mark.parametrize("name", DROPPED)
+def test_a_push_that_is_dropped_is_in_the_log(here, name):
+    """Nobody waits for it, the server said 200, and there was no trace of it anywhere."""
+    query, body, members, said = DROPPED[name]
+    with here.caller() as caller, Receiver() as device:
+        caller.store(device.url(query), body, **members)
+        line = here.agent.logged(said)
+        assert "was dropped" in line and "PAT-1" not in line
