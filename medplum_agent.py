@@ -2045,7 +2045,7 @@ ACK_TEXT = {
 MERGE_EVENTS = frozenset("A17 A18 A24 A30 A34 A35 A36 A37 A39 A40 A41 A42 A43 A44 A45 A46 A47 A48 A49 A50 A51".split())
 _MARKS = "^~\\&"  # the usual MSH-2
 LINE_ENDS = re.compile(r"[\r\n]+")
-_BLANKS = "\ufeff \t\r\n"  # what may come before MSH
+_BLANKS = "\ufeff \t\r\n\x0b"  # what may come before MSH: some Bots frame
 _BLANK_BYTES = _BLANKS.encode()
 _WRAPPERS = (b"FHS", b"BHS", b"BTS", b"FTS")  # segments around the messages of a batch (HL7 v2.5.1 2.10.3)
 _control_ids = itertools.count(time.time_ns() // 1000)  # 16 digits, unique in a process and across restarts
@@ -7048,8 +7048,13 @@ class MllpLine(Line):
         `control_id`: in MSA-2, as latin-1, where what came as MSH-10 could not be decoded.
         """
         encoding = encoding or self.encoding
-        text = text.replace("\x1c\r", "\\X1C\\\\X0D\\").replace("\x1c", "\\X1C\\").replace("\x0b", "\\X0B\\")
-        content = self.encode(text if text.endswith("\r") else text + "\r", encoding)
+        text = (
+            text.rstrip("\r\x1c")
+            .replace("\x1c\r", "\\X1C\\\\X0D\\")
+            .replace("\x1c", "\\X1C\\")
+            .replace("\x0b", "\\X0B\\")
+        )
+        content = self.encode(text + "\r", encoding)
         if control_id and "\ufffd" in text and (ack := read_ack(text)) and "\ufffd" in ack.control_id:
             at = content.find(b"\rMSA")
             shown, as_it_was = ack.control_id.encode(encoding, "replace"), control_id.encode("latin-1", "replace")

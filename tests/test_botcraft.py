@@ -56,3 +56,16 @@ def test_a_push_that_is_dropped_is_in_the_log(here, name):
         caller.store(device.url(query), body, **members)
         line = here.agent.logged(said)
         assert "was dropped" in line and "PAT-1" not in line
+
+
+def test_a_bot_that_frames_its_message_itself(here):
+    """Its AE was no HL7 to us, so the device heard AA; a push of the kind was refused."""
+    with here.device("HL7") as device:
+        device.send(message("FRAMED-1"))
+        here.sandbox.wait_ids("FRAMED-1")
+        refusal = "\x0bMSH|^~\\&|BOT|S|||2026||ACK|B1|P|2.5.1\rMSA|AE|FRAMED-1\x1c\r"
+        says(here, here.sandbox.of("FRAMED-1")[0], refusal)
+        assert device.receive_bytes() == refusal[1:-2].encode() + b"\r"
+    with here.caller() as caller, Receiver() as device:
+        answer = caller.push(device.url(), f"\x0b{message('FRAMED-2')}\x1c\r")
+        assert answer.status == 200 and device.heard == [message("FRAMED-2")], answer
