@@ -6430,7 +6430,7 @@ class Uplink:
 
 
 # =====================================================================================================================
-# Lines (1300 lines, 9550 tokens)
+# Lines (1310 lines, 9600 tokens)
 #
 # One open connection to a device, whoever dialled; each protocol has one class here, which owns its core. A line takes
 # bytes (`receive`), makes messages of them (`intake`), acknowledges when the store says durable (`stored`), writes down
@@ -6704,6 +6704,11 @@ class Line(asyncio.Protocol):
         """Bytes that the encoding does not have: the queue keeps them."""
         if bad := undecodable(content, encoding):
             self.warn_once("bytes", f"{bad} is not {encoding} and goes to the server as U+FFFD: {advice}")
+
+    def warn_of_body(self, body: object, error: str) -> None:
+        """What a Bot returned is nothing that its device could take."""
+        if not (error or is_silence(body)):
+            self.warn_once("body", "the Bot returned something that is no text or no HL7: it does not go to the device")
 
     @property
     def stable(self) -> bool:
@@ -7382,8 +7387,7 @@ class Hl7Line(MllpLine):
             return True  # it heard that this has failed; another answer would be taken for that of its next message
         text, ack = read_answer(body)
         if not text:
-            if not (error or is_silence(body)):
-                self.warn_once("body", "the Bot returned something that is no HL7: the device gets botEmptyAck for it")
+            self.warn_of_body(body, error)
             if settings.enhanced:
                 return not (error or owes_answer(settings))
             code = settings.botErrorAck if error else settings.botEmptyAck
@@ -7527,6 +7531,7 @@ class StreamLine(Line):
         """The Bot's words; the log text of a Bot that returned nothing is not for the device."""
         self.not_owed(message)
         if error or not isinstance(body, str) or is_silence(body):
+            self.warn_of_body(body, error)
             return not error
         if self.settings.ignoreResponse:
             return True

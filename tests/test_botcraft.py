@@ -6,7 +6,7 @@ import pytest
 from demo import Transmit
 
 from medplum_agent import Json
-from tests.support import Receiver, Site, message, site
+from tests.support import Receiver, Site, eventually, message, site
 
 
 @pytest.fixture(scope="module")
@@ -69,3 +69,18 @@ def test_a_bot_that_frames_its_message_itself(here):
     with here.caller() as caller, Receiver() as device:
         answer = caller.push(device.url(), f"\x0b{message('FRAMED-2')}\x1c\r")
         assert answer.status == 200 and device.heard == [message("FRAMED-2")], answer
+
+
+@pytest.mark.parametrize("channel", ["RAW", "CA"])
+@pytest.mark.parametrize("body", [7, {"text": "06"}, ["06"]], ids=str)
+def test_what_a_bot_returns_and_no_device_can_take_is_said(here, channel, body):
+    """Nothing was, of a byte stream; of HL7 it was an acknowledgment that no device in enhanced mode gets."""
+    text = f"{channel} {body}"
+    with here.device(channel) as device:
+        device.send_raw(b"\x02" + text.encode() + b"\x03") if channel == "RAW" else device.send(message(text))
+        content = f"\x02{text}\x03".encode().hex() if channel == "RAW" else text
+        found = here.sandbox.wait_for(lambda: [t for _, t in here.sandbox.seen if content in t.body])
+        remote = found[0].remote
+        says(here, found[0], body)
+        line = eventually(lambda: [one for one in here.agent.main_log().decode().splitlines() if remote in one])[0]
+        assert "the Bot returned something" in line and "does not go to the device" in line and "Ack" not in line
