@@ -2562,7 +2562,7 @@ def stream_answer(body: str, settings: StreamSettings) -> bytes:
 
 
 # =====================================================================================================================
-# ASTM (590 lines, 4150 tokens)
+# ASTM (600 lines, 4150 tokens)
 #
 # The link layer of laboratory instruments (ASTM E1381, CLSI LIS01-A2), both roles, and the little of the records
 # (E1394, LIS02-A2) that it needs. Bytes and times in, events out. The caller commits a frame to disk between
@@ -3146,8 +3146,13 @@ def records_text(records: Sequence[bytes], encoding: str, errors: str = "replace
     return "".join(line + "\n" for line in _records_of(text))
 
 
+# of a Bot that frames its records itself, as where answers are written as they are
+_FRAMES = partial(re.compile("\x02[0-7]?([^\x02\x03\x17]*)(?:\x17|(\x03))[0-9A-Fa-f]{0,2}\r?\n?").sub, r"\1\2")
+
+
 def text_records(body: str, settings: StreamSettings) -> list[bytes]:
     """The records of an answer, each ending in CR as they are sent."""
+    body = _FRAMES(body).replace("\x03", "\r")
     return [line.encode(codec_of(settings.encoding), "replace") + b"\r" for line in _records_of(body)]
 
 

@@ -6,6 +6,7 @@ import pytest
 from demo import Transmit
 
 from medplum_agent import Json
+from tests.instruments import Instrument, frames_of
 from tests.support import Receiver, Site, eventually, message, site
 
 
@@ -84,3 +85,15 @@ def test_what_a_bot_returns_and_no_device_can_take_is_said(here, channel, body):
         says(here, found[0], body)
         line = eventually(lambda: [one for one in here.agent.main_log().decode().splitlines() if remote in one])[0]
         assert "the Bot returned something" in line and "does not go to the device" in line and "Ack" not in line
+
+
+@pytest.mark.parametrize("wrong", [False, True])
+def test_a_bot_that_frames_its_records_itself(here, wrong):
+    """Numbers and checksums of its frames were records to the instrument: 1H|, then 99."""
+    records = "H|\\^&", f"O|1|{'x' * 500}", "L|1|N"
+    answer = b"\x05" + b"".join(frames_of(*records)) + b"\x04"
+    with Instrument.at(here.ports["ASTM"]) as device:
+        device.session(f"H|\\^&|||{wrong}", "L|1|N")
+        found = here.sandbox.wait_for(lambda: [t for _, t in here.sandbox.seen if f"|||{wrong}\n" in t.body])
+        says(here, found[0], answer.replace(b"\x023", b"\x027").decode() if wrong else answer.decode())
+        assert b"".join(device.accept()).decode().split("\r") == [*records, ""]
