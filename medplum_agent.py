@@ -6186,7 +6186,7 @@ class Uplink:
         elif asked := self._asked.get(str(callback)):
             self._heard(str(callback), 0)
             if not asked.done():
-                asked.set_result(answer)
+                asked.set_result(answer | {"statusCode": status})
         else:
             ours = _OURS(str(callback))
             if self.store is None or ours is None or ours[1] != f"{self._agent}{self.store.uuid}":
@@ -10297,8 +10297,7 @@ class DicomChannel(Channel):
             raise Refusal(f"the Bot did not answer within {seconds:g} s") from None
         except ServerError as error:
             raise Refusal(str(error)) from None
-        status = answer.get("statusCode")
-        if isinstance(status, int) and status >= 400:
+        if (status := answer["statusCode"]) >= 400:
             raise Refusal(f"the server or the Bot failed (status {status})")
         words = bot_words(answer.get("body"))
         return words.get(member) if isinstance(words, dict) else words

@@ -1,11 +1,14 @@
 """What Bot developers return and push, and what the device then sees."""
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from demo import Transmit
+from pydicom.dataset import Dataset
 
 from medplum_agent import Json
+from tests.dicom_peers import QUIET, WORKLIST, associated, start
 from tests.instruments import Instrument, frames_of
 from tests.support import Receiver, Site, eventually, message, site
 
@@ -14,10 +17,10 @@ from tests.support import Receiver, Site, eventually, message, site
 def here(tmp_path_factory):
     channels = {
         "HL7": "", "CA": "?enhanced=true", "RAW": "tcp://127.0.0.1:{port}?startChar=%02&endChar=%03",
-        "ASTM": "tcp://127.0.0.1:{port}?mode=astm",
+        "ASTM": "tcp://127.0.0.1:{port}?mode=astm", "PACS": "dicom://127.0.0.1:{port}",
     }  # fmt: skip
-    with site(tmp_path_factory.mktemp("botcraft"), channels) as running:
-        running.agent.logged("Medplum service started")
+    with site(tmp_path_factory.mktemp("botcraft"), channels, start=False) as running:
+        start(running)
         running.sandbox.faults.silent = True
         yield running
 
@@ -97,3 +100,17 @@ def test_a_bot_that_frames_its_records_itself(here, wrong):
         found = here.sandbox.wait_for(lambda: [t for _, t in here.sandbox.seen if f"|||{wrong}\n" in t.body])
         says(here, found[0], answer.replace(b"\x023", b"\x027").decode() if wrong else answer.decode())
         assert b"".join(device.accept()).decode().split("\r") == [*records, ""]
+
+
+@QUIET
+@pytest.mark.parametrize("status", [500, "500", 400.0])
+def test_a_query_that_the_server_failed_is_no_empty_worklist(here, status):
+    """By a status that is a number in another form it was: success, and no match."""
+    before, keys = len(here.sandbox.seen), Dataset()
+    keys.PatientName = ""
+    with associated(here, WORKLIST) as association, ThreadPoolExecutor(1) as pool:
+        asked = pool.submit(lambda: [*association.send_c_find(keys, WORKLIST)])
+        here.sandbox.wait_for(lambda: len(here.sandbox.seen) > before)
+        says(here, here.sandbox.seen[-1][1], [], status)
+        ((answer, _),) = asked.result(10)
+        assert (answer.Status, "status" in answer.ErrorComment) == (0xC001, True)
