@@ -12913,7 +12913,7 @@ class Agent:
                 answer = {"type": kind.replace("request", "response"), "statusCode": 200} | found
         except AgentError as error:
             answer = {"type": "agent:error", "body": str(error)}
-            if not message.get("callback"):  # who sent it has heard that all is well
+            if kind == "agent:transmit:request" and not message.get("callback"):  # who sent it heard that all is well
                 self.devices.warn(f"one that nobody waits for was dropped: {getattr(error, 'log', error)}")
         except Exception as error:
             text = f"The agent failed with an internal error ({type(error).__name__})"
