@@ -9311,8 +9311,9 @@ class Dimse:
         return whole if data is None else whole + self.fragments(context, data)
 
     def fragments(self, context: int, content: bytes, last: bool = True, *, command: bool = False) -> bytes:
-        """A part of a message in P-DATA-TF PDUs that the device takes."""
-        size = max(1, min(self.peer_pdu or PDU_BYTES, SENT_PDU_BYTES) - 6)
+        """A part of a message in P-DATA-TF PDUs that the device takes, each of an even length (PS3.8 E.1)."""
+        size = max(2, min(self.peer_pdu or PDU_BYTES, SENT_PDU_BYTES) - 6 & ~1)
+        content += bytes(last and len(content) % 2)
         parts = []
         for at in range(0, len(content), size) or (0,):
             piece, final = content[at : at + size], last and at + size >= len(content)

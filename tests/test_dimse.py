@@ -590,16 +590,17 @@ def test_a_message_is_read_back(peer_pdu: int, content: bytes | None, comment: s
     fields = {"CommandField": 0x8020, "MessageIDBeingRespondedTo": 7, "Status": 0xFF00, "ErrorComment": comment}
     sent = sender.message(3, fields, content)
     read = {"CommandDataSetType": 0x0101 if content is None else 1, "ErrorComment": comment.replace("é", "?").strip()}
-    fragment = [] if content is None else [Fragment(content, True)]
+    padded = (content or b"") + bytes(len(content or b"") % 2)  # PS3.5 A.5
+    fragment = [] if content is None else [Fragment(padded, True)]
     assert heard(core_in("Sta6"), sent) == ([Command(3, fields | read, content is not None), *fragment], b"")
     while sent:
         length = struct.unpack_from(">I", sent, 2)[0]
-        assert length <= max(peer_pdu or ma.SENT_PDU_BYTES, 7)
+        assert length <= max(peer_pdu or ma.SENT_PDU_BYTES, 8) and length % 2 == 0
         one = P_DATA_TF()
         one.decode(sent[: 6 + length])
         sent, done = sent[6 + length :], spy.decode_msg(one.to_primitive())
     assert done and spy.context_id == 3 and spy.command_set.Status == 0xFF00
-    assert (spy.data_set.getvalue() if spy.data_set else b"") == (content or b"")
+    assert (spy.data_set.getvalue() if spy.data_set else b"") == padded
 
 
 @pytest.mark.parametrize(
@@ -609,8 +610,8 @@ def test_large_data_sets_in_parts(peer_pdu: int, size: int) -> None:
     core = core_in("Sta6")
     core.peer_pdu = peer_pdu
     assert core.fragments(3, bytes(size), command=False, last=False) == data(value(3, 0, bytes(size)))
-    parts = core.fragments(3, bytes(size) + b"x", command=False, last=True)
-    assert parts == data(value(3, 0, bytes(size))) + data(value(3, 2, b"x"))
+    parts = core.fragments(3, bytes(size) + b"xxx", command=False, last=True)
+    assert parts == data(value(3, 0, bytes(size))) + data(value(3, 2, b"xxx\0"))
 
 
 def test_memory_is_bounded() -> None:

@@ -1,0 +1,160 @@
+"""Foreign DICOM peers of the agent as a requestor: what a push or a move meets that no library's SCP does."""
+
+import contextlib
+import json
+import socket
+import struct
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from medplum_agent import JSON_TYPE
+from tests.dicom_peers import (
+    FAST,
+    P_DATA,
+    QUIET,
+    RELEASE_RP,
+    RELEASE_RQ,
+    SUCCESS,
+    Instance,
+    Storescp,
+    _item,
+    _items,
+    command_set,
+    imaging_site,
+    keep,
+    made,
+    needs_dcmtk,
+)
+from tests.support import Caller, Site
+
+pytestmark = QUIET
+FIND = json.dumps({"command": "C-FIND", "level": "STUDY", "dataset": {"0020000D": {"vr": "UI"}}})
+
+
+class Talk:
+    """One association that the agent opened, in raw bytes."""
+
+    def __init__(self, connection: socket.socket, user: bytes):
+        self.socket, self.reading, self.user = connection, connection.makefile("rb"), user
+        self.pdus: list[int] = []  # what came behind the association request
+        self.odd = 0  # fragments of an odd length, which must not be (PS3.8 annex E.1)
+
+    def send(self, kind: int, content: bytes = bytes(4)) -> None:
+        self.socket.sendall(struct.pack(">BxI", kind, len(content)) + content)
+
+    def pdu(self) -> tuple[int, bytes]:
+        kind, length = struct.unpack(">BxI", self.reading.read(6) or bytes(6))
+        return kind, self.reading.read(length)
+
+    def associate(self) -> None:
+        _, content = self.pdu()
+        answer = _item(0x10, b"1.2.840.10008.3.1.1.1")
+        for kind, item in _items(content[68:]):
+            if kind == 0x20:
+                (*_, (_, syntax)) = _items(item[4:])
+                answer += _item(0x21, bytes((item[0], 0, 0, 0)) + _item(0x40, syntax))
+        self.send(2, content[:68] + answer + _item(0x50, self.user))
+
+    def heard(self, enough: int = 2**40) -> tuple[int, int, bytes]:
+        """The context, the command field and the data set of the next message; of so many bytes, or what there is."""
+        command, data, fields = bytearray(), bytearray(), dict[int, int]()
+        while True:
+            kind, content = self.pdu()
+            self.pdus.append(kind)
+            if kind == RELEASE_RQ:
+                self.send(RELEASE_RP)
+            if kind != P_DATA:
+                raise EOFError
+            while content:
+                size, context, flags = struct.unpack_from(">IBB", content)
+                (command if flags & 1 else data).extend(content[6 : 4 + size])
+                self.odd += size % 2
+                content = content[4 + size :]
+                if flags & 1 and flags & 2:
+                    fields = dict(self._elements(bytes(command)))
+                if len(data) > enough or (flags & 2 and (not flags & 1 or fields[0x0800] == 0x0101)):
+                    return context, fields[0x0100], bytes(data)
+
+    @staticmethod
+    def _elements(command: bytes) -> Iterator[tuple[int, int]]:
+        while command:
+            _, number, size = struct.unpack_from("<HHI", command)
+            yield number, int.from_bytes(command[8 : 8 + size], "little")
+            command = command[8 + size :]
+
+    def answer(self, context: int, field: int, status: int, data: bytes | None = None, **more: Any) -> None:
+        fields = {0x0100: field | 0x8000, 0x0120: 1, 0x0800: 0x0101 if data is None else 1, 0x0900: status}
+        command = command_set(fields | {int(name[1:], 16): value for name, value in more.items()})
+        self.send(P_DATA, struct.pack(">IBB", len(command) + 2, context, 3) + command)
+        if data is not None:
+            self.send(P_DATA, struct.pack(">IBB", len(data) + 2, context, 2) + data)
+
+
+class Peer:
+    """An application entity that behaves as `behave` says, which gets each association when it is established."""
+
+    def __init__(self, behave: Callable[[Talk], object], max_pdu: int = 16_384):
+        self.behave, self.talks = behave, list[Talk]()
+        self._user = _item(0x51, struct.pack(">I", max_pdu))
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.address = f"PEER@127.0.0.1:{self._listener.getsockname()[1]}"
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def __enter__(self) -> "Peer":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._listener.close()
+
+    def _accept(self) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                connection, _ = self._listener.accept()
+                threading.Thread(target=self._serve, args=(connection,), daemon=True).start()
+
+    def _serve(self, connection: socket.socket) -> None:
+        self.talks.append(talk := Talk(connection, self._user))
+        with contextlib.suppress(OSError, EOFError), connection, talk.reading:
+            talk.associate()
+            self.behave(talk)
+            while True:
+                talk.heard()
+
+
+def storing(talk: Talk) -> None:
+    """Answers each object with success."""
+    while True:
+        context, field, _ = talk.heard()
+        talk.answer(context, field, SUCCESS)
+
+
+@contextlib.contextmanager
+def calling(folder: Any) -> Iterator[tuple[Site, Caller]]:
+    with imaging_site(folder, {"PACS": f"dicom://127.0.0.1:{{port}}?{FAST}"}) as here:
+        here.agent.wait_connected()
+        with here.caller() as caller:
+            yield here, caller
+
+
+def stored(here: Site, caller: Caller, address: str, *objects: Instance) -> list[tuple[int, str]]:
+    """HTTP status and text of a push of each object that waits for its answer."""
+    bodies = [json.dumps({"command": "C-STORE", "binary": {"reference": one}}) for one in keep(here, *objects)]
+    answers = [caller.push(f"dicom://{address}", body, contentType=JSON_TYPE) for body in bodies]
+    return [(answer.status, answer.text) for answer in answers]
+
+
+DONE = (200, '{"command":"C-STORE","status":0}')
+
+
+@needs_dcmtk
+def test_fragments_are_even(tmp_path):
+    """A peer whose PDUs may have an odd length got odd fragments, and an object of an odd length (JPEG without padding,
+    deflated) ended so: dcmtk aborts, and Orthanc, which is made of it, says nothing more."""
+    broken = made(1000)
+    broken = broken._replace(content=broken.content[:-1])
+    with calling(tmp_path) as (here, caller), Peer(storing, 16_383) as peer, Storescp(tmp_path / "got") as archive:
+        assert stored(here, caller, peer.address, made(100_000)) == [DONE]
+        assert peer.talks[0].odd == 0
+        assert stored(here, caller, archive.address, broken) == [DONE]
+        assert archive.instances()[broken.uid] == broken.content + b"\0"
