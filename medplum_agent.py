@@ -9663,16 +9663,17 @@ class DimseLine(Line):
     def eof_received(self) -> bool:
         return False
 
-    def give_up(self) -> None:
+    def give_up(self, reason: str = "it hangs up") -> None:
         """Nothing more is answered."""
         self._drained.set()
         if self._answer and not self._answer.done():
-            self._answer.set_exception(DeviceError("it ended the association", "device-silent"))
+            why = f"the association ended: {reason or 'it was released'}"
+            self._answer.set_exception(DeviceError(why, "device-silent"))
             self._answer.exception()  # the object under way may still be written, and not wait for it
 
     def end(self, reason: str) -> None:
         """The association is over, released or for a reason; the device closes first (PS3.8 9.2, ARTIM)."""
-        self.give_up()
+        self.give_up(reason)
         self._loop.call_later(HANG_UP_SECS, self.abort)
 
     def close(self, reason: str = "") -> None:
@@ -9702,7 +9703,9 @@ class DimseLine(Line):
                 for number, (block, last) in enumerate(blocks):
                     await asyncio.sleep(Line.heard_at + GIVE_WAY_SECS - self._loop.time())
                     if not self.core.established:
-                        raise DeviceError("it ended the association", "device-silent")
+                        self.give_up()
+                        checked_status(await self._answer)  # perhaps why it does not want the rest
+                        raise DeviceError("the association ended before the request did", "device-silent")
                     await self.write(self.core.fragments(context, block, last or not number, command=not number))
                     self._limit.reschedule(self._loop.time() + self.patience)
                 return await self._answer
@@ -9821,9 +9824,9 @@ class DicomLine(DimseLine):
         self.core.state = "Sta1"
         self.give_up()
 
-    def give_up(self) -> None:
+    def give_up(self, reason: str = "it hangs up") -> None:
         """What was not received whole is forgotten."""
-        super().give_up()
+        super().give_up(reason)
         self._coming = None
         for request in self._requests:
             request.wanted.cancel()
@@ -9870,8 +9873,8 @@ class DicomLine(DimseLine):
         return context._replace(syntaxes=tuple(chosen)), 0 if known and usable else 4 if known else 3
 
     def end(self, reason: str) -> None:
-        if reason := reason or "with a request that was not answered" * bool(self._requests):
-            self.owner.warn(f"{self.remote}: the association of '{self.calling}' ended: {reason}")
+        if words := reason or "with a request that was not answered" * bool(self._requests):
+            self.owner.warn(f"{self.remote}: the association of '{self.calling}' ended: {words}")
         super().end(reason)
 
     def check_time(self, now: float, idle: float, inside: float) -> str:
@@ -10003,11 +10006,11 @@ class DicomCall(DimseLine):
 
     def connection_lost(self, error: Exception | None) -> None:
         super().connection_lost(error)
+        why = os_reason(error) if isinstance(error, OSError) else "it hangs up"
         if self.core.state == "Sta5":
-            why = os_reason(error) if isinstance(error, OSError) else "it hangs up"
             self.failure = DeviceError(f"it cannot be reached: {why}", "device-unreachable")
         self.core.state = "Sta1"
-        self.give_up()
+        self.give_up(why)
 
     async def associate(self, calling: str, called: str, contexts: Sequence[Context], roles: Roles) -> None:
         """Ask for it; what came of that the core says. TimeoutError."""
@@ -10020,7 +10023,7 @@ class DicomCall(DimseLine):
         self.answered({})
 
     def end(self, reason: str) -> None:
-        self.failure = DeviceError(f"there is no association: {reason}", "device-error")
+        self.failure = DeviceError(f"there is no association: {reason or 'it was released'}", "device-error")
         super().end(reason)
         self._flush()
         if self.core.state == "Sta1":

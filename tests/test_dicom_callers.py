@@ -8,8 +8,11 @@ import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import pytest
+
 from medplum_agent import JSON_TYPE
 from tests.dicom_peers import (
+    ABORT,
     FAST,
     P_DATA,
     QUIET,
@@ -129,12 +132,17 @@ def storing(talk: Talk) -> None:
         talk.answer(context, field, SUCCESS)
 
 
-@contextlib.contextmanager
-def calling(folder: Any) -> Iterator[tuple[Site, Caller]]:
-    with imaging_site(folder, {"PACS": f"dicom://127.0.0.1:{{port}}?{FAST}"}) as here:
-        here.agent.wait_connected()
-        with here.caller() as caller:
-            yield here, caller
+@pytest.fixture(scope="module")
+def here(tmp_path_factory) -> Iterator[Site]:
+    with imaging_site(tmp_path_factory.mktemp("callers"), {"PACS": f"dicom://127.0.0.1:{{port}}?{FAST}"}) as running:
+        running.agent.wait_connected()
+        yield running
+
+
+@pytest.fixture(scope="module")
+def caller(here) -> Iterator[Caller]:
+    with here.caller() as calling:
+        yield calling
 
 
 def stored(here: Site, caller: Caller, address: str, *objects: Instance) -> list[tuple[int, str]]:
@@ -148,13 +156,73 @@ DONE = (200, '{"command":"C-STORE","status":0}')
 
 
 @needs_dcmtk
-def test_fragments_are_even(tmp_path):
+def test_fragments_are_even(here, caller, tmp_path):
     """A peer whose PDUs may have an odd length got odd fragments, and an object of an odd length (JPEG without padding,
     deflated) ended so: dcmtk aborts, and Orthanc, which is made of it, says nothing more."""
     broken = made(1000)
     broken = broken._replace(content=broken.content[:-1])
-    with calling(tmp_path) as (here, caller), Peer(storing, 16_383) as peer, Storescp(tmp_path / "got") as archive:
+    with Peer(storing, 16_383) as peer, Storescp(tmp_path / "got") as archive:
         assert stored(here, caller, peer.address, made(100_000)) == [DONE]
         assert peer.talks[0].odd == 0
         assert stored(here, caller, archive.address, broken) == [DONE]
         assert archive.instances()[broken.uid] == broken.content + b"\0"
+
+
+
+def asked(caller: Caller, address: str, body: str = FIND) -> tuple[int, str]:
+    """HTTP status and text of a push that waits for its answer, without the address."""
+    answer = caller.push(f"dicom://{address}", body, contentType=JSON_TYPE)
+    return answer.status, answer.text.removeprefix(f"dicom://{address}: ")
+
+
+def aborting(talk: Talk) -> None:
+    talk.send(ABORT, bytes((0, 0, 2, 1)))
+
+
+def hanging_up(talk: Talk) -> None:
+    talk.socket.shutdown(socket.SHUT_RDWR)
+
+
+def releasing(talk: Talk) -> None:
+    talk.send(RELEASE_RQ)
+
+
+ENDS = [
+    (aborting, "the device aborted it (unrecognized PDU)"), (hanging_up, "it hangs up"), (releasing, "it was released"),
+    (lambda talk: talk.send(P_DATA, bytes(2_000_000)), "aborted: a PDU of 2000000 bytes"),
+    (lambda talk: talk.send(72), "aborted: an unknown PDU of type 72"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("end", "words"), ENDS)
+def test_why_an_association_ended_is_said(caller, end, words):
+    """`it ended the association`, also where we had aborted for what it sent, and without the reason of its own
+    abort."""
+
+    def behave(talk: Talk) -> None:
+        talk.heard()
+        end(talk)
+
+    with Peer(behave) as peer:
+        assert asked(caller, peer.address) == (400, f"the association ended: {words}")
+
+
+@pytest.mark.parametrize("end", [aborting, hanging_up])
+@pytest.mark.parametrize(
+    ("status", "words"),
+    [(0xA700, "status 0xA700 (NO ROOM)"), (SUCCESS, "the association ended before the request did")],
+)
+def test_a_refusal_before_the_end_of_an_object_is_heard(here, caller, end, status, words):
+    """An archive that refuses an object before it has read it, and ends the association: `it ended the association`,
+    and the object was sent again and again. What it calls a success is none, where it has not got the whole object."""
+
+    def behave(talk: Talk) -> None:
+        context, field, _ = talk.heard(100)
+        talk.answer(context, field, status, x0902="NO ROOM ")
+        end(talk)
+        while talk.reading.read(65_536):
+            pass
+
+    with Peer(behave) as peer:
+        ((code, text),) = stored(here, caller, peer.address, made(5_000_000))
+        assert (code, text.removeprefix(f"dicom://{peer.address}: ")) == (400, words)

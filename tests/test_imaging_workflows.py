@@ -259,7 +259,7 @@ def test_a_line_that_breaks_in_the_middle_of_an_object(tmp_path):
         with associated(here, STUDY_MOVE) as scu:
             (last, _) = list(scu.send_c_move(STUDY, "DEST", STUDY_MOVE))[-1]
         assert (last.Status, counts(last)[1:]) == (0xB000, (1, 5, 0))
-        here.agent.logged("it ended the association")
+        here.agent.logged("the association ended: ")
 
 
 def test_a_get_in_another_syntax_over_a_slow_line(tmp_path):
