@@ -29,7 +29,7 @@ from tests.dicom_peers import (
     made,
     needs_dcmtk,
 )
-from tests.support import Caller, Site
+from tests.support import Caller, Site, changed, site
 
 pytestmark = QUIET
 FIND = json.dumps({"command": "C-FIND", "level": "STUDY", "dataset": {"0020000D": {"vr": "UI"}}})
@@ -226,3 +226,22 @@ def test_a_refusal_before_the_end_of_an_object_is_heard(here, caller, end, statu
     with Peer(behave) as peer:
         ((code, text),) = stored(here, caller, peer.address, made(5_000_000))
         assert (code, text.removeprefix(f"dicom://{peer.address}: ")) == (400, words)
+
+
+def test_a_line_that_is_lost_is_not_aborted(tmp_path):
+    """`Exception in callback Line.abort() (AttributeError)`, a second after an abort that met bytes not yet sent: it
+    would also end a push or a move whose release comes to it, without an answer."""
+
+    def behave(talk: Talk) -> None:
+        talk.heard(100)
+        aborting(talk)
+        talk.pdu()
+
+    with site(tmp_path, {"PACS": "dicom://127.0.0.1:{port}"}, start=False) as here, Peer(behave) as peer:
+        changed(here.agent, "m.HANG_UP_SECS = 0.01")
+        here.agent.start()
+        with here.caller() as caller:
+            for _ in range(5):
+                ((code, _),) = stored(here, caller, peer.address, made(5_000_000))
+                assert code == 400
+        assert b"Exception" not in here.agent.main_log()
