@@ -245,3 +245,18 @@ def test_a_line_that_is_lost_is_not_aborted(tmp_path):
                 ((code, _),) = stored(here, caller, peer.address, made(5_000_000))
                 assert code == 400
         assert b"Exception" not in here.agent.main_log()
+
+
+@pytest.mark.parametrize("match", [bytes(60_000), b""], ids=["large", "empty"])
+def test_matches_without_end(caller, match):
+    """They gathered in memory until the push was given up: 1.5 GB within 9 s, and a stored push has 600 s. An answer of
+    more than 1 MB reaches nobody."""
+
+    def behave(talk: Talk) -> None:
+        context, field, _ = talk.heard()
+        while True:
+            talk.answer(context, field, 0xFF00, match)
+
+    with Peer(behave) as peer:
+        ended = "the association ended: aborted: its answers are too large together, or too many"
+        assert asked(caller, peer.address) == (400, ended)
