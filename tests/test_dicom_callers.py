@@ -28,6 +28,8 @@ from tests.dicom_peers import (
     keep,
     made,
     needs_dcmtk,
+    new_uid,
+    part10,
 )
 from tests.support import Caller, Site, changed, site
 
@@ -260,3 +262,15 @@ def test_matches_without_end(caller, match):
     with Peer(behave) as peer:
         ended = "the association ended: aborted: its answers are too large together, or too many"
         assert asked(caller, peer.address) == (400, ended)
+
+
+@needs_dcmtk
+def test_an_object_goes_by_its_own_uids(here, caller, tmp_path):
+    """Not by those of the file's head, which who anonymizes an object often forgets: archives refuse it (0xA900)."""
+    one = made(100)
+    reference = keep(here, one)[0]
+    here.sandbox.sandbox.binaries[reference] = part10(one._replace(uid=new_uid()))
+    with Storescp(tmp_path / "own", "-B") as archive:
+        body = json.dumps({"command": "C-STORE", "binary": {"reference": reference}})
+        assert asked(caller, archive.address, body) == DONE
+        assert list(archive.instances()) == [one.uid]
