@@ -9708,10 +9708,8 @@ class DimseLine(Line):
                         raise DeviceError("the association ended before the request did", "device-silent")
                     await self.write(self.core.fragments(context, block, last or not number, command=not number))
                     self._limit.reschedule(self._loop.time() + self.patience)
-                with suppress(
-                    OSError, AttributeError
-                ):  # dcmtk answers in two writes: it waits for our ACK of the first
-                    sock = self._transport.get_extra_info("socket")
+                sock = self._transport.get_extra_info("socket")
+                with suppress(OSError, AttributeError):  # Linux; dcmtk answers in two writes, and waits between for ACK
                     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_QUICKACK, 1)
                 return await self._answer
         except TimeoutError:

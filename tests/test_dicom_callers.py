@@ -177,7 +177,6 @@ def test_fragments_are_even(here, caller, tmp_path):
         assert archive.instances()[broken.uid] == broken.content + b"\0"
 
 
-
 def asked(caller: Caller, address: str, body: str = FIND) -> tuple[int, str]:
     """HTTP status and text of a push that waits for its answer, without the address."""
     answer = caller.push(f"dicom://{address}", body, contentType=JSON_TYPE)
