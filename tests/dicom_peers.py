@@ -699,6 +699,40 @@ def start(here: Site) -> None:
     eventually(lambda: here.agent.main_log().count(b"Medplum service started") > before, 20, "the agent has started")
 
 
+class RawPeer:
+    """Listens for associations of the agent; `serve` has each connection in a thread of its own."""
+
+    def __init__(self, title: str):
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.address = f"{title}@127.0.0.1:{self._listener.getsockname()[1]}"
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._listener.close()
+
+    def _accept(self) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                connection, _ = self._listener.accept()
+                threading.Thread(target=self.serve, args=(connection,), daemon=True).start()
+
+    def serve(self, connection: socket.socket) -> None:
+        raise NotImplementedError
+
+
+def acceptance(request: bytes, user: bytes) -> bytes:
+    """The content of an A-ASSOCIATE-AC that takes the last syntax of each context, with these user items."""
+    answer = _item(0x10, b"1.2.840.10008.3.1.1.1")
+    for kind, item in _items(request[68:]):
+        if kind == 0x20:
+            *_, (_, syntax) = _items(item[4:])
+            answer += _item(0x21, bytes((item[0], 0, 0, 0)) + _item(0x40, syntax))
+    return request[:68] + answer + _item(0x50, user)
+
+
 class Bot:
     """Answers HL7, and imaging by `replies`: command (`C-STORE` for images) -> body, or (status, body), or a function
     of the question.

@@ -5,7 +5,6 @@ import json
 import socket
 import struct
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -24,9 +23,10 @@ from tests.dicom_peers import (
     SUCCESS,
     Bot,
     Instance,
+    RawPeer,
     Storescp,
     _item,
-    _items,
+    acceptance,
     associated,
     command_set,
     counts,
@@ -61,12 +61,7 @@ class Talk:
 
     def associate(self) -> None:
         _, content = self.pdu()
-        answer = _item(0x10, b"1.2.840.10008.3.1.1.1")
-        for kind, item in _items(content[68:]):
-            if kind == 0x20:
-                (*_, (_, syntax)) = _items(item[4:])
-                answer += _item(0x21, bytes((item[0], 0, 0, 0)) + _item(0x40, syntax))
-        self.send(2, content[:68] + answer + _item(0x50, self.user))
+        self.send(2, acceptance(content, self.user))
 
     def heard(self, enough: int = 2**40) -> tuple[int, int, bytes]:
         """The context, the command field and the data set of the next message; of so many bytes, or what there is."""
@@ -103,29 +98,15 @@ class Talk:
             self.send(P_DATA, struct.pack(">IBB", len(data) + 2, context, 2) + data)
 
 
-class Peer:
+class Peer(RawPeer):
     """An application entity that behaves as `behave` says, which gets each association when it is established."""
 
     def __init__(self, behave: Callable[[Talk], object], max_pdu: int = 16_384):
         self.behave, self.talks = behave, list[Talk]()
         self._user = _item(0x51, struct.pack(">I", max_pdu))
-        self._listener = socket.create_server(("127.0.0.1", 0))
-        self.address = f"PEER@127.0.0.1:{self._listener.getsockname()[1]}"
-        threading.Thread(target=self._accept, daemon=True).start()
+        super().__init__("PEER")
 
-    def __enter__(self) -> "Peer":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._listener.close()
-
-    def _accept(self) -> None:
-        with contextlib.suppress(OSError):
-            while True:
-                connection, _ = self._listener.accept()
-                threading.Thread(target=self._serve, args=(connection,), daemon=True).start()
-
-    def _serve(self, connection: socket.socket) -> None:
+    def serve(self, connection: socket.socket) -> None:
         self.talks.append(talk := Talk(connection, self._user))
         with contextlib.suppress(OSError, EOFError), connection, talk.reading:
             talk.associate()

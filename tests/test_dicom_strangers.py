@@ -22,8 +22,9 @@ from tests.dicom_peers import (
     SUCCESS,
     Bot,
     Instance,
+    RawPeer,
     _item,
-    _items,
+    acceptance,
     associated,
     command_set,
     counts,
@@ -38,7 +39,7 @@ from tests.support import Site, eventually
 pytestmark = QUIET
 
 
-class Stranger:
+class Stranger(RawPeer):
     """A destination of C-STORE in raw bytes, which takes the last syntax of each context; `stored` holds how many bytes
     of each data set came.
 
@@ -50,23 +51,9 @@ class Stranger:
         self.after, self.limit = after, limit
         self.user = _item(0x51, struct.pack(">I", 16_384)) if user is None else user
         self.associations, self.stored = 0, list[int]()
-        self._listener = socket.create_server(("127.0.0.1", 0))
-        self.address = f"STRANGER@127.0.0.1:{self._listener.getsockname()[1]}"
-        threading.Thread(target=self._accept, daemon=True).start()
+        super().__init__("STRANGER")
 
-    def __enter__(self) -> "Stranger":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._listener.close()
-
-    def _accept(self) -> None:
-        with contextlib.suppress(OSError):
-            while True:
-                connection, _ = self._listener.accept()
-                threading.Thread(target=self._serve, args=(connection,), daemon=True).start()
-
-    def _serve(self, connection: socket.socket) -> None:
+    def serve(self, connection: socket.socket) -> None:
         size, last = 0, b""
         with contextlib.suppress(OSError), connection, connection.makefile("rb") as reading:
             while head := reading.read(6):
@@ -74,7 +61,7 @@ class Stranger:
                 content = reading.read(length)
                 if kind == 1:
                     self.associations += 1
-                    self._send(connection, 2, content[:68] + self._accepting(content[68:]))
+                    self._send(connection, 2, acceptance(content, self.user))
                 elif kind == RELEASE_RQ:
                     self._send(connection, 6, bytes(4))
                 elif kind == ABORT:
@@ -88,14 +75,6 @@ class Stranger:
                         self.stored.append(size)
                         self._answer(connection, context, len(self.stored))
                     content = content[4 + length :]
-
-    def _accepting(self, items: bytes) -> bytes:
-        answer = _item(0x10, b"1.2.840.10008.3.1.1.1")
-        for kind, item in _items(items):
-            if kind == 0x20:
-                *_, (_, syntax) = _items(item[4:])
-                answer += _item(0x21, bytes((item[0], 0, 0, 0)) + _item(0x40, syntax))
-        return answer + _item(0x50, self.user)
 
     def _answer(self, connection: socket.socket, context: int, number: int) -> None:
         command = command_set({0x0100: 0x8001, 0x0120: 1, 0x0800: 0x0101, 0x0900: SUCCESS})
