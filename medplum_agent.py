@@ -10045,7 +10045,7 @@ class DicomCall(DimseLine):
         if number & 0x8000:  # whatever it calls our request: there is no other
             if self.answered(fields) and has_data:
                 self.found.append(self._coming)
-        elif DIMSE_NAMES.get(number) != "C-CANCEL":
+        elif self.core.established and DIMSE_NAMES.get(number) != "C-CANCEL":
             about = {"MessageIDBeingRespondedTo": fields.get("MessageID", 0)}
             self.send(self.core.message(context, {"CommandField": number | 0x8000, "Status": UNRECOGNIZED} | about))
 

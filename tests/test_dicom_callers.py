@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import queue
 import socket
 import struct
 import sys
@@ -21,6 +22,7 @@ from tests.dicom_peers import (
     RELEASE_RQ,
     STUDY_MOVE,
     SUCCESS,
+    VERIFICATION,
     Bot,
     Instance,
     RawPeer,
@@ -286,3 +288,21 @@ def test_an_answer_in_two_writes_waits_for_no_delayed_ack(tmp_path):
                 (last, _) = list(scu.send_c_move(study, "PEER", STUDY_MOVE))[-1]
             assert counts(last)[1:] == (250, 0, 0)
             assert time.monotonic() - started < 9  # it took more than 10
+
+
+def test_a_request_that_meets_our_release_is_not_answered(caller):
+    """PS3.8 9.2, Sta7: nothing but A-RELEASE-RP and A-ABORT may follow our A-RELEASE-RQ."""
+    rest = queue.SimpleQueue[bytes]()
+
+    def behave(talk: Talk) -> None:
+        context, field, _ = talk.heard()
+        talk.answer(context, field, SUCCESS)
+        assert talk.pdu()[0] == RELEASE_RQ
+        echo = command_set({0x0002: VERIFICATION, 0x0100: 0x30, 0x0110: 7, 0x0800: 0x0101})
+        talk.send(P_DATA, struct.pack(">IBB", len(echo) + 2, context, 3) + echo)
+        talk.send(RELEASE_RP)
+        rest.put(talk.reading.read())
+
+    with Peer(behave) as peer:
+        assert asked(caller, peer.address, '{"command": "C-ECHO"}')[0] == 200
+        assert rest.get(timeout=10) == b""
