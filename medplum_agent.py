@@ -8814,7 +8814,7 @@ def parse_ping(host: object, body: object) -> tuple[str, int]:
 
 
 # =====================================================================================================================
-# DICOM (2070 lines, 17400 tokens)
+# DICOM (2070 lines, 17450 tokens)
 #
 # Imaging devices (DICOM PS3.4, PS3.7, PS3.8; channel contract 8). `Dimse` is a core like the others: bytes in, events
 # out, whoever opened the association. Its line runs requests as coroutines; what takes long (fsync, decoding, JSON)
@@ -9332,6 +9332,7 @@ class Dimse:
 # --- data sets as JSON -----------------------------------------------------------------------------------------------
 
 _TEXT = "LO LT PN SH ST UC UT".split()  # what Specific Character Set is for (PS3.5 6.1.2.3)
+_TEXTUAL = {*_TEXT, *"AE AS CS DA DT TM UR".split()}  # which pydicom holds as text
 _ESCAPES = re.compile(r"\x1b[ -/]+[0-~]")
 _WORDS = {"OW": "H", "OF": "I", "OL": "I", "OD": "Q", "OV": "Q"}  # of binary values (PS3.5 6.2), as array calls them
 
@@ -9458,13 +9459,14 @@ def fitted(body: Json) -> str:
     return dump_json(body).decode()
 
 
-def _fit_numbers(_: Dataset, element: Any) -> None:
-    """Decimals of 16 characters at most, and nothing for what is missing among others (PS3.5 6.2)."""
-    if element.VR in ("DS", "IS") and element.VM:
-        values = element.value if element.VM > 1 else [element.value]
+def _fit_values(_: Dataset, element: Any) -> None:
+    """Decimals of 16 characters at most, nothing for what is missing among others (PS3.5 6.2), and text where a Bot
+    wrote the number of a patient as a number."""
+    values, numbers = element.value if element.VM > 1 else [element.value], element.VR in ("DS", "IS")
+    if element.VM and (numbers or (element.VR in _TEXTUAL and any(isinstance(one, int | float) for one in values))):
         short = pydicom.valuerep.format_number_as_ds
-        texts = ["" if one is None else str(one) if len(str(one)) <= 16 else short(float(one)) for one in values]
-        element.value = "\\".join(texts)
+        texts = ["" if one is None else str(one) for one in values]
+        element.value = "\\".join(short(float(one)) if numbers and len(one) > 16 else one for one in texts)
 
 
 def dataset_of(elements: object) -> Dataset:
@@ -9478,7 +9480,7 @@ def dataset_of(elements: object) -> Dataset:
             _say_utf8(sent)  # in items, too
             sent["00080005"] = {"vr": "CS", "Value": ["ISO_IR 192"]}
         dataset: Dataset = pydicom.Dataset.from_json(sent)
-        dataset.walk(_fit_numbers)
+        dataset.walk(_fit_values)
         return dataset
     except Exception as error:
         raise ValueError(f"not a data set in DICOM JSON ({type(error).__name__})") from None

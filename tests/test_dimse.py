@@ -1059,3 +1059,17 @@ def test_a_number_that_cannot_be_read_is_no_other_number() -> None:
     omitted: list[str] = []
     perimeter = read_dataset(io.BytesIO(struct.pack("<HHIH", 0x0028, 0x0071, 2, 12849)), True, True)
     assert (ma.dicom_json(perimeter, omitted), omitted) == ({}, ["00280071"])
+
+
+@pytest.mark.parametrize(
+    ("tag", "vr", "values", "text"),
+    [
+        ("00100020", "LO", [12345], b"12345 "), ("00080020", "DA", [20260101], b"20260101"),
+        ("00081030", "LO", [1, "a", None], b"1\\a\\"), ("00080061", "CS", [7, 8], b"7\\8 "),
+        ("00104000", "LT", [5], b"5 "), ("00200032", "DS", [1.5, None, 2], b"1.5\\\\2.0"),
+    ],
+)  # fmt: skip
+def test_a_number_where_text_belongs_is_text(tag, vr, values, text):
+    """JavaScript makes a number of a patient's number; the whole worklist could not be written for it."""
+    written = ma.write_dataset(ma.dataset_of({tag: {"vr": vr, "Value": values}}), IMPLICIT)
+    assert written == struct.pack("<HHI", int(tag[:4], 16), int(tag[4:], 16), len(text)) + text
