@@ -143,8 +143,8 @@ def test_large_values_in_sequences_are_not_in_memory(here):
 
 GOOD = {"00100020": {"vr": "LO", "Value": ["GOOD"]}}
 UNWRITABLE = {
-    "number as text": {"00100020": {"vr": "LO", "Value": [4711]}},
-    "date as number": {"00080020": {"vr": "DA", "Value": [20260101]}},
+    "an object as text": {"00100020": {"vr": "LO", "Value": [{"id": "4711"}]}},
+    "a number as UID": {"0020000D": {"vr": "UI", "Value": [1.2]}},
     "too large": {"00280010": {"vr": "US", "Value": [70000]}},
 }
 
