@@ -4,7 +4,6 @@ import contextlib
 import json
 import socket
 import struct
-import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -27,6 +26,7 @@ from tests.dicom_peers import (
     Bot,
     Destination,
     Instance,
+    RawPeer,
     announced,
     associated,
     counts,
@@ -199,45 +199,33 @@ def archive():
         yield running
 
 
-class Archive:
+class Archive(RawPeer):
     def __init__(self) -> None:
         imaging()
         self.written: Callable[[int], bytes] = lambda number: element(0x0020000D, b"UI", b"1.2.%d" % number)
-        self.socket = socket.create_server(("127.0.0.1", 0))
-        self.address = f"ARCHIVE@127.0.0.1:{self.socket.getsockname()[1]}"
+        super().__init__("ARCHIVE")
 
-    def __enter__(self) -> "Archive":
-        threading.Thread(target=self.serve, daemon=True).start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.socket.close()
-
-    def serve(self) -> None:
-        with contextlib.suppress(OSError):
-            while True:
-                with self.socket.accept()[0] as connection:
-                    self.talk(connection, Dimse(16_384))
-
-    def talk(self, connection: socket.socket, core: Dimse) -> None:
+    def serve(self, connection: socket.socket) -> None:
         asked: Any = None
-        while received := connection.recv(65_536):
-            events, answer = core.receive(received)
-            for event in events:
-                if isinstance(event, Associate):
-                    explicit = [context for context in event.contexts if EXPLICIT in context.syntaxes]
-                    answer += core.accept([(one._replace(syntaxes=(EXPLICIT,)), 0) for one in explicit], {})
-                elif isinstance(event, Command):
-                    asked = event
-                elif isinstance(event, Fragment) and event.last:
-                    head = {
-                        "CommandField": asked.fields["CommandField"] | 0x8000,
-                        "MessageIDBeingRespondedTo": asked.fields["MessageID"],
-                    }
-                    for number in range(3):
-                        answer += core.message(asked.context, head | {"Status": 0xFF00}, self.written(number))
-                    answer += core.message(asked.context, head | {"Status": SUCCESS})
-            connection.sendall(answer)
+        core = Dimse(16_384)
+        with contextlib.suppress(OSError), connection:
+            while received := connection.recv(65_536):
+                events, answer = core.receive(received)
+                for event in events:
+                    if isinstance(event, Associate):
+                        explicit = [context for context in event.contexts if EXPLICIT in context.syntaxes]
+                        answer += core.accept([(one._replace(syntaxes=(EXPLICIT,)), 0) for one in explicit], {})
+                    elif isinstance(event, Command):
+                        asked = event
+                    elif isinstance(event, Fragment) and event.last:
+                        head = {
+                            "CommandField": asked.fields["CommandField"] | 0x8000,
+                            "MessageIDBeingRespondedTo": asked.fields["MessageID"],
+                        }
+                        for number in range(3):
+                            answer += core.message(asked.context, head | {"Status": 0xFF00}, self.written(number))
+                        answer += core.message(asked.context, head | {"Status": SUCCESS})
+                connection.sendall(answer)
 
 
 def asked_of(here: Site, address: str, **question: Any) -> tuple[int, str]:
