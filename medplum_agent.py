@@ -8953,13 +8953,13 @@ def _is_writable(element: Any) -> bool:
 # and whatever cannot be read, ends in A-ABORT by the provider (AA-1, AA-8). One that a device opened we abort, and
 # never ask for its release.
 #
-# | state                        | A-ASSOCIATE-...            | P-DATA-TF | A-RELEASE-RQ        | -RP        | A-ABORT |
-# | Sta2 waiting for the request | RQ: AE-6 -> Sta3           |           |                     |            | AA-2    |
-# | Sta5 waiting for the answer  | AC: AE-3 -> Sta6, RJ: AE-4 |           |                     |            | AA-3    |
-# | Sta6 established             |                            | DT-2      | AR-2, AR-4 -> Sta13 |            | AA-3    |
-# | Sta7 we asked for release    |                            | AR-6      | AR-8, AR-9 -> Sta11 | AR-3 -> Sta1 | AA-3  |
-# | Sta11 both did               |                            |           |                     | AR-3 -> Sta1 | AA-3  |
-# | Sta13 waiting for the close  | AA-7, AA-6                 | AA-6      | AA-6                | AA-6       | AA-2    |
+# | state                    | A-ASSOCIATE-...            | P-DATA-TF | A-RELEASE-RQ        | A-RELEASE-RP | A-ABORT |
+# | Sta2 waits for a request | RQ: AE-6 -> Sta3           |           |                     |              | AA-2    |
+# | Sta5 waits for an answer | AC: AE-3 -> Sta6, RJ: AE-4 |           |                     |              | AA-3    |
+# | Sta6 established         |                            | DT-2      | AR-2, AR-4 -> Sta13 |              | AA-3    |
+# | Sta7 asked for release   |                            | AR-6      | AR-8, AR-9 -> Sta11 | AR-3         | AA-3    |
+# | Sta11 both did           |                            |           |                     | AR-3         | AA-3    |
+# | Sta13 waits for the close| AA-7, AA-6                 | AA-6      | AA-6                | AA-6         | AA-2    |
 
 ASSOCIATE_RQ, ASSOCIATE_AC, ASSOCIATE_RJ, P_DATA, RELEASE_RQ, RELEASE_RP, ABORT = range(1, 8)
 _STATES = {  # the state behind a PDU
@@ -9191,13 +9191,13 @@ class Dimse:
                 if not number % 2 or number in contexts:
                     raise PeerError("presentation contexts whose numbers are not odd and unique")
                 contexts[number] = Context(number, abstract, tuple(_text(part) for sub, part in parts if sub == 0x40))
-        roles = self._user_roles(content)
+        roles = self._read_user(content)
         self._request = content[:68]
         calling, called = (_text(title.strip(b" \0").split(b"\0")[0]) for title in (content[20:36], content[4:20]))
         self._events.append(Associate(calling, called, tuple(contexts.values()), roles))
 
-    def _user_roles(self, content: bytes) -> Roles:
-        """The user information of an association PDU (PS3.8 D.1, PS3.7 D.3.3.4)."""
+    def _read_user(self, content: bytes) -> Roles:
+        """The user information of an association PDU (PS3.8 D.1, PS3.7 D.3.3.4): the largest PDU, and the roles."""
         roles: dict[str, tuple[int, int]] = {}
         for kind, item in _items(content[68:]):
             for sub, part in _items(item) if kind == 0x50 else ():
@@ -9217,7 +9217,7 @@ class Dimse:
                 syntax = next((_text(part) for sub, part in _items(item[4:]) if sub == 0x40), context.syntaxes[0])
                 if syntax in context.syntaxes:
                     self.contexts[context.id] = context._replace(syntaxes=(syntax,))
-        self._user_roles(content)
+        self._read_user(content)
         self._events.append(Accepted())
 
     def request(self, calling: str, called: str, contexts: Sequence[Context], roles: Roles) -> bytes:
@@ -10094,8 +10094,8 @@ class Sender:
         before = self._line
         try:
             return await self._store(file, meta, more)
-        except DeviceError:
-            if before is None or self._line is not before or self.problem:
+        except DeviceError as error:
+            if before is None or self._line is not before or self.problem or error.kind != "device-silent":
                 raise
         self._unanswered -= 1
         return await self._store(file, meta, more)
@@ -10111,7 +10111,8 @@ class Sender:
         try:
             answer = await asking
         except DeviceError as error:
-            self._unanswered += 3 if line.silent else 1
+            if error.kind == "device-silent":  # else it said why it does not take this one
+                self._unanswered += 3 if line.silent else 1
             if line.silent:
                 line.close()
             if self._unanswered >= 3:

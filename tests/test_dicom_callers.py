@@ -306,3 +306,27 @@ def test_a_request_that_meets_our_release_is_not_answered(caller):
     with Peer(behave) as peer:
         assert asked(caller, peer.address, '{"command": "C-ECHO"}')[0] == 200
         assert rest.get(timeout=10) == b""
+
+
+def test_objects_that_are_refused_before_their_end_are_offered_once_each(tmp_path):
+    """An archive that refuses each object at its beginning and aborts: each went twice, and behind three of them the
+    rest of the study was given up as if it had said nothing."""
+    offered: list[int] = []
+
+    def refusing(talk: Talk) -> None:
+        context, field, data = talk.heard(1)
+        offered.append(len(data))
+        talk.answer(context, field, 0xA700)
+        aborting(talk)
+        talk.reading.read()
+
+    with Peer(refusing) as peer:
+        address = f"dicom://127.0.0.1:{{port}}?{FAST}&moveDestinations={peer.address}"
+        with imaging_site(tmp_path, {"PACS": address}) as here:
+            here.agent.wait_connected()
+            here.sandbox.bot = bot = Bot()
+            bot.replies["C-MOVE"] = keep(here, *(made(2_000_000) for _ in range(5)))
+            study = data_set(QueryRetrieveLevel="STUDY", StudyInstanceUID="1.2.3")
+            with associated(here, STUDY_MOVE) as scu:
+                (last, _) = list(scu.send_c_move(study, "PEER", STUDY_MOVE))[-1]
+    assert (counts(last)[1:], len(offered)) == ((0, 5, 0), 5)
